@@ -1,0 +1,1 @@
+"""Checkpoint -> GGUF -> quantised GGUF. Offline: never imports the service."""

@@ -1,0 +1,14 @@
+"""The root of every error that edge-phi3 raises on purpose: one tree, one sentence each.
+
+Each part of the house derives its own errors from `EdgePhi3Error`; the command line turns any of them into one line
+on stderr and exit code 1, the service into a JSON ``{"detail": ...}``.
+"""
+
+from __future__ import annotations
+
+
+class EdgePhi3Error(Exception):
+    """An error whose text is written for the person who can act on it.
+
+    ``str(error)`` is a whole sentence: what was wrong, what is allowed, and which field or file.
+    """

@@ -1,0 +1,76 @@
+"""Files that are whole or absent: written under a temporary name, flushed, and renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_phi3.errors import EdgePhi3Error
+
+PARTIAL_SUFFIX = ".partial"
+"""How the temporary name of an unfinished file ends. What carries it may be deleted at any time."""
+
+_CHUNK = 1 << 20
+
+
+class OutputExistsError(EdgePhi3Error):
+    """The output path exists and overwriting was not asked for."""
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write to, and rename it to `path` when the block ends without an error.
+
+    The temporary file lies in the folder of `path`, so that the rename is atomic. On any error, `KeyboardInterrupt`
+    included, it is deleted and `path` is left as it was. The content is fsynced before the rename and the folder
+    after it, so that a power cut leaves the old file or the new one.
+
+    Args:
+        path: where the file will be; its folder is made when absent.
+        force: replace `path` when it exists.
+
+    Yields:
+        The temporary path. The block creates the file.
+
+    Raises:
+        OutputExistsError: `path` exists and `force` is false (asked before and after the block).
+    """
+    _refuse_existing(path, force=force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
+    try:
+        yield temporary
+        _fsync(temporary)
+        _refuse_existing(path, force=force)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Give the SHA-256 of a file's bytes in lower-case hexadecimal, reading a mebibyte at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _refuse_existing(path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a folder; give the name of a file to write.")
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists; give --force to replace it, or another output path.")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""What ``generate()`` means, in NumPy: knows neither llama.cpp nor HTTP."""
