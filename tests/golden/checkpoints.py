@@ -1,0 +1,215 @@
+"""Small random Phi-3 checkpoints in the Hugging Face layout, from a seed, with NumPy alone.
+
+The same call writes the same bytes on every machine: weights are uniform numbers made of the raw bits of
+PCG64, whose stream NumPy guarantees, and need no function of libm. So golden data (made with torch and
+transformers) and the tests that use it (which have neither) work on one checkpoint that is stored nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.golden.vocabularies import Vocabulary, phi3_vocabulary, write_tokenizer
+
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One weight: its name in the checkpoint, its shape, and the distribution of its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    std: float
+    mean: float = 0.0
+
+    def values(self, seed: int) -> NDArray[np.float32]:
+        """Give the values, float32 of `shape`: uniform around `mean` with standard deviation `std`."""
+        raw = np.random.PCG64([seed, zlib.crc32(self.name.encode())]).random_raw(math.prod(self.shape))
+        unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1.0)
+        values = unit * np.float32(self.std * math.sqrt(3.0)) + np.float32(self.mean)
+        return values.reshape(self.shape)
+
+
+def longrope(head_size: int, *, kind: str = "longrope") -> dict[str, Any]:
+    """Give a `rope_scaling` shaped like that of Phi-3-mini-128k: short factors near 1, long ones up to 60."""
+    pairs = head_size // 2
+    return {
+        "type": kind,
+        "short_factor": [round(1.0 + 0.5 * i / pairs, 4) for i in range(pairs)],
+        "long_factor": [round(1.0 + 59.0 * (i / (pairs - 1)) ** 2, 4) for i in range(pairs)],
+    }
+
+
+def write_checkpoint(
+    folder: Path,
+    *,
+    seed: int = 0,
+    hidden_size: int = 64,
+    intermediate_size: int = 160,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    vocab_size: int | None = None,
+    max_position_embeddings: int = 4096,
+    original_max_position_embeddings: int = 4096,
+    rope_scaling: dict[str, Any] | None = None,
+    sliding_window: int | None = 2047,
+    dtype: str = "float32",
+    shards: int = 1,
+    gain: float = 1.5,
+    vocabulary: Vocabulary | None = None,
+    add_bos: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Path:
+    """Write a random Phi-3 checkpoint with its tokenizer into `folder`, made when absent.
+
+    Args:
+        folder: where the files go.
+        seed: of the weights; a tensor depends on the seed and its name only, so sharding changes no value.
+        hidden_size: width; `heads` divides it.
+        intermediate_size: width of the feed-forward part.
+        layers: number of blocks.
+        heads: attention heads.
+        kv_heads: key-value heads, as many as `heads` when None.
+        vocab_size: rows of the embedding; None: the vocabulary's length rounded up to a multiple of 32.
+        max_position_embeddings: context length.
+        original_max_position_embeddings: length up to which the short rope factors hold.
+        rope_scaling: as in ``config.json``; see `longrope`.
+        sliding_window: tokens a query attends to, as in ``config.json``.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        shards: number of safetensors files; an index is written when there are more than one.
+        gain: standard deviation of a matrix times the square root of its columns. Logits then spread like
+            `gain` times a unit normal: their order is decided far above rounding errors.
+        vocabulary: None: the Phi-3 vocabulary cut down to 300 merges.
+        add_bos: whether the tokenizer puts ``<s>`` in front of each text.
+        config: entries that replace or extend those of ``config.json``; a value of None is written as null.
+
+    Returns:
+        `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = vocabulary or phi3_vocabulary(merges=300)
+    rows = vocab_size or -(-len(vocabulary) // 32) * 32
+    kv_heads = kv_heads or heads
+    hf_config: dict[str, Any] = {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": vocabulary.id_of("<|endoftext|>"),
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "initializer_range": 0.02,
+        "intermediate_size": intermediate_size,
+        "max_position_embeddings": max_position_embeddings,
+        "model_type": "phi3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "original_max_position_embeddings": original_max_position_embeddings,
+        "pad_token_id": vocabulary.id_of("<|endoftext|>"),
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": rope_scaling,
+        "rope_theta": 10000.0,
+        "sliding_window": sliding_window,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "transformers_version": "4.49.0",
+        "use_cache": True,
+        "vocab_size": rows,
+    }
+    hf_config.update(config or {})
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(folder, vocabulary, add_bos=add_bos)
+    tensors = list(
+        phi3_tensors(
+            hidden_size, intermediate_size, layers, heads=heads, kv_heads=kv_heads, rows=rows, gain=gain
+        )
+    )
+    write_weights(folder, tensors, seed=seed, dtype=dtype, shards=shards)
+    return folder
+
+
+def phi3_tensors(
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    *,
+    heads: int,
+    kv_heads: int,
+    rows: int,
+    gain: float,
+) -> Iterator[Tensor]:
+    """Give the tensors of ``Phi3ForCausalLM`` in the order of ``state_dict()``."""
+    head_size = hidden_size // heads
+    qkv = (heads + 2 * kv_heads) * head_size
+    wide, narrow = gain / math.sqrt(hidden_size), gain / math.sqrt(intermediate_size)
+    yield Tensor("model.embed_tokens.weight", (rows, hidden_size), 1.0)
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        yield Tensor(f"{block}.self_attn.o_proj.weight", (hidden_size, hidden_size), wide)
+        yield Tensor(f"{block}.self_attn.qkv_proj.weight", (qkv, hidden_size), wide)
+        yield Tensor(f"{block}.mlp.gate_up_proj.weight", (2 * intermediate_size, hidden_size), wide)
+        yield Tensor(f"{block}.mlp.down_proj.weight", (hidden_size, intermediate_size), narrow)
+        yield Tensor(f"{block}.input_layernorm.weight", (hidden_size,), 0.1, 1.0)
+        yield Tensor(f"{block}.post_attention_layernorm.weight", (hidden_size,), 0.1, 1.0)
+    yield Tensor("model.norm.weight", (hidden_size,), 0.1, 1.0)
+    yield Tensor("lm_head.weight", (rows, hidden_size), wide)
+
+
+def write_weights(folder: Path, tensors: list[Tensor], *, seed: int, dtype: str, shards: int = 1) -> None:
+    """Write `tensors` as ``model.safetensors``, or as `shards` files and ``model.safetensors.index.json``."""
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors, seed=seed, dtype=dtype)
+        return
+    weight_map = {}
+    for i, part in enumerate(np.array_split(np.arange(len(tensors)), shards)):
+        name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        write_safetensors(folder / name, [tensors[j] for j in part], seed=seed, dtype=dtype)
+        weight_map.update({tensors[j].name: name for j in part})
+    size = sum(math.prod(tensor.shape) for tensor in tensors) * _ITEM_SIZES[dtype]
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: list[Tensor], *, seed: int, dtype: str) -> None:
+    """Write one safetensors file, tensor by tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * _ITEM_SIZES[dtype]
+        entry = {
+            "dtype": SAFETENSORS_DTYPES[dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, offset + size],
+        }
+        header[tensor.name] = entry
+        offset += size
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            file.write(_encode(tensor.values(seed), dtype).tobytes())
+
+
+_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return values.astype(dtype)

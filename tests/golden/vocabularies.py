@@ -1,0 +1,268 @@
+"""Phi-3 tokenizer files, written without the libraries that usually write them.
+
+The pieces are those of the real Phi-3 vocabulary (see ``tests/data/README.md``), whole or cut down to a few
+hundred; the files are those of a Phi-3 repository on the Hub: ``tokenizer.model``, ``tokenizer.json``,
+``added_tokens.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and ``generation_config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+
+VOCABULARY_GGUF = Path(__file__).parent.parent / "data" / "ggml-vocab-phi-3.gguf"
+
+UNKNOWN, CONTROL, USER_DEFINED, BYTE, NORMAL = 2, 3, 4, 6, 1
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One entry of ``tokenizer.model``."""
+
+    text: str
+    score: float
+    type: int = NORMAL
+
+
+@dataclasses.dataclass(frozen=True)
+class AddedToken:
+    """One entry of ``added_tokens`` in ``tokenizer.json``."""
+
+    id: int
+    text: str
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The pieces of ``tokenizer.model`` in id order, and the added tokens (some of which are pieces too)."""
+
+    pieces: tuple[Piece, ...]
+    added: tuple[AddedToken, ...]
+
+    def __len__(self) -> int:
+        return max(len(self.pieces), *(token.id + 1 for token in self.added))
+
+    def id_of(self, text: str) -> int:
+        """Give the id of an added token."""
+        return next(token.id for token in self.added if token.text == text)
+
+
+@functools.cache
+def phi3_vocabulary(merges: int | None = None) -> Vocabulary:
+    """Give the real Phi-3 vocabulary, or one cut down to its first `merges` merged pieces and ASCII.
+
+    Whole (`merges` None) it has 32,011 tokens with their real ids; a model pads its embedding to 32,064.
+    """
+    fields = GGUFReader(VOCABULARY_GGUF).fields
+    texts = fields["tokenizer.ggml.tokens"].contents()
+    scores = fields["tokenizer.ggml.scores"].contents()
+    names = [text for text in texts[32000:] if not text.startswith("[PAD")]
+    base = [Piece(*row) for row in zip(texts[:32000], scores[:32000], itertools.repeat(NORMAL))]
+    base[:3] = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
+    base[3:259] = [Piece(piece.text, 0.0, BYTE) for piece in base[3:259]]
+    if merges is not None:
+        kept = [piece for piece in base[259 + merges :] if piece.text == "▁" or piece.text in _ASCII]
+        base = base[: 259 + merges] + kept
+    # `<|end|>` and its like swallow the white space after them; of the base model's tokens only `</s>` does.
+    added = [
+        AddedToken(0, "<unk>"),
+        AddedToken(1, "<s>"),
+        AddedToken(2, "</s>", rstrip=True, special=False),
+        *(AddedToken(len(base) + i, name, rstrip=name != "<|endoftext|>") for i, name in enumerate(names)),
+    ]
+    return Vocabulary(tuple(base), tuple(added))
+
+
+_ASCII = {chr(code) for code in range(33, 127)}
+
+
+def write_tokenizer(
+    folder: Path, vocabulary: Vocabulary, *, add_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
+) -> None:
+    """Write the tokenizer files and ``generation_config.json`` of `vocabulary` into `folder`."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocabulary))
+    _write_json(folder / "tokenizer.json", tokenizer_json(vocabulary, add_bos=add_bos))
+    beyond = [token for token in vocabulary.added if token.id >= len(vocabulary.pieces)]
+    _write_json(folder / "added_tokens.json", {token.text: token.id for token in beyond})
+    decoder = {str(token.id): _added_token_fields(token) for token in vocabulary.added}
+    config: dict[str, Any] = {
+        "add_bos_token": add_bos,
+        "add_eos_token": False,
+        "added_tokens_decoder": decoder,
+        "bos_token": "<s>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "legacy": False,
+        "model_max_length": 4096,
+        "pad_token": "<|endoftext|>",
+        "padding_side": "left",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": "<unk>",
+        "use_default_system_prompt": False,
+    }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
+    _write_json(folder / "tokenizer_config.json", config)
+    roles = {
+        "bos_token": "<s>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<unk>",
+    }
+    special = {
+        role: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+        for role, text in roles.items()
+    }
+    _write_json(folder / "special_tokens_map.json", special)
+    ends = [vocabulary.id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
+    generation = {
+        "_from_model_config": True,
+        "bos_token_id": 1,
+        "eos_token_id": ends,
+        "pad_token_id": ends[0],
+    }
+    _write_json(folder / "generation_config.json", generation)
+
+
+def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str, Any]:
+    """Give the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
+    template: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
+    pair: list[dict[str, Any]] = [{"Sequence": {"id": "B", "type_id": 1}}]
+    if add_bos:
+        template.insert(0, {"SpecialToken": {"id": "<s>", "type_id": 0}})
+        pair.insert(0, {"SpecialToken": {"id": "<s>", "type_id": 1}})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": token.id, **_added_token_fields(token)} for token in vocabulary.added],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": template + pair,
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if add_bos else {},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": "<unk>",
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": {piece.text: i for i, piece in enumerate(vocabulary.pieces)},
+            "merges": _merges(vocabulary.pieces),
+        },
+    }
+
+
+def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
+    """Give a ``tokenizer.model``: SentencePiece's ``ModelProto``, byte-pair encoding with byte fallback.
+
+    Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+    """
+    pieces = b"".join(
+        _field(
+            1,
+            _field(1, piece.text.encode())
+            + b"\x15"
+            + struct.pack("<f", piece.score)
+            + _number(3, piece.type),
+        )
+        for piece in vocabulary.pieces
+    )
+    trainer = _number(3, 2) + _number(4, len(vocabulary.pieces)) + _number(35, 1)
+    trainer += _number(40, 0) + _number(41, 1) + _number(42, 2)
+    normalizer = _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)
+    return pieces + _field(2, trainer) + _field(3, normalizer)
+
+
+def _sentence_piece(piece: Piece) -> bytes:
+    score_key = b"\x15"  # field 2, four bytes
+    return (
+        _field(1, piece.text.encode()) + score_key + struct.pack("<f", piece.score) + _number(3, piece.type)
+    )
+
+
+def _merges(pieces: tuple[Piece, ...]) -> list[list[str]]:
+    # The order of transformers' conversion of slow tokenizers (`generate_merges`): best score first, then the
+    # longest left part. Without its order the long runs of spaces, whose scores are all equal, would differ.
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    ranked = []
+    for piece in pieces:
+        splits = [(piece.text[:i], piece.text[i:]) for i in range(1, len(piece.text))]
+        known = [(left, right) for left, right in splits if left in ids and right in ids]
+        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        ranked += [(piece.score, len(left), len(right), left, right) for left, right in known]
+    ranked.sort(key=lambda row: row[:3], reverse=True)
+    return [[left, right] for *_, left, right in ranked]
+
+
+def _added_token_fields(token: AddedToken) -> dict[str, Any]:
+    return {
+        "content": token.text,
+        "single_word": False,
+        "lstrip": token.lstrip,
+        "rstrip": token.rstrip,
+        "normalized": False,
+        "special": token.special,
+    }
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _field(field: int, payload: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(payload)) + payload
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
