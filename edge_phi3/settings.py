@@ -1,0 +1,290 @@
+"""Every option of the service, once.
+
+The flag ``--ctx-size``, the environment variable ``EDGE_PHI3_CTX_SIZE`` and the key ``ctx-size`` of a TOML
+file are one option, a field of `Settings`; flags win over the environment, which wins over the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
+from pydantic.types import JsonValue
+
+from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
+from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.settings_text import allowed_values, flag_of, key_of
+
+ENV_PREFIX = "EDGE_PHI3_"
+
+
+class SettingsError(EdgePhi3Error):
+    """An option has a value that it cannot have, or a configuration file that cannot be read."""
+
+
+def option(
+    default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any
+) -> Any:
+    """Declare one option: a pydantic field that also knows its group and metavar in ``--help``."""
+    extra: dict[str, JsonValue] = {"group": group, "metavar": metavar}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
+
+
+class Settings(BaseModel):
+    """The service's options, with their defaults, meanings and ranges."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str = option(
+        "demo",
+        "Model",
+        "What to serve: a preset's name, a Hub repository, a checkpoint folder or a GGUF file.",
+    )
+    quant: str = option("Q4_K_M", "Model", "The type that a checkpoint is quantised to.", metavar="TYPE")
+    store: Path | None = option(
+        None,
+        "Model",
+        "The folder of converted models; the user's cache folder when not given.",
+        metavar="DIR",
+    )
+    lora: tuple[tuple[Path, float], ...] = option(
+        (),
+        "Model",
+        "A LoRA adapter (GGUF) and its scale, 1 when not given; repeatable.",
+        metavar="FILE[=SCALE]",
+    )
+
+    ctx_size: int = option(
+        0,
+        "Engine",
+        "Tokens in the KV cache, shared by all sequences; 0 takes the model's context, at most 8192.",
+        ge=0,
+        le=1 << 20,
+    )
+    parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=256)
+    batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
+    threads: int = option(
+        0,
+        "Engine",
+        "The model's CPU threads; 0 takes the physical cores that the process may use.",
+        ge=0,
+        le=1024,
+    )
+    n_gpu_layers: int = option(
+        -1, "Engine", "Layers on the GPU; -1 takes all of them when there is a GPU.", ge=-1, le=1000
+    )
+    kv_cache_type: Literal["f32", "f16", "q8_0"] = option(
+        "f16", "Engine", "Element type of the KV cache: f32 is exact, q8_0 takes half of f16's memory."
+    )
+    flash_attn: Literal["auto", "on", "off"] = option("auto", "Engine", "Flash attention.")
+    window_chunk: int = option(
+        32, "Engine", "Tokens of a prompt fed at a time beyond the sliding window; 1 is exact.", ge=1, le=2047
+    )
+    prefix_cache: bool = option(True, "Engine", "Keep finished sequences as cache for later prompts.")
+
+    host: str = option(
+        "127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1
+    )
+    port: int = option(8080, "Server", "The TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
+    grace_period: float = option(
+        25.0, "Server", "Seconds that running requests have to finish after SIGTERM.", ge=0, le=86400
+    )
+    cors_origin: tuple[str, ...] = option(
+        (),
+        "Server",
+        "A web origin whose pages may call this, * for any; repeatable.",
+        metavar="ORIGIN",
+    )
+    metrics_prefix: str = option(
+        "edge_phi3_",
+        "Server",
+        "What the names of Prometheus metrics start with; vllm: makes them those of vLLM's dashboards.",
+        pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]*$",
+    )
+
+    api_key: tuple[SecretStr, ...] = option(
+        (),
+        "Access",
+        "A key that clients must send; repeatable. Without keys the service is open.",
+        metavar="KEY",
+    )
+    api_key_file: Path | None = option(None, "Access", "A file with one key a line.", metavar="FILE")
+    rate_limit: str | None = option(
+        None,
+        "Access",
+        "Requests that one key, or one address without keys, may make: 60/minute, 5/second, 1000/hour.",
+        metavar="N/UNIT",
+        pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
+    )
+
+    max_queue: int = option(
+        256, "Limits", "Requests that may wait; one more is answered 429 with Retry-After.", ge=0, le=100_000
+    )
+    request_timeout: float = option(
+        600.0, "Limits", "Seconds that a request may take, waiting included; 0 sets no limit.", ge=0, le=86400
+    )
+    max_new_tokens: int = option(
+        4096, "Limits", "Tokens that a request may ask for in each sequence; 0 sets no limit.", ge=0
+    )
+    max_sequences: int = option(
+        64, "Limits", "What num_beams x num_return_sequences of a request may be.", ge=1, le=65536
+    )
+    max_body_size: ByteSize = option(
+        ByteSize(4 << 20),
+        "Limits",
+        "Bytes that the body of a request may have.",
+        metavar="SIZE",
+        ge=1024,
+        le=1 << 30,
+    )
+
+    log_format: Literal["text", "json"] = option("text", "Logs", "Log lines for people or for machines.")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "Logs", "The least that is logged."
+    )
+    log_prompts: bool = option(False, "Logs", "Also log prompts and answers.")
+
+    @field_validator("api_key", "cors_origin", "lora", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """Take the comma-separated form that an environment variable has."""
+        return _parts(value) if isinstance(value, str) else value
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _parse_lora(cls, value: object) -> object:
+        return (
+            [_lora(item) if isinstance(item, str) else item for item in value]
+            if isinstance(value, list | tuple)
+            else value
+        )
+
+    @field_validator("api_key")
+    @classmethod
+    def _refuse_short_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(not key.get_secret_value().isascii() or not key.get_secret_value().strip() for key in value):
+            raise ValueError("a key is made of ASCII characters and is not empty")
+        return value
+
+    @field_validator("quant")
+    @classmethod
+    def _known_quantization(cls, value: str) -> str:
+
+        try:
+            return quantization_type(value).name
+        except UnknownQuantizationError as error:
+            raise ValueError(str(error)) from error
+
+    @field_serializer("lora")
+    def _write_lora(self, value: tuple[tuple[Path, float], ...]) -> list[str]:
+        return [f"{path}={scale:g}" for path, scale in value]
+
+    @classmethod
+    def load(cls, flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> Self:
+        """Gather the options from flags, the environment, and a file, in this order of precedence.
+
+        Args:
+            flags: options given on the command line, by field name.
+            config_file: a TOML file with flag names as keys.
+
+        Raises:
+            SettingsError: a value, a key, or the file is wrong. The message names the flag, variable or key.
+        """
+        sources: list[tuple[str, Mapping[str, object]]] = [
+            ("{flag}", flags or {}),
+            ("{env}", _environment()),
+            (f"{{key}} in {config_file}", _read_toml(config_file) if config_file else {}),
+        ]
+        merged: dict[str, object] = {}
+        origin: dict[str, str] = {}
+        for place, values in sources:
+            for name, value in values.items():
+                if name not in merged:
+                    merged[name] = value
+                    origin[name] = place.format(
+                        flag=flag_of(name), env=ENV_PREFIX + name.upper(), key=flag_of(name)[2:]
+                    )
+        try:
+            settings = cls.model_validate(merged)
+        except ValidationError as error:
+            raise SettingsError(_explain(error, merged, origin)) from None
+        settings.api_keys()
+        return settings
+
+    def api_keys(self) -> list[str]:
+        """Give the keys that clients may send, those of `api_key_file` too; none when the service is open.
+
+        Raises:
+            SettingsError: the file cannot be read, or holds no key.
+        """
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="ascii").splitlines()
+            except (OSError, UnicodeError) as error:
+                raise SettingsError(f"--api-key-file: {self.api_key_file} cannot be read: {error}.") from None
+            found = [line.strip() for line in lines if line.strip()]
+            if not found:
+                raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
+            keys += found
+        return keys
+
+
+def _environment() -> dict[str, object]:
+    """Give the options in the environment; an empty variable counts as not set.
+
+    Kubernetes sets ``EDGE_PHI3_PORT=tcp://10.0.0.1:80`` in every pod beside a Service of the name edge-phi3.
+    That is the Service's address and not our option.
+    """
+    found = {name: os.environ.get(ENV_PREFIX + name.upper(), "") for name in Settings.model_fields}
+    return {name: value for name, value in found.items() if value and not (name == "port" and "://" in value)}
+
+
+def _read_toml(path: Path) -> dict[str, object]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The configuration file {path} is not valid TOML: {error}.") from None
+    values = {key.replace("-", "_"): value for key, value in content.items()}
+    for key in values:
+        if key not in Settings.model_fields:
+            close = difflib.get_close_matches(key, Settings.model_fields, n=3)
+            hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
+            raise SettingsError(
+                f"The configuration file {path} has the key {key!r}, which is no option.{hint}"
+            )
+    return values
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _lora(text: str) -> tuple[str, str | float]:
+    path, separator, scale = text.rpartition("=")
+    return (path, scale) if separator else (text, 1.0)
+
+
+def _explain(error: ValidationError, values: Mapping[str, object], origin: Mapping[str, str]) -> str:
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    shown = "the value" if name.startswith("api_key") else repr(values[name])
+    if first["type"] == "value_error":
+        return f"{origin[name]}: {shown} is not allowed: {first['ctx']['error']}".rstrip(".") + "."
+    return f"{origin[name]}: {shown} is not allowed; give {allowed_values(Settings.model_fields[name])}."

@@ -1,0 +1,104 @@
+"""Options in words: what a field allows, how it is called, and a whole configuration as TOML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+
+if TYPE_CHECKING:
+    from edge_phi3.settings import Settings
+
+
+def flag_of(name: str) -> str:
+    """Give what a field is called on the command line: ``--ctx-size``, but ``MODEL`` for the argument."""
+    return "MODEL" if name == "model" else f"--{key_of(name)}"
+
+
+def key_of(name: str) -> str:
+    """Give what a field is called in a TOML file: ``ctx_size`` -> ``ctx-size``."""
+    return name.replace("_", "-")
+
+
+def group_of(field: FieldInfo) -> str:
+    """Give the heading under which ``--help`` shows a field."""
+    return str(_extra(field)["group"])
+
+
+def metavar_of(field: FieldInfo) -> str | None:
+    """Give the placeholder of a field's value in ``--help``, or None to show its type."""
+    metavar = _extra(field)["metavar"]
+    return None if metavar is None else str(metavar)
+
+
+def choices_of(field: FieldInfo) -> tuple[str, ...]:
+    """Give the words that a field may be, empty when it is not a choice of words."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """Say what a field may be: "a whole number from 0 to 65535", "one of f32, f16, q8_0"."""
+    if choices := choices_of(field):
+        return f"one of {', '.join(choices)}"
+    metavar = metavar_of(field)
+    if field.annotation is ByteSize:
+        return f"a size such as 4MiB or 65536, {_range(field)}"
+    if field.annotation is int:
+        return f"a whole number {_range(field)}"
+    if field.annotation is float:
+        return f"a number {_range(field)}"
+    if field.annotation is bool:
+        return "true or false"
+    example = {"N/UNIT": "a count and a unit such as 60/minute (second, minute, hour, day)"}
+    return example.get(metavar or "", f"{metavar}" if metavar else "a text that is not empty")
+
+
+def to_toml(settings: Settings) -> str:
+    """Write all options as a TOML file that `Settings.load` reads back, each with its meaning as a comment.
+
+    Keys of clients are not written: they belong in a file of their own or in the environment.
+    """
+    return "\n".join(_toml_lines(settings)) + "\n"
+
+
+def _toml_lines(settings: Settings) -> Iterator[str]:
+    values = settings.model_dump()
+    group = ""
+    for name, field in type(settings).model_fields.items():
+        if group_of(field) != group:
+            group = group_of(field)
+            yield f"{'' if group == 'Model' else chr(10)}# -- {group} --"
+        yield f"# {field.description}"
+        key = key_of(name)
+        value = values[name]
+        if name == "api_key":
+            yield f"# {key} = [] # {len(value)} given, not shown"
+        elif value is None:
+            yield f"# {key} ="
+        else:
+            yield f"{key} = {_toml_value(value)}"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    # A JSON string, number or boolean is also a TOML one.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _range(field: FieldInfo) -> str:
+    low = next((item.ge for item in field.metadata if getattr(item, "ge", None) is not None), None)
+    high = next((item.le for item in field.metadata if getattr(item, "le", None) is not None), None)
+    return f"of at least {low}" if high is None else f"from {low} to {high}"
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
