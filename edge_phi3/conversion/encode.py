@@ -1,0 +1,105 @@
+"""Checkpoint values -> GGUF values, with the bytes of llama.cpp's converter.
+
+Every conversion from a 16-bit type to another element type is one look-up in a table of its 65,536 results,
+made once by the reference function; that is several times faster than converting. Q8_0 and conversions from
+float32 call the reference functions of the ``gguf`` package.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, quants
+from gguf import GGMLQuantizationType as GgmlType
+from numpy.typing import NDArray
+
+from edge_phi3.conversion.errors import CheckpointError, ConversionError
+
+STORED_TYPES = {"F32": GgmlType.F32, "F16": GgmlType.F16, "BF16": GgmlType.BF16}
+"""The safetensors dtypes of weights that can be converted, and the GGUF type that holds the same values."""
+
+_EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
+_MAGNITUDE = np.uint16(0x7FFF)
+_LARGEST_Q8_0 = 127 * 65504.0
+
+
+def encoded_size(size: int, target: GgmlType) -> int:
+    """Give the bytes that `size` values take in the type `target`."""
+    block, block_bytes = GGML_QUANT_SIZES[target]
+    return int(size // block * block_bytes)
+
+
+def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType:
+    """Give the type that a tensor is written in, by the rules of llama.cpp's converter.
+
+    Vectors and norms stay F32; a matrix whose rows are no multiple of the block size of `wanted` falls back
+    to F16.
+    """
+    if len(shape) <= 1 or name.endswith("_norm.weight"):
+        return GgmlType.F32
+    if shape[-1] % GGML_QUANT_SIZES[wanted][0]:
+        return GgmlType.F16
+    return wanted
+
+
+def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> NDArray[Any]:
+    """Convert values of one tensor.
+
+    Args:
+        values: shape (n,), as `StoredTensor.read` gives them; n is a multiple of the block size of `target`.
+        dtype: the safetensors dtype of `values`: F32, F16 or BF16.
+        target: F32, F16, BF16 or Q8_0.
+        name: the tensor's name, for errors.
+
+    Returns:
+        A contiguous array with the bytes to write; `values` itself when nothing changes.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+        ConversionError: a value is too large for `target`.
+    """
+    _refuse_non_finite(values, dtype, name)
+    if STORED_TYPES[dtype] == target:
+        return values
+    if target == GgmlType.Q8_0:
+        wide = _to_float32(values, dtype)
+        if max(wide.max(), -wide.min()) > _LARGEST_Q8_0:
+            raise _overflow(name, "q8_0")
+        return np.asarray(quants.quantize(wide.reshape(1, -1), target))
+    if dtype == "F32":
+        with np.errstate(over="ignore"):
+            encoded = np.asarray(quants.quantize(values.reshape(1, -1), target)).view(np.uint16)
+    else:
+        table = _table(dtype, target)
+        encoded = np.empty(len(values), table.dtype)
+        # "wrap" never wraps here (the table has an entry for every index) and spares a pass of bounds checks.
+        np.take(table, values, out=encoded, mode="wrap")
+    if target == GgmlType.F16 and ((encoded & _MAGNITUDE).max() >= _EXPONENT["F16"]):
+        raise _overflow(name, "f16")
+    return encoded
+
+
+def _overflow(name: str, outtype: str) -> ConversionError:
+    return ConversionError(f"{name} has values too large for {outtype}; convert to bf16 or f32.")
+
+
+def _refuse_non_finite(values: NDArray[Any], dtype: str, name: str) -> None:
+    finite = bool(np.isfinite(values).all()) if dtype == "F32" else bool((values & _MAGNITUDE).max() < _EXPONENT[dtype])
+    if not finite:
+        raise CheckpointError(f"{name} has NaN or infinite values; such a model cannot answer. Download it again.")
+
+
+def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.view(np.float16).astype(np.float32) if dtype == "F16" else values
+
+
+@functools.cache
+def _table(dtype: str, target: GgmlType) -> NDArray[Any]:
+    every = _to_float32(np.arange(1 << 16, dtype=np.uint16), dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        table: NDArray[Any] = quants.quantize(every.reshape(1, -1), target)[0]
+    return table.view(np.float32 if target == GgmlType.F32 else np.uint16)

@@ -1,0 +1,150 @@
+"""The ``general.*`` keys of a GGUF, and what the checkpoint says on generation.
+
+``general.name`` always contains "phi-3", because llama.cpp strips the white space after ``<|user|>``,
+``<|end|>`` and ``<|assistant|>`` (as Phi-3's tokenizer does) only in models called so. Beyond llama.cpp's
+own keys these are written:
+
+- ``general.source.huggingface.repository``, ``general.source.huggingface.revision`` (strings): where the
+  checkpoint came from;
+- ``edge_phi3.generation.eos_token_ids`` (int32 array): every token of ``generation_config.json`` that ends
+  a generation. llama.cpp learns of them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>``
+  by their text, and takes two more as its EOM and EOT tokens;
+- ``edge_phi3.generation.pad_token_id`` (uint32);
+- ``edge_phi3.generation.config`` (string): ``generation_config.json`` as a JSON object, for its sampling
+  defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from typing import Any
+
+import gguf
+
+from edge_phi3.conversion.checkpoint import Checkpoint
+from edge_phi3.conversion.errors import CheckpointError
+
+SOURCE_REPOSITORY_KEY = "general.source.huggingface.repository"
+SOURCE_REVISION_KEY = "general.source.huggingface.revision"
+EOS_TOKEN_IDS_KEY = "edge_phi3.generation.eos_token_ids"  # noqa: S105 - a key, no secret
+PAD_TOKEN_ID_KEY = "edge_phi3.generation.pad_token_id"  # noqa: S105 - a key, no secret
+GENERATION_CONFIG_KEY = "edge_phi3.generation.config"
+
+_logger = logging.getLogger(__name__)
+
+# Texts by which llama.cpp recognises an end of generation (llama-vocab.cpp), as far as they occur in Phi-3.
+_ENDS_BY_TEXT = {"<|end|>", "<|endoftext|>", "</s>"}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceInfo:
+    """Where a checkpoint came from.
+
+    Attributes:
+        repository: ``owner/name`` on the Hub.
+        revision: the commit.
+    """
+
+    repository: str
+    revision: str | None = None
+
+
+def source_of(checkpoint: Checkpoint) -> SourceInfo | None:
+    """Tell from the path whether a checkpoint lies in the Hub's cache, and which snapshot it is."""
+    pattern = r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$"
+    found = re.search(pattern, checkpoint.folder.absolute().as_posix())
+    return SourceInfo(f"{found['owner']}/{found['name']}", found["revision"]) if found else None
+
+
+def write_general_metadata(
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, source: SourceInfo | None, parameters: int
+) -> None:
+    """Add the ``general.*`` keys that describe the model: name, size, licence, and where it came from."""
+    source = source or source_of(checkpoint)
+    card = _model_card(checkpoint)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(model_name(checkpoint, source))
+    writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
+    for key, add in (
+        ("license", writer.add_license),
+        ("license_name", writer.add_license_name),
+        ("license_link", writer.add_license_link),
+    ):
+        if isinstance(value := card.get(key), str):
+            add(value)
+    for key, add_list in (("tags", writer.add_tags), ("language", writer.add_languages)):
+        values = card.get(key)
+        values = [values] if isinstance(values, str) else values
+        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            add_list(values)
+    if source is not None:
+        writer.add_organization(source.repository.partition("/")[0])
+        writer.add_source_repo_url(f"https://huggingface.co/{source.repository}")
+        writer.add_string(SOURCE_REPOSITORY_KEY, source.repository)
+        if source.revision is not None:
+            writer.add_string(SOURCE_REVISION_KEY, source.revision)
+
+
+def model_name(checkpoint: Checkpoint, source: SourceInfo | None) -> str:
+    """Give the model's name: of its repository, else of ``config.json``, else of its folder."""
+    stated = checkpoint.config.get("_name_or_path")
+    full = source.repository if source else stated if isinstance(stated, str) and stated else ""
+    name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name
+    lowered = name.lower()
+    return name if "phi-3" in lowered or "phi3" in lowered else f"Phi-3 {name}".strip()
+
+
+def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokens: list[str]) -> None:
+    """Add the tokens that end a generation, the padding token and the sampling defaults.
+
+    Raises:
+        CheckpointError: ``generation_config.json`` or ``config.json`` names a token that the vocabulary
+            lacks.
+    """
+    ends = _token_ids(checkpoint, "eos_token_id", len(tokens))
+    pads = _token_ids(checkpoint, "pad_token_id", len(tokens))
+    if ends:
+        writer.add_array(EOS_TOKEN_IDS_KEY, ends)
+        stated = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)
+        known = {stated.value} if stated else set()
+        unknown = [end for end in ends if end not in known and tokens[end] not in _ENDS_BY_TEXT]
+        # EOM first: EOT has a meaning of its own, the end of a turn, which llama.cpp finds by the text
+        # "<|end|>".
+        for end, add in zip(unknown, (writer.add_eom_token_id, writer.add_eot_token_id), strict=False):
+            add(end)
+        if len(unknown) > 2:
+            _logger.warning(
+                "llama.cpp's own tools will not end a generation on %s, only edge-phi3 will.",
+                ", ".join(tokens[end] for end in unknown[2:]),
+            )
+    if pads:
+        writer.add_uint32(PAD_TOKEN_ID_KEY, pads[0])
+    config = {
+        name: value
+        for name, value in checkpoint.generation_config.items()
+        if name not in ("transformers_version", "_from_model_config")
+    }
+    if config:
+        writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
+
+
+def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:
+    file = "generation_config.json" if name in checkpoint.generation_config else "config.json"
+    value = checkpoint.generation_config.get(name, checkpoint.config.get(name))
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for token_id in ids:
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise CheckpointError(f"{file}: {name} holds {token_id!r}, but ids go from 0 to {vocab_size - 1}.")
+    return ids
+
+
+def _model_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    try:
+        card: dict[str, Any] = gguf.Metadata.load_model_card(checkpoint.folder)
+    except Exception as error:  # noqa: BLE001 - the card is prose; no mistake in it makes the model unfit
+        _logger.warning("README.md of the checkpoint has no readable metadata: %s", error)
+        return {}
+    return card
