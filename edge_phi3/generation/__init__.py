@@ -1,1 +1,70 @@
-"""What ``generate()`` means, in NumPy: knows neither llama.cpp nor HTTP."""
+"""What ``generate()`` means, in NumPy: knows neither llama.cpp nor HTTP.
+
+A request becomes a `GenerationConfig` (`GenerationConfig.resolve`) and then a `Decoder` (`make_decoder`).
+Whoever runs the model calls `advance` once per step with the logits of all running requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
+from edge_phi3.generation.decoding import (
+    Decoder,
+    FinishReason,
+    GenerationError,
+    GenerationResult,
+    Step,
+    TokenScore,
+    advance,
+)
+from edge_phi3.generation.sampling import SequenceDecoder
+from edge_phi3.generation.stopping import Stopping
+
+__all__ = [
+    "API_DEFAULTS",
+    "Decoder",
+    "FinishReason",
+    "GenerationConfig",
+    "GenerationError",
+    "GenerationResult",
+    "ModelDefaults",
+    "ParameterError",
+    "Step",
+    "TokenScore",
+    "advance",
+    "make_decoder",
+]
+
+
+def make_decoder(
+    config: GenerationConfig,
+    prompt: NDArray[np.int32],
+    *,
+    vocabulary: Sequence[str | None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Decoder:
+    """Make the decoder of one request.
+
+    Args:
+        config: what the request asks for.
+        prompt: token ids of the prompt, shape (n,), at least one.
+        vocabulary: the text of each token id inside a sentence (None where an id has no token); needed for
+            ``stop_strings`` only.
+        clock: seconds that only grow; ``max_time`` counts from this call.
+
+    Returns:
+        A decoder that wants one row of logits: those of the prompt's last token.
+
+    Raises:
+        ParameterError: the prompt leaves no room for a token.
+        ValueError: the prompt is empty, or the vocabulary is missing.
+    """
+    if len(prompt) == 0:
+        raise ValueError("A prompt needs at least one token; an empty text starts with `bos_token_id`.")
+    stopping = Stopping(config, len(prompt), vocabulary, clock)
+    return SequenceDecoder(config, np.asarray(prompt, dtype=np.int32), stopping)

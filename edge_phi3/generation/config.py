@@ -1,0 +1,322 @@
+"""`GenerationConfig`: what one request asks of ``generate()``, merged, typed and validated."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NoReturn
+
+from edge_phi3.generation.parameters import PARAMETERS, REFUSED, Null, ParameterError
+
+__all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
+
+API_DEFAULTS: Final[Mapping[str, object]] = {
+    "max_length": 200,
+    "min_length": 0,
+    "do_sample": True,
+    "early_stopping": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 10,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+"""What a request means where it is silent. These win over the model's ``generation_config.json``."""
+
+DEFAULT_NEW_TOKENS: Final = 20
+"""Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the
+prompt)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDefaults:
+    """What a model says about generation.
+
+    Attributes:
+        vocab_size: rows of the output matrix; token ids lie below it.
+        bos_token_id: the token that an empty prompt starts with.
+        eos_token_ids: the tokens that end a sequence.
+        pad_token_id: the token that finished sequences would be padded with.
+        context_length: ``max_position_embeddings``.
+        generation: the model's ``generation_config.json``, parsed. Names that transformers does not know are
+            ignored, as it does.
+        max_sequences: how many sequences one request may hold at once (beams, or returned sequences).
+    """
+
+    vocab_size: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    context_length: int
+    generation: Mapping[str, object] = field(default_factory=dict)
+    max_sequences: int = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """Every parameter of one request, merged and validated. Follows the class of the same name in transformers.
+
+    Parameters that are off hold the value that switches them off (`temperature` 1, `top_k` 0, `min_p` None,
+    an empty tuple, ...). Attributes are described in ``docs/parameters.md`` under their names.
+    """
+
+    vocab_size: int
+    context_length: int
+    max_length: int | None
+    max_new_tokens: int | None
+    min_length: int
+    min_new_tokens: int | None
+    early_stopping: bool | Literal["never"]
+    max_time: float | None
+    stop_strings: tuple[str, ...]
+    do_sample: bool
+    num_beams: int
+    num_beam_groups: int
+    num_return_sequences: int
+    diversity_penalty: float | None
+    length_penalty: float
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float | None
+    typical_p: float
+    epsilon_cutoff: float
+    eta_cutoff: float
+    repetition_penalty: float
+    encoder_repetition_penalty: float
+    no_repeat_ngram_size: int
+    encoder_no_repeat_ngram_size: int
+    bad_words_ids: tuple[tuple[int, ...], ...]
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...]
+    renormalize_logits: bool
+    forced_bos_token_id: int | None
+    forced_eos_token_id: tuple[int, ...]
+    remove_invalid_values: bool
+    exponential_decay_length_penalty: tuple[int, float] | None
+    suppress_tokens: tuple[int, ...]
+    begin_suppress_tokens: tuple[int, ...]
+    output_scores: bool
+    return_dict_in_generate: bool
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+    seed: int | None
+
+    @classmethod
+    def resolve(cls, requested: Mapping[str, object], defaults: ModelDefaults) -> GenerationConfig:
+        """Merge a request over the API's defaults, the model's file and transformers' defaults.
+
+        The order is the original service's: a name in the request wins, then the API's default, then the
+        model's file, then transformers. A null in the request stands for "not set", as ``docs/parameters.md``
+        tells for each.
+
+        Args:
+            requested: the ``generate_kwargs`` of a request, as parsed from JSON.
+            defaults: the model's side.
+
+        Returns:
+            The validated configuration.
+
+        Raises:
+            ParameterError: a name is unknown or unsupported, a value has the wrong type or is out of range,
+                or two parameters contradict each other where transformers refuses them.
+        """
+        for name, value in requested.items():
+            if name not in PARAMETERS:
+                _refuse_unsupported(name, value)
+        for name, value in defaults.generation.items():
+            refused = REFUSED.get(name)
+            if refused is not None and refused.changes_tokens and not refused.accepts(value):
+                source = "The model's generation_config.json sets"
+                raise ParameterError(name, f"{source} `{name}`, which is not supported: {refused.reason}.")
+        values = {name: _merged(name, requested, defaults) for name in PARAMETERS}
+        if values["max_length"] == DEFAULT_NEW_TOKENS and requested.get("max_length") is None:
+            values["max_length"] = None
+        config = cls(vocab_size=defaults.vocab_size, context_length=defaults.context_length, **values)
+        _validate(config, requested, defaults)
+        return config
+
+    @property
+    def is_beam_search(self) -> bool:
+        """Whether beams are searched, rather than sequences continued one by one."""
+        return self.num_beams > 1
+
+    @property
+    def records_scores(self) -> bool:
+        """Whether the reply holds the score of each token."""
+        return self.return_dict_in_generate and self.output_scores
+
+    def total_length(self, prompt_length: int) -> int:
+        """Give the largest length of a sequence, prompt included.
+
+        ``max_new_tokens`` wins over ``max_length``. With neither set, `DEFAULT_NEW_TOKENS` are added to the
+        prompt, up to the context length.
+
+        Args:
+            prompt_length: tokens of the prompt.
+
+        Raises:
+            ParameterError: the prompt leaves no room for a token.
+        """
+        if self.max_new_tokens is not None:
+            return prompt_length + self.max_new_tokens
+        if self.max_length is not None:
+            if self.max_length <= prompt_length:
+                message = (
+                    f"`max_length` is {self.max_length}, but the prompt alone has {prompt_length} tokens: give a"
+                    " larger `max_length`, or `max_new_tokens`, or a shorter prompt."
+                )
+                raise ParameterError("max_length", message)
+            return self.max_length
+        total = min(prompt_length + DEFAULT_NEW_TOKENS, self.context_length)
+        if total <= prompt_length:
+            message = (
+                f"The prompt has {prompt_length} tokens, which leaves no room in the model's context of"
+                f" {self.context_length}: shorten the prompt."
+            )
+            raise ParameterError("max_length", message)
+        return total
+
+    def least_length(self, prompt_length: int) -> int:
+        """Give the length, prompt included, below which no sequence may end."""
+        if self.min_new_tokens is not None:
+            return prompt_length + self.min_new_tokens
+        return self.min_length
+
+
+def _refuse_unsupported(name: str, value: object) -> None:
+    refused = REFUSED.get(name)
+    if refused is None:
+        near = difflib.get_close_matches(name, PARAMETERS, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ParameterError(name, f"`{name}` is not a generation parameter.{hint}")
+    if not refused.accepts(value):
+        raise ParameterError(name, f"`{name}` is not supported: {refused.reason}.")
+
+
+def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults) -> Any:
+    parameter = PARAMETERS[name]
+    if name in requested:
+        value = requested[name]
+        if value is not None:
+            return parameter.read(name, value)
+        if parameter.null is not Null.INHERIT:
+            return parameter.null
+    elif name in API_DEFAULTS:
+        return API_DEFAULTS[name]
+    match name:
+        case "eos_token_id":
+            return defaults.eos_token_ids
+        case "bos_token_id":
+            return defaults.bos_token_id
+        case "pad_token_id":
+            return defaults.pad_token_id
+    if name in defaults.generation:
+        value = defaults.generation[name]
+        if value is None:
+            return parameter.default if parameter.null is Null.INHERIT else parameter.null
+        try:
+            return parameter.read(name, value)
+        except ParameterError as error:
+            raise ParameterError(name, f"In the model's generation_config.json: {error}") from error
+    return parameter.default
+
+
+def _validate(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
+    _validate_strategy(config, requested, defaults)
+    if config.do_sample:
+        _validate_warpers(config)
+    for name in ("repetition_penalty", "encoder_repetition_penalty"):
+        if getattr(config, name) <= 0:
+            raise ParameterError(name, f"`{name}` must be above 0, but is {getattr(config, name)}.")
+    _validate_tokens(config)
+
+
+def _validate_strategy(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
+    penalty = config.diversity_penalty
+    groups, beams, returned = config.num_beam_groups, config.num_beams, config.num_return_sequences
+    for name, count in (("num_beams", beams), ("num_return_sequences", returned)):
+        if count > defaults.max_sequences:
+            _fail(name, f"must be at most {defaults.max_sequences}, the sequences one request may hold", count)
+    if beams > 1:
+        if groups > 1 and config.do_sample:
+            _fail(
+                "num_beam_groups",
+                "must be 1 when `do_sample` is true: group beam search does not sample",
+                groups,
+            )
+        if beams % groups:
+            _fail("num_beam_groups", f"must divide `num_beams` ({beams})", groups)
+        if groups > 1 and penalty == 0:
+            _fail(
+                "diversity_penalty",
+                "must be above 0 with `num_beam_groups` above 1, or the groups are equal",
+                penalty,
+            )
+        if penalty and config.do_sample:
+            _fail(
+                "diversity_penalty",
+                "must be 0 when `do_sample` is true: group beam search does not sample",
+                penalty,
+            )
+        if penalty and groups == 1:
+            _fail("diversity_penalty", "needs `num_beam_groups` above 1", penalty)
+        if returned > beams:
+            _fail("num_return_sequences", f"must be at most `num_beams` ({beams})", returned)
+    else:
+        if penalty is not None and penalty > 0:
+            _fail("diversity_penalty", "needs `num_beams` and `num_beam_groups` above 1", penalty)
+        # A null `do_sample` chooses greedily too, but transformers lets it return several (equal) sequences.
+        greedy = not config.do_sample and requested.get("do_sample", False) is not None
+        if returned > 1 and greedy:
+            _fail(
+                "num_return_sequences",
+                "must be 1 for greedy decoding: set `do_sample` or `num_beams`",
+                returned,
+            )
+
+
+def _validate_warpers(config: GenerationConfig) -> None:
+    # transformers checks these only when it samples: `temperature` 0 is fine with `do_sample` false.
+    if config.temperature <= 0:
+        _fail("temperature", "must be above 0; set `do_sample` to false for greedy decoding", config.temperature)
+    if config.top_k < 0:
+        _fail("top_k", "must be at least 0 (0: off)", config.top_k)
+    if not 0 <= config.top_p <= 1:
+        _fail("top_p", "must lie in [0, 1]", config.top_p)
+    if config.min_p is not None and not 0 <= config.min_p <= 1:
+        _fail("min_p", "must lie in [0, 1]", config.min_p)
+    if not 0 < config.typical_p <= 1:
+        _fail("typical_p", "must lie in (0, 1]", config.typical_p)
+    for name in ("epsilon_cutoff", "eta_cutoff"):
+        if not 0 <= getattr(config, name) < 1:
+            _fail(name, "must lie in [0, 1) (0: off)", getattr(config, name))
+
+
+def _validate_tokens(config: GenerationConfig) -> None:
+    named: list[tuple[str, tuple[int, ...]]] = [
+        ("eos_token_id", config.eos_token_id),
+        ("forced_eos_token_id", config.forced_eos_token_id),
+        ("sequence_bias", tuple(token for phrase, _ in config.sequence_bias for token in phrase)),
+        ("bad_words_ids", tuple(token for phrase in config.bad_words_ids for token in phrase)),
+    ]
+    for name in ("bos_token_id", "pad_token_id", "forced_bos_token_id"):
+        token = getattr(config, name)
+        named.append((name, () if token is None else (token,)))
+    for name, tokens in named:
+        for token in tokens:
+            if token >= config.vocab_size:
+                _fail(name, f"must hold token ids below {config.vocab_size}, the size of the vocabulary", token)
+    ends = {(token,) for token in config.eos_token_id}
+    if config.bad_words_ids and all(phrase in ends for phrase in config.bad_words_ids):
+        message = "`bad_words_ids` bans only end-of-sequence tokens, which cannot be banned: use `min_length`."
+        raise ParameterError("bad_words_ids", message)
+    if config.exponential_decay_length_penalty and (not config.eos_token_id or min(config.eos_token_id) < 0):
+        message = "`exponential_decay_length_penalty` needs an `eos_token_id` to favour."
+        raise ParameterError("exponential_decay_length_penalty", message)
+
+
+def _fail(name: str, rule: str, value: object) -> NoReturn:
+    raise ParameterError(name, f"`{name}` {rule}, but is {value}.")

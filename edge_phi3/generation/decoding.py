@@ -1,0 +1,200 @@
+"""One face for all decoding modes: what the engine holds per request, and calls once per step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.generation.history import TokenHistory
+from edge_phi3.generation.logits import Scores
+
+FinishReason = Literal["stop", "stop_string", "length", "time"]
+
+NO_ROWS: Final = np.empty(0, dtype=np.intp)
+NO_TOKENS: Final = np.empty(0, dtype=np.int32)
+
+
+class GenerationError(EdgePhi3Error):
+    """A request's scores left no token to choose: they held NaN or infinity, or all were banned."""
+
+
+class TokenScore(NamedTuple):
+    """How one chosen token scored.
+
+    Attributes:
+        token_id: the token.
+        score: its processed score.
+        logprob: log-softmax of the processed scores at the token; in beam modes the transition score, which
+            is `score` itself.
+    """
+
+    token_id: int
+    score: float
+    logprob: float
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step asks of the engine, and what it may already send on.
+
+    Attributes:
+        parents: shape (n,). The next step wants n rows of logits; row i continues row ``parents[i]`` of this
+            step. Empty when the request is finished.
+        tokens: shape (n,), the token that row i is continued with.
+        sequences: for row i, the index of the returned sequence that it belongs to (empty in beam modes).
+        emitted: (sequence index, token) for every returned sequence that got a token, those that ended
+            included. Always empty in beam modes, whose sequences are known only at the end.
+    """
+
+    parents: NDArray[np.intp]
+    tokens: NDArray[np.int32]
+    sequences: Sequence[int] = ()
+    emitted: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """What a request generated.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        sequences: token ids of each returned sequence, prompt included, without padding.
+        finish_reasons: why each ended: "stop" (a token of ``eos_token_id``), "stop_string", "length" or
+            "time".
+        sequences_scores: final beam score of each sequence; None outside beam modes.
+        scores: for each sequence, the scores of its generated tokens; None unless asked for. In beam modes,
+            the end token that transformers appends to beams which a stop string or ``max_time`` cut off has
+            no score.
+    """
+
+    prompt_length: int
+    sequences: list[NDArray[np.int32]] = field(default_factory=list)
+    finish_reasons: list[FinishReason] = field(default_factory=list)
+    sequences_scores: list[float] | None = None
+    scores: list[list[TokenScore]] | None = None
+
+
+class Processor(Protocol):
+    """A logits processor bound to one request."""
+
+    def __call__(self, tokens: NDArray[np.int32], scores: Scores) -> None:
+        """Change the scores in place.
+
+        Args:
+            tokens: token ids so far, shape (rows, length).
+            scores: shape (rows, vocabulary).
+        """
+
+
+class Chooser(Protocol):
+    """A way of choosing tokens, shared by all requests that choose in the same way."""
+
+    def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+        """Choose for all rows of the given requests at once, and put each request's step into `steps`."""
+
+
+class Turn(NamedTuple):
+    """One request in one call of `advance`.
+
+    Attributes:
+        place: its index among the decoders of the call.
+        decoder: the request.
+        row: its first row of logits.
+    """
+
+    place: int
+    decoder: Decoder
+    row: int
+
+
+class Decoder(ABC):
+    """One running request.
+
+    Attributes:
+        rows: rows of logits that the next step wants: 1 before the first step (the prompt's last position),
+            then one for each live sequence.
+        finished: whether no further step is wanted.
+        error: why the request failed, if it did; `result` raises it.
+        processors: the logits processors that are on, in order.
+        chooser: how tokens are chosen. Decoders with the same chooser are served together.
+        history: tokens of the rows.
+    """
+
+    __slots__ = ("chooser", "error", "finished", "history", "processors", "rows")
+
+    chooser: Chooser
+    processors: tuple[Processor, ...]
+
+    def __init__(self, history: TokenHistory) -> None:
+        self.rows = 1
+        self.finished = False
+        self.error: GenerationError | None = None
+        self.history = history
+
+    def process(self, scores: Scores) -> None:
+        """Run the logits processors over this request's rows, in place."""
+        tokens = self.history.tokens
+        for processor in self.processors:
+            processor(tokens, scores)
+
+    def fail(self, message: str) -> Step:
+        """End the request with an error, without touching those beside it."""
+        self.error = GenerationError(message)
+        self.finished = True
+        self.rows = 0
+        return Step(NO_ROWS, NO_TOKENS)
+
+    @abstractmethod
+    def result(self) -> GenerationResult:
+        """Give what was generated.
+
+        Raises:
+            GenerationError: the request failed.
+        """
+
+
+def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
+    """Choose the next tokens of many requests from one array of logits.
+
+    Args:
+        decoders: unfinished requests.
+        logits: shape (sum of ``decoder.rows``, vocabulary), rows in the order of the decoders. It may be
+            overwritten.
+
+    Returns:
+        One step for each decoder. A request whose scores allow no choice fails alone: see `Decoder.error`.
+
+    Raises:
+        ValueError: the number of rows is not what the decoders want.
+    """
+    groups: dict[Chooser, list[Turn]] = {}
+    row = 0
+    for place, decoder in enumerate(decoders):
+        group = groups.get(decoder.chooser)
+        if group is None:
+            groups[decoder.chooser] = group = []
+        group.append(Turn(place, decoder, row))
+        row += decoder.rows
+    if row != len(logits):
+        raise ValueError(f"The decoders want {row} rows of logits, but got {len(logits)}.")
+    steps: list[Step] = [Step(NO_ROWS, NO_TOKENS)] * len(decoders)
+    with np.errstate(all="ignore"):
+        for chooser, turns in groups.items():
+            chooser(turns, logits, steps)
+    return steps
+
+
+def rows_of(turns: Sequence[Turn], logits: Scores) -> Scores:
+    """Give the rows of the given requests: a view where they lie side by side, else a copy."""
+    first, last = turns[0], turns[-1]
+    end = last.row + last.decoder.rows
+    wanted = sum([turn.decoder.rows for turn in turns])
+    if end - first.row == wanted:
+        return logits[first.row : end]
+    return np.concatenate([logits[turn.row : turn.row + turn.decoder.rows] for turn in turns])

@@ -1,0 +1,72 @@
+"""The tokens of a request's running sequences, kept where logits processors can read them without copying."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GROWTH = 128
+
+
+class TokenHistory:
+    """Token ids of the rows of one request: the prompt, then what was generated. All rows are equally long.
+
+    The rows lie in one array that grows in blocks, so that a step costs one assignment, and reordering
+    (beams, ended rows) one gather.
+    """
+
+    __slots__ = ("_buffer", "length", "rows")
+
+    def __init__(self, prompt: NDArray[np.int32]) -> None:
+        """Start with one row, the prompt.
+
+        Args:
+            prompt: token ids, shape (n,).
+        """
+        self.length = len(prompt)
+        self.rows = 1
+        self._buffer = np.empty((1, self.length + _GROWTH), dtype=np.int32)
+        self._buffer[0, : self.length] = prompt
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """A view of all rows, shape (rows, length). It is valid until the next change."""
+        return self._buffer[: self.rows, : self.length]
+
+    def append(self, token: int) -> None:
+        """Append one token to the only row."""
+        if self.length == self._buffer.shape[1]:
+            self._grow()
+        self._buffer[0, self.length] = token
+        self.length += 1
+
+    def extend(self, parents: NDArray[np.intp], tokens: NDArray[np.int32]) -> None:
+        """Make new rows: row i continues what was row ``parents[i]`` with ``tokens[i]``.
+
+        Args:
+            parents: shape (n,), rows before the call.
+            tokens: shape (n,).
+        """
+        if self.length == self._buffer.shape[1]:
+            self._grow()
+        rows = len(parents)
+        if rows != self.rows or not np.array_equal(parents, np.arange(rows)):
+            # Advanced indexing copies before the assignment, so the rows may overlap.
+            reordered = self._buffer[parents, : self.length]
+            if rows > len(self._buffer):
+                self._buffer = np.empty((rows, self._buffer.shape[1]), dtype=np.int32)
+            self._buffer[:rows, : self.length] = reordered
+            self.rows = rows
+        self._buffer[:rows, self.length] = tokens
+        self.length += 1
+
+    def keep(self, rows: NDArray[np.intp]) -> None:
+        """Let go of all rows but the given ones."""
+        self._buffer[: len(rows), : self.length] = self._buffer[rows, : self.length]
+        self.rows = len(rows)
+
+    def _grow(self) -> None:
+        rows, capacity = self._buffer.shape
+        buffer = np.empty((rows, capacity + max(_GROWTH, capacity)), dtype=np.int32)
+        buffer[: self.rows, : self.length] = self.tokens
+        self._buffer = buffer
