@@ -1,0 +1,393 @@
+"""The engine: one thread that decodes, and its asyncio face.
+
+The thread owns the llama.cpp contexts. What the event loop wants arrives in one thread-safe inbox; what the thread has
+to say leaves through one ``call_soon_threadsafe`` a step. `Engine.step` tells the whole story of a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_phi3.engine.errors import (
+    DeadlineExceededError,
+    DecodeFailedError,
+    EngineStoppedError,
+    QueueFullError,
+    RequestTooLargeError,
+)
+from edge_phi3.engine.loader import LoadedModel, load
+from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.sequence import (
+    Event,
+    FinishedEvent,
+    GenerationRequest,
+    RunningRequest,
+    Timing,
+    TokensEvent,
+)
+from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.generation import make_decoder
+from edge_phi3.generation.decoding import Step, advance
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["loading", "ready", "draining", "broken", "stopped"]
+
+_SWITCH_INTERVAL = 0.0005
+"""Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's
+thread asks for
+it after every decode, and must not wait for the event loop's whole turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters and gauges of an engine, as of now.
+
+    Attributes:
+        waiting: requests in the queue.
+        running: requests being decoded.
+        sequences: llama.cpp sequences of the running requests.
+        cells_used: KV cells that hold a token, cached ones included.
+        cells_total: KV cells there are.
+        cached_sequences: finished sequences kept for later prompts.
+        prompt_tokens_total: tokens of all prompts admitted.
+        cached_tokens_total: those of them found in the prefix cache.
+        generated_tokens_total: tokens generated.
+        preemptions_total: how often a request was sent back to the queue for want of cells.
+        steps_total: decode calls.
+    """
+
+    waiting: int
+    running: int
+    sequences: int
+    cells_used: int
+    cells_total: int
+    cached_sequences: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    generated_tokens_total: int
+    preemptions_total: int
+    steps_total: int
+
+
+class Engine:
+    """Runs many requests on one model.
+
+    Args:
+        settings: the model and how to run it.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.status: Status = "loading"
+        self.status_detail = "The model is loading."
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event], Event]]] = {}
+        self._arrivals = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        self._loaded: LoadedModel | None = None
+        self._unadmitted = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._steps = 0
+
+    # -- life
+
+    def load(self) -> LoadedModel:
+        """Load the model, warm it up, and start the engine's thread.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded.
+        """
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
+        try:
+            self._loaded = load(self.settings)
+        except Exception as error:
+            self._set_status("broken", str(error))
+            raise
+        self._thread.start()
+        self._set_status("ready", "")
+        return self._loaded
+
+    async def start(self) -> LoadedModel:
+        """Do what `load` does without blocking the event loop."""
+        return await asyncio.to_thread(self.load)
+
+    async def drain(self, grace: float) -> None:
+        """Take no more requests, wait up to `grace` seconds for the running ones, end the rest, and free the model."""
+        if self.status in {"ready", "loading"}:
+            self._set_status("draining", "The service is stopping.")
+        end = time.monotonic() + grace
+        while self._busy() and time.monotonic() < end:  # noqa: ASYNC110 - polling spares the hot path a signal
+            await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`."""
+        if self._loaded is None:
+            self._set_status("stopped", "The engine is stopped.")
+            return
+        self._stopping = True
+        for scheduler in self._loaded.schedulers:
+            scheduler.context.abort()
+        self._inbox.put(_nothing)
+        if self._thread.is_alive():
+            self._thread.join()
+        self._set_status("stopped", "The engine is stopped.")
+        self._loaded.close()
+        self._loaded = None
+
+    def _set_status(self, status: Status, detail: str) -> None:
+        self.status, self.status_detail = status, detail
+
+    def _busy(self) -> bool:
+        stats = self.stats()
+        return bool(stats.waiting or stats.running)
+
+    @property
+    def model(self) -> LoadedModel:
+        """The loaded model.
+
+        Raises:
+            EngineStoppedError: it is not loaded.
+        """
+        if self._loaded is None:
+            raise EngineStoppedError(self.status_detail or "The model is not loaded.")
+        return self._loaded
+
+    def stats(self) -> EngineStats:
+        """Give the engine's counters and gauges; from any thread, without waiting."""
+        schedulers = self._loaded.schedulers if self._loaded else []
+        return EngineStats(
+            waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
+            running=sum(len(scheduler.running) for scheduler in schedulers),
+            sequences=sum(scheduler.kv.sequences - scheduler.kv.free_sequences for scheduler in schedulers)
+            - sum(len(scheduler.prefix) for scheduler in schedulers),
+            cells_used=sum(scheduler.kv.used for scheduler in schedulers),
+            cells_total=sum(scheduler.kv.cells for scheduler in schedulers),
+            cached_sequences=sum(len(scheduler.prefix) for scheduler in schedulers),
+            prompt_tokens_total=self._prompt_tokens,
+            cached_tokens_total=self._cached_tokens,
+            generated_tokens_total=self._generated_tokens,
+            preemptions_total=sum(scheduler.preemptions for scheduler in schedulers),
+            steps_total=self._steps,
+        )
+
+    # -- the asyncio face
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+        """Run a request.
+
+        Closing the iterator early, or cancelling the task that reads it, frees the request's sequences within one step.
+
+        Yields:
+            `TokensEvent`s when the request streams, then one `FinishedEvent`.
+
+        Raises:
+            RequestTooLargeError: it can never fit this engine.
+            QueueFullError: too many requests wait.
+            DeadlineExceededError: its time limit passed.
+            DecodeFailedError: llama.cpp failed on it.
+            EngineStoppedError: the engine is stopping or broken.
+        """
+        loop = asyncio.get_running_loop()
+        mailbox: asyncio.Queue[Event] = asyncio.Queue()
+        running = self.submit(request, lambda event: self._outbox.setdefault(loop, []).append((mailbox, event)))
+        finished = False
+        try:
+            while not finished:
+                event = await mailbox.get()
+                finished = not isinstance(event, TokensEvent)
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            if not finished:
+                self.cancel(running)
+
+    def submit(self, request: GenerationRequest, send: Callable[[Event], None]) -> RunningRequest:
+        """Queue a request, from any thread. `send` is called from the engine's thread.
+
+        Raises:
+            RequestTooLargeError: it can never fit this engine.
+            QueueFullError: too many requests wait.
+            EngineStoppedError: the engine is not ready.
+        """
+        if self.status != "ready":
+            raise EngineStoppedError(self.status_detail)
+        loaded = self.model
+        decoder = make_decoder(request.config, request.prompt_ids, vocabulary=loaded.token_texts)
+        running = RunningRequest(request, decoder, send, next(self._arrivals))
+        self._refuse_what_never_fits(running)
+        if self.stats().waiting >= self.settings.max_queue:
+            raise QueueFullError(f"The queue is full ({self.settings.max_queue} requests wait); try again later.")
+        self._unadmitted += 1
+        self._inbox.put(lambda: self._accept(running))
+        return running
+
+    def cancel(self, running: RunningRequest) -> None:
+        """Give up a request, from any thread; its sequences are freed before the next batch."""
+        running.cancelled = True
+        self._inbox.put(_nothing)
+
+    def _refuse_what_never_fits(self, running: RunningRequest) -> None:
+        scheduler = self._scheduler_for(running.max_length)
+        if running.rows > scheduler.parallel:
+            raise RequestTooLargeError(
+                f"num_beams or num_return_sequences asks for {running.rows} sequences at once; "
+                f"this server decodes at most {scheduler.parallel}."
+            )
+        needed, cells = scheduler.most_cells(running), scheduler.kv.cells
+        if needed > cells:
+            raise RequestTooLargeError(
+                f"The request may need {needed} KV cells ({running.prompt_length} prompt tokens, max_length "
+                f"{running.max_length}, {running.rows} sequences); this server has {cells}. "
+                "Lower max_length or max_new_tokens."
+            )
+
+    def _scheduler_for(self, length: int) -> Scheduler:
+        """Give the context for a sequence of `length` tokens: the last one takes any length."""
+        schedulers = self.model.schedulers
+        for scheduler in schedulers:
+            if scheduler.max_tokens is None or length <= scheduler.max_tokens:
+                return scheduler
+        return schedulers[-1]
+
+    # -- the engine's thread
+
+    def _run(self) -> None:
+        loaded = self.model
+        try:
+            while not self._stopping:
+                self._read_inbox(wait=not any(s.waiting or s.running for s in loaded.schedulers))
+                for scheduler in loaded.schedulers:
+                    self.step(scheduler)
+                self._flush()
+        except BaseException as error:
+            logger.exception("The engine stops: it met an error that it cannot recover from.")
+            self._set_status("broken", f"The engine is broken: {error}")
+        finally:
+            self._read_inbox(wait=False)
+            stopped = EngineStoppedError(self.status_detail or "The service is stopping.")
+            for scheduler in loaded.schedulers:
+                for running in [*scheduler.running, *scheduler.waiting]:
+                    running.send(stopped)
+                scheduler.running.clear()
+                scheduler.waiting.clear()
+            self._flush()
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        if wait:
+            self._inbox.get()()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()
+
+    def _accept(self, running: RunningRequest) -> None:
+        self._unadmitted -= 1
+        self._prompt_tokens += running.prompt_length
+        self._scheduler_for(running.prompt_length).enqueue(running)
+
+    def step(self, scheduler: Scheduler) -> None:
+        """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
+        self._drop_the_departed(scheduler)
+        plan = scheduler.plan()
+        if plan.count == 0:
+            return
+        now = time.monotonic()
+        for request in scheduler.running:
+            if request.started is None:
+                request.started = now
+                self._cached_tokens += request.cached_tokens
+        try:
+            logits = scheduler.context.decode(plan.count)
+        except DecodeFailedError as error:
+            self._recover(scheduler, {id(sequence) for sequence, _ in plan.chunks}, error)
+            return
+        self._steps += 1
+        scheduler.computed(plan)
+        steps = advance([request.decoder for request in plan.choosing], logits)
+        now = time.monotonic()
+        for request, chosen in zip(plan.choosing, steps, strict=True):
+            self._apply(scheduler, request, chosen, now)
+
+    def _apply(self, scheduler: Scheduler, request: RunningRequest, chosen: Step, now: float) -> None:
+        """Send what a request's decoder chose, and continue or finish its sequences."""
+        if request.first_token is None:
+            request.first_token = now
+        if request.request.stream and chosen.emitted:
+            request.send(TokensEvent(list(chosen.emitted)))
+        if request.decoder.finished:
+            self._finish(scheduler, request, now)
+            return
+        scheduler.reorder(request, chosen.parents.tolist(), chosen.tokens.tolist())
+        request.generated += len(chosen.tokens)
+        if scheduler.max_tokens is not None and request.sequences[0].length > scheduler.max_tokens:
+            # Phi-3-128k: beyond its original context every position is scaled by the long factors, so all is
+            # recomputed.
+            scheduler.retire(request)
+            self._scheduler_for(request.sequences[0].length).enqueue(request)
+
+    def _finish(self, scheduler: Scheduler, request: RunningRequest, now: float) -> None:
+        scheduler.retire(request)
+        if request.decoder.error is not None:
+            request.send(request.decoder.error)
+            return
+        result = request.decoder.result()
+        generated = sum(len(sequence) - request.prompt_length for sequence in result.sequences)
+        self._generated_tokens += generated
+        submitted = request.submitted
+        timing = Timing(
+            queue=(request.started or now) - submitted,
+            first_token=(request.first_token or now) - submitted,
+            total=now - submitted,
+        )
+        request.send(FinishedEvent(result, timing, request.cached_tokens, generated))
+
+    def _drop_the_departed(self, scheduler: Scheduler) -> None:
+        now = time.monotonic()
+        for request in [*scheduler.running, *scheduler.waiting]:
+            deadline = request.deadline
+            if request.cancelled:
+                scheduler.retire(request)
+            elif deadline is not None and now > deadline:
+                scheduler.retire(request)
+                request.send(
+                    DeadlineExceededError(f"The request's time limit of {request.request.timeout:g} s has passed.")
+                )
+
+    def _recover(self, scheduler: Scheduler, failed: set[int], error: DecodeFailedError) -> None:
+        """Fail the requests of a batch that llama.cpp could not decode; the others go on with a clean context."""
+        if self._stopping:
+            return
+        logger.error("%s Its requests fail; the others are computed anew.", error)
+        for request in list(scheduler.running):
+            if any(id(sequence) in failed for sequence in request.sequences):
+                scheduler.running.remove(request)
+                request.send(error)
+        scheduler.forget()
+        scheduler.context.warm_up()
+
+    def _flush(self) -> None:
+        outbox, self._outbox = self._outbox, {}
+        for loop, events in outbox.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(_deliver, events)
+
+
+def _deliver(events: list[tuple[asyncio.Queue[Event], Event]]) -> None:
+    for mailbox, event in events:
+        mailbox.put_nowait(event)
+
+
+def _nothing() -> None:
+    """Wake the engine's thread."""

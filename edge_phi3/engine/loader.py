@@ -1,0 +1,161 @@
+"""From a GGUF file to a model that is ready to decode: contexts, Phi-3's attention rules, end tokens, warm-up."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from edge_phi3.engine.errors import ModelLoadError
+from edge_phi3.engine.runtime import MAX_SEQUENCES, Context, Model, default_cells, supports_gpu_offload
+from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.settings import EngineSettings, usable_cores
+from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.generation.config import ModelDefaults
+
+logger = logging.getLogger(__name__)
+
+PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
+"""The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, with a scheduler for each context.
+
+    Attributes:
+        model: weights and vocabulary.
+        tokenizer: text to tokens and back.
+        schedulers: one, or for Phi-3-128k two: the first takes sequences up to the original context with the short
+            rotary factors, the last the longer ones.
+        defaults: what the model's ``generation_config.json`` says.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+    schedulers: list[Scheduler]
+    defaults: ModelDefaults
+
+    @functools.cached_property
+    def token_texts(self) -> list[str]:
+        """The text of every token, which stop strings are compared with."""
+        return self.tokenizer.token_texts
+
+    def close(self) -> None:
+        """Free contexts and model."""
+        for scheduler in self.schedulers:
+            scheduler.context.close()
+        self.model.close()
+
+
+def load(settings: EngineSettings) -> LoadedModel:
+    """Load and warm up a model.
+
+    Raises:
+        ModelLoadError: the file, an adapter or a context cannot be loaded.
+    """
+    gpu = supports_gpu_offload()
+    model = Model(settings.model_path, n_gpu_layers=settings.n_gpu_layers if gpu else 0)
+    try:
+        for path, scale in settings.lora:
+            model.load_lora(path, scale)
+        tokenizer = Tokenizer(model)
+        schedulers = _make_schedulers(model, settings)
+        for scheduler in schedulers:
+            scheduler.context.warm_up()
+    except BaseException:
+        model.close()
+        raise
+    loaded = LoadedModel(model, tokenizer, schedulers, _defaults(model, tokenizer))
+    _say_what_runs_where(loaded, settings, gpu=gpu)
+    return loaded
+
+
+def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
+    cells = default_cells(model, settings.ctx_size)
+    window = _sliding_window(model)
+    original = _original_context(model)
+
+    def scheduler(cells: int, sequences: int, *, unified: bool, max_tokens: int | None) -> Scheduler:
+        return Scheduler(
+            Context(model, cells=cells, sequences=sequences, unified=unified, settings=settings),
+            parallel=settings.parallel,
+            window=window,
+            window_chunk=settings.window_chunk,
+            prefix_cache=settings.prefix_cache,
+            max_tokens=max_tokens,
+        )
+
+    if original is None or cells <= original:
+        return [scheduler(cells, MAX_SEQUENCES, unified=True, max_tokens=None)]
+    # llama.cpp chooses the rotary factors once a context, by its cells per sequence. Short prompts need a context of
+    # their
+    # own, whose sequences have `original` cells each; it takes as much memory as the long one at most.
+    streams = max(1, min(settings.parallel, cells // original))
+    return [
+        scheduler(original * streams, streams, unified=False, max_tokens=original)
+        if streams > 1
+        else scheduler(original, MAX_SEQUENCES, unified=True, max_tokens=original),
+        scheduler(cells, MAX_SEQUENCES, unified=True, max_tokens=None),
+    ]
+
+
+def _sliding_window(model: Model) -> int | None:
+    """Give how many tokens Phi-3's attention reaches back, or None when the context is no longer than that."""
+    window = int(model.metadata("phi3.attention.sliding_window") or 0)
+    return window if 0 < window < model.context_length else None
+
+
+def _original_context(model: Model) -> int | None:
+    """Give the context beyond which the long rotary factors hold, or None for a model without them."""
+    original = int(model.metadata("phi3.rope.scaling.original_context_length") or 0)
+    return original if 0 < original < model.context_length else None
+
+
+def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
+    generation = _generation_config(model)
+    end = generation.get("eos_token_id")
+    ends = [token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)]
+    if not ends:
+        ends = [token for text in PHI3_END_TEXTS if (token := tokenizer.special_token(text)) is not None]
+        ends = sorted({*ends, model.eos_token_id} - {-1})
+    pad = generation.get("pad_token_id")
+    return ModelDefaults(
+        vocab_size=model.vocab_size,
+        bos_token_id=model.bos_token_id,
+        eos_token_ids=tuple(ends),
+        pad_token_id=pad if isinstance(pad, int) else model.eos_token_id,
+        context_length=model.context_length,
+        generation=generation,
+    )
+
+
+def _generation_config(model: Model) -> Mapping[str, object]:
+    text = model.metadata("edge_phi3.generation.config")
+    if not text:
+        return {}
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelLoadError(f"{model.path}: edge_phi3.generation.config is not JSON ({error}).") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings, *, gpu: bool) -> None:
+    model = loaded.model
+    layers = model.layers + 1 if settings.n_gpu_layers < 0 else min(settings.n_gpu_layers, model.layers + 1)
+    contexts = " + ".join(f"{s.kv.cells} cells" for s in loaded.schedulers)
+    logger.info(
+        "%s: %s, %.2f B parameters, %.2f GiB; %s; %d threads; KV cache %s (%s); up to %d sequences at once",
+        model.path.name,
+        model.description,
+        model.parameters / 1e9,
+        model.size / 2**30,
+        f"{layers} of {model.layers + 1} layers on the GPU" if gpu else "all layers on the CPU",
+        settings.threads or usable_cores(),
+        contexts,
+        settings.kv_cache_type,
+        settings.parallel,
+    )

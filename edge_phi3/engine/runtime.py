@@ -1,0 +1,357 @@
+"""llama.cpp, as the engine sees it: a model, its vocabulary, and contexts that decode batches.
+
+The only file of the service that calls ``llama_cpp``. Arrays that cross the border are NumPy views of llama.cpp's own
+memory, or memory of ours that llama.cpp reads; nothing is copied token by token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.errors import DecodeFailedError, ModelLoadError
+from edge_phi3.engine.settings import (
+    DEFAULT_CTX_SIZE,
+    EngineSettings,
+    FlashAttention,
+    KVCacheType,
+    usable_cores,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_SEQUENCES = 256
+"""Sequence ids of one llama.cpp context at most (LLAMA_MAX_SEQ)."""
+
+_KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
+_FLASH_ATTENTION = {
+    "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+    "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+}
+_LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+
+
+def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
+    """Pass llama.cpp's own lines to the log of this module, its chatter as debug."""
+    line = text.decode(errors="replace").strip()
+    if line.strip("."):
+        logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+
+_LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
+
+
+@functools.cache
+def initialise_backend() -> None:
+    """Start llama.cpp's backends and take over its log, once a process."""
+    llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+
+
+def supports_gpu_offload() -> bool:
+    """Whether this build of llama.cpp can keep layers on a GPU."""
+    return bool(llama_cpp.llama_supports_gpu_offload())
+
+
+class Model:
+    """A Phi-3 GGUF file in memory: weights, vocabulary and metadata.
+
+    The vocabulary functions are read-only and may be called from any thread.
+
+    Args:
+        path: the GGUF file.
+        n_gpu_layers: layers kept on the GPU; negative for all.
+
+    Raises:
+        ModelLoadError: the file is missing, is not a GGUF, is damaged, or is no Phi-3 with Phi-3's vocabulary.
+    """
+
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
+        initialise_backend()
+        if not path.is_file():
+            raise ModelLoadError(f"There is no model file {path}.")
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        # llama.cpp strips white space after <|user|>, <|end|> and <|assistant|>, as Phi-3's tokenizer does, only
+        # when the
+        # model's name says Phi-3; GGUFs from elsewhere are called all sorts of things.
+        overrides = (llama_cpp.llama_model_kv_override * 2)()
+        overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
+        overrides[0].key = b"general.name"
+        overrides[0].value.val_str = b"phi-3"
+        params.kv_overrides = overrides
+        self.path = path
+        self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self._handle:
+            raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows.")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
+        self._adapters: list[tuple[Any, float]] = []
+        architecture = self.metadata("general.architecture")
+        if architecture != "phi3":
+            self.close()
+            raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
+        if self.metadata("tokenizer.ggml.model") != "llama":
+            kind = self.metadata("tokenizer.ggml.model")
+            self.close()
+            raise ModelLoadError(
+                f"{path} has a {kind!r} vocabulary (Phi-4?); edge-phi3 serves Phi-3's SentencePiece one."
+            )
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.context_length = int(llama_cpp.llama_model_n_ctx_train(self._handle))
+        self.layers = int(llama_cpp.llama_model_n_layer(self._handle))
+        # Phi-3's tokenizers put no <s> in front; many GGUFs from elsewhere claim that they do. Ours say what the
+        # checkpoint says.
+        converted_here = self.metadata("edge_phi3.generation.config") is not None
+        self._add_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def metadata(self, key: str) -> str | None:
+        """Give the text of a metadata value that is not an array, or None when the file has none."""
+        size = llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and file type in llama.cpp's words, such as ``phi3 3B Q4_K - Medium``."""
+        buffer = ctypes.create_string_buffer(256)
+        llama_cpp.llama_model_desc(self._handle, buffer, 256)
+        return buffer.value.decode(errors="replace")
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        return int(llama_cpp.llama_model_n_params(self._handle))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return int(llama_cpp.llama_model_size(self._handle))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template of the file, or None."""
+        template = llama_cpp.llama_model_chat_template(self._handle, None)
+        return template.decode(errors="replace") if template else None
+
+    @property
+    def bos_token_id(self) -> int:
+        """The beginning-of-sequence token."""
+        return int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_token_id(self) -> int:
+        """The one end-of-sequence token that GGUF names."""
+        return int(llama_cpp.llama_vocab_eos(self._vocab))
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token as llama.cpp stores them: ``▁`` for a space, ``<0x0A>`` for a byte."""
+        return [llama_cpp.llama_vocab_get_text(self._vocab, token) or b"" for token in range(self.vocab_size)]
+
+    @functools.cached_property
+    def attributes(self) -> NDArray[np.int32]:
+        """The `llama_token_attr` bits of every token, shape ``(vocab_size,)``."""
+        get = llama_cpp.llama_vocab_get_attr
+        return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
+
+    def tokenize(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
+        """Encode a text, with a beginning-of-sequence token where the checkpoint puts one (Phi-3 does not).
+
+        Args:
+            text: any text.
+            parse_special: whether texts such as ``<|user|>`` become their special token.
+
+        Returns:
+            Token ids, int32, shape ``(tokens,)``.
+        """
+        data = text.encode("utf-8", errors="replace")
+        tokens = np.empty(len(data) + 8, np.int32)
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        count = llama_cpp.llama_tokenize(
+            self._vocab, data, len(data), pointer, len(tokens), self._add_bos, parse_special
+        )
+        if count < 0:
+            tokens = np.empty(-count, np.int32)
+            pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+            count = llama_cpp.llama_tokenize(
+                self._vocab, data, len(data), pointer, len(tokens), self._add_bos, parse_special
+            )
+        return tokens[:count].copy()
+
+    def load_lora(self, path: Path, scale: float) -> None:
+        """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
+
+        Raises:
+            ModelLoadError: the file is missing, or no adapter for this model.
+        """
+        adapter = llama_cpp.llama_adapter_lora_init(self._handle, str(path).encode()) if path.is_file() else None
+        if not adapter:
+            raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.")
+        self._adapters.append((adapter, scale))
+
+    def close(self) -> None:
+        """Free the model. Contexts made from it must be closed before."""
+        if self._handle:
+            llama_cpp.llama_model_free(self._handle)
+            self._handle = None
+
+
+class Context:
+    """A llama.cpp context: the KV cache of many sequences, and the decode call.
+
+    Args:
+        model: the weights.
+        cells: KV cells in all.
+        sequences: how many sequence ids there are.
+        unified: one cache that all sequences share, or one part of ``cells / sequences`` for each.
+        settings: batch size, threads, element types.
+
+    Raises:
+        ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
+    """
+
+    def __init__(self, model: Model, *, cells: int, sequences: int, unified: bool, settings: EngineSettings) -> None:
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = cells
+        params.n_batch = params.n_ubatch = settings.batch_size
+        params.n_seq_max = sequences
+        params.n_outputs_max = max(settings.batch_size, sequences)
+        params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
+        params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
+        params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
+        params.kv_unified = unified
+        params.no_perf = True
+        # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
+        # time;
+        # strlen() of a flag that is "" or "\1" is the same question asked in C.
+        self._abort_flag = ctypes.create_string_buffer(2)
+        params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
+        params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
+        self._params = params
+        self._handle = llama_cpp.llama_init_from_model(model._handle, params)  # noqa: SLF001 - the pair is one unit
+        if not self._handle:
+            raise ModelLoadError(
+                f"llama.cpp cannot make a context of {cells} KV cells ({settings.kv_cache_type}): "
+                "lower --ctx-size, choose a smaller --kv-cache-type, or see the log for its reason."
+            )
+        self._model = model
+        self._memory = llama_cpp.llama_get_memory(self._handle)
+        self._apply_adapters()
+        self.unified = unified
+        self.cells = int(llama_cpp.llama_n_ctx(self._handle))
+        self.cells_per_sequence = int(llama_cpp.llama_n_ctx_seq(self._handle))
+        self.sequences = sequences
+        self.batch_size = settings.batch_size
+        self._allocate_batch(settings.batch_size)
+
+    def _apply_adapters(self) -> None:
+        adapters = self._model._adapters  # noqa: SLF001 - the pair is one unit
+        if adapters:
+            handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(handle for handle, _ in adapters))
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+            if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(adapters), scales) != 0:
+                raise ModelLoadError("llama.cpp cannot apply the LoRA adapters to this model.")
+
+    def _allocate_batch(self, size: int) -> None:
+        self.tokens = np.zeros(size, np.int32)
+        self.positions = np.zeros(size, np.int32)
+        self.seq_ids = np.zeros(size, np.int32)
+        self.wants_logits = np.zeros(size, np.int8)
+        self._one = np.ones(size, np.int32)
+        addresses = self.seq_ids.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
+        self._seq_id_pointers = np.ascontiguousarray(addresses, np.uintp)
+        int32_p = ctypes.POINTER(ctypes.c_int32)
+        self._batch = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=self.tokens.ctypes.data_as(int32_p),
+            embd=None,
+            pos=self.positions.ctypes.data_as(int32_p),
+            n_seq_id=self._one.ctypes.data_as(int32_p),
+            seq_id=self._seq_id_pointers.ctypes.data_as(ctypes.POINTER(int32_p)),
+            logits=self.wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def decode(self, count: int) -> NDArray[np.float32]:
+        """Decode the first `count` tokens of `tokens`, `positions`, `seq_ids` and `wants_logits`.
+
+        Returns:
+            Logits of the tokens that asked for them, in batch order: float32, shape ``(rows, vocab_size)``, a writable
+            view of llama.cpp's memory that the next call overwrites.
+
+        Raises:
+            DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.
+        """
+        self._batch.n_tokens = count
+        status = llama_cpp.llama_decode(self._handle, self._batch)
+        if status != 0:
+            reason = {1: "found no free KV cells", 2: "was told to stop"}.get(status, f"failed with status {status}")
+            raise DecodeFailedError(f"llama.cpp {reason} while decoding a batch of {count} tokens.")
+        rows = int(np.count_nonzero(self.wants_logits[:count]))
+        if rows == 0:
+            return np.empty((0, self._model.vocab_size), np.float32)
+        pointer = llama_cpp.llama_get_logits(self._handle)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab_size))
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` hold all cells of `source`: shared in a unified cache, copied otherwise."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def remove(self, seq_id: int, start: int, end: int) -> None:
+        """Take positions ``[start, end)`` from a sequence; -1 leaves that side open."""
+        llama_cpp.llama_memory_seq_rm(self._memory, seq_id, start, end)
+
+    def position_range(self, seq_id: int) -> tuple[int, int]:
+        """Give the smallest and the largest position that llama.cpp holds for a sequence, or (-1, -1)."""
+        memory = self._memory
+        return (
+            int(llama_cpp.llama_memory_seq_pos_min(memory, seq_id)),
+            int(llama_cpp.llama_memory_seq_pos_max(memory, seq_id)),
+        )
+
+    def state_size(self) -> int:
+        """Give the bytes that llama.cpp would save for all sequences: grows with the cells in use."""
+        return int(llama_cpp.llama_state_get_size(self._handle))
+
+    def clear(self) -> None:
+        """Empty the KV cache."""
+        llama_cpp.llama_memory_clear(self._memory, True)
+
+    def abort(self) -> None:
+        """Make the running decode call, and any later one, fail at the next graph node. From any thread."""
+        self._abort_flag[0] = b"\1"
+
+    def warm_up(self) -> None:
+        """Decode one token, so that the first request does not pay for lazy set-up."""
+        self.tokens[0] = max(self._model.bos_token_id, 0)
+        self.positions[0] = self.seq_ids[0] = 0
+        self.wants_logits[0] = 1
+        self.decode(1)
+        self.clear()
+
+    def close(self) -> None:
+        """Free the context."""
+        if self._handle:
+            llama_cpp.llama_free(self._handle)
+            self._handle = None
+
+
+def _flash_attention(wanted: FlashAttention, kv_cache_type: KVCacheType) -> FlashAttention:
+    if wanted == "auto" and kv_cache_type == "f32":
+        return "off"
+    return wanted
+
+
+def default_cells(model: Model, ctx_size: int) -> int:
+    """Give the KV cells to make: those asked for, or the model's own context within `DEFAULT_CTX_SIZE`."""
+    return ctx_size or min(model.context_length, DEFAULT_CTX_SIZE)

@@ -1,0 +1,61 @@
+"""How the engine loads and runs a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+KVCacheType = Literal["f32", "f16", "q8_0"]
+FlashAttention = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """The engine's options.
+
+    Attributes:
+        model_path: the GGUF file.
+        ctx_size: KV cells, shared by all sequences; 0 takes the model's own context, at most `DEFAULT_CTX_SIZE`.
+        parallel: how many sequences are decoded together at most.
+        batch_size: how many tokens one decode call takes at most.
+        threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
+        n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
+        kv_cache_type: element type of keys and values.
+        flash_attn: flash attention; "auto" lets llama.cpp decide, but leaves it off for f32 (exactness).
+        window_chunk: how many tokens of a prompt are fed at a time beyond the sliding window; 1 is exact.
+        lora: LoRA adapters and their scales.
+        max_queue: how many requests may wait.
+        prefix_cache: whether finished sequences stay as cache for later prompts.
+    """
+
+    model_path: Path
+    ctx_size: int = 0
+    parallel: int = 16
+    batch_size: int = 512
+    threads: int = 0
+    n_gpu_layers: int = -1
+    kv_cache_type: KVCacheType = "f16"
+    flash_attn: FlashAttention = "auto"
+    window_chunk: int = 32
+    lora: tuple[tuple[Path, float], ...] = ()
+    max_queue: int = 256
+    prefix_cache: bool = True
+
+
+DEFAULT_CTX_SIZE = 8192
+"""KV cells of a model whose own context is longer, unless asked otherwise: 3 GiB at F16 for Phi-3-mini."""
+
+
+def usable_cores() -> int:
+    """Give the physical cores that this process may use: hyper-threads, CPU affinity and cgroup quota considered."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

@@ -1,0 +1,131 @@
+"""Text to tokens and back, as the checkpoint's own ``tokenizer.json`` does it.
+
+Encoding is llama.cpp's; decoding follows the decoder chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse,
+Strip one
+leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in bytes that are no UTF-8.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.runtime import Model
+
+_BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
+_CONTROL = 1 << 3
+_NOT_SPECIAL = frozenset({"</s>"})
+"""llama.cpp marks ``</s>`` as a control token; Phi-3's tokenizer_config.json says that it is an ordinary added
+token."""
+
+
+class Tokenizer:
+    """The vocabulary of a loaded model.
+
+    Args:
+        model: whose vocabulary.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.vocab_size = model.vocab_size
+        self._texts: list[str] = []
+        self._bytes: dict[int, int] = {}
+        for token, piece in enumerate(model.pieces):
+            if byte := _BYTE.fullmatch(piece):
+                self._bytes[token] = int(byte[1], 16)
+            self._texts.append(piece.decode("utf-8", errors="replace").replace("▁", " "))
+        control = np.flatnonzero(model.attributes & _CONTROL)
+        self.special_ids = frozenset(int(token) for token in control if self._texts[token] not in _NOT_SPECIAL)
+        self._special_by_text = {self._texts[token]: int(token) for token in control}
+
+    def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
+        """Encode a text: int32 token ids, shape ``(tokens,)``, with no beginning-of-sequence token added."""
+        return self._model.tokenize(text, parse_special=parse_special)
+
+    def special_token(self, text: str) -> int | None:
+        """Give the id of the special token with this text, or None."""
+        return self._special_by_text.get(text)
+
+    @functools.cached_property
+    def token_texts(self) -> list[str]:
+        """The text of each token by itself, in the middle of a text: a byte token that is no character gives ``�``."""
+        return [
+            bytes([self._bytes[token]]).decode("utf-8", errors="replace") if token in self._bytes else text
+            for token, text in enumerate(self._texts)
+        ]
+
+    def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Decode tokens as ``tokenizer.decode`` does."""
+        stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+        return stream.push(tokens) + stream.finish()
+
+
+class StreamDecoder:
+    """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` gives for all tokens at once.
+
+    A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._run = bytearray()
+        self._begun = False
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """Take tokens, and give the text that has become certain."""
+        texts, bytes_of = self._tokenizer._texts, self._tokenizer._bytes  # noqa: SLF001 - the two are one unit
+        pieces: list[str] = []
+        for token in tokens:
+            if token in self._skipped or not 0 <= token < len(texts):
+                continue
+            if token in bytes_of:
+                self._run.append(bytes_of[token])
+                continue
+            pieces += (self._end_run(), texts[token])
+        return self._strip("".join(pieces))
+
+    def finish(self) -> str:
+        """Give what was held back, when no more tokens come."""
+        return self._strip(self._end_run())
+
+    def _end_run(self) -> str:
+        if not self._run:
+            return ""
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode("utf-8")
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _strip(self, text: str) -> str:
+        if self._begun or not text:
+            return text
+        self._begun = True
+        return text.removeprefix(" ")
+
+
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
+
+def clean_up_tokenization(text: str) -> str:
+    """Remove the spaces that word-piece tokenizers leave before punctuation (``PreTrainedTokenizerBase``'s method)."""
+    for artefact, mended in _CLEAN_UP:
+        text = text.replace(artefact, mended)
+    return text

@@ -1,0 +1,362 @@
+"""Text in, text out: what transformers' text-generation pipeline does around ``generate``.
+
+A request's prompt becomes tokens (prefix, chat template, truncation), the engine continues them, and the tokens become
+the text that the original service answers with.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, Timing, TokensEvent
+from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer, clean_up_tokenization
+from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
+from edge_phi3.generation.decoding import TokenScore
+
+PHI3_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+"""Phi-3's chat format, for model files that carry no template."""
+
+_ROLES = ("system", "user", "assistant")
+_TEMPLATE_TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+_LONGEST_ARTEFACT = 4
+
+
+class PromptError(EdgePhi3Error):
+    """The prompt cannot be used as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What a user may want to know of the model that answers.
+
+    Attributes:
+        name: the file's name without its ending.
+        description: architecture, size and file type.
+        file: name of the file.
+        parameters: how many weights.
+        size: bytes of all tensors.
+        context_length: tokens that the model was trained for.
+        vocab_size: rows of its output.
+    """
+
+    name: str
+    description: str
+    file: str
+    parameters: int
+    size: int
+    context_length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A request that has been checked and turned into tokens.
+
+    Attributes:
+        prompt_ids: token ids, int32, shape ``(prompt_tokens,)``.
+        config: the resolved generation parameters.
+        lead: text that each answer begins with: the prompt when the full text is returned, else nothing.
+        clean_up: whether spaces before punctuation are removed.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    config: GenerationConfig
+    lead: str
+    clean_up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of text of one returned sequence, which never splits a character."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """An answer.
+
+    Attributes:
+        text: the texts of all returned sequences, joined.
+        texts: one for each.
+        finish_reasons: why each ended.
+        sequences: token ids of each, prompt included.
+        sequences_scores: beam scores, or None outside beam modes.
+        scores: score and log-probability of each generated token of each sequence, or None when not asked for.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated, over all sequences.
+        cached_tokens: tokens of the prompt that came from the prefix cache.
+        timing: when things happened.
+    """
+
+    text: str
+    texts: list[str]
+    finish_reasons: list[str]
+    sequences: list[list[int]]
+    sequences_scores: list[float] | None
+    scores: list[list[TokenScore]] | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    timing: Timing
+
+
+class TextGenerationPipeline:
+    """The way of a request from text to text.
+
+    Args:
+        engine: a loaded engine.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        loaded = engine.model
+        self._tokenizer: Tokenizer = loaded.tokenizer
+        self._defaults = loaded.defaults
+        model = loaded.model
+        self.model = ModelCard(
+            name=model.path.stem,
+            description=model.description,
+            file=model.path.name,
+            parameters=model.parameters,
+            size=model.size,
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+        )
+        self._template = _compile_template(model.chat_template or PHI3_CHAT_TEMPLATE)
+
+    # -- text to tokens
+
+    def prepare(
+        self,
+        *,
+        prompt: str | None,
+        messages: Sequence[Mapping[str, str]] | None,
+        generate_kwargs: Mapping[str, object],
+        prefix: str | None = None,
+        return_full_text: bool = True,
+        clean_up_tokenization_spaces: bool = False,
+        handle_long_generation: str | None = None,
+    ) -> PreparedPrompt:
+        """Check a request and turn its prompt into tokens.
+
+        Args:
+            prompt: the text to continue. With `return_full_text` the answer begins with it (the prefix left out).
+            messages: a conversation, instead of a prompt; the answer is the assistant's new text alone.
+            generate_kwargs: the generation parameters as the client gave them.
+            prefix: text put before the prompt; its tokens are added to ``max_length`` and ``min_length``.
+            return_full_text: whether the answer begins with the prompt.
+            clean_up_tokenization_spaces: whether spaces before punctuation are removed from the answer.
+            handle_long_generation: None, or "hole": cut the prompt on its left so that the answer fits the
+                model's context.
+
+        Raises:
+            PromptError: no prompt, an unknown role, or no room for an answer.
+            ParameterError: a generation parameter is wrong.
+        """
+        if handle_long_generation not in {None, "hole"}:
+            raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation!r}.")
+        if messages:
+            if prompt:
+                raise PromptError("Give prompt or messages, not both.")
+            text, lead = self.apply_chat_template(messages), ""
+        elif prompt:
+            text, lead = prompt, prompt if return_full_text else ""
+        else:
+            raise PromptError("Text generation parameter prompt required")
+        prompt_ids = self._tokenizer.encode((prefix or "") + text)
+        kwargs = dict(generate_kwargs)
+        if prefix:
+            self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
+        config = GenerationConfig.resolve(kwargs, self._defaults)
+        if handle_long_generation == "hole":
+            prompt_ids = self._cut_hole(prompt_ids, config)
+        config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
+        return PreparedPrompt(prompt_ids, config, lead, clean_up_tokenization_spaces)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Render a conversation as the model's prompt; one that ends with the assistant's words is continued.
+
+        Raises:
+            PromptError: a role or the template's own rules are broken.
+        """
+        for message in messages:
+            if message.get("role") not in _ROLES:
+                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")
+        continued = messages[-1]["role"] == "assistant"
+        try:
+            text: str = self._template.render(
+                messages=messages,
+                add_generation_prompt=not continued,
+                **_TEMPLATE_TOKENS,
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
+        if continued:
+            # transformers' continue_final_message: nothing after the last message's own words.
+            last = messages[-1]["content"].strip()
+            text = text[: text.rindex(last) + len(last)] if last in text else text
+        return text
+
+    def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
+        for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = kwargs.get(name, API_DEFAULTS[name])
+            if kwargs.get(new_tokens) is None and isinstance(value, int) and not isinstance(value, bool):
+                kwargs[name] = value + prefix_tokens
+
+    def _cut_hole(self, prompt_ids: NDArray[np.int32], config: GenerationConfig) -> NDArray[np.int32]:
+        """Keep the end of a prompt that leaves room for the new tokens in the model's context."""
+        length, longest = len(prompt_ids), self._defaults.context_length
+        new_tokens = config.max_new_tokens
+        if new_tokens is None:
+            new_tokens = config.total_length(length) - length
+        if length + new_tokens <= longest:
+            return prompt_ids
+        if new_tokens >= longest:
+            raise PromptError(
+                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are asked of a context of "
+                f"{longest}."
+            )
+        return prompt_ids[new_tokens - longest :]
+
+    # -- tokens to text
+
+    async def generate(
+        self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
+    ) -> GenerationOutput:
+        """Run a prepared request to its end.
+
+        Raises:
+            EngineError: the engine refused or failed it.
+        """
+        request = GenerationRequest(prepared.prompt_ids, prepared.config, timeout=timeout, request_id=request_id)
+        async for event in self.engine.generate(request):
+            if isinstance(event, FinishedEvent):
+                return self._output(prepared, event)
+        raise AssertionError("the engine ends every request with an event")
+
+    async def stream(
+        self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
+    ) -> AsyncIterator[TextDelta | GenerationOutput]:
+        """Run a prepared request, giving text as it becomes certain, and at last the whole answer.
+
+        Closing the iterator early cancels the request. Beam modes give the whole answer only.
+        """
+        request = GenerationRequest(
+            prepared.prompt_ids, prepared.config, stream=True, timeout=timeout, request_id=request_id
+        )
+        count = prepared.config.num_return_sequences
+        streams = [_TextStream(self._tokenizer, prepared) for _ in range(count)]
+        events = self.engine.generate(request)
+        try:
+            async for event in events:
+                if isinstance(event, TokensEvent):
+                    for index, token in event.tokens:
+                        if text := streams[index].push([token]):
+                            yield TextDelta(index, text)
+                elif isinstance(event, FinishedEvent):
+                    output = self._output(prepared, event)
+                    if prepared.config.num_beams == 1:
+                        for index, text in enumerate(output.texts):
+                            if rest := text[len(prepared.lead) + streams[index].sent :]:
+                                yield TextDelta(index, rest)
+                    yield output
+        finally:
+            await events.aclose()  # type: ignore[attr-defined] # Engine.generate is an async generator
+
+    def _output(self, prepared: PreparedPrompt, event: FinishedEvent) -> GenerationOutput:
+        result = event.result
+        texts = [prepared.lead + self._answer(prepared, sequence) for sequence in result.sequences]
+        return GenerationOutput(
+            text="".join(texts),
+            texts=texts,
+            finish_reasons=list(result.finish_reasons),
+            sequences=[sequence.tolist() for sequence in result.sequences],
+            sequences_scores=result.sequences_scores,
+            scores=result.scores,
+            prompt_tokens=len(prepared.prompt_ids),
+            completion_tokens=event.generated_tokens,
+            cached_tokens=event.cached_tokens,
+            timing=event.timing,
+        )
+
+    def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
+        """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""
+        whole = self._tokenizer.decode(sequence.tolist())
+        prompt = self._tokenizer.decode(prepared.prompt_ids.tolist())
+        if prepared.clean_up:
+            whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
+        return whole[len(prompt) :]
+
+    # -- tokens, for whoever asks
+
+    def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Encode a text."""
+        tokens: list[int] = self._tokenizer.encode(text, parse_special=parse_special).tolist()
+        return tokens
+
+    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Decode tokens."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+
+class _TextStream:
+    """The new text of one sequence, as it becomes certain."""
+
+    def __init__(self, tokenizer: Tokenizer, prepared: PreparedPrompt) -> None:
+        prompt_ids = prepared.prompt_ids.tolist()
+        prompt = tokenizer.decode(prompt_ids)
+        self._decoder = StreamDecoder(tokenizer)
+        self._clean_up = prepared.clean_up
+        self._text = self._decoder.push(prompt_ids)
+        self._prompt_length = len(clean_up_tokenization(prompt) if prepared.clean_up else prompt)
+        self.sent = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take tokens, and give the new text that no later token can change."""
+        new = self._decoder.push(tokens)
+        if not new:
+            return ""
+        self._text += new
+        certain = self._text
+        if self._clean_up:
+            certain = clean_up_tokenization(certain)
+            # An artefact begins with a space; what stands before the last one near the end cannot change any more.
+            space = certain.rfind(" ", max(0, len(certain) - _LONGEST_ARTEFACT))
+            certain = certain if space < 0 else certain[:space]
+        text = certain[self._prompt_length + self.sent :]
+        self.sent += len(text)
+        return text
+
+
+def _compile_template(source: str) -> jinja2.Template:
+    # A template comes with a model file, from anywhere: it runs in the sandbox that transformers uses (CVE-2024-34359).
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def now(pattern: str) -> str:
+        return dt.datetime.now(tz=dt.UTC).strftime(pattern)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    functions: dict[str, Any] = {"raise_exception": refuse, "strftime_now": now}
+    environment.globals.update(functions)
+    return environment.from_string(source)
