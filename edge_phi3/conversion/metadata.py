@@ -6,12 +6,12 @@ own keys these are written:
 
 - ``general.source.huggingface.repository``, ``general.source.huggingface.revision`` (strings): where the
   checkpoint came from;
-- ``edge_phi3.generation.eos_token_ids`` (int32 array): every token of ``generation_config.json`` that ends
-  a generation. llama.cpp learns of them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>``
-  by their text, and takes two more as its EOM and EOT tokens;
-- ``edge_phi3.generation.pad_token_id`` (uint32);
-- ``edge_phi3.generation.config`` (string): ``generation_config.json`` as a JSON object, for its sampling
-  defaults.
+- ``edge_phi3.generation.config`` (string): ``generation_config.json`` as a JSON object, for the sampling
+  defaults and the special tokens; what it does not say on the latter comes from ``config.json``;
+- ``edge_phi3.generation.eos_token_ids`` (int32 array): every token that ends a generation. llama.cpp learns of
+  them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>`` by their text, and takes two more as
+  its EOM and EOT tokens;
+- ``edge_phi3.generation.pad_token_id`` (uint32).
 """
 
 from __future__ import annotations
@@ -124,11 +124,15 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
         writer.add_uint32(PAD_TOKEN_ID_KEY, pads[0])
     config = {
         name: value
-        for name, value in checkpoint.generation_config.items()
+        for name, value in {**_special_tokens(checkpoint.config), **checkpoint.generation_config}.items()
         if name not in ("transformers_version", "_from_model_config")
     }
-    if config:
-        writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
+    writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {name: config[name] for name in names if name in config}
 
 
 def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:

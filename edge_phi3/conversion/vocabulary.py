@@ -2,18 +2,18 @@
 
 Pieces and scores come from ``tokenizer.model``; ``added_tokens.json``, ``tokenizer_config.json`` and
 ``tokenizer.json`` add and retype tokens, in this order; ids that none of them fills become unused
-``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys these are written:
+``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, one of our own is written:
 
-- ``edge_phi3.tokenizer.added_token_ids`` (int32 array): the added tokens, which are found in a text before
-  anything else;
-- ``edge_phi3.tokenizer.added_token_lstrip`` and ``edge_phi3.tokenizer.added_token_rstrip`` (bool arrays,
-  parallel to the ids): whether a token swallows the white space before and after it. llama.cpp has no key
-  for this, only a rule that goes by the model's name.
+- ``edge_phi3.tokenizer.added_tokens`` (string): a JSON array of the added tokens, which are found in a text
+  before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
+  the two flags (whether a token swallows the white space before and after it), only a rule that goes by the
+  model's name. The value is a string because llama.cpp's C API gives no arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ from edge_phi3.conversion.checkpoint import read_json
 from edge_phi3.conversion.errors import UnsupportedModelError, VocabularyError
 from edge_phi3.conversion.sentencepiece import ModelType, PieceType, read_sentencepiece
 
-ADDED_TOKEN_IDS_KEY = "edge_phi3.tokenizer.added_token_ids"  # noqa: S105 - a key, no secret
-ADDED_TOKEN_LSTRIP_KEY = "edge_phi3.tokenizer.added_token_lstrip"  # noqa: S105 - a key, no secret
-ADDED_TOKEN_RSTRIP_KEY = "edge_phi3.tokenizer.added_token_rstrip"  # noqa: S105 - a key, no secret
+ADDED_TOKENS_KEY = "edge_phi3.tokenizer.added_tokens"
 
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 
@@ -76,10 +74,12 @@ class Vocabulary:
         if self.add_eos is not None:
             special.add_special_token["eos"] = self.add_eos
         special.add_to_gguf(writer, quiet=True)
-        added = sorted(self.added.items())
-        writer.add_array(ADDED_TOKEN_IDS_KEY, [token_id for token_id, _ in added])
-        writer.add_array(ADDED_TOKEN_LSTRIP_KEY, [token.lstrip for _, token in added])
-        writer.add_array(ADDED_TOKEN_RSTRIP_KEY, [token.rstrip for _, token in added])
+        added = [
+            {"id": token_id, "content": token.text, "special": token.special}
+            | {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            for token_id, token in sorted(self.added.items())
+        ]
+        writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
