@@ -1,0 +1,156 @@
+"""Importance matrix files: llama.cpp's GGUF format, and the older binary one that is still published."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.errors import EdgePhi3Error
+
+_SUMS = ".in_sum2"
+_COUNTS = ".counts"
+
+
+class ImatrixFileError(EdgePhi3Error):
+    """A file that is not a whole importance matrix."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImatrixEntry:
+    """What calibration saw of one weight matrix.
+
+    Attributes:
+        sums: float32, shape (experts, columns): the squared activations of each column, summed over tokens.
+        counts: float32, shape (experts,): how many tokens (older files: evaluations) the sums are of.
+    """
+
+    sums: NDArray[np.float32]
+    counts: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Imatrix:
+    """An importance matrix: for each weight matrix, by its tensor name, how much each column matters.
+
+    Attributes:
+        entries: tensor name (``blk.0.attn_qkv.weight``) to its sums and counts.
+        datasets: names of the calibration texts.
+        chunk_count: chunks of text evaluated, 0 when the file does not say.
+        chunk_size: tokens in a chunk, 0 when the file does not say.
+    """
+
+    entries: dict[str, ImatrixEntry]
+    datasets: list[str] = field(default_factory=list)
+    chunk_count: int = 0
+    chunk_size: int = 0
+
+    def importance(self) -> dict[str, NDArray[np.float32]]:
+        """Give the mean squared activation of each column, as the quantiser takes it.
+
+        Follows llama.cpp's ``tools/quantize``: sums over counts, in float32; an expert never seen weighs 1
+        everywhere.
+
+        Returns:
+            Tensor name to float32 of shape (experts * columns,).
+        """
+        means = {}
+        for name, entry in self.entries.items():
+            seen = (entry.counts > 0)[:, None]
+            counts = np.where(seen, np.maximum(entry.counts, 1)[:, None], np.float32(1))
+            means[name] = np.where(seen, entry.sums / counts, np.float32(1)).astype(np.float32).reshape(-1)
+        return means
+
+
+def read_imatrix(path: Path | str) -> Imatrix:
+    """Read an importance matrix, in the GGUF format or the older binary one.
+
+    Raises:
+        ImatrixFileError: the file is absent, cut short, or something else.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ImatrixFileError(f"The importance matrix {path} cannot be read: {error.strerror}.") from error
+    try:
+        matrix = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, struct.error) as error:
+        raise ImatrixFileError(f"{path} is not a whole importance matrix: {error}.") from error
+    for name, entry in matrix.entries.items():
+        if not np.isfinite(entry.sums).all() or not np.isfinite(entry.counts).all():
+            raise ImatrixFileError(f"The importance matrix {path} holds NaN or infinite values for {name}.")
+    return matrix
+
+
+def _read_gguf(path: Path) -> Imatrix:
+    reader = gguf.GGUFReader(path)
+    kind = reader.get_field("general.type")
+    if kind is not None and kind.contents() != "imatrix":
+        raise ValueError(f"it is a GGUF of type {kind.contents()!r}, not 'imatrix'")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
+    if not names:
+        raise ValueError(f"it has no tensor whose name ends with {_SUMS}")
+    entries = {}
+    for name in names:
+        if name + _COUNTS not in tensors:
+            raise ValueError(f"it has sums but no counts for {name}")
+        sums, counts = tensors[name + _SUMS], tensors[name + _COUNTS]
+        if {sums.tensor_type, counts.tensor_type} != {gguf.GGMLQuantizationType.F32}:
+            raise ValueError(f"the sums and counts of {name} are not F32")
+        rows = np.array(counts.data, dtype=np.float32).reshape(-1)
+        entries[name] = ImatrixEntry(np.array(sums.data, dtype=np.float32).reshape(rows.size, -1), np.rint(rows))
+
+    def value(key: str, default: Any) -> Any:
+        found = reader.get_field(key)
+        return default if found is None else found.contents()
+
+    return Imatrix(
+        entries,
+        datasets=list(value("imatrix.datasets", [])),
+        chunk_count=int(value("imatrix.chunk_count", 0)),
+        chunk_size=int(value("imatrix.chunk_size", 0)),
+    )
+
+
+def _read_legacy(path: Path) -> Imatrix:
+    """Read what `llama-imatrix` wrote before the GGUF format: int32 lengths, names, float32 sums; little-endian."""
+    data = memoryview(path.read_bytes())
+    position = 0
+
+    def take(size: int) -> memoryview:
+        nonlocal position
+        if size < 0 or position + size > len(data):
+            raise ValueError("it ends early, or is another kind of file")
+        position += size
+        return data[position - size : position]
+
+    def integer() -> int:
+        return int(struct.unpack("<i", take(4))[0])
+
+    entries = {}
+    count = integer()
+    if count < 1:
+        raise ValueError("it holds no entry")
+    for _ in range(count):
+        name = bytes(take(integer())).decode("utf-8")
+        calls = integer()
+        columns = integer()
+        if columns < 1:
+            raise ValueError(f"it holds no value for {name}")
+        sums = np.frombuffer(take(4 * columns), dtype="<f4").astype(np.float32)
+        # Sums of files without a count are means already: dividing by 1 keeps them.
+        entries[name] = ImatrixEntry(sums.reshape(1, -1), np.array([max(calls, 1)], dtype=np.float32))
+    chunks, datasets = 0, []
+    if position < len(data):
+        chunks = integer()
+        if position < len(data):
+            datasets = [bytes(take(integer())).decode("utf-8", "replace")]
+    return Imatrix(entries, datasets=datasets, chunk_count=chunks)

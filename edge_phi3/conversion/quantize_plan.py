@@ -1,0 +1,309 @@
+"""What a quantisation would make of each tensor: llama.cpp's dry run, read tensor by tensor, and checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.conversion.imatrix_file import read_imatrix
+from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type, tensor_type_number
+from edge_phi3.conversion.quantize_process import (
+    Job,
+    LogReader,
+    QuantizerError,
+    QuantizerProcess,
+    TensorFinished,
+    TensorStarted,
+)
+from edge_phi3.errors import EdgePhi3Error
+
+_ALIGNMENT = 32
+_UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
+_SPLIT = re.compile(r"-00001-of-(\d{5})\.gguf$")
+
+
+class QuantizeError(EdgePhi3Error):
+    """A model that cannot be quantised as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """What becomes of one tensor. `shape` has the columns first, as in a GGUF; sizes are in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    source_type: str
+    target_type: str
+    source_bytes: int
+    target_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizePrediction:
+    """What a quantisation would give, computed without doing it.
+
+    Attributes:
+        type: the file type.
+        bytes: the size of the file.
+        bits_per_weight: of all tensors together, metadata not counted.
+        needs_imatrix: whether the quantisation is refused without an importance matrix.
+        fallbacks: tensors that get another type than planned because their columns do not fill whole blocks.
+        tensors: each tensor, in the order in which they are made.
+    """
+
+    type: QuantizationType
+    bytes: int
+    bits_per_weight: float
+    needs_imatrix: bool
+    fallbacks: int
+    tensors: tuple[TensorPlan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The choices of `quantize` that decide what becomes of the tensors; see there."""
+
+    imatrix: Path | None = None
+    tensor_types: Mapping[str, str] = field(default_factory=dict)
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
+    threads: int | None = None
+
+
+def predict_size(
+    source: Path,
+    *,
+    type: str,  # noqa: A002 (as in quantize)
+    imatrix: Path | None = None,
+    tensor_types: Mapping[str, str] | None = None,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
+) -> SizePrediction:
+    """Tell the size of what `quantize` would write for the same arguments, without reading the weights.
+
+    Raises:
+        The errors of `quantize` that do not concern its output.
+    """
+    options = Options(imatrix, tensor_types or {}, output_tensor_type, token_embedding_type, pure)
+    chosen = quantization_type(type)
+    check_source(source)
+    with QuantizerProcess() as process:
+        plan = make_plan(process, make_job(process, source, chosen, options), chosen)
+        check_plan(process, plan, options)
+        return plan
+
+
+def predict_sizes(source: Path, types: Iterable[str], *, imatrix: Path | None = None) -> list[SizePrediction]:
+    """Tell what each of several file types would give, in one child process; otherwise as `predict_size`."""
+    options = Options(imatrix)
+    chosen = [quantization_type(name) for name in types]
+    check_source(source)
+    with QuantizerProcess() as process:
+        return [make_plan(process, make_job(process, source, type_, options), type_) for type_ in chosen]
+
+
+def check_source(source: Path) -> None:
+    """Refuse what does not begin as a GGUF does.
+
+    Raises:
+        QuantizeError: `source` cannot be read, or is another kind of file.
+    """
+    try:
+        with source.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise QuantizeError(f"{source} cannot be read: {error.strerror}.") from error
+    if magic != b"GGUF":
+        raise QuantizeError(
+            f"{source} is not a GGUF file (it begins with {magic!r});"
+            " make one of a checkpoint with `edge-phi3 convert`."
+        )
+
+
+def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, options: Options) -> Job:
+    """Give the dry run of a quantisation, its names turned into llama.cpp's numbers.
+
+    Raises:
+        UnknownQuantizationError: a tensor type that llama.cpp does not write.
+        QuantizeError: a pattern of `tensor_types` that is not a regular expression.
+    """
+    numbers = {name: type_.number for name, type_ in process.types.items() if type_.writable}
+
+    def number(name: str | None, option: str) -> int | None:
+        return None if name is None else tensor_type_number(name, numbers, option)
+
+    overrides = []
+    for pattern, name in options.tensor_types.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise QuantizeError(f"--tensor-type: {pattern!r} is not a regular expression: {error}.") from error
+        overrides.append((_lower(pattern), tensor_type_number(name, numbers, f"--tensor-type {pattern}")))
+    return Job(
+        source=str(source.absolute()),
+        output=None,
+        ftype=chosen.ftype,
+        threads=options.threads or len(os.sched_getaffinity(0)),
+        imatrix=None if options.imatrix is None else str(options.imatrix.absolute()),
+        tensor_types=overrides,
+        output_tensor_type=number(options.output_tensor_type, "--output-tensor-type"),
+        token_embedding_type=number(options.token_embedding_type, "--token-embedding-type"),
+        pure=options.pure,
+    )
+
+
+def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> SizePrediction:
+    """Let llama.cpp say what it would make of each tensor.
+
+    Raises:
+        QuantizeError: llama.cpp cannot read the source, or logs its steps in a way not known here.
+    """
+    log = LogReader()
+    tensors: list[TensorPlan] = []
+    started: TensorStarted | None = None
+    try:
+        for step in process.run(job, log):
+            if isinstance(step, TensorStarted):
+                started = step
+            elif started is not None and step.target_type.lower() in process.types:
+                tensors.append(_tensor_plan(process, started, step))
+    except QuantizerError as error:
+        raise explain(error, Path(job.source)) from error
+    if started is None or len(tensors) != started.count:
+        raise QuantizeError(
+            f"llama.cpp planned {started.count if started else 0} tensors of {job.source} and its log told of"
+            f" {len(tensors)}; install the version of llama-cpp-python that edge-phi3 asks for."
+        )
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
+    data = sum(_padded(tensor.target_bytes) for tensor in tensors)
+    # All that is not tensors is copied from the source, but for a key or two.
+    metadata = _source_bytes(Path(job.source)) - sum(_padded(tensor.source_bytes) for tensor in tensors)
+    return SizePrediction(
+        type=chosen,
+        bytes=metadata + data,
+        bits_per_weight=8 * sum(tensor.target_bytes for tensor in tensors) / weights,
+        needs_imatrix=log.wants_imatrix,
+        fallbacks=log.fallbacks,
+        tensors=tuple(tensors),
+    )
+
+
+def check_plan(process: QuantizerProcess, plan: SizePrediction, options: Options) -> None:
+    """Refuse what llama.cpp would pass over in silence or die of.
+
+    Raises:
+        QuantizeError: a type whose blocks do not fit a tensor; a `tensor_types` pattern without effect; an
+            importance matrix of another model, or one that lacks a tensor that needs it.
+    """
+    for tensor in plan.tensors:
+        block = process.types[tensor.target_type.lower()].block_size
+        if tensor.shape[0] % block:
+            raise QuantizeError(
+                f"{tensor.name} has {tensor.shape[0]} columns, and {tensor.target_type} packs {block} at a"
+                " time; choose another type for it."
+            )
+    if options.tensor_types and plan.type.name in _UNQUANTIZED:
+        raise QuantizeError(
+            f"--tensor-type has no effect with --type {plan.type.name};"
+            " choose a quantised type and give single tensors another one."
+        )
+    for pattern, target in options.tensor_types.items():
+        _check_pattern(pattern, target, plan)
+    importance = {} if options.imatrix is None else read_imatrix(options.imatrix).importance()
+    if options.imatrix is not None:
+        _check_imatrix(importance, plan, options.imatrix)
+    for tensor in plan.tensors:
+        # For these ggml fails an assertion, whatever llama.cpp thinks of the file as a whole.
+        demanding = process.types[tensor.target_type.lower()].needs_imatrix
+        if demanding and tensor.target_type != tensor.source_type and tensor.name not in importance:
+            lack = "an importance matrix" if options.imatrix is None else f"a row in {options.imatrix}"
+            raise QuantizeError(
+                f"{tensor.name} cannot become {tensor.target_type} without {lack}; give it a type of its own"
+                " (--token-embedding-type, --output-tensor-type or --tensor-type) or a matrix that has it."
+            )
+
+
+def explain(error: QuantizerError, source: Path) -> QuantizeError:
+    """Turn llama.cpp's own words into a sentence about the file that a person gave."""
+    words = str(error)
+    if "not within the file bounds" in words or "failed to read" in words:
+        return QuantizeError(f"{source} is cut short; download or convert it again. llama.cpp says: {words}.")
+    if match := re.search(r"Missing importance matrix for tensor (\S+)", words):
+        return QuantizeError(
+            f"The importance matrix has nothing for {match[1]}, which needs it at so few bits;"
+            " make one with `edge-phi3 imatrix` from this very model."
+        )
+    if "iostream" in words:
+        return QuantizeError("The output could not be written to its end; the disk may be full.")
+    if "quantized data validation failed" in words:
+        return QuantizeError(f"{source} holds weights that are NaN or infinite; convert the checkpoint again.")
+    return QuantizeError(f"llama.cpp could not quantise {source}: {words}.")
+
+
+def _check_pattern(pattern: str, target: str, plan: SizePrediction) -> None:
+    matched = [tensor for tensor in plan.tensors if re.search(_lower(pattern), tensor.name)]
+    if not matched:
+        kinds = sorted({re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in plan.tensors})
+        raise QuantizeError(
+            f"--tensor-type: no tensor of this model matches {pattern!r}; its tensors are {', '.join(kinds)}."
+        )
+    quantisable = [tensor for tensor in matched if len(tensor.shape) > 1 and math.prod(tensor.shape[1:]) > 1]
+    if not quantisable:
+        raise QuantizeError(
+            f"--tensor-type {pattern}={target}: llama.cpp never quantises {matched[0].name};"
+            " choose a matrix, such as ffn_down or attn_qkv."
+        )
+
+
+def _lower(pattern: str) -> str:
+    r"""Lower the letters of a pattern, as llama-quantize does, but not those of escapes: ``\D`` is not ``\d``."""
+    return re.sub(r"\\.|[A-Z]", lambda match: match[0] if match[0][0] == "\\" else match[0].lower(), pattern)
+
+
+def _check_imatrix(importance: Mapping[str, NDArray[np.float32]], plan: SizePrediction, path: Path) -> None:
+    if not any(tensor.name in importance for tensor in plan.tensors):
+        raise QuantizeError(
+            f"The importance matrix {path} names no tensor of this model; make one with `edge-phi3 imatrix`."
+        )
+    for tensor in plan.tensors:
+        values = importance.get(tensor.name)
+        if values is not None and values.size != tensor.shape[0] * math.prod(tensor.shape[2:]):
+            raise QuantizeError(
+                f"The importance matrix {path} is of another model: it has {values.size} values for"
+                f" {tensor.name}, which has {tensor.shape[0]} columns."
+            )
+
+
+def _tensor_plan(process: QuantizerProcess, started: TensorStarted, finished: TensorFinished) -> TensorPlan:
+    return TensorPlan(
+        name=started.name,
+        shape=started.shape,
+        source_type=started.source_type,
+        target_type=finished.target_type,
+        source_bytes=process.bytes_of(started.source_type, started.shape),
+        target_bytes=process.bytes_of(finished.target_type, started.shape),
+    )
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _source_bytes(source: Path) -> int:
+    """Give the bytes of a GGUF, all the files of a split one together."""
+    match = _SPLIT.search(source.name)
+    if match is None:
+        return source.stat().st_size
+    count = int(match[1])
+    stem = source.name[: match.start()]
+    parts = [source.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
+    return sum(part.stat().st_size for part in parts)
