@@ -167,6 +167,8 @@ class Scheduler:
 
     def _try_plan(self) -> Plan:
         """Plan a batch; an empty one means that nobody can go on before somebody is preempted."""
+        for request in self.running:
+            self._attach_restored(request)
         decoding = [request for request in self.running if request.decoding]
         rows = [sequence for request in decoding for sequence in request.sequences]
         if not self._make_room(len(rows)):
@@ -194,29 +196,30 @@ class Scheduler:
             plan.chunks.append((sequence, 1))
         plan.count = count
 
-    def _add_prompt(self, plan: Plan, request: RunningRequest) -> None:
-        alone = len(request.sequences) == 1
+    def _attach_restored(self, request: RunningRequest) -> None:
+        """Attach the sequences of a request that comes back, one after the other.
+
+        Each waits until those before it are computed, and so finds the cells that it shares with them. Their last
+        tokens
+        are left to be decoded together, since the decoder wants all rows at once.
+        """
         for sequence in request.sequences:
             if sequence.seq_id < 0:
                 self._attach(sequence)
-            # Several sequences are restored one after the other, so that each finds what it shares with the ones
-            # before;
-            # their last tokens are decoded together, since the decoder wants all rows at once.
-            wanted = sequence.pending if alone else sequence.pending - 1
-            if wanted == 0:
-                continue
-            count = self._chunk(sequence, min(wanted, self.context.batch_size - plan.count))
-            if count == 0:
+            if sequence.pending > 1:
                 return
-            last = alone and count == sequence.pending
-            self._write_chunk(plan, sequence, count, last=last)
-            if last:
-                plan.choosing.append(request)
-            if count < wanted:
-                return
-            # The cells of this chunk are not computed yet: what the next sequence shares comes with the next step.
-            if not alone:
-                return
+
+    def _add_prompt(self, plan: Plan, request: RunningRequest) -> None:
+        alone = len(request.sequences) == 1
+        sequence = next(sequence for sequence in request.sequences if alone or sequence.pending > 1)
+        wanted = sequence.pending if alone else sequence.pending - 1
+        count = self._chunk(sequence, min(wanted, self.context.batch_size - plan.count))
+        if count == 0:
+            return
+        last = alone and count == wanted
+        self._write_chunk(plan, sequence, count, last=last)
+        if last:
+            plan.choosing.append(request)
 
     def _chunk(self, sequence: Sequence, most: int) -> int:
         """Say how many tokens of a prompt fit this batch, the window's rule and the free cells."""

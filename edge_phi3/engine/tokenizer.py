@@ -8,6 +8,7 @@ leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterable
 
@@ -19,7 +20,8 @@ from edge_phi3.engine.runtime import Model
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _CONTROL = 1 << 3
 _NOT_SPECIAL = frozenset({"</s>"})
-"""llama.cpp marks ``</s>`` as a control token; Phi-3's tokenizer_config.json says that it is an ordinary added
+"""For GGUFs from elsewhere: llama.cpp marks ``</s>`` as a control token; Phi-3's tokenizer_config.json says that it
+is an ordinary added
 token."""
 
 
@@ -39,9 +41,13 @@ class Tokenizer:
             if byte := _BYTE.fullmatch(piece):
                 self._bytes[token] = int(byte[1], 16)
             self._texts.append(piece.decode("utf-8", errors="replace").replace("▁", " "))
-        control = np.flatnonzero(model.attributes & _CONTROL)
-        self.special_ids = frozenset(int(token) for token in control if self._texts[token] not in _NOT_SPECIAL)
-        self._special_by_text = {self._texts[token]: int(token) for token in control}
+        control = np.flatnonzero(model.attributes & _CONTROL).tolist()
+        self._special_by_text = {self._texts[token]: token for token in control}
+        added = model.metadata("edge_phi3.tokenizer.added_tokens")
+        if added is None:
+            self.special_ids = frozenset(token for token in control if self._texts[token] not in _NOT_SPECIAL)
+        else:
+            self.special_ids = frozenset(int(token["id"]) for token in json.loads(added) if token["special"])
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Encode a text: int32 token ids, shape ``(tokens,)``, with no beginning-of-sequence token added."""

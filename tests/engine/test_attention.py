@@ -1,0 +1,69 @@
+"""Phi-3's attention: the 2,047-token window of the 4k model, the two sets of rotary factors of the 128k one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.golden.attention import CASES, Case, recorded
+
+ENDLESS = {"eos_token_id": []}
+
+
+def cases(model: str) -> list[object]:
+    return [pytest.param(case, id=case.name) for case in CASES if case.model == model]
+
+
+@pytest.mark.parametrize("case", cases("4k"))
+def test_window_is_exact_one_token_at_a_time(make_model: MakeModel, case: Case) -> None:
+    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=1) as engine:
+        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+
+
+def test_generation_that_crosses_the_window_is_exact_at_any_chunk(make_model: MakeModel) -> None:
+    case = next(case for case in CASES if case.name == "4k-2030+48")
+    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=64) as engine:
+        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+
+
+def test_window_frees_the_cells_that_left_it(make_model: MakeModel) -> None:
+    case = next(case for case in CASES if case.name == "4k-3500+24")
+    with running_engine(make_model("4k"), ctx_size=2304, window_chunk=32) as engine:
+        ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS)
+        assert engine.stats().cells_used <= 2047 + 32
+
+
+def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(make_model: MakeModel) -> None:
+    long = next(case for case in CASES if case.name == "4k-3000+24")
+    expected = recorded()[long.name]
+    with running_engine(make_model("4k"), ctx_size=8192) as engine:
+        assert ask(engine, long.prompt(), max_new_tokens=24, **ENDLESS) == [expected]
+        short = long.prompt()[:2040]
+        alone = ask(engine, short, max_new_tokens=4, **ENDLESS)
+    with running_engine(make_model("4k"), ctx_size=8192) as fresh:
+        assert ask(fresh, short, max_new_tokens=4, **ENDLESS) == alone
+
+
+def test_short_and_long_prompts_side_by_side(make_model: MakeModel) -> None:
+    together = [case for case in CASES if case.model == "128k"]
+    with running_engine(make_model("128k"), ctx_size=16384, parallel=4) as engine:
+        asked = [Asked(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) for case in together]
+        answers = {case.name: generated(one.finished())[0] for case, one in zip(together, asked, strict=True)}
+    assert answers == {case.name: recorded()[case.name] for case in together}
+
+
+def test_128k_model_within_its_original_context_needs_one_context(make_model: MakeModel) -> None:
+    case = next(case for case in CASES if case.name == "128k-100+24")
+    with running_engine(make_model("128k"), ctx_size=4096) as engine:
+        assert len(engine.model.schedulers) == 1
+        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+
+
+def test_beams_cross_the_original_context_together(make_model: MakeModel) -> None:
+    case = next(case for case in CASES if case.name == "128k-4085+32")
+    options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 24, **ENDLESS}
+    with running_engine(make_model("128k"), ctx_size=32768, parallel=4) as engine:
+        cached = ask(engine, case.prompt(), **options)
+        again = ask(engine, case.prompt(), **options)
+    with running_engine(make_model("128k"), ctx_size=32768, parallel=4, prefix_cache=False) as engine:
+        assert ask(engine, case.prompt(), **options) == cached == again

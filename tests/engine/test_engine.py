@@ -1,0 +1,290 @@
+"""Many requests on one model: exact, bounded, cancellable, and back on its feet after a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.errors import (
+    DeadlineExceededError,
+    DecodeFailedError,
+    EngineStoppedError,
+    ModelLoadError,
+    QueueFullError,
+    RequestTooLargeError,
+)
+from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
+from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.generation.config import GenerationConfig
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
+
+ENDLESS: dict[str, Any] = {"eos_token_id": []}
+MODES: tuple[dict[str, Any], ...] = (
+    {},
+    {"do_sample": True, "seed": 3, "top_k": 10},
+    {"do_sample": True, "seed": 4, "top_k": 0, "top_p": 0.8, "temperature": 1.3, "num_return_sequences": 3},
+    {"num_beams": 4, "num_return_sequences": 2},
+    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
+    {"num_beams": 3, "do_sample": True, "seed": 9},
+    {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    {"do_sample": True, "seed": 5, "min_p": 0.05, "typical_p": 0.9},
+)
+
+
+def prompt(seed: int, length: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(FIRST_TOKEN, LAST_TOKEN, length, dtype=np.int32)
+
+
+def requests(count: int) -> Iterator[tuple[NDArray[np.int32], dict[str, Any]]]:
+    for index in range(count):
+        mode = MODES[index % len(MODES)]
+        yield prompt(index, 3 + 7 * index % 90), {"max_new_tokens": 4 + index % 21, **mode}
+
+
+@pytest.fixture(scope="module")
+def engine(make_model: MakeModel) -> Iterator[Engine]:
+    with running_engine(make_model("4k"), ctx_size=4096, parallel=16) as running:
+        yield running
+
+
+def test_requests_at_once_give_what_each_gives_alone(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=16, prefix_cache=False) as engine:
+        alone = [ask(engine, tokens, **options) for tokens, options in requests(64)]
+    with running_engine(make_model("4k"), parallel=16) as engine:
+        asked = [Asked(engine, tokens, **options) for tokens, options in requests(64)]
+        assert [generated(one.finished()) for one in asked] == alone
+        assert engine.stats().running == engine.stats().waiting == engine.stats().sequences == 0
+
+
+def test_preempted_requests_are_recomputed_and_right(make_model: MakeModel) -> None:
+    options = {"max_new_tokens": 90, **ENDLESS}
+    prompts = [prompt(seed, 60) for seed in range(8)]
+    with running_engine(make_model("4k"), parallel=16) as engine:
+        expected = [ask(engine, tokens, **options) for tokens in prompts]
+        beams = ask(engine, prompts[0], num_beams=4, num_return_sequences=4, max_new_tokens=40, **ENDLESS)
+    with running_engine(make_model("4k"), parallel=16, ctx_size=512) as engine:
+        asked = [Asked(engine, tokens, **options) for tokens in prompts]
+        searched = Asked(engine, prompts[0], num_beams=4, num_return_sequences=4, max_new_tokens=40, **ENDLESS)
+        assert [generated(one.finished()) for one in asked] == expected
+        assert generated(searched.finished()) == beams
+        assert engine.stats().preemptions_total > 0
+
+
+def test_a_small_batch_splits_prompts(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k")) as engine:
+        expected = ask(engine, prompt(1, 300), max_new_tokens=8)
+    with running_engine(make_model("4k"), batch_size=32, parallel=4) as engine:
+        assert ask(engine, prompt(1, 300), max_new_tokens=8) == expected
+        assert engine.stats().steps_total > 300 // 32
+
+
+def test_a_long_prompt_does_not_stall_the_others(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), batch_size=64) as engine:
+        steady = Asked(engine, prompt(1, 8), stream=True, max_new_tokens=200, **ENDLESS)
+        steady.events.get(timeout=30)
+        long = Asked(engine, prompt(2, 1500), max_new_tokens=1)
+        tokens_meanwhile = 0
+        while long.running.first_token is None:
+            if isinstance(steady.events.get(timeout=30), TokensEvent):
+                tokens_meanwhile += 1
+        assert tokens_meanwhile >= 1500 // 64 - 2
+
+
+def test_a_prompt_seen_before_starts_from_the_cache(engine: Engine) -> None:
+    first = Asked(engine, prompt(77, 200), max_new_tokens=10, **ENDLESS).finished()
+    assert first.cached_tokens == 0
+    again = Asked(engine, prompt(77, 200), max_new_tokens=10, **ENDLESS).finished()
+    assert again.cached_tokens == 199
+    assert generated(again) == generated(first)
+    longer = np.concatenate([first.result.sequences[0], prompt(78, 5)])
+    follow_up = Asked(engine, longer, max_new_tokens=10, **ENDLESS).finished()
+    assert follow_up.cached_tokens == 209
+
+
+def test_the_cache_makes_room(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), ctx_size=512) as engine:
+        for seed in range(12):
+            ask(engine, prompt(seed, 100), max_new_tokens=5, **ENDLESS)
+        stats = engine.stats()
+        assert 0 < stats.cached_sequences <= 5
+        assert stats.cells_used <= 512
+
+
+def test_the_cache_can_be_switched_off(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), prefix_cache=False) as engine:
+        ask(engine, prompt(1, 50), max_new_tokens=5)
+        assert engine.stats().cells_used == engine.stats().cached_sequences == 0
+
+
+def test_streamed_tokens_are_the_result(engine: Engine) -> None:
+    for options in ({}, {"do_sample": True, "num_return_sequences": 3, "seed": 1}):
+        asked = Asked(engine, prompt(5, 20), stream=True, max_new_tokens=12, **options)
+        streamed: dict[int, list[int]] = {}
+        while isinstance(event := asked.events.get(timeout=30), TokensEvent):
+            for index, token in event.tokens:
+                streamed.setdefault(index, []).append(token)
+        assert isinstance(event, FinishedEvent)
+        assert [streamed[index] for index in sorted(streamed)] == generated(event)
+        assert event.generated_tokens == sum(map(len, streamed.values()))
+        assert 0 <= event.timing.queue <= event.timing.first_token <= event.timing.total
+
+
+def test_beams_stream_nothing_but_the_result(engine: Engine) -> None:
+    asked = Asked(engine, prompt(5, 20), stream=True, num_beams=3, max_new_tokens=6)
+    assert isinstance(asked.events.get(timeout=30), FinishedEvent)
+
+
+def test_a_cancelled_request_frees_its_sequences(engine: Engine) -> None:
+    asked = Asked(engine, prompt(6, 20), stream=True, max_new_tokens=3000, num_return_sequences=1, **ENDLESS)
+    asked.events.get(timeout=30)
+    engine.cancel(asked.running)
+    _wait_until(lambda: engine.stats().running == 0)
+    assert engine.stats().sequences == 0
+
+
+def test_closing_the_iterator_cancels(engine: Engine) -> None:
+    async def leave_early() -> None:
+        config = GenerationConfig.resolve(
+            {"do_sample": False, "max_new_tokens": 3000, **ENDLESS}, engine.model.defaults
+        )
+        events = engine.generate(GenerationRequest(prompt(8, 10), config, stream=True))
+        async for event in events:
+            assert isinstance(event, TokensEvent)
+            break
+        await events.aclose()
+
+    asyncio.run(leave_early())
+    _wait_until(lambda: engine.stats().running == 0)
+
+
+def test_a_deadline_ends_a_request(engine: Engine) -> None:
+    config = GenerationConfig.resolve({"max_new_tokens": 3500, **ENDLESS}, engine.model.defaults)
+    events: list[Any] = []
+    engine.submit(GenerationRequest(prompt(9, 10), config, timeout=0.1), events.append)
+    _wait_until(lambda: bool(events))
+    assert isinstance(events[0], DeadlineExceededError)
+    assert "0.1 s" in str(events[0])
+
+
+def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), ctx_size=1024, parallel=16) as engine:
+        with pytest.raises(RequestTooLargeError, match=r"1510 KV cells .* has 1024"):
+            Asked(engine, prompt(1, 10), max_new_tokens=1500)
+        with pytest.raises(RequestTooLargeError, match=r"20 sequences at once; .* at most 16"):
+            Asked(engine, prompt(1, 10), num_beams=20, max_new_tokens=5)
+
+
+def test_a_full_queue_refuses(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=1, max_queue=2) as engine:
+        running = Asked(engine, prompt(1, 10), max_new_tokens=2000, **ENDLESS)
+        _wait_until(lambda: engine.stats().running == 1)
+        waiting = [Asked(engine, prompt(seed, 10), max_new_tokens=2) for seed in (2, 3)]
+        with pytest.raises(QueueFullError, match="2 requests wait"):
+            Asked(engine, prompt(4, 10), max_new_tokens=2)
+        engine.cancel(running.running)
+        assert all(len(generated(one.finished())[0]) == 2 for one in waiting)
+
+
+def test_waiting_requests_start_in_order_of_arrival(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=1) as engine:
+        asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3) for seed in range(6)]
+        for one in asked:
+            one.finished()
+        starts = [one.running.started for one in asked]
+        assert starts == sorted(starts)
+
+
+def test_a_failed_batch_fails_its_requests_and_the_engine_goes_on(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running_engine(make_model("4k"), parallel=2) as engine:
+        expected = ask(engine, prompt(3, 30), max_new_tokens=5)
+        context = engine.model.schedulers[0].context
+        decode, failures = type(context).decode, iter([True])
+
+        def fail_once(count: int) -> Any:
+            if next(failures, False):
+                raise DecodeFailedError("llama.cpp failed with status -3 while decoding a batch of 1 tokens.")
+            return decode(context, count)
+
+        running = Asked(engine, prompt(1, 10), stream=True, max_new_tokens=2000, **ENDLESS)
+        running.events.get(timeout=30)
+        monkeypatch.setattr(context, "decode", fail_once)
+        with caplog.at_level(logging.CRITICAL), pytest.raises(DecodeFailedError, match="status -3"):
+            running.finished()
+        assert engine.status == "ready"
+        assert ask(engine, prompt(3, 30), max_new_tokens=5) == expected
+
+
+def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    with running_engine(make_model("4k")) as engine, caplog.at_level(logging.CRITICAL):
+        engine.model.schedulers[0].context.abort()
+        with pytest.raises((DecodeFailedError, EngineStoppedError)):
+            Asked(engine, prompt(1, 10), max_new_tokens=5).finished()
+        _wait_until(lambda: engine.status == "broken")
+        with pytest.raises(EngineStoppedError, match="broken"):
+            Asked(engine, prompt(1, 10), max_new_tokens=5)
+
+
+def test_closing_ends_what_runs(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=1) as engine:
+        asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3000, **ENDLESS) for seed in range(2)]
+        _wait_until(lambda: engine.stats().running == 1)
+        engine.close()
+        for one in asked:
+            with pytest.raises(EngineStoppedError):
+                one.finished()
+
+
+def test_draining_finishes_what_runs(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k")) as engine:
+        asked = Asked(engine, prompt(1, 10), max_new_tokens=100, **ENDLESS)
+        asyncio.run(engine.drain(60))
+        assert len(generated(asked.finished())[0]) == 100
+        assert engine.status == "stopped"
+        with pytest.raises(EngineStoppedError):
+            Asked(engine, prompt(1, 10), max_new_tokens=1)
+
+
+def test_random_requests_leak_nothing(make_model: MakeModel) -> None:
+    random = np.random.default_rng(0)
+    with running_engine(make_model("4k"), parallel=8, ctx_size=1024, max_queue=1000) as engine:
+        asked = []
+        for index in range(250):
+            options = {"max_new_tokens": int(random.integers(1, 40)), **MODES[index % len(MODES)]}
+            asked.append(Asked(engine, prompt(index % 40, int(random.integers(1, 150))), **options))
+            if random.random() < 1 / 3:
+                engine.cancel(asked[int(random.integers(len(asked)))].running)
+        for one in asked:
+            if not one.running.cancelled:
+                one.finished()
+        _wait_until(lambda: engine.stats().running == engine.stats().waiting == 0)
+        scheduler = engine.model.schedulers[0]
+        kv, context = scheduler.kv, scheduler.context
+        for seq_id in range(kv.sequences):
+            length, start = int(kv.length[seq_id]), int(kv.start[seq_id])
+            assert context.position_range(seq_id) == ((start, length - 1) if length else (-1, -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
+def test_a_file_that_is_no_model_is_refused(tmp_path: Any, content: bytes) -> None:
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(content)
+    with pytest.raises(ModelLoadError, match=r"broken\.gguf"):
+        Engine(EngineSettings(path)).load()
+
+
+def _wait_until(condition: Any, timeout: float = 30.0) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
