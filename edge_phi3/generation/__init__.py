@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.generation.beam import BeamDecoder
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
 from edge_phi3.generation.decoding import (
     Decoder,
@@ -67,4 +68,5 @@ def make_decoder(
     if len(prompt) == 0:
         raise ValueError("A prompt needs at least one token; an empty text starts with `bos_token_id`.")
     stopping = Stopping(config, len(prompt), vocabulary, clock)
-    return SequenceDecoder(config, np.asarray(prompt, dtype=np.int32), stopping)
+    kind = BeamDecoder if config.is_beam_search else SequenceDecoder
+    return kind(config, np.asarray(prompt, dtype=np.int32), stopping)

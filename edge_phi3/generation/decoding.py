@@ -83,7 +83,7 @@ class GenerationResult:
 class Processor(Protocol):
     """A logits processor bound to one request."""
 
-    def __call__(self, tokens: NDArray[np.int32], scores: Scores) -> None:
+    def __call__(self, tokens: NDArray[np.int32], scores: Scores, /) -> None:
         """Change the scores in place.
 
         Args:

@@ -1,6 +1,8 @@
 """Arrays of scores over the vocabulary, and the few candidates that are left of them.
 
-All arithmetic is float32, as in transformers, with sums accumulated in float64.
+All arithmetic on scores is float32, as in transformers. Sums over a row are made of float32 sums of 64
+columns that are added up in float64, so that padding at the end of a row changes no bit of them, and a
+request chooses the same tokens whatever runs beside it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float32]
+Rows = NDArray[np.intp]
 
 _BLOCK: Final = 64
+_FEW: Final = 4
+_SMALL: Final = 2048
 
 
 @dataclass(slots=True)
@@ -29,18 +34,22 @@ class Candidates:
     scores: Scores
     tokens: NDArray[np.int32] | None = None
 
+    def token_ids(self, rows: Rows, columns: Rows) -> NDArray[np.int32]:
+        """Give the token ids at the given places, shape of `rows` and `columns`."""
+        return columns.astype(np.int32) if self.tokens is None else self.tokens[rows, columns]
 
-def top_candidates(scores: Scores, k: NDArray[np.intp], slack: float = 0.0) -> Candidates:
+
+def top_candidates(scores: Scores, k: Rows, slack: float = 0.0) -> Candidates:
     """Keep the tokens of each row that score at least as high as its k-th highest.
 
-    The maxima of strided blocks bound the k-th highest score from below; only blocks that reach the bound are
-    read again. This costs about four passes of ``argmax`` where a partition costs a hundred.
+    The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound
+    are read again: a few passes of ``argmax`` where a partition costs a hundred.
 
     Args:
         scores: shape (rows, vocabulary). A row with NaN keeps nothing.
         k: shape (rows,), at least 1; more than the vocabulary means all of it.
-        slack: keep also what lies below the k-th highest score by this fraction of it. The caller then
-            selects again.
+        slack: keep also what lies below the k-th highest score by this fraction of it; the caller selects
+            again.
 
     Returns:
         The candidates; every token that ties with the k-th highest is among them.
@@ -49,29 +58,22 @@ def top_candidates(scores: Scores, k: NDArray[np.intp], slack: float = 0.0) -> C
     k = np.minimum(k, size)
     widest = int(k.max())
     blocks = size // _BLOCK
-    if widest * 4 > blocks:
+    if widest * _FEW > blocks:
         bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
-        bound -= _fraction(bound, slack)
-        found = np.flatnonzero(scores >= bound[:, None])
+        found = np.flatnonzero(scores >= _lowered(bound, slack)[:, None])
         row, token = np.divmod(found, size)
         values = scores.ravel()[found]
     else:
-        cube = scores[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks)
-        maxima = cube.max(axis=1)
+        maxima = _block_maxima(scores)
         bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
-        bound -= _fraction(bound, slack)
-        row, token, values = _at_least(scores, cube, maxima, bound)
-    chosen = _pad_rows(rows, row, token, values)
-    if slack == 0.0:
+        row, token, values = _at_least(scores, maxima, _lowered(bound, slack))
+    chosen = pad_rows(rows, row, token, values)
+    if slack == 0.0 and len(row) > int(k.sum()):
         keep_top(chosen, k)
     return chosen
 
 
-def _fraction(bound: Scores, slack: float) -> Scores:
-    return np.asarray(np.abs(bound) * slack, dtype=np.float32)
-
-
-def keep_top(candidates: Candidates, k: NDArray[np.intp]) -> None:
+def keep_top(candidates: Candidates, k: Rows) -> None:
     """Remove, in place, the candidates of each row that score below its k-th highest.
 
     Follows ``TopKLogitsWarper``: what ties with the k-th highest stays.
@@ -81,27 +83,82 @@ def keep_top(candidates: Candidates, k: NDArray[np.intp]) -> None:
         k: shape (rows,), at least 1.
     """
     scores = candidates.scores
+    scores[scores < kth_highest(scores, k)] = -np.inf
+
+
+def kth_highest(scores: Scores, k: Rows) -> Scores:
+    """Give the k-th highest score of each row (the lowest when there are fewer), shape (rows, 1)."""
     width = scores.shape[1]
-    if width <= int(k.min()):
-        return
+    widest = int(k.max())
+    if widest * _FEW < width:
+        scores = np.partition(scores, width - widest, axis=1)[:, width - widest :]
+        width = widest
     column = np.maximum(width - k, 0)[:, None]
-    lowest = np.take_along_axis(np.sort(scores, axis=1), column, axis=1)
-    scores[scores < lowest] = -np.inf
+    return np.take_along_axis(np.sort(scores, axis=1), column, axis=1)
+
+
+def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, NDArray[np.int32]]:
+    """Find the k highest of all scores of all rows, after adding an offset to each row.
+
+    Args:
+        scores: shape (rows, vocabulary).
+        offsets: shape (rows,).
+        k: at most rows x vocabulary.
+
+    Returns:
+        The sums in descending order (NaN first, ties by row and token), their rows, and their tokens, each
+        (k,).
+    """
+    rows, size = scores.shape
+    blocks = size // _BLOCK
+    if k * _FEW <= rows * blocks:
+        maxima = _block_maxima(scores) + offsets[:, None]
+        bound = np.partition(maxima, rows * blocks - k, axis=None)[rows * blocks - k]
+        if bound > -np.inf and not np.isnan(maxima).any():
+            row, token, values = _at_least(scores, maxima, np.full(rows, bound), offsets)
+            best = np.argsort(-values, kind="stable")[:k]
+            return values[best], row[best], token[best].astype(np.int32)
+    flat = (scores + offsets[:, None]).ravel()
+    missing = np.flatnonzero(np.isnan(flat))
+    order = np.concatenate((missing, np.argsort(-flat, kind="stable")))[:k]
+    row, token = np.divmod(order, size)
+    return flat[order], row, token.astype(np.int32)
+
+
+def _lowered(bound: Scores, slack: float) -> Scores:
+    return bound if slack == 0.0 else np.asarray(bound - np.abs(bound) * slack, dtype=np.float32)
+
+
+def _cube(scores: Scores) -> Scores:
+    # Block b holds the tokens b, b + blocks, b + 2 * blocks, ...: maxima over blocks are then taken over
+    # long, contiguous lines.
+    rows, size = scores.shape
+    blocks = size // _BLOCK
+    return scores[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks)
+
+
+def _block_maxima(scores: Scores) -> Scores:
+    maxima: Scores = _cube(scores).max(axis=1)
+    return maxima
 
 
 def _at_least(
-    scores: Scores, cube: Scores, maxima: Scores, bound: Scores
-) -> tuple[NDArray[np.intp], NDArray[np.intp], Scores]:
-    """Find all (row, token) whose score reaches the row's bound, by row and then by token."""
+    scores: Scores, maxima: Scores, bound: Scores, offsets: Scores | None = None
+) -> tuple[Rows, Rows, Scores]:
+    """Find all (row, token) whose score, with its row's offset, reaches the row's bound; by row, then by token."""
     size = scores.shape[1]
     blocks = maxima.shape[1]
     block_row, block = np.divmod(np.flatnonzero(maxima >= bound[:, None]), blocks)
-    columns = cube[block_row, :, block]
+    columns = _cube(scores)[block_row, :, block]
+    if offsets is not None:
+        columns += offsets[block_row][:, None]
     found = np.flatnonzero(columns >= bound[block_row][:, None])
     member, line = np.divmod(found, _BLOCK)
     row, token, values = block_row[member], line * blocks + block[member], columns.ravel()[found]
     if blocks * _BLOCK < size:
         rest = scores[:, blocks * _BLOCK :]
+        if offsets is not None:
+            rest = rest + offsets[:, None]
         rest_row, rest_column = np.nonzero(rest >= bound[:, None])
         row = np.concatenate((row, rest_row))
         token = np.concatenate((token, rest_column + blocks * _BLOCK))
@@ -110,8 +167,8 @@ def _at_least(
     return row[order], token[order], values[order]
 
 
-def _pad_rows(rows: int, row: NDArray[np.intp], token: NDArray[np.intp], values: Scores) -> Candidates:
-    """Lay flat finds, sorted by row, out as rows of equal length."""
+def pad_rows(rows: int, row: Rows, token: Rows, values: Scores) -> Candidates:
+    """Lay flat finds, sorted by row and token, out as rows of equal length."""
     counts = np.bincount(row, minlength=rows)
     width = max(int(counts.max()), 1)
     column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -122,8 +179,54 @@ def _pad_rows(rows: int, row: NDArray[np.intp], token: NDArray[np.intp], values:
     return Candidates(scores, tokens)
 
 
-def log_sum_exp(scores: Scores) -> Scores:
-    """Give the logarithm of the sum of exponentials of each row, shape (rows, 1)."""
-    highest = scores.max(axis=1, keepdims=True)
-    total = np.exp(scores - highest).sum(axis=1, keepdims=True, dtype=np.float32)
-    return np.asarray(highest + np.log(total), dtype=np.float32)
+def weights(scores: Scores) -> Scores:
+    """Give exp(score - highest of the row), with zeros up to a multiple of 64 columns."""
+    rows, size = scores.shape
+    padded = -(-size // _BLOCK) * _BLOCK
+    result = np.empty((rows, padded), dtype=np.float32)
+    result[:, size:] = 0
+    inside = result[:, :size]
+    np.subtract(scores, scores.max(axis=1, keepdims=True), out=inside)
+    np.exp(inside, out=inside)
+    return result
+
+
+def running_totals(weighed: Scores) -> NDArray[np.float64]:
+    """Sum `weights` block by block: entry i is the sum of the first i + 1 blocks, shape (rows, blocks)."""
+    rows, width = weighed.shape
+    sums = np.einsum("rij->ri", weighed.reshape(rows, width // _BLOCK, _BLOCK))
+    return np.cumsum(sums, axis=1, dtype=np.float64)
+
+
+def sums(values: Scores) -> NDArray[np.float64]:
+    """Sum each row, shape (rows, 1)."""
+    rows, size = values.shape
+    if size % _BLOCK:
+        padded = np.zeros((rows, -(-size // _BLOCK) * _BLOCK), dtype=np.float32)
+        padded[:, :size] = values
+        values = padded
+    return running_totals(values)[:, -1:]
+
+
+def softmax(scores: Scores) -> Scores:
+    """Give the softmax of each row, in new memory."""
+    weighed = weights(scores)
+    weighed /= running_totals(weighed)[:, -1:].astype(np.float32)
+    return weighed[:, : scores.shape[1]]
+
+
+def log_softmax(scores: Scores) -> None:
+    """Replace the scores of each row by their log-softmax, in place."""
+    size = scores.shape[1]
+    if size <= _SMALL:
+        scores -= scores.max(axis=1, keepdims=True)
+        scores -= np.log(sums(np.exp(scores))).astype(np.float32)
+        return
+    weighed = np.zeros((1, -(-size // _BLOCK) * _BLOCK), dtype=np.float32)
+    inside = weighed[0, :size]
+    # Row by row, so that the exponentials stay in the processor's second-level cache.
+    for row in range(len(scores)):
+        line = scores[row]
+        line -= line.max()
+        np.exp(line, out=inside)
+        line -= np.float32(np.log(running_totals(weighed)[0, -1]))

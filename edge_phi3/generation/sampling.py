@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from functools import cache
 from typing import Final
@@ -24,33 +23,17 @@ from edge_phi3.generation.decoding import (
     rows_of,
 )
 from edge_phi3.generation.history import TokenHistory
-from edge_phi3.generation.logits import Candidates, Scores, log_sum_exp
+from edge_phi3.generation.logits import Candidates, Scores, log_softmax, running_totals, weights
+from edge_phi3.generation.processors import build_processors
+from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
-_DRAWN_AHEAD: Final = 64
 _SAME_ROW: Final = np.zeros(1, dtype=np.intp)
 _NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
     " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
 )
-
-
-class Uniforms:
-    """Uniform numbers in [0, 1): a Philox stream keyed by the seed and the sequence's index."""
-
-    __slots__ = ("_ahead", "_generator")
-
-    def __init__(self, seed: int, sequence: int) -> None:
-        key = np.array([seed, sequence], dtype=np.uint64)
-        self._generator = np.random.Generator(np.random.Philox(key=key))
-        self._ahead: list[float] = []
-
-    def next(self) -> float:
-        """Give the next number."""
-        if not self._ahead:
-            self._ahead = self._generator.random(_DRAWN_AHEAD)[::-1].tolist()
-        return self._ahead.pop()
 
 
 class SequenceDecoder(Decoder):
@@ -72,7 +55,7 @@ class SequenceDecoder(Decoder):
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
         super().__init__(TokenHistory(prompt))
         count = config.num_return_sequences
-        self.processors = ()
+        self.processors = build_processors(config, prompt)
         self.prompt_length = len(prompt)
         self.records_scores = config.records_scores
         self.scores: list[list[TokenScore]] = [[] for _ in range(count)]
@@ -85,7 +68,7 @@ class SequenceDecoder(Decoder):
         self._uniforms: list[Uniforms] = []
         self.chooser: Chooser = _choose_greedily
         if config.do_sample:
-            seed = secrets.randbits(64) if config.seed is None else config.seed
+            seed = fresh_seed() if config.seed is None else config.seed
             self._uniforms = [Uniforms(seed, sequence) for sequence in range(count)]
             self.chooser = _sampler(self.warping.active)
 
@@ -200,7 +183,9 @@ def _choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -
 def _record_greedy(decoder: SequenceDecoder, scores: Scores, token: int) -> None:
     # Greedy sequences of one request are all alike, so the first row stands for all.
     score = float(scores[0, token])
-    logprob = float(scores[0, token] - log_sum_exp(scores[:1])[0, 0])
+    normalized = scores[:1].copy()
+    log_softmax(normalized)
+    logprob = float(normalized[0, token])
     for sequence in decoder.live:
         decoder.scores[sequence].append(TokenScore(token, score, logprob))
 
@@ -260,21 +245,24 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
         uniforms: a number in [0, 1) for each draw, shape (draws,).
     """
     scores = candidates.scores
-    highest = scores.max(axis=1, keepdims=True)
-    cumulative = np.cumsum(np.exp(scores - highest), axis=1, dtype=np.float64)
-    total = cumulative[:, -1]
-    # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
-    target = np.minimum(uniforms * total[rows], np.nextafter(total[rows], 0))
-    if len(rows) == len(scores) and scores.shape[1] <= 4096:
-        column = (cumulative[rows] <= target[:, None]).sum(axis=1)
-    else:
-        column = np.array([np.searchsorted(cumulative[r], t, side="right") for r, t in zip(rows, target, strict=True)])
+    weighed = weights(scores)
+    reached = running_totals(weighed)
+    total = reached[rows, -1]
     possible = np.isfinite(total) & (total > 0)
-    column[~possible[rows]] = 0
+    # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
+    target = np.minimum(uniforms * total, np.nextafter(total, 0))
+    block = np.minimum((reached[rows] <= target[:, None]).sum(axis=1), reached.shape[1] - 1)
+    target -= np.where(block > 0, reached[rows, block - 1], 0)
+    lanes = weighed.reshape(len(scores), reached.shape[1], -1)[rows, block]
+    inside = np.cumsum(lanes, axis=1, dtype=np.float64)
+    # The float64 sum of a block may fall short of its float32 sum: then its last possible token is meant.
+    target = np.minimum(target, np.nextafter(inside[:, -1], 0))
+    lane = np.minimum((inside <= target[:, None]).sum(axis=1), lanes.shape[1] - 1)
+    column = np.where(possible, block * lanes.shape[1] + lane, 0)
     chosen = scores[rows, column]
-    logprobs = chosen - highest[rows, 0] - np.log(total[rows]).astype(np.float32)
-    tokens = column.astype(np.int32) if candidates.tokens is None else candidates.tokens[rows, column]
-    return Draws(tokens, chosen, logprobs, possible[rows])
+    highest = scores.max(axis=1)
+    logprobs = chosen - highest[rows] - np.log(total).astype(np.float32)
+    return Draws(candidates.token_ids(rows, column), chosen, logprobs, possible)
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:

@@ -1,11 +1,13 @@
 """Logits warpers: what reshapes the distribution before a token is drawn, when `do_sample` is true.
 
-Each works on many rows of several requests at once, with a column of settings, shape (rows, 1).
+Each works on many rows of several requests at once, with a column of settings, shape (rows, 1). Removed
+tokens get the score minus infinity. `keep` counts the tokens of each row that survive in any case, shape
+(rows,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -13,10 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.logits import Candidates, Scores, keep_top, top_candidates
+from edge_phi3.generation.logits import (
+    Candidates,
+    Rows,
+    Scores,
+    keep_top,
+    kth_highest,
+    log_softmax,
+    pad_rows,
+    running_totals,
+    softmax,
+    sums,
+    top_candidates,
+    weights,
+)
+
+Settings = NDArray[np.float64]
 
 _SLACK: Final = 1e-5
-_GENTLE: Final = (1e-3, 1e3)
+_MILD: Final = (1e-3, 1e3)
+_NUCLEUS: Final = (120, 2000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +42,8 @@ class Warping:
     """The warpers of one request.
 
     Attributes:
-        active: names of the warpers that are on, in order. Requests with the same names are warped together.
+        active: names of the warpers that are on, in transformers' order. Rows with the same names are warped
+            together.
         settings: the value of each.
         keep: tokens that survive in any case.
     """
@@ -35,16 +54,22 @@ class Warping:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> Self:
-        """Collect the warpers that a request switches on, in transformers' order."""
+        """Collect the warpers that a request switches on."""
+        # A beam may end on any end token, and must then still find one that goes on.
         keep = max(2, len(config.eos_token_id) + 1) if config.is_beam_search else 1
-        settings: dict[str, float] = {}
-        if config.temperature != 1.0:
-            settings["temperature"] = config.temperature
-        if config.top_k != 0:
-            settings["top_k"] = max(min(config.top_k, config.vocab_size), keep)
-        if config.top_p < 1.0:
-            settings["top_p"] = config.top_p
-        return cls(tuple(settings), tuple(settings.values()), keep)
+        top_k = config.top_k and max(min(config.top_k, config.vocab_size), keep)
+        settings: list[tuple[str, float, bool]] = [
+            ("temperature", config.temperature, config.temperature != 1),
+            ("top_k", top_k, top_k != 0),
+            ("top_p", config.top_p, config.top_p < 1),
+            ("min_p", config.min_p or 0, config.min_p is not None),
+            ("typical_p", config.typical_p, config.typical_p < 1),
+            ("epsilon_cutoff", config.epsilon_cutoff, config.epsilon_cutoff > 0),
+            ("eta_cutoff", config.eta_cutoff, config.eta_cutoff > 0),
+            ("renormalize_logits", 1, config.renormalize_logits),
+        ]
+        active = [(name, value) for name, value, on in settings if on]
+        return cls(tuple(name for name, _ in active), tuple(value for _, value in active), keep)
 
 
 def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
@@ -57,30 +82,30 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
     Returns:
         What is left of each row.
     """
-    active = warpings[0].active
-    columns = {
-        name: np.array([warping.settings[at] for warping in warpings])[:, None] for at, name in enumerate(active)
-    }
+    names = warpings[0].active
+    if not names:
+        return Candidates(scores)
+    columns = dict(zip(names, np.array([warping.settings for warping in warpings]).T[:, :, None], strict=True))
     keep = np.array([warping.keep for warping in warpings], dtype=np.intp)
-    temperature = columns.pop("temperature", None)
-    top_k = columns.pop("top_k", None)
-    if top_k is None:
+    temperature, top_k = columns.pop("temperature", None), columns.pop("top_k", None)
+    if top_k is not None:
+        chosen = _warm_top_k(scores, temperature, top_k[:, 0].astype(np.intp))
+    else:
         if temperature is not None:
             scores /= temperature.astype(np.float32)
-        chosen = Candidates(scores)
-    else:
-        chosen = _warm_top_k(scores, temperature, top_k[:, 0].astype(np.intp))
+        top_p = columns.pop("top_p", None)
+        chosen = Candidates(scores) if top_p is None else _nucleus(scores, top_p, keep)
     for name, column in columns.items():
         _WARPERS[name](chosen, column, keep)
     return chosen
 
 
-def _warm_top_k(scores: Scores, temperature: NDArray[np.float64] | None, k: NDArray[np.intp]) -> Candidates:
+def _warm_top_k(scores: Scores, temperature: Settings | None, k: Rows) -> Candidates:
     """Divide by the temperature and keep the top k, dividing only what may be kept."""
     if temperature is None:
         return top_candidates(scores, k)
-    if temperature.min() < _GENTLE[0] or temperature.max() > _GENTLE[1]:
-        # So large or small a quotient may round scores that are far apart to one value.
+    if temperature.min() < _MILD[0] or temperature.max() > _MILD[1]:
+        # So small or large a quotient may round scores that are far apart to the same value.
         scores /= temperature.astype(np.float32)
         return top_candidates(scores, k)
     chosen = top_candidates(scores, k, slack=_SLACK)
@@ -89,35 +114,127 @@ def _warm_top_k(scores: Scores, temperature: NDArray[np.float64] | None, k: NDAr
     return chosen
 
 
-def softmax(scores: Scores) -> Scores:
-    """Give the softmax of each row."""
-    exponentials: Scores = np.exp(scores - scores.max(axis=1, keepdims=True))
-    exponentials /= totals(exponentials).astype(np.float32)
-    return exponentials
+def _nucleus(scores: Scores, mass: Settings, keep: Rows) -> Candidates:
+    """Apply top-p to whole rows. Only the head of the distribution is sorted where that is seen to be enough."""
+    size = scores.shape[1]
+    found: list[tuple[NDArray[np.int32], Scores]] = []
+    for row in range(len(scores)):
+        line, share, kept = scores[row : row + 1], mass[row : row + 1], keep[row : row + 1]
+        total = running_totals(weights(line))[:, -1:]
+        for count in (*_NUCLEUS, size):
+            head = top_candidates(line, np.array([count])) if count < size else Candidates(line.copy())
+            inside = running_totals(weights(head.scores))[:, -1:]
+            outside = np.maximum(total - inside, 0) if count < size else np.zeros((1, 1))
+            if outside[0, 0] / total[0, 0] <= 1 - share[0, 0] and count >= kept[0]:
+                break
+        _top_p(head, share, kept, outside)
+        columns = np.flatnonzero(head.scores[0] > -np.inf)
+        found.append((head.token_ids(np.zeros_like(columns), columns), head.scores[0, columns]))
+    row_of = np.repeat(np.arange(len(found)), [len(tokens) for tokens, _ in found])
+    tokens = np.concatenate([tokens for tokens, _ in found]).astype(np.intp)
+    return pad_rows(len(scores), row_of, tokens, np.concatenate([values for _, values in found]))
 
 
-def totals(values: Scores) -> NDArray[np.float64]:
-    """Sum each row in float64, shape (rows, 1), so that zeros at its end change no bit of the sum."""
-    if values.shape[1] > 4096:
-        return np.asarray(values.sum(axis=1, keepdims=True, dtype=np.float64))
-    return np.asarray(np.cumsum(values, axis=1, dtype=np.float64)[:, -1:])
+def _top_p(candidates: Candidates, mass: Settings, keep: Rows, outside: NDArray[np.float64] | float = 0.0) -> None:
+    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``.
 
-
-def _top_p(candidates: Candidates, mass: NDArray[np.float64], keep: NDArray[np.intp]) -> None:
-    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``."""
+    `outside` is the weight of tokens that are less likely than all candidates, and sure to be removed.
+    """
     scores = candidates.scores
+    width = scores.shape[1]
     order = np.argsort(scores, axis=1, kind="stable")
-    probabilities = np.take_along_axis(softmax(scores), order, axis=1)
-    reached = np.cumsum(probabilities, axis=1, dtype=np.float64).astype(np.float32)
-    removed = reached <= (1 - mass).astype(np.float32)
-    removed &= np.arange(scores.shape[1]) < scores.shape[1] - keep[:, None]
+    weighed = weights(scores)
+    total = running_totals(weighed)[:, -1:] + outside
+    weighed /= total.astype(np.float32)
+    ascending = np.take_along_axis(weighed[:, :width], order, axis=1)
+    reached = np.cumsum(ascending, axis=1, dtype=np.float64) + outside / total
+    removed = reached.astype(np.float32) <= (1 - mass).astype(np.float32)
+    removed &= np.arange(width) < width - keep[:, None]
     _remove(scores, order, removed)
 
 
-def _remove(scores: Scores, order: NDArray[np.intp], removed: NDArray[np.bool_]) -> None:
+def _min_p(candidates: Candidates, fraction: Settings, keep: Rows) -> None:
+    """Remove what is less likely than a fraction of the most likely token. Follows ``MinPLogitsWarper``."""
+    scores = candidates.scores
+    probabilities = softmax(scores)
+    unlikely = probabilities < fraction.astype(np.float32) * probabilities.max(axis=1, keepdims=True)
+    if int(keep.max()) == 1:
+        scores[unlikely] = -np.inf
+        return
+    order = np.argsort(-scores, axis=1, kind="stable")
+    removed = np.take_along_axis(unlikely, order, axis=1)
+    removed &= np.arange(scores.shape[1]) >= keep[:, None]
+    _remove(scores, order, removed)
+
+
+def _typical_p(candidates: Candidates, mass: Settings, keep: Rows) -> None:
+    """Keep the tokens whose information is nearest to the entropy. Follows ``TypicalLogitsWarper``.
+
+    Meister et al., Locally Typical Sampling, https://arxiv.org/abs/2202.00666.
+    """
+    scores = candidates.scores
+    width = scores.shape[1]
+    normalized = scores.copy()
+    log_softmax(normalized)
+    distance = np.abs(-normalized - _entropy(normalized))
+    order = np.argsort(distance, axis=1, kind="stable")
+    nearest = np.take_along_axis(distance, order, axis=1)
+    reached = np.cumsum(np.take_along_axis(softmax(scores), order, axis=1), axis=1, dtype=np.float64)
+    last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
+    removed = nearest > np.take_along_axis(nearest, np.minimum(last, width - 1), axis=1)
+    removed &= np.arange(width) >= keep[:, None]
+    _remove(scores, order, removed)
+
+
+def _epsilon(candidates: Candidates, threshold: Settings, keep: Rows) -> None:
+    """Remove what is less likely than a threshold. Follows ``EpsilonLogitsWarper``.
+
+    Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
+    """
+    _cut(candidates, softmax(candidates.scores), threshold.astype(np.float32), keep)
+
+
+def _eta(candidates: Candidates, epsilon: Settings, keep: Rows) -> None:
+    """Remove what is less likely than a threshold that falls with the entropy. Follows ``EtaLogitsWarper``.
+
+    Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
+    """
+    scores = candidates.scores
+    normalized = scores.copy()
+    log_softmax(normalized)
+    epsilon = epsilon.astype(np.float32)
+    threshold = np.minimum(epsilon, np.sqrt(epsilon) * np.exp(-_entropy(normalized)))
+    _cut(candidates, softmax(scores), threshold, keep)
+
+
+def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep: Rows) -> None:
+    scores = candidates.scores
+    scores[(probabilities < threshold) & (scores < kth_highest(scores, keep))] = -np.inf
+
+
+def _entropy(normalized: Scores) -> Scores:
+    """Give the entropy of each row of log-probabilities, shape (rows, 1)."""
+    probabilities = np.exp(normalized)
+    return -sums(np.where(probabilities > 0, normalized * probabilities, np.float32(0))).astype(np.float32)
+
+
+def _renormalize(candidates: Candidates, _on: Settings, _keep: Rows) -> None:
+    """Turn scores into log-probabilities. Follows ``LogitNormalization``."""
+    log_softmax(candidates.scores)
+
+
+def _remove(scores: Scores, order: Rows, removed: NDArray[np.bool_]) -> None:
+    """Remove columns that are marked in sorted order."""
     mask = np.zeros(scores.shape, dtype=np.bool_)
     np.put_along_axis(mask, order, removed, axis=1)
     scores[mask] = -np.inf
 
 
-_WARPERS: Final = {"top_p": _top_p}
+_WARPERS: Final[Mapping[str, Callable[[Candidates, Settings, Rows], None]]] = {
+    "top_p": _top_p,
+    "min_p": _min_p,
+    "typical_p": _typical_p,
+    "epsilon_cutoff": _epsilon,
+    "eta_cutoff": _eta,
+    "renormalize_logits": _renormalize,
+}

@@ -1,0 +1,333 @@
+"""Beam search, beam-search sampling and group (diverse) beam search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.decoding import (
+    NO_ROWS,
+    NO_TOKENS,
+    Decoder,
+    FinishReason,
+    GenerationResult,
+    Step,
+    TokenScore,
+    Turn,
+)
+from edge_phi3.generation.history import TokenHistory
+from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis, Path
+from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
+from edge_phi3.generation.processors import HammingDiversity, build_processors
+from edge_phi3.generation.randomness import random_stream
+from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.warpers import Warping, warp
+
+_UNREACHED: Final = np.float32(-1e9)
+_NO_CHOICE: Final = (
+    "The scores leave no token to go on with: they hold NaN or infinity (see `remove_invalid_values`), or every token"
+    " is banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
+)
+
+
+class Picks(NamedTuple):
+    """The best continuations of one group, best first.
+
+    Attributes:
+        totals: beam scores after the continuation, shape (n,).
+        beams: the beam of each within its group, shape (n,).
+        tokens: shape (n,).
+        processed: the processed scores they were picked from; one row may stand for all beams.
+    """
+
+    totals: Scores
+    beams: Rows
+    tokens: NDArray[np.int32]
+    processed: Candidates
+
+    def score(self, beam: int, token: int) -> float:
+        """Give the processed score of a token beside a beam."""
+        scores, tokens = self.processed.scores, self.processed.tokens
+        row = beam if len(scores) > 1 else 0
+        if tokens is None:
+            return float(scores[row, token])
+        # Padding holds token 0 with the score minus infinity.
+        return float(scores[row, tokens[row] == token].max(initial=-np.inf))
+
+
+class BeamDecoder(Decoder):
+    """Beam search in all its forms. Follows ``GenerationMixin._beam_search``, ``_group_beam_search`` and their scorer.
+
+    Beams are numbered through all groups. The history holds all of them; rows of logits are wanted only for the
+    groups that are not done.
+    """
+
+    __slots__ = (
+        "_beam_scores",
+        "_config",
+        "_diversity",
+        "_done",
+        "_generator",
+        "_hypotheses",
+        "_pad",
+        "_paths",
+        "_picked",
+        "_reason",
+        "_size",
+        "_stopping",
+        "_warping",
+        "prompt_length",
+    )
+
+    def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
+        super().__init__(TokenHistory(prompt))
+        groups, ends = config.num_beam_groups, config.eos_token_id
+        self.prompt_length = len(prompt)
+        self.processors = build_processors(config, prompt)
+        self.chooser = _choose
+        self._config = config
+        self._stopping = stopping
+        self._size = config.num_beams // groups
+        # Enough that every beam can go on even when its best continuations all end.
+        self._picked = max(2, 1 + len(ends)) * self._size
+        self._pad = config.pad_token_id if config.pad_token_id is not None else max((*ends[:1], 0))
+        self._done = [False] * groups
+        self._reason: FinishReason = "length"
+        most_new = stopping.total_length - len(prompt)
+        self._hypotheses = [
+            Hypotheses(self._size, config.length_penalty, config.early_stopping, most_new) for _ in range(groups)
+        ]
+        # Only the first beam of a group counts at first, or all would choose alike.
+        self._beam_scores = np.full(config.num_beams, _UNREACHED, dtype=np.float32)
+        self._beam_scores[:: self._size] = 0
+        self._paths: list[Path] = [None] * config.num_beams
+        self._diversity = next((each for each in self.processors if isinstance(each, HammingDiversity)), None)
+        self._warping = Warping.of(config)
+        self._generator = random_stream(config.seed, 0) if config.do_sample else None
+
+    def step(self, logits: Scores) -> Step:
+        """Choose the continuations of all beams.
+
+        Args:
+            logits: shape (rows, vocabulary); overwritten.
+        """
+        log_softmax(logits)
+        size, beams = self._size, self._config.num_beams
+        first = self.history.rows == 1
+        if first and len(self._done) > 1:
+            # Each group processes the prompt's row in its own way.
+            logits = np.repeat(logits, len(self._done), axis=0)
+        parents = np.zeros(beams, dtype=np.intp)
+        tokens = np.full(beams, self._pad, dtype=np.int32)
+        paths: list[Path] = [None] * beams
+        row_of_beam = np.zeros(beams, dtype=np.intp)
+        row = 0
+        for group, done in enumerate(self._done):
+            own = slice(group * size, group * size + size)
+            if done:
+                parents[own] = own.start
+                continue
+            rows = slice(row, row + (1 if first else size))
+            row_of_beam[own] = 0 if first else np.arange(rows.start, rows.stop)
+            row = rows.stop
+            picks = self._pick(logits[rows], own, tokens)
+            if picks is None or not self._continue(picks, group, parents, tokens, paths):
+                return self.fail(_NO_CHOICE)
+        self._paths = paths
+        self.history.extend(np.zeros_like(parents) if first else parents, tokens)
+        if all(self._done) or self._is_stopped():
+            self._finish()
+            return Step(NO_ROWS, NO_TOKENS)
+        live = np.repeat(~np.array(self._done), size)
+        self.rows = int(live.sum())
+        return Step(row_of_beam[parents[live]], tokens[live])
+
+    def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
+        """Find the best continuations of one group, or None when the scores allow no choice.
+
+        Args:
+            scores: log-probabilities, shape (beams of the group, vocabulary), or one row that stands for all of them;
+                overwritten.
+            own: the group's beams.
+            tokens: what the groups before chose in this step, shape (beams,).
+        """
+        if self._diversity is not None:
+            self._diversity.chosen = tokens[: own.start]
+        history = self.history.tokens
+        history = history if len(history) == 1 else history[own]
+        for processor in self.processors:
+            processor(history, scores)
+        offsets = self._beam_scores[own]
+        if self._config.do_sample:
+            return self._sampled(warp(scores, [self._warping] * len(scores)), offsets)
+        return self._best(scores, offsets)
+
+    def _best(self, scores: Scores, offsets: Scores) -> Picks:
+        rows, size = scores.shape
+        if rows < len(offsets) and self._picked <= size:
+            picks = Picks(*top_of_all(scores, offsets[:1], self._picked), Candidates(scores))
+            if picks.totals[-1] > _UNREACHED / 2:
+                return picks
+        if rows < len(offsets):
+            scores = np.repeat(scores, len(offsets), axis=0)
+        return Picks(*top_of_all(scores, offsets, self._picked), Candidates(scores))
+
+    def _sampled(self, left: Candidates, offsets: Scores) -> Picks | None:
+        """Draw continuations without replacement from the distribution over all beams, best first.
+
+        Adding Gumbel noise to log-probabilities and taking the highest draws without replacement, as
+        ``torch.multinomial`` does. Where fewer have a probability above 0, the rest are taken in order.
+        """
+        scores, count = left.scores, self._picked
+        if len(scores) < len(offsets) and np.count_nonzero(scores > -np.inf) < count:
+            # The first beam alone leaves too few, so the unreached ones count.
+            tokens = None if left.tokens is None else np.repeat(left.tokens, len(offsets), axis=0)
+            left = Candidates(np.repeat(scores, len(offsets), axis=0), tokens)
+            scores = left.scores
+        totals = (scores + offsets[: len(scores), None]).ravel()
+        if not np.isfinite(totals.max()):
+            return None
+        possible = np.flatnonzero(totals > -np.inf)
+        assert self._generator is not None
+        keys = totals[possible] - np.log(self._generator.standard_exponential(len(possible)))
+        drawn = possible[np.argsort(-keys, kind="stable")[:count]]
+        drawn = np.sort(drawn)
+        drawn = drawn[np.argsort(-totals[drawn], kind="stable")]
+        beams, columns = np.divmod(drawn, scores.shape[1])
+        tokens_drawn = left.token_ids(beams, columns)
+        missing = count - len(drawn)
+        if missing:
+            others = np.setdiff1d(np.arange(self._config.vocab_size), tokens_drawn[beams == 0])[:missing]
+            nothing = np.full(len(others), -np.inf, dtype=np.float32)
+            return Picks(
+                np.concatenate((totals[drawn], nothing)),
+                np.concatenate((beams, np.zeros(len(others), dtype=np.intp))),
+                np.concatenate((tokens_drawn, others.astype(np.int32))),
+                left,
+            )
+        return Picks(totals[drawn], beams, tokens_drawn, left)
+
+    def _continue(self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], paths: list[Path]) -> bool:
+        """Sort a group's picks into beams that go on and beams that end. Follows ``BeamSearchScorer.process``.
+
+        Args:
+            picks: best first.
+            group: index of the group.
+            parents: the group's part is filled in.
+            tokens: the group's part is filled in.
+            paths: the group's part is filled in.
+
+        Returns:
+            False when too few picks go on.
+        """
+        size, history, hypotheses = self._size, self.history, self._hypotheses[group]
+        start = group * size
+        new_tokens = history.length + 1 - self.prompt_length
+        totals = picks.totals.tolist()
+        going = start
+        scores: list[float] = []
+        for rank, (total, beam, token) in enumerate(
+            zip(totals, picks.beams.tolist(), picks.tokens.tolist(), strict=True)
+        ):
+            parent = start + beam
+            if token in self._stopping.ends:
+                if rank < size and hypotheses.wants(total, new_tokens):
+                    # transformers writes the first end token, whichever was generated.
+                    path = self._extended(parent, picks, beam, self._config.eos_token_id[0])
+                    ended = history.tokens[parent if history.rows > 1 else 0].copy()
+                    hypotheses.add(total, new_tokens, ended, "stop", path)
+                continue
+            parents[going], tokens[going] = parent, token
+            paths[going] = self._extended(parent, picks, beam, token)
+            scores.append(total)
+            going += 1
+            if going == start + size:
+                break
+        if going < start + size:
+            return False
+        self._beam_scores[start:going] = scores
+        self._done[group] = hypotheses.are_final(totals[0], new_tokens)
+        return True
+
+    def _extended(self, parent: int, picks: Picks, beam: int, token: int) -> Path:
+        if not self._config.records_scores or token < 0:
+            return None
+        score = picks.score(beam, token)
+        return self._paths[parent], TokenScore(token, score, score)
+
+    def _is_stopped(self) -> bool:
+        """Tell whether all beams meet a criterion that ends the search, and note which."""
+        stopping, tokens = self._stopping, self.history.tokens
+        if self.history.length >= stopping.total_length:
+            self._reason = "length"
+            return True
+        if stopping.out_of_time():
+            self._reason = "time"
+            return True
+        if stopping.reads_text:
+            self._reason = "stop_string"
+            return all(line[-1] in stopping.ends or stopping.completes_string(line) for line in tokens)
+        return False
+
+    def _finish(self) -> None:
+        """Add the beams that are still open to the hypotheses."""
+        self.finished = True
+        self.rows = 0
+        new_tokens = self.history.length - self.prompt_length
+        for group, hypotheses in enumerate(self._hypotheses):
+            if self._done[group]:
+                continue
+            for beam in range(group * self._size, (group + 1) * self._size):
+                total = float(self._beam_scores[beam])
+                if hypotheses.wants(total, new_tokens):
+                    tokens = self.history.tokens[beam].copy()
+                    hypotheses.add(total, new_tokens, tokens, self._reason, self._paths[beam])
+
+    def result(self) -> GenerationResult:
+        """Give the best sequences. Follows ``BeamSearchScorer.finalize``.
+
+        Raises:
+            GenerationError: the request failed.
+        """
+        if self.error is not None:
+            raise self.error
+        found = [hypothesis for hypotheses in self._hypotheses for hypothesis in hypotheses.kept]
+        # Of equal scores the later comes first, as when a sorted list is emptied from its end.
+        best = sorted(found, key=lambda hypothesis: hypothesis.score)[::-1][: self._config.num_return_sequences]
+        longest = max(len(hypothesis.tokens) for hypothesis in best)
+        width = min(longest + 1, self._stopping.total_length)
+        scores = [_scores(hypothesis) for hypothesis in best] if self._config.records_scores else None
+        return GenerationResult(
+            self.prompt_length,
+            [self._with_end(hypothesis, width) for hypothesis in best],
+            [hypothesis.reason for hypothesis in best],
+            [hypothesis.score for hypothesis in best],
+            scores,
+        )
+
+    def _with_end(self, hypothesis: Hypothesis, width: int) -> NDArray[np.int32]:
+        """Append the first end token where it fits, be the beam ended or cut off, as transformers does."""
+        ends = self._config.eos_token_id
+        if len(hypothesis.tokens) < width and ends and ends[0] >= 0:
+            return np.append(hypothesis.tokens, np.int32(ends[0]))
+        return hypothesis.tokens
+
+
+def _scores(hypothesis: Hypothesis) -> list[TokenScore]:
+    scores: list[TokenScore] = []
+    path = hypothesis.path
+    while path is not None:
+        path, score = path
+        scores.append(score)
+    return scores[::-1]
+
+
+def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+    for turn in turns:
+        decoder = turn.decoder
+        assert isinstance(decoder, BeamDecoder)
+        steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])

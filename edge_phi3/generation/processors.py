@@ -1,0 +1,304 @@
+"""Logits processors: what changes scores because of the tokens before. Built once per request, in transformers' order.
+
+A processor that is off is not built. Each changes the scores in place, shape (rows, vocabulary), given the
+tokens so far, shape (rows, length).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.decoding import Processor
+from edge_phi3.generation.logits import Rows, Scores, log_softmax
+
+Tokens = NDArray[np.int32]
+
+_LARGEST: Final = np.finfo(np.float32).max
+
+
+class SequenceBias:
+    """Adds a bias to the token that would complete a phrase. Follows ``SequenceBiasLogitsProcessor``."""
+
+    def __init__(self, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
+        """Take pairs of a phrase (token ids) and its bias; of equal phrases the last counts."""
+        singles: dict[int, float] = {}
+        self._phrases: dict[int, list[tuple[Tokens, int, np.float32]]] = {}
+        for phrase, bias in dict(biases).items():
+            if len(phrase) == 1:
+                singles[phrase[0]] = bias
+            else:
+                start = np.array(phrase[:-1], dtype=np.int32)
+                self._phrases.setdefault(phrase[-2], []).append((start, phrase[-1], np.float32(bias)))
+        self._tokens = np.array(list(singles), dtype=np.intp)
+        self._biases = np.array(list(singles.values()), dtype=np.float32)
+        self._singles = dict(zip(singles, self._biases, strict=True))
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Bias the single tokens, and the last tokens of phrases whose start has just been generated."""
+        completed = self._completed(tokens) if self._phrases else {}
+        biased = {place: scores[place] + bias for place, bias in completed.items()}
+        if len(self._tokens):
+            scores[:, self._tokens] += self._biases
+        for place, score in biased.items():
+            scores[place] = score
+
+    def _completed(self, tokens: Tokens) -> dict[tuple[int, int], np.float32]:
+        """Sum the biases of phrases that could be completed, for each (row, token)."""
+        found: dict[tuple[int, int], np.float32] = {}
+        length = tokens.shape[1]
+        for row, newest in enumerate(tokens[:, -1].tolist()):
+            for start, last, bias in self._phrases.get(newest, ()):
+                # A phrase longer than all tokens so far is passed over even where all but its last token
+                # match.
+                if len(start) < length and np.array_equal(tokens[row, length - len(start) :], start):
+                    so_far = found.get((row, last), self._singles.get(last, np.float32(0)))
+                    found[row, last] = so_far + bias
+        return found
+
+
+class HammingDiversity:
+    """Penalises the tokens that earlier beam groups chose in this step. Follows ``HammingDiversityLogitsProcessor``.
+
+    Vijayakumar et al., Diverse Beam Search, https://arxiv.org/abs/1610.02424.
+
+    Attributes:
+        chosen: tokens of the earlier groups in this step; the beam search sets it before each group.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self.chosen: Tokens = np.empty(0, dtype=np.int32)
+        self._penalty = penalty
+
+    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
+        """Subtract the penalty once for each beam that chose a token."""
+        if not len(self.chosen):
+            return
+        chosen, counts = np.unique(self.chosen, return_counts=True)
+        scores[:, chosen] -= self._penalty * counts.astype(np.float32)
+
+
+class RepetitionPenalty:
+    """Penalises the tokens that have occurred, prompt included. Follows ``RepetitionPenaltyLogitsProcessor``.
+
+    Keskar et al., CTRL, https://arxiv.org/abs/1909.05858.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = penalty
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Divide positive scores by the penalty, and multiply negative ones with it."""
+        for seen, line in zip(tokens, scores, strict=True):
+            _penalize(line, seen, self._penalty)
+
+
+class EncoderRepetitionPenalty:
+    """Favours the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
+
+    def __init__(self, penalty: float, prompt: Tokens) -> None:
+        self._penalty = 1 / penalty
+        self._prompt = np.unique(prompt)
+
+    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
+        """Multiply positive scores of the prompt's tokens with the penalty, and divide negative ones by it."""
+        for line in scores:
+            _penalize(line, self._prompt, self._penalty)
+
+
+def _penalize(line: Scores, tokens: Tokens, penalty: float) -> None:
+    found = line[tokens]
+    line[tokens] = np.where(found < 0, found * penalty, found / penalty)
+
+
+class NoRepeatNGram:
+    """Bans tokens that would repeat an n-gram of the row. Follows ``NoRepeatNGramLogitsProcessor``."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Ban what followed earlier occurrences of the last n - 1 tokens."""
+        _ban_repeats(tokens, tokens, self._size, scores)
+
+
+class EncoderNoRepeatNGram:
+    """Bans tokens that would repeat an n-gram of the prompt. Follows ``EncoderNoRepeatNGramLogitsProcessor``."""
+
+    def __init__(self, size: int, prompt: Tokens) -> None:
+        self._size = size
+        self._prompt = prompt[None]
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Ban what followed occurrences of the last n - 1 tokens in the prompt."""
+        _ban_repeats(self._prompt, tokens, self._size, scores)
+
+
+def _ban_repeats(texts: Tokens, tokens: Tokens, size: int, scores: Scores) -> None:
+    """Ban in each row what follows its last (size - 1) tokens anywhere in its text.
+
+    Args:
+        texts: where n-grams are looked for, shape (rows or 1, n).
+        tokens: tokens so far, shape (rows, length).
+        size: n of the n-grams.
+        scores: shape (rows, vocabulary).
+    """
+    starts = texts.shape[1] - size + 1
+    if starts <= 0 or tokens.shape[1] < size - 1:
+        return
+    if size == 1:
+        followers = np.broadcast_to(texts, (len(tokens), starts))
+        np.put_along_axis(scores, followers, -np.inf, axis=1)
+        return
+    rows, places = _places(texts[:, size - 2 : -1] == tokens[:, -1:])
+    for back in range(2, size):
+        same = texts[_rows_of(texts, rows), places + (size - 1 - back)] == tokens[rows, -back]
+        rows, places = rows[same], places[same]
+    scores[rows, texts[_rows_of(texts, rows), places + size - 1]] = -np.inf
+
+
+def _places(mask: NDArray[np.bool_]) -> tuple[Rows, Rows]:
+    return np.divmod(np.flatnonzero(mask), mask.shape[1])
+
+
+def _rows_of(texts: Tokens, rows: Rows) -> Rows:
+    return rows if len(texts) > 1 else np.zeros_like(rows)
+
+
+class MinLength:
+    """Bans end tokens below a length. Follows ``MinLengthLogitsProcessor`` and its "NewTokens" sibling."""
+
+    def __init__(self, least_length: int, ends: Rows) -> None:
+        """Take the least length of a sequence, prompt included, and the end tokens."""
+        self._least_length = least_length
+        self._ends = ends
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Ban the end tokens while the rows are too short."""
+        if tokens.shape[1] < self._least_length:
+            scores[:, self._ends] = -np.inf
+
+
+class ForcedTokens:
+    """Leaves only certain tokens at one length. Follows ``ForcedBOSTokenLogitsProcessor`` and its EOS sibling."""
+
+    def __init__(self, length: int, forced: Sequence[int]) -> None:
+        """Take the length of the rows at which to act, and the tokens to leave."""
+        self._length = length
+        self._forced = list(forced)
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Give the forced tokens the score 0 and all others minus infinity, at the one length."""
+        if tokens.shape[1] == self._length:
+            scores.fill(-np.inf)
+            scores[:, self._forced] = 0
+
+
+class FiniteScores:
+    """Replaces NaN by 0 and infinities by the largest numbers. Follows ``InfNanRemoveLogitsProcessor``."""
+
+    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
+        """Make every score finite."""
+        np.clip(scores, -_LARGEST, _LARGEST, out=scores)
+        if np.isnan(scores.max()):
+            scores[np.isnan(scores)] = 0
+
+
+class ExponentialDecayLengthPenalty:
+    """Favours end tokens ever more past a length. Follows ``ExponentialDecayLengthPenalty``."""
+
+    def __init__(self, start: int, factor: float, ends: Rows) -> None:
+        """Take the length, prompt included, after which to act, the growth per token, and the end tokens."""
+        self._start = start
+        self._factor = factor
+        self._ends = ends
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Raise the scores of the end tokens by a growing multiple of their size."""
+        past = tokens.shape[1] - self._start
+        if past > 0:
+            found = scores[:, self._ends]
+            try:
+                growth = self._factor**past - 1
+            except OverflowError:
+                growth = np.inf
+            scores[:, self._ends] = found + np.abs(found) * growth
+
+
+class SuppressTokens:
+    """Bans tokens, always or at one length. Follows ``SuppressTokensLogitsProcessor`` and its "AtBegin" sibling."""
+
+    def __init__(self, banned: Rows, length: int | None = None) -> None:
+        """Take the tokens, and the length of the rows at which to act (None: always)."""
+        self._banned = banned
+        self._length = length
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Ban the tokens."""
+        if self._length is None or tokens.shape[1] == self._length:
+            scores[:, self._banned] = -np.inf
+
+
+class Renormalize:
+    """Turns scores into log-probabilities. Follows ``LogitNormalization``."""
+
+    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
+        """Take the log-softmax of each row."""
+        log_softmax(scores)
+
+
+def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processor, ...]:
+    """Build the processors that a request switches on, in the order of ``GenerationMixin._get_logits_processor``.
+
+    Args:
+        config: the request.
+        prompt: token ids of the prompt, shape (n,).
+    """
+    length = len(prompt)
+    ends = _inside(config.eos_token_id, config)
+    built: list[Processor] = []
+    if config.sequence_bias:
+        built.append(SequenceBias(config.sequence_bias))
+    if config.is_beam_search and config.num_beam_groups > 1 and (config.diversity_penalty or 0) > 0:
+        built.append(HammingDiversity(config.diversity_penalty or 0))
+    if config.encoder_repetition_penalty != 1:
+        built.append(EncoderRepetitionPenalty(config.encoder_repetition_penalty, prompt))
+    if config.repetition_penalty != 1:
+        built.append(RepetitionPenalty(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        built.append(NoRepeatNGram(config.no_repeat_ngram_size))
+    if config.encoder_no_repeat_ngram_size:
+        built.append(EncoderNoRepeatNGram(config.encoder_no_repeat_ngram_size, prompt))
+    if config.bad_words_ids:
+        bannable = [
+            phrase for phrase in config.bad_words_ids if len(phrase) > 1 or phrase[0] not in config.eos_token_id
+        ]
+        built.append(SequenceBias([(phrase, -np.inf) for phrase in bannable]))
+    if len(ends) and config.least_length(length) > length:
+        built.append(MinLength(config.least_length(length), ends))
+    if config.forced_bos_token_id is not None and length == 1:
+        built.append(ForcedTokens(1, [config.forced_bos_token_id]))
+    if config.forced_eos_token_id:
+        built.append(ForcedTokens(config.total_length(length) - 1, config.forced_eos_token_id))
+    if config.remove_invalid_values:
+        built.append(FiniteScores())
+    if config.exponential_decay_length_penalty is not None:
+        start, factor = config.exponential_decay_length_penalty
+        built.append(ExponentialDecayLengthPenalty(start + length, factor, ends))
+    if config.suppress_tokens:
+        built.append(SuppressTokens(_inside(config.suppress_tokens, config)))
+    if config.begin_suppress_tokens:
+        begin = length + 1 if length == 1 and config.forced_bos_token_id is not None else length
+        built.append(SuppressTokens(_inside(config.begin_suppress_tokens, config), begin))
+    if config.renormalize_logits and not config.do_sample:
+        built.append(Renormalize())
+    return tuple(built)
+
+
+def _inside(tokens: Sequence[int], config: GenerationConfig) -> Rows:
+    """Give the token ids that exist; others name nothing, as in transformers."""
+    return np.array([token for token in dict.fromkeys(tokens) if 0 <= token < config.vocab_size], dtype=np.intp)
