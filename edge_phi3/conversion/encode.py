@@ -24,6 +24,10 @@ _EXPONENT = {"F16": np.uint16(0x7C00), "BF16": np.uint16(0x7F80)}
 _MAGNITUDE = np.uint16(0x7FFF)
 _LARGEST_Q8_0 = 127 * 65504.0
 
+# Values converted at once: few enough that the intermediate results stay in a core's cache. A multiple of every
+# type's block size.
+_BLOCK = 1 << 16
+
 
 def encoded_size(size: int, target: GgmlType) -> int:
     """Give the bytes that `size` values take in the type `target`."""
@@ -63,22 +67,28 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
     _refuse_non_finite(values, dtype, name)
     if STORED_TYPES[dtype] == target:
         return values
-    if target == GgmlType.Q8_0:
-        wide = _to_float32(values, dtype)
-        if max(wide.max(), -wide.min()) > _LARGEST_Q8_0:
-            raise _overflow(name, "q8_0")
-        return np.asarray(quants.quantize(wide.reshape(1, -1), target))
-    if dtype == "F32":
-        with np.errstate(over="ignore"):
-            encoded = np.asarray(quants.quantize(values.reshape(1, -1), target)).view(np.uint16)
-    else:
-        table = _table(dtype, target)
-        encoded = np.empty(len(values), table.dtype)
-        # "wrap" never wraps here (the table has an entry for every index) and spares a pass of bounds checks.
-        np.take(table, values, out=encoded, mode="wrap")
-    if target == GgmlType.F16 and ((encoded & _MAGNITUDE).max() >= _EXPONENT["F16"]):
+    encoded = np.empty(encoded_size(len(values), target), np.uint8)
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        end = start + len(block)
+        out = encoded[encoded_size(start, target) : encoded_size(end, target)]
+        if dtype == "F32" or target == GgmlType.Q8_0:
+            out[:] = _by_reference(_to_float32(block, dtype), target, name)
+        else:
+            table = _table(dtype, target)
+            # "wrap" never wraps here (the table has an entry for every index) and spares a pass of bounds checks.
+            np.take(table, block, out=out.view(table.dtype), mode="wrap")
+    if target == GgmlType.F16 and (encoded.view(np.uint16) & _MAGNITUDE).max() >= _EXPONENT["F16"]:
         raise _overflow(name, "f16")
     return encoded
+
+
+def _by_reference(values: NDArray[np.float32], target: GgmlType, name: str) -> NDArray[np.uint8]:
+    if target == GgmlType.Q8_0 and max(values.max(), -values.min()) > _LARGEST_Q8_0:
+        raise _overflow(name, "q8_0")
+    with np.errstate(over="ignore"):
+        encoded = np.asarray(quants.quantize(values.reshape(1, -1), target))
+    return encoded.view(np.uint8).reshape(-1)
 
 
 def _overflow(name: str, outtype: str) -> ConversionError:

@@ -8,9 +8,9 @@ own keys these are written:
   checkpoint came from;
 - ``edge_phi3.generation.config`` (string): ``generation_config.json`` as a JSON object, for the sampling
   defaults and the special tokens; what it does not say on the latter comes from ``config.json``;
-- ``edge_phi3.generation.eos_token_ids`` (int32 array): every token that ends a generation. llama.cpp learns of
-  them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>`` by their text, and takes two more as
-  its EOM and EOT tokens;
+- ``edge_phi3.generation.eos_token_ids`` (int32 array): every token that ends a generation. llama.cpp learns
+  of them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>`` by their text, and takes two
+  more as its EOM and EOT tokens;
 - ``edge_phi3.generation.pad_token_id`` (uint32).
 """
 
@@ -106,6 +106,7 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
     """
     ends = _token_ids(checkpoint, "eos_token_id", len(tokens))
     pads = _token_ids(checkpoint, "pad_token_id", len(tokens))
+    _token_ids(checkpoint, "bos_token_id", len(tokens))
     if ends:
         writer.add_array(EOS_TOKEN_IDS_KEY, ends)
         stated = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)

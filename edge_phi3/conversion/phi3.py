@@ -154,7 +154,7 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
     if _integer(config, "head_dim", width // heads) != width // heads:
         raise UnsupportedModelError("config.json: a head_dim other than hidden_size / num_attention_heads.")
     context = _integer(config, "max_position_embeddings")
-    original = _integer(rope, "original_max_position_embeddings", config["original_max_position_embeddings"])
+    original = _integer(rope, "original_max_position_embeddings", config["original_max_position_embeddings"], minimum=2)
     return Phi3(
         vocab_size=_integer(config, "vocab_size"),
         hidden_size=width,

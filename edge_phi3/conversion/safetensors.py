@@ -60,11 +60,11 @@ class StoredTensor:
         offset = self.begin + start * dtype.itemsize
         return np.frombuffer(self.file.map(), dtype, stop - start, offset)
 
-    def drop(self) -> None:
-        """Tell the system that the tensor's pages will not be read again."""
-        page = mmap.PAGESIZE
-        begin = self.begin // page * page
-        self.file.map().madvise(mmap.MADV_DONTNEED, begin, self.end - begin)
+    def drop(self, start: int, stop: int) -> None:
+        """Give the memory of values `start` to `stop` back to the system; they can still be read again."""
+        item_size = ITEM_SIZES[self.dtype]
+        begin = (self.begin + start * item_size) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.file.map().madvise(mmap.MADV_DONTNEED, begin, self.begin + stop * item_size - begin)
 
 
 class SafetensorsFile:

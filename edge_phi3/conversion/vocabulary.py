@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,7 @@ class Vocabulary:
     scores: list[float]
     types: list[int]
     added: dict[int, AddedToken]
-    add_bos: bool | None
-    add_eos: bool | None
+    add_special: dict[str, bool]
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, the chat template among them, and ours."""
@@ -68,18 +68,28 @@ class Vocabulary:
         writer.add_token_list(self.tokens)
         writer.add_token_scores(self.scores)
         writer.add_token_types(self.types)
-        special = gguf.SpecialVocab(self.folder, n_vocab=len(self.tokens))
-        if self.add_bos is not None:
-            special.add_special_token["bos"] = self.add_bos
-        if self.add_eos is not None:
-            special.add_special_token["eos"] = self.add_eos
-        special.add_to_gguf(writer, quiet=True)
+        self._write_special_tokens(writer)
         added = [
             {"id": token_id, "content": token.text, "special": token.special}
             | {"lstrip": token.lstrip, "rstrip": token.rstrip}
             for token_id, token in sorted(self.added.items())
         ]
         writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
+
+    def _write_special_tokens(self, writer: gguf.GGUFWriter) -> None:
+        # It warns of templates for pairs of texts, which nobody tokenises here.
+        log = logging.getLogger("gguf.vocab")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            special = gguf.SpecialVocab(self.folder, n_vocab=len(self.tokens))
+            # As in transformers, where the configuration's word counts and not the post-processor's.
+            special.add_special_token |= self.add_special
+            special.add_to_gguf(writer, quiet=True)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            raise VocabularyError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
+        finally:
+            log.setLevel(level)
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -124,9 +134,9 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         types[token_id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
     if missing := [text for text in _REQUIRED_TOKENS if text not in tokens]:
         raise VocabularyError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
-    return Vocabulary(
-        folder, tokens, scores, types, added, _flag(config, "add_bos_token"), _flag(config, "add_eos_token")
-    )
+    add_special = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
+    stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
+    return Vocabulary(folder, tokens, scores, types, added, stated)
 
 
 def _added_tokens(folder: Path, config: dict[str, Any], fast: dict[str, Any] | None) -> dict[int, AddedToken]:
@@ -172,8 +182,3 @@ def _check_tokenizer_json(fast: dict[str, Any], pieces: list[str]) -> None:
     for text, token_id in model["vocab"].items():
         if type(token_id) is not int or not 0 <= token_id < len(pieces) or pieces[token_id] != text:
             raise VocabularyError(f"tokenizer.json and tokenizer.model disagree on {text!r} (id {token_id}).")
-
-
-def _flag(config: dict[str, Any], name: str) -> bool | None:
-    value = config.get(name)
-    return value if isinstance(value, bool) else None

@@ -1,0 +1,109 @@
+"""Which tensors the output will have, of which types: the checkpoint's tensors against those of the model."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+
+import numpy as np
+from gguf import GGMLQuantizationType as GgmlType
+from numpy.typing import NDArray
+
+from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type
+from edge_phi3.conversion.errors import CheckpointError, ConversionError
+from edge_phi3.conversion.phi3 import Phi3
+from edge_phi3.conversion.safetensors import StoredTensor
+
+OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
+"""The output types: of the matrices; ``auto`` is the checkpoint's own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output; its values are stored in the checkpoint, or given (the rope factors).
+
+    Attributes:
+        name: in the GGUF.
+        shape: rows first, as in the checkpoint.
+        type: that it is written in.
+        values: what is converted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: GgmlType
+    values: StoredTensor | NDArray[np.float32]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the output."""
+        return encoded_size(math.prod(self.shape), self.type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The type of the output's matrices, and its tensors in their order."""
+
+    matrices: GgmlType
+    tensors: list[PlannedTensor]
+
+
+def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
+    """Plan the output.
+
+    Args:
+        tensors: those of the checkpoint.
+        model: its hyper-parameters.
+        outtype: one of `OUTTYPES`.
+
+    Raises:
+        ConversionError: there is no such output type.
+        CheckpointError: a tensor is missing, surplus, or of the wrong shape or dtype.
+    """
+    if outtype not in OUTTYPES:
+        raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
+    specs = model.tensors()
+    stored = {name: tensor for name, tensor in tensors.items() if not _is_ignored(name, model)}
+    if missing := sorted(specs.keys() - stored.keys()):
+        raise CheckpointError(f"The checkpoint lacks {_some(missing)}; a shard may be missing.")
+    if surplus := sorted(stored.keys() - specs.keys()):
+        raise CheckpointError(
+            f"The checkpoint has {_some(surplus)}, which a {model.num_hidden_layers}-layer Phi-3 lacks."
+        )
+    for name, tensor in stored.items():
+        if tensor.shape != specs[name].shape:
+            raise CheckpointError(
+                f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(specs[name].shape)}."
+            )
+        if tensor.dtype not in STORED_TYPES:
+            raise CheckpointError(f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted.")
+    wanted = GgmlType[outtype.upper()] if outtype != "auto" else STORED_TYPES[_matrix_dtype(stored)]
+    planned = []
+    if model.longrope is not None:
+        for name, factor in (
+            ("rope_factors_long.weight", model.longrope.long_factor),
+            ("rope_factors_short.weight", model.longrope.short_factor),
+        ):
+            planned.append(PlannedTensor(name, factor.shape, GgmlType.F32, factor))
+    for name, tensor in stored.items():
+        spec = specs[name]
+        kind = tensor_type(spec.name, spec.shape, wanted)
+        planned.append(PlannedTensor(spec.name, spec.shape, kind, tensor))
+    return Plan(wanted, planned)
+
+
+def _is_ignored(name: str, model: Phi3) -> bool:
+    # Old revisions stored the rotary frequencies; a tied output matrix repeats the embedding.
+    return name.endswith(".rotary_emb.inv_freq") or (model.tie_word_embeddings and name == "lm_head.weight")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _matrix_dtype(stored: dict[str, StoredTensor]) -> str:
+    sizes: collections.Counter[str] = collections.Counter()
+    for tensor in stored.values():
+        sizes[tensor.dtype] += tensor.size if len(tensor.shape) > 1 else 0
+    return sizes.most_common(1)[0][0]
