@@ -1,0 +1,89 @@
+"""`create_app`: the service as one ASGI application."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from litestar import Litestar, Router
+from litestar.config.cors import CORSConfig
+from litestar.di import Provide
+from litestar.stores.memory import MemoryStore
+
+from edge_phi3.api import docs, ops
+from edge_phi3.api.auth import rate_limits
+from edge_phi3.api.chat import chat
+from edge_phi3.api.errors import EXCEPTION_HANDLERS
+from edge_phi3.api.exchange import ExchangeLog
+from edge_phi3.api.service import Loader, Service
+from edge_phi3.settings import Settings
+
+
+def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Service]:
+    """Make the application together with its state, for whoever also stops it.
+
+    Args:
+        settings: the options.
+        load: makes the pipeline, in a thread, once the application has started.
+    """
+    service = Service(settings, load)
+    open_routes = Router(
+        "/",
+        route_handlers=[
+            ops.home,
+            ops.healthz,
+            ops.livez,
+            ops.readyz,
+            ops.metrics,
+            ops.prometheus,
+            ops.show_version,
+            *docs.HANDLERS,
+        ],
+    )
+    guarded_routes = Router(
+        "/",
+        route_handlers=[chat, ops.tokenize, ops.detokenize],
+        guards=service.keys.guards(),
+        middleware=rate_limits(settings.rate_limit, service.keys),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.close()
+
+    app = Litestar(
+        route_handlers=[open_routes, guarded_routes],
+        dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        cors_config=_cors(settings),
+        request_max_body_size=int(settings.max_body_size),
+        stores={"rate_limit": MemoryStore()},
+        openapi_config=None,
+        logging_config=None,
+    )
+    return ExchangeLog(app, service.metrics, log_prompts=settings.log_prompts), service
+
+
+def create_app(settings: Settings, load: Loader) -> ExchangeLog:
+    """Make the application; any ASGI server runs it.
+
+    Args:
+        settings: the options.
+        load: makes the pipeline, in a thread, once the application has started.
+    """
+    app, _ = create_service(settings, load)
+    return app
+
+
+def _cors(settings: Settings) -> CORSConfig | None:
+    if not settings.cors_origin:
+        return None
+    return CORSConfig(
+        allow_origins=list(settings.cors_origin),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )

@@ -1,0 +1,79 @@
+"""Who may use the service: API keys, and how often."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+from litestar.middleware import DefineMiddleware
+from litestar.middleware.rate_limit import DurationUnit, RateLimitConfig
+from litestar.types import Guard
+
+from edge_phi3.api.errors import UnauthorizedError
+
+
+class KeyRing:
+    """The API keys that the service knows, kept as digests of equal length.
+
+    Args:
+        keys: the keys; without any, every request is let in.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def find(self, connection: ASGIConnection[Any, Any, Any, Any]) -> int | None:
+        """Give the number of the known key that a request carries, or None.
+
+        Every key is compared, each in constant time, so that the time taken tells nothing about them.
+        """
+        scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
+        key = bearer.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
+        digest = _digest(key)
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        return found.index(True) if any(found) else None
+
+    async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
+        """Refuse a request without a known key; a Litestar guard.
+
+        Raises:
+            UnauthorizedError: the key is missing or not known.
+        """
+        if self._digests and self.find(connection) is None:
+            raise UnauthorizedError(
+                "This service needs an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
+            )
+
+    def guards(self) -> Sequence[Guard]:
+        """Give the guards for the routes that need a key: none when there are no keys."""
+        return [self.guard] if self else []
+
+
+def rate_limits(limit: str | None, keys: KeyRing) -> list[DefineMiddleware]:
+    """Give the middleware that holds each key, or each address without keys, to ``N/UNIT`` requests."""
+    if limit is None:
+        return []
+    count, unit = limit.split("/")
+
+    def identify(request: Request[Any, Any, Any]) -> str:
+        number = keys.find(request) if keys else None
+        # A wrong key counts for the address, or guessing keys would be free of the limit.
+        return f"key:{number}" if number is not None else f"address:{request.client.host if request.client else ''}"
+
+    config = RateLimitConfig(
+        rate_limit=(cast("DurationUnit", unit), int(count)),
+        identifier_for_request=identify,
+    )
+    return [config.middleware]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,90 @@
+"""Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+
+from edge_phi3.api.errors import InvalidRequestError, UnsupportedMediaTypeError
+from edge_phi3.generation.parameters import PARAMETERS
+
+RequestType = TypeVar("RequestType", bound=msgspec.Struct)
+
+_JSON_NAMES = {
+    "str": "a text",
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "object": "an object",
+    "array": "a list",
+    "null": "null",
+}
+_MISMATCH = re.compile(r"Expected `(?P<expected>.+?)`(?:, got `(?P<got>.+?)`)?")
+_UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
+_MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
+_PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
+
+_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {}
+
+
+def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[RequestType]) -> RequestType:
+    """Read a request's body.
+
+    Args:
+        request: for its Content-Type.
+        body: the bytes.
+        type_: the request type; it forbids unknown fields.
+
+    Raises:
+        UnsupportedMediaTypeError: the body is said not to be JSON.
+        InvalidRequestError: it is not JSON, or does not fit the type; the message names the field.
+    """
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise UnsupportedMediaTypeError(
+            f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
+        )
+    decoder = _decoders.get(type_)
+    if decoder is None:
+        decoder = _decoders[type_] = msgspec.json.Decoder(type_)
+    try:
+        decoded: RequestType = decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(_explain(str(error), type_)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
+    except (RecursionError, ValueError):
+        raise InvalidRequestError("The body is nested too deeply, or holds a number that is too long.") from None
+    return decoded
+
+
+def _explain(message: str, type_: type[msgspec.Struct]) -> str:
+    place = _PLACE.search(message)
+    path = place["path"] if place else ""
+    what = message[: place.start()] if place else message
+    if unknown := _UNKNOWN.search(what):
+        return _unknown_field(unknown["name"], path, type_)
+    if missing := _MISSING.search(what):
+        return f"`{path}.{missing['name']}` is missing.".replace("`.", "`")
+    subject = f"`{path}`" if path else "The body"
+    if mismatch := _MISMATCH.search(what):
+        allowed = " or ".join(_JSON_NAMES.get(name, name) for name in mismatch["expected"].split(" | "))
+        got = f", but is {_JSON_NAMES.get(mismatch['got'], mismatch['got'])}" if mismatch["got"] else ""
+        return f"{subject} must be {allowed}{got}."
+    return f"{subject}: {what}."
+
+
+def _unknown_field(name: str, path: str, type_: type[msgspec.Struct]) -> str:
+    shown = name if len(name) <= 60 else name[:57] + "..."
+    if path:
+        return f"`{path}` has a field `{shown}`, which is not known there."
+    fields = [field.name for field in msgspec.structs.fields(type_)]
+    if name in PARAMETERS and "generate_kwargs" in fields:
+        return f"`{name}` belongs inside `generate_kwargs`."
+    close = difflib.get_close_matches(name, fields, n=2)
+    hint = f"did you mean {' or '.join(f'`{field}`' for field in close)}?" if close else f"known: {', '.join(fields)}."
+    return f"`{shown}` is not a field of this request; {hint}"

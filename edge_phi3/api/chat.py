@@ -1,0 +1,75 @@
+"""``POST /chat``: the original service's endpoint, plain or streamed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from litestar import Request, Response, post
+
+from edge_phi3.api.body import decode_body
+from edge_phi3.api.disconnect import cancelled_when_client_leaves
+from edge_phi3.api.errors import detail_of
+from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.schemas import ChatRequest, ChatResponse, ErrorResponse, TokenScore, Usage
+from edge_phi3.api.service import Service
+from edge_phi3.api.sse import EventStream, event
+from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+
+_encode = msgspec.json.Encoder().encode
+
+
+@post("/chat", status_code=200)
+async def chat(request: Request[Any, Any, Any], body: bytes, service: Service) -> Response[Any]:
+    """Continue a prompt or a conversation."""
+    asked = decode_body(request, body, ChatRequest)
+    exchange = exchange_of(request.scope)
+    exchange.prompt = asked.prompt
+    prepared = service.prepare(asked)
+    if asked.stream:
+        return EventStream(_events(service, prepared, exchange), _failure_event)
+    async with cancelled_when_client_leaves(request.receive):
+        output = await service.pipeline.generate(prepared, timeout=service.timeout, request_id=exchange.request_id)
+    exchange.output = output
+    return Response(chat_response(output, prepared.config))
+
+
+async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:
+    """Give the text as it comes, as ``{"index", "text"}``, and at last the plain response as the event "result"."""
+    async for item in service.pipeline.stream(prepared, timeout=service.timeout, request_id=exchange.request_id):
+        if isinstance(item, TextDelta):
+            yield event(_encode({"index": item.index, "text": item.text}))
+        else:
+            exchange.output = item
+            yield event(_encode(chat_response(item, prepared.config)), "result")
+
+
+def _failure_event(error: Exception) -> bytes:
+    return event(_encode(ErrorResponse(detail_of(error))), "error")
+
+
+def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatResponse:
+    """Make the response of an answer, with all that `return_dict_in_generate` adds."""
+    if not config.return_dict_in_generate:
+        return ChatResponse(output.text)
+    beam_scores = output.sequences_scores
+    return ChatResponse(
+        output.text,
+        sequences=output.sequences,
+        sequences_scores=None if beam_scores is None else [_finite(score) for score in beam_scores],
+        scores=None
+        if output.scores is None
+        else [
+            [TokenScore(token.token_id, _finite(token.score), _finite(token.logprob)) for token in sequence]
+            for sequence in output.scores
+        ],
+        usage=Usage(output.prompt_tokens, output.completion_tokens),
+    )
+
+
+def _finite(number: float) -> float | None:
+    """Give a number as JSON can hold it: null stands for what is infinite."""
+    return number if math.isfinite(number) else None

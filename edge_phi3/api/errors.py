@@ -1,0 +1,122 @@
+"""Errors -> responses: each kind has one status code, and every body is ``{"detail": "a sentence"}``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.types import ExceptionHandlersMap
+
+from edge_phi3.api.schemas import ErrorResponse
+from edge_phi3.engine.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    QueueFullError,
+    RequestTooLargeError,
+)
+from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.generation.parameters import ParameterError
+from edge_phi3.pipeline import PromptError
+
+logger = structlog.get_logger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+"""What a client is told to wait when the queue is full: about the time in which a slot becomes free."""
+
+CLIENT_GONE = 499
+"""The status that logs and metrics show when the client left before the answer; nobody receives it."""
+
+
+class InvalidRequestError(EdgePhi3Error):
+    """The body or a field of a request is wrong."""
+
+
+class UnsupportedMediaTypeError(EdgePhi3Error):
+    """The body is not said to be JSON."""
+
+
+class UnauthorizedError(EdgePhi3Error):
+    """The request carries no key that the service knows."""
+
+
+class NotReadyError(EdgePhi3Error):
+    """The model is not loaded yet, or the service is stopping."""
+
+
+class UnhealthyError(EdgePhi3Error):
+    """The model is not loaded, or the engine is broken: the original's answer to ``/healthz``."""
+
+
+class ClientDisconnectedError(EdgePhi3Error):
+    """The client closed the connection before its answer was ready."""
+
+
+STATUS_CODES: dict[type[EdgePhi3Error], int] = {
+    InvalidRequestError: 400,
+    ParameterError: 400,
+    PromptError: 400,
+    RequestTooLargeError: 400,
+    UnauthorizedError: 401,
+    UnsupportedMediaTypeError: 415,
+    QueueFullError: 429,
+    ClientDisconnectedError: CLIENT_GONE,
+    UnhealthyError: 500,
+    EngineStoppedError: 503,
+    NotReadyError: 503,
+    DeadlineExceededError: 504,
+}
+"""The status code of each kind of error; any other is 500."""
+
+_HEADERS: dict[int, dict[str, str]] = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
+}
+
+
+def status_code_of(error: BaseException) -> int:
+    """Give the status code of an error."""
+    for class_ in type(error).__mro__:
+        if class_ in STATUS_CODES:
+            return STATUS_CODES[class_]
+    return 500
+
+
+def detail_of(error: BaseException) -> str:
+    """Give the sentence that a client reads. An error that nobody foresaw keeps its text to the logs."""
+    if isinstance(error, EdgePhi3Error):
+        return str(error)
+    return "The service met an error of its own; its log has more under this request's X-Request-Id."
+
+
+def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+    status = status_code_of(error)
+    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=_HEADERS.get(status))
+
+
+def _answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+    logger.error("unhandled error", path=request.scope["path"], exc_info=error)
+    return _answer(request, error)
+
+
+def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+    headers = dict(error.headers or {})
+    detail = error.detail
+    if isinstance(error, NotFoundException):
+        detail = f"There is nothing at {request.scope['path'][:200]}; /docs shows what there is."
+    elif isinstance(error, MethodNotAllowedException):
+        detail = f"{request.method} is not a method of {request.scope['path'][:200]}."
+    elif error.status_code == 413:
+        detail = "The body is larger than this service takes (--max-body-size)."
+    elif error.status_code == 429:
+        headers["Retry-After"] = headers.get("RateLimit-Reset", str(RETRY_AFTER_SECONDS))
+        detail = f"Too many requests (--rate-limit); try again in {headers['Retry-After']} s."
+    return Response(ErrorResponse(detail), status_code=error.status_code, headers=headers)
+
+
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {
+    EdgePhi3Error: _answer,
+    HTTPException: _answer_http,
+    Exception: _answer_unforeseen,
+}

@@ -1,0 +1,193 @@
+"""Prometheus metrics: the names, labels and buckets that vLLM's dashboards know, under a prefix of our own."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from edge_phi3 import __version__
+from edge_phi3.engine.engine import EngineStats
+from edge_phi3.pipeline import GenerationOutput, ModelCard
+
+GENERATION_PATHS = frozenset({"/chat", "/v1/chat/completions", "/v1/completions"})
+
+_OUTCOMES = {
+    200: "ok",
+    401: "unauthorized",
+    429: "overloaded",
+    499: "disconnected",
+    503: "unavailable",
+    504: "timeout",
+}
+
+_FIRST_TOKEN_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0, 2560.0,
+)  # fmt: skip
+_PER_TOKEN_BUCKETS = (
+    0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+_LATENCY_BUCKETS = (
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class ServiceMetrics:
+    """All metrics of one application, in a registry of its own.
+
+    Args:
+        prefix: what every name starts with.
+        stats: gives the engine's state at the moment of a scrape, or None while there is no engine.
+    """
+
+    def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = ""
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(prefix + name, text, ["model_name"], buckets=buckets, registry=self.registry)
+
+        self._requests = Counter(
+            f"{prefix}requests",
+            "Requests for text, by endpoint and outcome.",
+            ["endpoint", "outcome"],
+            registry=self.registry,
+        )
+        self._success = Counter(
+            f"{prefix}request_success",
+            "Returned sequences, by what finished them.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_BUCKETS
+        )
+        self._per_token = histogram(
+            "time_per_output_token_seconds",
+            "Seconds per token after the first, a request's mean.",
+            _PER_TOKEN_BUCKETS,
+        )
+        self._latency = histogram(
+            "e2e_request_latency_seconds", "From arrival to the end of a finished request.", _LATENCY_BUCKETS
+        )
+        self._queue = histogram("request_queue_time_seconds", "Time spent in the queue.", _LATENCY_BUCKETS)
+        self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKEN_BUCKETS)
+        self._generation = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
+        self._engine = _EngineCollector(prefix, stats)
+        self.registry.register(self._engine)
+        ProcessCollector(registry=self.registry)
+
+    def model_loaded(self, card: ModelCard) -> None:
+        """Name the model that is served from now on."""
+        self._model_name = self._engine.model_name = card.name
+        self._engine.description = card.description
+
+    def record(
+        self, path: str, status: int, output: GenerationOutput | None, error: str | None, seconds: float
+    ) -> None:
+        """Count a request for text that has ended; other paths are not counted.
+
+        Args:
+            path: of the request.
+            status: code that was sent.
+            output: what was generated, if the request was finished.
+            error: what ended it, if anything did.
+            seconds: from its arrival to its end.
+        """
+        if path not in GENERATION_PATHS:
+            return
+        outcome = _OUTCOMES.get(status, "invalid" if 400 <= status < 500 else "error")
+        if outcome == "ok" and error is not None:
+            outcome = "disconnected" if error == "ClientDisconnectedError" else "error"
+        self._requests.labels(path, outcome).inc()
+        if output is None:
+            return
+        model, timing = self._model_name, output.timing
+        for reason in output.finish_reasons:
+            self._success.labels(model, reason).inc()
+        self._latency.labels(model).observe(seconds)
+        self._queue.labels(model).observe(timing.queue)
+        self._first_token.labels(model).observe(timing.first_token)
+        self._prompt.labels(model).observe(output.prompt_tokens)
+        self._generation.labels(model).observe(output.completion_tokens)
+        steps = output.completion_tokens / max(1, len(output.finish_reasons)) - 1
+        if steps > 0:
+            self._per_token.labels(model).observe((timing.total - timing.first_token) / steps)
+
+    def expose(self, accept: str) -> tuple[bytes, str]:
+        """Give the metrics in the format that an ``Accept`` header asks for, and its content type."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's counters and gauges when Prometheus asks, so that requests need not keep them."""
+
+    def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
+        self._prefix = prefix
+        self._stats = stats
+        self.model_name = ""
+        self.description = ""
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the engine's state as Prometheus metrics."""
+        yield self._info("build_info", "Versions.", {
+            "version": __version__,
+            "llama_cpp": version("llama-cpp-python"),
+            "python": platform.python_version(),
+        })  # fmt: skip
+        stats = self._stats()
+        if stats is None:
+            return
+        yield self._info(
+            "model_info", "The model served.", {"model_name": self.model_name, "description": self.description}
+        )
+        yield self._info(
+            "cache_config_info",
+            "The KV cache in blocks, here single cells.",
+            {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)},
+        )
+        yield self._gauge("num_requests_running", "Requests being decoded.", stats.running)
+        yield self._gauge("num_requests_waiting", "Requests in the queue.", stats.waiting)
+        yield self._gauge("num_sequences_running", "Sequences being decoded.", stats.sequences)
+        yield self._gauge("num_sequences_cached", "Finished sequences kept for later prompts.", stats.cached_sequences)
+        yield self._gauge("kv_cache_cells_used", "KV cells that hold a token.", stats.cells_used)
+        yield self._gauge("kv_cache_cells_total", "KV cells there are.", stats.cells_total)
+        yield self._gauge(
+            "kv_cache_usage_perc", "KV cells in use, from 0 to 1.", stats.cells_used / max(1, stats.cells_total)
+        )
+        yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens_total)
+        yield self._counter("generation_tokens", "Tokens generated.", stats.generated_tokens_total)
+        yield self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens_total
+        )
+        yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_tokens_total)
+        yield self._counter(
+            "num_preemptions", "Requests sent back to the queue for want of KV cells.", stats.preemptions_total
+        )
+        yield self._counter("engine_steps", "Batches decoded.", stats.steps_total)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        metric = GaugeMetricFamily(self._prefix + name, text, labels=["model_name"])
+        metric.add_metric([self.model_name], value)
+        return metric
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        metric = CounterMetricFamily(self._prefix + name, text, labels=["model_name"])
+        metric.add_metric([self.model_name], value)
+        return metric
+
+    def _info(self, name: str, text: str, labels: dict[str, str]) -> Metric:
+        metric = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
+        metric.add_metric(list(labels.values()), 1)
+        return metric

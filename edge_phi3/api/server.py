@@ -1,0 +1,147 @@
+"""The service as a process: a bound port, uvicorn on it, and a stop that lets running requests finish."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+import structlog
+import uvicorn
+
+from edge_phi3.api.app import create_service
+from edge_phi3.api.logs import configure_logging
+from edge_phi3.api.service import Loader, Service
+from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.settings import Settings
+
+logger = structlog.get_logger(__name__)
+
+_FLUSH_SECONDS = 2
+"""How long finished answers may take to reach their clients once everything else has stopped."""
+
+_QUESTION = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
+
+
+class ServerError(EdgePhi3Error):
+    """The service cannot listen where it should."""
+
+
+def run(settings: Settings, load: Loader, announce: Callable[[Service, str], None]) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    The port is bound first, so that probes are answered while the model is downloaded, converted or loaded.
+
+    Args:
+        settings: the options.
+        load: makes the pipeline.
+        announce: told once, when requests are taken; its second argument is the service's address.
+
+    Raises:
+        ServerError: the address cannot be bound.
+        EdgePhi3Error: the model cannot be loaded.
+    """
+    configure_logging(settings.log_format, settings.log_level)
+    app, service = create_service(settings, load)
+    with _bind(settings.host, settings.port) as listener:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_FLUSH_SECONDS,
+            ws="none",
+        )
+        server = _Server(config, service, lambda: announce(service, address_of(listener)))
+        logger.info("listening", url=address_of(listener), model=settings.model)
+        server.run(sockets=[listener])
+    stopped = service.close()
+    if service.failure is not None:
+        raise service.failure
+    logger.info("stopped")
+    if not stopped:
+        # A step of the loading goes on in C++ and cannot be told to stop; to tear down the interpreter under it could
+        # crash, and what it writes is unfinished and known as such.
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def address_of(listener: socket.socket) -> str:
+    """Give the URL of a listening socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def example_command(url: str) -> str:
+    """Give a curl command that asks the service at `url` a question."""
+    body = json.dumps(
+        {"prompt": _QUESTION, "return_full_text": False, "generate_kwargs": {"do_sample": False}},
+        separators=(",", ":"),
+    )
+    local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    return f"curl -X POST {local}/chat -H 'Content-Type: application/json' -d {shlex.quote(body)}"
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError as error:
+        raise ServerError(f"--host: {host!r} is no address of this machine: {error.strerror}.") from None
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ServerError(
+            f"Port {port} on {host} cannot be listened on: {error.strerror}. Choose another with --port or --host."
+        ) from None
+    return listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a first signal that drains and a second that does not wait.
+
+    While requests finish, the port stays open: probes learn that the service is no longer ready, and new requests are
+    told so.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._service = service
+        self._announce = announce
+        self._announced = False
+        self._signals = 0
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of a handler
+        """Count a signal; `on_tick` acts on it."""
+        self._signals += 1
+
+    async def on_tick(self, counter: int) -> bool:
+        """Announce, drain or stop when the time has come; called ten times a second. True ends the service."""
+        await super().on_tick(counter)
+        service = self._service
+        if service.failure is not None:
+            return True
+        if not self._announced and service.is_ready:
+            self._announced = True
+            self._announce()
+        if self._signals == 0:
+            return False
+        if self._drain is None:
+            logger.info("stopping", grace_seconds=service.settings.grace_period)
+            self._drain = asyncio.create_task(service.drain())
+            await asyncio.sleep(0)
+        if self._signals > 1:
+            self._drain.cancel()
+            await asyncio.to_thread(service.close, 0.0)
+            return True
+        return self._drain.done()

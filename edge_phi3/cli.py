@@ -1,0 +1,83 @@
+"""The ``edge-phi3`` command: finds the verb, calls it, and turns errors into one line and an exit code.
+
+Each verb is a module of `edge_phi3.commands`, imported when it is used, so that ``--help`` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import rich_click as click
+
+from edge_phi3 import __version__
+from edge_phi3.errors import EdgePhi3Error
+
+VERBS: Mapping[str, str] = {
+    "serve": "Serve a model over HTTP.",
+    "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
+    "quantize": "Make a GGUF file smaller.",
+}
+"""Each verb and what it does, in the order of ``--help``."""
+
+FAILED, WRONG_USAGE = 1, 2
+
+
+class WrongUsageError(EdgePhi3Error):
+    """The command was called in a way that it cannot be: exit code 2."""
+
+
+class _Verb(click.RichCommand):
+    """Stands for a verb until it is called."""
+
+    def load(self) -> click.RichCommand:
+        """Import the verb's module and give its command."""
+        module = importlib.import_module(f"edge_phi3.commands.{self.name}")
+        command: click.RichCommand = module.command
+        return command
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Make the context of the real command."""
+        return self.load().make_context(*args, **kwargs)
+
+
+class _Verbs(click.RichGroup):
+    """The verbs, and the one place where errors become exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Give the names of the verbs."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        """Give a verb."""
+        return _Verb(name=cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except WrongUsageError as error:
+            click.echo(f"edge-phi3: {error}", err=True)
+            ctx.exit(WRONG_USAGE)
+        except EdgePhi3Error as error:
+            click.echo(f"edge-phi3: {error}", err=True)
+            ctx.exit(FAILED)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edge-phi3")
+def app() -> None:
+    """Phi-3-mini on small GPUs: converted, quantised and served as transformers' `generate` would answer.
+
+    Example: `edge-phi3 serve` serves the bundled demo model on port 8080.
+    """
+
+
+def main() -> None:
+    """Run the command line; results go to stdout, everything else to stderr."""
+    app(prog_name="edge-phi3")
+
+
+if __name__ == "__main__":
+    main()

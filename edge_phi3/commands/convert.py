@@ -1,0 +1,41 @@
+"""``edge-phi3 convert``: a Phi-3 checkpoint becomes a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+from rich.filesize import decimal
+
+from edge_phi3.commands.bars import byte_bar
+from edge_phi3.conversion.convert import OUTTYPES, convert
+
+
+@click.command("convert", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint", type=click.Path(path_type=Path), help="A folder in the Hugging Face layout.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF file to write.")
+@click.option(
+    "--outtype",
+    type=click.Choice(list(OUTTYPES)),
+    default="auto",
+    show_default=True,
+    help="The type of the matrices; auto keeps the checkpoint's own.",
+)
+@click.option("--force", is_flag=True, help="Replace the output when it exists.")
+def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
+    """Turn a Phi-3 checkpoint into a GGUF file, without torch.
+
+    Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
+    """
+    with byte_bar() as advance:
+        result = convert(
+            checkpoint,
+            output,
+            outtype=outtype,
+            force=force,
+            progress=lambda now: advance(now.tensor, now.done, now.total),
+        )
+    click.echo(result.path)
+    click.echo(
+        f"{result.tensors} tensors, {result.outtype}, {decimal(result.size)} in {result.seconds:.1f} s", err=True
+    )

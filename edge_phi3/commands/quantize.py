@@ -1,0 +1,70 @@
+"""``edge-phi3 quantize``: a GGUF file becomes a smaller one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from edge_phi3.cli import WrongUsageError
+from edge_phi3.commands.bars import byte_bar
+from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
+
+
+def _show_types(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    table = Table("type", "bits per weight", "advice", box=None)
+    for kind in QUANTIZATION_TYPES.values():
+        table.add_row(kind.name, f"{kind.bits_per_weight:g}", kind.advice)
+    Console().print(table)
+    ctx.exit(0)
+
+
+def _tensor_types(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [item.partition("=") for item in given]
+    for pattern, separator, kind in pairs:
+        if not separator or not pattern or not kind:
+            raise WrongUsageError(f"--tensor-type: {pattern!r} is not allowed; give PATTERN=TYPE, as in attn_v=q8_0.")
+    return {pattern: kind for pattern, _, kind in pairs}
+
+
+@click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", type=click.Path(path_type=Path), help="A GGUF file in F32, F16 or BF16.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF file to write.")
+@click.option("--type", "kind", default="Q4_K_M", show_default=True, metavar="TYPE", help="What to quantise to.")
+@click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_show_types, help="Show all types.")
+@click.option("--imatrix", type=click.Path(path_type=Path), help="An importance matrix.")
+@click.option(
+    "--tensor-type", multiple=True, metavar="PATTERN=TYPE", help="Another type for tensors whose name matches."
+)
+@click.option("--output-tensor-type", metavar="TYPE", help="The type of the output matrix.")
+@click.option("--token-embedding-type", metavar="TYPE", help="The type of the embedding matrix.")
+@click.option("--pure", is_flag=True, help="Give every tensor the same type.")
+@click.option("--allow-requantize", is_flag=True, help="Quantise tensors that are quantised already, at a loss.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--force", is_flag=True, help="Replace the output when it exists.")
+def command(source: Path, output: Path, kind: str, tensor_type: tuple[str, ...], **options: Any) -> None:
+    """Make a GGUF file smaller with llama.cpp's quantiser.
+
+    Example: `edge-phi3 quantize phi-3-mini-4k-f16.gguf -o phi-3-mini-4k-Q4_K_M.gguf --type Q4_K_M`
+    """
+    with byte_bar() as advance:
+        result = quantize(
+            source,
+            output,
+            type=kind,
+            tensor_types=_tensor_types(tensor_type),
+            **options,
+            progress=lambda now: advance(now.tensor, now.done_bytes, now.total_bytes),
+        )
+    click.echo(result.path)
+    click.echo(
+        f"{result.type.name}, {result.bits_per_weight:.2f} bits per weight, {decimal(result.bytes)}"
+        f" in {result.seconds:.1f} s",
+        err=True,
+    )

@@ -1,0 +1,130 @@
+"""``edge-phi3 serve``: the HTTP service, with every option of `Settings` as a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+import structlog
+from pydantic.fields import FieldInfo
+
+from edge_phi3.cli import WrongUsageError
+from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
+from edge_phi3.settings_text import choices_of, flag_of, group_of, metavar_of, to_toml
+
+if TYPE_CHECKING:
+    from edge_phi3.api.service import Say, Service
+    from edge_phi3.pipeline import TextGenerationPipeline
+
+logger = structlog.get_logger(__name__)
+
+
+def _option(name: str, field: FieldInfo) -> click.Parameter:
+    """Make the flag of a field. Values stay texts: `Settings` reads them, from wherever they come."""
+    flag = flag_of(name)
+    is_boolean, is_many = field.annotation is bool, isinstance(field.default, tuple)
+    metavar = metavar_of(field) or "|".join(choices_of(field)) or _kind(field)
+    default = (
+        ""
+        if field.default in (None, ())
+        else f" [default: {str(field.default).lower() if is_boolean else field.default}]"
+    )
+    return click.RichOption(
+        [f"{flag}/--no-{flag[2:]}" if is_boolean else flag],
+        multiple=is_many,
+        default=None,
+        metavar=None if is_boolean else metavar,
+        help=f"{field.description}{default}",
+        panel=group_of(field),
+        **({"is_flag": True} if is_boolean else {"type": str}),
+    )
+
+
+def _kind(field: FieldInfo) -> str:
+    if field.annotation is int:
+        return "INTEGER"
+    return "NUMBER" if field.annotation is float else "TEXT"
+
+
+def _parameters() -> list[click.Parameter]:
+    fields = dict(Settings.model_fields)
+    model = fields.pop("model")
+    return [
+        click.RichArgument(["model"], required=False, metavar="[MODEL]", help=f"{model.description} [default: demo]"),
+        *(_option(name, field) for name, field in fields.items()),
+        click.RichOption(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            envvar=f"{ENV_PREFIX}CONFIG",
+            metavar="FILE",
+            help="A TOML file with options; flags and environment variables win over it.",
+            panel="Configuration",
+        ),
+        click.RichOption(
+            ["--print-config"],
+            is_flag=True,
+            help="Print the options that are in effect, as a TOML file for --config, and exit.",
+            panel="Configuration",
+        ),
+    ]
+
+
+def _serve(config: Path | None, print_config: bool, **flags: Any) -> None:
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    try:
+        settings = Settings.load(given, config)
+    except SettingsError as error:
+        raise WrongUsageError(str(error)) from None
+    if print_config:
+        click.echo(to_toml(settings), nl=False)
+        return
+    # --help and --print-config need neither the server nor the engine, which take half a second to import.
+    from edge_phi3.api.server import run  # noqa: PLC0415 - see above
+
+    run(settings, functools.partial(_load, settings), _announce)
+
+
+def _load(settings: Settings, say: Say) -> TextGenerationPipeline:
+    """Find, convert and quantise the model as needed, and load it."""
+    from edge_phi3.engine.engine import Engine  # noqa: PLC0415 - as in _serve
+    from edge_phi3.engine.settings import EngineSettings  # noqa: PLC0415 - as in _serve
+    from edge_phi3.pipeline import TextGenerationPipeline  # noqa: PLC0415 - as in _serve
+
+    say("The model is being loaded.")
+    engine_options = {field.name for field in dataclasses.fields(EngineSettings)} - {"model_path"}
+    engine = Engine(EngineSettings(Path(settings.model), **{name: getattr(settings, name) for name in engine_options}))
+    engine.load()
+    return TextGenerationPipeline(engine)
+
+
+def _announce(service: Service, url: str) -> None:
+    """Tell people where the service is, what it serves, and how to ask; machines read it from the log."""
+    from edge_phi3.api.server import example_command  # noqa: PLC0415 - as in _serve
+
+    model = service.pipeline.model
+    logger.info("ready", url=url, model=model.name, context_length=model.context_length)
+    if service.settings.log_format == "text":
+        click.echo(
+            f"\nServing {model.name} ({model.description}) on {url}\nThe API is described at {url}/docs. Try it:\n\n"
+            f"  {example_command(url)}\n",
+            err=True,
+        )
+
+
+command = click.RichCommand(
+    name="serve",
+    params=_parameters(),
+    callback=_serve,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Serve a model over HTTP until Ctrl-C or SIGTERM.
+
+Each option is also an environment variable (`--ctx-size`: `EDGE_PHI3_CTX_SIZE`; several values with commas) and a key
+of the TOML file given with `--config` (`ctx-size`).
+
+Example: `edge-phi3 serve phi-3-mini-4k-instruct --quant Q4_K_M --host 0.0.0.0 --ctx-size 8192`
+""",
+)
+"""The verb."""
