@@ -66,9 +66,16 @@ class SizePrediction:
     tensors: tuple[TensorPlan, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Options:
-    """The choices of `quantize` that decide what becomes of the tensors; see there."""
+    """The choices of `quantize` that decide what becomes of the tensors; see there.
+
+    Attributes:
+        importance: what `imatrix` holds, read when the options are made; empty without one.
+
+    Raises:
+        ImatrixFileError: `imatrix` cannot be read.
+    """
 
     imatrix: Path | None = None
     tensor_types: Mapping[str, str] = field(default_factory=dict)
@@ -76,6 +83,10 @@ class Options:
     token_embedding_type: str | None = None
     pure: bool = False
     threads: int | None = None
+    importance: Mapping[str, NDArray[np.float32]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.importance = {} if self.imatrix is None else read_imatrix(self.imatrix).importance()
 
 
 def predict_size(
@@ -218,13 +229,12 @@ def check_plan(process: QuantizerProcess, plan: SizePrediction, options: Options
         )
     for pattern, target in options.tensor_types.items():
         _check_pattern(pattern, target, plan)
-    importance = {} if options.imatrix is None else read_imatrix(options.imatrix).importance()
     if options.imatrix is not None:
-        _check_imatrix(importance, plan, options.imatrix)
+        _check_imatrix(options.importance, plan, options.imatrix)
     for tensor in plan.tensors:
         # For these ggml fails an assertion, whatever llama.cpp thinks of the file as a whole.
         demanding = process.types[tensor.target_type.lower()].needs_imatrix
-        if demanding and tensor.target_type != tensor.source_type and tensor.name not in importance:
+        if demanding and tensor.target_type != tensor.source_type and tensor.name not in options.importance:
             lack = "an importance matrix" if options.imatrix is None else f"a row in {options.imatrix}"
             raise QuantizeError(
                 f"{tensor.name} cannot become {tensor.target_type} without {lack}; give it a type of its own"
@@ -244,8 +254,10 @@ def explain(error: QuantizerError, source: Path) -> QuantizeError:
         )
     if "iostream" in words:
         return QuantizeError("The output could not be written to its end; the disk may be full.")
+    if match := re.search(r"tensor '(\S+)' has invalid data", words):
+        return QuantizeError(f"{source} holds NaN or infinite weights in {match[1]}; convert the checkpoint again.")
     if "quantized data validation failed" in words:
-        return QuantizeError(f"{source} holds weights that are NaN or infinite; convert the checkpoint again.")
+        return QuantizeError(f"{source} holds weights that overflow when quantised; convert the checkpoint again.")
     return QuantizeError(f"llama.cpp could not quantise {source}: {words}.")
 
 

@@ -105,7 +105,7 @@ class LogReader:
     _TARGET = re.compile(r"converting to\s+(\S+)\s+\.\.|MiB\s*\((\S+)\)\s*$")
     _SIZE = re.compile(r"\bsize =\s*[\d.]+ MiB")
     _FALLBACKS = re.compile(r"(\d+) of \d+ tensor\(s\) required fallback")
-    _FAILED = re.compile(r"^\w+: (?:failed to quantize|error loading model): (.+)$")
+    _FAILED = re.compile(r"\w+: (?:failed to quantize|error loading model): (.+)$")
 
     def __init__(self) -> None:
         self.error = ""
@@ -232,7 +232,7 @@ class QuantizerProcess:
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
         # An assertion of ggml prints its text, then a stack of addresses that helps nobody.
         words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
-        words = words or (lines[-1] if lines else f"exit code {code}")
+        words = words or f"exit code {code}{f', {lines[-1].strip()}' if lines else ''}"
         return QuantizerError(f"llama.cpp's quantiser died {where}: {words}")
 
 
