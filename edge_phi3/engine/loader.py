@@ -39,7 +39,7 @@ class LoadedModel:
     defaults: ModelDefaults
 
     @functools.cached_property
-    def token_texts(self) -> list[str]:
+    def token_texts(self) -> list[str | None]:
         """The text of every token, which stop strings are compared with."""
         return self.tokenizer.token_texts
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.runtime import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
-_CONTROL = 1 << 3
+_UNUSED, _CONTROL = 1 << 1, 1 << 3
 _NOT_SPECIAL = frozenset({"</s>"})
 """For GGUFs from elsewhere: llama.cpp marks ``</s>`` as a control token; Phi-3's tokenizer_config.json says that it
 is an ordinary added
@@ -41,6 +41,7 @@ class Tokenizer:
             if byte := _BYTE.fullmatch(piece):
                 self._bytes[token] = int(byte[1], 16)
             self._texts.append(piece.decode("utf-8", errors="replace").replace("▁", " "))
+        self.unused_ids = frozenset(np.flatnonzero(model.attributes & _UNUSED).tolist())
         control = np.flatnonzero(model.attributes & _CONTROL).tolist()
         self._special_by_text = {self._texts[token]: token for token in control}
         added = model.metadata("edge_phi3.tokenizer.added_tokens")
@@ -58,12 +59,14 @@ class Tokenizer:
         return self._special_by_text.get(text)
 
     @functools.cached_property
-    def token_texts(self) -> list[str]:
-        """The text of each token by itself, in the middle of a text: a byte token that is no character gives ``�``."""
-        return [
-            bytes([self._bytes[token]]).decode("utf-8", errors="replace") if token in self._bytes else text
-            for token, text in enumerate(self._texts)
-        ]
+    def token_texts(self) -> list[str | None]:
+        """The text of each token by itself: ``�`` for a byte that is no character, None for an unused id."""
+        texts: list[str | None] = list(self._texts)
+        for token, byte in self._bytes.items():
+            texts[token] = bytes([byte]).decode("utf-8", errors="replace")
+        for token in self.unused_ids:
+            texts[token] = None
+        return texts
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Decode tokens as ``tokenizer.decode`` does."""
@@ -79,7 +82,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
         self._run = bytearray()
         self._begun = False
 

@@ -20,8 +20,9 @@ def texts(generate: Any, case: dict[str, Any]) -> list[str]:
     """Give the texts of one call."""
     options = {name: value for name, value in case.items() if name not in ("prompt", "messages", "kwargs")}
     options.setdefault("clean_up_tokenization_spaces", False)
-    # The original's GenerateKwargs always hold these two.
-    kwargs = {"max_length": 200, "min_length": 0} | case["kwargs"]
+    # The original always passes min_length, and max_length too, but that makes the pipeline cut the prompt's end off at
+    # max_length tokens even where max_new_tokens is given: a trap that the service does not copy.
+    kwargs = {"min_length": 0} | case["kwargs"]
     results = generate(case.get("prompt") or case["messages"], do_sample=False, **options, **kwargs)
     return [result["generated_text"] for result in results]
 
