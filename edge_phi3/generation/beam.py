@@ -28,6 +28,8 @@ from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
 _UNREACHED: Final = np.float32(-1e9)
+_VANISHING: Final = np.float32(103)
+"""How far below the best a log-probability is no float32 probability any more."""
 _NO_CHOICE: Final = (
     "The scores leave no token to go on with: they hold NaN or infinity (see `remove_invalid_values`), or every token"
     " is banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
@@ -180,36 +182,34 @@ class BeamDecoder(Decoder):
         """Draw continuations without replacement from the distribution over all beams, best first.
 
         Adding Gumbel noise to log-probabilities and taking the highest draws without replacement, as
-        ``torch.multinomial`` does. Where fewer have a probability above 0, the rest are taken in order.
+        ``torch.multinomial`` does. Where too few have a probability above 0, the best of the rest are taken.
         """
         scores, count = left.scores, self._picked
         if len(scores) < len(offsets) and np.count_nonzero(scores > -np.inf) < count:
             # The first beam alone leaves too few, so the unreached ones count.
-            tokens = None if left.tokens is None else np.repeat(left.tokens, len(offsets), axis=0)
-            left = Candidates(np.repeat(scores, len(offsets), axis=0), tokens)
+            repeated = None if left.tokens is None else np.repeat(left.tokens, len(offsets), axis=0)
+            left = Candidates(np.repeat(scores, len(offsets), axis=0), repeated)
             scores = left.scores
         totals = (scores + offsets[: len(scores), None]).ravel()
-        if not np.isfinite(totals.max()):
+        best = totals.max()
+        if not np.isfinite(best):
             return None
-        possible = np.flatnonzero(totals > -np.inf)
         assert self._generator is not None
+        possible = np.flatnonzero(totals > best - _VANISHING)
         keys = totals[possible] - np.log(self._generator.standard_exponential(len(possible)))
         drawn = possible[np.argsort(-keys, kind="stable")[:count]]
-        drawn = np.sort(drawn)
         drawn = drawn[np.argsort(-totals[drawn], kind="stable")]
+        if len(drawn) < count:
+            others = np.flatnonzero((totals <= best - _VANISHING) & (totals > -np.inf))
+            drawn = np.concatenate((drawn, others[np.argsort(-totals[others], kind="stable")]))[:count]
         beams, columns = np.divmod(drawn, scores.shape[1])
-        tokens_drawn = left.token_ids(beams, columns)
-        missing = count - len(drawn)
-        if missing:
-            others = np.setdiff1d(np.arange(self._config.vocab_size), tokens_drawn[beams == 0])[:missing]
-            nothing = np.full(len(others), -np.inf, dtype=np.float32)
-            return Picks(
-                np.concatenate((totals[drawn], nothing)),
-                np.concatenate((beams, np.zeros(len(others), dtype=np.intp))),
-                np.concatenate((tokens_drawn, others.astype(np.int32))),
-                left,
-            )
-        return Picks(totals[drawn], beams, tokens_drawn, left)
+        tokens, sums = left.token_ids(beams, columns), totals[drawn]
+        if len(drawn) < count:
+            banned = np.setdiff1d(np.arange(self._config.vocab_size), tokens[beams == 0])[: count - len(drawn)]
+            beams = np.concatenate((beams, np.zeros_like(banned)))
+            tokens = np.concatenate((tokens, banned.astype(np.int32)))
+            sums = np.concatenate((sums, np.full(len(banned), -np.inf, dtype=np.float32)))
+        return Picks(sums, beams, tokens, left)
 
     def _continue(self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], paths: list[Path]) -> bool:
         """Sort a group's picks into beams that go on and beams that end. Follows ``BeamSearchScorer.process``.

@@ -230,7 +230,12 @@ def _validate(config: GenerationConfig, requested: Mapping[str, object], default
         _validate_warpers(config)
     for name in ("repetition_penalty", "encoder_repetition_penalty"):
         if getattr(config, name) <= 0:
-            raise ParameterError(name, f"`{name}` must be above 0, but is {getattr(config, name)}.")
+            _fail(name, "must be above 0", getattr(config, name))
+    if config.encoder_repetition_penalty != 1 and max(config.num_beams, config.num_return_sequences) > 1:
+        # transformers 4.49.0 means all rows, but reaches only the first.
+        _fail(
+            "encoder_repetition_penalty", "must be 1 with several beams or sequences", config.encoder_repetition_penalty
+        )
     _validate_tokens(config)
 
 
@@ -319,4 +324,4 @@ def _validate_tokens(config: GenerationConfig) -> None:
 
 
 def _fail(name: str, rule: str, value: object) -> NoReturn:
-    raise ParameterError(name, f"`{name}` {rule}, but is {value}.")
+    raise ParameterError(name, f"`{name}` is {value}, but {rule}.")

@@ -46,7 +46,7 @@ def top_candidates(scores: Scores, k: Rows, slack: float = 0.0) -> Candidates:
     are read again: a few passes of ``argmax`` where a partition costs a hundred.
 
     Args:
-        scores: shape (rows, vocabulary). A row with NaN keeps nothing.
+        scores: shape (rows, vocabulary). A row with NaN keeps NaN alone.
         k: shape (rows,), at least 1; more than the vocabulary means all of it.
         slack: keep also what lies below the k-th highest score by this fraction of it; the caller selects
             again.
@@ -60,16 +60,22 @@ def top_candidates(scores: Scores, k: Rows, slack: float = 0.0) -> Candidates:
     blocks = size // _BLOCK
     if widest * _FEW > blocks:
         bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
+        highest = scores.max(axis=1)
         found = np.flatnonzero(scores >= _lowered(bound, slack)[:, None])
         row, token = np.divmod(found, size)
         values = scores.ravel()[found]
     else:
         maxima = _block_maxima(scores)
         bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
+        highest = maxima.max(axis=1)
         row, token, values = _at_least(scores, maxima, _lowered(bound, slack))
     chosen = pad_rows(rows, row, token, values)
     if slack == 0.0 and len(row) > int(k.sum()):
         keep_top(chosen, k)
+    broken = np.isnan(highest)
+    if broken.any():
+        chosen.scores[broken] = -np.inf
+        chosen.scores[broken, 0] = np.nan
     return chosen
 
 

@@ -121,6 +121,9 @@ def _nucleus(scores: Scores, mass: Settings, keep: Rows) -> Candidates:
     for row in range(len(scores)):
         line, share, kept = scores[row : row + 1], mass[row : row + 1], keep[row : row + 1]
         total = running_totals(weights(line))[:, -1:]
+        if np.isnan(total[0, 0]):
+            found.append((np.zeros(1, dtype=np.int32), np.full(1, np.nan, dtype=np.float32)))
+            continue
         for count in (*_NUCLEUS, size):
             head = top_candidates(line, np.array([count])) if count < size else Candidates(line.copy())
             inside = running_totals(weights(head.scores))[:, -1:]
