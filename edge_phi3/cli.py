@@ -12,6 +12,7 @@ from typing import Any
 import rich_click as click
 
 from edge_phi3 import __version__
+from edge_phi3.commands.errors import WrongUsageError
 from edge_phi3.errors import EdgePhi3Error
 
 VERBS: Mapping[str, str] = {
@@ -22,10 +23,6 @@ VERBS: Mapping[str, str] = {
 """Each verb and what it does, in the order of ``--help``."""
 
 FAILED, WRONG_USAGE = 1, 2
-
-
-class WrongUsageError(EdgePhi3Error):
-    """The command was called in a way that it cannot be: exit code 2."""
 
 
 class _Verb(click.RichCommand):
@@ -77,7 +74,3 @@ def app() -> None:
 def main() -> None:
     """Run the command line; results go to stdout, everything else to stderr."""
     app(prog_name="edge-phi3")
-
-
-if __name__ == "__main__":
-    main()

@@ -36,9 +36,7 @@ class SettingsError(EdgePhi3Error):
     """An option has a value that it cannot have, or a configuration file that cannot be read."""
 
 
-def option(
-    default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any
-) -> Any:
+def option(default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any) -> Any:
     """Declare one option: a pydantic field that also knows its group and metavar in ``--help``."""
     extra: dict[str, JsonValue] = {"group": group, "metavar": metavar}
     return Field(default, description=description, json_schema_extra=extra, **constraints)
@@ -96,9 +94,7 @@ class Settings(BaseModel):
     )
     prefix_cache: bool = option(True, "Engine", "Keep finished sequences as cache for later prompts.")
 
-    host: str = option(
-        "127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1
-    )
+    host: str = option("127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1)
     port: int = option(8080, "Server", "The TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
     grace_period: float = option(
         25.0, "Server", "Seconds that running requests have to finish after SIGTERM.", ge=0, le=86400
@@ -153,9 +149,7 @@ class Settings(BaseModel):
     )
 
     log_format: Literal["text", "json"] = option("text", "Logs", "Log lines for people or for machines.")
-    log_level: Literal["debug", "info", "warning", "error"] = option(
-        "info", "Logs", "The least that is logged."
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Logs", "The least that is logged.")
     log_prompts: bool = option(False, "Logs", "Also log prompts and answers.")
 
     @field_validator("api_key", "cors_origin", "lora", mode="before")
@@ -266,9 +260,7 @@ def _read_toml(path: Path) -> dict[str, object]:
         if key not in Settings.model_fields:
             close = difflib.get_close_matches(key, Settings.model_fields, n=3)
             hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
-            raise SettingsError(
-                f"The configuration file {path} has the key {key!r}, which is no option.{hint}"
-            )
+            raise SettingsError(f"The configuration file {path} has the key {key!r}, which is no option.{hint}")
     return values
 
 

@@ -102,3 +102,25 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     return extra
+
+
+def to_markdown(settings_class: type[Settings]) -> str:
+    """Write all options as Markdown tables, one a group: the part of ``docs/cli.md`` that a test holds to the code."""
+    groups: dict[str, list[str]] = {}
+    for name, field in settings_class.model_fields.items():
+        row = f"| `{flag_of(name)}` | {_values(field)} | {_default(field)} | {field.description} |"
+        groups.setdefault(group_of(field), []).append(row)
+    head = "| option | values | default | meaning |\n| --- | --- | --- | --- |\n"
+    return "\n\n".join(f"#### {group}\n\n{head}" + "\n".join(rows) for group, rows in groups.items())
+
+
+def _values(field: FieldInfo) -> str:
+    metavar = metavar_of(field)
+    return f"`{metavar}`" if metavar and field.annotation is not ByteSize else allowed_values(field)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default in (None, ()):
+        return ""
+    shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    return f"`{shown.removesuffix('.0')}`"

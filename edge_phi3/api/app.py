@@ -64,7 +64,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
         openapi_config=None,
         logging_config=None,
     )
-    return ExchangeLog(app, service.metrics, log_prompts=settings.log_prompts), service
+    return ExchangeLog(app, service.metrics), service
 
 
 def create_app(settings: Settings, load: Loader) -> ExchangeLog:

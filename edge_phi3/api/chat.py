@@ -8,6 +8,8 @@ from typing import Any
 
 import msgspec
 from litestar import Request, Response, post
+from litestar.di import NamedDependency
+from litestar.params import RawBody
 
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.disconnect import cancelled_when_client_leaves
@@ -23,11 +25,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 @post("/chat", status_code=200)
-async def chat(request: Request[Any, Any, Any], body: bytes, service: Service) -> Response[Any]:
+async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]) -> Response[Any]:
     """Continue a prompt or a conversation."""
     asked = decode_body(request, body, ChatRequest)
     exchange = exchange_of(request.scope)
-    exchange.prompt = asked.prompt
+    if service.settings.log_prompts:
+        exchange.prompt = asked.prompt or _encode(asked.messages).decode()
     prepared = service.prepare(asked)
     if asked.stream:
         return EventStream(_events(service, prepared, exchange), _failure_event)

@@ -53,15 +53,14 @@ def exchange_of(scope: Scope) -> Exchange:
 class ExchangeLog:
     """ASGI wrapper around the whole application: gives each request its id, and logs and counts its end."""
 
-    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, *, log_prompts: bool) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
+        self.app = app
         self._metrics = metrics
-        self._log_prompts = log_prompts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != ScopeType.HTTP:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         exchange = Exchange(_request_id(scope["headers"]))
         scope.setdefault("state", {})["exchange"] = exchange
@@ -74,7 +73,7 @@ class ExchangeLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self.app(scope, receive, send_with_id)
         finally:
             seconds = time.perf_counter() - exchange.started
             self._metrics.record(scope["path"], exchange.status, exchange.output, exchange.error, seconds)
@@ -88,7 +87,7 @@ class ExchangeLog:
             facts["error"] = exchange.error
         if exchange.output is not None:
             facts |= _generation_facts(exchange.output)
-        if self._log_prompts and exchange.prompt is not None:
+        if exchange.prompt is not None:
             facts["prompt"] = exchange.prompt
             facts["answer"] = exchange.output.text if exchange.output else None
         log(f"{scope['method']} {path}", request_id=exchange.request_id, **facts)

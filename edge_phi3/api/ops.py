@@ -7,6 +7,8 @@ from typing import Any
 
 import anyio.to_thread
 from litestar import MediaType, Request, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import RawBody
 
 from edge_phi3 import __version__
 from edge_phi3.api.body import decode_body
@@ -35,28 +37,28 @@ def home() -> RunningResponse:
 
 
 @get("/healthz", sync_to_thread=False)
-def healthz(service: Service) -> HealthResponse:
+def healthz(service: NamedDependency[Service]) -> HealthResponse:
     """Say that the model is loaded and the engine works, as the original service does; 500 otherwise."""
     service.check_healthy()
     return HealthResponse("Healthy")
 
 
 @get("/livez", sync_to_thread=False)
-def livez(service: Service) -> HealthResponse:
+def livez(service: NamedDependency[Service]) -> HealthResponse:
     """Say that the process works, also while the model is downloaded or loaded; 500 when only a restart helps."""
     service.check_alive()
     return HealthResponse("Alive")
 
 
 @get("/readyz", sync_to_thread=False)
-def readyz(service: Service) -> HealthResponse:
+def readyz(service: NamedDependency[Service]) -> HealthResponse:
     """Say that requests are taken: 503 while the model loads, and from SIGTERM on."""
     service.check_ready()
     return HealthResponse("Ready")
 
 
 @get("/version", sync_to_thread=False)
-def show_version(service: Service) -> VersionResponse:
+def show_version(service: NamedDependency[Service]) -> VersionResponse:
     """Tell which edge-phi3, which llama.cpp and which model this is."""
     pipeline = service.loaded
     card = None if pipeline is None else pipeline.model
@@ -75,7 +77,9 @@ def show_version(service: Service) -> VersionResponse:
 
 
 @get("/metrics")
-async def metrics(request: Request[Any, Any, Any], service: Service) -> Response[MetricsResponse] | Response[bytes]:
+async def metrics(
+    request: Request[Any, Any, Any], service: NamedDependency[Service]
+) -> Response[MetricsResponse] | Response[bytes]:
     """Describe the GPUs, or the CPUs without any; for clients that accept it, in Prometheus's formats instead."""
     accept = request.headers.get("accept", "")
     if any(kind in accept for kind in _PROMETHEUS_TYPES):
@@ -84,20 +88,24 @@ async def metrics(request: Request[Any, Any, Any], service: Service) -> Response
 
 
 @get("/metrics/prometheus", sync_to_thread=False)
-def prometheus(request: Request[Any, Any, Any], service: Service) -> Response[bytes]:
+def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> Response[bytes]:
     """Give the metrics of requests and engine, for scrapers that send no ``Accept``."""
     return _exposed(service, request.headers.get("accept", ""))
 
 
 @post("/tokenize", status_code=200)
-async def tokenize(request: Request[Any, Any, Any], body: bytes, service: Service) -> TokenizeResponse:
+async def tokenize(
+    request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
+) -> TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
     asked = decode_body(request, body, TokenizeRequest)
     return TokenizeResponse(service.pipeline.tokenize(asked.text, parse_special=asked.parse_special_tokens))
 
 
 @post("/detokenize", status_code=200)
-async def detokenize(request: Request[Any, Any, Any], body: bytes, service: Service) -> DetokenizeResponse:
+async def detokenize(
+    request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
+) -> DetokenizeResponse:
     """Turn tokens into text."""
     asked = decode_body(request, body, DetokenizeRequest)
     pipeline = service.pipeline

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from edge_phi3.cli import WrongUsageError
 from edge_phi3.commands.bars import byte_bar
+from edge_phi3.commands.errors import WrongUsageError
 from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
 
 

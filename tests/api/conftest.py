@@ -1,0 +1,114 @@
+"""The real service in a thread, on a free port, with a small random model or with none."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from edge_phi3.api.app import create_service
+from edge_phi3.api.exchange import ExchangeLog
+from edge_phi3.api.service import Loader, Say, Service
+from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.pipeline import TextGenerationPipeline
+from edge_phi3.settings import Settings
+from tests.golden import attention
+
+
+@dataclass
+class Running:
+    """A service that listens.
+
+    Attributes:
+        client: an HTTP client of it.
+        service: its state, to look behind the wall.
+        port: where it listens.
+        app: the application.
+    """
+
+    client: httpx.Client
+    service: Service
+    port: int
+    app: ExchangeLog
+
+    def chat(self, **body: Any) -> httpx.Response:
+        """Ask ``/chat``."""
+        return self.client.post("/chat", json=body)
+
+    def wait_until(self, condition: Any, seconds: float = 10.0) -> None:
+        """Wait for something that becomes true soon."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "it did not become true in time"
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def running(load: Loader, **options: Any) -> Iterator[Running]:
+    """Serve in a thread of this process until the block ends."""
+    app, service = create_service(Settings.load(options), load)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30.0, trust_env=False) as client:
+                yield Running(client, service, port, app)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def ready(load: Loader, **options: Any) -> Iterator[Running]:
+    """Serve, and wait until the model is loaded."""
+    with running(load, **options) as it:
+        it.wait_until(lambda: it.service.is_ready or it.service.failure, 60.0)
+        assert it.service.failure is None
+        yield it
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Phi-3 of two layers: it answers at once, and nothing sensible."""
+    folder = tmp_path_factory.mktemp("model")
+    attention.write_model(folder, "4k")
+    return convert(folder, folder / "random-4k.gguf", outtype="f32").path
+
+
+def loader(path: Path, **options: Any) -> Loader:
+    """Give what loads a model with exact settings."""
+
+    def load(_: Say) -> TextGenerationPipeline:
+        settings = {"kv_cache_type": "f32", "threads": 1, "parallel": 4, "ctx_size": 2048} | options
+        engine = Engine(EngineSettings(path, **settings))
+        engine.load()
+        return TextGenerationPipeline(engine)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def api(model_path: Path) -> Iterator[Running]:
+    """A ready service with every option at its default."""
+    with ready(loader(model_path)) as it:
+        yield it
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"

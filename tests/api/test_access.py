@@ -1,0 +1,93 @@
+"""Who is let in: API keys, rate limits, CORS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.api.conftest import GREEDY, Running, loader, ready
+
+BODY = {"prompt": "a", "generate_kwargs": GREEDY}
+SECRET = "correct-horse"
+
+
+@pytest.fixture(scope="module")
+def guarded(model_path: Path):
+    with ready(loader(model_path), api_key=["first", SECRET]) as it:
+        yield it
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": f"Bearer {SECRET}"},
+        {"authorization": f"bearer  {SECRET}"},
+        {"x-api-key": SECRET},
+        {"x-api-key": "first"},
+    ],
+)
+def test_a_known_key_is_let_in(guarded: Running, headers: dict[str, str]) -> None:
+    assert guarded.client.post("/chat", json=BODY, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": f"Bearer {SECRET}x"},
+        {"authorization": SECRET},
+        {"authorization": f"Basic {SECRET}"},
+        {"x-api-key": ""},
+        {"x-api-key": SECRET.upper()},
+        {"x-api-key": "é"},
+    ],
+)
+def test_any_other_key_is_not(guarded: Running, headers: dict[str, str]) -> None:
+    encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+    for path in ("/chat", "/tokenize", "/detokenize"):
+        response = guarded.client.post(path, content=b"not even JSON", headers=encoded)
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert "API key" in response.json()["detail"]
+
+
+def test_probes_and_scrapers_need_no_key(guarded: Running) -> None:
+    for path in ("/", "/healthz", "/livez", "/readyz", "/version", "/metrics", "/metrics/prometheus", "/docs"):
+        assert guarded.client.get(path).status_code == 200
+
+
+def test_without_keys_the_service_is_open(api: Running) -> None:
+    assert api.client.post("/chat", json=BODY, headers={"authorization": "Bearer anything"}).status_code == 200
+
+
+def test_each_key_has_its_own_rate(model_path: Path) -> None:
+    with ready(loader(model_path), api_key=["one", "two"], rate_limit="2/hour") as api:
+
+        def ask(key: str) -> int:
+            return api.client.post("/chat", json=BODY, headers={"x-api-key": key}).status_code
+
+        assert [ask("one"), ask("one"), ask("one"), ask("two")] == [200, 200, 429, 200]
+        assert [ask("guess"), ask("other"), ask("again")] == [401, 401, 429]
+        response = api.client.post("/chat", json=BODY, headers={"x-api-key": "one"})
+        assert 0 < int(response.headers["retry-after"]) <= 3600
+        assert "--rate-limit" in response.json()["detail"]
+        assert api.client.get("/healthz").status_code == 200
+
+
+def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, model_path: Path) -> None:
+    origin = "https://app.example"
+    preflight = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
+    response = api.client.options("/chat", headers=preflight)
+    assert "access-control-allow-origin" not in response.headers
+    with ready(loader(model_path), cors_origin=[origin]) as it:
+        response = it.client.options("/chat", headers=preflight)
+        assert response.headers["access-control-allow-origin"] == origin
+        response = it.client.post("/chat", json=BODY, headers={"origin": origin})
+        assert response.headers["access-control-allow-origin"] == origin
+        response = it.client.options("/chat", headers=preflight | {"origin": "https://evil.example"})
+        assert response.headers.get("access-control-allow-origin") != "https://evil.example"

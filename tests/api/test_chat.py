@@ -1,0 +1,232 @@
+"""`POST /chat`: bodies and status codes, plain answers, streams, limits, and clients that leave."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.conftest import GREEDY, PROMPT, Running, loader, ready
+
+LONG = {"do_sample": False, "max_new_tokens": 1500, "eos_token_id": -1}
+
+
+def events(response: httpx.Response) -> list[tuple[str, Any]]:
+    """Parse server-sent events into pairs of name and JSON."""
+    found = []
+    for block in response.text.split("\n\n"):
+        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
+        if lines:
+            found.append((lines.get("event", ""), json.loads(lines["data"])))
+    return found
+
+
+def idle(api: Running) -> bool:
+    """Tell whether the engine holds nothing of any request."""
+    stats = api.service.pipeline.engine.stats()
+    return stats.running == stats.waiting == stats.sequences == 0
+
+
+def test_a_prompt_is_continued_and_the_full_text_returned(api: Running) -> None:
+    response = api.chat(prompt="json.dumps", generate_kwargs=GREEDY)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert list(response.json()) == ["Result"]
+    full = response.json()["Result"]
+    assert full.startswith("json.dumps")
+    assert len(full) > len("json.dumps")
+    new = api.chat(prompt="json.dumps", return_full_text=False, generate_kwargs=GREEDY).json()["Result"]
+    assert full == "json.dumps" + new
+
+
+def test_messages_are_answered_as_the_prompt_that_their_template_makes(api: Running) -> None:
+    by_prompt = api.chat(prompt=PROMPT, return_full_text=False, generate_kwargs=GREEDY)
+    messages = [{"role": "user", "content": "What does json.dumps do?"}]
+    assert api.chat(messages=messages, generate_kwargs=GREEDY).json() == by_prompt.json()
+
+
+def test_explicit_nulls_mean_the_defaults(api: Running) -> None:
+    nulls = dict.fromkeys(["return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation"])
+    assert (
+        api.chat(prompt="json", messages=None, generate_kwargs=GREEDY, **nulls).json()
+        == api.chat(prompt="json", generate_kwargs=GREEDY).json()
+    )
+    assert api.chat(prompt="json", generate_kwargs=None).status_code == 200
+
+
+def test_the_details_of_a_generation_are_returned_when_asked_for(api: Running) -> None:
+    kwargs = {**GREEDY, "return_dict_in_generate": True}
+    body = api.chat(prompt=PROMPT, generate_kwargs=kwargs).json()
+    assert set(body) == {"Result", "sequences", "sequences_scores", "scores", "usage"}
+    assert body["sequences_scores"] is None
+    assert body["scores"] is None
+    assert body["usage"]["completion_tokens"] == 8
+    assert len(body["sequences"][0]) == body["usage"]["prompt_tokens"] + 8
+
+    body = api.chat(prompt=PROMPT, generate_kwargs={**kwargs, "output_scores": True, "num_beams": 2}).json()
+    assert len(body["sequences_scores"]) == 1
+    chosen = [score["token_id"] for score in body["scores"][0]]
+    assert chosen == body["sequences"][0][body["usage"]["prompt_tokens"] :]
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ""}, {"messages": []}])
+def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str, Any]) -> None:
+    response = api.chat(**body)
+    assert response.status_code == 400
+    assert response.json() == {"detail": "Text generation parameter prompt required"}
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"prompt": "a", "promt": "b"}, "`promt` is not a field of this request; did you mean `prompt`?"),
+        ({"prompt": "a", "temperature": 1}, "`temperature` belongs inside `generate_kwargs`."),
+        ({"prompt": "a", "zzz": 1}, "`zzz` is not a field of this request; known: prompt, messages,"),
+        ({"prompt": 1}, "`prompt` must be a text or null, but is an integer."),
+        ({"prompt": "a", "return_full_text": "no"}, "`return_full_text` must be true or false or null, but is a text."),
+        ({"prompt": "a", "stream": None}, "`stream` must be true or false, but is null."),
+        ({"prompt": "a", "generate_kwargs": []}, "`generate_kwargs` must be an object or null, but is a list."),
+        ({"messages": [{"role": "user"}]}, "`messages[0].content` is missing."),
+        ({"messages": [{"role": "user", "content": 1}]}, "`messages[0].content` must be a text, but is an integer."),
+        ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "`messages[0]` has a field `x`,"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "role must be one of system, user, assistant"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "Give prompt or messages, not both."),
+        ({"prompt": "a", "generate_kwargs": {"temperatur": 1}}, "Did you mean `temperature`?"),
+        ({"prompt": "a", "generate_kwargs": {"guidance_scale": 2}}, "`guidance_scale` is not supported"),
+        ({"prompt": "a", "handle_long_generation": "pit"}, "handle_long_generation must be null or 'hole'"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_that_names_the_field(
+    api: Running, body: dict[str, Any], sentence: str
+) -> None:
+    response = api.chat(**body)
+    assert response.status_code == 400
+    assert list(response.json()) == ["detail"]
+    assert sentence in response.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "The body is not valid JSON"),
+        (b"{", "The body is not valid JSON"),
+        (b"[]", "The body must be an object, but is a list."),
+        (b'{"prompt": "\xff"}', "The body is not valid JSON"),
+        (b'{"prompt": "\\ud800"}', "The body is not valid JSON"),
+        (b'{"prompt": "a", "generate_kwargs": {"top_p": NaN}}', "The body is not valid JSON"),
+        (b'{"prompt": "a", "generate_kwargs": {"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}", "nested too deeply"),
+        (b'{"prompt": "a", "generate_kwargs": {"top_k": ' + b"1" * 5000 + b"}}", ""),
+    ],
+)
+def test_a_body_that_is_no_json_is_refused(api: Running, content: bytes, sentence: str) -> None:
+    response = api.client.post("/chat", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert sentence in response.json()["detail"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
+    response = api.client.post("/chat", data={"prompt": "a"})
+    assert response.status_code == 415
+    assert "Content-Type: application/json" in response.json()["detail"]
+
+
+def test_a_stream_holds_the_pieces_and_then_the_plain_answer(api: Running) -> None:
+    body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": {**GREEDY, "max_new_tokens": 40}}
+    plain = api.chat(**body).json()
+    response = api.chat(stream=True, **body)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *pieces, last = events(response)
+    assert last == ("result", plain)
+    assert len(pieces) > 1
+    assert {name for name, _ in pieces} == {""}
+    assert "".join(piece["text"] for _, piece in pieces) == plain["Result"]
+
+
+def test_a_stream_of_several_sequences_tells_them_apart(api: Running) -> None:
+    kwargs = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "seed": 5}
+    *pieces, (_, result) = events(api.chat(prompt=PROMPT, return_full_text=False, stream=True, generate_kwargs=kwargs))
+    texts = ["".join(piece["text"] for _, piece in pieces if piece["index"] == index) for index in range(3)]
+    assert "".join(texts) == result["Result"]
+    assert len(set(texts)) == 3
+
+
+def test_beam_search_streams_its_result_alone(api: Running) -> None:
+    kwargs = {**GREEDY, "num_beams": 3}
+    found = events(api.chat(prompt=PROMPT, stream=True, generate_kwargs=kwargs))
+    assert [name for name, _ in found] == ["result"]
+    assert found[0][1] == api.chat(prompt=PROMPT, generate_kwargs=kwargs).json()
+
+
+def test_a_stream_that_is_refused_keeps_its_status_code(api: Running) -> None:
+    response = api.chat(prompt="a", stream=True, generate_kwargs={"temperature": -1})
+    assert response.status_code == 400
+    assert "temperature" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
+    api.wait_until(lambda: idle(api))
+    body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG}).encode()
+    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+        connection.sendall(
+            b"POST /chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        api.wait_until(lambda: api.service.pipeline.engine.stats().running == 1)
+        if stream:
+            assert connection.recv(64).startswith(b"HTTP/1.1 200")
+    generated = api.service.pipeline.engine.stats().generated_tokens_total
+    api.wait_until(lambda: idle(api), 1.0)
+    assert api.service.pipeline.engine.stats().generated_tokens_total == generated
+
+
+def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
+    limits = {"max_new_tokens": 10, "max_sequences": 3, "max_body_size": 2048}
+    with ready(loader(model_path), **limits) as api:
+        response = api.chat(prompt="a", generate_kwargs={"max_new_tokens": 11})
+        assert response.status_code == 400
+        assert "--max-new-tokens" in response.json()["detail"]
+        assert api.chat(prompt="a", generate_kwargs={"max_new_tokens": 10}).status_code == 200
+        kwargs = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 2}
+        response = api.chat(prompt="a", generate_kwargs=kwargs)
+        assert response.status_code == 400
+        assert "--max-sequences" in response.json()["detail"]
+        response = api.chat(prompt="a" * 2048)
+        assert response.status_code == 413
+        assert "--max-body-size" in response.json()["detail"]
+
+
+def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path) -> None:
+    load = loader(model_path, parallel=1, max_queue=1)
+    with ready(load, request_timeout=1.5) as api:
+        engine = api.service.pipeline.engine
+        slow = {"prompt": PROMPT, "generate_kwargs": LONG}
+        statuses: list[int] = []
+        threads = [threading.Thread(target=lambda: statuses.append(api.chat(**slow).status_code)) for _ in range(2)]
+        for count, thread in enumerate(threads, start=1):
+            thread.start()
+            api.wait_until(lambda count=count: engine.stats().running + engine.stats().waiting == count)
+        response = api.chat(**slow)
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "1"
+        assert "queue is full" in response.json()["detail"]
+        streamed = api.chat(stream=True, **slow)
+        assert streamed.status_code == 429
+        for thread in threads:
+            thread.join()
+        assert statuses == [504, 504]
+
+
+def test_a_stream_that_runs_out_of_time_ends_with_the_error(model_path: Path) -> None:
+    with ready(loader(model_path), request_timeout=0.3) as api:
+        response = api.chat(prompt=PROMPT, stream=True, generate_kwargs=LONG)
+        assert response.status_code == 200
+        name, body = events(response)[-1]
+        assert name == "error"
+        assert "time limit" in body["detail"]

@@ -1,0 +1,231 @@
+"""``edge-phi3 serve`` as a process: starting, stopping, and failing to start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from edge_phi3.api.server import example_command
+from tests.api.conftest import PROMPT
+
+COMMAND = [sys.executable, "-m", "edge_phi3", "serve"]
+FAST = ["--threads", "1", "--ctx-size", "4096", "--kv-cache-type", "f32"]
+ENDLESS = {"do_sample": False, "max_new_tokens": 3500, "eos_token_id": -1}
+
+
+@dataclass
+class Process:
+    """A running ``edge-phi3 serve`` and what it has written to stderr."""
+
+    popen: subprocess.Popen[str]
+    url: str = ""
+    written: list[str] = field(default_factory=list)
+
+    def wait_for(self, pattern: str, seconds: float = 30.0) -> re.Match[str]:
+        """Wait for a line on stderr."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in list(self.written):
+                if found := re.search(pattern, line):
+                    return found
+            time.sleep(0.01)
+        raise AssertionError(f"no line like {pattern!r} in {''.join(self.written)}")
+
+    def stop(self, number: int) -> float:
+        """Send a signal, wait for the end, and give the seconds that it took."""
+        start = time.monotonic()
+        self.popen.send_signal(number)
+        self.popen.wait(30)
+        return time.monotonic() - start
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, log_format: str = "json") -> Iterator[Process]:
+    """Start the service and wait until it is ready."""
+    command = [*COMMAND, *arguments, *FAST, "--port", "0", "--log-format", log_format]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_PHI3_")}
+    popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    process = Process(popen)
+    assert popen.stderr is not None
+
+    def read(stream: Any) -> None:
+        process.written.extend(iter(stream.readline, ""))
+
+    reader = threading.Thread(target=read, args=[popen.stderr], daemon=True)
+    reader.start()
+    try:
+        process.wait_for(r'"event":"ready"' if log_format == "json" else r"curl -X POST")
+        process.url = process.wait_for(r"(http://[0-9.]+:\d+)")[1]
+        yield process
+    finally:
+        if popen.poll() is None:
+            popen.kill()
+        popen.wait()
+        reader.join()
+        popen.stderr.close()
+
+
+def group_is_gone(process: Process) -> bool:
+    """Tell whether no process of the service's session is left."""
+    try:
+        os.killpg(process.popen.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_idle_service_stops_at_once_with_exit_code_0(model_path: Path, number: int) -> None:
+    with serving(str(model_path)) as process:
+        with httpx.Client(base_url=process.url, trust_env=False) as client:
+            assert client.get("/healthz").json() == {"status": "Healthy"}
+            seconds = process.stop(number)
+        assert process.popen.returncode == 0
+        assert seconds < 5
+        assert group_is_gone(process)
+
+
+def test_running_requests_finish_while_the_service_is_no_longer_ready(model_path: Path) -> None:
+    with serving(str(model_path)) as process, httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client:
+        answers: list[httpx.Response] = []
+        body = {"prompt": PROMPT, "generate_kwargs": {**ENDLESS, "max_new_tokens": 1000}}
+        request = threading.Thread(target=lambda: answers.append(client.post("/chat", json=body)))
+        request.start()
+        wait_until_running(client)
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for('"event":"stopping"')
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/livez").status_code == 200
+        refused = client.post("/chat", json=body)
+        assert (refused.status_code, refused.json()) == (503, {"detail": "The service is stopping."})
+        request.join()
+        assert answers[0].status_code == 200
+        process.popen.wait(10)
+        assert process.popen.returncode == 0
+
+
+def test_after_the_grace_period_requests_end_with_a_clear_error(model_path: Path) -> None:
+    with (
+        serving(str(model_path), "--grace-period", "0.2") as process,
+        httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client,
+    ):
+        answers: list[httpx.Response] = []
+        streamed: list[str] = []
+
+        def plain() -> None:
+            answers.append(client.post("/chat", json={"prompt": PROMPT, "generate_kwargs": ENDLESS}))
+
+        def stream() -> None:
+            body = {"prompt": PROMPT, "stream": True, "generate_kwargs": ENDLESS}
+            streamed.append(client.post("/chat", json=body).text)
+
+        threads = [threading.Thread(target=plain), threading.Thread(target=stream)]
+        for thread in threads:
+            thread.start()
+        wait_until_running(client, 2)
+        assert process.stop(signal.SIGTERM) < 5
+        for thread in threads:
+            thread.join()
+        assert (answers[0].status_code, answers[0].json()) == (503, {"detail": "The service is stopping."})
+        assert streamed[0].endswith('event: error\ndata: {"detail":"The service is stopping."}\n\n')
+        assert process.popen.returncode == 0
+        assert group_is_gone(process)
+
+
+def test_a_second_signal_does_not_wait(model_path: Path) -> None:
+    with (
+        serving(str(model_path), "--grace-period", "60") as process,
+        httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client,
+    ):
+
+        def ask() -> None:
+            with contextlib.suppress(httpx.HTTPError):
+                client.post("/chat", json={"prompt": PROMPT, "generate_kwargs": ENDLESS})
+
+        request = threading.Thread(target=ask)
+        request.start()
+        wait_until_running(client)
+        process.popen.send_signal(signal.SIGINT)
+        process.wait_for('"event":"stopping"')
+        assert process.stop(signal.SIGINT) < 3
+        assert process.popen.returncode == 0
+        request.join()
+
+
+def test_the_start_tells_where_what_and_how(model_path: Path) -> None:
+    with serving(str(model_path), log_format="text") as process:
+        text = "".join(process.written)
+        assert f"on {process.url}" in text
+        assert "Serving random-4k" in text
+        (command,) = re.findall(r"^ +(curl .*)$", text, flags=re.MULTILINE)
+        answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+        assert "Result" in json.loads(answer.stdout)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://0.0.0.0:80", "http://127.0.0.1:80/chat"),
+        ("http://[::]:80", "http://[::1]:80/chat"),
+        ("http://10.1.2.3:8080", "http://10.1.2.3:8080/chat"),
+    ],
+)
+def test_the_example_command_is_one_that_works_here(url: str, shown: str) -> None:
+    assert f" {shown} " in example_command(url)
+
+
+def failed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``edge-phi3 serve`` that cannot start."""
+    return subprocess.run(
+        [*COMMAND, "--log-level", "error", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_port_in_use_is_one_sentence(model_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = failed(str(model_path), "--port", str(port))
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"edge-phi3: Port {port} on 127.0.0.1 cannot be listened on: Address already in use."
+        " Choose another with --port or --host.\n"
+    )
+
+
+def test_an_address_of_another_machine_is_one_sentence(model_path: Path) -> None:
+    result = failed(str(model_path), "--port", "0", "--host", "192.0.2.1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-phi3: Port 0 on 192.0.2.1 cannot be listened on: ")
+
+
+def test_a_file_that_is_no_model_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "no-model.gguf"
+    path.write_bytes(b"GGUF but not really")
+    result = failed(str(path), "--port", "0")
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-phi3: ")
+    assert str(path) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def wait_until_running(client: httpx.Client, count: int = 1) -> None:
+    """Wait until the engine decodes so many requests."""
+    end = time.monotonic() + 10
+    while f'num_requests_running{{model_name="random-4k"}} {count}.0' not in client.get("/metrics/prometheus").text:
+        assert time.monotonic() < end
+        time.sleep(0.01)
