@@ -7,8 +7,8 @@ from pathlib import Path
 import rich_click as click
 from rich.filesize import decimal
 
-from edge_phi3.commands.bars import byte_bar
 from edge_phi3.conversion.convert import OUTTYPES, convert
+from edge_phi3.progress import stderr_progress
 
 
 @click.command("convert", context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,13 +27,13 @@ def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
 
     Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
     """
-    with byte_bar() as advance:
+    with stderr_progress() as progress, progress.step(f"Converting {checkpoint.name}") as step:
         result = convert(
             checkpoint,
             output,
             outtype=outtype,
             force=force,
-            progress=lambda now: advance(now.tensor, now.done, now.total),
+            progress=lambda now: step.update(now.done, now.total, now.tensor),
         )
     click.echo(result.path)
     click.echo(

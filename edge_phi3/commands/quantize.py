@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from edge_phi3.commands.bars import byte_bar
 from edge_phi3.commands.errors import WrongUsageError
 from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
+from edge_phi3.progress import stderr_progress
 
 
 def _show_types(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -53,14 +53,15 @@ def command(source: Path, output: Path, kind: str, tensor_type: tuple[str, ...],
 
     Example: `edge-phi3 quantize phi-3-mini-4k-f16.gguf -o phi-3-mini-4k-Q4_K_M.gguf --type Q4_K_M`
     """
-    with byte_bar() as advance:
+    types = _tensor_types(tensor_type)
+    with stderr_progress() as progress, progress.step(f"Quantising {source.name}") as step:
         result = quantize(
             source,
             output,
             type=kind,
-            tensor_types=_tensor_types(tensor_type),
+            tensor_types=types,
             **options,
-            progress=lambda now: advance(now.tensor, now.done_bytes, now.total_bytes),
+            progress=lambda now: step.update(now.done_bytes, now.total_bytes, now.tensor),
         )
     click.echo(result.path)
     click.echo(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,7 @@ from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import choices_of, flag_of, group_of, metavar_of, to_toml
 
 if TYPE_CHECKING:
-    from edge_phi3.api.service import Say, Service
-    from edge_phi3.pipeline import TextGenerationPipeline
+    from edge_phi3.api.service import Service
 
 logger = structlog.get_logger(__name__)
 
@@ -83,21 +81,9 @@ def _serve(config: Path | None, print_config: bool, **flags: Any) -> None:
         return
     # --help and --print-config need neither the server nor the engine, which take half a second to import.
     from edge_phi3.api.server import run  # noqa: PLC0415 - see above
+    from edge_phi3.commands.loading import load_pipeline  # noqa: PLC0415 - see above
 
-    run(settings, functools.partial(_load, settings), _announce)
-
-
-def _load(settings: Settings, say: Say) -> TextGenerationPipeline:
-    """Find, convert and quantise the model as needed, and load it."""
-    from edge_phi3.engine.engine import Engine  # noqa: PLC0415 - as in _serve
-    from edge_phi3.engine.settings import EngineSettings  # noqa: PLC0415 - as in _serve
-    from edge_phi3.pipeline import TextGenerationPipeline  # noqa: PLC0415 - as in _serve
-
-    say("The model is being loaded.")
-    engine_options = {field.name for field in dataclasses.fields(EngineSettings)} - {"model_path"}
-    engine = Engine(EngineSettings(Path(settings.model), **{name: getattr(settings, name) for name in engine_options}))
-    engine.load()
-    return TextGenerationPipeline(engine)
+    run(settings, functools.partial(load_pipeline, settings), _announce)
 
 
 def _announce(service: Service, url: str) -> None:
