@@ -6,6 +6,7 @@ memory, or memory of ours that llama.cpp reads; nothing is copied token by token
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import logging
@@ -36,17 +37,26 @@ _FLASH_ATTENTION = {
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
     "off": llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED,
 }
+_ERROR_LEVEL = 4
+_errors: collections.deque[str] = collections.deque(maxlen=1)
 _LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
 
 def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
     """Pass llama.cpp's own lines to the log of this module, its chatter as debug."""
     line = text.decode(errors="replace").strip()
+    if level >= _ERROR_LEVEL:
+        _errors.append(line)
     if line.strip("."):
         logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
 _LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
+
+
+def _reason() -> str:
+    """Give llama.cpp's own last complaint, as the end of a sentence."""
+    return f" ({_errors.pop()})" if _errors else ""
 
 
 @functools.cache
@@ -91,7 +101,9 @@ class Model:
         self.path = path
         self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
-            raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows.")
+            raise ModelLoadError(
+                f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{_reason()}."
+            )
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
         architecture = self.metadata("general.architecture")
@@ -232,8 +244,7 @@ class Context:
         params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
         params.kv_unified = unified
         params.no_perf = True
-        # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
-        # time;
+        # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each time;
         # strlen() of a flag that is "" or "\1" is the same question asked in C.
         self._abort_flag = ctypes.create_string_buffer(2)
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
@@ -242,8 +253,8 @@ class Context:
         self._handle = llama_cpp.llama_init_from_model(model._handle, params)  # noqa: SLF001 - the pair is one unit
         if not self._handle:
             raise ModelLoadError(
-                f"llama.cpp cannot make a context of {cells} KV cells ({settings.kv_cache_type}): "
-                "lower --ctx-size, choose a smaller --kv-cache-type, or see the log for its reason."
+                f"llama.cpp cannot make a context of {cells} KV cells of type {settings.kv_cache_type}{_reason()}. "
+                "Lower --ctx-size, or choose another --kv-cache-type."
             )
         self._model = model
         self._memory = llama_cpp.llama_get_memory(self._handle)

@@ -1,0 +1,123 @@
+"""What runs where: KV types, LoRA adapters, names from elsewhere, and the line that says it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.errors import ModelLoadError
+from edge_phi3.engine.runtime import Model
+from edge_phi3.engine.settings import usable_cores
+from tests.engine.conftest import MakeModel, ask, running_engine
+from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
+from tests.golden.checkpoints import write_checkpoint
+
+PROMPT = np.random.default_rng(5).integers(FIRST_TOKEN, LAST_TOKEN, 30, dtype=np.int32)
+OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": []}
+RANK = 2
+
+
+@pytest.mark.parametrize("kv_cache_type", ["f16", "q8_0"])
+@pytest.mark.parametrize("flash_attn", ["auto", "on"])
+def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: str) -> None:
+    write_checkpoint(tmp_path, hidden_size=64, heads=2)
+    model = convert(tmp_path, tmp_path / "wide-heads.gguf", outtype="f32").path
+    with running_engine(model, kv_cache_type=kv_cache_type, flash_attn=flash_attn) as engine:
+        assert len(ask(engine, PROMPT, **OPTIONS)[0]) == 16
+
+
+def test_a_kv_type_that_does_not_fit_the_heads_is_explained(make_model: MakeModel) -> None:
+    with (
+        pytest.raises(ModelLoadError, match=r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
+        running_engine(make_model("4k"), kv_cache_type="q8_0"),
+    ):
+        pass
+
+
+def test_f16_cells_begin_like_f32_ones(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k")) as engine:
+        exact = ask(engine, PROMPT, **OPTIONS)[0]
+    with running_engine(make_model("4k"), kv_cache_type="f16") as engine:
+        assert ask(engine, PROMPT, **OPTIONS)[0][:4] == exact[:4]
+
+
+def test_start_is_told_in_one_line(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "edge_phi3.engine.loader"), running_engine(make_model("4k"), ctx_size=1024):
+        pass
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "edge_phi3.engine.loader"]
+    for part in ("4k.gguf", "F32", "2 threads", "1024 cells", "f32", "16 sequences"):
+        assert part in line
+
+
+def test_cores_are_those_of_this_process() -> None:
+    assert usable_cores() >= 1
+
+
+def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    write_model(folder, "4k")
+    base = convert(folder, tmp_path / "base.gguf", outtype="f32").path
+    random = np.random.default_rng(3)
+    name = "blk.1.attn_output.weight"
+    down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((RANK, 64), (64, RANK)))
+    adapter = tmp_path / "adapter.gguf"
+    _write_adapter(adapter, name, down, up)
+    merged = tmp_path / "merged.gguf"
+    merged.write_bytes(base.read_bytes())
+    weight = next(tensor for tensor in gguf.GGUFReader(merged, "r+").tensors if tensor.name == name).data
+    weight[:] += 0.5 * (up @ down)
+    weight.base.flush() if hasattr(weight.base, "flush") else None
+    del weight
+
+    with running_engine(base) as engine:
+        plain = ask(engine, PROMPT, **OPTIONS)
+    with running_engine(merged) as engine:
+        expected = ask(engine, PROMPT, **OPTIONS)
+    with running_engine(base, lora=((adapter, 0.5),)) as engine:
+        assert ask(engine, PROMPT, **OPTIONS) == expected != plain
+    with running_engine(base, lora=((adapter, 0.0),)) as engine:
+        assert ask(engine, PROMPT, **OPTIONS) == plain
+
+
+def test_what_is_no_adapter_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ModelLoadError, match=r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
+        running_engine(make_model("4k"), lora=((tmp_path / "absent.gguf", 1.0),)),
+    ):
+        pass
+
+
+def test_a_name_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel, tmp_path: Path) -> None:
+    """llama.cpp strips white space after <|user|> only in models whose name says Phi-3."""
+    renamed = tmp_path / "renamed.gguf"
+    data = bytearray(make_model("4k").read_bytes())
+    ours = Model(make_model("4k"))
+    name = (ours.metadata("general.name") or "").encode()
+    assert b"phi-3" in name.lower()
+    data[data.index(name) : data.index(name) + len(name)] = b"x" * len(name)
+    renamed.write_bytes(data)
+    theirs = Model(renamed)
+    text = "<|user|>\n Hi<|end|>\n<|assistant|>\n"
+    assert theirs.metadata("general.name") == "x" * len(name)
+    assert theirs.tokenize(text).tolist() == ours.tokenize(text).tolist()
+    for model in (ours, theirs):
+        model.close()
+
+
+def _write_adapter(path: Path, name: str, down: np.ndarray, up: np.ndarray) -> None:
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(RANK))
+    writer.add_tensor(f"{name}.lora_a", down)
+    writer.add_tensor(f"{name}.lora_b", up)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
