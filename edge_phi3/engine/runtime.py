@@ -244,8 +244,8 @@ class Context:
         params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
         params.kv_unified = unified
         params.no_perf = True
-        # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each time:
-        # strlen() of a flag that is "" or "\1" is the same question asked in C.
+        # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
+        # time: strlen() of a flag that is "" or "\1" is the same question asked in C.
         self._abort_flag = ctypes.create_string_buffer(2)
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
