@@ -1,0 +1,249 @@
+"""Files from the Hugging Face Hub: what a repository holds, and downloads that go on where they stopped.
+
+`huggingface_hub` speaks to the Hub (tokens, mirrors, redirects, retries). Its own download functions throw away a
+half-finished file when the process ends, hours of work for one on a slow line; here it stays, and is continued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import huggingface_hub
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but lazily
+
+from edge_phi3 import __version__
+from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
+from edge_phi3.catalog.manifest import FileRecord
+from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
+from edge_phi3.progress import ProgressReporter, Step
+
+_HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
+"""The base error of the HTTP library under huggingface_hub, whichever this version uses (httpx, httpx2)."""
+
+_TIMEOUT = 30.0
+"""Seconds to wait for a listing."""
+
+_ATTEMPTS = 3
+"""How often a file is asked for when it ends short or arrives damaged."""
+
+
+class _DamagedError(Exception):
+    """A download that is worth another attempt; the text goes on a sentence that begins with the file's name."""
+
+
+class Hub:
+    """The Hub, or the mirror that `HF_ENDPOINT` names, with the token of `HF_TOKEN` or of ``hf auth login``."""
+
+    def __init__(self, progress: ProgressReporter) -> None:
+        """Read the environment: `HF_ENDPOINT`, `HF_HUB_OFFLINE` (and, at each request, `HF_TOKEN`)."""
+        # huggingface_hub reads these when it is imported, which may be long before a test or a program sets them.
+        self.endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in huggingface_hub.constants.ENV_VARS_TRUE_VALUES
+        self.offline = offline or huggingface_hub.is_offline_mode()
+        self._progress = progress
+
+    def snapshot(self, repository: str, revision: str) -> Snapshot:
+        """Ask which commit a revision is, and which files it has.
+
+        Raises:
+            UnreachableError: the Hub cannot be asked.
+            HubError: there is no such repository or revision, or it may not be seen.
+        """
+        if self.offline:
+            raise UnreachableError("HF_HUB_OFFLINE is set")
+        api = HfApi(endpoint=self.endpoint, library_name="edge-phi3", library_version=__version__)
+        with self._sentences(repository, revision, None):
+            try:
+                info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                if isinstance(error, HfHubHTTPError):
+                    raise
+                raise HubError(
+                    f"{self.endpoint} does not answer as the Hub does ({error}); check HF_ENDPOINT and any proxy."
+                ) from error
+        files = {
+            sibling.rfilename: RemoteFile(
+                sibling.rfilename, sibling.size, sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id
+            )
+            for sibling in info.siblings or []
+        }
+        if info.sha is None or not files:
+            raise HubError(f"{self.endpoint} lists no files for {repository}; check the name and HF_ENDPOINT.")
+        return Snapshot(repository, info.sha, files)
+
+    def download(self, snapshot: Snapshot, file: RemoteFile, target: Path) -> FileRecord:
+        """Download a file to `target`, from where an earlier attempt stopped, and check it against the listing.
+
+        Raises:
+            UnreachableError: the network went away; what has arrived stays for the next time.
+            HubError: the file may not be read, is gone, or arrives damaged again and again.
+        """
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + PARTIAL_SUFFIX)
+        with (
+            self._progress.step(f"Downloading {file.name}", file.size) as step,
+            self._sentences(snapshot.repository, snapshot.commit, file.name),
+            self._notes(),
+        ):
+            for attempt in range(1, _ATTEMPTS + 1):
+                try:
+                    self._fetch(snapshot, file, partial, step)
+                    digest = _check(partial, file)
+                    break
+                except _DamagedError as damage:
+                    if attempt == _ATTEMPTS:
+                        raise HubError(
+                            f"{file.name} of {snapshot.repository} {damage}, {_ATTEMPTS} times; try again later"
+                            f" or from another mirror (HF_ENDPOINT is {self.endpoint})."
+                        ) from damage
+                    self._progress.note(f"{file.name} {damage}; downloading it again.")
+            with partial.open("rb") as content:
+                os.fsync(content.fileno())
+            partial.replace(target)
+        return FileRecord(target.name, target.stat().st_size, digest)
+
+    def _fetch(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> None:
+        """Make one attempt to complete `partial`."""
+        done = partial.stat().st_size if partial.exists() else 0
+        if file.size is not None and done > file.size:
+            partial.unlink()
+            done = 0
+        url = hf_hub_url(snapshot.repository, file.name, revision=snapshot.commit, endpoint=self.endpoint)
+        headers = build_hf_headers(library_name="edge-phi3", library_version=__version__)
+        step.update(done)
+        try:
+            with partial.open("ab") as content:
+                http_get(
+                    url,
+                    content,
+                    resume_size=done,
+                    headers=headers,
+                    expected_size=file.size,
+                    tqdm_class=_bar_class(step),
+                )
+        except HfHubHTTPError as error:
+            if error.response is None or error.response.status_code != 416:
+                raise
+            partial.unlink(missing_ok=True)
+            raise _DamagedError("could not be continued") from error
+        except OSError as error:
+            if "Consistency check failed" not in str(error):
+                raise
+            raise _DamagedError(f"ended at {partial.stat().st_size:,} of {file.size or 0:,} bytes") from error
+
+    @contextlib.contextmanager
+    def _sentences(self, repository: str, revision: str, file: str | None) -> Iterator[None]:
+        """Turn the errors of huggingface_hub into sentences."""
+        try:
+            yield
+        except (OfflineModeIsEnabled, HfHubHTTPError) as error:
+            self._explain(error, repository, revision, file)
+        except _HTTP_ERROR as error:
+            reason = str(error) or type(error).__name__
+            raise UnreachableError(f"{self.endpoint} cannot be reached ({reason})") from error
+        except OSError as error:
+            raise HubError(f"{file or repository} cannot be downloaded: {error.strerror or error}.") from error
+
+    def _explain(self, error: Exception, repository: str, revision: str, file: str | None) -> NoReturn:
+        if isinstance(error, OfflineModeIsEnabled):
+            raise UnreachableError("HF_HUB_OFFLINE is set") from error
+        assert isinstance(error, HfHubHTTPError)
+        status = error.response.status_code if error.response is not None else 0
+        page = f"{self.endpoint}/{repository}"
+        has_token = huggingface_hub.get_token() is not None
+        if isinstance(error, GatedRepoError):
+            then = (
+                "the account of your token (HF_TOKEN) has not been let in yet"
+                if has_token
+                else f"then set HF_TOKEN to a token of it, from {self.endpoint}/settings/tokens"
+            )
+            sentence = f"{repository} is gated: accept its terms on {page} with your account; {then}."
+        elif status == 401 and "Invalid credentials" in str(error):
+            sentence = f"The Hub does not accept the token; set HF_TOKEN to one from {self.endpoint}/settings/tokens."
+        elif isinstance(error, RevisionNotFoundError):
+            sentence = f"{repository} has no revision {revision!r}; give a branch, a tag or a commit of {page}."
+        elif isinstance(error, RemoteEntryNotFoundError):
+            sentence = f"{repository} has no file {file} at {revision}; see {page}."
+        elif isinstance(error, RepositoryNotFoundError) or status in {401, 404}:
+            private = "the token may not see it" if has_token else "it is private, which takes a token in HF_TOKEN"
+            sentence = f"{self.endpoint} has no repository {repository}, or {private}; check the name."
+        elif status == 403:
+            sentence = f"The Hub forbids reading {file or repository}; the token in HF_TOKEN lacks the permission."
+        elif status == 429:
+            sentence = "The Hub answers that there were too many requests; wait some minutes, or set HF_TOKEN."
+        else:
+            sentence = f"The Hub answered {status} for {file or repository}; try again later."
+        raise HubError(sentence) from error
+
+    @contextlib.contextmanager
+    def _notes(self) -> Iterator[None]:
+        """Let what huggingface_hub says while it retries come out as notes, not as lines across the bars."""
+        logger = logging.getLogger("huggingface_hub")
+        handlers, logger.handlers = logger.handlers, [_NoteHandler(self._progress)]
+        try:
+            yield
+        finally:
+            logger.handlers = handlers
+
+
+class _NoteHandler(logging.Handler):
+    def __init__(self, progress: ProgressReporter) -> None:
+        super().__init__(logging.WARNING)
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._progress.note(record.getMessage().replace("\n", " "))
+
+
+def _bar_class(step: Step) -> Any:
+    """Give a class with the part of tqdm's interface that http_get uses, whose one instance moves `step`."""
+
+    class Bar:
+        def __init__(self, *, initial: int = 0, total: int | None = None, **_: object) -> None:
+            self._done = initial
+            step.update(initial, total)
+
+        def update(self, count: int) -> None:
+            self._done += count
+            step.update(self._done)
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    return Bar
+
+
+def _check(partial: Path, file: RemoteFile) -> str:
+    """Compare a download with the listing; give its SHA-256, or delete it when it differs."""
+    digest = sha256_of(partial)
+    size = partial.stat().st_size
+    intact = file.size in {None, size}
+    if file.sha256 is not None:
+        intact = intact and digest == file.sha256
+    elif intact and file.blob_id is not None:
+        # The id that git gives to a file's content; only small files lie in git itself.
+        content = b"blob %d\0" % size + partial.read_bytes()
+        intact = hashlib.sha1(content, usedforsecurity=False).hexdigest() == file.blob_id
+    if not intact:
+        partial.unlink()
+        raise _DamagedError("arrived with other content than the Hub lists")
+    return digest

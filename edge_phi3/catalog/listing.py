@@ -1,0 +1,138 @@
+"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_phi3.errors import EdgePhi3Error
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "README.md",
+)
+"""What a checkpoint may have beside its weights; the README holds the licence."""
+
+_SMALL_LIMIT = 256 << 20
+"""Bytes: the tokenizer of no model comes near, and a hostile one must not fill the disk."""
+
+_SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
+
+
+class HubError(EdgePhi3Error):
+    """The Hub refuses, or does not have, what was asked for; or a download arrived damaged."""
+
+
+class UnreachableError(HubError):
+    """There is no network, no answer, or `HF_HUB_OFFLINE` is set."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a repository. `sha256` is known of large files, `blob_id` (git's SHA-1) of small ones."""
+
+    name: str
+    size: int | None
+    sha256: str | None
+    blob_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repository at one commit, with its files by name."""
+
+    repository: str
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+def small_files(snapshot: Snapshot) -> list[RemoteFile]:
+    """Give the files of a checkpoint without its weights, the index of its shards included.
+
+    Raises:
+        HubError: the repository holds no Phi-3 checkpoint in safetensors; the message says what it does hold.
+    """
+    names = snapshot.files.keys()
+    if "config.json" not in names or not {WEIGHTS, INDEX} & names:
+        raise HubError(_what_it_holds(snapshot))
+    found = [snapshot.files[name] for name in CHECKPOINT_FILES if name in names]
+    if WEIGHTS not in names:
+        found.append(snapshot.files[INDEX])
+    for file in found:
+        if file.size is not None and file.size > _SMALL_LIMIT:
+            raise HubError(f"{file.name} of {snapshot.repository} has {file.size:,} bytes, which it never should.")
+    return found
+
+
+def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
+    """Give the files of the weights, once the index lies in `folder`.
+
+    Raises:
+        HubError: the index is damaged, or names files that the repository does not have.
+    """
+    if WEIGHTS in snapshot.files:
+        return [snapshot.files[WEIGHTS]]
+    return [snapshot.files[name] for name in _shards(snapshot, folder / INDEX)]
+
+
+def gguf_files(snapshot: Snapshot, names: tuple[str, ...]) -> list[RemoteFile]:
+    """Give ready-made GGUF files by their names.
+
+    Raises:
+        HubError: the repository does not have one of them; the message lists those it has.
+    """
+    for name in names:
+        if name not in snapshot.files:
+            others = _ggufs(snapshot)
+            holds = f"it holds {', '.join(others)}" if others else "it holds no GGUF at all"
+            raise HubError(f"{snapshot.repository} has no file {name} at {snapshot.commit[:12]}; {holds}.")
+    return [snapshot.files[name] for name in names]
+
+
+def _shards(snapshot: Snapshot, index: Path) -> Iterator[str]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise HubError(f"{INDEX} of {snapshot.repository} is not an index of shards ({error}).") from error
+    for name in names:
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise HubError(
+                f"{INDEX} of {snapshot.repository} names {name!r}, which is not the name of a file beside it;"
+                " the repository is damaged, or hostile."
+            )
+        if name not in snapshot.files:
+            raise HubError(f"{snapshot.repository} lacks the file {name} that its {INDEX} names.")
+        yield name
+
+
+def _what_it_holds(snapshot: Snapshot) -> str:
+    ggufs = _ggufs(snapshot)
+    if ggufs:
+        example = f"{snapshot.repository}/{ggufs[0]}"
+        return (
+            f"{snapshot.repository} holds no safetensors checkpoint but GGUF files ({', '.join(ggufs)});"
+            f" name one of them, such as {example}."
+        )
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in snapshot.files):
+        return (
+            f"{snapshot.repository} holds only pickled weights (.bin), which can run code and are never loaded;"
+            " use a repository with safetensors."
+        )
+    return f"{snapshot.repository} holds no config.json with safetensors beside it: it is not a checkpoint."
+
+
+def _ggufs(snapshot: Snapshot) -> list[str]:
+    return sorted(name for name in snapshot.files if name.endswith(".gguf"))

@@ -1,0 +1,84 @@
+"""What is in the store: a manifest beside each model, written last. Without it, a model is not whole."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.metadata
+from pathlib import Path
+
+import msgspec
+
+from edge_phi3.files import atomic_output, sha256_of
+
+FORMAT = 1
+"""Raised when models made earlier must be made again; an older manifest counts as none."""
+
+MANIFEST_NAME = "manifest.json"
+
+_TOOLS = ("edge-phi3", "llama-cpp-python", "gguf", "huggingface-hub")
+
+
+class FileRecord(msgspec.Struct, frozen=True):
+    """One file: its name without a folder, its size in bytes, its SHA-256 in hexadecimal."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a model came from and what it is.
+
+    Attributes:
+        format: `FORMAT` when it was written.
+        name: what the model is served under.
+        source: a Hub repository ``owner/name``, or the name of a checkpoint folder.
+        revision: the commit, for a repository.
+        requested_revision: the branch, tag or commit that was asked for.
+        quant: the quantisation; None for a ready-made GGUF, which is kept as it was published.
+        files: the model's files, in the manifest's own folder; the first is the one to load.
+        made_from: the files it was made from.
+        tools: versions of the packages that made it.
+        created: when, in UTC.
+    """
+
+    format: int
+    name: str
+    source: str
+    files: list[FileRecord]
+    made_from: list[FileRecord]
+    tools: dict[str, str]
+    created: dt.datetime
+    revision: str | None = None
+    requested_revision: str | None = None
+    quant: str | None = None
+
+
+def record(path: Path) -> FileRecord:
+    """Read a file and describe it."""
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
+
+
+def tool_versions() -> dict[str, str]:
+    """Give the versions of the packages that models are made with."""
+    return {name: importlib.metadata.version(name) for name in _TOOLS}
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Give the manifest of a folder whose files are all there with the right sizes; None for any other.
+
+    Contents are not read again: that would take seconds for each gigabyte at every start.
+    """
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
+        whole = all((folder / file.name).stat().st_size == file.size for file in manifest.files)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    plain = all(Path(file.name).name == file.name for file in manifest.files)
+    return manifest if manifest.format == FORMAT and manifest.files and whole and plain else None
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder, replacing an older one."""
+    with atomic_output(folder / MANIFEST_NAME, force=True) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
