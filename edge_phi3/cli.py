@@ -17,6 +17,7 @@ from edge_phi3.errors import EdgePhi3Error
 
 VERBS: Mapping[str, str] = {
     "serve": "Serve a model over HTTP.",
+    "pull": "Bring a model into the store.",
     "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
 }

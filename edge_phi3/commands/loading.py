@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import structlog
 from rich.console import Console
 
 from edge_phi3.api.service import Say
+from edge_phi3.catalog import Catalog
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
@@ -33,11 +33,14 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
         EdgePhi3Error: any step failed.
     """
     with _progress(settings, say) as progress:
-        path = Path(settings.model)
-        engine = Engine(EngineSettings(path, **{name: getattr(settings, name) for name in _ENGINE_OPTIONS}))
-        with progress.step(f"Loading {path.name}"):
+        stored = Catalog(settings.store).resolve(settings.model, quant=settings.quant, progress=progress)
+        options = {name: getattr(settings, name) for name in _ENGINE_OPTIONS}
+        engine = Engine(EngineSettings(stored.path, **options))
+        with progress.step(f"Loading {stored.path.name}"):
             engine.load()
-    return TextGenerationPipeline(engine)
+    pipeline = TextGenerationPipeline(engine)
+    pipeline.model = dataclasses.replace(pipeline.model, name=stored.name)
+    return pipeline
 
 
 @contextlib.contextmanager
