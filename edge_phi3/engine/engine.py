@@ -96,6 +96,7 @@ class Engine:
         self._arrivals = itertools.count()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
+        self._closing = threading.Lock()
         self._loaded: LoadedModel | None = None
         self._unadmitted = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._steps = 0
@@ -133,18 +134,18 @@ class Engine:
 
     def close(self) -> None:
         """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`."""
-        if self._loaded is None:
-            self._set_status("stopped", "The engine is stopped.")
-            return
         self._stopping = True
-        for scheduler in self._loaded.schedulers:
+        for scheduler in self._schedulers():
             scheduler.context.abort()
-        self._inbox.put(_nothing)
-        if self._thread.is_alive():
-            self._thread.join()
-        self._set_status("stopped", "The engine is stopped.")
-        self._loaded.close()
-        self._loaded = None
+        # A second signal may close while the first still drains: only one may free the model.
+        with self._closing:
+            self._inbox.put(_nothing)
+            if self._thread.is_alive():
+                self._thread.join()
+            self._set_status("stopped", "The engine is stopped.")
+            loaded, self._loaded = self._loaded, None
+            if loaded is not None:
+                loaded.close()
 
     def _set_status(self, status: Status, detail: str) -> None:
         self.status, self.status_detail = status, detail
@@ -153,6 +154,10 @@ class Engine:
         stats = self.stats()
         return bool(stats.waiting or stats.running)
 
+    def _schedulers(self) -> list[Scheduler]:
+        loaded = self._loaded  # read once: another thread may be closing
+        return loaded.schedulers if loaded else []
+
     @property
     def model(self) -> LoadedModel:
         """The loaded model.
@@ -160,13 +165,14 @@ class Engine:
         Raises:
             EngineStoppedError: it is not loaded.
         """
-        if self._loaded is None:
+        loaded = self._loaded
+        if loaded is None:
             raise EngineStoppedError(self.status_detail or "The model is not loaded.")
-        return self._loaded
+        return loaded
 
     def stats(self) -> EngineStats:
         """Give the engine's counters and gauges; from any thread, without waiting."""
-        schedulers = self._loaded.schedulers if self._loaded else []
+        schedulers = self._schedulers()
         return EngineStats(
             waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
             running=sum(len(scheduler.running) for scheduler in schedulers),

@@ -148,11 +148,10 @@ def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings, *, gpu: 
     layers = model.layers + 1 if settings.n_gpu_layers < 0 else min(settings.n_gpu_layers, model.layers + 1)
     contexts = " + ".join(f"{s.kv.cells} cells" for s in loaded.schedulers)
     logger.info(
-        "%s: %s, %.2f B parameters, %.2f GiB; %s; %d threads; KV cache %s (%s); up to %d sequences at once",
+        "%s: %s, %.1f MiB; %s; %d threads; KV cache of %s (%s); up to %d sequences at once",
         model.path.name,
         model.description,
-        model.parameters / 1e9,
-        model.size / 2**30,
+        model.size / 2**20,
         f"{layers} of {model.layers + 1} layers on the GPU" if gpu else "all layers on the CPU",
         settings.threads or usable_cores(),
         contexts,

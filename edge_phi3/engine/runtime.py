@@ -39,6 +39,11 @@ _FLASH_ATTENTION = {
 }
 _ERROR_LEVEL = 4
 _errors: collections.deque[str] = collections.deque(maxlen=1)
+_EXPECTED_WARNINGS = (
+    "Phi SWA is currently disabled",  # the engine keeps the window itself
+    "control-looking token",  # </s> is an ordinary token in Phi-3's tokenizer_config.json
+    "special_eom_id is not in special_eog_ids",  # the engine knows the model's end tokens
+)
 _LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
 
@@ -48,7 +53,8 @@ def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
     if level >= _ERROR_LEVEL:
         _errors.append(line)
     if line.strip("."):
-        logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
+        expected = any(part in line for part in _EXPECTED_WARNINGS)
+        logger.log(logging.DEBUG if expected else _LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
 _LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
@@ -135,10 +141,11 @@ class Model:
 
     @property
     def description(self) -> str:
-        """Architecture, size and file type in llama.cpp's words, such as ``phi3 3B Q4_K - Medium``."""
-        buffer = ctypes.create_string_buffer(256)
-        llama_cpp.llama_model_desc(self._handle, buffer, 256)
-        return buffer.value.decode(errors="replace")
+        """Architecture, number of weights and llama.cpp's name of the file type: ``phi3 3.82 B Q4_K - Medium``."""
+        file_type = llama_cpp.llama_ftype_name(llama_cpp.llama_model_ftype(self._handle)).decode()
+        count = self.parameters
+        size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        return f"phi3 {size} {file_type}"
 
     @property
     def parameters(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -288,3 +289,15 @@ def _wait_until(condition: Any, timeout: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k")) as engine:
+        asked = Asked(engine, prompt(1, 10), max_new_tokens=3000, **ENDLESS)
+        closers = [threading.Thread(target=engine.close) for _ in range(4)]
+        for closer in closers:
+            closer.start()
+        for closer in closers:
+            closer.join()
+        with pytest.raises(EngineStoppedError):
+            asked.finished()
