@@ -23,7 +23,7 @@ from edge_phi3.commands.errors import WrongUsageError
 _DEFAULT_SESSIONS = 8
 
 
-def _numbers(kind: type[int] | type[float]) -> Any:
+def _numbers(kind: type[int | float]) -> Any:
     def parse(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[float, ...]:
         try:
             numbers = tuple(kind(part) for part in value.split(",")) if value else ()
@@ -102,11 +102,9 @@ def _levels(options: dict[str, Any]) -> list[Level]:
 def command(url: str, **options: Any) -> None:
     """Put load on a service and measure it: edge-phi3, llama-server, or any with OpenAI's API.
 
-    Examples:
+    Example: `edge-phi3 bench serve http://127.0.0.1:8080 --clients 1,4,16 --plot sweep.svg`
 
-    `edge-phi3 bench serve http://127.0.0.1:8080 --clients 1,4,16 --plot sweep.svg`
-
-    `edge-phi3 bench serve http://127.0.0.1:8080 --rate 2 --duration 60 --prompt-tokens 32-512 --shared-prefix 1000`
+    Another: `edge-phi3 bench serve http://127.0.0.1:8080 --rate 2 --duration 60 --prompt-tokens 32-512`
     """
     outputs = {name: options.pop(f"{name}_file") for name in ("json", "csv", "plot")}
     levels = _levels(options)
@@ -145,7 +143,7 @@ def _name(level: Level) -> str:
 
 def _explain(levels: Sequence[Summary], *, exact: bool, random: bool) -> None:
     """Say what the table does not show: how its pairs are to be read, and what weakens the figures."""
-    click.echo("Times are median / 95th percentile.", err=True)
+    click.echo("Load is clients, or arrivals a second. Times are milliseconds: median/95th percentile.", err=True)
     if random and not exact:
         click.echo("The server has no /tokenize for exact lengths: prompts are as long as asked on average.", err=True)
     if not all(level.counted for level in levels):
