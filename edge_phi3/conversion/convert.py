@@ -126,7 +126,7 @@ def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
     except UnicodeEncodeError as error:
-        raise ConversionError(f"A token or the chat template has a half character: {error}.") from error
+        raise ConversionError(f"A token or the chat template has half a character: {error}.") from error
     finally:
         writer.close()
 

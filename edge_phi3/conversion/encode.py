@@ -86,7 +86,8 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
 def _by_reference(values: NDArray[np.float32], target: GgmlType, name: str) -> NDArray[np.uint8]:
     if target == GgmlType.Q8_0 and max(values.max(), -values.min()) > _LARGEST_Q8_0:
         raise _overflow(name, "q8_0")
-    with np.errstate(over="ignore"):
+    # Overflow is looked for in the result; a Q8_0 block of numbers next to zero divides by zero and has the scale 0.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         encoded = np.asarray(quants.quantize(values.reshape(1, -1), target))
     return encoded.view(np.uint8).reshape(-1)
 

@@ -152,7 +152,9 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads.")
     if _integer(config, "head_dim", width // heads) != width // heads:
-        raise UnsupportedModelError("config.json: a head_dim other than hidden_size / num_attention_heads.")
+        raise UnsupportedModelError(
+            f"config.json: head_dim is {config['head_dim']}; hidden_size {width} has {heads} heads of {width // heads}."
+        )
     context = _integer(config, "max_position_embeddings")
     original = _integer(rope, "original_max_position_embeddings", config["original_max_position_embeddings"], minimum=2)
     return Phi3(
@@ -173,14 +175,12 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
 
 
 def _refuse_other_models(config: dict[str, Any]) -> None:
-    architectures = config.get("architectures") or []
+    stated = config.get("architectures")
+    architectures = [str(name) for name in (stated if isinstance(stated, list) else [stated] if stated else [])]
     if architectures != [ARCHITECTURE]:
-        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else str(architectures)
-        reason = next((f" ({_RELATIVES[name]})" for name in _RELATIVES if name in architectures), "")
-        raise UnsupportedModelError(
-            f"config.json names the architecture {named or 'of no model'}{reason}; "
-            f"only {ARCHITECTURE} can be converted."
-        )
+        named = f"the architecture {', '.join(architectures)}" if architectures else "no architecture"
+        reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
+        raise UnsupportedModelError(f"config.json names {named}{reason}; only {ARCHITECTURE} can be converted.")
     if config.get("quantization_config"):
         raise UnsupportedModelError("The checkpoint is quantised already; convert the original one.")
     if config.get("hidden_act", "silu") != "silu":

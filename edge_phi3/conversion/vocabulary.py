@@ -12,6 +12,7 @@ Pieces and scores come from ``tokenizer.model``; ``added_tokens.json``, ``tokeni
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import logging
@@ -132,6 +133,9 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         tokens[token_id] = token.text
         scores[token_id] = _ADDED_SCORE
         types[token_id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
+    if len(set(tokens)) < vocab_size:
+        twice = collections.Counter(tokens).most_common(1)[0][0]
+        raise VocabularyError(f"The vocabulary has the token {twice!r} twice.")
     if missing := [text for text in _REQUIRED_TOKENS if text not in tokens]:
         raise VocabularyError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
     add_special = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
@@ -150,7 +154,10 @@ def _added_tokens(folder: Path, config: dict[str, Any], fast: dict[str, Any] | N
         raise VocabularyError("tokenizer_config.json: added_tokens_decoder must be an object with ids as keys.")
     for key, entry in decoder.items():
         added[int(key)] = _added_token(entry, "tokenizer_config.json")
-    for entry in (fast or {}).get("added_tokens") or []:
+    listed = (fast or {}).get("added_tokens") or []
+    if not isinstance(listed, list):
+        raise VocabularyError("tokenizer.json: added_tokens must be a list.")
+    for entry in listed:
         token = _added_token(entry, "tokenizer.json")
         if type(entry.get("id")) is not int:
             raise VocabularyError(f"tokenizer.json: the added token {token.text!r} has no id.")
@@ -165,8 +172,11 @@ def _added_token(entry: object, source: str) -> AddedToken:
         case _:
             raise VocabularyError(f"{source}: an added token has no content.")
     assert isinstance(entry, dict)
-    if entry.get("single_word"):
-        raise UnsupportedModelError(f"{source}: {text!r} is a single_word token, which llama.cpp lacks.")
+    for flag in ("single_word", "normalized"):
+        if entry.get(flag):
+            raise UnsupportedModelError(
+                f"{source}: {text!r} is a {flag} token, which no token of Phi-3 is; llama.cpp would find it elsewhere."
+            )
     return AddedToken(text, *(bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip")))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.golden.checkpoints import longrope, write_checkpoint
 
 _LONG = longrope(16)
@@ -40,3 +42,29 @@ CONVERTER_CASES: dict[str, dict[str, Any]] = {
 def write_converter_case(folder: Path, name: str) -> Path:
     """Write the checkpoint of a case into a folder of its name in `folder`."""
     return write_checkpoint(folder / name, seed=3, **{"layers": 1, **CONVERTER_CASES[name]})
+
+
+_SHORT_CONTEXT: dict[str, Any] = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+
+LOGITS_CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "4k": ({"layers": 2}, (17, 300, 2040)),
+    "128k": ({"layers": 2, "rope_scaling": _LONG, "sliding_window": 262144, **_SHORT_CONTEXT}, (100, 256, 257, 900)),
+    "gqa": ({"layers": 2, "heads": 4, "kv_heads": 2}, (17, 300)),
+    "sharded": ({"layers": 3, "shards": 3}, (17, 300)),
+    "tied": ({"layers": 2, "config": {"tie_word_embeddings": True}}, (17, 300)),
+}
+"""Arguments of `write_checkpoint`, and lengths of prompts, by name.
+
+llama.cpp rounds a context up to 256 cells, so 256 is the smallest `original_max_position_embeddings` at which it can
+still be made to use the short rope factors.
+"""
+
+
+def write_logits_case(folder: Path, name: str) -> Path:
+    """Write the float32 checkpoint of a case into a folder of its name in `folder`."""
+    return write_checkpoint(folder / name, seed=5, **LOGITS_CASES[name][0])
+
+
+def prompt_of(length: int, vocab_size: int) -> list[int]:
+    """Give `length` token ids below `vocab_size`, always the same."""
+    return (np.random.PCG64(length).random_raw(length) % np.uint64(vocab_size)).astype(int).tolist()

@@ -1,0 +1,254 @@
+"""A checkpoint that cannot be converted: one sentence, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError, VocabularyError
+from edge_phi3.files import OutputExistsError
+from tests.golden.checkpoints import longrope, write_checkpoint
+
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
+NORM = "model.layers.0.input_layernorm.weight"
+
+Edit = Callable[..., None]
+
+
+def refused(checkpoint: Path, error: type[ConversionError], sentence: str, *, outtype: str = "f16") -> None:
+    """Assert that a conversion fails with this error and sentence, and that the output's folder stays empty."""
+    output = checkpoint.parent / "output" / "out.gguf"
+    with pytest.raises(error, match=sentence) as caught:
+        convert(checkpoint, output, outtype=outtype)
+    assert type(caught.value) is error
+    assert not output.parent.exists() or list(output.parent.iterdir()) == []
+
+
+def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the header of a safetensors file, its data kept."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+
+
+def poke(path: Path, name: str, value: int) -> None:
+    """Set the last bfloat16 of a tensor."""
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    end = 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][1]
+    content[end - 2 : end] = np.uint16(value).tobytes()
+    path.write_bytes(content)
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", CheckpointError, "nowhere does not exist; give the folder of a Hugging Face check")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", CheckpointError, "file is not a folder; give the folder")
+
+
+def test_no_config(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", CheckpointError, "has no config.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "config.json is not valid JSON"),
+        ("[]", "config.json must hold a JSON object"),
+        ("[" * 9999, "config.json is not valid JSON"),
+    ],
+)
+def test_a_damaged_config(checkpoint: Path, content: str, sentence: str) -> None:
+    (checkpoint / "config.json").write_text(content)
+    refused(checkpoint, CheckpointError, sentence)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "sentence"),
+    [
+        (["LlamaForCausalLM"], "names the architecture LlamaForCausalLM; only Phi3ForCausalLM can be converted"),
+        (["Phi3SmallForCausalLM"], r"Phi-3-small has block-sparse attention and a tiktoken vocabulary\); only"),
+        (["Phi3VForCausalLM"], r"\(Phi-3-vision has an image encoder\)"),
+        (["PhiMoEForCausalLM"], r"\(Phi-3.5-MoE is a mixture of experts\)"),
+        (["Phi4MMForCausalLM"], r"\(Phi-4-multimodal has image and speech encoders\)"),
+        (["Phi3ForCausalLM", "Other"], "names the architecture Phi3ForCausalLM, Other"),
+        (None, "names no architecture"),
+        (7, "names the architecture 7"),
+    ],
+)
+def test_another_architecture(checkpoint: Path, edit: Edit, architectures: object, sentence: str) -> None:
+    edit(checkpoint / "config.json", architectures=architectures)
+    refused(checkpoint, UnsupportedModelError, sentence)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, as in Phi-4-mini"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "the rope scaling type is 'linear'; Phi-3 has 'longrope'",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Phi-3 has silu"),
+        ({"attention_bias": True}, "attention_bias is set"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "The checkpoint is quantised already"),
+        ({"head_dim": 32}, "head_dim is 32"),
+    ],
+)
+def test_parts_that_phi3_has_not(checkpoint: Path, edit: Edit, entries: dict[str, Any], sentence: str) -> None:
+    edit(checkpoint / "config.json", **entries)
+    refused(checkpoint, UnsupportedModelError, sentence)
+
+
+@pytest.mark.parametrize(
+    ("entries", "sentence"),
+    [
+        ({"hidden_size": "64"}, "hidden_size is '64'; a whole number of at least 1 is needed"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
+        ({"sliding_window": -1}, "sliding_window is -1; a whole number of at least 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; a positive number is needed"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"num_attention_heads": 5}, "5 attention heads cannot share a hidden_size of 64"),
+        ({"num_attention_heads": 64}, "64 attention heads cannot share a hidden_size of 64"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"rope_scaling": 3}, "rope_scaling must be an object or null"),
+        ({"rope_scaling": longrope(32)}, "short_factor has 16 numbers; half of the head size, 8, are needed"),
+        ({"rope_scaling": {"type": "longrope"}}, "short_factor must be a list of positive numbers"),
+        ({"rope_scaling": longrope(16) | {"long_factor": [1, 2, 3, 4, 5, 6, 7, "8"]}}, "long_factor must be a list"),
+        ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, "long_factor must be a list of positive"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1; .* at least 2"),
+        ({"eos_token_id": 99999, "generation": ...}, "eos_token_id"),
+    ],
+)
+def test_impossible_hyper_parameters(checkpoint: Path, edit: Edit, entries: dict[str, Any], sentence: str) -> None:
+    if entries.pop("generation", None) is ...:
+        (checkpoint / "generation_config.json").unlink()
+    edit(checkpoint / "config.json", **entries)
+    refused(checkpoint, CheckpointError, sentence)
+
+
+def test_a_missing_shard(checkpoint: Path) -> None:
+    (checkpoint / SECOND).unlink()
+    refused(checkpoint, CheckpointError, f"The shard '{SECOND}', which {INDEX} names, is not in")
+
+
+def test_no_weights(checkpoint: Path) -> None:
+    for name in (FIRST, SECOND, INDEX):
+        (checkpoint / name).unlink()
+    refused(checkpoint, CheckpointError, f"has neither model.safetensors nor {INDEX}")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    refused(checkpoint, CheckpointError, "has pickled weights .* save it as safetensors first")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/hostname", "sub/x.safetensors", ".."])
+def test_an_index_that_points_out_of_the_folder(checkpoint: Path, edit: Edit, name: str) -> None:
+    edit(checkpoint / INDEX, weight_map={"model.norm.weight": name})
+    refused(checkpoint, CheckpointError, "is not in")
+
+
+@pytest.mark.parametrize("weight_map", [..., None, [], {"a": 1}])
+def test_an_index_without_a_map(checkpoint: Path, edit: Edit, weight_map: object) -> None:
+    edit(checkpoint / INDEX, weight_map=weight_map)
+    refused(checkpoint, CheckpointError, "has no weight_map")
+
+
+def test_an_index_that_disagrees_with_its_shards(checkpoint: Path, edit: Edit) -> None:
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    edit(checkpoint / INDEX, weight_map={k: v for k, v in weight_map.items() if k != NORM})
+    refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} does not name it")
+    edit(checkpoint / INDEX, weight_map=weight_map | {NORM: FIRST if weight_map[NORM] == SECOND else SECOND})
+    refused(
+        checkpoint,
+        CheckpointError,
+        f"holds {NORM}, but {INDEX} names {FIRST if weight_map[NORM] == SECOND else SECOND}",
+    )
+    edit(checkpoint / INDEX, weight_map=weight_map | {"ghost": FIRST})
+    refused(checkpoint, CheckpointError, f"promises ghost in {FIRST}, but it is not there")
+
+
+def test_a_truncated_shard(checkpoint: Path) -> None:
+    content = (checkpoint / SECOND).read_bytes()
+    (checkpoint / SECOND).write_bytes(content[:-1])
+    refused(checkpoint, CheckpointError, rf"{SECOND} is not a sound safetensors file: it is truncated")
+    (checkpoint / SECOND).write_bytes(content[:5])
+    refused(checkpoint, CheckpointError, f"{SECOND} is not a sound safetensors file: its header should be")
+
+
+def rename(header: dict[str, Any]) -> None:
+    header["model.layers.7.input_layernorm.weight"] = header.pop(NORM)
+
+
+def test_a_tensor_missing_or_surplus(checkpoint: Path, edit: Edit) -> None:
+    shard = json.loads((checkpoint / INDEX).read_text())["weight_map"][NORM]
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    edit_header(checkpoint / shard, rename)
+    renamed = {k if k != NORM else "model.layers.7.input_layernorm.weight": v for k, v in weight_map.items()}
+    edit(checkpoint / INDEX, weight_map=renamed)
+    refused(checkpoint, CheckpointError, f"The checkpoint lacks {NORM}; a shard may be missing")
+    edit(checkpoint / "config.json", num_hidden_layers=2)
+    refused(checkpoint, CheckpointError, r"lacks model.layers.0.input_layernorm.weight, .* and \d more")
+
+
+def test_more_layers_than_the_config_says(tmp_path: Path, edit: Edit) -> None:
+    checkpoint = write_checkpoint(tmp_path / "two", layers=2)
+    edit(checkpoint / "config.json", num_hidden_layers=1)
+    refused(checkpoint, CheckpointError, r"has model.layers.1.*and 3 more, which a 1-layer Phi-3 lacks")
+
+
+def test_a_tensor_of_the_wrong_shape_or_dtype(checkpoint: Path, edit: Edit) -> None:
+    edit(checkpoint / "config.json", intermediate_size=80)
+    refused(checkpoint, CheckpointError, r"has the shape \[\d+, \d+\], but config.json asks for \[\d+, \d+\]")
+    edit(checkpoint / "config.json", intermediate_size=160)
+    shard = json.loads((checkpoint / INDEX).read_text())["weight_map"][NORM]
+    edit_header(checkpoint / shard, lambda header: header[NORM].update(dtype="I16"))
+    refused(checkpoint, CheckpointError, f"{NORM} has the dtype I16; BF16, F16 and F32 can be converted")
+
+
+@pytest.mark.parametrize("outtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("bits", [0x7FC0, 0xFF80])
+def test_weights_that_are_no_numbers(checkpoint: Path, bits: int, outtype: str) -> None:
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    poke(checkpoint / weight_map["lm_head.weight"], "lm_head.weight", bits)
+    refused(checkpoint, CheckpointError, "lm_head.weight has NaN or infinite values", outtype=outtype)
+
+
+def test_weights_too_large_for_float16(checkpoint: Path) -> None:
+    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    poke(checkpoint / weight_map["lm_head.weight"], "lm_head.weight", 0x4880)
+    refused(checkpoint, ConversionError, "lm_head.weight has values too large for f16; convert to bf16 or f32")
+    convert(checkpoint, checkpoint.parent / "out.gguf", outtype="bf16")
+
+
+def test_a_vocabulary_that_does_not_fit_the_embedding(checkpoint: Path, edit: Edit) -> None:
+    edit(checkpoint / "config.json", vocab_size=700)
+    refused(checkpoint, CheckpointError, r"model.embed_tokens.weight|lm_head.weight")
+
+
+def test_more_tokens_than_rows(tmp_path: Path, edit: Edit) -> None:
+    checkpoint = write_checkpoint(tmp_path / "narrow", layers=1, vocab_size=600)
+    refused(checkpoint, VocabularyError, r"tokenizer.model has \d+ pieces, but the model's vocab_size is 600")
+    checkpoint = write_checkpoint(tmp_path / "tight", layers=1, vocab_size=660)
+    refused(checkpoint, VocabularyError, r"has the id 66\d, but the model's vocab_size is 660")
+
+
+def test_an_output_that_is_a_folder_or_lies_under_a_file(pristine: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError, match="is a folder; give the name of a file to write"):
+        convert(pristine, tmp_path, force=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConversionError, match=r"file/out.gguf cannot be written: "):
+        convert(pristine, tmp_path / "file" / "out.gguf")

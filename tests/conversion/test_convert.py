@@ -1,0 +1,197 @@
+"""`convert` writes what llama.cpp's converter writes, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+
+from edge_phi3.conversion.convert import ConversionProgress, convert
+from edge_phi3.conversion.errors import ConversionError
+from edge_phi3.files import OutputExistsError
+from tests.golden.cases import CONVERTER_CASES, write_converter_case
+from tests.golden.checkpoints import Tensor, phi3_tensors, write_checkpoint, write_weights
+from tests.golden.describe import describe, differences
+
+RECORD = json.loads((Path(__file__).parent.parent / "golden" / "converter.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", CONVERTER_CASES)
+def test_every_byte_and_key_is_that_of_llama_cpps_converter(name: str, tmp_path: Path) -> None:
+    checkpoint = write_converter_case(tmp_path, name)
+    output = tmp_path / "out.gguf"
+    for outtype in ("f32", "f16", "bf16", "q8_0"):
+        convert(checkpoint, output, outtype=outtype, force=True)
+        assert differences(RECORD[name][outtype], describe(output)) == []
+
+
+def test_every_spelling_of_longrope_means_the_same(tmp_path: Path) -> None:
+    described = []
+    for name in ("128k", "128k-su", "128k-yarn", "128k-rope_parameters"):
+        convert(write_converter_case(tmp_path, name), tmp_path / f"{name}.gguf")
+        described.append(describe(tmp_path / f"{name}.gguf"))
+    assert all(other == described[0] for other in described)
+    assert {"rope_factors_long.weight", "rope_factors_short.weight"} <= described[0]["tensors"].keys()
+
+
+@pytest.mark.parametrize(("dtype", "outtype"), [("bfloat16", "bf16"), ("float16", "f16"), ("float32", "f32")])
+def test_auto_keeps_the_checkpoints_own_type(dtype: str, outtype: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1, dtype=dtype)
+    result = convert(checkpoint, tmp_path / "auto.gguf")
+    assert result.outtype == outtype
+    convert(checkpoint, tmp_path / "named.gguf", outtype=outtype)
+    assert (tmp_path / "auto.gguf").read_bytes() == (tmp_path / "named.gguf").read_bytes()
+
+
+def test_a_tied_output_matrix_is_not_written(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1, config={"tie_word_embeddings": True})
+    convert(checkpoint, tmp_path / "out.gguf")
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+
+
+def test_stored_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
+    convert(checkpoint, tmp_path / "without.gguf")
+    rows = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    tensors = list(phi3_tensors(64, 160, 1, heads=4, kv_heads=4, rows=rows, gain=1.5))
+    tensors.append(Tensor("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), 1.0))
+    write_weights(checkpoint, tensors, seed=0, dtype="float32")
+    convert(checkpoint, tmp_path / "with.gguf")
+    assert (tmp_path / "with.gguf").read_bytes() == (tmp_path / "without.gguf").read_bytes()
+
+
+def test_the_result_and_the_progress_tell_what_happened(pristine: Path, tmp_path: Path) -> None:
+    steps: list[ConversionProgress] = []
+    output = tmp_path / "new folder" / "out.gguf"
+    result = convert(pristine, output, outtype="f16", progress=steps.append)
+    reader = gguf.GGUFReader(output)
+    assert (result.path, result.outtype) == (output, "f16")
+    assert result.tensors == len(reader.tensors)
+    assert result.size == output.stat().st_size
+    assert result.seconds > 0
+    assert {step.total for step in steps} == {sum(int(tensor.n_bytes) for tensor in reader.tensors)}
+    assert [step.done for step in steps] == sorted({step.done for step in steps})
+    assert steps[-1].done == steps[-1].total
+    assert {step.tensor for step in steps} == {tensor.name for tensor in reader.tensors}
+
+
+def test_an_existing_output_is_kept_unless_forced(pristine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    output.write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"out\.gguf exists; give --force"):
+        convert(pristine, output)
+    assert output.read_text() == "precious"
+    convert(pristine, output, force=True)
+    assert output.read_bytes()[:4] == b"GGUF"
+
+
+def test_the_checkpoint_itself_is_never_overwritten(checkpoint: Path) -> None:
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    before = shard.read_bytes()
+    with pytest.raises(ConversionError, match="is a file of the checkpoint itself"):
+        convert(checkpoint, shard, force=True)
+    assert shard.read_bytes() == before
+
+
+def test_an_unknown_output_type_is_refused(pristine: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="'q4_0' does not exist; choose one of f32, f16, bf16, q8_0, auto"):
+        convert(pristine, tmp_path / "out.gguf", outtype="q4_0")
+
+
+def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output" / "out.gguf"
+    program = (
+        "import sys, time; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
+        "def slowly(step): print(step.done, flush=True); time.sleep(0.2)\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=slowly)\n"
+    )
+    arguments = [sys.executable, "-c", program, str(pristine), str(output)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert int(process.stdout.readline()) > 0
+        assert len(list(output.parent.iterdir())) == 1, "the unfinished file is there, under its temporary name"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    assert process.returncode != 0
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_write_that_fails_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    output = tmp_path / "output" / "out.gguf"
+    program = (
+        "import sys; from pathlib import Path; from edge_phi3.conversion.convert import *\n"
+        "from edge_phi3.conversion.errors import ConversionError\n"
+        "try: convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except ConversionError as error: sys.exit(str(error))\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(pristine), str(output)],
+        preexec_fn=limit_file_size, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.stderr == f"{output} cannot be written: File too large.\n"
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
+    # A sparse file of zeros stands for weights that are larger than the disk.
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
+    disk = os.statvfs(tmp_path)
+    _write_sparse(checkpoint, intermediate_size=disk.f_frsize * disk.f_blocks // (3 * 4 * 2048))
+    with pytest.raises(ConversionError, match=r"has [\d.]+ GB free, but the output takes [\d.]+ GB"):
+        convert(checkpoint, tmp_path / "output" / "out.gguf", outtype="f32")
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path: Path) -> None:
+    # One matrix alone has 470 MB; the whole process, libraries and mapped pages included, stays below 400 MB.
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
+    _write_sparse(checkpoint, intermediate_size=28672)
+    program = (
+        "import sys; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), outtype='q8_0')\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(checkpoint), str(tmp_path / "out.gguf")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(finished.stdout) * 1024 < 400e6
+
+
+def _write_sparse(checkpoint: Path, *, intermediate_size: int) -> None:
+    """Replace the weights by zeros of a wider model, which take no room on the disk."""
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 2048, "intermediate_size": intermediate_size}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    header: dict[str, object] = {}
+    offset = 0
+    for tensor in phi3_tensors(2048, intermediate_size, 1, heads=4, kv_heads=4, rows=config["vocab_size"], gain=1.0):
+        end = offset + 4 * math.prod(tensor.shape)
+        header[tensor.name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    with (checkpoint / "model.safetensors").open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.truncate(8 + len(encoded) + offset)
+
+
+def test_shards_may_be_named_in_any_order(checkpoint: Path, tmp_path: Path, edit: Callable[..., None]) -> None:
+    convert(checkpoint, tmp_path / "before.gguf")
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    edit(checkpoint / "model.safetensors.index.json", weight_map=dict(reversed(index["weight_map"].items())))
+    convert(checkpoint, tmp_path / "after.gguf")
+    assert (tmp_path / "before.gguf").read_bytes() == (tmp_path / "after.gguf").read_bytes()

@@ -1,0 +1,157 @@
+"""What a GGUF says on itself: its name, size, licence and source, and what ends a generation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import llama_cpp
+import pytest
+
+from edge_phi3.conversion.convert import SourceInfo, convert
+from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY
+from tests.conversion import llama
+from tests.golden.vocabularies import phi3_vocabulary
+
+Edit = Callable[..., None]
+
+ENDS = [phi3_vocabulary(merges=300).id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
+
+CARD = """---
+license: mit
+license_link: https://example.org/LICENSE
+language:
+- en
+tags:
+- nlp
+- code
+---
+# A model
+"""
+
+
+def converted(checkpoint: Path, source: SourceInfo | None = None) -> dict[str, Any]:
+    output = checkpoint.parent / "out.gguf"
+    convert(checkpoint, output, source=source, force=True)
+    return {key: field.contents() for key, field in gguf.GGUFReader(output).fields.items()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("microsoft/Phi-3-mini-4k-instruct", "other", "folder", "Phi-3-mini-4k-instruct"),
+        (None, "Phi-3-mini-4k-instruct", "folder", "Phi-3-mini-4k-instruct"),
+        (None, "microsoft/Phi-3.5-mini-instruct/", "folder", "Phi-3.5-mini-instruct"),
+        (None, ..., "my-phi3-tune", "my-phi3-tune"),
+        (None, ..., "tune", "Phi-3 tune"),
+        ("someone/medical", ..., "folder", "Phi-3 medical"),
+    ],
+)
+def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
+    case: tuple[str | None, object, str, str], checkpoint: Path, edit: Edit
+) -> None:
+    repository, stated, folder, name = case
+    checkpoint = checkpoint.rename(checkpoint.parent / folder)
+    edit(checkpoint / "config.json", _name_or_path=stated)
+    keys = converted(checkpoint, SourceInfo(repository) if repository else None)
+    assert keys["general.name"] == name
+    chat = "<|user|>\n Hello<|end|>\n<|assistant|>\n"
+    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
+        vocabulary = llama.Vocabulary(model)
+        assert vocabulary.llama_tokenize(chat) == vocabulary.tokenize(chat)
+
+
+def test_size_licence_and_languages(checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text(CARD, encoding="utf-8")
+    keys = converted(checkpoint)
+    assert keys["general.type"] == "model"
+    assert keys["general.size_label"] == "133K"
+    assert keys["general.license"] == "mit"
+    assert keys["general.license.link"] == "https://example.org/LICENSE"
+    assert keys["general.languages"] == ["en"]
+    assert keys["general.tags"] == ["nlp", "code"]
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: {a: b}\ntags: 3\n---\n", "no card", ""])
+def test_a_model_card_that_says_nothing_is_no_error(card: str, checkpoint: Path) -> None:
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    assert "general.license" not in converted(checkpoint)
+
+
+def test_the_source_is_named(checkpoint: Path) -> None:
+    keys = converted(checkpoint, SourceInfo("owner/phi-3-name", "0123abcd"))
+    assert keys["general.organization"] == "owner"
+    assert keys["general.source.repo_url"] == "https://huggingface.co/owner/phi-3-name"
+    assert keys["general.source.huggingface.repository"] == "owner/phi-3-name"
+    assert keys["general.source.huggingface.revision"] == "0123abcd"
+    assert not any(key.startswith("general.source") for key in converted(checkpoint))
+
+
+def test_a_snapshot_in_the_hubs_cache_names_its_source(pristine: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--microsoft--Phi-3-mini-4k-instruct" / "snapshots" / "0a67737c"
+    keys = converted(Path(shutil.copytree(pristine, snapshot)))
+    assert keys["general.name"] == "Phi-3-mini-4k-instruct"
+    assert keys["general.source.huggingface.repository"] == "microsoft/Phi-3-mini-4k-instruct"
+    assert keys["general.source.huggingface.revision"] == "0a67737c"
+
+
+def test_the_sliding_window_and_the_rope_are_the_checkpoints(checkpoint: Path, edit: Edit) -> None:
+    assert converted(checkpoint)["phi3.attention.sliding_window"] == 2047
+    edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
+    keys = converted(checkpoint)
+    assert keys["phi3.attention.sliding_window"] == 0
+    assert keys["phi3.rope.freq_base"] == 25000.5
+
+
+def test_llama_cpp_ends_on_every_token_of_the_generation_config(checkpoint: Path) -> None:
+    keys = converted(checkpoint)
+    assert keys[EOS_TOKEN_IDS_KEY] == ENDS
+    assert keys[PAD_TOKEN_ID_KEY] == ENDS[0]
+    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
+        # "</s>" is one of llama.cpp's own accord, by its text.
+        assert llama.Vocabulary(model).ends() == [2, *ENDS]
+        assert llama_cpp.llama_vocab_eos(llama_cpp.llama_model_get_vocab(model)) == ENDS[0]
+
+
+def test_llama_cpp_learns_of_two_more_ends_and_our_key_has_all(
+    checkpoint: Path, edit: Edit, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = [300, 301, 302]
+    edit(checkpoint / "generation_config.json", eos_token_id=[*more, ENDS[2]])
+    assert converted(checkpoint)[EOS_TOKEN_IDS_KEY] == [*more, ENDS[2]]
+    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
+        assert set(llama.Vocabulary(model).ends()) >= {300, 301, ENDS[0], ENDS[2]}
+    text = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert f"will not end a generation on {next(k for k, v in text.items() if v == 302)}" in caplog.text
+
+
+def test_the_generation_config_is_kept_whole(checkpoint: Path, edit: Edit) -> None:
+    edit(
+        checkpoint / "generation_config.json",
+        temperature=0.7, top_p=0.9, do_sample=True, stop_strings=["\u00e9"], transformers_version="4.49.0",
+    )  # fmt: skip
+    assert json.loads(converted(checkpoint)[GENERATION_CONFIG_KEY]) == {
+        "bos_token_id": 1,
+        "eos_token_id": ENDS,
+        "pad_token_id": ENDS[0],
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "do_sample": True,
+        "stop_strings": ["\u00e9"],
+    }
+
+
+def test_without_a_generation_config_the_model_config_counts(checkpoint: Path, edit: Edit) -> None:
+    (checkpoint / "generation_config.json").unlink()
+    keys = converted(checkpoint)
+    assert keys[EOS_TOKEN_IDS_KEY] == [ENDS[0]]
+    expected = {"bos_token_id": 1, "eos_token_id": ENDS[0], "pad_token_id": ENDS[0]}
+    assert json.loads(keys[GENERATION_CONFIG_KEY]) == expected
+    edit(checkpoint / "config.json", eos_token_id=..., pad_token_id=None, bos_token_id=...)
+    keys = converted(checkpoint)
+    assert EOS_TOKEN_IDS_KEY not in keys
+    assert PAD_TOKEN_ID_KEY not in keys

@@ -1,0 +1,152 @@
+"""The tokenizer files become the vocabulary that llama.cpp's converter makes of them, or are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError, VocabularyError
+from edge_phi3.conversion.vocabulary import ADDED_TOKENS_KEY, read_vocabulary
+from tests.golden.vocabularies import phi3_vocabulary
+
+ROWS = 672
+TOKEN = {"id": 9, "content": "x"}
+Edit = Callable[..., None]
+
+
+def metadata(path: Path) -> dict[str, Any]:
+    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
+
+
+def test_tokens_scores_and_types(pristine: Path) -> None:
+    source = phi3_vocabulary(merges=300)
+    vocabulary = read_vocabulary(pristine, ROWS)
+    assert len(vocabulary.tokens) == len(vocabulary.scores) == len(vocabulary.types) == ROWS
+    for i, piece in enumerate(source.pieces[3:], 3):
+        row = (vocabulary.tokens[i], vocabulary.scores[i], vocabulary.types[i])
+        assert row == (piece.text, piece.score, piece.type)
+    for token in source.added:
+        row = (vocabulary.tokens[token.id], vocabulary.scores[token.id], vocabulary.types[token.id])
+        assert row == (token.text, -1000.0, 3 if token.special else 4)
+    assert vocabulary.tokens[-1] == f"[PAD{ROWS - 1}]"
+    assert (vocabulary.scores[-1], vocabulary.types[-1]) == (-10000.0, 5)
+
+
+def test_special_tokens_and_the_chat_template(pristine: Path, tmp_path: Path) -> None:
+    convert(pristine, tmp_path / "out.gguf")
+    keys = metadata(tmp_path / "out.gguf")
+    end = phi3_vocabulary(merges=300).id_of("<|endoftext|>")
+    ids = [keys[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos", "unknown", "padding")]
+    assert ids == [1, end, 0, end]
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+    config = json.loads((pristine / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert keys["tokenizer.chat_template"] == config["chat_template"]
+
+
+def test_the_flags_of_added_tokens_are_kept(pristine: Path, tmp_path: Path) -> None:
+    convert(pristine, tmp_path / "out.gguf")
+    expected = [
+        {"id": t.id, "content": t.text, "special": t.special, "lstrip": t.lstrip, "rstrip": t.rstrip}
+        for t in phi3_vocabulary(merges=300).added
+    ]
+    assert json.loads(metadata(tmp_path / "out.gguf")[ADDED_TOKENS_KEY]) == expected
+
+
+@pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_any_one_of_the_files_with_added_tokens_may_be_absent(checkpoint: Path, left: str) -> None:
+    full = read_vocabulary(checkpoint, ROWS)
+    (checkpoint / left).unlink()
+    without = read_vocabulary(checkpoint, ROWS)
+    assert without == (full if left != "tokenizer_config.json" else without)
+    assert without.tokens == full.tokens
+
+
+def test_added_tokens_json_alone_gives_tokens_that_are_not_special(checkpoint: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    vocabulary = read_vocabulary(checkpoint, ROWS)
+    end = vocabulary.tokens.index("<|end|>")
+    assert vocabulary.types[end] == 4
+    assert vocabulary.types[:3] == [2, 3, 3]
+
+
+def test_the_configuration_decides_on_the_beginning_token(checkpoint: Path, tmp_path: Path, edit: Edit) -> None:
+    # transformers makes its post-processor of add_bos_token, whatever tokenizer.json says.
+    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    edit(checkpoint / "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": template, "pair": []})
+    for stated, expected in ((False, False), (True, True), (..., True)):
+        edit(checkpoint / "tokenizer_config.json", add_bos_token=stated)
+        convert(checkpoint, tmp_path / "out.gguf", force=True)
+        assert metadata(tmp_path / "out.gguf")["tokenizer.ggml.add_bos_token"] is expected
+
+
+def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path, edit: Edit) -> None:
+    edit(checkpoint / "tokenizer_config.json", chat_template=...)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    convert(checkpoint, tmp_path / "out.gguf")
+    assert metadata(tmp_path / "out.gguf")["tokenizer.chat_template"] == "{{ messages }}"
+
+
+UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
+    ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4"),
+    ("tokenizer.json", {"model": {"type": "Unigram"}}, UnsupportedModelError, "is not byte-pair encoding"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": 5}}}, VocabularyError, r"disagree on 'x' \(id 5\)"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": -1}}}, VocabularyError, r"disagree on 'x' \(id -1"),
+    ("tokenizer.json", {"normalizer": None}, UnsupportedModelError, "normalizer or pre_tokenizer differs from"),
+    ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, UnsupportedModelError, "normalizer or pre_tok"),
+    ("tokenizer.json", {"added_tokens": [{"id": 1}]}, VocabularyError, "json: an added token has no content"),
+    ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, VocabularyError, "the added token 'x' has no id"),
+    ("tokenizer.json", {"added_tokens": [7]}, VocabularyError, "an added token has no content"),
+    ("tokenizer.json", {"added_tokens": 7}, VocabularyError, "tokenizer.json: added_tokens must be a list"),
+    ("tokenizer.json", {"added_tokens": [TOKEN | {"single_word": True}]}, UnsupportedModelError, "'x' is a single_"),
+    ("tokenizer.json", {"added_tokens": [TOKEN | {"normalized": True}]}, UnsupportedModelError, "'x' is a normal"),
+    ("tokenizer.json", {"added_tokens": [TOKEN, TOKEN | {"id": 8}]}, VocabularyError, "has the token 'x' twice"),
+    ("tokenizer.json", {"post_processor": [1]}, VocabularyError, "make no sense"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, VocabularyError, "an object with ids as keys"),
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, VocabularyError, "an object with ids as keys"),
+    ("tokenizer_config.json", {"chat_template": "\ud800"}, ConversionError, "half a character"),
+    ("added_tokens.json", {"x": "1"}, VocabularyError, "the id of 'x' is '1', not a whole number"),
+    ("added_tokens.json", {"x": ROWS}, VocabularyError, f"'x' has the id {ROWS}, but the model's vocab_size is"),
+    ("added_tokens.json", {"x": -1}, VocabularyError, "'x' has the id -1"),
+    ("generation_config.json", {"eos_token_id": [5, ROWS]}, CheckpointError, f"eos_token_id holds {ROWS}, but"),
+    ("generation_config.json", {"pad_token_id": "5"}, CheckpointError, "pad_token_id holds '5'"),
+    ("generation_config.json", {"bos_token_id": -1}, CheckpointError, "bos_token_id holds -1"),
+]
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_files_that_make_no_vocabulary(
+    case: tuple[str, dict[str, Any], type[ConversionError], str], checkpoint: Path, tmp_path: Path, edit: Edit
+) -> None:
+    file, entries, error, sentence = case
+    edit(checkpoint / file, **entries)
+    with pytest.raises(error, match=sentence):
+        convert(checkpoint, tmp_path / "output" / "out.gguf")
+    assert not (tmp_path / "output").exists() or list((tmp_path / "output").iterdir()) == []
+
+
+def test_no_tokenizer_model(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "tokenizer.model").unlink()
+    with pytest.raises(VocabularyError, match=r"tokenizer.model cannot be read: No such file"):
+        convert(checkpoint, tmp_path / "out.gguf")
+
+
+def test_a_unigram_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    content = (checkpoint / "tokenizer.model").read_bytes()
+    assert content.count(b"\x18\x02\x20") == 1, "model_type, then vocab_size, of the trainer's part"
+    (checkpoint / "tokenizer.model").write_bytes(content.replace(b"\x18\x02\x20", b"\x18\x01\x20"))
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer.model is a unigram model"):
+        convert(checkpoint, tmp_path / "out.gguf")
+
+
+def test_a_vocabulary_without_a_token_that_llama_cpp_needs(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        (checkpoint / name).unlink()
+    with pytest.raises(VocabularyError, match=r"The vocabulary lacks <\|endoftext\|>, which every Phi-3 model has"):
+        convert(checkpoint, tmp_path / "out.gguf")
