@@ -35,19 +35,19 @@ async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDep
     if asked.stream:
         return EventStream(_events(service, prepared, exchange), _failure_event)
     async with cancelled_when_client_leaves(request.receive):
-        output = await service.pipeline.generate(prepared, timeout=service.timeout, request_id=exchange.request_id)
-    exchange.output = output
+        exchange.output = output = await service.generate(prepared, exchange.request_id)
     return Response(chat_response(output, prepared.config))
 
 
 async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     """Give the text as it comes, as ``{"index", "text"}``, and at last the plain response as the event "result"."""
-    async for item in service.pipeline.stream(prepared, timeout=service.timeout, request_id=exchange.request_id):
-        if isinstance(item, TextDelta):
-            yield event(_encode({"index": item.index, "text": item.text}))
-        else:
-            exchange.output = item
-            yield event(_encode(chat_response(item, prepared.config)), "result")
+    async with service.stream(prepared, exchange.request_id) as items:
+        async for item in items:
+            if isinstance(item, TextDelta):
+                yield event(_encode({"index": item.index, "text": item.text}))
+            else:
+                exchange.output = item
+                yield event(_encode(chat_response(item, prepared.config)), "result")
 
 
 def _failure_event(error: Exception) -> bytes:

@@ -90,21 +90,29 @@ def detail_of(error: BaseException) -> str:
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
+def headers_of(status: int) -> dict[str, str]:
+    """Give the headers that an error with this status carries."""
+    return _HEADERS.get(status, {})
+
+
 def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
     status = status_code_of(error)
-    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=_HEADERS.get(status))
+    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=headers_of(status))
 
 
-def _answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+def answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+    """Log an error that is none of ours, and answer without its text."""
     logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     return _answer(request, error)
 
 
-def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+def answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+    """Answer what Litestar itself refuses: no such route, body too large, too many requests."""
     headers = dict(error.headers or {})
     detail = error.detail
     if isinstance(error, NotFoundException):
-        detail = f"There is nothing at {request.scope['path'][:200]}; /docs shows what there is."
+        if detail == "Not Found":
+            detail = f"There is nothing at {request.scope['path'][:200]}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
         detail = f"{request.method} is not a method of {request.scope['path'][:200]}."
     elif error.status_code == 413:
@@ -117,6 +125,6 @@ def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respo
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     EdgePhi3Error: _answer,
-    HTTPException: _answer_http,
-    Exception: _answer_unforeseen,
+    HTTPException: answer_http,
+    Exception: answer_unforeseen,
 }

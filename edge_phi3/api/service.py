@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, cast
 
 import structlog
 
@@ -13,7 +17,7 @@ from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.api.schemas import ChatRequest
 from edge_phi3.engine.engine import EngineStats
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.pipeline import PreparedPrompt, TextGenerationPipeline
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
 from edge_phi3.settings import Settings
 
 logger = structlog.get_logger(__name__)
@@ -161,6 +165,33 @@ class Service:
         self.check_limits(prepared)
         return prepared
 
+    def prepare_within(
+        self, arguments: Callable[[int], Mapping[str, Any]], max_new_tokens: int | None
+    ) -> PreparedPrompt:
+        """Prepare a request that may leave open how long its answer is: then it takes what there is room for.
+
+        Args:
+            arguments: gives the arguments of `TextGenerationPipeline.prepare` for a number of new tokens.
+            max_new_tokens: that number, or None.
+
+        Raises:
+            InvalidRequestError: there is no room for an answer, or the request is beyond a limit.
+        """
+        pipeline = self.pipeline
+        prepared = pipeline.prepare(**arguments(max_new_tokens or 1))
+        if max_new_tokens is None:
+            length = len(prepared.prompt_ids)
+            cells = max(scheduler.kv.cells for scheduler in pipeline.engine.model.schedulers)
+            room = min(pipeline.model.context_length - length, (cells - length) // prepared.config.num_return_sequences)
+            if room < 1:
+                raise InvalidRequestError(
+                    f"The prompt has {length} tokens, which leaves no room for an answer; shorten it."
+                )
+            room = min(room, self.settings.max_new_tokens or room)
+            prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, max_new_tokens=room))
+        self.check_limits(prepared)
+        return prepared
+
     def check_limits(self, prepared: PreparedPrompt) -> None:
         """Raise `InvalidRequestError` for a request that asks for more than the service's limits."""
         config, settings = prepared.config, self.settings
@@ -178,7 +209,15 @@ class Service:
                 f" {settings.max_new_tokens} (--max-new-tokens). Lower `max_new_tokens` or `max_length`."
             )
 
-    @property
-    def timeout(self) -> float | None:
-        """Seconds that a request may take, or None."""
-        return self.settings.request_timeout or None
+    async def generate(self, prepared: PreparedPrompt, request_id: str) -> GenerationOutput:
+        """Run a prepared request to its end, within the service's time limit."""
+        timeout = self.settings.request_timeout or None
+        return await self.pipeline.generate(prepared, timeout=timeout, request_id=request_id)
+
+    def stream(
+        self, prepared: PreparedPrompt, request_id: str
+    ) -> AbstractAsyncContextManager[AsyncIterator[TextDelta | GenerationOutput]]:
+        """Run a prepared request, giving its text as it comes; leaving the context ends the request."""
+        timeout = self.settings.request_timeout or None
+        stream = self.pipeline.stream(prepared, timeout=timeout, request_id=request_id)
+        return contextlib.aclosing(cast("AsyncGenerator[TextDelta | GenerationOutput, None]", stream))

@@ -204,7 +204,7 @@ def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
 
 def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path) -> None:
     load = loader(model_path, parallel=1, max_queue=1)
-    with ready(load, request_timeout=1.5) as api:
+    with ready(load, request_timeout=0.6) as api:
         engine = api.service.pipeline.engine
         slow = {"prompt": PROMPT, "generate_kwargs": LONG}
         statuses: list[int] = []
