@@ -10,9 +10,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import NoReturn
 
 import huggingface_hub
 from huggingface_hub import HfApi, hf_hub_url
@@ -24,8 +25,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported, but lazily
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, but lazily
+    build_hf_headers,
+    hf_raise_for_status,
+    http_stream_backoff,
+)
 
 from edge_phi3 import __version__
 from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
@@ -37,10 +41,13 @@ _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if
 """The base error of the HTTP library under huggingface_hub, whichever this version uses (httpx, httpx2)."""
 
 _TIMEOUT = 30.0
-"""Seconds to wait for a listing."""
+"""Seconds without a byte after which a server counts as gone."""
 
-_ATTEMPTS = 3
-"""How often a file is asked for when it ends short or arrives damaged."""
+_ATTEMPTS = 5
+"""How many attempts in a row may bring nothing new of a file."""
+
+_WAIT = 1.0
+"""Seconds to wait after the first such attempt, twice as many after the second, and so on."""
 
 
 class _DamagedError(Exception):
@@ -101,51 +108,69 @@ class Hub:
             self._sentences(snapshot.repository, snapshot.commit, file.name),
             self._notes(),
         ):
-            for attempt in range(1, _ATTEMPTS + 1):
-                try:
-                    self._fetch(snapshot, file, partial, step)
-                    digest = _check(partial, file)
-                    break
-                except _DamagedError as damage:
-                    if attempt == _ATTEMPTS:
-                        raise HubError(
-                            f"{file.name} of {snapshot.repository} {damage}, {_ATTEMPTS} times; try again later"
-                            f" or from another mirror (HF_ENDPOINT is {self.endpoint})."
-                        ) from damage
-                    self._progress.note(f"{file.name} {damage}; downloading it again.")
+            digest = self._complete(snapshot, file, partial, step)
             with partial.open("rb") as content:
                 os.fsync(content.fileno())
             partial.replace(target)
         return FileRecord(target.name, target.stat().st_size, digest)
 
+    def _complete(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> str:
+        """Fetch until `partial` is whole; give its SHA-256."""
+        farthest, fruitless = _size(partial), 0
+        while True:
+            try:
+                self._fetch(snapshot, file, partial, step)
+                return _check(partial, file)
+            except (_DamagedError, _HTTP_ERROR) as error:
+                if isinstance(error, HfHubHTTPError):
+                    raise
+                # A server that has less of a file than it says brings the same bytes again and again.
+                fruitless = 0 if _size(partial) > farthest else fruitless + 1
+                farthest = max(farthest, _size(partial))
+                if fruitless == _ATTEMPTS:
+                    self._give_up(snapshot, file, error)
+                what = error if isinstance(error, _DamagedError) else f"broke off ({error})"
+                self._progress.note(f"{file.name} {what}; trying again.")
+                time.sleep(_WAIT * fruitless)
+
+    def _give_up(self, snapshot: Snapshot, file: RemoteFile, error: Exception) -> NoReturn:
+        if not isinstance(error, _DamagedError):
+            raise error
+        raise HubError(
+            f"{file.name} of {snapshot.repository} {error}, time and again; try later, or another mirror"
+            f" (HF_ENDPOINT is {self.endpoint})."
+        ) from error
+
     def _fetch(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> None:
-        """Make one attempt to complete `partial`."""
-        done = partial.stat().st_size if partial.exists() else 0
+        """Ask once for what `partial` lacks."""
+        done = _size(partial)
+        if done == file.size:
+            return
         if file.size is not None and done > file.size:
             partial.unlink()
             done = 0
         url = hf_hub_url(snapshot.repository, file.name, revision=snapshot.commit, endpoint=self.endpoint)
-        headers = build_hf_headers(library_name="edge-phi3", library_version=__version__)
-        step.update(done)
-        try:
-            with partial.open("ab") as content:
-                http_get(
-                    url,
-                    content,
-                    resume_size=done,
-                    headers=headers,
-                    expected_size=file.size,
-                    tqdm_class=_bar_class(step),
-                )
-        except HfHubHTTPError as error:
-            if error.response is None or error.response.status_code != 416:
-                raise
-            partial.unlink(missing_ok=True)
-            raise _DamagedError("could not be continued") from error
-        except OSError as error:
-            if "Consistency check failed" not in str(error):
-                raise
-            raise _DamagedError(f"ended at {partial.stat().st_size:,} of {file.size or 0:,} bytes") from error
+        # Ranges count the bytes of what is sent: it must not be compressed on the way.
+        headers = build_hf_headers(library_name="edge-phi3", library_version=__version__) | {
+            "Accept-Encoding": "identity"
+        }
+        if done:
+            headers["Range"] = f"bytes={done}-"
+        with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT, retry_on_exceptions=()) as response:
+            if response.status_code == 416:
+                partial.unlink()
+                raise _DamagedError("could not be continued")
+            hf_raise_for_status(response)
+            if response.status_code != 206:
+                done = 0
+            step.update(done, file.size)
+            with partial.open("ab" if done else "wb") as content:
+                for chunk in response.iter_bytes():
+                    content.write(chunk)
+                    done += len(chunk)
+                    step.update(done)
+        if file.size not in {None, done}:
+            raise _DamagedError(f"ended at {done:,} of {file.size:,} bytes")
 
     @contextlib.contextmanager
     def _sentences(self, repository: str, revision: str, file: str | None) -> Iterator[None]:
@@ -211,25 +236,8 @@ class _NoteHandler(logging.Handler):
         self._progress.note(record.getMessage().replace("\n", " "))
 
 
-def _bar_class(step: Step) -> Any:
-    """Give a class with the part of tqdm's interface that http_get uses, whose one instance moves `step`."""
-
-    class Bar:
-        def __init__(self, *, initial: int = 0, total: int | None = None, **_: object) -> None:
-            self._done = initial
-            step.update(initial, total)
-
-        def update(self, count: int) -> None:
-            self._done += count
-            step.update(self._done)
-
-        def __enter__(self) -> Self:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    return Bar
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _check(partial: Path, file: RemoteFile) -> str:

@@ -215,7 +215,7 @@ def _fingerprint(folder: Path) -> str:
             continue
         with path.open("rb") as file:
             digest.update(f"{status.st_mtime_ns}\n".encode() + file.read(_HEAD))
-            file.seek(-_HEAD, os.SEEK_END)
+            file.seek(max(0, status.st_size - _HEAD))
             digest.update(file.read())
     return digest.hexdigest()
 

@@ -1,0 +1,83 @@
+"""A checkpoint small enough to convert in a moment, and the Hub that publishes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import huggingface_hub
+import pytest
+
+from edge_phi3.catalog import Catalog
+from tests.catalog.hub_server import HubServer, Repository
+from tests.golden.checkpoints import write_checkpoint
+
+
+class Notes:
+    """A progress reporter that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.notes: list[str] = []
+        self.updates: dict[str, list[tuple[int, int | None]]] = {}
+
+    def step(self, title: str, total: int | None = None) -> _Recorded:
+        self.titles.append(title)
+        return _Recorded(self.updates.setdefault(title, []), total)
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+class _Recorded:
+    def __init__(self, updates: list[tuple[int, int | None]], total: int | None) -> None:
+        self._updates, self._total = updates, total
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, done: int, total: int | None = None, detail: str = "") -> None:  # noqa: ARG002 (the protocol's)
+        self._total = self._total if total is None else total
+        self._updates.append((done, self._total))
+
+
+@pytest.fixture
+def notes() -> Notes:
+    return Notes()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded bfloat16 checkpoint."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-phi3", dtype="bfloat16", shards=2)
+
+
+@pytest.fixture
+def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """The Hub, with the checkpoint as owner/tiny and files beside it that nobody needs."""
+    with HubServer() as server:
+        extra = {
+            "pytorch_model.bin": b"pickle" * 1000,
+            "modeling_phi3.py": b"import os",
+            "figures/loss.png": b"\x89PNG",
+            "README.md": b"---\nlicense: mit\n---\n# Tiny",
+        }
+        repository = Repository.of(checkpoint)
+        repository.files |= extra
+        server.repositories["owner/tiny"] = repository
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("edge_phi3.catalog.hub._WAIT", 0.01)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        yield server
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return Catalog(tmp_path / "store")

@@ -1,0 +1,262 @@
+"""A small server on loopback that speaks the Hub's API: listings, files, redirects to another host, and its errors.
+
+It answers as huggingface.co does to what `huggingface_hub` asks: status codes, `X-Error-Code`, `X-Repo-Commit`, ETags,
+ranges. Large files are redirected to a second server, as the Hub does to its content network, which has no business
+with the token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+import time
+import urllib.parse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+LARGE = 4096
+"""Files from so many bytes on are stored in Git LFS, with a SHA-256; smaller ones have git's own id."""
+
+
+@dataclass
+class Repository:
+    """A repository. `gated`, `private`: needs the server's token; `granted`: whether its account was let in."""
+
+    files: dict[str, bytes]
+    commit: str = "c0ffee" * 6 + "c0ff"
+    revisions: dict[str, str] = field(default_factory=dict)
+    gated: bool = False
+    granted: bool = True
+    private: bool = False
+    forbidden: bool = False
+
+    @classmethod
+    def of(cls, folder: Path, **options: object) -> Repository:
+        """Publish the files of a folder."""
+        return cls({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, **options)  # type: ignore[arg-type]  # fields
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked: by which server, path, range and token; and how many bytes of a file went out."""
+
+    server: str
+    method: str
+    path: str
+    range: str | None
+    authorization: str | None
+    sent: int = 0
+
+
+@dataclass
+class Fault:
+    """Cut the body of a file after `after` bytes, `times` times; `consistent`: with a matching Content-Length."""
+
+    after: int
+    times: int = 1
+    consistent: bool = False
+
+
+class HubServer:
+    """The Hub and its content network; a context manager."""
+
+    token = "hf_right"
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.faults: dict[str, Fault] = {}
+        self.damaged: dict[str, int] = {}
+        self.empty: set[str] = set()
+        self.served: dict[str, bytes] = {}
+        self.chunk_delay = 0.0
+        self.requests: list[Request] = []
+        self._servers: list[http.server.ThreadingHTTPServer] = []
+
+    def __enter__(self) -> Self:
+        for name in ("hub", "cdn"):
+            handler = type("Handler", (_Handler,), {"hub": self, "name": name})
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            self._servers.append(server)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        """What HF_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self._servers[0].server_port}"
+
+    @property
+    def cdn(self) -> str:
+        """Another host name, so that redirects there leave the origin."""
+        return f"http://localhost:{self._servers[1].server_port}"
+
+    def gets(self, file: str) -> list[Request]:
+        """The requests that were answered with the content of a file."""
+        return [r for r in self.requests if r.method == "GET" and r.path.endswith(f"/{file}") and r.sent]
+
+    def bytes_sent(self, file: str) -> int:
+        """How much of a file went out in all."""
+        return sum(request.sent for request in self.gets(file))
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+    name: str
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        self._sent = 0
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        try:
+            if self.name == "cdn":
+                self._cdn(path)
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+                self._listing(match[1], match[2] or "main")
+            elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+                self._file(*match.groups())
+            else:
+                self._error(404, "", "Not here")
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            self.hub.requests.append(
+                Request(
+                    self.name,
+                    self.command,
+                    path,
+                    self.headers.get("Range"),
+                    self.headers.get("Authorization"),
+                    self._sent,
+                )
+            )
+
+    def _repository(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | None:
+        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if given and given != self.hub.token:
+            return self._error(401, "", "Invalid credentials in Authorization header")
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and not given):
+            # To those without a token the Hub does not tell what does not exist from what is private.
+            if given:
+                return self._error(404, "RepoNotFound", "Repository not found")
+            return self._error(401, "", "Invalid username or password.")
+        commit = {"main": repository.commit, repository.commit: repository.commit, **repository.revisions}.get(revision)
+        if commit is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if repository.gated and not listing and given != self.hub.token:
+            return self._error(401, "GatedRepo", "Access to model is restricted.")
+        if repository.gated and not listing and not repository.granted:
+            return self._error(403, "GatedRepo", "Your access request is awaiting a review.")
+        if repository.forbidden and not listing:
+            return self._error(403, "", "Fine-grained token lacks the permission")
+        return repository, commit
+
+    def _listing(self, name: str, revision: str) -> None:
+        found = self._repository(name, revision, listing=True)
+        if found is None:
+            return
+        repository, commit = found
+        siblings = []
+        for file, content in repository.files.items():
+            sibling: dict[str, object] = {"rfilename": file, "size": len(content), "blobId": _blob_id(content)}
+            if len(content) >= LARGE:
+                sha256 = hashlib.sha256(content).hexdigest()
+                sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
+            siblings.append(sibling)
+        body = json.dumps({"id": name, "modelId": name, "sha": commit, "siblings": siblings}).encode()
+        self._send(200, {"Content-Type": "application/json"}, body)
+
+    def _file(self, name: str, revision: str, file: str) -> None:
+        found = self._repository(name, revision, listing=False)
+        if found is None:
+            return
+        repository, commit = found
+        if file not in repository.files:
+            self._error(404, "EntryNotFound", "Entry not found")
+            return
+        content = repository.files[file]
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob_id(content)}"'}
+        if len(content) < LARGE:
+            self._content(file, content, headers)
+            return
+        headers |= {
+            "Location": f"{self.hub.cdn}/{name}/{file}",
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
+        self._send(302, headers, b"")
+
+    def _cdn(self, path: str) -> None:
+        owner, name, file = path.lstrip("/").split("/", 2)
+        self._content(file, self.hub.repositories[f"{owner}/{name}"].files[file], {})
+
+    def _content(self, file: str, content: bytes, headers: dict[str, str]) -> None:
+        content = self.hub.served.get(file, content)
+        status, start = 200, 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(match[1])
+            if start >= len(content):
+                self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
+                return
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = content[start:]
+        if self.hub.damaged.get(file, 0) and self.command == "GET":
+            self.hub.damaged[file] -= 1
+            body = bytes(len(body))
+        if start and file in self.hub.empty:
+            body = b""
+        fault = self.hub.faults.get(file)
+        if fault is None or not fault.times or self.command != "GET":
+            self._send(status, headers, body)
+            return
+        fault.times -= 1
+        if fault.consistent:
+            self._send(status, headers, body[: fault.after])
+            return
+        self._send(status, headers, body, cut=fault.after)
+
+    def _error(self, status: int, code: str, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self._send(status, headers, json.dumps({"error": message}).encode())
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        for start in range(0, len(body), 16384):
+            chunk = body[start : start + 16384][: None if cut is None else max(0, cut - start)]
+            self.wfile.write(chunk)
+            self._sent += len(chunk)
+            if self.hub.chunk_delay:
+                self.wfile.flush()
+                time.sleep(self.hub.chunk_delay)
+        if cut is not None:
+            self.close_connection = True
+
+
+def _blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
