@@ -60,6 +60,7 @@ def running(load: Loader, **options: Any) -> Iterator[Running]:
     """Serve in a thread of this process until the block ends."""
     app, service = create_service(Settings.load(options), load)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         port = listener.getsockname()[1]
         server = uvicorn.Server(
             uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
