@@ -27,6 +27,8 @@ _RELATIVES = {
     "PhiForCausalLM": "Phi-1 and Phi-2 have other layers",
 }
 
+_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
+
 _LONGROPE_SPELLINGS = ("longrope", "su", "yarn")
 
 # What Phi3Config assumes for an absent entry.
@@ -161,7 +163,7 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
         vocab_size=_integer(config, "vocab_size"),
         hidden_size=width,
         intermediate_size=_integer(config, "intermediate_size"),
-        num_hidden_layers=_integer(config, "num_hidden_layers"),
+        num_hidden_layers=_integer(config, "num_hidden_layers", maximum=_MAX_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
@@ -234,15 +236,26 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _integer(config: dict[str, Any], name: str, default: int | None = None, *, minimum: int = 1) -> int:
+def _integer(
+    config: dict[str, Any], name: str, default: int | None = None, *, minimum: int = 1, maximum: int = (1 << 31) - 1
+) -> int:
     value = config.get(name, default)
-    if type(value) is not int or not minimum <= value < 1 << 31:
-        raise CheckpointError(f"config.json: {name} is {value!r}; a whole number of at least {minimum} is needed.")
+    if type(value) is not int or not minimum <= value <= maximum:
+        allowed = f"a whole number from {minimum:,} to {maximum:,}"
+        raise CheckpointError(f"config.json: {name} is {_shown(value)}; {allowed} is needed.")
     return value
 
 
 def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
     value: Any = config.get(name, default)
     if not _is_number(value) or value <= 0:
-        raise CheckpointError(f"config.json: {name} is {value!r}; a positive number is needed.")
+        raise CheckpointError(f"config.json: {name} is {_shown(value)}; a positive number is needed.")
     return float(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a huge number"
+    return text if len(text) <= 80 else f"{text[:80]}..."

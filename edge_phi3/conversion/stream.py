@@ -53,7 +53,7 @@ def append_tensors(
         concurrent.futures.ThreadPoolExecutor(1) as flusher,
     ):
         flush = flusher.submit(os.fdatasync, file.fileno())
-        file.write(_padding(file.tell()))
+        _write_all(file.write, _padding(file.tell()))
         for tensor in tensors:
             for chunk in _chunks(tensor, workers):
                 _write_all(file.write, chunk.data.cast("B"))
@@ -65,7 +65,7 @@ def append_tensors(
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
                     progress(ConversionProgress(tensor.name, done, total))
-            file.write(_padding(file.tell()))
+            _write_all(file.write, _padding(file.tell()))
 
 
 def _chunks(tensor: PlannedTensor, workers: concurrent.futures.Executor) -> Iterator[NDArray[Any]]:
@@ -93,5 +93,5 @@ def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> N
         data = data[write(data) or 0 :]
 
 
-def _padding(position: int) -> bytes:
-    return bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT)
+def _padding(position: int) -> memoryview:
+    return memoryview(bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT))

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def _added_tokens(folder: Path, config: dict[str, Any], fast: dict[str, Any] | N
             raise VocabularyError(f"added_tokens.json: the id of {text!r} is {token_id!r}, not a whole number.")
         added[token_id] = AddedToken(text)
     decoder = config.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or not all(key.isdecimal() for key in decoder):
+    if not isinstance(decoder, dict) or not all(re.fullmatch(r"[0-9]{1,9}", key) for key in decoder):
         raise VocabularyError("tokenizer_config.json: added_tokens_decoder must be an object with ids as keys.")
     for key, entry in decoder.items():
         added[int(key)] = _added_token(entry, "tokenizer_config.json")

@@ -115,12 +115,13 @@ def test_parts_that_phi3_has_not(checkpoint: Path, edit: Edit, entries: dict[str
 @pytest.mark.parametrize(
     ("entries", "sentence"),
     [
-        ({"hidden_size": "64"}, "hidden_size is '64'; a whole number of at least 1 is needed"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; a whole number from 1 to 2,147,483,647 is needed"),
         ({"hidden_size": 64.0}, "hidden_size is 64.0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": 513}, "num_hidden_layers is 513; a whole number from 1 to 512 is needed"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
-        ({"sliding_window": -1}, "sliding_window is -1; a whole number of at least 0"),
+        ({"sliding_window": -1}, "sliding_window is -1; a whole number from 0 to"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; a positive number is needed"),
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"num_attention_heads": 5}, "5 attention heads cannot share a hidden_size of 64"),
@@ -131,7 +132,7 @@ def test_parts_that_phi3_has_not(checkpoint: Path, edit: Edit, entries: dict[str
         ({"rope_scaling": {"type": "longrope"}}, "short_factor must be a list of positive numbers"),
         ({"rope_scaling": longrope(16) | {"long_factor": [1, 2, 3, 4, 5, 6, 7, "8"]}}, "long_factor must be a list"),
         ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, "long_factor must be a list of positive"),
-        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1; .* at least 2"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1; .* from 2 to"),
         ({"eos_token_id": 99999, "generation": ...}, "eos_token_id"),
     ],
 )

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,9 +17,9 @@ from edge_phi3.conversion.convert import convert
 from tests.conversion import llama
 from tests.conversion.added_tokens import WHITE_SPACE
 from tests.golden.checkpoints import write_checkpoint
-from tests.golden.vocabularies import phi3_vocabulary
+from tests.golden.vocabularies import VOCABULARY_GGUF, phi3_vocabulary
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = VOCABULARY_GGUF.parent
 
 # The prompts of the API's documentation.
 PROMPTS = (
@@ -66,6 +67,18 @@ def ours(folder: Path) -> Iterator[llama.Vocabulary]:
 @pytest.fixture(scope="module")
 def theirs(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_the_vocabulary_is_that_of_llama_cpps_test_data(folder: Path) -> None:
+    # The published one was made when unused ids still had the type of unknown tokens.
+    published, made = (gguf.GGUFReader(path).fields for path in (VOCABULARY_GGUF, folder / "model.gguf"))
+    for key in ("tokens", "scores"):
+        assert made[f"tokenizer.ggml.{key}"].contents() == published[f"tokenizer.ggml.{key}"].contents()
+    types = [fields["tokenizer.ggml.token_type"].contents() for fields in (published, made)]
+    assert types[0][:32011] == types[1][:32011]
+    for role in ("bos", "eos", "unknown", "padding"):
+        key = f"tokenizer.ggml.{role}_token_id"
+        assert made[key].contents() == published[key].contents()
 
 
 def test_llama_cpps_own_vectors(ours: llama.Vocabulary, theirs: Tokenizer) -> None:

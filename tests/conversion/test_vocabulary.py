@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import gguf
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError, VocabularyError
@@ -150,3 +153,32 @@ def test_a_vocabulary_without_a_token_that_llama_cpp_needs(checkpoint: Path, tmp
         (checkpoint / name).unlink()
     with pytest.raises(VocabularyError, match=r"The vocabulary lacks <\|endoftext\|>, which every Phi-3 model has"):
         convert(checkpoint, tmp_path / "out.gguf")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.sampled_from(["id", "content", "type", "7"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_no_entry_of_the_json_files_makes_it_fail_in_another_way(
+    data: st.DataObject, pristine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = data.draw(
+        st.sampled_from(["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "generation_config.json"])
+    )
+    content = json.loads((pristine / file).read_text(encoding="utf-8"))
+    name = data.draw(st.sampled_from(sorted(content)) | st.text(max_size=3))
+    folder = tmp_path_factory.mktemp("fuzz")
+    for path in pristine.iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / file).unlink()
+    (folder / file).write_text(json.dumps(content | {name: data.draw(JSON)}), encoding="utf-8")
+    with contextlib.suppress(ConversionError):
+        assert convert(folder, folder / "out.gguf").tensors == 9

@@ -1,0 +1,114 @@
+"""`edge-phi3 convert` against llama.cpp's converter and against the disk, on a checkpoint of 1.3 GB.
+
+    pytest benchmarks/test_conversion.py --benchmark-json=conversion.json
+
+llama.cpp's converter is measured when ``LLAMA_CPP_SOURCE`` names the folder of its source and ``TORCH_PYTHON`` an
+interpreter with torch, transformers and sentencepiece. Both converters are whole processes, imports included, and read
+a checkpoint that the system has in its cache; ours ends when the disk has the file, theirs when the system has it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.models import PHI3_VOCABULARY_ROWS, RANDOM_MODELS
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.vocabularies import phi3_vocabulary
+
+ROUNDS = 3
+MAX_PRIVATE_BYTES = 400e6
+
+_OURS = (
+    "import sys; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
+    "convert(Path(sys.argv[1]), Path(sys.argv[2]), outtype='f16')"
+)
+
+_medians: dict[str, float] = {}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random bfloat16 checkpoint: Phi-3-mini's widths, 4 layers, two shards."""
+    shape, _ = RANDOM_MODELS["0.65b"]
+    folder = tmp_path_factory.mktemp("conversion") / "phi-3-random"
+    vocabulary = phi3_vocabulary()
+    return write_checkpoint(
+        folder, vocabulary=vocabulary, vocab_size=PHI3_VOCABULARY_ROWS, dtype="bfloat16", shards=2, **shape
+    )
+
+
+@pytest.fixture
+def output(checkpoint: Path) -> Path:
+    """Where the GGUF goes."""
+    return checkpoint.parent / "out.gguf"
+
+
+def peak_private_bytes(arguments: list[str | Path]) -> int:
+    """Run a program and give the largest private memory (USS) seen while it ran, in bytes."""
+    peak = 0
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        child = psutil.Process(process.pid)
+        while process.poll() is None:
+            try:
+                peak = max(peak, child.memory_full_info().uss)
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                break
+            time.sleep(0.05)
+    assert process.returncode == 0
+    return peak
+
+
+def measure(benchmark: BenchmarkFixture, name: str, output: Path, run: Callable[[], int]) -> int:
+    """Time `run`, the disk at rest before each round; give the largest of what it returns."""
+    peaks: list[int] = []
+
+    def start_afresh() -> None:
+        output.unlink(missing_ok=True)
+        os.sync()
+
+    benchmark.pedantic(lambda: peaks.append(run()), setup=start_afresh, rounds=ROUNDS)
+    _medians[name] = benchmark.stats.stats.median
+    benchmark.extra_info["output_bytes"] = output.stat().st_size
+    benchmark.extra_info["peak_private_bytes"] = max(peaks)
+    return max(peaks)
+
+
+def test_edge_phi3(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
+    """Ours, f16, until the file is on the disk."""
+    arguments = [sys.executable, "-c", _OURS, checkpoint, output]
+    assert measure(benchmark, "ours", output, lambda: peak_private_bytes(arguments)) < MAX_PRIVATE_BYTES
+
+
+def test_disk(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
+    """Writing as many bytes as the GGUF has, and waiting for the disk."""
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    block = os.urandom(8 << 20)
+
+    def write() -> int:
+        with output.open("wb", buffering=0) as file:
+            for _ in range(size // len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+        return 0
+
+    measure(benchmark, "disk", output, write)
+
+
+def test_llama_cpp(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
+    """llama.cpp's, f16; ours takes at most half of its time."""
+    source, python = os.environ.get("LLAMA_CPP_SOURCE"), os.environ.get("TORCH_PYTHON")
+    if not source or not python:
+        pytest.skip("LLAMA_CPP_SOURCE and TORCH_PYTHON are not set")
+    script = Path(source) / "convert_hf_to_gguf.py"
+    arguments = [python, script, checkpoint, "--outtype", "f16", "--outfile", output]
+    measure(benchmark, "llama.cpp", output, lambda: peak_private_bytes(arguments))
+    assert _medians["ours"] <= _medians["llama.cpp"] / 2
