@@ -31,7 +31,7 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         format: `FORMAT` when it was written.
-        name: what the model is served under.
+        name: the preset, repository, folder or file that was asked for when it was made.
         source: a Hub repository ``owner/name``, or the name of a checkpoint folder.
         revision: the commit, for a repository.
         requested_revision: the branch, tag or commit that was asked for.

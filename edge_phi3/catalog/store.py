@@ -40,7 +40,7 @@ class StoredModel:
 
     Attributes:
         path: the GGUF to load; the first part of a split one.
-        name: what it is served under.
+        name: what it is served under: the preset, repository or folder that was asked for.
         source: where it came from: a repository, or a path.
         revision: the commit of the repository, None for what came from a path.
         quant: its quantisation, None when it was ready-made.
@@ -109,12 +109,12 @@ class Catalog:
                 if manifest is None or refresh:
                     build = Build(shelf, folder, chosen, progress, keep=keep_intermediate)
                     manifest = self._build(build, wanted, chosen, manifest)
-        return _stored(folder, manifest)
+        return _stored(folder, manifest, wanted.name)
 
     def stored(self) -> list[StoredModel]:
         """List the whole models of the store."""
         folders = sorted(path.parent for path in self.store.glob(f"*/*/{MANIFEST_NAME}"))
-        return [_stored(folder, manifest) for folder in folders if (manifest := read_manifest(folder))]
+        return [_stored(folder, manifest, manifest.name) for folder in folders if (manifest := read_manifest(folder))]
 
     def verify(self, model: StoredModel) -> None:
         """Read a model's files again and compare them with its manifest, after a copy for instance.
@@ -170,9 +170,9 @@ class Catalog:
         )
 
 
-def _stored(folder: Path, manifest: Manifest) -> StoredModel:
+def _stored(folder: Path, manifest: Manifest, name: str) -> StoredModel:
     path = folder / manifest.files[0].name
-    return StoredModel(path, manifest.name, manifest.source, manifest.revision, manifest.quant, manifest)
+    return StoredModel(path, name, manifest.source, manifest.revision, manifest.quant, manifest)
 
 
 def _quantisation(quant: str) -> str:

@@ -53,7 +53,7 @@ def test_a_pull_gives_what_convert_and_quantize_give(
 
 
 def test_only_the_files_that_are_needed_are_downloaded(hub: HubServer, catalog: Catalog, checkpoint: Path) -> None:
-    manifest = catalog.resolve("owner/tiny").manifest
+    manifest = catalog.resolve("owner/tiny", quant="F16").manifest
     assert manifest is not None
     wanted = {path.name for path in checkpoint.iterdir()} | {"README.md"}
     assert {
@@ -82,22 +82,22 @@ def test_progress_is_told_for_each_file_conversion_and_quantisation(
 def test_the_second_time_needs_no_network_and_no_time(
     hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = catalog.resolve("owner/tiny")
+    first = catalog.resolve("owner/tiny", quant="F16")
     asked = len(hub.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.perf_counter()
-    assert catalog.resolve("owner/tiny") == first
+    assert catalog.resolve("owner/tiny", quant="F16") == first
     assert time.perf_counter() - started < 0.1
     assert len(hub.requests) == asked
 
 
 def test_a_full_store_works_when_it_is_read_only_and_copied(hub: HubServer, catalog: Catalog, tmp_path: Path) -> None:
-    first = catalog.resolve("owner/tiny")
+    first = catalog.resolve("owner/tiny", quant="F16")
     moved = tmp_path / "elsewhere"
     shutil.copytree(catalog.store, moved, ignore=shutil.ignore_patterns(".locks"))
     for path in [moved, *moved.rglob("*")]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    second = Catalog(moved).resolve("owner/tiny")
+    second = Catalog(moved).resolve("owner/tiny", quant="F16")
     assert second.manifest == first.manifest
     assert second.path == moved / first.path.relative_to(catalog.store)
     Catalog(moved).verify(second)
@@ -138,29 +138,29 @@ def test_a_direct_q8_0_conversion_has_the_tensors_of_the_quantiser(
 
 
 def test_a_moved_branch_is_made_again_when_asked(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
-    first = catalog.resolve("owner/tiny")
+    first = catalog.resolve("owner/tiny", quant="F16")
     hub.repositories["owner/tiny"].commit = "1" * 40
-    assert catalog.resolve("owner/tiny") == first
-    second = catalog.resolve("owner/tiny", refresh=True)
+    assert catalog.resolve("owner/tiny", quant="F16") == first
+    second = catalog.resolve("owner/tiny", quant="F16", refresh=True)
     assert second.revision == "1" * 40
     asked = len(hub.gets(SHARD))
-    assert catalog.resolve("owner/tiny", refresh=True) == second
+    assert catalog.resolve("owner/tiny", quant="F16", refresh=True) == second
     assert len(hub.gets(SHARD)) == asked
 
 
 def test_a_refresh_without_network_keeps_what_is_there(
     hub: HubServer, catalog: Catalog, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = catalog.resolve("owner/tiny")
+    first = catalog.resolve("owner/tiny", quant="F16")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert catalog.resolve("owner/tiny", refresh=True, progress=notes) == first
+    assert catalog.resolve("owner/tiny", quant="F16", refresh=True, progress=notes) == first
     assert notes.notes == ["HF_HUB_OFFLINE is set; the model stays as it is in the store."]
 
 
 def test_revisions_are_models_of_their_own(hub: HubServer, catalog: Catalog) -> None:
     hub.repositories["owner/tiny"].revisions["v1"] = "2" * 40
     hub.repositories["owner/tiny"].revisions["2" * 40] = "2" * 40
-    model = catalog.resolve("owner/tiny@v1")
+    model = catalog.resolve("owner/tiny@v1", quant="F16")
     assert model.revision == "2" * 40
     assert model.path.parent.parent.name == "owner--tiny@v1"
     assert all("2" * 40 in request.path for request in hub.requests if "/resolve/" in request.path)
@@ -171,7 +171,7 @@ def test_the_token_goes_to_the_hub_and_not_to_its_content_network(
 ) -> None:
     hub.repositories["owner/tiny"].gated = True
     monkeypatch.setenv("HF_TOKEN", hub.token)
-    catalog.resolve("owner/tiny")
+    catalog.resolve("owner/tiny", quant="F16")
     assert {request.authorization for request in hub.requests if request.server == "hub"} == {f"Bearer {hub.token}"}
     assert {request.authorization for request in hub.requests if request.server == "cdn"} == {None}
     assert any(request.sent for request in hub.requests if request.server == "cdn")
@@ -244,7 +244,7 @@ def test_a_refusal_is_a_sentence_and_leaves_nothing(
 def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
     size = len(hub.repositories["owner/tiny"].files[SHARD])
     hub.faults[SHARD] = Fault(after=50_000, times=2)
-    catalog.resolve("owner/tiny", progress=notes)
+    catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=50000-", "bytes=100000-"]
     assert hub.bytes_sent(SHARD) == size
     assert [note.partition(" (")[0] for note in notes.notes] == [
@@ -256,7 +256,7 @@ def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: C
 def test_a_file_that_ends_short_is_continued(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
     size = len(hub.repositories["owner/tiny"].files[SHARD])
     hub.faults[SHARD] = Fault(after=60_000, consistent=True)
-    catalog.resolve("owner/tiny", progress=notes)
+    catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=60000-"]
     assert notes.notes == [f"{SHARD} ended at 60,000 of {size:,} bytes; trying again."]
 
@@ -266,9 +266,9 @@ def test_a_file_that_always_ends_short_is_told_and_what_came_is_kept(hub: HubSer
     hub.faults[SHARD] = Fault(after=30_000, consistent=True)
     hub.empty.add(SHARD)
     with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny ended at 30,000 of [\d,]+ bytes, time and again; try"):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
     hub.empty.clear()
-    catalog.resolve("owner/tiny")
+    catalog.resolve("owner/tiny", quant="F16")
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=30000-"]
     assert hub.bytes_sent(SHARD) == len(hub.repositories["owner/tiny"].files[SHARD])
 
@@ -276,14 +276,14 @@ def test_a_file_that_always_ends_short_is_told_and_what_came_is_kept(hub: HubSer
 def test_a_server_that_has_less_than_it_lists_is_not_asked_for_ever(hub: HubServer, catalog: Catalog) -> None:
     hub.served[SHARD] = hub.repositories["owner/tiny"].files[SHARD][:30_000]
     with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny .*, time and again; try later, or another mirror"):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
     assert hub.bytes_sent(SHARD) <= 5 * 30_000
 
 
 @pytest.mark.parametrize("file", [SHARD, "config.json"])
 def test_damaged_content_is_fetched_again(hub: HubServer, catalog: Catalog, notes: Notes, file: str) -> None:
     hub.damaged[file] = 1
-    model = catalog.resolve("owner/tiny", progress=notes)
+    model = catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert notes.notes == [f"{file} arrived with other content than the Hub lists; trying again."]
     catalog.verify(model)
     hub.damaged[file] = 99
@@ -381,7 +381,7 @@ def test_a_server_that_is_no_hub_is_told(hub: HubServer, catalog: Catalog, monke
     hub.repositories["api/models"] = Repository({"owner/tiny/revision/main": b"<html>Sign in to the hotel</html>"})
     monkeypatch.setenv("HF_ENDPOINT", hub.cdn)
     with pytest.raises(HubError, match=r"does not answer as the Hub does .* check HF_ENDPOINT and any proxy"):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
 
 
 def test_ready_made_ggufs_are_kept_as_they_are(hub: HubServer, catalog: Catalog) -> None:
@@ -417,14 +417,14 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(
     with pytest.raises(
         HubError, match=r"which is not the name of a file beside it; the repository is damaged, or hostile"
     ):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
     assert all(catalog.store in path.parents or path == catalog.store for path in set(tmp_path.rglob("*")) - before)
 
 
 def test_names_in_a_listing_never_become_paths(hub: HubServer, catalog: Catalog, tmp_path: Path) -> None:
     hub.repositories["owner/tiny"].files |= {"../../config.json": b"{}", "/tokenizer.json": b"{}"}
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
-    catalog.resolve("owner/tiny")
+    catalog.resolve("owner/tiny", quant="F16")
     made = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert all(catalog.store in path.parents for path in made)
     assert not any(".." in request.path for request in hub.requests)
@@ -435,7 +435,7 @@ def test_a_json_file_of_absurd_size_is_not_fetched(
 ) -> None:
     monkeypatch.setattr("edge_phi3.catalog.listing._SMALL_LIMIT", 100)
     with pytest.raises(HubError, match=r"config\.json of owner/tiny has [\d,]+ bytes, which it never should"):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
     assert not hub.gets("config.json")
 
 
@@ -444,7 +444,7 @@ def test_an_index_of_files_that_are_not_there_is_told(hub: HubServer, catalog: C
     with pytest.raises(
         HubError, match=rf"owner/tiny lacks the file {SHARD} that its model\.safetensors\.index\.json names"
     ):
-        catalog.resolve("owner/tiny")
+        catalog.resolve("owner/tiny", quant="F16")
 
 
 def test_the_endpoint_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from edge_phi3.conversion.quantize import (
     predict_sizes,
     quantize,
 )
+from edge_phi3.conversion.quantize_process import LogReader, TensorFinished, TensorStarted
 from edge_phi3.files import OutputExistsError
 from tests.conversion.random_gguf import write_random
 
@@ -368,3 +369,36 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(source: Path, tmp_path: Pat
     with pytest.raises(QuantizeError, match=r"quantiser died at the tensor .*: exit code -9"):
         quantize(source, tmp_path / "out.gguf", type="Q4_K_M", progress=kill_the_child)
     assert list(tmp_path.iterdir()) == []
+
+
+LOG = (
+    "llama_model_loader: loaded meta data\n"
+    "[   1/   3] token_embd.weight                    - [   256,    384,      1,      1], type =    f16, "
+    "size =     0.19 MiB ->     0.05 MiB (q4_K)\n"
+    "[   2/   3] a_name_that_is_longer_than_its_column_is_wide - [   256,      1,      1,      1], type =    f32, "
+    "something new size =    0.001 MiB\n"
+    "one more line that nobody knows\n"
+    "[   3/   3] blk.0.ffn_up.weight                  - [   256,   1024,      1,      1], type =    f16, "
+    "converting to q4_K .. size =     0.50 MiB ->     0.14 MiB\n"
+    "llama_model_quantize_impl: WARNING: 2 of 3 tensor(s) required fallback quantization\n"
+)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 10_000])
+def test_the_log_is_read_however_it_is_cut(piece: int) -> None:
+    log = LogReader()
+    steps = [step for start in range(0, len(LOG), piece) for step in log.feed(LOG[start : start + piece])]
+    assert [(step.name, step.shape[0]) for step in steps if isinstance(step, TensorStarted)] == [
+        ("token_embd.weight", 256),
+        ("a_name_that_is_longer_than_its_column_is_wide", 256),
+        ("blk.0.ffn_up.weight", 256),
+    ]
+    assert [step.target_type for step in steps if isinstance(step, TensorFinished)] == ["q4_K", "f32", "q4_K"]
+    assert log.fallbacks == 2
+    assert not log.error
+
+
+def test_a_failure_in_the_middle_of_a_line_is_found() -> None:
+    log = LogReader()
+    list(log.feed("[   1/   1] x - [ 256, 4], type = f16, llama_model_quantize: failed to quantize: disk\n"))
+    assert log.error == "disk"

@@ -1,0 +1,106 @@
+"""Progress as lines, as bars, and as nothing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edge_phi3 import progress as module
+from edge_phi3.progress import LineProgress, RichProgress, SilentProgress, stderr_progress
+
+
+def test_lines_tell_the_beginning_the_way_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    lines: list[str] = []
+    with LineProgress(lines.append, interval=10).step("Downloading a.gguf", 4_000_000) as step:
+        for done in range(0, 4_000_001, 100_000):
+            step.update(done)
+            now += 1
+    assert lines == [
+        "Downloading a.gguf (4.0 MB).",
+        "Downloading a.gguf: 1.0 MB of 4.0 MB (25 %).",
+        "Downloading a.gguf: 2.0 MB of 4.0 MB (50 %).",
+        "Downloading a.gguf: 3.0 MB of 4.0 MB (75 %).",
+        "Downloading a.gguf: done in 41.0 s.",
+    ]
+
+
+def test_lines_do_without_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    with LineProgress(lines.append, interval=0).step("Reading") as step:
+        step.update(1000)
+        step.update(2000, 8000)
+    assert lines[:3] == ["Reading.", "Reading: 1.0 kB.", "Reading: 2.0 kB of 8.0 kB (25 %)."]
+
+
+def test_a_failed_step_is_not_told_as_done() -> None:
+    lines: list[str] = []
+    with pytest.raises(ValueError, match="no"), LineProgress(lines.append).step("Converting x"):
+        raise ValueError("no")
+    assert lines == ["Converting x."]
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=160)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_bars_show_title_amount_and_detail() -> None:
+    console = terminal()
+    with RichProgress(console) as bars:
+        with bars.step("Quantising x", 2000) as step:
+            step.update(500, detail="blk.0.ffn_up.weight")
+            bars._bars.refresh()
+            step.update(1500, 3000)
+        bars.note("Half [way] there.")
+    text = text_of(console)
+    assert "Quantising x" in text
+    assert "0.5/2.0 kB" in text
+    assert "1.5/3.0 kB" in text
+    assert "blk.0.ffn_up.weight" in text
+    assert "Half [way] there." in text
+
+
+def test_the_bar_of_a_failed_step_goes_away() -> None:
+    console = terminal()
+    with RichProgress(console) as bars:
+        with pytest.raises(ValueError, match="no"), bars.step("Converting x", 10):
+            raise ValueError("no")
+        assert bars._bars.tasks == []
+
+
+def test_stderr_gets_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with stderr_progress() as reporter, reporter.step("Converting [x]"):
+        reporter.note("A note that is longer than a line of eighty columns, if this were one of those terminals.")
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second, third = err.splitlines()
+    assert first == "Converting [x]."
+    assert second.startswith("A note")
+    assert second.endswith("terminals.")
+    assert third.startswith("Converting [x]: done in ")
+
+
+def test_stderr_gets_bars_when_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = terminal()
+    monkeypatch.setattr(module, "Console", lambda **_: console)
+    with stderr_progress() as reporter, reporter.step("Downloading y", 10) as step:
+        assert isinstance(reporter, RichProgress)
+        step.update(10)
+    assert "Downloading y" in text_of(console)
+
+
+def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = SilentProgress()
+    with reporter.step("Converting", 3) as step:
+        step.update(1, 2, "detail")
+    reporter.note("Nobody hears this.")
+    assert capsys.readouterr() == ("", "")
