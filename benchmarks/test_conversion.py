@@ -10,6 +10,7 @@ a checkpoint that the system has in its cache; ours ends when the disk has the f
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -70,6 +71,7 @@ def peak_private_bytes(arguments: list[str | Path]) -> int:
 def measure(benchmark: BenchmarkFixture, name: str, output: Path, run: Callable[[], int]) -> int:
     """Time `run`, the disk at rest before each round; give the largest of what it returns."""
     peaks: list[int] = []
+    before = _cpu_seconds()
 
     def start_afresh() -> None:
         output.unlink(missing_ok=True)
@@ -79,7 +81,12 @@ def measure(benchmark: BenchmarkFixture, name: str, output: Path, run: Callable[
     _medians[name] = benchmark.stats.stats.median
     benchmark.extra_info["output_bytes"] = output.stat().st_size
     benchmark.extra_info["peak_private_bytes"] = max(peaks)
+    benchmark.extra_info["cpu_seconds_per_round"] = round((_cpu_seconds() - before) / ROUNDS, 2)
     return max(peaks)
+
+
+def _cpu_seconds() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def test_edge_phi3(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:

@@ -146,6 +146,31 @@ def test_a_write_that_fails_leaves_nothing(pristine: Path, tmp_path: Path) -> No
     assert list(output.parent.iterdir()) == []
 
 
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
+    mount = tmp_path / "small disk"
+    mount.mkdir()
+    data = sum(tensor.n_bytes for tensor in _reader(pristine, tmp_path / "sized.gguf").tensors)
+    program = (
+        "import sys; from pathlib import Path; from edge_phi3.conversion.convert import *\n"
+        "from edge_phi3.conversion.errors import ConversionError\n"
+        "try: convert(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "except ConversionError as error: print(error, *Path(sys.argv[2]).parent.iterdir())\n"
+    )
+    # Room for the tensors, so that the conversion begins, and not for the vocabulary before them.
+    script = f'mount -t tmpfs -o size={int(data) + 8192} none "$1" && exec "$0" -c "$2" "$3" "$1/out.gguf"'
+    arguments = ["unshare", "-rm", "sh", "-c", script, sys.executable, mount, program, pristine]
+    finished = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if "unshare" in finished.stderr or "mount:" in finished.stderr:
+        pytest.skip(f"a small disk cannot be mounted here: {finished.stderr}")
+    sentence = "cannot be written: No space left on device. Free some space or choose another folder."
+    assert finished.stdout == f"{mount / 'out.gguf'} {sentence}\n"
+
+
+def _reader(checkpoint: Path, output: Path) -> gguf.GGUFReader:
+    convert(checkpoint, output)
+    return gguf.GGUFReader(output)
+
+
 def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
     # A sparse file of zeros stands for weights that are larger than the disk.
     checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
