@@ -314,10 +314,6 @@ def _validate_tokens(config: GenerationConfig) -> None:
         for token in tokens:
             if token >= config.vocab_size:
                 _fail(name, f"must hold token ids below {config.vocab_size}, the size of the vocabulary", token)
-    ends = {(token,) for token in config.eos_token_id}
-    if config.bad_words_ids and all(phrase in ends for phrase in config.bad_words_ids):
-        message = "`bad_words_ids` bans only end-of-sequence tokens, which cannot be banned: use `min_length`."
-        raise ParameterError("bad_words_ids", message)
     if config.exponential_decay_length_penalty and (not config.eos_token_id or min(config.eos_token_id) < 0):
         message = "`exponential_decay_length_penalty` needs an `eos_token_id` to favour."
         raise ParameterError("exponential_decay_length_penalty", message)

@@ -1,0 +1,61 @@
+"""Small models made of tables, and a loop that runs decoders on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation import Decoder, GenerationConfig, ModelDefaults, advance, make_decoder
+
+Prefix = tuple[int, ...]
+Model = Callable[[Prefix], NDArray[np.float32]]
+
+VOCABULARY = 200
+END = 3
+DEFAULTS = ModelDefaults(
+    vocab_size=VOCABULARY, bos_token_id=1, eos_token_ids=(END,), pad_token_id=0, context_length=4096
+)
+
+
+def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model:
+    """Give a model whose logits depend on the last two tokens."""
+    table = np.random.Generator(np.random.PCG64(seed)).standard_normal((2, size, size)).astype(np.float32)
+
+    def logits(prefix: Prefix) -> NDArray[np.float32]:
+        before = prefix[-2] if len(prefix) > 1 else 0
+        return (table[0, before] + table[1, prefix[-1]]) * np.float32(spread)
+
+    return logits
+
+
+def decoder(prompt: Sequence[int], defaults: ModelDefaults = DEFAULTS, **options: Any) -> Decoder:
+    """Make a decoder; `options` are ``generate_kwargs``, or arguments of `make_decoder`."""
+    arguments = {name: options.pop(name) for name in ("vocabulary", "clock") if name in options}
+    config = GenerationConfig.resolve(options, defaults)
+    return make_decoder(config, np.array(prompt, dtype=np.int32), **arguments)
+
+
+def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tuple[int, int]]]:
+    """Run decoders together until all have finished.
+
+    Args:
+        model: gives the logits after a prefix.
+        decoders: each with its prompt.
+
+    Returns:
+        For each decoder, what its steps emitted.
+    """
+    rows: list[list[Prefix]] = [[tuple(prompt)] for _, prompt in decoders]
+    emitted: list[list[tuple[int, int]]] = [[] for _ in decoders]
+    while going := [index for index, (each, _) in enumerate(decoders) if not each.finished]:
+        for index in going:
+            assert decoders[index][0].rows == len(rows[index])
+        logits = np.stack([model(prefix) for index in going for prefix in rows[index]])
+        for index, step in zip(going, advance([decoders[index][0] for index in going], logits), strict=True):
+            parents, tokens = step.parents.tolist(), step.tokens.tolist()
+            rows[index] = [(*rows[index][p], t) for p, t in zip(parents, tokens, strict=True)]
+            emitted[index] += step.emitted
+    return emitted

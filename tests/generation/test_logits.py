@@ -1,0 +1,149 @@
+"""Selections and sums over the vocabulary, against the plain way of doing them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge_phi3.generation.logits import (
+    log_softmax,
+    running_totals,
+    softmax,
+    sums,
+    top_candidates,
+    top_of_all,
+    weights,
+)
+from edge_phi3.generation.warpers import Warping, warp
+
+SIZES = (5, 64, 96, 1000, 4096, 5003, 32064)
+
+
+def random_scores(seed: int, rows: int, size: int, kind: str) -> NDArray[np.float32]:
+    random = np.random.Generator(np.random.PCG64(seed))
+    scores = (random.standard_normal((rows, size)) * 3).astype(np.float32)
+    if kind == "ties":
+        scores = np.round(scores * 2) / 2
+    elif kind == "banned":
+        scores[random.random(scores.shape) < 0.9] = -np.inf
+        scores[:, 0] = 0
+    elif kind == "flat":
+        scores[:] = 1
+    elif kind == "peaks":
+        # Neighbours: all in different blocks of the search, or all in one.
+        scores[:, : size // 3] += 20
+    return scores
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "banned", "flat", "peaks"])
+@pytest.mark.parametrize("size", SIZES)
+def test_top_candidates_are_all_that_reach_the_kth_highest(size: int, kind: str) -> None:
+    scores = random_scores(size, 5, size, kind)
+    for ks in ([1, 1, 1, 1, 1], [10, 3, 7, 1, 10], [50, 50, 4, 60, 10**6]):
+        k = np.array(ks)
+        chosen = top_candidates(scores.copy(), k)
+        for row in range(5):
+            lowest = np.sort(scores[row])[::-1][min(ks[row], size) - 1]
+            expected = np.flatnonzero((scores[row] >= lowest) & (scores[row] > -np.inf))
+            left = chosen.scores[row] > -np.inf
+            assert chosen.tokens is not None
+            assert np.array_equal(chosen.tokens[row, left], expected)
+            assert np.array_equal(chosen.scores[row, left], scores[row, expected])
+
+
+def test_a_row_with_nan_keeps_nan_alone() -> None:
+    for size, k in ((32064, 10), (96, 10)):
+        scores = random_scores(1, 3, size, "plain")
+        scores[1, 40] = np.nan
+        chosen = top_candidates(scores, np.array([k, k, k]))
+        assert np.isnan(chosen.scores[1]).sum() == 1
+        assert (chosen.scores[1] > -np.inf).sum() == 0
+        assert [(chosen.scores[row] > -np.inf).sum() for row in (0, 2)] == [k, k]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "banned", "flat"])
+@pytest.mark.parametrize(("rows", "size", "k"), [(1, 96, 8), (4, 96, 300), (8, 32064, 32), (3, 5003, 20), (2, 64, 128)])
+def test_top_of_all_sorts_by_score_then_row_then_token(rows: int, size: int, k: int, kind: str) -> None:
+    scores = random_scores(k, rows, size, kind)
+    offsets = -np.arange(rows, dtype=np.float32)[::-1].copy()
+    values, row, token = top_of_all(scores, offsets, k)
+    flat = (scores + offsets[:, None]).ravel()
+    expected = np.argsort(-flat, kind="stable")[:k]
+    assert np.array_equal(row * size + token, expected)
+    assert np.array_equal(values, flat[expected])
+
+
+def test_top_of_all_puts_nan_first() -> None:
+    scores = random_scores(1, 2, 32064, "plain")
+    scores[1, 7] = np.nan
+    values, row, token = top_of_all(scores, np.zeros(2, dtype=np.float32), 4)
+    assert (row[0], token[0]) == (1, 7)
+    assert np.isnan(values[0])
+    assert np.array_equal(values[1:], np.sort(scores[~np.isnan(scores)])[::-1][:3])
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_log_softmax_is_exact_to_float32(size: int) -> None:
+    scores = random_scores(2, 3, size, "plain")
+    scores[0, ::2] = -np.inf
+    wide = scores.astype(np.float64)
+    expected = wide - wide.max(1, keepdims=True)
+    expected -= np.log(np.exp(expected).sum(1, keepdims=True))
+    log_softmax(scores)
+    np.testing.assert_allclose(scores, expected, rtol=3e-6, atol=3e-6)
+    np.testing.assert_allclose(softmax(scores).sum(axis=1, dtype=np.float64), 1, rtol=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 300), st.integers(0, 200), st.integers(0, 2**32))
+def test_padding_changes_no_bit_of_a_sum(width: int, padding: int, seed: int) -> None:
+    scores = random_scores(seed, 3, width, "plain")
+    padded = np.pad(scores, ((0, 0), (0, padding)), constant_values=-np.inf)
+    assert running_totals(weights(scores))[0, -1] == running_totals(weights(padded))[0, -1]
+    assert np.array_equal(softmax(scores), softmax(padded)[:, :width])
+    assert np.array_equal(sums(scores), sums(np.pad(scores, ((0, 0), (0, padding)))))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.floats(0.01, 0.999),
+    st.integers(1, 4),
+    st.sampled_from(["plain", "banned", "peaks", "flat"]),
+    st.floats(0.05, 30),
+    st.integers(0, 2**32),
+)
+def test_top_p_of_whole_rows_sorts_only_their_head_to_the_same_end(
+    mass: float, keep: int, kind: str, spread: float, seed: int
+) -> None:
+    """The head of a row is enough for top-p; here it is compared with sorting all of it."""
+    scores = random_scores(seed, 2, 5003, kind) * np.float32(spread)
+    cut = warp(scores.copy(), [Warping(("top_p",), (mass,), keep)] * 2)
+    probabilities = softmax(scores).astype(np.float64)
+    for row in range(2):
+        order = np.argsort(scores[row], kind="stable")
+        reached = np.cumsum(probabilities[row, order])
+        removed = reached <= 1 - mass
+        removed[-keep:] = False
+        kept = np.sort(order[~removed & (scores[row, order] > -np.inf)])
+        assert cut.tokens is not None
+        ours = cut.tokens[row, cut.scores[row] > -np.inf]
+        # The sums of five thousand probabilities may differ in their last bits.
+        doubtful = order[np.abs(reached - (1 - mass)) < 1e-5]
+        assert set(ours.tolist()) ^ set(kept.tolist()) <= set(doubtful.tolist())
+
+
+def test_mild_temperatures_select_what_dividing_all_scores_selects() -> None:
+    scores = random_scores(5, 8, 32064, "ties")
+    for temperature in (0.3, 0.7, 1.7, 900.0, 1e-4, 1e4):
+        warping = Warping(("temperature", "top_k"), (temperature, 12), 1)
+        chosen = warp(scores.copy(), [warping] * 8)
+        divided = scores / np.float32(temperature)
+        assert chosen.tokens is not None
+        for row in range(8):
+            left = chosen.scores[row] > -np.inf
+            expected = np.flatnonzero(divided[row] >= np.sort(divided[row])[-12])
+            assert np.array_equal(chosen.tokens[row, left], expected)
+            assert np.array_equal(chosen.scores[row, left], divided[row, expected])

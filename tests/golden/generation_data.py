@@ -1,0 +1,167 @@
+"""The golden data of ``generate()``: how it is read, and which checkpoints it was made with.
+
+Made by ``make.py``. In ``tests/golden/generation/``:
+
+- ``replay.json`` and ``replay.npz``: requests over a random Phi-3 of 96 tokens whose logits were rounded to float16,
+  with transformers' answers, and those logits for every prefix that occurred.
+- ``engine.json``: requests over a random Phi-3 with a real tokenizer, with transformers' answers.
+- ``elementwise.npz``: scores before and after single logits processors.
+- ``validation.json`` and ``names.json``: which ``generate_kwargs`` transformers refuses, and which names it has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation import ModelDefaults
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.requests import Request
+
+FOLDER = Path(__file__).with_name("generation")
+
+REPLAY_VOCABULARY = 96
+REPLAY_DEFAULTS = ModelDefaults(
+    vocab_size=REPLAY_VOCABULARY, bos_token_id=1, eos_token_ids=(2, 5, 7), pad_token_id=2, context_length=4096
+)
+REPLAY_SEED = 5
+ENGINE_SEED = 17
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What transformers generated.
+
+    Attributes:
+        sequences: token ids of each returned sequence, prompt included, padded to one length.
+        sequences_scores: final beam scores, or None.
+        scores: for each sequence the processed score of each token, padding included. In beam modes the transition
+            scores, and None in group beam search, whose beam indices transformers mixes up.
+        logprobs: log-softmax of the processed scores at each token; None in beam modes.
+    """
+
+    sequences: list[list[int]]
+    sequences_scores: list[float] | None = None
+    scores: list[list[float]] | None = None
+    logprobs: list[list[float]] | None = None
+
+
+def replay_texts() -> list[str]:
+    """Give each token of the replayed model a text of a few letters, so that stop strings do occur."""
+    random = np.random.Generator(np.random.PCG64(3))
+    letters = np.array(list("eo "))
+    return ["".join(letters[random.integers(0, 3, random.integers(1, 4))]) for _ in range(REPLAY_VOCABULARY)]
+
+
+def write_replay_model(folder: Path) -> Path:
+    """Write the checkpoint whose logits are replayed."""
+    ends = {"eos_token_id": list(REPLAY_DEFAULTS.eos_token_ids), "pad_token_id": REPLAY_DEFAULTS.pad_token_id}
+    write_checkpoint(
+        folder, seed=REPLAY_SEED, hidden_size=32, heads=4, layers=1, vocab_size=REPLAY_VOCABULARY, config=ends
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, **ends}), encoding="utf-8")
+    return folder
+
+
+def write_engine_model(folder: Path) -> Path:
+    """Write the checkpoint that answers through the whole engine."""
+    return write_checkpoint(folder, seed=ENGINE_SEED, hidden_size=64, heads=4, layers=2, gain=2.0)
+
+
+def write_answers(path: Path, answers: Sequence[tuple[Request, Answer]]) -> None:
+    """Write requests and answers, one to a line."""
+    lines = [
+        json.dumps([dataclasses.asdict(request), dataclasses.asdict(answer)], separators=(",", ":"))
+        for request, answer in answers
+    ]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+def read_answers(name: str) -> list[tuple[Request, Answer]]:
+    """Read the requests and answers of ``<name>.json``."""
+    rows = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return [(Request(**request), Answer(**answer)) for request, answer in rows]
+
+
+def write_logits(path: Path, logits: dict[tuple[int, ...], NDArray[np.float16]]) -> None:
+    """Write the logits of prefixes as a tree: each prefix is a shorter one and a token."""
+    places: dict[tuple[int, ...], int] = {(): 0}
+    parents, tokens, rows = [0], [0], [-1]
+    found: list[NDArray[np.float16]] = []
+    for prefix in sorted(logits, key=len):
+        for length in range(1, len(prefix) + 1):
+            start = prefix[:length]
+            if start not in places:
+                places[start] = len(parents)
+                parents.append(places[start[:-1]])
+                tokens.append(start[-1])
+                rows.append(-1)
+        rows[places[prefix]] = len(found)
+        found.append(logits[prefix])
+    np.savez_compressed(
+        path,
+        parents=np.array(parents, dtype=np.int32),
+        tokens=np.array(tokens, dtype=np.int32),
+        rows=np.array(rows, dtype=np.int32),
+        logits=np.stack(found),
+    )
+
+
+def read_logits() -> dict[tuple[int, ...], NDArray[np.float32]]:
+    """Read the logits of every prefix that occurred, each of shape (vocabulary,)."""
+    with np.load(FOLDER / "replay.npz") as file:
+        logits = file["logits"].astype(np.float32)
+        nodes = zip(file["parents"].tolist(), file["tokens"].tolist(), file["rows"].tolist(), strict=True)
+    prefixes: list[tuple[int, ...]] = []
+    result: dict[tuple[int, ...], NDArray[np.float32]] = {}
+    for parent, token, row in nodes:
+        prefixes.append((*prefixes[parent], token) if prefixes else ())
+        if row >= 0:
+            result[prefixes[-1]] = logits[row]
+    return result
+
+
+def differences(ours: Any, request: Request, answer: Answer, pad_token_id: int) -> list[str]:
+    """Compare a `GenerationResult` with transformers' answer.
+
+    Args:
+        ours: the result, with scores.
+        request: what was asked.
+        answer: transformers' answer.
+        pad_token_id: what transformers pads with.
+
+    Returns:
+        What differs: nothing when all tokens are equal and all scores agree to 1e-3 or one part in 1,000.
+    """
+    found: list[str] = []
+    start = len(request.prompt)
+    if len(ours.sequences) != len(answer.sequences):
+        return [f"{len(ours.sequences)} sequences instead of {len(answer.sequences)}"]
+    for index, (tokens, theirs) in enumerate(zip(ours.sequences, answer.sequences, strict=True)):
+        padded = tokens.tolist() + [pad_token_id] * (len(theirs) - len(tokens))
+        if padded != theirs:
+            found.append(f"sequence {index} is {padded[start:]} instead of {theirs[start:]}")
+    if found:
+        return found
+    if answer.sequences_scores is not None:
+        found += _apart("sequences_scores", ours.sequences_scores, answer.sequences_scores)
+    for index, scored in enumerate(ours.scores):
+        # transformers knows no score of an end token appended to a beam that was cut off.
+        if answer.scores is not None:
+            found += _apart(f"scores[{index}]", [each.score for each in scored], answer.scores[index][: len(scored)])
+        if answer.logprobs is not None:
+            logprobs = answer.logprobs[index][: len(scored)]
+            found += _apart(f"logprobs[{index}]", [each.logprob for each in scored], logprobs)
+    return found
+
+
+def _apart(name: str, ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
+    if len(ours) == len(theirs) and np.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
+        return []
+    return [f"{name} are {list(ours)} instead of {list(theirs)}"]

@@ -1,0 +1,181 @@
+"""transformers' own answers to requests. Needs torch and transformers 4.49.0.
+
+What torch leaves open is settled as `edge_phi3.generation` promises it, so that all answers can be compared token by
+token:
+
+- Random draws. For sampling, sequence i inverts the cumulative distribution at the next uniform number of
+  ``Philox(key=[seed, i])``. For beam-search sampling, ``Philox(key=[seed, 0])`` gives an exponential number for each
+  continuation whose probability does not vanish.
+- The order of equal scores: the first comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from edge_phi3.generation import API_DEFAULTS
+from tests.golden.generation_data import Answer
+from tests.golden.requests import Request
+
+_TOPK = torch.topk
+
+
+class Reference:
+    """A checkpoint in transformers.
+
+    Args:
+        folder: the checkpoint.
+        tokenizer: what transformers finds stop strings with.
+        rounded: round logits to float16 values, and give each prefix the same logits whatever batch it was computed
+            in. `logits` then holds them.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Any, *, rounded: bool = False) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            folder, torch_dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self.logits: dict[tuple[int, ...], NDArray[np.float16]] = {}
+        self.noise = 0.0
+        self._tokenizer = tokenizer
+        if rounded:
+            self._round()
+        self.model.register_forward_hook(self._disturb)
+
+    def _round(self) -> None:
+        prepare = self.model.prepare_inputs_for_generation
+        rows: list[tuple[int, ...]] = []
+
+        def remember(input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            rows[:] = map(tuple, input_ids.tolist())
+            return prepare(input_ids, **kwargs)
+
+        def replace(_module: Any, _arguments: Any, output: Any) -> Any:
+            for row, prefix in enumerate(rows):
+                if prefix not in self.logits:
+                    self.logits[prefix] = output.logits[row, -1].half().numpy()
+                output.logits[row, -1] = torch.from_numpy(self.logits[prefix]).float()
+            return output
+
+        self.model.prepare_inputs_for_generation = remember
+        self.model.register_forward_hook(replace)
+
+    def _disturb(self, _module: Any, _arguments: Any, output: Any) -> Any:
+        if self.noise:
+            output.logits += self.noise * (2 * torch.rand_like(output.logits) - 1)
+        return output
+
+    def answer(self, request: Request) -> Answer:
+        """Let transformers answer as its pipeline would, with the API's defaults.
+
+        Raises:
+            ValueError: transformers refuses the request.
+            RuntimeError: no token could be drawn.
+        """
+        kwargs = dict(API_DEFAULTS) | request.kwargs
+        seed = kwargs.pop("seed", 0)
+        if kwargs["max_length"] is None:
+            del kwargs["max_length"]
+        kwargs |= {"return_dict_in_generate": True, "output_scores": True}
+        if kwargs.get("stop_strings") is not None:
+            kwargs["tokenizer"] = self._tokenizer
+        prompt = torch.tensor([request.prompt])
+        with torch.inference_mode(), _settled(seed, beams=(kwargs.get("num_beams") or 1) > 1):
+            output = self.model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=GenerationConfig(**self.model.generation_config.to_dict()),
+                **kwargs,
+            )
+        return _read(output, len(request.prompt), request.mode)
+
+    def answer_firmly(self, request: Request, noise: float = 2e-4, times: int = 2) -> Answer | None:
+        """Let transformers answer, and give None where a little noise in the logits changes the tokens."""
+        self.noise = 0.0
+        answer = self.answer(request)
+        try:
+            self.noise = noise
+            same = all(self.answer(request).sequences == answer.sequences for _ in range(times))
+        finally:
+            self.noise = 0.0
+        return answer if same else None
+
+
+@contextlib.contextmanager
+def _settled(seed: int, *, beams: bool) -> Iterator[None]:
+    """Settle what torch leaves open."""
+    streams = [np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))) for i in range(256)]
+    softmax = torch.nn.functional.softmax
+    latest: list[torch.Tensor] = []
+
+    def remember(scores: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        latest[:] = [scores]
+        return softmax(scores, *args, **kwargs)
+
+    def draw(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        if not torch.isfinite(probabilities).all():
+            raise RuntimeError("the probabilities are not finite")
+        if beams:
+            return torch.from_numpy(_without_replacement(latest[0][0].numpy(), num_samples, streams[0]))[None]
+        chosen = []
+        for row, stream in zip(probabilities.double().numpy(), streams, strict=False):
+            reached = np.cumsum(row)
+            chosen.append([int(np.searchsorted(reached, stream.random() * reached[-1], side="right"))])
+        return torch.tensor(chosen)
+
+    with (
+        mock.patch("torch.nn.functional.softmax", remember),
+        mock.patch("torch.multinomial", draw),
+        mock.patch("torch.topk", _topk),
+        mock.patch("torch.sort", functools.partial(torch.sort, stable=True)),
+        mock.patch("torch.argsort", functools.partial(torch.argsort, stable=True)),
+    ):
+        yield
+
+
+def _topk(values: torch.Tensor, k: int, **kwargs: Any) -> Any:
+    """Do what ``torch.topk`` does, the first of equal values first."""
+    best = _TOPK(values, k, **kwargs).values
+    ordered, order = torch.sort(values, dim=-1, descending=True, stable=True)
+    assert torch.equal(best, ordered[..., :k]) or bool(torch.isnan(best).any())
+    return torch.return_types.topk((ordered[..., :k], order[..., :k]))
+
+
+def _without_replacement(scores: NDArray[np.float32], count: int, stream: np.random.Generator) -> NDArray[np.intp]:
+    possible = np.flatnonzero(scores > scores.max() - np.float32(103))
+    keys = scores[possible] - np.log(stream.standard_exponential(len(possible)))
+    drawn = possible[np.argsort(-keys)[:count]]
+    others = np.setdiff1d(np.arange(len(scores)), possible)
+    return np.concatenate((drawn, others[np.argsort(-scores[others], kind="stable")]))[:count]
+
+
+def _read(output: Any, prompt_length: int, mode: str) -> Answer:
+    sequences = output.sequences.tolist()
+    steps = [step.double() for step in output.scores]
+    if mode == "group_beam":
+        return Answer(sequences, output.sequences_scores.tolist())
+    if mode in ("beam", "beam_sample"):
+        scores = [
+            [
+                float(steps[step][row, token])
+                for step, (row, token) in enumerate(zip(rows, sequence[prompt_length:], strict=False))
+                if row >= 0
+            ]
+            for rows, sequence in zip(output.beam_indices.tolist(), sequences, strict=True)
+        ]
+        return Answer(sequences, output.sequences_scores.tolist(), scores)
+    scores, logprobs = [], []
+    for row, sequence in enumerate(sequences):
+        chosen = list(zip(steps, sequence[prompt_length:], strict=True))
+        scores.append([float(step[row, token]) for step, token in chosen])
+        logprobs.append([float(step[row].log_softmax(-1)[token]) for step, token in chosen])
+    return Answer(sequences, None, scores, logprobs)

@@ -1,0 +1,174 @@
+"""Random requests in all decoding modes, with random combinations of parameters, from a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+MODES = ("greedy", "sample", "beam", "beam_sample", "group_beam")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of ``generate()``.
+
+    Attributes:
+        mode: one of `MODES`.
+        prompt: token ids.
+        kwargs: as in the ``generate_kwargs`` of a request.
+    """
+
+    mode: str
+    prompt: list[int]
+    kwargs: dict[str, Any]
+
+
+class RequestMaker:
+    """Makes random requests.
+
+    Args:
+        seed: equal seeds make equal requests.
+        tokens: ids that prompts, bans and biases are drawn from; all above 0.
+        texts: the text of each token id, for stop strings; None for no stop strings.
+        longest_prompt: tokens of the longest prompt.
+        most_new: tokens generated at most.
+        most_beams: beams at most, at least 4.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        tokens: Sequence[int],
+        *,
+        texts: Sequence[str | None] | None = None,
+        longest_prompt: int = 12,
+        most_new: int = 12,
+        most_beams: int = 6,
+    ) -> None:
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._tokens = list(tokens)
+        self._texts = texts
+        self._longest_prompt = longest_prompt
+        self._most_new = most_new
+        self._most_beams = most_beams
+
+    def make(self, mode: str) -> Request:
+        """Make one request of a mode."""
+        prompt = self._some(1 if self._chance(0.1) else self._integer(1, self._longest_prompt))
+        if len(prompt) > 3 and self._chance(0.5):
+            # Repeated n-grams, for what bans or penalises them.
+            prompt = (prompt[: len(prompt) // 2] * 2)[: self._longest_prompt]
+        kwargs: dict[str, Any] = {"do_sample": mode in ("sample", "beam_sample")}
+        kwargs |= self._lengths(len(prompt)) | self._processors(prompt)
+        if mode in ("sample", "beam_sample"):
+            kwargs |= self._warpers() | {"seed": self._integer(0, 2**62)}
+        if mode == "sample":
+            kwargs["num_return_sequences"] = self._integer(1, 4)
+        if mode in ("beam", "beam_sample", "group_beam"):
+            kwargs |= self._beams(mode)
+        elif kwargs.get("num_return_sequences", 1) == 1 and self._chance(0.2):
+            kwargs["encoder_repetition_penalty"] = self._number(0.6, 1.8)
+        return Request(mode, prompt, kwargs)
+
+    def _chance(self, probability: float) -> bool:
+        return bool(self._random.random() < probability)
+
+    def _integer(self, low: int, high: int) -> int:
+        return int(self._random.integers(low, high, endpoint=True))
+
+    def _number(self, low: float, high: float) -> float:
+        return round(float(self._random.uniform(low, high)), 3)
+
+    def _one_of(self, *values: Any) -> Any:
+        return values[self._integer(0, len(values) - 1)]
+
+    def _some(self, count: int) -> list[int]:
+        return [int(token) for token in self._random.choice(self._tokens, count)]
+
+    def _chosen(self, chances: dict[str, tuple[float, Callable[[], Any]]]) -> dict[str, Any]:
+        return {name: make() for name, (chance, make) in chances.items() if self._chance(chance)}
+
+    def _lengths(self, prompt_length: int) -> dict[str, Any]:
+        new = self._integer(1, self._most_new)
+        kwargs: dict[str, Any] = {"max_new_tokens": new} if self._chance(0.5) else {"max_length": prompt_length + new}
+        kwargs |= self._chosen(
+            {
+                "min_length": (0.15, lambda: prompt_length + self._integer(0, new)),
+                "min_new_tokens": (0.15, lambda: self._integer(0, new)),
+                "eos_token_id": (0.8, self._ends),
+                "pad_token_id": (0.2, lambda: self._some(1)[0]),
+            }
+        )
+        if self._texts is not None and self._chance(0.25):
+            kwargs["stop_strings"] = self._stop_strings()
+        return kwargs
+
+    def _ends(self) -> int | list[int]:
+        # Many end tokens, so that short answers of random models do end.
+        return self._some(1)[0] if self._chance(0.3) else self._some(self._integer(1, 10))
+
+    def _stop_strings(self) -> str | list[str]:
+        assert self._texts is not None
+        strings = []
+        for _ in range(self._integer(1, 3)):
+            text = "".join(self._texts[token] or "" for token in self._some(self._integer(1, 2)))
+            start = self._integer(0, max(len(text) - 2, 0))
+            strings.append(text[start : start + self._integer(1, 3)] or "e")
+        return strings[0] if len(strings) == 1 and self._chance(0.5) else strings
+
+    def _phrases(self) -> list[list[int]]:
+        return [self._some(self._integer(1, 3)) for _ in range(self._integer(1, 12))]
+
+    def _processors(self, prompt: list[int]) -> dict[str, Any]:
+        # Phrases that begin with what the prompt ends on take effect at once.
+        likely = [*prompt[-1:], *self._some(1)]
+        chances: dict[str, tuple[float, Callable[[], Any]]] = {
+            "repetition_penalty": (0.25, lambda: self._number(0.6, 1.8)),
+            "no_repeat_ngram_size": (0.25, lambda: self._integer(1, 4)),
+            "encoder_no_repeat_ngram_size": (0.2, lambda: self._integer(1, 3)),
+            "bad_words_ids": (0.25, lambda: [*self._phrases(), likely]),
+            "sequence_bias": (
+                0.25,
+                lambda: [[phrase, self._number(-4, 4)] for phrase in [*self._phrases(), likely]],
+            ),
+            "forced_eos_token_id": (0.1, lambda: self._some(self._integer(1, 2))),
+            "remove_invalid_values": (0.2, lambda: True),
+            "exponential_decay_length_penalty": (0.15, lambda: [self._integer(0, 4), self._number(1.01, 1.5)]),
+            "suppress_tokens": (0.2, lambda: self._some(self._integer(1, 20))),
+            "begin_suppress_tokens": (0.2, lambda: self._some(self._integer(1, 20))),
+            "renormalize_logits": (0.2, lambda: True),
+        }
+        if len(prompt) == 1:
+            chances["forced_bos_token_id"] = (0.3, lambda: self._some(1)[0])
+        return self._chosen(chances)
+
+    def _warpers(self) -> dict[str, Any]:
+        return self._chosen(
+            {
+                "temperature": (0.6, lambda: self._number(0.3, 2.5)),
+                "top_k": (0.6, lambda: self._one_of(0, 1, 3, 5, 20, 50, 1000, None)),
+                "top_p": (0.4, lambda: self._number(0.05, 1.0)),
+                "min_p": (0.2, lambda: self._number(0.0, 0.3)),
+                "typical_p": (0.3, lambda: self._number(0.1, 0.99)),
+                "epsilon_cutoff": (0.2, lambda: self._number(0.001, 0.05)),
+                "eta_cutoff": (0.2, lambda: self._number(0.001, 0.05)),
+            }
+        )
+
+    def _beams(self, mode: str) -> dict[str, Any]:
+        kwargs: dict[str, Any] = {"num_beams": self._integer(2, self._most_beams)}
+        if mode == "group_beam":
+            groups = self._integer(2, self._most_beams // 2)
+            kwargs["num_beam_groups"] = groups
+            kwargs["num_beams"] = groups * self._integer(1, self._most_beams // groups)
+            kwargs["diversity_penalty"] = self._number(0.1, 3.0)
+        kwargs["num_return_sequences"] = self._integer(1, kwargs["num_beams"])
+        return kwargs | self._chosen(
+            {
+                "early_stopping": (0.6, lambda: self._one_of(True, False, "never")),
+                "length_penalty": (0.6, lambda: self._number(-2.0, 3.0)),
+            }
+        )
