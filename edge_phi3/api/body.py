@@ -23,7 +23,7 @@ _JSON_NAMES = {
     "array": "a list",
     "null": "null",
 }
-_MISMATCH = re.compile(r"Expected `(?P<expected>.+?)`(?:, got `(?P<got>.+?)`)?")
+_MISMATCH = re.compile(r"Expected `(?P<expected>.+?)`(?P<bound>[^,]*)(?:, got `(?P<got>.+?)`)?")
 _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
@@ -74,7 +74,7 @@ def _explain(message: str, type_: type[msgspec.Struct]) -> str:
     if mismatch := _MISMATCH.search(what):
         allowed = " or ".join(_JSON_NAMES.get(name, name) for name in mismatch["expected"].split(" | "))
         got = f", but is {_JSON_NAMES.get(mismatch['got'], mismatch['got'])}" if mismatch["got"] else ""
-        return f"{subject} must be {allowed}{got}."
+        return f"{subject} must be {allowed}{mismatch['bound']}{got}."
     return f"{subject}: {what}."
 
 

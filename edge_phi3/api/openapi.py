@@ -207,8 +207,9 @@ _REQUEST_ID: JSON = {
     "name": "X-Request-Id",
     "in": "header",
     "required": False,
-    "description": "What logs call the request; made by the service when absent, and returned.",
-    "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:/+=@-]{1,128}$"},
+    "description": "What logs call the request: 1 to 128 letters, digits and any of `._:/+=@-`. Made by the service when "
+    "it is absent or anything else, and returned.",
+    "schema": {"type": "string"},
 }
 _PROMETHEUS_CONTENT: JSON = {
     "text/plain": {"schema": {"type": "string"}},

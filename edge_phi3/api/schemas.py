@@ -153,7 +153,7 @@ class TokenizeResponse(Struct):
 class DetokenizeRequest(Struct, forbid_unknown_fields=True):
     """Tokens to be turned into text."""
 
-    tokens: list[int]
+    tokens: list[Annotated[int, Meta(ge=0)]]
     skip_special_tokens: Annotated[bool, Meta(description="Leave out special tokens.")] = False
 
 

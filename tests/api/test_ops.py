@@ -102,7 +102,7 @@ def test_text_goes_to_tokens_and_back(api: Running) -> None:
     assert "<|user|>" not in text
 
 
-@pytest.mark.parametrize("token", [-1, 10**9, 2**70])
+@pytest.mark.parametrize("token", [-1, 10**6, 2**70])
 def test_a_token_that_does_not_exist_is_refused(api: Running, token: int) -> None:
     response = api.client.post("/detokenize", json={"tokens": [1, token]})
     assert response.status_code == 400
