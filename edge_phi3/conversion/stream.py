@@ -58,14 +58,16 @@ def append_tensors(
             for chunk in _chunks(tensor, workers):
                 _write_all(file.write, chunk.data.cast("B"))
                 done += chunk.nbytes
-                # The disk works while later chunks are converted; else it would begin when the last one is
-                # there.
+                # The disk works while later chunks are converted; else it would begin when the last one is there.
                 if done - flushed >= _FLUSH_BYTES and flush.done():
+                    flush.result()
                     flushed = done
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
                     progress(ConversionProgress(tensor.name, done, total))
             _write_all(file.write, _padding(file.tell()))
+        # The system tells of a failed write once: whoever syncs later would not hear of it.
+        flush.result()
 
 
 def _chunks(tensor: PlannedTensor, workers: concurrent.futures.Executor) -> Iterator[NDArray[Any]]:
