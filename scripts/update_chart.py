@@ -1,0 +1,153 @@
+"""Write the parts of the Helm chart that follow from other files: README.md's table and the schema of serve.options.
+
+The table is made from values.yaml, whose comments stand above the values that they describe. The schema of the
+service's options is made from `edge_phi3.settings`, and that of quantisations from the list that `edge-phi3 quantize`
+knows, so that a wrong option fails when a release is installed.
+
+Usage: python scripts/update_chart.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
+from edge_phi3.files import atomic_output
+from edge_phi3.settings import Settings
+from edge_phi3.settings_text import key_of
+
+CHART = Path(__file__).resolve().parents[1] / "helm" / "edge-phi3"
+BEGIN, END = "<!-- values: made by scripts/update_chart.py -->", "<!-- end of values -->"
+
+SET_BY_THE_CHART = frozenset({"model", "quant", "store", "port", "grace_period", "api_key", "api_key_file"})
+"""Options that other values of the chart give, or that its objects rely on."""
+
+_KEY = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?P<rest>.*)")
+
+
+class ChartError(Exception):
+    """values.yaml cannot be turned into a table."""
+
+
+def rows(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Give the path, default and description of each value that has a comment, in the file's order.
+
+    Raises:
+        ChartError: a value has no comment, nor has the map that it is in.
+    """
+    values = yaml.safe_load(text)
+    comment: list[str] = []
+    parents: list[str] = []
+    described: str | None = None
+    for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            comment.append(line.lstrip()[1:].strip())
+        elif match := _KEY.fullmatch(line):
+            depth = len(match["indent"]) // 2
+            parents[depth:] = [match["key"]]
+            path = ".".join(parents)
+            if described is not None and path.startswith(described + "."):
+                continue
+            described = None
+            if comment:
+                described = path
+                yield path, _at(values, parents), " ".join(comment)
+            elif not isinstance(_at(values, parents), dict) or match["rest"]:
+                raise ChartError(f"{path} in values.yaml has no comment above it.")
+            comment = []
+        elif not line.strip():
+            comment = []
+
+
+def _at(values: Any, path: list[str]) -> Any:
+    for key in path:
+        values = values[key]
+    return values
+
+
+def table(text: str) -> str:
+    """Give the table of values as Markdown."""
+    lines = ["| value | default | what it is |", "| --- | --- | --- |"]
+    for path, default, description in rows(text):
+        shown = json.dumps(default, ensure_ascii=False).replace("|", "\\|")
+        lines.append(f"| `{path}` | `{shown}` | {description.replace('|', '&#124;')} |")
+    return "\n".join(lines)
+
+
+def options_schema() -> dict[str, Any]:
+    """Give the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
+    described = Settings.model_json_schema()["properties"]
+    properties = {key_of(name): _flag_schema(described[name]) for name in described if name not in SET_BY_THE_CHART}
+    return {
+        "type": "object",
+        "description": "Options of `edge-phi3 serve`, by flag.",
+        "additionalProperties": False,
+        "properties": dict(sorted(properties.items())),
+    }
+
+
+def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
+    taken = [{key: kind[key] for key in _KEPT if key in kind} for kind in kinds]
+    for kind in taken:
+        if kind["type"] == "array":
+            # A repeatable flag: the service reads each text as it reads it from the command line.
+            kind["items"] = {"type": "string", "minLength": 1}
+    schema = taken[0] if len(taken) == 1 else {"anyOf": taken}
+    return {"description": field["description"], **schema}
+
+
+_KEPT = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
+
+
+def updated_schema(text: str) -> str:
+    """Give values.schema.json with the parts that follow from the service."""
+    schema = json.loads(text)
+    schema["properties"]["serve"]["properties"]["options"] = options_schema()
+    schema["properties"]["model"]["properties"]["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def updated_readme(text: str, values: str) -> str:
+    """Give README.md with the table of `values`.
+
+    Raises:
+        ChartError: the README has not the two marks that the table stands between.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ChartError(f"README.md lacks the marks {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n\n{table(values)}\n\n{END}{after}"
+
+
+def main() -> int:
+    """Write the files, or with ``--check`` only say whether they are up to date."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
+    check = parser.parse_args().check
+    readme, schema = CHART / "README.md", CHART / "values.schema.json"
+    values = (CHART / "values.yaml").read_text(encoding="utf-8")
+    wanted = {
+        readme: updated_readme(readme.read_text(encoding="utf-8"), values),
+        schema: updated_schema(schema.read_text(encoding="utf-8")),
+    }
+    stale = [path for path, text in wanted.items() if path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"{path.name} {'is out of date; run scripts/update_chart.py' if check else 'was updated'}.")
+        if not check:
+            with atomic_output(path, force=True) as temporary:
+                temporary.write_text(wanted[path], encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

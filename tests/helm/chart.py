@@ -1,0 +1,149 @@
+"""The chart, rendered by Helm's own engine, and the objects that come out."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helm_python
+import kubernetes_validate
+import yaml
+from jsonschema.validators import Draft202012Validator
+from kubernetes_validate.utils import schema_contents
+from referencing import Registry, Resource
+
+from tests.helm.custom_resources import CUSTOM_RESOURCES
+
+Object = dict[str, Any]
+
+CHART = Path(__file__).resolve().parents[2] / "helm" / "edge-phi3"
+EXAMPLES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
+
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def values_of(path: Path) -> Object:
+    """Read the values of an example."""
+    return yaml.load(path.read_text(encoding="utf-8"), _SafeLoader) or {}
+
+
+def header_of(path: Path, key: str) -> str | None:
+    """Give what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"# {key}: "):
+            return line.removeprefix(f"# {key}: ")
+    return None
+
+
+@functools.cache
+def loaded() -> helm_python.Chart:
+    """Load the chart, once."""
+    return helm_python.Chart.load(CHART)
+
+
+def render_texts(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> dict[str, str]:
+    """Render the chart: template -> text. Values that the schema refuses raise."""
+    chart = loaded()
+    chart.validate_schema(values or {})
+    return {
+        path.removeprefix("edge-phi3/templates/"): text
+        for path, text in chart.render(values or {}, name=name, namespace=namespace).items()
+    }
+
+
+def render(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> list[Object]:
+    """Render the chart's objects, hooks and tests among them."""
+    return [
+        obj
+        for path, text in render_texts(values, name, namespace).items()
+        if not path.endswith("NOTES.txt")
+        for obj in yaml.load_all(text, _SafeLoader)
+        if obj
+    ]
+
+
+def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:
+    """Give the objects of a kind whose names end in `suffix`."""
+    return [obj for obj in objects if obj["kind"] == kind and obj["metadata"]["name"].endswith(suffix)]
+
+
+def deployment(objects: list[Object]) -> Object:
+    """Give the one Deployment."""
+    (found,) = of_kind(objects, "Deployment")
+    return found
+
+
+def server(objects: list[Object]) -> Object:
+    """Give the container of the service."""
+    (found,) = [c for c in deployment(objects)["spec"]["template"]["spec"]["containers"] if c["name"] == "edge-phi3"]
+    return found
+
+
+def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
+    """Give each pod or pod template with its object's name."""
+    for obj in objects:
+        if obj["kind"] == "Pod":
+            yield obj["metadata"]["name"], obj
+        elif "template" in obj.get("spec", {}):
+            yield obj["metadata"]["name"], obj["spec"]["template"]
+
+
+def containers(pod: Object) -> list[Object]:
+    """Give all containers of a pod, init containers first."""
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def environment(container: Object) -> dict[str, str]:
+    """Give the plain environment of a container."""
+    return {item["name"]: item["value"] for item in container.get("env", []) if "value" in item}
+
+
+@functools.cache
+def _validator(kubernetes: str, kind: str, api_version: str) -> Draft202012Validator:
+    if api_version in CUSTOM_RESOURCES.get(kind, {}):
+        return Draft202012Validator(CUSTOM_RESOURCES[kind][api_version])
+    # The names that kubernetes-validate gives its files; its own `validate` reads them anew each time, seconds in all.
+    group, _, version = api_version.rpartition("/")
+    suffix = f"{group.split('.')[0]}-{version}" if group else version
+    folder = f"kubernetes-json-schema/v{kubernetes}.0-local-strict"
+    schema = schema_contents(f"{folder}/{kind.lower()}-{suffix}.json", kubernetes)
+    registry: Registry[Any] = _definitions(folder, kubernetes) @ Registry()
+    return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ registry)
+
+
+@functools.cache
+def _definitions(folder: str, kubernetes: str) -> Resource[Any]:
+    return Resource.from_contents(schema_contents(f"{folder}/_definitions.json", kubernetes))
+
+
+def schema_errors(obj: Object, kubernetes: str) -> list[str]:
+    """Check an object against the strict schema of a Kubernetes version, or of its custom resource."""
+    try:
+        validator = _validator(kubernetes, obj["kind"], obj["apiVersion"])
+    except FileNotFoundError:
+        return [f"Kubernetes {kubernetes} has no {obj['apiVersion']} {obj['kind']}"]
+    return [
+        f"{obj['kind']} {obj['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}"
+        for error in validator.iter_errors(obj)
+    ]
+
+
+def oldest_kubernetes() -> str:
+    """Give the oldest version that Chart.yaml allows, as "1.27"."""
+    constraint = str(loaded().metadata["kubeVersion"])
+    return ".".join(constraint.removeprefix(">=").split(".")[:2])
+
+
+def app_version() -> str:
+    """Give the version of the service that the chart installs."""
+    return str(loaded().metadata["appVersion"])
+
+
+def dashboard() -> Object:
+    """Read the Grafana dashboard."""
+    read: Object = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
+    return read

@@ -1,0 +1,213 @@
+"""What must hold of the chart's objects, whatever the values."""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from edge_phi3.api.app import create_app
+from edge_phi3.cli import app
+from edge_phi3.settings import Settings
+from edge_phi3.settings_text import key_of
+from tests.helm.chart import Object, containers, deployment, environment, of_kind, pods, server
+from tests.helm.restricted import violations
+
+DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
+
+
+def check_all(objects: list[Object], *, is_restricted: bool = True) -> None:
+    """Check everything in this module."""
+    check_names(objects)
+    check_selectors(objects)
+    check_references(objects)
+    check_ports_and_routes(objects)
+    check_stopping(objects)
+    check_no_credentials(objects)
+    check_gpus(objects)
+    found = [f"{name}: {text}" for name, pod in pods(objects) for text in violations(pod)]
+    if is_restricted:
+        assert not found
+    else:
+        assert found, "this is said not to be restricted, but is"
+
+
+def check_names(objects: list[Object]) -> None:
+    """No two objects are the same one; names and labels are allowed ones."""
+    keys = [(obj["apiVersion"], obj["kind"], obj["metadata"]["name"]) for obj in objects]
+    assert len(keys) == len(set(keys)), keys
+    for obj in objects:
+        metadata = obj["metadata"]
+        # Service accounts may be called what their owner likes; everything else follows the release's name.
+        allowed = DNS_SUBDOMAIN if obj["kind"] == "ServiceAccount" else DNS_LABEL
+        assert allowed.fullmatch(metadata["name"]), metadata["name"]
+        assert metadata["namespace"], metadata["name"]
+        for value in metadata.get("labels", {}).values():
+            assert LABEL_VALUE.fullmatch(value), value
+    for _, pod in pods(objects):
+        names = [container["name"] for container in containers(pod)]
+        assert len(names) == len(set(names)), names
+
+
+def check_selectors(objects: list[Object]) -> None:
+    """Service, budget, policy, pool and constraints select the service's pods, and never those of a test or a job."""
+    template = deployment(objects)["spec"]["template"]
+    labels = template["metadata"]["labels"]
+    others = [pod["metadata"]["labels"] for name, pod in pods(objects) if pod is not template]
+    for selector in _selectors(objects):
+        assert selector, "an empty selector selects everything"
+        assert selector.items() <= labels.items()
+        assert not any(selector.items() <= other.items() for other in others)
+    for policy in of_kind(objects, "NetworkPolicy", "-prepare"):
+        assert any(policy["spec"]["podSelector"]["matchLabels"].items() <= other.items() for other in others)
+    service_labels = of_kind(objects, "Service")[0]["metadata"]["labels"]
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service_labels.items()
+
+
+def _selectors(objects: list[Object]) -> Iterator[dict[str, str]]:
+    yield deployment(objects)["spec"]["selector"]["matchLabels"]
+    for constraint in deployment(objects)["spec"]["template"]["spec"].get("topologySpreadConstraints", []):
+        yield constraint["labelSelector"]["matchLabels"]
+    for obj in objects:
+        if obj["kind"] == "Service":
+            yield obj["spec"]["selector"]
+        elif obj["kind"] in {"PodDisruptionBudget", "InferencePool"}:
+            yield obj["spec"]["selector"]["matchLabels"]
+        elif obj["kind"] == "NetworkPolicy" and not obj["metadata"]["name"].endswith("-prepare"):
+            yield obj["spec"]["podSelector"]["matchLabels"]
+
+
+def check_references(objects: list[Object]) -> None:
+    """What an object names and the chart makes, is there; what a container mounts, its pod has."""
+    made = {(obj["kind"], obj["metadata"]["name"]) for obj in objects}
+    own = deployment(objects)["metadata"]["name"]
+
+    def exists(kind: str, name: str) -> None:
+        if name == own or name.startswith(f"{own}-"):
+            assert (kind, name) in made, f"{kind} {name} is named but not made"
+
+    for _, pod in pods(objects):
+        volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+        mounted = {mount["name"] for container in containers(pod) for mount in container.get("volumeMounts", [])}
+        assert mounted <= set(volumes), mounted - set(volumes)
+        assert set(volumes) - mounted <= {"scripts"}, "a volume that nothing mounts"
+        for volume in volumes.values():
+            if "persistentVolumeClaim" in volume:
+                exists("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+            if "configMap" in volume:
+                exists("ConfigMap", volume["configMap"]["name"])
+            if "secret" in volume:
+                exists("Secret", volume["secret"]["secretName"])
+        for claim in pod["spec"].get("resourceClaims", []):
+            exists("ResourceClaimTemplate", claim["resourceClaimTemplateName"])
+        exists("ServiceAccount", pod["spec"].get("serviceAccountName", ""))
+    for obj in objects:
+        target = obj.get("spec", {}).get("scaleTargetRef")
+        assert target is None or target["name"] == own
+        for rule in obj["spec"].get("rules", []) if obj["kind"] == "HTTPRoute" else []:
+            for backend in rule["backendRefs"]:
+                exists(backend.get("kind", "Service"), backend["name"])
+
+
+@functools.cache
+def routes() -> frozenset[str]:
+    """Give the paths that the service answers."""
+
+    def load(_: object) -> Any:
+        raise NotImplementedError
+
+    application = create_app(Settings(), load)
+    inner = next(value for value in vars(application).values() if hasattr(value, "routes"))
+    return frozenset(route.path for route in inner.routes)
+
+
+def check_ports_and_routes(objects: list[Object]) -> None:
+    """Services, probes and monitors lead to a port that the container has, and to paths that the service answers."""
+    container = server(objects)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert str(ports["http"]) == _option(container["args"], "--port")
+    for name in ("startupProbe", "livenessProbe", "readinessProbe"):
+        get = container[name]["httpGet"]
+        assert get["port"] in ports
+        assert get["path"] in routes()
+    service = of_kind(objects, "Service")[0]["spec"]["ports"]
+    assert all(port["targetPort"] in ports for port in service)
+    names = {port["name"] for port in service}
+    for monitor in of_kind(objects, "ServiceMonitor"):
+        for endpoint in monitor["spec"]["endpoints"]:
+            assert endpoint["port"] in names
+            assert endpoint["path"] in routes()
+    for pool in of_kind(objects, "InferencePool"):
+        assert [port["number"] for port in pool["spec"]["targetPorts"]] == [ports["http"]]
+    for policy in of_kind(objects, "NetworkPolicy"):
+        for rule in policy["spec"]["ingress"]:
+            assert all(port["port"] in ports for port in rule["ports"])
+    for ingress in of_kind(objects, "Ingress"):
+        for rule in ingress["spec"]["rules"]:
+            assert all(path["backend"]["service"]["port"]["name"] in names for path in rule["http"]["paths"])
+
+
+def check_stopping(objects: list[Object]) -> None:
+    """A pod has time to drain, and an update never waits for a second GPU."""
+    spec = deployment(objects)["spec"]
+    pod = spec["template"]["spec"]
+    container = server(objects)
+    delay = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])[1]
+    assert pod["terminationGracePeriodSeconds"] > float(_option(container["args"], "--grace-period")) + float(delay)
+    strategy = spec["strategy"]
+    assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
+
+
+def check_no_credentials(objects: list[Object]) -> None:
+    """No pod has a token of the cluster, and the service's container none of the Hub once the model is prepared."""
+    for _, pod in pods(objects):
+        assert pod["spec"]["automountServiceAccountToken"] is False
+        assert pod["spec"]["enableServiceLinks"] is False
+    spec = deployment(objects)["spec"]["template"]["spec"]
+    prepared = any(c["name"] == "prepare" for c in spec.get("initContainers", [])) or of_kind(objects, "Job")
+    if prepared:
+        container = server(objects)
+        assert not any(item["name"] == "HF_TOKEN" for item in container["env"])
+        assert environment(container)["HF_HUB_OFFLINE"] == "1"
+        (mount,) = [mount for mount in container["volumeMounts"] if mount["name"] == "models"]
+        assert mount["readOnly"] is True
+
+
+def check_gpus(objects: list[Object]) -> None:
+    """Only the service's container asks for GPUs, and containers that ask for none see none."""
+    for _, pod in pods(objects):
+        for container in containers(pod):
+            resources = container.get("resources", {})
+            asks = any("/" in name for name in resources.get("limits", {}))
+            if container["name"] != "edge-phi3":
+                assert not asks
+                assert not resources.get("claims")
+            if container["name"] in {"edge-phi3", "prepare", "ask"}:
+                assert environment(container).get("NVIDIA_VISIBLE_DEVICES") == (None if asks else "void")
+
+
+def check_service_options(objects: list[Object], options: Object, keys: Path) -> None:
+    """The real command line reads the container's arguments, and comes to the values that were given."""
+    arguments = [keys.as_posix() if arg.startswith("/etc/edge-phi3/keys/") else arg for arg in server(objects)["args"]]
+    assert arguments[0] == "serve"
+    result = CliRunner().invoke(app, [*arguments, "--print-config"], env=environment(server(objects)))
+    assert result.exit_code == 0, result.stderr
+    read = tomllib.loads(result.stdout)
+    expected = Settings.model_validate({name.replace("-", "_"): value for name, value in options.items()})
+    dumped = expected.model_dump()
+    for name in options:
+        value = dumped[name.replace("-", "_")]
+        assert read[key_of(name)] == (list(value) if isinstance(value, tuple) else value), name
+    assert read["model"] == arguments[1]
+
+
+def _option(arguments: list[str], flag: str) -> str:
+    return arguments[arguments.index(flag) + 1]

@@ -1,0 +1,236 @@
+"""The chart renders to valid objects: as it stands, and with every example under ci/."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import helm_python
+import pytest
+
+from edge_phi3 import __version__
+from edge_phi3.catalog.reference import HubCheckpoint, parse_reference
+from tests.helm.chart import (
+    CHART,
+    EXAMPLES,
+    NEWEST,
+    Object,
+    app_version,
+    containers,
+    deployment,
+    environment,
+    header_of,
+    loaded,
+    of_kind,
+    oldest_kubernetes,
+    render,
+    render_texts,
+    schema_errors,
+    server,
+    values_of,
+)
+from tests.helm.invariants import check_all, check_service_options
+
+examples = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """A file of API keys, where the Secret's would be."""
+    path = tmp_path / "api-keys"
+    path.write_text("key\n")
+    return path
+
+
+@examples
+def test_lint_finds_nothing(example: Path) -> None:
+    report = helm_python.lint(CHART, values_of(example), strict=True)
+    assert report["errors"] == []
+    # Severity 1 is information: a chart without an icon.
+    assert [message for message in report["messages"] if message["severity"] > 1] == []
+
+
+@examples
+def test_objects_are_valid_in_the_oldest_and_the_newest_kubernetes(example: Path) -> None:
+    oldest = header_of(example, "kubernetes")
+    assert oldest is not None, "an example says from which Kubernetes on it works"
+    objects = render(values_of(example))
+    for version in (oldest, NEWEST):
+        assert [error for obj in objects for error in schema_errors(obj, version)] == []
+
+
+def test_examples_span_the_supported_versions() -> None:
+    assert header_of(EXAMPLES["defaults"], "kubernetes") == oldest_kubernetes()
+    objects = render(values_of(EXAMPLES["dra"]))
+    assert [error for obj in objects for error in schema_errors(obj, "1.33")], "the checks see what is too new"
+
+
+@examples
+@pytest.mark.parametrize("release", ["edge-phi3", "r", "a-release-name-of-the-53-characters-that-helm-allows-x"])
+def test_what_must_hold(example: Path, release: str) -> None:
+    is_restricted = header_of(example, "restricted") != "false"
+    check_all(render(values_of(example), name=release), is_restricted=is_restricted)
+
+
+@examples
+def test_the_service_understands_its_arguments(example: Path, keys: Path) -> None:
+    values = values_of(example)
+    options = values.get("serve", {}).get("options", {})
+    check_service_options(render(values), {"log-format": "json", **options}, keys)
+
+
+def test_defaults_serve_phi_3_mini_on_one_gpu() -> None:
+    objects = render()
+    args = server(objects)["args"]
+    assert args[1] == "phi-3-mini-4k-instruct"
+    assert args[args.index("--quant") + 1] == "Q4_K_M"
+    assert isinstance(parse_reference(args[1]), HubCheckpoint)
+    assert server(objects)["resources"] == {"limits": {"nvidia.com/gpu": 1}}
+    assert deployment(objects)["spec"]["replicas"] == 1
+    (service,) = of_kind(objects, "Service")
+    assert [port["port"] for port in service["spec"]["ports"]] == [80]
+    (claim,) = of_kind(objects, "PersistentVolumeClaim")
+    assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_cpu_pods_ask_for_no_gpu_and_take_the_cpu_image() -> None:
+    objects = render({"gpu": {"enabled": False}})
+    assert "resources" not in server(objects)
+    assert server(objects)["image"] == f"edge-phi3:{app_version()}-cpu"
+    assert "nodeSelector" not in deployment(objects)["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        ({}, f"edge-phi3:{__version__}-cuda"),
+        ({"registry": "r.example:5000/ai/", "tag": "1.2"}, "r.example:5000/ai/edge-phi3:1.2"),
+        ({"repository": "a/b", "tag": "x", "digest": "sha256:" + "0" * 64}, "a/b@sha256:" + "0" * 64),
+    ],
+)
+def test_image(image: Object, expected: str) -> None:
+    objects = render({"image": image})
+    pod = deployment(objects)["spec"]["template"]
+    assert {container["image"] for container in containers(pod)} == {expected}
+
+
+def test_versions_agree() -> None:
+    assert app_version() == __version__
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"name": "microsoft/Phi-3-mini-4k-instruct", "revision": "abc"}, "microsoft/Phi-3-mini-4k-instruct@abc"),
+        ({"name": "o/n/sub/file.gguf", "revision": "v1"}, "o/n@v1/sub/file.gguf"),
+        ({"name": "o/n"}, "o/n"),
+        ({"name": "demo"}, "demo"),
+    ],
+)
+def test_model_references_are_those_of_the_catalog(model: Object, expected: str) -> None:
+    objects = render({"model": model})
+    args = server(objects)["args"]
+    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    assert args[1] == expected
+    assert prepare["command"][:3] == ["edge-phi3", "pull", expected]
+    parse_reference(expected)
+
+
+def test_only_pods_that_fetch_may_reach_out() -> None:
+    def egress(example: str, suffix: str = "") -> list[Object]:
+        policies = of_kind(render(values_of(EXAMPLES[example])), "NetworkPolicy")
+        (policy,) = [p for p in policies if p["metadata"]["name"].endswith("-prepare") == bool(suffix)]
+        found: list[Object] = policy["spec"]["egress"]
+        return found
+
+    assert {port["port"] for rule in egress("defaults") for port in rule["ports"]} == {53, 443}
+    assert egress("air-gapped-claim") == egress("image-volume") == egress("cpu-demo") == []
+    assert egress("air-gapped-checkpoint") == egress("air-gapped-checkpoint", "-prepare") == []
+    assert egress("url")[1] == {
+        "ports": [{"port": 8443, "protocol": "TCP"}],
+        "to": [{"ipBlock": {"cidr": "192.0.2.10/32"}}],
+    }
+    job = {"model": {"prepare": {"mode": "job"}}, "storage": {"type": "existingClaim", "existingClaim": "c"}}
+    serving, preparing = of_kind(render(job), "NetworkPolicy")
+    assert serving["spec"]["egress"] == []
+    assert preparing["spec"]["egress"]
+
+
+def test_the_job_comes_before_the_pods_and_takes_no_gpu() -> None:
+    values = {"model": {"url": "https://h.example/m.gguf", "sha256": "0" * 64, "prepare": {"mode": "job"}}}
+    objects = render(values | {"storage": {"type": "existingClaim", "existingClaim": "c"}})
+    (job,) = of_kind(objects, "Job")
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    weights = {
+        obj["kind"]: int(obj["metadata"]["annotations"]["helm.sh/hook-weight"])
+        for obj in [*of_kind(objects, "ConfigMap"), *of_kind(objects, "NetworkPolicy", "-prepare"), job]
+    }
+    assert weights["ConfigMap"] < weights["Job"]
+    assert weights["NetworkPolicy"] < weights["Job"]
+    assert "initContainers" not in deployment(objects)["spec"]["template"]["spec"]
+
+
+def test_the_token_reaches_only_the_container_that_fetches() -> None:
+    (prepare,) = deployment(objects := render(values_of(EXAMPLES["mirror-token"])))["spec"]["template"]["spec"][
+        "initContainers"
+    ]
+    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub-token", "key": "HF_TOKEN"}}}
+    assert token in prepare["env"]
+    assert environment(prepare)["HF_ENDPOINT"] == "https://hub.site.example"
+    assert token not in server(objects)["env"]
+    serving = server(render(values_of(EXAMPLES["mirror-token"]) | {"model": {"prepare": {"mode": "none"}}}))
+    assert not [mount for mount in serving["volumeMounts"] if mount["name"] == "models" and mount.get("readOnly")]
+
+
+def test_changed_keys_restart_the_pods() -> None:
+    def template(*keys: str) -> Object:
+        found: Object = deployment(render({"auth": {"keys": list(keys)}}))["spec"]["template"]
+        return found
+
+    assert template("a") == template("a") != template("b")
+
+
+@pytest.mark.parametrize(
+    ("values", "lines"),
+    [
+        ({}, ["port-forward service/edge-phi3 8080:80", "curl -X POST http://127.0.0.1:8080/chat"]),
+        ({"service": {"port": 9000}}, ["8080:9000", "http://edge-phi3.ai.svc:9000/chat"]),
+        (
+            values_of(EXAMPLES["public"]),
+            ["https://phi3.example.com/chat", "X-API-Key: $(kubectl", 'index .data "api-keys"'],
+        ),
+        (values_of(EXAMPLES["scaled"]), ["http://phi3.example.com/chat"]),
+        (values_of(EXAMPLES["host-path"]), ["restricted Pod Security Standard does not allow"]),
+        (values_of(EXAMPLES["time-sliced"]), ["ReadWriteOnce: all pods must run on one node"]),
+    ],
+)
+def test_notes(values: Object, lines: list[str]) -> None:
+    notes = render_texts(values)["NOTES.txt"]
+    for line in lines:
+        assert line in notes
+
+
+def test_package_and_show(tmp_path: Path) -> None:
+    archive = helm_python.package(CHART, destination=tmp_path)
+    assert Path(archive).name == f"edge-phi3-{loaded().version}.tgz"
+    with helm_python.Chart.load(archive) as packaged:
+        assert packaged.values == loaded().values
+        assert packaged.schema == loaded().schema
+        names = {file["name"] for file in packaged.files}
+        assert {"README.md", "files/fetch_model.py", "files/dashboard.json"} <= names
+        assert not [name for name in names if name.startswith("ci/")]
+        assert packaged.render({}, name="a", namespace="b") == loaded().render({}, name="a", namespace="b")
+
+
+def test_readme_and_schema_are_up_to_date() -> None:
+    script = CHART.parents[1] / "scripts" / "update_chart.py"
+    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_value_is_used_by_a_template() -> None:
+    templates = "\n".join(template["data"] for template in loaded().templates)
+    unused = [key for key in loaded().values if f".Values.{key}" not in templates and f"$v.{key}" not in templates]
+    # Looked up by name in a loop over both autoscalers, or checked above through the objects that it makes.
+    assert unused == []
