@@ -15,6 +15,10 @@ from edge_phi3.api.auth import rate_limits
 from edge_phi3.api.chat import chat
 from edge_phi3.api.errors import EXCEPTION_HANDLERS
 from edge_phi3.api.exchange import ExchangeLog
+from edge_phi3.api.openai.chat import chat_completions
+from edge_phi3.api.openai.completions import completions
+from edge_phi3.api.openai.errors import EXCEPTION_HANDLERS as OPENAI_EXCEPTION_HANDLERS
+from edge_phi3.api.openai.models import list_models, show_model
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.settings import Settings
 
@@ -47,6 +51,14 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
         middleware=rate_limits(settings.rate_limit, service.keys),
     )
 
+    openai_routes = Router(
+        "/",
+        route_handlers=[chat_completions, completions, list_models, show_model],
+        guards=service.keys.guards(),
+        middleware=rate_limits(settings.rate_limit, service.keys),
+        exception_handlers=OPENAI_EXCEPTION_HANDLERS,
+    )
+
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
         service.start()
@@ -54,7 +66,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
         service.close()
 
     app = Litestar(
-        route_handlers=[open_routes, guarded_routes],
+        route_handlers=[open_routes, guarded_routes, openai_routes],
         dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],

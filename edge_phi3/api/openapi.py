@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
 from edge_phi3 import __version__
 from edge_phi3.api import schemas
+from edge_phi3.api.openai import schemas as openai_schemas
 from edge_phi3.api.parameter_docs import generate_kwargs_schema
 
 JSON = dict[str, Any]
@@ -16,6 +18,7 @@ JSON = dict[str, Any]
 _ERRORS = {
     400: "The request is wrong; the sentence names the field and what is allowed.",
     401: "The service needs an API key (only where keys are set).",
+    404: "No model of this name is served.",
     413: "The body is larger than --max-body-size.",
     415: "The body is not said to be JSON.",
     429: "The queue is full, or the rate limit is reached; Retry-After tells when to try again.",
@@ -77,8 +80,7 @@ def openapi_document() -> bytes:
 
 
 def _document() -> JSON:
-    types = [value for value in vars(schemas).values() if isinstance(value, type) and issubclass(value, msgspec.Struct)]
-    types.remove(msgspec.Struct)
+    types = [*_structs(schemas), *_structs(openai_schemas)]
     _, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     components["GenerateKwargs"] = generate_kwargs_schema()
     kwargs = components["ChatRequest"]["properties"]["generate_kwargs"]
@@ -106,6 +108,14 @@ def _document() -> JSON:
     }
 
 
+def _structs(module: ModuleType) -> list[type[msgspec.Struct]]:
+    return [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, msgspec.Struct) and value.__module__ == module.__name__
+    ]
+
+
 def _paths() -> JSON:
     chat = _post("chat", "Continue a prompt or a conversation.", "ChatRequest", "ChatResponse", _GENERATION_ERRORS)
     chat["requestBody"]["content"]["application/json"]["examples"] = _CHAT_EXAMPLES
@@ -114,6 +124,22 @@ def _paths() -> JSON:
     answer["description"] = f"The answer. {_STREAM_TEXT}"
     return {
         "/chat": {"post": chat},
+        "/v1/chat/completions": {
+            "post": _openai_post(
+                "chatCompletions", "Continue a conversation (OpenAI's API).", "ChatCompletionRequest", "ChatCompletion"
+            )
+        },
+        "/v1/completions": {
+            "post": _openai_post(
+                "completions", "Continue prompts (OpenAI's API).", "CompletionRequest", "Completion"
+            )
+        },
+        "/v1/models": {
+            "get": _openai_get("listModels", "Which models are served? (OpenAI's API)", "ModelList", (401, 503))
+        },
+        "/v1/models/{name}": {
+            "get": _openai_get("showModel", "Describe the model (OpenAI's API).", "Model", (401, 404, 503), "name")
+        },
         "/tokenize": {
             "post": _post(
                 "tokenize", "Split a text into tokens.", "TokenizeRequest", "TokenizeResponse", _TOKEN_ERRORS
@@ -151,7 +177,7 @@ def _post(name: str, summary: str, request: str, response: str, errors: tuple[in
         "operationId": name,
         "summary": summary,
         "tags": ["text"],
-        "security": [{}, {"bearer": []}, {"key": []}],
+        "security": _SECURITY,
         "parameters": [_REQUEST_ID],
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
         "responses": {"200": _response("The answer.", response)} | _errors({code: _ERRORS[code] for code in errors}),
@@ -166,6 +192,26 @@ def _get(name: str, summary: str, response: str, errors: dict[int, str] | None =
         "parameters": [_REQUEST_ID],
         "responses": {"200": _response("Yes." if errors else "The answer.", response)} | _errors(errors or {}),
     }
+
+
+def _openai_post(name: str, summary: str, request: str, response: str) -> JSON:
+    operation = _post(name, summary, request, response, _GENERATION_ERRORS)
+    for code in _GENERATION_ERRORS:
+        operation["responses"][str(code)]["content"]["application/json"]["schema"] = _ref("OpenAIError")
+    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return operation
+
+
+def _openai_get(name: str, summary: str, response: str, errors: tuple[int, ...], parameter: str = "") -> JSON:
+    operation = _get(name, summary, response, {code: _ERRORS[code] for code in errors})
+    operation |= {"tags": ["text"], "security": _SECURITY}
+    for code in errors:
+        operation["responses"][str(code)]["content"]["application/json"]["schema"] = _ref("OpenAIError")
+    if parameter:
+        schema = {"type": "string", "minLength": 1}
+        named = {"name": parameter, "in": "path", "required": True, "schema": schema}
+        operation["parameters"] = [*operation["parameters"], named]
+    return operation
 
 
 def _with_prometheus(operation: JSON) -> JSON:
@@ -203,12 +249,13 @@ def _ref(name: str) -> JSON:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
+_SECURITY: list[JSON] = [{}, {"bearer": []}, {"key": []}]
 _REQUEST_ID: JSON = {
     "name": "X-Request-Id",
     "in": "header",
     "required": False,
-    "description": "What logs call the request: 1 to 128 letters, digits and any of `._:/+=@-`. Made by the service when "
-    "it is absent or anything else, and returned.",
+    "description": "What logs call the request: 1 to 128 letters, digits and any of `._:/+=@-`. Made by the service "
+    "when it is absent or anything else, and returned.",
     "schema": {"type": "string"},
 }
 _PROMETHEUS_CONTENT: JSON = {

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Any, cast
 
+import numpy as np
 import structlog
 
 from edge_phi3.api.auth import KeyRing
@@ -191,6 +192,25 @@ class Service:
             prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, max_new_tokens=room))
         self.check_limits(prepared)
         return prepared
+
+    def text_of(self, tokens: list[int]) -> str:
+        """Give the text of a prompt that comes as token ids.
+
+        Raises:
+            InvalidRequestError: there is no such token.
+        """
+        size = self.pipeline.model.vocab_size
+        for index, token in enumerate(tokens):
+            if not 0 <= token < size:
+                raise InvalidRequestError(f"`prompt[{index}]` must be a token id from 0 to {size - 1}, but is {token}.")
+        return self.pipeline.detokenize(tokens) or " "
+
+    def with_tokens(self, prepared: PreparedPrompt, tokens: list[int]) -> PreparedPrompt:
+        """Give a prepared request these prompt tokens, instead of those that their text is encoded to."""
+        prepared.config.total_length(len(tokens))  # raises when they leave no room for an answer
+        exact = dataclasses.replace(prepared, prompt_ids=np.array(tokens, dtype=np.int32))
+        self.check_limits(exact)
+        return exact
 
     def check_limits(self, prepared: PreparedPrompt) -> None:
         """Raise `InvalidRequestError` for a request that asks for more than the service's limits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+import structlog
 import uvicorn
 
 from edge_phi3.api.app import create_service
@@ -25,6 +27,12 @@ from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.settings import Settings
 from tests.golden import attention
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    """Only errors are logged: requests of a test are not news."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
 
 
 @dataclass

@@ -93,19 +93,24 @@ def test_text_lines_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("_restored_logging")
+@pytest.mark.parametrize("log_format", ["json", "text"])
 def test_an_error_that_nobody_foresaw_is_logged_and_not_told(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log_format: Any
 ) -> None:
-    configure_logging("json", "info")
+    configure_logging(log_format, "info")
     with ready(loader(model_path)) as api:
 
         def fail(*_: object, **__: object) -> None:
             raise RuntimeError("inner workings")
 
         monkeypatch.setattr(api.service.pipeline, "prepare", fail)
-        response = api.chat(prompt="a")
+        response = api.chat(prompt=SECRETS["prompt"])
     assert response.status_code == 500
     assert "inner workings" not in response.text
     assert "X-Request-Id" in response.json()["detail"]
-    (line,) = (line for line in lines(capsys.readouterr().err) if line["level"] == "error")
-    assert "RuntimeError: inner workings" in line["exception"]
+    written = capsys.readouterr().err
+    assert "RuntimeError: inner workings" in written
+    assert SECRETS["prompt"] not in written
+    if log_format == "json":
+        (line,) = (line for line in lines(written) if line["level"] == "error")
+        assert "Traceback" in line["exception"]

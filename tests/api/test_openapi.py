@@ -34,7 +34,7 @@ def document(api: Running) -> dict[str, Any]:
 def test_every_route_is_documented_and_every_documented_route_exists(api: Running, document: dict[str, Any]) -> None:
     assert isinstance(api.app.app, Litestar)
     routes = {
-        (route.path, method.lower())
+        (route.path.replace(":path}", "}"), method.lower())
         for route in api.app.app.routes
         if isinstance(route, HTTPRoute)
         for method in route.methods

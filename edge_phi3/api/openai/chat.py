@@ -1,0 +1,122 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import msgspec
+from litestar import Request, Response, post
+from litestar.di import NamedDependency
+from litestar.params import RawBody
+
+from edge_phi3.api.body import decode_body
+from edge_phi3.api.disconnect import cancelled_when_client_leaves
+from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.openai import translate
+from edge_phi3.api.openai.answers import finish_reason_of, usage_of
+from edge_phi3.api.openai.errors import error_body
+from edge_phi3.api.openai.schemas import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChunkChoice,
+    CompletionUsage,
+    Delta,
+)
+from edge_phi3.api.openai.stops import StopTrimmer, trim
+from edge_phi3.api.service import Service
+from edge_phi3.api.sse import EventStream, event
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+
+_encode = msgspec.json.Encoder().encode
+
+
+@post("/v1/chat/completions", status_code=200)
+async def chat_completions(
+    request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
+) -> Response[Any]:
+    """Continue a conversation."""
+    asked = decode_body(request, body, ChatCompletionRequest)
+    exchange = exchange_of(request.scope)
+    prepared = _prepare(service, asked, exchange)
+    answer = _Answer(service, asked, exchange)
+    if asked.stream:
+        return EventStream(answer.events(prepared), _failure)
+    async with cancelled_when_client_leaves(request.receive):
+        exchange.output = output = await service.generate(prepared, exchange.request_id)
+    return Response(answer.whole(output))
+
+
+def _prepare(service: Service, asked: ChatCompletionRequest, exchange: Exchange) -> PreparedPrompt:
+    translate.refuse_unsupported(asked)
+    messages = translate.messages_of(asked)
+    if service.settings.log_prompts:
+        exchange.prompt = _encode(messages).decode()
+    return service.prepare_within(
+        lambda new_tokens: {
+            "prompt": None,
+            "messages": messages,
+            "generate_kwargs": translate.generation_kwargs(asked, new_tokens),
+        },
+        translate.most_tokens(asked),
+    )
+
+
+class _Answer:
+    """The ways in which one request is answered."""
+
+    def __init__(self, service: Service, asked: ChatCompletionRequest, exchange: Exchange) -> None:
+        self._service = service
+        self._exchange = exchange
+        self._stops = translate.stops_of(asked)
+        self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+        self._model = service.pipeline.model.name
+
+    def whole(self, output: GenerationOutput) -> ChatCompletion:
+        """Make the answer in one body."""
+        choices = []
+        for index, (text, reason) in enumerate(zip(output.texts, output.finish_reasons, strict=True)):
+            shown, stopped = trim(text, self._stops)
+            choices.append(ChatChoice(index, AnswerMessage(shown), finish_reason_of(reason, stopped=stopped)))
+        return ChatCompletion(self._id, self._created, self._model, choices, usage_of(output))
+
+    async def events(self, prepared: PreparedPrompt) -> AsyncGenerator[bytes, None]:
+        """Give the answer in chunks: roles, pieces of text, what ended each choice, and the usage if asked for."""
+        count = prepared.config.num_return_sequences
+        trimmers = [StopTrimmer(self._stops) for _ in range(count)]
+        begun = False
+        async with self._service.stream(prepared, self._exchange.request_id) as items:
+            async for item in items:
+                if not begun:
+                    begun = True
+                    for index in range(count):
+                        yield self._chunk(ChunkChoice(index, Delta(role="assistant", content="")))
+                if isinstance(item, TextDelta):
+                    if text := trimmers[item.index].push(item.text):
+                        yield self._chunk(ChunkChoice(item.index, Delta(content=text)))
+                    continue
+                self._exchange.output = item
+                for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
+                    whole = item.texts[index] if prepared.config.is_beam_search else ""
+                    if text := trimmer.push(whole) + trimmer.finish():
+                        yield self._chunk(ChunkChoice(index, Delta(content=text)))
+                    yield self._chunk(ChunkChoice(index, Delta(), finish_reason_of(reason, stopped=trimmer.stopped)))
+                if self._usage:
+                    yield self._chunk(usage=usage_of(item))
+        yield event(b"[DONE]")
+
+    def _chunk(self, *choices: ChunkChoice, usage: CompletionUsage | None = None) -> bytes:
+        shown = usage if self._usage else msgspec.UNSET
+        chunk = ChatCompletionChunk(self._id, self._created, self._model, list(choices), "chat.completion.chunk", shown)
+        return event(_encode(chunk))
+
+
+def _failure(error: Exception) -> bytes:
+    return event(_encode(error_body(error)))

@@ -1,0 +1,281 @@
+"""OpenAI's requests and responses, as far as they mean something here.
+
+Fields that OpenAI has and this service has not are declared too, so that `edge_phi3.api.openai.translate` can refuse
+them by name when they ask for something.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+_Count = Annotated[int, Meta(ge=1)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What a stream holds beside the text."""
+
+    include_usage: Annotated[
+        bool | None, Meta(description="End the stream with a chunk that holds the token counts.")
+    ] = None
+    include_obfuscation: bool | None = None
+
+
+class JSONSchemaFormat(Struct, forbid_unknown_fields=True, kw_only=True, rename={"schema_": "schema"}):
+    """A JSON schema that the answer follows."""
+
+    name: str
+    schema_: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What the answer's text is."""
+
+    type: Annotated[str, Meta(description="text, json_object or json_schema.")]
+    json_schema: JSONSchemaFormat | None = None
+
+
+class ContentPart(Struct, kw_only=True):
+    """A part of a message; only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class ChatCompletionMessage(Struct, forbid_unknown_fields=True, kw_only=True):
+    """One turn of a conversation."""
+
+    role: Annotated[str, Meta(description="system, developer (which counts as system), user or assistant.")]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    annotations: Any = None
+    audio: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What chat completions and completions share."""
+
+    model: Annotated[
+        str | None, Meta(description="Any name: one model is served, and the answer names it.", examples=["phi-3"])
+    ] = None
+    temperature: Annotated[float, Meta(ge=0, le=2, description="0 takes the likeliest token each time.")] | None = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = 1.0
+    n: Annotated[int, Meta(ge=1, le=128)] | None = 1
+    stop: Annotated[str | list[str] | None, Meta(description="Up to four texts before which the answer ends.")] = None
+    seed: Annotated[int | None, Meta(description="Makes sampling repeatable.")] = None
+    presence_penalty: _Penalty | None = 0.0
+    frequency_penalty: _Penalty | None = 0.0
+    logit_bias: Annotated[
+        dict[str, float] | None, Meta(description="Added to the logits of token ids, -100 to 100.")
+    ] = None
+    max_tokens: _Count | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    generate_kwargs: Annotated[
+        dict[str, Any] | None,
+        Meta(description="Parameters of `/chat` beside OpenAI's own, such as `top_k` or `repetition_penalty`."),
+    ] = None
+
+
+class ChatCompletionRequest(SamplingFields, kw_only=True):
+    """A conversation to be continued by the assistant."""
+
+    messages: Annotated[list[ChatCompletionMessage], Meta(min_length=1)]
+    max_completion_tokens: Annotated[
+        _Count | None, Meta(description="Tokens of the answer at most; what fits the context when not given.")
+    ] = None
+    response_format: ResponseFormat | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    modalities: Any = None
+    parallel_tool_calls: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    tools: Any = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+    audio: Any = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+class CompletionRequest(SamplingFields, kw_only=True):
+    """One or more prompts to be continued."""
+
+    prompt: Annotated[
+        str | list[str | int | list[int]] | None,
+        Meta(description="A text, token ids, or a list of either."),
+    ] = None
+    echo: Annotated[bool | None, Meta(description="Whether the answer begins with the prompt.")] = False
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: Any = None
+
+
+class TopLogprob(Struct):
+    """A token that could have been chosen."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(Struct):
+    """A chosen token, and the likeliest ones at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Log-probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob] | None
+    refusal: None = None
+
+
+class AnswerMessage(Struct):
+    """The assistant's turn."""
+
+    content: str | None
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+
+
+class PromptTokensDetails(Struct):
+    """Where a prompt's tokens came from."""
+
+    cached_tokens: int
+
+
+class CompletionUsage(Struct):
+    """How many tokens a request took."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatCompletion(Struct):
+    """The answers to a conversation."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: CompletionUsage
+    object: Literal["chat.completion"] = "chat.completion"
+
+
+class Delta(Struct, omit_defaults=True):
+    """A piece of the assistant's turn."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChunkChoice(Struct):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    finish_reason: Literal["stop", "length"] | None = None
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletionChunk(Struct, omit_defaults=True):
+    """A piece of the answers to a conversation."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    object: Literal["chat.completion.chunk"]
+    usage: CompletionUsage | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(Struct):
+    """Log-probabilities of a completion's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct):
+    """One completion."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None
+    logprobs: CompletionLogprobs | None = None
+
+
+class Completion(Struct, omit_defaults=True):
+    """The completions of one or more prompts, or pieces of them."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    object: Literal["text_completion"]
+    usage: CompletionUsage | UnsetType | None = UNSET
+
+
+class Model(Struct):
+    """A model that is served."""
+
+    id: str
+    created: int
+    object: Literal["model"] = "model"
+    owned_by: str = "edge-phi3"
+
+
+class ModelList(Struct):
+    """The models that are served: one."""
+
+    data: list[Model]
+    object: Literal["list"] = "list"
+
+
+class OpenAIErrorBody(Struct):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(Struct):
+    """OpenAI's shape of an error."""
+
+    error: OpenAIErrorBody

@@ -1,0 +1,293 @@
+"""OpenAI's API, asked with OpenAI's own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from edge_phi3.api.openai.stops import StopTrimmer, trim
+from tests.api.conftest import PROMPT, Running, loader, ready
+
+USER = [{"role": "user", "content": "What does json.dumps do?"}]
+
+
+@pytest.fixture(scope="module")
+def client(api: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def greedy(api: Running, **kwargs: Any) -> str:
+    """Ask `/chat` the same question."""
+    body = {"messages": USER, "generate_kwargs": {"do_sample": False, **kwargs}}
+    return api.client.post("/chat", json=body).json()["Result"]
+
+
+def test_a_conversation_is_answered_as_by_chat(api: Running, client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(model="any", messages=USER, temperature=0, max_completion_tokens=12)
+    (choice,) = completion.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content == greedy(api, max_new_tokens=12)
+    assert choice.finish_reason == "length"
+    assert completion.model == "random-4k"
+    assert completion.object == "chat.completion"
+    usage = completion.usage
+    assert usage is not None
+    assert usage.completion_tokens == 12
+    assert usage.total_tokens == usage.prompt_tokens + 12
+    assert usage.prompt_tokens_details is not None
+
+
+def test_a_stream_holds_the_same_text_and_the_usage(api: Running, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="any",
+        messages=USER,
+        temperature=0,
+        max_tokens=24,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == greedy(api, max_new_tokens=24)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 24
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+
+
+def test_several_answers_are_drawn_with_a_seed(client: openai.OpenAI) -> None:
+    def ask(seed: int) -> list[str | None]:
+        completion = client.chat.completions.create(
+            model="any", messages=USER, n=3, seed=seed, max_tokens=10, temperature=1.5, top_p=0.9
+        )
+        assert [choice.index for choice in completion.choices] == [0, 1, 2]
+        return [choice.message.content for choice in completion.choices]
+
+    first = ask(7)
+    assert len(set(first)) == 3
+    assert ask(7) == first
+    assert ask(-8) != first
+
+
+def test_a_stream_of_several_answers_is_that_of_one_body(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": "any", "messages": USER, "n": 2, "seed": 3, "max_tokens": 10}
+    whole = client.chat.completions.create(**arguments)
+    texts = ["", ""]
+    for chunk in client.chat.completions.create(stream=True, **arguments):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_several_greedy_answers_are_equal(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(model="any", messages=USER, n=2, temperature=0, max_tokens=5)
+    assert completion.choices[0].message.content == completion.choices[1].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_text(api: Running, client: openai.OpenAI, stream: bool) -> None:
+    whole = greedy(api, max_new_tokens=40)
+    stop = whole[12:15]
+    arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 40}
+    answer = client.chat.completions.create(stop=["never there", stop], stream=stream, **arguments)
+    if stream:
+        chunks = list(answer)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert text == whole[: whole.index(stop)]
+    assert reason == "stop"
+
+
+def test_a_bias_bans_or_forces_a_token(api: Running, client: openai.OpenAI) -> None:
+    token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
+    arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 4}
+    forced = client.chat.completions.create(logit_bias={str(token): 100}, **arguments)
+    text = api.client.post("/detokenize", json={"tokens": [token] * 4}).json()["text"]
+    assert forced.choices[0].message.content == f" {text}"
+
+
+def test_messages_may_come_in_parts_and_from_developers(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
+    plain = client.chat.completions.create(
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}], **arguments
+    )
+    parts: list[Any] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
+    ]
+    other = client.chat.completions.create(messages=parts, **arguments)
+    assert plain.choices[0].message.content == other.choices[0].message.content
+
+
+def test_an_answer_without_a_limit_takes_the_room_there_is(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(
+        model="any", messages=USER, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
+    )
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == 2048  # all cells: fewer than the model's context
+
+
+def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: openai.OpenAI) -> None:
+    completion = client.chat.completions.create(
+        model="any",
+        messages=USER,
+        temperature=0,
+        max_tokens=12,
+        extra_body={"generate_kwargs": {"num_beams": 3, "do_sample": False}},
+    )
+    assert completion.choices[0].message.content == greedy(api, num_beams=3, max_new_tokens=12)
+
+
+def test_prompts_are_continued(api: Running, client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12)
+    assert completion.choices[0].text == greedy(api, max_new_tokens=12)
+    echoed = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12, echo=True)
+    assert echoed.choices[0].text == PROMPT + completion.choices[0].text
+    default = client.completions.create(
+        model="any", prompt=PROMPT, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
+    )
+    assert default.usage is not None
+    assert default.usage.completion_tokens == 16
+
+
+def test_a_prompt_may_come_as_tokens(api: Running, client: openai.OpenAI) -> None:
+    tokens = api.client.post("/tokenize", json={"text": PROMPT}).json()["tokens"]
+    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
+    by_text = client.completions.create(prompt=[PROMPT, "json"], echo=True, **arguments)
+    by_tokens = client.completions.create(
+        prompt=[tokens, api.client.post("/tokenize", json={"text": "json"}).json()["tokens"]], **arguments
+    )
+    for text, choice in zip([PROMPT, "json"], by_text.choices, strict=True):
+        assert choice.text == text + by_tokens.choices[choice.index].text
+    alone = client.completions.create(prompt=tokens, **arguments)
+    assert alone.choices[0].text == by_tokens.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="token id from 0 to"):
+        client.completions.create(prompt=[10**6], **arguments)
+    for mixed in ([1, "a"], ["a", [1]], [[]], []):
+        with pytest.raises(openai.BadRequestError, match="`prompt`"):
+            client.completions.create(prompt=mixed, **arguments)  # type: ignore[arg-type] # that is the point
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_are_one_list_of_choices(client: openai.OpenAI, stream: bool) -> None:
+    prompts = ["json", "os.path", "re"]
+    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
+    alone = [client.completions.create(prompt=prompt, n=2, **arguments).choices for prompt in prompts]
+    expected = [choice.text for choices in alone for choice in choices]
+    answer = client.completions.create(prompt=prompts, n=2, stream=stream, **arguments)
+    if stream:
+        texts = [""] * 6
+        for chunk in answer:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+    else:
+        texts = [choice.text for choice in answer.choices]
+    assert texts == expected
+
+
+def test_the_model_is_listed_and_described(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["random-4k"]
+    assert client.models.retrieve("random-4k").object == "model"
+    with pytest.raises(openai.NotFoundError, match="gpt-4"):
+        client.models.retrieve("gpt-4")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "param", "sentence"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "`tools` is not supported"),
+        ({"modalities": ["audio"]}, "modalities", "`modalities` is not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "is not supported"),
+        ({"temperature": 3}, "temperature", "`temperature` must be a number <= 2.0"),
+        ({"top_p": 0}, "top_p", "`top_p` must be"),
+        ({"n": 0}, "n", "`n` must be"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "up to 4 texts"),
+        ({"stop": ""}, "stop", "none of them empty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"7": 101}}, "logit_bias", "between -100 and 100"),
+        ({"logit_bias": {"999999": 1}}, "sequence_bias", "vocabulary"),
+        ({"extra_body": {"temprature": 1}}, "temprature", "did you mean `temperature`?"),
+        ({"extra_body": {"top_k": 3}}, "top_k", "belongs inside `generate_kwargs`"),
+        ({"messages": []}, "messages", "`messages` must be a list of length >= 1"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, None, "role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    client: openai.OpenAI, arguments: dict[str, Any], param: str | None, sentence: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**({"model": "any", "messages": USER} | arguments))
+    assert isinstance(caught.value.body, dict)
+    assert set(caught.value.body) == {"message", "type", "param", "code"}
+    assert caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.body["param"] == param
+    assert sentence in caught.value.body["message"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tools": []},
+        {"tool_choice": "none"},
+        {"store": False},
+        {"service_tier": "auto"},
+        {"user": "u"},
+        {"metadata": {}},
+    ],
+)
+def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI, arguments: dict[str, Any]) -> None:
+    client.chat.completions.create(**({"model": "any", "messages": USER, "max_tokens": 1} | arguments))
+
+
+def test_errors_have_openai_s_shape_and_classes(model_path: Path) -> None:
+    with ready(loader(model_path), api_key=["right"], max_new_tokens=5) as api:
+        url = f"http://127.0.0.1:{api.port}/v1"
+        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as caught:
+                client.models.list()
+            assert caught.value.code == "invalid_api_key"
+        with openai.OpenAI(base_url=url, api_key="right", max_retries=0) as client:
+            assert client.chat.completions.create(model="any", messages=USER).usage is not None
+            with pytest.raises(openai.BadRequestError, match="--max-new-tokens"):
+                client.chat.completions.create(model="any", messages=USER, max_tokens=6)
+
+
+def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path) -> None:
+    with (
+        ready(loader(model_path), request_timeout=0.3) as api,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client,
+    ):
+        stream = client.chat.completions.create(
+            model="any", messages=USER, stream=True, extra_body={"generate_kwargs": {"eos_token_id": -1}}
+        )
+        with pytest.raises(openai.APIError, match="time limit"):
+            list(stream)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stops", "shown"),
+    [
+        (["ab", "cd"], [], ["ab", "cd"]),
+        (["ab", "cd"], ["bc"], ["a", ""]),
+        (["ab", "xd"], ["bc"], ["a", "bxd"]),
+        (["aab", "aac"], ["aac"], ["aab", ""]),
+        (["xaa", "aab"], ["aab"], ["x", "aa"]),
+        (["a", "b", "c", "d"], ["bcd", "cz"], ["a", "", "", ""]),
+        (["one two"], ["two", "one"], [""]),
+    ],
+)
+def test_a_stop_text_is_never_shown_in_part(pieces: list[str], stops: list[str], shown: list[str]) -> None:
+    trimmer = StopTrimmer(stops)
+    assert [trimmer.push(piece) for piece in pieces] == shown
+    rest = "" if trimmer.stopped else trimmer.finish()
+    whole, stopped = trim("".join(pieces), stops)
+    assert ("".join(shown) + rest, trimmer.stopped) == (whole, stopped)
