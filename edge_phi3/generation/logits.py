@@ -18,7 +18,6 @@ Rows = NDArray[np.intp]
 
 _BLOCK: Final = 64
 _FEW: Final = 4
-_SMALL: Final = 2048
 
 
 @dataclass(slots=True)
@@ -186,53 +185,46 @@ def pad_rows(rows: int, row: Rows, token: Rows, values: Scores) -> Candidates:
 
 
 def weights(scores: Scores) -> Scores:
-    """Give exp(score - highest of the row), with zeros up to a multiple of 64 columns."""
-    rows, size = scores.shape
-    padded = -(-size // _BLOCK) * _BLOCK
-    result = np.empty((rows, padded), dtype=np.float32)
-    result[:, size:] = 0
-    inside = result[:, :size]
-    np.subtract(scores, scores.max(axis=1, keepdims=True), out=inside)
-    np.exp(inside, out=inside)
+    """Give exp(score - highest of the row), in new memory."""
+    result: Scores = scores - scores.max(axis=1, keepdims=True)
+    np.exp(result, out=result)
     return result
 
 
-def running_totals(weighed: Scores) -> NDArray[np.float64]:
-    """Sum `weights` block by block: entry i is the sum of the first i + 1 blocks, shape (rows, blocks)."""
-    rows, width = weighed.shape
-    sums = np.einsum("rij->ri", weighed.reshape(rows, width // _BLOCK, _BLOCK))
-    return np.cumsum(sums, axis=1, dtype=np.float64)
+def running_totals(values: Scores) -> NDArray[np.float64]:
+    """Give the sums of the first columns, column by column."""
+    return np.cumsum(values, axis=1, dtype=np.float64)
 
 
-def sums(values: Scores) -> NDArray[np.float64]:
-    """Sum each row, shape (rows, 1)."""
-    rows, size = values.shape
-    if size % _BLOCK:
-        padded = np.zeros((rows, -(-size // _BLOCK) * _BLOCK), dtype=np.float32)
-        padded[:, :size] = values
-        values = padded
+def totals(values: Scores, *, whole: bool) -> NDArray[np.float64]:
+    """Sum each row, shape (rows, 1).
+
+    Args:
+        values: shape (rows, n).
+        whole: whether the rows hold the whole vocabulary; if not, they are candidates.
+    """
+    if whole:
+        return np.asarray(values.sum(axis=1, keepdims=True), dtype=np.float64)
     return running_totals(values)[:, -1:]
 
 
-def softmax(scores: Scores) -> Scores:
-    """Give the softmax of each row, in new memory."""
+def softmax(scores: Scores, *, whole: bool) -> Scores:
+    """Give the softmax of each row, in new memory. See `totals`."""
     weighed = weights(scores)
-    weighed /= running_totals(weighed)[:, -1:].astype(np.float32)
-    return weighed[:, : scores.shape[1]]
+    weighed /= totals(weighed, whole=whole).astype(np.float32)
+    return weighed
 
 
-def log_softmax(scores: Scores) -> None:
-    """Replace the scores of each row by their log-softmax, in place."""
-    size = scores.shape[1]
-    if size <= _SMALL:
+def log_softmax(scores: Scores, *, whole: bool = True) -> None:
+    """Replace the scores of each row by their log-softmax, in place. See `totals`."""
+    if not whole:
         scores -= scores.max(axis=1, keepdims=True)
-        scores -= np.log(sums(np.exp(scores))).astype(np.float32)
+        scores -= np.log(totals(np.exp(scores), whole=False)).astype(np.float32)
         return
-    weighed = np.zeros((1, -(-size // _BLOCK) * _BLOCK), dtype=np.float32)
-    inside = weighed[0, :size]
+    weighed = np.empty(scores.shape[1], dtype=np.float32)
     # Row by row, so that the exponentials stay in the processor's second-level cache.
     for row in range(len(scores)):
         line = scores[row]
         line -= line.max()
-        np.exp(line, out=inside)
-        line -= np.float32(np.log(running_totals(weighed)[0, -1]))
+        np.exp(line, out=weighed)
+        line -= np.log(weighed.sum())

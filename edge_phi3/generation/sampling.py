@@ -23,12 +23,13 @@ from edge_phi3.generation.decoding import (
     rows_of,
 )
 from edge_phi3.generation.history import TokenHistory
-from edge_phi3.generation.logits import Candidates, Scores, log_softmax, running_totals, weights
+from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, running_totals, weights
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
+_BLOCK: Final = 256
 _SAME_ROW: Final = np.zeros(1, dtype=np.intp)
 _NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
@@ -246,23 +247,37 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
     """
     scores = candidates.scores
     weighed = weights(scores)
-    reached = running_totals(weighed)
-    total = reached[rows, -1]
+    if candidates.tokens is None:
+        columns, total = _invert_whole(weighed, rows, uniforms)
+    else:
+        columns, total = _invert(weighed, rows, uniforms)
     possible = np.isfinite(total) & (total > 0)
+    columns = np.where(possible, columns, 0)
+    chosen = scores[rows, columns]
+    logprobs = chosen - scores.max(axis=1)[rows] - np.log(total).astype(np.float32)
+    return Draws(candidates.token_ids(rows, columns), chosen, logprobs, possible)
+
+
+def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
+    """Find the first columns whose running total exceeds a share of the row's total, and give that total too."""
+    reached = running_totals(weighed)[rows]
+    total = reached[:, -1]
     # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
     target = np.minimum(uniforms * total, np.nextafter(total, 0))
-    block = np.minimum((reached[rows] <= target[:, None]).sum(axis=1), reached.shape[1] - 1)
-    target -= np.where(block > 0, reached[rows, block - 1], 0)
-    lanes = weighed.reshape(len(scores), reached.shape[1], -1)[rows, block]
-    inside = np.cumsum(lanes, axis=1, dtype=np.float64)
-    # The float64 sum of a block may fall short of its float32 sum: then its last possible token is meant.
-    target = np.minimum(target, np.nextafter(inside[:, -1], 0))
-    lane = np.minimum((inside <= target[:, None]).sum(axis=1), lanes.shape[1] - 1)
-    column = np.where(possible, block * lanes.shape[1] + lane, 0)
-    chosen = scores[rows, column]
-    highest = scores.max(axis=1)
-    logprobs = chosen - highest[rows] - np.log(total).astype(np.float32)
-    return Draws(candidates.token_ids(rows, column), chosen, logprobs, possible)
+    return np.minimum((reached <= target[:, None]).sum(axis=1), reached.shape[1] - 1), total
+
+
+def _invert_whole(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
+    """Do the same over the whole vocabulary: first find the block, and then the column in it."""
+    size = weighed.shape[1]
+    sums = np.add.reduceat(weighed, np.arange(0, size, _BLOCK), axis=1)
+    block, total = _invert(sums, rows, uniforms)
+    before = running_totals(sums)[rows, block] - sums[rows, block]
+    places = block[:, None] * _BLOCK + np.arange(_BLOCK)
+    inside = np.where(places < size, weighed[rows[:, None], np.minimum(places, size - 1)], np.float32(0))
+    share = (uniforms * total - before) / sums[rows, block]
+    lane, _ = _invert(inside, np.arange(len(rows)), np.clip(share, 0, 1))
+    return block * _BLOCK + lane, total
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:

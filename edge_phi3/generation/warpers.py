@@ -25,8 +25,8 @@ from edge_phi3.generation.logits import (
     pad_rows,
     running_totals,
     softmax,
-    sums,
     top_candidates,
+    totals,
     weights,
 )
 
@@ -120,14 +120,15 @@ def _nucleus(scores: Scores, mass: Settings, keep: Rows) -> Candidates:
     found: list[tuple[NDArray[np.int32], Scores]] = []
     for row in range(len(scores)):
         line, share, kept = scores[row : row + 1], mass[row : row + 1], keep[row : row + 1]
-        total = running_totals(weights(line))[:, -1:]
+        total = totals(weights(line), whole=True)
         if np.isnan(total[0, 0]):
             found.append((np.zeros(1, dtype=np.int32), np.full(1, np.nan, dtype=np.float32)))
             continue
         for count in (*_NUCLEUS, size):
             head = top_candidates(line, np.array([count])) if count < size else Candidates(line.copy())
-            inside = running_totals(weights(head.scores))[:, -1:]
-            outside = np.maximum(total - inside, 0) if count < size else np.zeros((1, 1))
+            outside = (
+                np.maximum(total - totals(weights(head.scores), whole=False), 0) if count < size else np.zeros((1, 1))
+            )
             if outside[0, 0] / total[0, 0] <= 1 - share[0, 0] and count >= kept[0]:
                 break
         _top_p(head, share, kept, outside)
@@ -147,10 +148,9 @@ def _top_p(candidates: Candidates, mass: Settings, keep: Rows, outside: NDArray[
     width = scores.shape[1]
     order = np.argsort(scores, axis=1, kind="stable")
     weighed = weights(scores)
-    total = running_totals(weighed)[:, -1:] + outside
+    total = totals(weighed, whole=candidates.tokens is None) + outside
     weighed /= total.astype(np.float32)
-    ascending = np.take_along_axis(weighed[:, :width], order, axis=1)
-    reached = np.cumsum(ascending, axis=1, dtype=np.float64) + outside / total
+    reached = running_totals(np.take_along_axis(weighed, order, axis=1)) + outside / total
     removed = reached.astype(np.float32) <= (1 - mass).astype(np.float32)
     removed &= np.arange(width) < width - keep[:, None]
     _remove(scores, order, removed)
@@ -159,7 +159,7 @@ def _top_p(candidates: Candidates, mass: Settings, keep: Rows, outside: NDArray[
 def _min_p(candidates: Candidates, fraction: Settings, keep: Rows) -> None:
     """Remove what is less likely than a fraction of the most likely token. Follows ``MinPLogitsWarper``."""
     scores = candidates.scores
-    probabilities = softmax(scores)
+    probabilities = softmax(scores, whole=candidates.tokens is None)
     unlikely = probabilities < fraction.astype(np.float32) * probabilities.max(axis=1, keepdims=True)
     if int(keep.max()) == 1:
         scores[unlikely] = -np.inf
@@ -176,13 +176,13 @@ def _typical_p(candidates: Candidates, mass: Settings, keep: Rows) -> None:
     Meister et al., Locally Typical Sampling, https://arxiv.org/abs/2202.00666.
     """
     scores = candidates.scores
-    width = scores.shape[1]
+    width, whole = scores.shape[1], candidates.tokens is None
     normalized = scores.copy()
-    log_softmax(normalized)
-    distance = np.abs(-normalized - _entropy(normalized))
+    log_softmax(normalized, whole=whole)
+    distance = np.abs(-normalized - _entropy(normalized, whole=whole))
     order = np.argsort(distance, axis=1, kind="stable")
     nearest = np.take_along_axis(distance, order, axis=1)
-    reached = np.cumsum(np.take_along_axis(softmax(scores), order, axis=1), axis=1, dtype=np.float64)
+    reached = running_totals(np.take_along_axis(softmax(scores, whole=whole), order, axis=1))
     last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
     removed = nearest > np.take_along_axis(nearest, np.minimum(last, width - 1), axis=1)
     removed &= np.arange(width) >= keep[:, None]
@@ -194,7 +194,7 @@ def _epsilon(candidates: Candidates, threshold: Settings, keep: Rows) -> None:
 
     Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
     """
-    _cut(candidates, softmax(candidates.scores), threshold.astype(np.float32), keep)
+    _cut(candidates, softmax(candidates.scores, whole=candidates.tokens is None), threshold.astype(np.float32), keep)
 
 
 def _eta(candidates: Candidates, epsilon: Settings, keep: Rows) -> None:
@@ -203,11 +203,12 @@ def _eta(candidates: Candidates, epsilon: Settings, keep: Rows) -> None:
     Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
     """
     scores = candidates.scores
+    whole = candidates.tokens is None
     normalized = scores.copy()
-    log_softmax(normalized)
+    log_softmax(normalized, whole=whole)
     epsilon = epsilon.astype(np.float32)
-    threshold = np.minimum(epsilon, np.sqrt(epsilon) * np.exp(-_entropy(normalized)))
-    _cut(candidates, softmax(scores), threshold, keep)
+    threshold = np.minimum(epsilon, np.sqrt(epsilon) * np.exp(-_entropy(normalized, whole=whole)))
+    _cut(candidates, softmax(scores, whole=whole), threshold, keep)
 
 
 def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep: Rows) -> None:
@@ -215,15 +216,16 @@ def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep:
     scores[(probabilities < threshold) & (scores < kth_highest(scores, keep))] = -np.inf
 
 
-def _entropy(normalized: Scores) -> Scores:
+def _entropy(normalized: Scores, *, whole: bool) -> Scores:
     """Give the entropy of each row of log-probabilities, shape (rows, 1)."""
     probabilities = np.exp(normalized)
-    return -sums(np.where(probabilities > 0, normalized * probabilities, np.float32(0))).astype(np.float32)
+    information = np.where(probabilities > 0, normalized * probabilities, np.float32(0))
+    return -totals(information, whole=whole).astype(np.float32)
 
 
 def _renormalize(candidates: Candidates, _on: Settings, _keep: Rows) -> None:
     """Turn scores into log-probabilities. Follows ``LogitNormalization``."""
-    log_softmax(candidates.scores)
+    log_softmax(candidates.scores, whole=candidates.tokens is None)
 
 
 def _remove(scores: Scores, order: Rows, removed: NDArray[np.bool_]) -> None:

@@ -131,9 +131,9 @@ def test_processors_follow_the_order_of_transformers() -> None:
     }  # fmt: skip
     built = build_processors(GenerationConfig.resolve(everything, DEFAULTS), np.ones(1, dtype=np.int32))
     assert [type(processor).__name__ for processor in built] == [
-        "SequenceBias", "HammingDiversity", "RepetitionPenalty", "NoRepeatNGram", "EncoderNoRepeatNGram", "SequenceBias",
-        "MinLength", "ForcedTokens", "ForcedTokens", "FiniteScores", "ExponentialDecayLengthPenalty", "SuppressTokens",
-        "SuppressTokens", "Renormalize",
+        "SequenceBias", "HammingDiversity", "RepetitionPenalty", "NoRepeatNGram", "EncoderNoRepeatNGram",
+        "SequenceBias", "MinLength", "ForcedTokens", "ForcedTokens", "FiniteScores", "ExponentialDecayLengthPenalty",
+        "SuppressTokens", "SuppressTokens", "Renormalize",
     ]  # fmt: skip
 
 

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.logits import (
     log_softmax,
-    running_totals,
     softmax,
-    sums,
     top_candidates,
     top_of_all,
+    totals,
     weights,
 )
 from edge_phi3.generation.warpers import Warping, warp
@@ -94,17 +93,30 @@ def test_log_softmax_is_exact_to_float32(size: int) -> None:
     expected -= np.log(np.exp(expected).sum(1, keepdims=True))
     log_softmax(scores)
     np.testing.assert_allclose(scores, expected, rtol=3e-6, atol=3e-6)
-    np.testing.assert_allclose(softmax(scores).sum(axis=1, dtype=np.float64), 1, rtol=1e-6)
+    np.testing.assert_allclose(softmax(scores, whole=True).sum(axis=1, dtype=np.float64), 1, rtol=1e-6)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 300), st.integers(0, 200), st.integers(0, 2**32))
-def test_padding_changes_no_bit_of_a_sum(width: int, padding: int, seed: int) -> None:
+def test_removed_columns_change_no_bit_of_a_sum(width: int, removed: int, seed: int) -> None:
     scores = random_scores(seed, 3, width, "plain")
-    padded = np.pad(scores, ((0, 0), (0, padding)), constant_values=-np.inf)
-    assert running_totals(weights(scores))[0, -1] == running_totals(weights(padded))[0, -1]
-    assert np.array_equal(softmax(scores), softmax(padded)[:, :width])
-    assert np.array_equal(sums(scores), sums(np.pad(scores, ((0, 0), (0, padding)))))
+    places = np.sort(np.random.default_rng(seed).choice(width + removed, width, replace=False))
+    wide = np.full((3, width + removed), -np.inf, dtype=np.float32)
+    wide[:, places] = scores
+    assert np.array_equal(totals(weights(scores), whole=False), totals(weights(wide), whole=False))
+    assert np.array_equal(softmax(scores, whole=False), softmax(wide, whole=False)[:, places])
+    log_softmax(scores, whole=False)
+    log_softmax(wide, whole=False)
+    assert np.array_equal(scores, wide[:, places])
+
+
+@pytest.mark.parametrize("size", [96, 5003, 32064])
+def test_whole_rows_are_summed_alike_alone_and_together(size: int) -> None:
+    scores = random_scores(1, 7, size, "plain")
+    for row in range(7):
+        # At another address, too.
+        alone = np.concatenate((np.zeros(row + 1, dtype=np.float32), scores[row]))[row + 1 :][None]
+        assert np.array_equal(softmax(alone, whole=True)[0], softmax(scores, whole=True)[row])
 
 
 @settings(deadline=None, max_examples=60)
@@ -121,7 +133,7 @@ def test_top_p_of_whole_rows_sorts_only_their_head_to_the_same_end(
     """The head of a row is enough for top-p; here it is compared with sorting all of it."""
     scores = random_scores(seed, 2, 5003, kind) * np.float32(spread)
     cut = warp(scores.copy(), [Warping(("top_p",), (mass,), keep)] * 2)
-    probabilities = softmax(scores).astype(np.float64)
+    probabilities = softmax(scores, whole=True).astype(np.float64)
     for row in range(2):
         order = np.argsort(scores[row], kind="stable")
         reached = np.cumsum(probabilities[row, order])

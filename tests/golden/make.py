@@ -103,8 +103,9 @@ def _answered(mode: str, maker: RequestMaker, ask: Any) -> list[tuple[Request, A
         request = maker.make(mode)
         try:
             answer = ask(request)
-        except RuntimeError:
+        except (RuntimeError, ValueError) as error:
             # transformers cannot draw from NaN, which its processors make of some combinations.
+            assert "not finite" in str(error) or "found invalid values" in str(error), request
             continue
         if answer is not None:
             answers.append((request, _shortened(answer)))

@@ -1,0 +1,278 @@
+"""Greedy decoding and sampling: distributions, seeds, independence of neighbours, streaming."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from edge_phi3.generation import GenerationError, ParameterError, advance
+from edge_phi3.generation.logits import Candidates, softmax
+from edge_phi3.generation.sampling import draw
+from tests.generation.conftest import END, VOCABULARY, decoder, run, table_model
+
+PROMPT = (5, 6, 7)
+
+
+def generated(*requests: dict[str, Any], seed: int = 1) -> list[list[list[int]]]:
+    """Run requests together, and give the new tokens of each returned sequence."""
+    decoders = [(decoder(PROMPT, **({"max_new_tokens": 25} | request)), PROMPT) for request in requests]
+    run(table_model(seed), *decoders)
+    return [[tokens[len(PROMPT) :].tolist() for tokens in each.result().sequences] for each, _ in decoders]
+
+
+def chi_square_is_small(counts: NDArray[np.int64], probabilities: NDArray[np.float64]) -> bool:
+    """Tell whether counts fit probabilities: below the quantile that is passed once in ten million fits.
+
+    Wilson and Hilferty (1931) make a normal variable of chi-square; 5.2 is its quantile of 1e-7.
+    """
+    expected = probabilities * counts.sum()
+    likely = expected >= 5
+    counts = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(expected[likely], expected[~likely].sum())
+    if expected[-1] == 0:
+        assert counts[-1] == 0
+        counts, expected = counts[:-1], expected[:-1]
+    freedom = len(counts) - 1
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    normal = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / np.sqrt(2 / (9 * freedom))
+    return bool(normal < 5.2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 0},
+        {"top_k": 0, "temperature": 1.7, "top_p": 0.9},
+        {"top_k": 40, "typical_p": 0.8, "min_p": 0.01},
+    ],
+)  # fmt: skip
+def test_20000_draws_fit_the_distribution(options: dict[str, Any]) -> None:
+    logits = table_model(3)(PROMPT)
+    counts = np.zeros(VOCABULARY, dtype=np.int64)
+    probabilities = np.zeros(VOCABULARY)
+    for seed in range(100):
+        each = decoder(PROMPT, seed=seed, num_return_sequences=200, max_new_tokens=1, output_scores=True,
+                       return_dict_in_generate=True, **options)  # fmt: skip
+        (step,) = advance([each], logits[None].copy())
+        assert each.finished
+        counts += np.bincount([token for _, token in step.emitted], minlength=VOCABULARY)
+        scores = each.result().scores
+        assert scores is not None
+        for scored in scores:
+            probabilities[scored[0].token_id] = np.exp(scored[0].logprob)
+    assert counts.sum() == 20_000
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=0.01)
+    assert chi_square_is_small(counts, probabilities / probabilities.sum())
+
+
+def test_the_chi_square_test_notices_a_shift_of_two_percent() -> None:
+    probabilities = np.full(10, 0.1)
+    random = np.random.default_rng(0)
+    fair = random.multinomial(20_000, probabilities)
+    shifted = random.multinomial(20_000, [0.08, 0.12, *[0.1] * 8])
+    assert chi_square_is_small(fair, probabilities)
+    assert not chi_square_is_small(shifted, probabilities)
+
+
+def test_equal_seeds_repeat_and_others_differ() -> None:
+    request = {"seed": 11, "num_return_sequences": 2, "top_k": 0, "max_new_tokens": 20}
+    assert generated(request) == generated(request)
+    assert generated(request) != generated(request | {"seed": 12})
+
+
+def test_without_a_seed_answers_differ() -> None:
+    request = {"top_k": 0, "max_new_tokens": 30}
+    assert generated(request) != generated(request)
+
+
+def test_the_sequences_of_a_request_are_drawn_independently() -> None:
+    (sequences,) = generated(
+        {"seed": 1, "num_return_sequences": 8, "top_k": 0, "max_new_tokens": 20, "eos_token_id": []}
+    )
+    assert len({tuple(tokens) for tokens in sequences}) == 8
+    # The first sequence does not hang on how many there are.
+    assert generated({"seed": 1, "top_k": 0, "max_new_tokens": 20, "eos_token_id": []}) == [sequences[:1]]
+
+
+MIXED: tuple[dict[str, Any], ...] = (
+    {"seed": 1},
+    {"do_sample": False},
+    {"seed": 2, "top_k": 0, "top_p": 0.9, "num_return_sequences": 3},
+    {"seed": 3, "top_k": 100},
+    {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
+    {"seed": 4, "temperature": 0.7, "repetition_penalty": 1.2},
+    {"seed": 5, "top_k": 0},
+    {"do_sample": False, "no_repeat_ngram_size": 2, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
+    {"seed": 6, "num_beams": 3},
+    {"do_sample": False, "repetition_penalty": 1.3},
+    {"seed": 7, "top_k": 3, "typical_p": 0.5},
+    {"seed": 8, "top_k": 70, "typical_p": 0.9},
+    {"seed": 9, "top_p": 0.3, "top_k": 0},
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)), st.integers(0, 5))
+def test_a_request_gives_the_same_whatever_runs_beside_it(order: list[int], count: int, seed: int) -> None:
+    together = generated(*(MIXED[index] for index in order[:count]), seed=seed)
+    for index, sequences in zip(order, together, strict=False):
+        assert generated(MIXED[index], seed=seed) == [sequences]
+
+
+def test_requests_may_join_and_leave_at_any_step() -> None:
+    model = table_model(2)
+    late = decoder(PROMPT, seed=3, max_new_tokens=12)
+    early = decoder(PROMPT, seed=4, max_new_tokens=5)
+    prefixes = {early: PROMPT}
+    for step in range(20):
+        if step == 2:
+            prefixes[late] = PROMPT
+        going = [each for each in prefixes if not each.finished]
+        steps = advance(going, np.stack([model(prefixes[each]) for each in going])) if going else []
+        for each, chosen in zip(going, steps, strict=True):
+            prefixes[each] += tuple(chosen.tokens.tolist())
+    alone = generated({"seed": 3, "max_new_tokens": 12}, {"seed": 4, "max_new_tokens": 5}, seed=2)
+    assert [[each.result().sequences[0][3:].tolist()] for each in (late, early)] == alone
+
+
+def test_greedy_takes_the_best_and_the_first_of_equals() -> None:
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=1)
+    logits = np.zeros((1, VOCABULARY), dtype=np.float32)
+    logits[0, [9, 40]] = 2
+    (step,) = advance([each], logits)
+    assert step.emitted == ((0, 9),)
+
+
+def test_steps_tell_streams_what_each_sequence_got() -> None:
+    each = decoder(
+        PROMPT,
+        seed=5,
+        num_return_sequences=6,
+        top_k=0,
+        temperature=3.0,
+        max_new_tokens=60,
+        eos_token_id=[*range(2, 12)],
+    )
+    emitted = run(table_model(4), (each, PROMPT))[0]
+    streamed: dict[int, list[int]] = {index: [] for index in range(6)}
+    for sequence, token in emitted:
+        streamed[sequence].append(token)
+    result = each.result()
+    assert [streamed[index] for index in range(6)] == [tokens[3:].tolist() for tokens in result.sequences]
+    assert len({len(tokens) for tokens in result.sequences}) > 2
+    assert set(result.finish_reasons) == {"stop"}
+
+
+def test_rows_that_end_leave_the_others_in_order() -> None:
+    each = decoder(PROMPT, seed=5, num_return_sequences=3, top_k=0, max_new_tokens=5)
+    logits = np.full((1, VOCABULARY), -np.inf, dtype=np.float32)
+    logits[0, 50] = 0
+    (step,) = advance([each], logits)
+    assert (step.parents.tolist(), step.tokens.tolist(), list(step.sequences)) == ([0, 0, 0], [50, 50, 50], [0, 1, 2])
+    logits = np.full((3, VOCABULARY), -np.inf, dtype=np.float32)
+    logits[[0, 1, 2], [60, END, 62]] = 0
+    (step,) = advance([each], logits)
+    assert (step.parents.tolist(), step.tokens.tolist(), list(step.sequences)) == ([0, 2], [60, 62], [0, 2])
+    assert step.emitted == [(0, 60), (1, END), (2, 62)]
+    assert each.rows == 2
+
+
+def test_a_request_without_a_possible_token_fails_alone() -> None:
+    model = table_model(1)
+    good, bad = decoder(PROMPT, seed=1, max_new_tokens=3), decoder(PROMPT, seed=1, suppress_tokens=[*range(VOCABULARY)])
+    first, second = advance([bad, good], np.stack([model(PROMPT)] * 2))
+    assert bad.finished
+    assert len(first.parents) == 0
+    assert len(second.parents) == 1
+    with pytest.raises(GenerationError, match="no token to sample"):
+        bad.result()
+    assert not good.finished
+    assert second.emitted == advance([decoder(PROMPT, seed=1, max_new_tokens=3)], model(PROMPT)[None])[0].emitted
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"num_beams": 2}, {"top_k": 150}])
+def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any], value: float) -> None:
+    logits = table_model(1)(PROMPT)[None]
+    logits[0, 100] = value
+    each = decoder(PROMPT, **options)
+    advance([each], logits.copy())
+    assert isinstance(each.error, GenerationError)
+    mended = decoder(PROMPT, remove_invalid_values=True, **options)
+    if "num_beams" not in options:
+        # Beams see log-probabilities, which one such value makes NaN altogether.
+        advance([mended], logits.copy())
+        assert mended.error is None
+
+
+def test_scores_are_recorded_only_when_asked_for() -> None:
+    for options, recorded in (
+        ({}, False),
+        ({"output_scores": True}, False),
+        ({"return_dict_in_generate": True}, False),
+        ({"output_scores": True, "return_dict_in_generate": True}, True),
+    ):
+        each = decoder(PROMPT, max_new_tokens=3, **options)
+        run(table_model(1), (each, PROMPT))
+        assert (each.result().scores is not None) == recorded
+
+
+def test_logprobs_are_those_of_the_processed_scores() -> None:
+    model = table_model(6)
+    for options in ({"do_sample": False}, {"top_k": 7}, {"top_k": 0, "temperature": 0.5}):
+        each = decoder(PROMPT, seed=1, max_new_tokens=1, output_scores=True, return_dict_in_generate=True, **options)
+        advance([each], model(PROMPT)[None].copy())
+        scores = each.result().scores
+        assert scores is not None
+        (scored,) = scores[0]
+        processed = model(PROMPT) / np.float32(options.get("temperature", 1.0))
+        if options.get("top_k"):
+            processed[processed < np.sort(processed)[-7]] = -np.inf
+        assert scored.score == processed[scored.token_id]
+        assert scored.logprob == pytest.approx(
+            np.log(softmax(processed[None], whole=True)[0, scored.token_id]), abs=1e-5
+        )
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 2**32), st.integers(1, 2000), st.floats(0, 1, exclude_max=True), st.floats(0.01, 50), st.booleans()
+)
+def test_draws_invert_the_cumulative_distribution(
+    seed: int, width: int, uniform: float, spread: float, whole: bool
+) -> None:
+    tokens = None if whole else np.tile(np.arange(width, dtype=np.int32), (2, 1))
+    random = np.random.default_rng(seed)
+    scores = (random.standard_normal((2, width)) * spread).astype(np.float32)
+    scores[:, random.random(width) < 0.3] = -np.inf
+    scores[:, random.integers(width)] = 0
+    drawn = draw(Candidates(scores, tokens), np.array([0, 1]), np.array([uniform, uniform]))
+    reached = np.cumsum(np.exp(scores - scores.max(1, keepdims=True)), axis=1, dtype=np.float64)
+    reached /= reached[:, -1:]
+    for row, token in enumerate(drawn.tokens.tolist()):
+        assert scores[row, token] > -np.inf
+        below = reached[row, token - 1] if token else 0.0
+        assert below - 1e-6 <= uniform <= reached[row, token] + 1e-6
+
+
+def test_draws_reach_the_last_token_and_never_an_impossible_one() -> None:
+    scores = np.full((1, 1300), -np.inf, dtype=np.float32)
+    scores[0, [3, 700, 1001]] = 0
+    for tokens in (None, np.arange(1300, dtype=np.int32)[None]):
+        for uniform, token in ((0.0, 3), (np.nextafter(1, 0), 1001), (0.34, 700), (1 / 3, 700)):
+            assert draw(Candidates(scores, tokens), np.array([0]), np.array([uniform])).tokens[0] == token
+
+
+def test_what_cannot_start_is_refused() -> None:
+    with pytest.raises(ParameterError, match="3 tokens"):
+        decoder(PROMPT, max_length=3)
+    with pytest.raises(ValueError, match="at least one token"):
+        decoder([])
+    with pytest.raises(ValueError, match="rows of logits"):
+        advance([decoder(PROMPT)], np.zeros((2, VOCABULARY), dtype=np.float32))

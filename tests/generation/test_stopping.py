@@ -1,0 +1,149 @@
+"""End tokens, lengths, stop strings and time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_phi3.generation import advance
+from edge_phi3.generation.stopping import StopStrings
+from tests.generation.conftest import END, VOCABULARY, decoder, run, table_model
+
+PROMPT = (5, 6, 7)
+TEXTS: list[str | None] = [None, "", "a", "b", "ab", "ba", "c", " ", "abc", "ca"]
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def forced(*tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Give logits that allow one token in each row."""
+    logits = np.full((len(tokens), VOCABULARY), -np.inf, dtype=np.float32)
+    logits[range(len(tokens)), tokens] = 0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "strings", "found"),
+    [
+        ([2, 3], ["ab"], True),
+        ([2, 4], ["aab"], True),
+        ([8], ["b"], True),  # the newest token goes on after the string
+        ([8], ["a"], True),
+        ([8, 6], ["b"], False),  # the string was complete a token earlier
+        ([2, 1, 3], ["ab"], False),  # as in transformers, the window is as many tokens as the string has characters
+        ([2, 1, 3], ["ab", "xyz"], True),
+        ([2, 0, 3], ["ab"], False),  # nothing reaches across an id without a token
+        ([2, 3, 1], ["ab"], False),
+        ([0], ["a"], False),
+        ([3, 2], ["ab"], False),
+        ([9, 8], ["aab"], True),
+        ([9, 8], ["caa"], True),
+        ([2, 3, 50], ["ab"], False),
+    ],
+)
+def test_stop_strings(tokens: list[int], strings: list[str], found: bool) -> None:
+    assert StopStrings(strings, TEXTS).matches(np.array(tokens, dtype=np.int32)) is found
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.text("abc ", min_size=1, max_size=4))
+def test_a_stop_string_is_found_exactly_when_it_ends_in_the_newest_token(tokens: list[int], string: str) -> None:
+    text = "".join(TEXTS[token] or "" for token in tokens)
+    newest = len(TEXTS[tokens[-1]] or "")
+    ends = [at + len(string) for at in range(len(text)) if text.startswith(string, at)]
+    expected = any(end > len(text) - newest for end in ends)
+    assert StopStrings([string], TEXTS).matches(np.array(tokens, dtype=np.int32)) is expected
+
+
+def test_a_stop_string_may_begin_in_the_prompt() -> None:
+    each = decoder([4, 2], vocabulary=TEXTS, stop_strings="abab", do_sample=False, eos_token_id=9)
+    advance([each], forced(3))
+    assert each.finished
+    assert each.result().finish_reasons == ["stop_string"]
+    assert each.result().sequences[0].tolist() == [4, 2, 3]
+
+
+def test_beams_stop_when_all_end_on_a_stop_string() -> None:
+    each = decoder([2], vocabulary=TEXTS, stop_strings=["ab", "ac"], do_sample=False, num_beams=2, eos_token_id=9,
+                   num_return_sequences=2)  # fmt: skip
+    logits = np.zeros((1, VOCABULARY), dtype=np.float32)
+    logits[0, [3, 6]] = 9, 8
+    advance([each], logits)
+    assert each.finished
+    result = each.result()
+    assert result.finish_reasons == ["stop_string"] * 2
+    # transformers appends the end token to beams that were cut off.
+    assert [tokens.tolist() for tokens in result.sequences] == [[2, 3, 9], [2, 6, 9]]
+
+
+def test_stop_strings_need_the_vocabulary() -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        decoder(PROMPT, stop_strings="a")
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_return_sequences": 2}, {"num_beams": 2}])
+def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) -> None:
+    clock = Clock()
+    each = decoder(PROMPT, max_time=2.0, clock=clock, seed=1, eos_token_id=[], **options)
+    model = table_model(1)
+    prefixes = [PROMPT]
+    for seconds in (1.0, 1.0, 0.5):
+        assert not each.finished
+        clock.now += seconds
+        (step,) = advance([each], np.stack([model(prefix) for prefix in prefixes]))
+        prefixes = [(*prefixes[p], t) for p, t in zip(step.parents.tolist(), step.tokens.tolist(), strict=True)]
+    assert each.finished
+    result = each.result()
+    assert set(result.finish_reasons) == {"time"}
+    assert {len(tokens) for tokens in result.sequences} == {len(PROMPT) + 3}
+
+
+def test_an_end_token_at_the_last_step_is_a_stop() -> None:
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=1)
+    advance([each], forced(END))
+    assert each.result().finish_reasons == ["stop"]
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=1)
+    advance([each], forced(END + 1))
+    assert each.result().finish_reasons == ["length"]
+
+
+@pytest.mark.parametrize("ends", [[], -1])
+def test_no_end_token_ends_nothing(ends: object) -> None:
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=3, eos_token_id=ends)
+    for token in (END, END, END):
+        advance([each], forced(token))
+    assert each.result().sequences[0].tolist() == [*PROMPT, END, END, END]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 30),
+    st.integers(1, 30),
+    st.sampled_from([{}, {"num_beams": 3}, {"num_return_sequences": 3}, {"do_sample": False}]),
+    st.booleans(),
+)
+def test_lengths_are_kept(least: int, most: int, options: dict[str, Any], in_new_tokens: bool) -> None:
+    bounds = (
+        {"min_new_tokens": least, "max_new_tokens": most}
+        if in_new_tokens
+        else {"min_length": least + len(PROMPT), "max_length": most + len(PROMPT)}
+    )
+    each = decoder(PROMPT, seed=1, eos_token_id=[*range(2, 40)], **bounds, **options)
+    run(table_model(5), (each, PROMPT))
+    for tokens in each.result().sequences:
+        new = tokens[len(PROMPT) :]
+        assert 1 <= len(new) <= most
+        ended = np.flatnonzero((new >= 2) & (new < 40))
+        assert all(place >= min(least, most) for place in ended)
