@@ -1,0 +1,236 @@
+"""What the chart's containers run, run for real: pods that start together on one volume, and programs of the chart."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.helm.chart import CHART, Object, containers, deployment, environment, of_kind, render, server
+
+FETCH = CHART / "files" / "fetch_model.py"
+CONTENT = bytes(range(256)) * 40_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def command_of(container: Object) -> list[str]:
+    """Give the command of a container as it is on this machine: the image's programs are those of this Python."""
+    command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
+    if command[0] == "edge-phi3":
+        return [sys.executable, "-m", "edge_phi3", *command[1:]]
+    return [sys.executable, *command[1:]]
+
+
+def environment_of(container: Object, **more: str) -> dict[str, str]:
+    """Give the environment that a container has in its image."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
+    return kept | environment(container) | more
+
+
+def free_port() -> int:
+    """Give a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_path: Path) -> None:
+    keys = tmp_path / "api-keys"
+    keys.write_text("first\nsecond\n")
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    values = {
+        "model": {"name": "demo", "quant": "Q8_0"},
+        "replicas": 2,
+        "gpu": {"enabled": False},
+        "storage": {"mountPath": volume.as_posix(), "accessMode": "ReadWriteMany"},
+        "auth": {"keys": ["first", "second"]},
+        "serve": {"options": {"parallel": 2, "ctx-size": 512, "log-format": "json"}},
+    }
+    objects = render(values)
+    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    preparing = [
+        subprocess.Popen(
+            command_of(prepare), env=environment_of(prepare), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in preparing]
+    assert [process.returncode for process in preparing] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0], "both name one file"
+    model = Path(outputs[0][0].strip())
+    assert model.is_relative_to(volume)
+    worked = [stderr for _, stderr in outputs if re.search("quantis|convert", stderr, re.IGNORECASE)]
+    assert len(worked) == 1, "one of them made the model, the other waited"
+    made = {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.is_file()}
+
+    (test_pod,) = of_kind(objects, "Pod", "-test")
+    (ask,) = containers(test_pod)
+    serving = []
+    try:
+        for _ in range(2):
+            port = free_port()
+            command = [
+                keys.as_posix() if part.startswith("/etc/edge-phi3/keys/") else part
+                for part in command_of(server(objects))
+            ]
+            command[command.index("--port") + 1] = str(port)
+            process = subprocess.Popen(command, env=environment_of(server(objects)), stderr=subprocess.DEVNULL)
+            serving.append((process, port))
+        for process, port in serving:
+            wait_for(f"http://127.0.0.1:{port}{server(objects)['startupProbe']['httpGet']['path']}", process)
+            for name in ("livenessProbe", "readinessProbe"):
+                assert (
+                    httpx.get(f"http://127.0.0.1:{port}{server(objects)[name]['httpGet']['path']}").status_code == 200
+                )
+            # The test pod of `helm test` itself, with the service's address in place of the cluster's.
+            command = [part.replace("http://edge-phi3.ai.svc", f"http://127.0.0.1:{port}") for part in command_of(ask)]
+            assert command != command_of(ask)
+            for env, status in (({"API_KEYS": keys.read_text()}, 0), ({"API_KEYS": "wrong"}, 1)):
+                result = subprocess.run(
+                    command, env=environment_of(ask, **env), capture_output=True, text=True, timeout=60, check=False
+                )
+                assert result.returncode == status, result.stderr
+                assert (status == 0) == bool(result.stdout.strip())
+    finally:
+        for process, _ in serving:
+            process.terminate()
+    assert [process.wait(timeout=30) for process, _ in serving] == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "serving changed nothing on the volume"
+
+
+def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
+    """Wait until a URL answers 200, as a startup probe does."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        assert process.poll() is None, "the service ended"
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{url} did not answer in a minute")
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """A server of one file, that may break off and may understand ranges."""
+
+    breaks_off: list[int]
+    ranges = True
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range", "")
+        self.requests.append(asked)
+        if self.path != "/model.gguf":
+            self.send_error(404)
+            return
+        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
+        if first >= len(CONTENT):
+            self.send_error(416)
+            return
+        self.send_response(206 if asked and self.ranges else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - first))
+        self.end_headers()
+        limit = self.breaks_off.pop(0) if self.breaks_off else len(CONTENT)
+        self.wfile.write(CONTENT[first : first + limit])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def files() -> Iterator[type[Files]]:
+    """A server of one file; its class has the address, and how the server behaves."""
+    behaviour = type("Behaviour", (Files,), {"breaks_off": [], "requests": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), behaviour) as listening:
+        behaviour.url = f"http://127.0.0.1:{listening.server_port}/model.gguf"
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield behaviour
+        listening.shutdown()
+        thread.join()
+
+
+def fetch(url: str, target: Path, sha256: str = SHA256) -> subprocess.Popen[str]:
+    """Start the chart's program as its container does, but without its patience between attempts."""
+    values = {"model": {"url": "https://h.example/model.gguf", "sha256": SHA256}}
+    (prepare,) = deployment(render(values))["spec"]["template"]["spec"]["initContainers"]
+    command = [sys.executable, FETCH.as_posix(), *prepare["command"][2:]]
+    assert command[2] == "--sha256"
+    command[3:] = [sha256, url, target.as_posix()]
+    env = os.environ | {"FETCH_PATIENCE": "0"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_program_in_the_config_map_is_the_file() -> None:
+    (scripts,) = of_kind(render({"model": {"url": "https://h.example/m.gguf", "sha256": SHA256}}), "ConfigMap")
+    assert scripts["data"]["fetch_model.py"].rstrip() == FETCH.read_text().rstrip()
+
+
+def test_the_served_path_is_where_the_file_is_put() -> None:
+    objects = render({"model": {"url": "https://h.example/a/m.gguf?x=/y.gguf", "sha256": SHA256}})
+    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    assert prepare["command"][-1] == server(objects)["args"][1] == f"/models/url/{SHA256[:12]}-m.gguf"
+
+
+def test_a_file_is_downloaded_once(files: Any, tmp_path: Path) -> None:
+    target = tmp_path / "url" / "m.gguf"
+    together = [fetch(files.url, target) for _ in range(3)]
+    messages = [process.communicate(timeout=60)[1] for process in together]
+    assert [process.returncode for process in together] == [0, 0, 0], messages
+    assert sum("was downloaded and checked" in message for message in messages) == 1
+    assert sum("is there already" in message for message in messages) == 2
+    assert target.read_bytes() == CONTENT
+    assert len(files.requests) == 1
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_broken_download_goes_on(files: Any, tmp_path: Path, ranges: bool) -> None:
+    files.ranges = ranges
+    files.breaks_off = [3_000_000, 1_000_000]
+    target = tmp_path / "m.gguf"
+    process = fetch(files.url, target)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, message
+    assert target.read_bytes() == CONTENT
+    assert files.requests == ["", "bytes=3000000-", "bytes=4000000-" if ranges else "bytes=1000000-"]
+
+
+def test_a_killed_download_goes_on(files: Any, tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    target.with_name("m.gguf.partial").write_bytes(CONTENT)
+    process = fetch(files.url, target)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, message
+    assert target.read_bytes() == CONTENT
+
+
+def test_another_content_is_refused_and_not_kept(files: Any, tmp_path: Path) -> None:
+    process = fetch(files.url, tmp_path / "m.gguf", sha256="0" * 64)
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert f"has the SHA-256 {SHA256}, not 0000" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]
+
+
+def test_a_file_that_is_not_there_is_named(files: Any, tmp_path: Path) -> None:
+    process = fetch(files.url.replace("model", "other"), tmp_path / "m.gguf")
+    message = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert "other.gguf cannot be downloaded: HTTP Error 404" in message
+    assert not (tmp_path / "m.gguf").exists()

@@ -1,0 +1,162 @@
+#!/bin/bash
+# Builds the CPU image from Dockerfile.cuda and runs it as a cluster would: as an ordinary user, on a root file system that
+# cannot be written, without capabilities. Needs root, and Debian's packages buildah, debootstrap and crun; no registry of
+# images: a Debian made by debootstrap stands in for every base image. Takes some minutes, for llama.cpp is compiled.
+#
+#   tests/image/build_and_run.sh            # prints what it checks, and the image's size by part
+#
+#   SUITE=bookworm         the Debian that stands in
+#   DEBIAN_MIRROR=URL      where its packages come from
+#   CA_BUNDLE=FILE         certificates to trust instead, for sites whose proxy has its own
+#   WORK=DIR               where to work; kept, so that a second run compiles nothing anew
+set -euo pipefail
+
+repository="$(cd "$(dirname "$0")/../.." && pwd)"
+SUITE="${SUITE:-bookworm}"
+DEBIAN_MIRROR="${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
+if [ -z "${WORK:-}" ]; then
+    WORK="$(mktemp -d)"
+    trap 'stop_container; rm -rf "$WORK"' EXIT
+else
+    mkdir -p "$WORK"
+    trap 'stop_container' EXIT
+fi
+export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot REGISTRY_AUTH_FILE="$WORK/auth.json"
+storage=(--root "$WORK/storage" --runroot "$WORK/run")
+container="edge-phi3-test-$$"
+
+say() { printf '== %s\n' "$*"; }
+fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
+image() { buildah "${storage[@]}" "$@"; }
+stop_container() { crun --root "$WORK/crun" delete --force "$container" 2>/dev/null || true; }
+
+[ "$(id -u)" = 0 ] || fail "this builds images and mounts; run it as root"
+for program in buildah debootstrap crun; do
+    command -v "$program" > /dev/null || fail "$program is missing: apt-get install buildah debootstrap crun"
+done
+
+say "a Debian to stand in for the base images"
+base="$WORK/base-$SUITE"
+if [ ! -e "$base.done" ]; then
+    rm -rf "$base"
+    debootstrap --variant=minbase --include=ca-certificates "$SUITE" "$base" "$DEBIAN_MIRROR" > "$WORK/debootstrap.log"
+    rm -rf "$base"/var/cache/apt/* "$base"/var/lib/apt/lists/* "$base"/usr/share/{doc,man,locale}/*
+    if [ -n "${CA_BUNDLE:-}" ]; then
+        cp "$CA_BUNDLE" "$base/etc/ssl/certs/ca-certificates.crt"
+        printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' > "$base/etc/pip.conf"
+    fi
+    from="$(image from scratch)"
+    image copy --quiet "$from" "$base" / > /dev/null
+    image commit --quiet --rm --format docker "$from" localhost/debian-stand-in > /dev/null
+    touch "$base.done"
+fi
+
+say "the image, with llama.cpp compiled for any x86-64 or arm64 CPU"
+started=$(date +%s)
+# shellcheck disable=SC2086 - BUILD_ARGUMENTS holds several
+image build --quiet --format docker --layers --file "$repository/Dockerfile.cuda" --tag localhost/edge-phi3:cpu \
+    --build-arg FLAVOUR=cpu \
+    --build-arg CPU_IMAGE=localhost/debian-stand-in \
+    --build-arg CUDA_BUILD_IMAGE=localhost/debian-stand-in \
+    --build-arg CUDA_RUNTIME_IMAGE=localhost/debian-stand-in \
+    --build-arg REVISION="$(git -C "$repository" rev-parse HEAD)" \
+    ${BUILD_ARGUMENTS:-} "$repository" > "$WORK/image-id" 2> "$WORK/build.log" \
+    || { tail -n 60 "$WORK/build.log" >&2; fail "the build; its log is above"; }
+say "built in $(($(date +%s) - started)) s"
+
+say "what the image says of itself"
+image inspect --type image localhost/edge-phi3:cpu > "$WORK/image.json"
+config() { python3 -c "import json, sys; c = json.load(open('$WORK/image.json'))['Docker']['config']; print(json.dumps($1))"; }
+[ "$(config 'c["User"]')" = '"10001:10001"' ] || fail "the image does not run as user 10001"
+[ "$(config 'c["Entrypoint"]')" = '["edge-phi3"]' ] || fail "the entry point is not the program itself"
+[ "$(config 'list(c["Volumes"])')" = '["/models"]' ] || fail "the models' folder is not a volume"
+[ "$(config 'c["Healthcheck"]["Test"][0]')" = '"CMD"' ] || fail "there is no health check"
+[ "$(config 'c["Labels"]["org.opencontainers.image.title"]')" = '"edge-phi3"' ] || fail "the labels are missing"
+
+from="$(image from localhost/edge-phi3:cpu)"
+rootfs="$(image mount "$from")"
+for compiler in cc gcc g++ cmake make nvcc; do
+    if chroot "$rootfs" sh -c "command -v $compiler" > /dev/null; then fail "$compiler is in the image"; fi
+done
+[ -z "$(find "$rootfs" -xdev -perm -4000 -newer "$WORK/image-id" -print -quit)" ] || fail "the build left a setuid program"
+
+say "the size, by part (MiB)"
+part() { printf '%7.1f  %s\n' "$(du -sb "${@:2}" 2> /dev/null | awk '{s += $1} END {print s / 1048576}')" "$1"; }
+site="$(echo "$rootfs"/opt/edge-phi3/lib/python3*/site-packages)"
+part "all" "$rootfs"
+part "  edge-phi3 and its Python packages, of them:" "$rootfs/opt/edge-phi3"
+part "    llama.cpp" "$site/llama_cpp/lib"
+part "    llama.cpp's backends" "$rootfs/opt/edge-phi3/lib/ggml"
+part "    NumPy with OpenBLAS" "$site/numpy" "$site/numpy.libs"
+part "    edge-phi3 with the demo model" "$site/edge_phi3"
+part "  the distribution and its Python" "$rootfs"/{bin,etc,lib,lib64,sbin,usr,var}
+echo "backends: $(cd "$rootfs/opt/edge-phi3/lib/ggml" && echo libggml-*.so)"
+
+say "a container: user 10001, root read-only, no capabilities, the host's network"
+bundle="$WORK/bundle"
+models="$WORK/models"
+rm -rf "$bundle" "$models"
+mkdir -p "$bundle" "$models" "$WORK/crun"
+chown 10001:10001 "$models"
+port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+ROOTFS="$rootfs" MODELS="$models" PORT="$port" python3 - "$WORK/image.json" > "$bundle/config.json" << 'PYTHON'
+import json, os, sys
+
+config = json.load(open(sys.argv[1]))["Docker"]["config"]
+environment = [item for item in config["Env"] if not item.startswith("EDGE_PHI3_PORT=")]
+read_only = ["nosuid", "noexec", "nodev"]
+print(json.dumps({
+    "ociVersion": "1.0.2",
+    "process": {
+        "user": {"uid": 10001, "gid": 10001},
+        "args": config["Entrypoint"] + ["serve", "demo", "--log-format", "json"],
+        "env": environment + [f"EDGE_PHI3_PORT={os.environ['PORT']}"],
+        "cwd": config["WorkingDir"],
+        "noNewPrivileges": True,
+        "capabilities": {},
+    },
+    "root": {"path": os.environ["ROOTFS"], "readonly": True},
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": [*read_only, "mode=1777"]},
+        {"destination": "/models", "type": "bind", "source": os.environ["MODELS"], "options": ["bind", "rw"]},
+    ],
+    "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
+}))
+PYTHON
+crun --root "$WORK/crun" --cgroup-manager=disabled run --bundle "$bundle" "$container" \
+    > "$WORK/container.out" 2> "$WORK/container.log" &
+running=$!
+
+started=$(date +%s%N)
+until curl --silent --fail "http://127.0.0.1:$port/healthz" > /dev/null; do
+    kill -0 "$running" 2> /dev/null || { cat "$WORK/container.log" >&2; fail "the container ended"; }
+    [ $(($(date +%s%N) - started)) -lt 300000000000 ] || { cat "$WORK/container.log" >&2; fail "it was not healthy in 300 s"; }
+    sleep 0.2
+done
+say "healthy after $((($(date +%s%N) - started) / 1000000)) ms, the demo model's conversion and quantisation included"
+
+inside() { crun --root "$WORK/crun" --cgroup-manager=disabled exec "$container" "$@"; }
+[ "$(inside id -u)" = 10001 ] || fail "it does not run as user 10001"
+if inside touch /opt/edge-phi3/x 2> /dev/null; then fail "the root file system can be written"; fi
+inside sh -c 'grep -q "CapEff:.0000000000000000" /proc/1/status' || fail "it has capabilities"
+mapfile -t check < <(python3 -c "import json; print(*json.load(open('$WORK/image.json'))['Docker']['config']['Healthcheck']['Test'][1:], sep='\n')")
+inside env "EDGE_PHI3_PORT=$port" "${check[@]}" || fail "the health check fails"
+say "which CPU backend was taken: $(inside sh -c 'grep -o "libggml-cpu-[a-z0-9_.-]*\.so" /proc/1/maps | sort -u')"
+
+answer="$(curl --silent --show-error --fail --max-time 120 "http://127.0.0.1:$port/chat" -H 'Content-Type: application/json' \
+    -d '{"prompt": "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n", "return_full_text": false, "generate_kwargs": {"do_sample": false}}')"
+say "POST /chat: $answer"
+python3 -c 'import json, sys; sys.exit(not json.loads(sys.argv[1])["Result"].strip())' "$answer" || fail "the answer is empty"
+
+say "SIGTERM"
+started=$(date +%s%N)
+crun --root "$WORK/crun" kill "$container" TERM
+status=0
+wait "$running" || status=$?
+[ "$status" = 0 ] || { cat "$WORK/container.log" >&2; fail "it ended with $status after SIGTERM"; }
+say "ended with 0 after $((($(date +%s%N) - started) / 1000000)) ms"
+ls "$models" > /dev/null
+image rm "$from" > /dev/null
+say "all is well"
