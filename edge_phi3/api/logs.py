@@ -42,7 +42,8 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
     logging.basicConfig(handlers=[handler], level=least, force=True)
     # uvicorn tells of each start and stop what the service itself says better.
     logging.getLogger("uvicorn.error").setLevel(max(least, logging.WARNING))
-    logging.getLogger("httpx").setLevel(max(least, logging.WARNING))
+    for chatty in ("httpx", "gguf"):
+        logging.getLogger(chatty).setLevel(max(least, logging.WARNING))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(least),
