@@ -93,6 +93,12 @@ class Settings(BaseModel):
         32, "Engine", "Tokens of a prompt fed at a time beyond the sliding window; 1 is exact.", ge=1, le=2047
     )
     prefix_cache: bool = option(True, "Engine", "Keep finished sequences as cache for later prompts.")
+    batch_seeded: bool = option(
+        False,
+        "Engine",
+        "Let requests with a seed share batches and the prefix cache: faster when several run, but with quantised"
+        " weights they may then not repeat exactly.",
+    )
 
     host: str = option("127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1)
     port: int = option(8080, "Server", "The TCP port to listen on; 0 takes a free one.", ge=0, le=65535)

@@ -232,7 +232,8 @@ class Engine:
             raise EngineStoppedError(self.status_detail)
         loaded = self.model
         decoder = make_decoder(request.config, request.prompt_ids, vocabulary=loaded.token_texts)
-        running = RunningRequest(request, decoder, send, next(self._arrivals))
+        alone = request.config.seed is not None and not self.settings.batch_seeded
+        running = RunningRequest(request, decoder, send, next(self._arrivals), alone=alone)
         self._refuse_what_never_fits(running)
         if self.stats().waiting >= self.settings.max_queue:
             raise QueueFullError(f"The queue is full ({self.settings.max_queue} requests wait); try again later.")
@@ -304,13 +305,18 @@ class Engine:
         self._scheduler_for(running.prompt_length).enqueue(running)
 
     def step(self, scheduler: Scheduler) -> None:
-        """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
+        """Let every running request of a context go on by one token, or by one chunk of its prompt."""
         self._drop_the_departed(scheduler)
-        plan = scheduler.plan()
+        for members in scheduler.batches():
+            self._step(scheduler, members)
+
+    def _step(self, scheduler: Scheduler, members: list[RunningRequest]) -> None:
+        """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
+        plan = scheduler.plan(members)
         if plan.count == 0:
             return
         now = time.monotonic()
-        for request in scheduler.running:
+        for request in members:
             if request.started is None:
                 request.started = now
                 self._cached_tokens += request.cached_tokens

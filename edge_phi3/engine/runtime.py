@@ -96,14 +96,6 @@ class Model:
             raise ModelLoadError(f"There is no model file {path}.")
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        # llama.cpp strips white space after <|user|>, <|end|> and <|assistant|>, as Phi-3's tokenizer does, only
-        # when the
-        # model's name says Phi-3; GGUFs from elsewhere are called all sorts of things.
-        overrides = (llama_cpp.llama_model_kv_override * 2)()
-        overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR
-        overrides[0].key = b"general.name"
-        overrides[0].value.val_str = b"phi-3"
-        params.kv_overrides = overrides
         self.path = path
         self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
@@ -128,7 +120,7 @@ class Model:
         # Phi-3's tokenizers put no <s> in front; many GGUFs from elsewhere claim that they do. Ours say what the
         # checkpoint says.
         converted_here = self.metadata("edge_phi3.generation.config") is not None
-        self._add_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
     def metadata(self, key: str) -> str | None:
         """Give the text of a metadata value that is not an array, or None when the file has none."""
@@ -184,28 +176,18 @@ class Model:
         get = llama_cpp.llama_vocab_get_attr
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
-    def tokenize(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
-        """Encode a text, with a beginning-of-sequence token where the checkpoint puts one (Phi-3 does not).
-
-        Args:
-            text: any text.
-            parse_special: whether texts such as ``<|user|>`` become their special token.
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Encode a text that holds no special token, or whose special tokens are meant as the characters they are.
 
         Returns:
             Token ids, int32, shape ``(tokens,)``.
         """
         data = text.encode("utf-8", errors="replace")
-        tokens = np.empty(len(data) + 8, np.int32)
-        pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-        count = llama_cpp.llama_tokenize(
-            self._vocab, data, len(data), pointer, len(tokens), self._add_bos, parse_special
-        )
-        if count < 0:
+        count = -(len(data) + 8)
+        while count < 0:
             tokens = np.empty(-count, np.int32)
             pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-            count = llama_cpp.llama_tokenize(
-                self._vocab, data, len(data), pointer, len(tokens), self._add_bos, parse_special
-            )
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(tokens), False, False)
         return tokens[:count].copy()
 
     def load_lora(self, path: Path, scale: float) -> None:

@@ -104,7 +104,7 @@ class Scheduler:
             if rows + request.rows > self.parallel or not self._has_cells_for(request, rows):
                 return
             self.running.append(self.waiting.pop(0))
-            self._attach(request.sequences[0])
+            self._attach(request.sequences[0], reuse=request.reuses_cache)
             if not request.generated:
                 request.cached_tokens = request.sequences[0].computed
             rows += request.rows
@@ -113,7 +113,7 @@ class Scheduler:
         if not self.running:
             return True
         first = request.sequences[0]
-        matched, _ = self._match(first)
+        matched = self._match(first)[0] if request.reuses_cache else 0
         promised = sum(sequence.pending for running in self.running for sequence in running.sequences)
         # One cell for each sequence that decodes, so that an arrival does not preempt anybody in the very next step.
         needed = promised + first.length - matched + request.rows + rows
@@ -133,10 +133,13 @@ class Scheduler:
             self._to_cache(sequence)
 
     def preempt_youngest(self) -> bool:
-        """Send the youngest running request back to the queue. False when it is the only one."""
+        """Send the youngest running request back to the queue. False when it is the only one.
+
+        One that decodes alone is spared while there are others: computed anew, its numbers might differ.
+        """
         if len(self.running) < 2:
             return False
-        request = max(self.running, key=lambda running: running.arrival)
+        request = max(self.running, key=lambda running: (not running.alone, running.arrival))
         self.running.remove(request)
         self.detach(request)
         self.enqueue(request)
@@ -155,27 +158,37 @@ class Scheduler:
 
     # -- one step
 
-    def plan(self) -> Plan:
-        """Write the next batch into the context's arrays and take the cells that it needs."""
+    def batches(self) -> list[list[RunningRequest]]:
+        """Give the running requests that share a batch in this step: one batch, and one for each that decodes alone."""
         self.admit()
-        while True:
-            plan = self._try_plan()
-            if plan.count or not self.running:
+        alone = [[request] for request in self.running if request.alone]
+        together = [request for request in self.running if not request.alone] if alone else list(self.running)
+        return [together, *alone] if together else alone
+
+    def plan(self, members: list[RunningRequest]) -> Plan:
+        """Write a batch of `members` into the context's arrays and take the cells that it needs.
+
+        Those of them that have been preempted since are left out; the plan may be empty for that reason only.
+        """
+        while members := [request for request in members if request.sequences[0].seq_id >= 0]:
+            plan = self._try_plan(members)
+            if plan.count:
                 return plan
             if not self.preempt_youngest():
                 raise AssertionError("one request alone does not fit the cache that it was admitted to")
+        return Plan()
 
-    def _try_plan(self) -> Plan:
-        """Plan a batch; an empty one means that nobody can go on before somebody is preempted."""
-        for request in self.running:
+    def _try_plan(self, members: list[RunningRequest]) -> Plan:
+        """Plan a batch; an empty one means that none of the members can go on before somebody is preempted."""
+        for request in members:
             self._attach_restored(request)
-        decoding = [request for request in self.running if request.decoding]
+        decoding = [request for request in members if request.decoding]
         rows = [sequence for request in decoding for sequence in request.sequences]
         if not self._make_room(len(rows)):
             return Plan()
         plan = Plan(choosing=decoding)
         self._add_decodes(plan, rows)
-        for request in self.running:
+        for request in members:
             if not request.decoding and plan.count < self.context.batch_size:
                 self._add_prompt(plan, request)
         return plan
@@ -280,10 +293,10 @@ class Scheduler:
         self._make_room(0 if self.kv.shared else sequence.computed, sequences=1)
         return sequence.fork(self.kv.fork(sequence.seq_id, sequence.computed))
 
-    def _attach(self, sequence: Sequence) -> None:
-        """Give a sequence an id, beginning with the longest prefix that some sequence has computed."""
+    def _attach(self, sequence: Sequence, *, reuse: bool = True) -> None:
+        """Give a sequence an id, beginning with the longest prefix that some sequence has computed, if it may."""
         self._make_room(0, sequences=1)
-        matched, owner = self._match(sequence)
+        matched, owner = self._match(sequence) if reuse else (0, None)
         if owner is None:
             sequence.seq_id, sequence.computed = self.kv.acquire(), 0
             return

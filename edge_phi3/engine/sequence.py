@@ -125,6 +125,8 @@ class RunningRequest:
         decoder: chooses its tokens.
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.
+        alone: whether it is decoded in batches of its own, from scratch: llama.cpp's numbers depend in their last bits
+            on what else is in a batch, and a request with a seed must repeat exactly.
         sequences: one sequence with the prompt at first, later one for each row of the decoder.
         submitted: when it was submitted, as all times here in seconds of `time.monotonic`.
         started: when it was first admitted, or None.
@@ -138,6 +140,7 @@ class RunningRequest:
     decoder: Decoder
     send: Callable[[Event], None]
     arrival: int
+    alone: bool = False
     sequences: list[Sequence] = field(init=False)
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
@@ -165,6 +168,11 @@ class RunningRequest:
     def max_length(self) -> int:
         """The longest that one of its sequences can become, the prompt included."""
         return self.request.config.total_length(self.prompt_length)
+
+    @property
+    def reuses_cache(self) -> bool:
+        """Whether it may start from what others computed; its own tokens always may, when it comes back."""
+        return not self.alone or self.generated > 0
 
     @property
     def decoding(self) -> bool:

@@ -29,6 +29,9 @@ class EngineSettings:
         window_chunk: how many tokens of a prompt are fed at a time beyond the sliding window; 1 is exact.
         lora: LoRA adapters and their scales.
         max_queue: how many requests may wait.
+        batch_seeded: whether requests with a seed share batches and the prefix cache. It makes them faster where
+        several run;
+            their tokens then depend, now and then, on what runs beside them, unless weights and cache are F32.
         prefix_cache: whether finished sequences stay as cache for later prompts.
     """
 
@@ -44,6 +47,7 @@ class EngineSettings:
     lora: tuple[tuple[Path, float], ...] = ()
     max_queue: int = 256
     prefix_cache: bool = True
+    batch_seeded: bool = False
 
 
 DEFAULT_CTX_SIZE = 8192

@@ -8,21 +8,19 @@ leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.added_tokens import AddedToken, AddedTokenSplitter, added_tokens
 from edge_phi3.engine.runtime import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL = 1 << 1, 1 << 3
-_NOT_SPECIAL = frozenset({"</s>"})
-"""For GGUFs from elsewhere: llama.cpp marks ``</s>`` as a control token; Phi-3's tokenizer_config.json says that it
-is an ordinary added
-token."""
+_PHI3_NOT_SPECIAL = frozenset({"</s>"})
+_PHI3_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 class Tokenizer:
@@ -44,15 +42,30 @@ class Tokenizer:
         self.unused_ids = frozenset(np.flatnonzero(model.attributes & _UNUSED).tolist())
         control = np.flatnonzero(model.attributes & _CONTROL).tolist()
         self._special_by_text = {self._texts[token]: token for token in control}
-        added = model.metadata("edge_phi3.tokenizer.added_tokens")
-        if added is None:
-            self.special_ids = frozenset(token for token in control if self._texts[token] not in _NOT_SPECIAL)
-        else:
-            self.special_ids = frozenset(int(token["id"]) for token in json.loads(added) if token["special"])
+        described = model.metadata("edge_phi3.tokenizer.added_tokens")
+        added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
+        self.special_ids = frozenset(token.id for token in added if token.special)
+        self._splitter = AddedTokenSplitter(added)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
-        """Encode a text: int32 token ids, shape ``(tokens,)``, with no beginning-of-sequence token added."""
-        return self._model.tokenize(text, parse_special=parse_special)
+        """Encode a text.
+
+        Args:
+            text: any text.
+            parse_special: whether texts such as ``<|user|>`` become their special token.
+
+        Returns:
+            Token ids, int32, shape ``(tokens,)``, with a beginning-of-sequence token where the checkpoint's tokenizer
+            puts one (Phi-3's does not).
+        """
+        parts: list[NDArray[np.int32]] = []
+        if self._model.adds_bos:
+            parts.append(np.array([self._model.bos_token_id], np.int32))
+        parts += [
+            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
+            for part in (self._splitter.split(text) if parse_special else [text])
+        ]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def special_token(self, text: str) -> int | None:
         """Give the id of the special token with this text, or None."""
@@ -72,6 +85,16 @@ class Tokenizer:
         """Decode tokens as ``tokenizer.decode`` does."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(tokens) + stream.finish()
+
+
+def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
+    """Give the flags that Phi-3's tokenizer_config.json gives its special tokens, for GGUFs that do not carry them."""
+    return [
+        AddedToken(
+            token, text, special=text not in _PHI3_NOT_SPECIAL, lstrip=False, rstrip=text not in _PHI3_KEEP_SPACE
+        )
+        for text, token in control.items()
+    ]
 
 
 class StreamDecoder:

@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.conversion.added_tokens import AddedTokenSplitter
+from edge_phi3.engine.added_tokens import AddedTokenSplitter, added_tokens
 
 
 @llama_cpp.llama_log_callback
@@ -26,7 +26,7 @@ class Vocabulary:
         self.handle = llama_cpp.llama_model_get_vocab(model)
         value = ctypes.create_string_buffer(1 << 16)
         llama_cpp.llama_model_meta_val_str(model, b"edge_phi3.tokenizer.added_tokens", value, len(value))
-        self._splitter = AddedTokenSplitter.from_metadata(value.value.decode())
+        self._splitter = AddedTokenSplitter(added_tokens(value.value.decode()))
 
     def llama_tokenize(self, text: str, *, special: bool = True, add_special: bool = False) -> list[int]:
         """What llama.cpp alone makes of a text."""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.added_tokens import WHITE_SPACE
 from tests.conversion import llama
-from tests.conversion.added_tokens import WHITE_SPACE
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import VOCABULARY_GGUF, phi3_vocabulary
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
@@ -301,3 +302,27 @@ def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> No
             closer.join()
         with pytest.raises(EngineStoppedError):
             asked.finished()
+
+
+def test_a_seed_repeats_exactly_on_a_quantised_model_whatever_runs_beside_it(
+    make_model: MakeModel, tmp_path: Any
+) -> None:
+    quantised = quantize(make_model("wide"), tmp_path / "wide-q4.gguf", type="Q4_K_M").path
+    options = {"do_sample": True, "seed": 5, "top_k": 0, "temperature": 1.5, "max_new_tokens": 24, **ENDLESS}
+    with running_engine(quantised, kv_cache_type="f16") as engine:
+        alone = ask(engine, prompt(1, 45), **options)
+        assert ask(engine, prompt(1, 45), **options) == alone
+        others = [Asked(engine, prompt(seed, 50), max_new_tokens=200, **ENDLESS) for seed in range(2, 9)]
+        _wait_until(lambda: engine.stats().running == len(others))
+        assert ask(engine, prompt(1, 45), **options) == alone
+        for other in others:
+            engine.cancel(other.running)
+
+
+def test_requests_with_a_seed_can_share_batches(make_model: MakeModel) -> None:
+    options = {"do_sample": True, "seed": 5, "max_new_tokens": 10, **ENDLESS}
+    with running_engine(make_model("4k"), batch_seeded=True) as engine:
+        first = Asked(engine, prompt(1, 45), **options).finished()
+        again = Asked(engine, prompt(1, 45), **options).finished()
+        assert again.cached_tokens == 44
+        assert generated(again) == generated(first)

@@ -14,6 +14,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.errors import ModelLoadError
 from edge_phi3.engine.runtime import Model
 from edge_phi3.engine.settings import usable_cores
+from edge_phi3.engine.tokenizer import Tokenizer
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
@@ -93,21 +94,25 @@ def test_what_is_no_adapter_is_refused(make_model: MakeModel, tmp_path: Path) ->
         pass
 
 
-def test_a_name_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel, tmp_path: Path) -> None:
-    """llama.cpp strips white space after <|user|> only in models whose name says Phi-3."""
-    renamed = tmp_path / "renamed.gguf"
-    data = bytearray(make_model("4k").read_bytes())
-    ours = Model(make_model("4k"))
-    name = (ours.metadata("general.name") or "").encode()
-    assert b"phi-3" in name.lower()
-    data[data.index(name) : data.index(name) + len(name)] = b"x" * len(name)
-    renamed.write_bytes(data)
-    theirs = Model(renamed)
-    text = "<|user|>\n Hi<|end|>\n<|assistant|>\n"
-    assert theirs.metadata("general.name") == "x" * len(name)
-    assert theirs.tokenize(text).tolist() == ours.tokenize(text).tolist()
+def test_a_model_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel, tmp_path: Path) -> None:
+    """Neither the name that llama.cpp's rules go by nor our description of the added tokens is there."""
+    foreign = tmp_path / "foreign.gguf"
+    data = make_model("4k").read_bytes()
+    for key in (b"general.name", b"edge_phi3.tokenizer.added_tokens", b"edge_phi3.generation.config"):
+        assert data.count(key) == 1
+        data = data.replace(key, b"x" * len(key))
+    foreign.write_bytes(data)
+    ours, theirs = Model(make_model("4k")), Model(foreign)
+    tokens = [
+        Tokenizer(model).encode("<|user|>\n\u00a0Hi </s> <|end|>\n<|endoftext|> <|assistant|>\n")
+        for model in (ours, theirs)
+    ]
+    assert tokens[0].tolist() == tokens[1].tolist()
+    assert Tokenizer(ours).special_ids == Tokenizer(theirs).special_ids
     for model in (ours, theirs):
         model.close()
+    with running_engine(make_model("4k")) as mine, running_engine(foreign) as other:
+        assert mine.model.defaults.eos_token_ids == other.model.defaults.eos_token_ids
 
 
 def _write_adapter(path: Path, name: str, down: np.ndarray, up: np.ndarray) -> None:

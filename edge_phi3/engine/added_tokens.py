@@ -19,12 +19,21 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """An added token: its id and text, and whether it swallows the white space on either side."""
+    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows."""
 
     id: int
     text: str
+    special: bool
     lstrip: bool
     rstrip: bool
+
+
+def added_tokens(value: str) -> list[AddedToken]:
+    """Read the GGUF key ``edge_phi3.tokenizer.added_tokens``."""
+    return [
+        AddedToken(entry["id"], entry["content"], entry["special"], entry["lstrip"], entry["rstrip"])
+        for entry in json.loads(value)
+    ]
 
 
 class AddedTokenSplitter:
@@ -35,12 +44,6 @@ class AddedTokenSplitter:
         longest_first = sorted(self._by_text, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._white_space = re.compile(f"[{WHITE_SPACE}]*")
-
-    @classmethod
-    def from_metadata(cls, value: str) -> AddedTokenSplitter:
-        """Take the GGUF key ``edge_phi3.tokenizer.added_tokens``."""
-        entries = json.loads(value)
-        return cls([AddedToken(e["id"], e["content"], e["lstrip"], e["rstrip"]) for e in entries])
 
     def split(self, text: str) -> Iterator[str | int]:
         """Give the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
