@@ -30,7 +30,7 @@ from tests.helm.chart import (
     server,
     values_of,
 )
-from tests.helm.invariants import check_all, check_service_options
+from tests.helm.invariants import check_all, check_service_options, routes
 
 examples = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 
@@ -181,6 +181,16 @@ def test_the_token_reaches_only_the_container_that_fetches() -> None:
     assert token not in server(objects)["env"]
     serving = server(render(values_of(EXAMPLES["mirror-token"]) | {"model": {"prepare": {"mode": "none"}}}))
     assert not [mount for mount in serving["volumeMounts"] if mount["name"] == "models" and mount.get("readOnly")]
+
+
+def test_the_pool_takes_the_paths_whose_requests_name_a_model() -> None:
+    (route,) = of_kind(render(values_of(EXAMPLES["scaled"])), "HTTPRoute")
+    kinds = {
+        rule["matches"][0]["path"]["value"]: rule["backendRefs"][0].get("kind", "Service")
+        for rule in route["spec"]["rules"]
+    }
+    assert kinds == {"/v1": "InferencePool", "/": "Service"}
+    assert {"/v1/chat/completions", "/v1/completions"} <= routes()
 
 
 def test_changed_keys_restart_the_pods() -> None:

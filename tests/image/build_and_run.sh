@@ -6,6 +6,7 @@
 #   tests/image/build_and_run.sh            # prints what it checks, and the image's size by part
 #
 #   SUITE=bookworm         the Debian that stands in
+#   GCC_VERSION=12         that Debian's compiler
 #   DEBIAN_MIRROR=URL      where its packages come from
 #   CA_BUNDLE=FILE         certificates to trust instead, for sites whose proxy has its own
 #   WORK=DIR               where to work; kept, so that a second run compiles nothing anew
@@ -13,6 +14,7 @@ set -euo pipefail
 
 repository="$(cd "$(dirname "$0")/../.." && pwd)"
 SUITE="${SUITE:-bookworm}"
+GCC_VERSION="${GCC_VERSION:-12}"
 DEBIAN_MIRROR="${DEBIAN_MIRROR:-http://deb.debian.org/debian}"
 if [ -z "${WORK:-}" ]; then
     WORK="$(mktemp -d)"
@@ -56,6 +58,7 @@ started=$(date +%s)
 # shellcheck disable=SC2086 - BUILD_ARGUMENTS holds several
 image build --quiet --format docker --layers --file "$repository/Dockerfile.cuda" --tag localhost/edge-phi3:cpu \
     --build-arg FLAVOUR=cpu \
+    --build-arg GCC_VERSION="$GCC_VERSION" \
     --build-arg CPU_IMAGE=localhost/debian-stand-in \
     --build-arg CUDA_BUILD_IMAGE=localhost/debian-stand-in \
     --build-arg CUDA_RUNTIME_IMAGE=localhost/debian-stand-in \

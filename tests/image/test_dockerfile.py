@@ -83,8 +83,9 @@ def test_everything_copied_exists_and_passes_the_ignore_file() -> None:
 
 
 def test_llama_cpp_is_compiled_for_any_machine() -> None:
-    (common,) = [rest for rest in arguments("build", "ARG") if rest.startswith("CMAKE_ARGS_COMMON=")]
-    options = dict(item[2:].split("=") for item in common.split("=", 1)[1].strip('"').split())
+    given = dict(rest.split("=", 1) for rest in arguments("build", "ARG") if rest.startswith("CMAKE_ARGS_"))
+    text = f"{given['CMAKE_ARGS_COMMON']} {given['CMAKE_ARGS_CPU']}".replace('"', "")
+    options = dict(item.removeprefix("-D").split("=") for item in text.split())
     assert options["GGML_NATIVE"] == "OFF"
     assert options["GGML_BACKEND_DL"] == options["GGML_CPU_ALL_VARIANTS"] == "ON"
     # llama.cpp looks for its backends where they are installed; the whole environment is copied from there.
