@@ -69,8 +69,7 @@ class EventReader:
         """Take the next piece of the body."""
         data = self._rest + data
         if b"\r" in data:
-            # A carriage return at the very end may be half of a line end.
-            data = data[:-1].replace(b"\r\n", b"\n") + data[-1:]
+            data = data.replace(b"\r\n", b"\n")  # one that is cut in two is seen whole with the next piece
         *events, self._rest = data.split(b"\n\n")
         for event in events:
             self._read(event)

@@ -75,18 +75,23 @@ class _Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            # What the sink made of the body, wrapped by httptools.
+            cause = error.__context__
+            self._fail(cause if isinstance(cause, ExchangeError) else error)
+            self.close()
         except httptools.HttpParserError as error:
-            self._fail(f"The response is not HTTP/1.1: {error}")
+            self._fail(ExchangeError(f"The response is not HTTP/1.1: {error}"))
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._done is not None and not self._done.done() and self.received and not self._framed:
             self.on_message_complete()  # a body without a length ends with its connection
-        self._fail(f"The connection broke: {exc}" if exc else _STALE)
+        self._fail(ExchangeError(f"The connection broke: {exc}" if exc else _STALE))
 
-    def _fail(self, sentence: str) -> None:
+    def _fail(self, error: Exception) -> None:
         if self._done is not None and not self._done.done():
-            self._done.set_exception(ExchangeError(sentence))
+            self._done.set_exception(error)
 
     # -- httptools
 

@@ -46,7 +46,7 @@ class Ask:
         max_tokens: tokens to generate.
         sampling: how they are chosen.
         ignore_eos: go on to `max_tokens` past end tokens.
-        seed: of the sampling.
+        seed: of the sampling, or None for the server's own.
         stream: whether pieces are wanted as they come.
     """
 
@@ -54,7 +54,7 @@ class Ask:
     max_tokens: int
     sampling: Sampling
     ignore_eos: bool
-    seed: int
+    seed: int | None
     stream: bool
 
 
@@ -127,8 +127,8 @@ class ChatTarget(Target):
             kwargs["do_sample"] = False
         else:
             sampling = ask.sampling
-            kwargs |= {"do_sample": True, "temperature": sampling.temperature, "seed": ask.seed}
-            kwargs |= {"top_k": sampling.top_k, "top_p": sampling.top_p}
+            kwargs |= {"do_sample": True, "temperature": sampling.temperature}
+            kwargs |= {"top_k": sampling.top_k, "top_p": sampling.top_p} | _seed(ask)
         if ask.ignore_eos:
             kwargs["min_new_tokens"] = ask.max_tokens
         return {
@@ -177,9 +177,9 @@ class LlamaServerTarget(Target):
             "n_predict": ask.max_tokens,
             "ignore_eos": ask.ignore_eos,
             "stream": ask.stream,
-            "seed": ask.seed,
             "samplers": ["top_k"],
             "top_k": 1,
+            **_seed(ask),
         }
         if not sampling.greedy:
             body |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
@@ -219,7 +219,7 @@ class OpenAITarget(Target):
             "model": self.model,
             "max_tokens": ask.max_tokens,
             "temperature": sampling.temperature,
-            "seed": ask.seed,
+            **_seed(ask),
             **self.prompt(ask),
         }
         if not sampling.greedy:
@@ -273,6 +273,10 @@ class OpenAIChatTarget(OpenAITarget):
     def text_of(self, choice: Mapping[str, Any]) -> str:
         """Give the new text of a choice."""
         return str((choice.get("delta") or choice.get("message") or {}).get("content") or "")
+
+
+def _seed(ask: Ask) -> dict[str, int]:
+    return {} if ask.seed is None else {"seed": ask.seed}
 
 
 TARGETS: Final[Mapping[str, type[Target]]] = {

@@ -36,7 +36,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         top_p: sampling from the best of this probability mass.
         ignore_eos: generate `output_tokens` whatever the model says.
         stream: ask for server-sent events. Without them there is no time to first token.
-        seed: of everything drawn.
+        send_seeds: give each sampled request a seed, so that its answer is the same in each run. A server may then
+            take longer: edge-phi3 decodes seeded requests one by one unless it is told otherwise.
+        seed: of everything drawn here.
     """
 
     prompt_tokens: str = "64"
@@ -49,6 +51,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     ignore_eos: bool = False
     stream: bool = True
+    send_seeds: bool = False
     seed: int = 0
 
 
@@ -69,12 +72,13 @@ class Session:
     def ask(self, said: Sequence[str], workload: Workload) -> Ask:
         """Give the request of the turn that follows `said`, the conversation so far (user and assistant in turn)."""
         turn = len(said) // 2
+        seeded = workload.send_seeds and workload.temperature > 0
         return Ask(
             turns=[*said, self.users[turn]],
             max_tokens=self.max_tokens[turn],
             sampling=Sampling(workload.temperature, workload.top_k, workload.top_p),
             ignore_eos=workload.ignore_eos,
-            seed=(workload.seed * 1_000_003 + self.number * 101 + turn) % 2**31,
+            seed=(workload.seed * 1_000_003 + self.number * 101 + turn) % 2**31 if seeded else None,
             stream=workload.stream,
         )
 
@@ -126,7 +130,7 @@ async def measure_ruler(target: Target) -> Ruler:
         total = await target.count_tokens(" ".join(WORDS)) or len(WORDS)
         return Ruler(WORDS, (total - overhead) / len(WORDS), overhead, exact=False)
     answer = Answer()
-    ask = Ask([" ".join(WORDS)], 1, Sampling(), ignore_eos=False, seed=0, stream=True)
+    ask = Ask([" ".join(WORDS)], 1, Sampling(), ignore_eos=False, seed=None, stream=True)
     try:
         await target.generate(ask, answer)
     except ExchangeError as error:

@@ -94,6 +94,7 @@ def _levels(options: dict[str, Any]) -> list[Level]:
 @click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample from the best K. [default: all]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample from the best mass P.")
 @click.option("--ignore-eos", is_flag=True, help="Generate to the full length whatever the model says.")
+@click.option("--send-seeds", is_flag=True, help="Give each sampled request a seed, for the same answers each time.")
 @click.option("--stream/--no-stream", default=True, show_default=True, help="Ask for server-sent events.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same one asks the same.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures and requests here.")

@@ -1,0 +1,321 @@
+"""Our server against llama-server and llama-bench: the same GGUF, threads, cells and requests, turn by turn.
+
+    python -m benchmarks.engine_ratios                          # everything, on both models
+    python -m benchmarks.engine_ratios --parts throughput --models 18m --clients 1,16 --rounds 9
+
+Both servers run on the same libraries of llama.cpp (see `benchmarks.peers`) at the same time; one is asked while the
+other idles, and the turns alternate, so that a slow minute of the machine hits both. What counts is the median of the
+ratios of neighbouring turns. The load generator shares the machine with both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import peers as llama_cpp
+from benchmarks.models import model_path
+from benchmarks.servers import llama_server, ours
+from edge_phi3.bench.http_client import HttpClient
+from edge_phi3.bench.load import Level, run_level
+from edge_phi3.bench.machine import Machine
+from edge_phi3.bench.summary import Summary, per_token, summarise
+from edge_phi3.bench.targets import Target, open_target
+from edge_phi3.bench.workload import RandomSessions, Ruler, Workload, measure_ruler
+
+GREEDY, SAMPLED = "greedy", "sampled"
+_WORKLOADS = {GREEDY: Workload(), SAMPLED: Workload(temperature=1.0, top_k=10)}
+_CELLS_PER_CLIENT = 256
+
+GOALS: dict[str, dict[int, float]] = {
+    "0.65b": {1: 1.0, 4: 1.0, 8: 1.0, 16: 1.0},
+    "18m": {1: 1.0, 4: 1.1, 8: 1.2, 16: 1.2},
+}
+"""The throughput over llama-server's that is wanted at each number of clients."""
+
+STREAM_GOALS = {"0.65b": 0.97, "18m": 0.90}
+PREFIX_GOAL = 5.0
+HEALTH_GOAL = 0.020
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """One comparison.
+
+    Attributes:
+        part: what was compared.
+        model: on which model.
+        case: clients and mode, or what else.
+        ours: our median.
+        theirs: the peer's median, or that without the thing compared.
+        unit: of both.
+        ratio: median of the turns' ratios, above 1 when ours is better.
+        low: the smallest of them.
+        high: the largest.
+        goal: the ratio (or our value) that is wanted, or None.
+        met: whether it is reached, or None without a goal.
+        load: mean number of busy processes over the last minute, at the end.
+        turns: both values of each turn.
+    """
+
+    part: str
+    model: str
+    case: str
+    ours: float
+    theirs: float
+    unit: str
+    ratio: float
+    low: float
+    high: float
+    goal: float | None
+    met: bool | None
+    load: float
+    turns: list[tuple[float, float]]
+
+
+def compare(part: str, model: str, case: str, turns: Sequence[tuple[float, float]], **more: Any) -> Result:
+    """Make a result of pairs (ours, theirs); `better` "high" or "low" says which way is better."""
+    sign = 1 if more.pop("better", "high") == "high" else -1
+    ratios = [(mine / other) ** sign for mine, other in turns]
+    goal, ratio = more.get("goal"), statistics.median(ratios)
+    return Result(
+        part=part,
+        model=model,
+        case=case,
+        ours=statistics.median(mine for mine, _ in turns),
+        theirs=statistics.median(other for _, other in turns),
+        unit=more["unit"],
+        ratio=ratio,
+        low=min(ratios),
+        high=max(ratios),
+        goal=goal,
+        met=None if goal is None else ratio >= goal,
+        load=round(os.getloadavg()[0], 2),
+        turns=list(turns),
+    )
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str, api: str) -> AsyncIterator[tuple[Target, Ruler]]:
+    """Give an endpoint and how it counts tokens."""
+    client = HttpClient(url)
+    try:
+        target = await open_target(client, api)
+        yield target, await measure_ruler(target)
+    finally:
+        client.close()
+
+
+class Bench:
+    """One model, and the servers that run it."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, built: llama_cpp.Peers) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.peers = built
+        self.model = model_path(name, arguments.cache)
+        self.options = {"threads": arguments.threads, "parallel": 16, "ctx_size": 16 * _CELLS_PER_CLIENT}
+        self.next_session = 0
+
+    async def level(self, target: Target, ruler: Ruler, workload: Workload, level: Level) -> Summary:
+        """Run a level on one server. Calls in one turn ask the same; `turn_done` moves on to new prompts."""
+        sessions = RandomSessions(workload, ruler)
+        run = await run_level(target, sessions, workload, level, first_session=self.next_session)
+        summary = summarise(run)
+        if summary.failed:
+            sys.exit(f"{target.client.url}: {summary.failed} requests failed: {next(iter(summary.errors))}")
+        return summary
+
+    def turn_done(self) -> None:
+        """Ask for other prompts from now on, which nobody has cached."""
+        self.next_session += 100_000
+
+    async def throughput(self) -> AsyncIterator[Result]:
+        """Tokens per second over llama-server's, for each mode and number of clients."""
+        with (
+            ours(self.model, **self.options) as our_url,
+            llama_server(self.peers, self.model, **self.options, options=self.arguments.llama_server) as their_url,
+        ):
+            async with connected(our_url, "chat") as mine, connected(their_url, "llama-server") as theirs:
+                for mode in self.arguments.modes:
+                    workload = _WORKLOADS[mode]
+                    for clients in self.arguments.clients:
+                        level = Level(clients=clients, sessions=max(self.arguments.requests, 2 * clients), warmup=1)
+                        turns = await self._alternate(mine, theirs, workload, level)
+                        goal = GOALS.get(self.name, {}).get(clients)
+                        case = f"{clients} clients, {mode}"
+                        yield compare("throughput", self.name, case, turns, unit="tokens/s", goal=goal)
+
+    async def _alternate(
+        self, mine: tuple[Target, Ruler], theirs: tuple[Target, Ruler], workload: Workload, level: Level
+    ) -> list[tuple[float, float]]:
+        turns = []
+        for number in range(self.arguments.rounds):
+            found: dict[int, Summary] = {}
+            for which in (0, 1) if number % 2 == 0 else (1, 0):
+                found[which] = await self.level(*(mine, theirs)[which], workload, level)
+            self.turn_done()
+            turns.append((found[0].tokens_per_second, found[1].tokens_per_second))
+        return turns
+
+    async def stream(self) -> AsyncIterator[Result]:
+        """Tokens per second of one stream while it decodes, over llama-bench's at the same depth."""
+        workload, turns = Workload(), []
+        with ours(self.model, **self.options) as url:
+            async with connected(url, "chat") as (target, ruler):
+                for _ in range(self.arguments.rounds):
+                    sessions = RandomSessions(workload, ruler)
+                    level = Level(clients=1, sessions=4, warmup=1)
+                    run = await run_level(target, sessions, workload, level, first_session=self.next_session)
+                    self.turn_done()
+                    times = [seconds for record in run.records if (seconds := per_token(record)) is not None]
+                    turns.append((1 / statistics.median(times), self._llama_bench()))
+        goal = STREAM_GOALS.get(self.name)
+        yield compare("one stream", self.name, "HTTP over llama-bench", turns, unit="tokens/s", goal=goal)
+
+    def _llama_bench(self) -> float:
+        output = self.peers.run(
+            "llama-bench", "-m", self.model, "-t", str(self.arguments.threads), "-p", "0", "-n", "64", "-d", "64",
+            "-r", "3", "-o", "json",
+        )  # fmt: skip
+        return float(json.loads(output)[0]["avg_ts"])
+
+    async def prefix(self) -> AsyncIterator[Result]:
+        """Time to the first token behind 1,000 shared tokens, with the prefix cache and without."""
+        workload = Workload(shared_prefix=1000, prompt_tokens="24", output_tokens="4")
+        level, turns = Level(clients=1, sessions=4, warmup=1), []
+        with (
+            ours(self.model, **self.options) as warm,
+            ours(self.model, **self.options, options=["--no-prefix-cache"]) as cold,
+        ):
+            async with connected(warm, "chat") as with_cache, connected(cold, "chat") as without:
+                for number in range(self.arguments.rounds):
+                    found: dict[int, float] = {}
+                    for which in (0, 1) if number % 2 == 0 else (1, 0):
+                        times = (await self.level(*(with_cache, without)[which], workload, level)).first_token
+                        assert times is not None
+                        found[which] = times.p50 * 1e3
+                    self.turn_done()
+                    turns.append((found[0], found[1]))
+        case = "TTFT, cache over none"
+        yield compare("1,000-token prefix", self.name, case, turns, unit="ms", goal=PREFIX_GOAL, better="low")
+
+    async def health(self) -> AsyncIterator[Result]:
+        """The 99th percentile of /healthz under 16 clients, beside llama-server's /health."""
+        turns: list[tuple[float, float]] = []
+        with (
+            ours(self.model, **self.options) as our_url,
+            llama_server(self.peers, self.model, **self.options) as their_url,
+        ):
+            async with connected(our_url, "chat") as mine, connected(their_url, "llama-server") as theirs:
+                for _ in range(self.arguments.rounds):
+                    found = [
+                        await self._probe(mine, our_url, "/healthz"),
+                        await self._probe(theirs, their_url, "/health"),
+                    ]
+                    self.turn_done()
+                    turns.append((found[0], found[1]))
+        result = compare("health", self.name, "p99 under 16 clients", turns, unit="ms", better="low")
+        result.goal, result.met = HEALTH_GOAL * 1e3, result.ours <= HEALTH_GOAL * 1e3
+        yield result
+
+    async def _probe(self, server: tuple[Target, Ruler], url: str, path: str) -> float:
+        """Ask for a path every 10 ms while 16 clients generate; give the 99th percentile in milliseconds."""
+        level = Level(clients=16, sessions=16 * 4, warmup=1)
+        load = asyncio.create_task(self.level(*server, Workload(), level))
+        client, times = HttpClient(url), []
+        try:
+            while not load.done():
+                started = time.perf_counter()
+                await client.get(path)
+                times.append(time.perf_counter() - started)
+                await asyncio.sleep(0.010)
+        finally:
+            client.close()
+        await load
+        return float(np.percentile(times, 99)) * 1e3
+
+
+def show(results: Sequence[Result]) -> Table:
+    """Give the results as a table."""
+    table = Table(box=None)
+    for heading in ("part", "model", "case"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ours", "theirs", "unit", "ratio", "min", "max", "goal", "met", "load"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result.part,
+            result.model,
+            result.case,
+            f"{result.ours:.1f}",
+            f"{result.theirs:.1f}",
+            result.unit,
+            f"{result.ratio:.2f}",
+            f"{result.low:.2f}",
+            f"{result.high:.2f}",
+            "-" if result.goal is None else f"{result.goal:g}",
+            {None: "", True: "yes", False: "[red]no"}[result.met],
+            f"{result.load:g}",
+        )
+    return table
+
+
+async def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
+    """Run the parts that are asked for."""
+    built = llama_cpp.build_peers(arguments.cache, arguments.source)
+    results: list[Result] = []
+    for name in arguments.models:
+        bench = Bench(name, arguments, built)
+        for part in arguments.parts:
+            async for result in getattr(bench, part)():
+                results.append(result)
+                console.print(
+                    f"{result.part}, {result.model}, {result.case}: {result.ours:.1f} and {result.theirs:.1f} "
+                    f"{result.unit}, ratio {result.ratio:.2f} ({result.low:.2f} to {result.high:.2f})"
+                )
+    return results
+
+
+def main() -> int:
+    """Compare, print a table, and give exit code 1 when a goal is missed."""
+    words: Callable[[str], Any] = lambda text: text.split(",")  # noqa: E731 - for argparse
+    numbers: Callable[[str], Any] = lambda text: [int(part) for part in text.split(",")]  # noqa: E731 - for argparse
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    llama_cpp.add_arguments(parser)
+    parser.add_argument("--parts", type=words, default=["throughput", "stream", "prefix", "health"])
+    parser.add_argument("--models", type=words, default=list(GOALS))
+    parser.add_argument("--clients", type=numbers, default=[1, 4, 8, 16])
+    parser.add_argument("--modes", type=words, default=[GREEDY, SAMPLED])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each server")
+    parser.add_argument("--requests", type=int, default=32, help="requests of a turn, at least 2 for each client")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    arguments = parser.parse_args()
+    machine = Machine.here()
+    results = uvloop.run(run(arguments, Console(stderr=True)))
+    print(msgspec.json.encode(machine).decode())
+    Console(width=130).print(show(results))
+    if arguments.json:
+        encoded = msgspec.json.encode({"machine": machine, "command": sys.argv[1:], "results": results})
+        arguments.json.write_bytes(msgspec.json.format(encoded))
+    return int(any(result.met is False for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

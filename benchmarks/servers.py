@@ -1,0 +1,75 @@
+"""Servers that a benchmark starts, waits for, and stops: ours and llama-server, with the same means."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.peers import Peers
+
+_PATIENCE = 300.0
+
+
+@contextlib.contextmanager
+def ours(model: Path, *, threads: int, parallel: int, ctx_size: int, options: Sequence[str] = ()) -> Iterator[str]:
+    """Run ``edge-phi3 serve`` with its defaults otherwise, and give its URL."""
+    command = [sys.executable, "-c", "from edge_phi3.cli import main; main()", "serve", str(model), "--port", "{port}"]
+    command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
+    with _running([*command, "--log-level", "warning", *options], "/readyz", None) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def llama_server(
+    peers: Peers, model: Path, *, threads: int, parallel: int, ctx_size: int, options: Sequence[str] = ()
+) -> Iterator[str]:
+    """Run llama-server with its defaults otherwise, and give its URL."""
+    command = [str(peers.program("llama-server")), "--model", str(model), "--port", "{port}"]
+    command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
+    with _running([*command, "--log-verbosity", "0", *options], "/health", peers.environment()) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _running(command: Sequence[str], ready: str, environment: dict[str, str] | None) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [part.replace("{port}", str(port)) for part in command]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        try:
+            _wait_until(url + ready, process)
+            yield url
+        except BaseException:
+            log.seek(0)
+            sys.stderr.write(log.read().decode(errors="replace")[-3000:])
+            raise
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait_until(url: str, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"The server ended with status {process.returncode} before it was ready.")
+        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(url, timeout=5) as reply:
+            if reply.status == 200:
+                return
+        time.sleep(0.1)
+    raise RuntimeError(f"The server was not ready within {_PATIENCE:g} s.")

@@ -1,0 +1,125 @@
+"""Closed and open loops, on an endpoint whose answers take exactly as long as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_phi3.bench.answers import Answer
+from edge_phi3.bench.errors import ExchangeError
+from edge_phi3.bench.http_client import HttpClient
+from edge_phi3.bench.load import Level, LevelRun, run_level
+from edge_phi3.bench.targets import Ask, Target
+from edge_phi3.bench.workload import WORDS, RandomSessions, Ruler, Workload
+
+RULER = Ruler(WORDS, 1.0, 0, exact=True)
+
+
+class Slow(Target):
+    """Answers with three pieces, `seconds` after the request; fails where the prompt says so."""
+
+    name = "slow"
+    path = "/"
+
+    def __init__(self, seconds: float, fail: str | None = None) -> None:
+        super().__init__(HttpClient("http://nowhere"))
+        self.seconds = seconds
+        self.fail = fail
+        self.busy = self.most_busy = 0
+        self.asked: list[Ask] = []
+        self.times: list[float] = []
+
+    async def generate(self, ask: Ask, answer: Answer) -> None:
+        self.asked.append(ask)
+        self.times.append(time.perf_counter())
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        try:
+            for _ in range(3):
+                await asyncio.sleep(self.seconds / 3)
+                answer.add(" piece")
+            if self.fail and self.fail in ask.turns[-1]:
+                raise ExchangeError("HTTP 500: it was told to fail")
+        finally:
+            self.busy -= 1
+        answer.prompt_tokens, answer.completion_tokens = len("".join(ask.turns).split()), 3
+
+    def request(self, ask: Ask) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+    def on_event(self, answer: Answer, name: str, data: bytes) -> None:
+        raise NotImplementedError
+
+    def on_whole(self, answer: Answer, body: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def load(target: Target, level: Level, workload: Workload | None = None, **options: Any) -> LevelRun:
+    workload = workload or Workload(prompt_tokens="5")
+    return asyncio.run(run_level(target, RandomSessions(workload, RULER), workload, level, **options))
+
+
+def test_a_closed_loop_keeps_exactly_its_clients_busy() -> None:
+    target = Slow(0.03)
+    run = load(target, Level(clients=4, sessions=12))
+    assert target.most_busy == 4
+    assert len(run.records) == 12
+    assert sorted(record.session for record in run.records) == list(range(12))
+    assert run.seconds == pytest.approx(3 * 0.03, rel=0.5)
+
+
+def test_an_open_loop_does_not_wait_for_answers() -> None:
+    target = Slow(0.5)
+    load(target, Level(rate=200, sessions=60))
+    assert target.most_busy > 40
+    gaps = np.diff(target.times)
+    assert gaps.mean() == pytest.approx(1 / 200, rel=0.5)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.5), "a Poisson process: the gaps are exponential"
+
+
+def test_a_duration_ends_the_arrivals_and_waits_for_the_answers() -> None:
+    target = Slow(0.05)
+    run = load(target, Level(clients=2, duration=0.2))
+    assert 4 <= len(run.records) <= 10
+    assert max(record.started for record in run.records) < 0.25
+    assert target.busy == 0
+
+
+def test_turns_carry_the_answers_that_were_given() -> None:
+    target = Slow(0.0)
+    run = load(target, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
+    assert [record.turn for record in run.records] == [0, 1, 2]
+    assert list(target.asked[2].turns)[1] == " piece piece piece"
+    assert [record.prompt_tokens for record in run.records] == [4, 11, 18]
+
+
+def test_a_failure_ends_its_session_and_nothing_else() -> None:
+    workload = Workload(prompt_tokens="4", turns="2")
+    victim = RandomSessions(workload, RULER)(1).users[0]
+    run = load(Slow(0.0, fail=victim), Level(clients=2, sessions=4), workload)
+    failed = [record for record in run.records if record.error]
+    assert [(record.session, record.turn, record.error) for record in failed] == [
+        (1, 0, "HTTP 500: it was told to fail")
+    ]
+    assert len(run.records) == 7
+
+
+def test_warm_up_is_not_counted_and_asks_something_else() -> None:
+    target = Slow(0.0)
+    seen = []
+    run = load(target, Level(clients=2, sessions=3, warmup=2), done=seen.append)
+    assert len(run.records) == len(seen) == 3
+    assert len({ask.turns[0] for ask in target.asked}) == 5
+
+
+def test_times_are_those_of_the_pieces() -> None:
+    record = load(Slow(0.06), Level(clients=1, sessions=1)).records[0]
+    assert record.first == pytest.approx(0.02, abs=0.015)
+    assert len(record.gaps) == 2
+    assert record.first + sum(record.gaps) == pytest.approx(record.latency, abs=0.01)
+    assert record.latency >= 0.06

@@ -1,0 +1,138 @@
+"""`bench serve` on a real service: what is measured, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.load import Level
+from edge_phi3.bench.plots import plot_sweep
+from edge_phi3.bench.serve import ServeBench, run
+from edge_phi3.bench.workload import Workload
+from edge_phi3.commands.bench import command
+from tests.api.conftest import Running
+
+
+def measured(service: Running, *levels: Level, **workload: object) -> ServeBench:
+    return ServeBench(f"http://127.0.0.1:{service.port}", levels, Workload(**workload))  # type: ignore[arg-type] # tests
+
+
+def bench(service: Running, *arguments: str) -> Result:
+    result = CliRunner().invoke(command, ["serve", f"http://127.0.0.1:{service.port}", *arguments])
+    assert result.exception is None, result.output
+    return result
+
+
+def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> None:
+    before = service.service.pipeline.engine.stats()
+    levels = Level(clients=1, sessions=2), Level(clients=3, sessions=6)
+    report = run(measured(service, *levels, prompt_tokens="12", output_tokens="5"))
+    after = service.service.pipeline.engine.stats()
+    assert [(level.clients, level.requests, level.failed) for level in report.levels] == [(1, 2, 0), (3, 6, 0)]
+    assert {level.prompt_tokens for level in report.levels} == {12.0}
+    assert after.generated_tokens_total - before.generated_tokens_total == sum(
+        record.completion_tokens for records in report.requests for record in records
+    )
+    for level in report.levels:
+        assert level.latency is not None
+        assert level.first_token is not None
+        assert 0 < level.first_token.p50 < level.latency.p50
+        assert level.tokens_per_second == pytest.approx(level.completion_tokens * level.requests_per_second)
+
+
+def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) -> None:
+    before = service.service.pipeline.engine.stats()
+    run(
+        measured(
+            service, Level(clients=1, sessions=3), prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2"
+        )
+    )
+    after = service.service.pipeline.engine.stats()
+    # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
+    assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72
+
+
+def test_an_open_loop_keeps_to_its_rate(service: Running) -> None:
+    report = run(measured(service, Level(rate=50.0, sessions=25), prompt_tokens="4", output_tokens="2"))
+    starts = sorted(record.started for record in report.requests[0])
+    assert len(starts) == 25
+    assert 0.2 < starts[-1] < 1.5
+
+
+def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:
+    with pytest.raises(BenchError, match=r"No request to .* succeeded: HTTP 400"):
+        run(measured(service, Level(clients=1, sessions=1), output_tokens="1000000"))
+
+
+def test_the_command_prints_a_table_and_writes_every_file(service: Running, tmp_path: Path) -> None:
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "svg")}
+    result = bench(
+        service, "--clients", "1,2", "--requests", "4", "--prompt-tokens", "6", "--output-tokens", "3",
+        "--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["svg"]),
+    )  # fmt: skip
+    rows = [line.split() for line in result.stdout.splitlines() if re.match(r"\s+\d+\s", line)]
+    assert [(row[0], row[1], row[2]) for row in rows] == [("1", "4", "0"), ("2", "4", "0")]
+    report = json.loads(files["json"].read_bytes())
+    assert report["workload"]["prompt_tokens"] == "6"
+    assert report["machine"]["cores"] >= 1
+    assert [len(level) for level in report["requests"]] == [4, 4]
+    with files["csv"].open(encoding="utf-8") as file:
+        written = list(csv.DictReader(file))
+    assert [float(row["tokens_per_second"]) for row in written] == [
+        level["tokens_per_second"] for level in report["levels"]
+    ]
+    assert float(written[0]["latency_p95"]) == report["levels"][0]["latency"]["p95"]
+    groups = {group.get("id") for group in ET.parse(files["svg"]).getroot().iter("{http://www.w3.org/2000/svg}g")}
+    assert {"axes_1", "axes_2", "legend_1"} <= groups
+
+
+def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is a list?\nWhat is a tuple?\n", encoding="utf-8")
+    file = tmp_path / "out.json"
+    bench(
+        service,
+        "--prompts",
+        str(prompts),
+        "--output-tokens",
+        "2",
+        "--no-stream",
+        "--json",
+        str(file),
+        "--requests",
+        "2",
+    )
+    level = json.loads(file.read_bytes())["levels"][0]
+    assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clients", "0"], "give positive numbers"),
+        (["--clients", "two"], "give positive numbers"),
+        (["--api", "grpc"], "grpc"),
+    ],
+)
+def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(command, ["serve", "http://127.0.0.1:9", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_an_open_loop_without_an_end_is_refused() -> None:
+    result = CliRunner().invoke(command, ["serve", "http://127.0.0.1:9", "--rate", "2"])
+    assert "--rate needs --requests or --duration" in str(result.exception)
+
+
+def test_a_picture_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="matplotlib writes"):
+        plot_sweep({}, tmp_path / "plot.doc")
+    assert list(tmp_path.iterdir()) == []
