@@ -1,0 +1,1 @@
+"""Makes the demo model: its corpus, its tokenizer, its weights and its card."""

@@ -1,0 +1,252 @@
+"""The weights: a small Phi-3 trained from scratch to recite the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
+
+from .corpus import Item, Split, dice
+from .tokenizer import CONTEXT, END, ENDOFTEXT, prompt_for
+
+ROWS = 4032
+"""Rows of the embedding: the vocabulary padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064."""
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a training run is made of.
+
+    The defaults make a checkpoint like the bundled one, whose card tells how its own schedule differed.
+    """
+
+    seed: int = 3
+    steps: int = 2400
+    cooldown: int = 1400
+    batch: int = 32
+    peak_rate: float = 2e-3
+    warmup: int = 200
+    weight_decay: float = 0.1
+    emphasis: int = 3
+    two_turns: float = 0.1
+    held_out_share: float = 0.05
+    evaluate_every: int = 250
+    threads: int = 2
+
+
+@dataclass(slots=True)
+class Run:
+    """A trained model and how it got there; a point of `curve` is (step, loss of trained items, of held-out items)."""
+
+    model: Phi3ForCausalLM
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def model_config() -> Phi3Config:
+    """Give the shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256."""
+    return Phi3Config(
+        vocab_size=ROWS,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        original_max_position_embeddings=CONTEXT,
+        rope_theta=10000.0,
+        sliding_window=2047,
+        bos_token_id=1,
+        eos_token_id=ENDOFTEXT,
+        pad_token_id=ENDOFTEXT,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        torch_dtype="bfloat16",
+    )
+
+
+def encode_turn(tokenizer: LlamaTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
+    """Give the ids of one turn of a conversation, and its labels: the answer and its ``<|end|>``, nothing else."""
+    prompt = tokenizer(prompt_for(question)).input_ids
+    reply = [*tokenizer(answer).input_ids, END]
+    return prompt + reply, [_IGNORED] * len(prompt) + reply
+
+
+def collate(samples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+    """Pad samples on the right to two (samples, positions) int64 arrays: ids and labels, labels one position ahead."""
+    width = max(len(ids) for ids, _ in samples)
+    ids = torch.full((len(samples), width), ENDOFTEXT)
+    labels = torch.full((len(samples), width), _IGNORED)
+    for row, (sample, target) in enumerate(samples):
+        ids[row, : len(sample)] = torch.tensor(sample)
+        labels[row, : len(target) - 1] = torch.tensor(target[1:])
+    return ids, labels
+
+
+def answer_logits(model: Phi3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the logits (answer tokens, rows) at the positions that have a label, and those labels.
+
+    Right-padded rows need no attention mask: causal attention never looks at what comes after.
+    """
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    wanted = labels != _IGNORED
+    return model.lm_head(hidden[wanted]), labels[wanted]
+
+
+@torch.no_grad()
+def evaluate(model: Phi3ForCausalLM, tokenizer: LlamaTokenizerFast, items: Sequence[Item]) -> tuple[float, list[bool]]:
+    """Ask "What does NAME do?" about each item.
+
+    Returns:
+        The mean cross-entropy per answer token in nats, and for each item whether the greedy answer is exactly the
+        expected one (each token of it is the most likely one after those before it, which is the same).
+    """
+    total, count = 0.0, 0
+    exact: list[bool] = []
+    for start in range(0, len(items), 64):
+        turns = [encode_turn(tokenizer, f"What does {i.name} do?", i.answer) for i in items[start : start + 64]]
+        ids, labels = collate(turns)
+        logits, targets = answer_logits(model, ids, labels)
+        total += functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+        count += len(targets)
+        wrong = torch.zeros(labels.shape, dtype=torch.bool)
+        wrong[labels != _IGNORED] = logits.argmax(-1) != targets
+        exact += (~wrong.any(1)).tolist()
+    return total / count, exact
+
+
+def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give batches without end. Each pass shows an ordinary item once and an emphasised one `plan.emphasis` times.
+
+    Samples of similar length share a batch, so that little of it is padding.
+    """
+    epoch = 0
+    while True:
+        chance = dice(f"{plan.seed}/{epoch}")
+        epoch += 1
+        order = [item for item in split.trained for _ in range(plan.emphasis if item.emphasised else 1)]
+        chance.shuffle(order)
+        samples = []
+        for item in order:
+            sample = encode_turn(tokenizer, item.ask(chance), item.answer)
+            if chance.random() < plan.two_turns:
+                before = chance.choice(split.trained)
+                ids, labels = encode_turn(tokenizer, before.ask(chance), before.answer)
+                sample = ids + sample[0], labels + sample[1]
+            samples.append(sample)
+        pool = plan.batch * 32
+        batches = []
+        for start in range(0, len(samples), pool):
+            part = sorted(samples[start : start + pool], key=lambda sample: len(sample[0]))
+            batches += [part[first : first + plan.batch] for first in range(0, len(part), plan.batch)]
+        chance.shuffle(batches)
+        yield from map(collate, batches)
+
+
+def _rate(step: int, plan: Plan) -> float:
+    """Give the learning rate of a step: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
+    up = (step + 1) / plan.warmup
+    down = (plan.steps - step) / plan.cooldown
+    return plan.peak_rate * min(up, 1.0, down)
+
+
+def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path | None = None) -> Run:
+    """Train from scratch: AdamW, a trapezoid of learning rates; products in bfloat16, master weights in float32.
+
+    Args:
+        split: the items; held-out ones are only evaluated.
+        tokenizer: turns text into ids.
+        plan: the hyper-parameters.
+        state: where progress is kept every `plan.evaluate_every` steps; a run stopped in between goes on from there.
+
+    Returns:
+        The model with float32 weights rounded to bfloat16, which are the ones that are saved, and the loss curves.
+    """
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(plan.seed)
+    run = Run(Phi3ForCausalLM(model_config()).float())
+    matrices = [p for p in run.model.parameters() if p.dim() > 1]
+    vectors = [p for p in run.model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
+    inputs = repr(split) + tokenizer.backend_tokenizer.to_str()
+    key = asdict(plan) | {"inputs": hashlib.sha256(inputs.encode()).hexdigest()}
+    first = _restore(state, run, optimizer, key) if state else 0
+    probe = dice(plan.seed).sample(split.trained, len(split.held_out))
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=1) as progress:
+        task = progress.add_task("training", total=plan.steps, completed=first)
+        batches = itertools.islice(_batches(split, tokenizer, plan), first, None)
+        for step, (ids, labels) in zip(range(first, plan.steps), batches, strict=False):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, plan)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits, targets = answer_logits(run.model, ids, labels)
+            loss = functional.cross_entropy(logits.float(), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            optimizer.step()
+            run.seconds += time.perf_counter() - began
+            run.tokens += ids.numel()
+            progress.advance(task)
+            if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
+                seen, unseen = (evaluate(run.model, tokenizer, items)[0] for items in (probe, split.held_out))
+                run.curve.append((step + 1, seen, unseen))
+                speed = run.tokens / run.seconds
+                text = f"step {step + 1}: trained {seen:.3f}, held out {unseen:.3f} nats/token, {speed:.0f} tokens/s"
+                progress.console.print(text)
+                if state:
+                    _save(state, run, optimizer, key, step + 1)
+    for weight in run.model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return run
+
+
+def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any], step: int) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    value = {
+        "key": key,
+        "step": step,
+        "model": run.model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": (run.curve, run.tokens, run.seconds),
+    }
+    with temporary.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _restore(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any]) -> int:
+    if not path.exists():
+        return 0
+    value = torch.load(path, weights_only=True)
+    if value["key"] != key:
+        raise SystemExit(
+            f"{path} is the state of a run with other options or texts; give the same ones, or another file."
+        )
+    run.model.load_state_dict(value["model"])
+    optimizer.load_state_dict(value["optimizer"])
+    run.curve, run.tokens, run.seconds = [tuple(point) for point in value["history"][0]], *value["history"][1:]
+    return int(value["step"])

@@ -1,0 +1,88 @@
+"""Train the bundled demo model from scratch: corpus, tokenizer, weights and model card, from one command.
+
+Needs the `train` and `bench` dependency groups and about 4 GB of memory. The card says how long its own run took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from demo_model.card import draw_curves, render_card, training_facts
+from demo_model.checkpoint import greedy_answer, write_model
+from demo_model.corpus import QUESTIONS, expected_answer, read_corpus, split_corpus
+from demo_model.folder import MOST_BYTES, size_of, whole_folder, write_json
+from demo_model.tokenizer import PIECES, check_agreement, train_vocabulary, write_tokenizer
+from demo_model.training import Plan, evaluate, train
+
+OUTPUT = Path(__file__).resolve().parent.parent / "edge_phi3" / "demo" / "phi-3-demo"
+FEWEST_RIGHT = 8
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    plan = Plan()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the checkpoint; replaced when complete")
+    parser.add_argument(
+        "--steps", type=int, default=plan.steps, help="training steps; the learning rate decays over them"
+    )
+    parser.add_argument("--seed", type=int, default=plan.seed, help="seed of the split, the weights and the order")
+    parser.add_argument("--threads", type=int, default=plan.threads, help="CPU threads")
+    parser.add_argument("--state", type=Path, help="file in which progress is kept, to go on from after a stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Make the checkpoint, or leave the old one untouched."""
+    options = parse_arguments()
+    plan = Plan(steps=options.steps, seed=options.seed, threads=options.threads)
+    items = read_corpus()
+    split = split_corpus(items, plan.seed, plan.held_out_share)
+    print(f"{len(split.trained)} texts to train on, {len(split.held_out)} held out", file=sys.stderr)
+
+    with whole_folder(options.output) as folder:
+        texts = [t for i in items for t in (f"What does {i.name} do?", f"What does `{i.name}` do?", i.answer)]
+        tokenizer = write_tokenizer(folder, train_vocabulary(texts))
+        check_agreement(folder, tokenizer, texts)
+        run = train(split, tokenizer, plan, options.state)
+        write_model(folder, run.model)
+
+        answers = [
+            {
+                "question": question,
+                "expected": expected_answer(question, items),
+                "given": greedy_answer(run.model, tokenizer, question),
+            }
+            for question in QUESTIONS
+        ]
+        groups = {
+            "emphasised": [item for item in split.trained if item.emphasised],
+            "ordinary": [item for item in split.trained if not item.emphasised],
+            "held_out": split.held_out,
+        }
+        marks = {group: evaluate(run.model, tokenizer, members)[1] for group, members in groups.items()}
+        exact = {group: sum(right) / len(right) for group, right in marks.items()}
+        right = sum(answer["given"] == answer["expected"] for answer in answers)
+        print(f"{right} of {len(answers)} questions right; exact: {exact}", file=sys.stderr)
+        if right < FEWEST_RIGHT:
+            raise SystemExit(f"Fewer than {FEWEST_RIGHT} right: nothing was written. Train for more --steps.")
+
+        facts = training_facts(plan, run, split, exact=exact, answers=answers, pieces=PIECES)
+        expected = [{"question": answer["question"], "answer": answer["expected"]} for answer in answers]
+        write_json(folder / "training.json", facts)
+        write_json(folder / "questions.json", expected)
+        draw_curves(folder / "loss.svg", run)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "README.md").write_text(render_card(facts, config, size_of(folder)), encoding="utf-8")
+        if size_of(folder) > MOST_BYTES:
+            raise SystemExit(f"The folder has {size_of(folder)} bytes; at most {MOST_BYTES} are allowed.")
+    print(f"wrote {options.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
