@@ -64,6 +64,9 @@ def training_facts(
             "torch": version("torch"),
             "transformers": version("transformers"),
         },
+        "schedule": f"the learning rate rises to {plan.peak_rate:g} over {plan.warmup} steps, stays there, and falls to nothing"
+        f" over the last {plan.cooldown}",
+        "remade": "it is made again by",
         "pieces": pieces,
         "answers": answers,
         "parameters": sum(weight.numel() for weight in run.model.parameters()),
@@ -92,6 +95,8 @@ def render_card(facts: dict[str, Any], config: dict[str, Any], size: int) -> str
         **facts["versions"],
         **{f"exact_{group}": share for group, share in facts["exact"].items()},
         **{key: value for key, value in config.items() if isinstance(value, int)},
+        schedule=facts["schedule"],
+        remade=facts["remade"],
         pieces=facts["pieces"],
         parameters=facts["parameters"],
         parameters_m=facts["parameters"] / 1e6,
