@@ -64,8 +64,8 @@ def training_facts(
             "torch": version("torch"),
             "transformers": version("transformers"),
         },
-        "schedule": f"the learning rate rises to {plan.peak_rate:g} over {plan.warmup} steps, stays there, and falls to nothing"
-        f" over the last {plan.cooldown}",
+        "schedule": f"the learning rate rises to {plan.peak_rate:g} over {plan.warmup} steps, stays there,"
+        f" and falls to nothing over the last {plan.cooldown}",
         "remade": "it is made again by",
         "pieces": pieces,
         "answers": answers,
