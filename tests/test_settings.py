@@ -100,8 +100,7 @@ def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str 
         (
             "max_body_size",
             "12",
-            "--max-body-size: '12' is not allowed; give a size such as 4MiB or 65536,"
-            " from 1024 to 1073741824.",
+            "--max-body-size: '12' is not allowed; give a size such as 4MiB or 65536, from 1024 to 1073741824.",
         ),
     ],
 )
