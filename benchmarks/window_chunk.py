@@ -89,7 +89,8 @@ def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
     scheduler.enqueue(running)
     started = time.perf_counter()
     while not recorder.finished:
-        plan = scheduler.plan()
+        (members,) = scheduler.batches()
+        plan = scheduler.plan(members)
         logits = scheduler.context.decode(plan.count)
         scheduler.computed(plan)
         for request, step in zip(plan.choosing, advance([r.decoder for r in plan.choosing], logits), strict=True):

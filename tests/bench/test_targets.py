@@ -113,15 +113,20 @@ def test_openai_gets_only_what_its_api_has_unless_more_is_asked() -> None:
     assert body["stream_options"] == {"include_usage": True}
 
 
-# What llama-server (llama.cpp 0c1e570) sent for four prompt tokens and an n_predict of 2; the settings and timings that
-# it repeats in its last event are left out, except for the one that is read.
+# What llama-server (llama.cpp 0c1e570) sent for a prompt of four tokens and an n_predict of 4; of its last event the
+# settings, the prompt and most timings are left out.
 LLAMA_SERVER_STREAM = (
     'data: {"index":0,"content":"вое","tokens":[18072],"stop":false,"id_slot":-1,"tokens_predicted":1,'
     '"tokens_evaluated":4}\n\n'
     'data: {"index":0,"content":" rés","tokens":[6896],"stop":false,"id_slot":-1,"tokens_predicted":2,'
     '"tokens_evaluated":4}\n\n'
-    'data: {"index":0,"content":"","tokens":[],"id_slot":1,"stop":true,"tokens_predicted":2,"tokens_evaluated":4,'
-    '"has_new_line":false,"truncated":false,"stop_type":"limit","stopping_word":"","timings":{"cache_n":0}}\n\n'
+    'data: {"index":0,"content":" fri","tokens":[3484],"stop":false,"id_slot":-1,"tokens_predicted":3,'
+    '"tokens_evaluated":4}\n\n'
+    'data: {"index":0,"content":" agent","tokens":[10823],"stop":false,"id_slot":-1,"tokens_predicted":4,'
+    '"tokens_evaluated":4}\n\n'
+    'data: {"index":0,"content":"","tokens":[],"id_slot":1,"stop":true,"tokens_predicted":4,"tokens_evaluated":4,'
+    '"has_new_line":false,"truncated":false,"stop_type":"limit","stopping_word":"","tokens_cached":7,'
+    '"timings":{"cache_n":0,"prompt_n":4,"prompt_ms":14.28}}\n\n'
 ).encode()
 
 
@@ -138,9 +143,9 @@ async def generate(api: str, body: bytes, status: str = "200 OK") -> Answer:
 
 def test_llama_servers_stream_is_read() -> None:
     answer = asyncio.run(generate("llama-server", LLAMA_SERVER_STREAM))
-    assert answer.text == "вое rés"
-    assert len(answer.times) == 2
-    assert (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens) == (4, 2, 0)
+    assert answer.text == "вое rés fri agent"
+    assert len(answer.times) == 4
+    assert (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens) == (4, 4, 0)
 
 
 @pytest.mark.parametrize(
