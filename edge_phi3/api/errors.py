@@ -55,6 +55,7 @@ class ClientDisconnectedError(EdgePhi3Error):
 
 STATUS_CODES: dict[type[EdgePhi3Error], int] = {
     InvalidRequestError: 400,
+    GenerationError: 400,
     ParameterError: 400,
     PromptError: 400,
     RequestTooLargeError: 400,
