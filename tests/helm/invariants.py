@@ -163,7 +163,7 @@ def check_stopping(objects: list[Object]) -> None:
     delay = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])[1]
     assert pod["terminationGracePeriodSeconds"] > float(_option(container["args"], "--grace-period")) + float(delay)
     strategy = spec["strategy"]
-    assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
+    assert strategy == {"type": "Recreate"} or strategy["rollingUpdate"]["maxSurge"] == 0
 
 
 def check_no_credentials(objects: list[Object]) -> None:

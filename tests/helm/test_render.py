@@ -94,6 +94,12 @@ def test_defaults_serve_phi_3_mini_on_one_gpu() -> None:
     assert claim["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
 
 
+def test_defaults_for_the_gpu_operator_can_be_taken_away() -> None:
+    pod = deployment(render({"gpu": {"nodeSelector": None, "tolerations": None}}))["spec"]["template"]["spec"]
+    assert "nodeSelector" not in pod
+    assert "tolerations" not in pod
+
+
 def test_cpu_pods_ask_for_no_gpu_and_take_the_cpu_image() -> None:
     objects = render({"gpu": {"enabled": False}})
     assert "resources" not in server(objects)

@@ -148,8 +148,8 @@ resources:
 {{- $selector := deepCopy $v.nodeSelector -}}
 {{- $tolerations := $v.tolerations -}}
 {{- if $v.gpu.enabled -}}
-{{- $selector = merge $selector $v.gpu.nodeSelector -}}
-{{- $tolerations = concat $v.gpu.tolerations $v.tolerations -}}
+{{- $selector = merge $selector (default dict $v.gpu.nodeSelector) -}}
+{{- $tolerations = concat (default list $v.gpu.tolerations) $v.tolerations -}}
 {{- end -}}
 {{- $all := dict
   "nodeSelector" $selector
