@@ -17,6 +17,7 @@ from edge_phi3.engine.errors import (
     RequestTooLargeError,
 )
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.generation.decoding import GenerationError
 from edge_phi3.generation.parameters import ParameterError
 from edge_phi3.pipeline import PromptError
 
