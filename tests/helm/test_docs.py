@@ -1,0 +1,72 @@
+"""docs/deployment.md names values, files and objects that there are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helm.chart import NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
+from tests.helm.restricted import violations
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+
+_DOTTED = re.compile(r"(?<![\w./-])([a-z][A-Za-z]+(?:\.[A-Za-z-]+)+)(?==|`|[ ,;)])")
+
+
+def test_every_link_leads_somewhere() -> None:
+    headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in TEXT.splitlines()}
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        if target.startswith("https://"):
+            continue
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        else:
+            assert (PAGE.parent / target).exists(), target
+
+
+def test_every_value_named_is_one_of_the_charts() -> None:
+    schema = loaded().schema
+    assert schema is not None
+    named = {name for name in _DOTTED.findall(TEXT) if name.split(".")[0] in schema["properties"]}
+    assert len(named) > 20
+    unknown = [name for name in sorted(named) if not _knows(schema, name.split("."))]
+    assert unknown == []
+
+
+def _knows(schema: Object, path: list[str]) -> bool:
+    if not path:
+        return True
+    properties: dict[str, Any] = schema.get("properties", {})
+    return path[0] in properties and _knows(properties[path[0]], path[1:])
+
+
+def test_the_claim_and_its_loader_are_valid_and_restricted() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    objects = list(yaml.safe_load_all(block))
+    for version in (oldest_kubernetes(), NEWEST):
+        assert [error for obj in objects for error in schema_errors(obj, version)] == []
+    (loader,) = of_kind(objects, "Pod")
+    assert list(violations(loader)) == []
+    (claim,) = of_kind(objects, "PersistentVolumeClaim")
+    assert loader["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+@pytest.mark.parametrize("title", ["a claim with the store", "an OCI image", "a file server"])
+def test_the_values_of_an_air_gapped_site_render(title: str) -> None:
+    (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
+    text = block.replace("THE_SUM", "0" * 64)
+    assert render(yaml.safe_load(text))
+
+
+def test_the_figures_of_the_kv_cache_are_those_of_its_shape() -> None:
+    layers, heads, size = 32, 32, 96
+    elements = 2 * layers * heads * size
+    for tokens, f16, q8_0 in re.findall(r"\| (\d+)(?: \(.*?\))? \| ([\d.]+) GiB \| ([\d.]+) GiB \|", TEXT):
+        assert f16 == f"{int(tokens) * elements * 2 / 2**30:.1f}"
+        assert q8_0 == f"{int(tokens) * elements * 34 / 32 / 2**30:.1f}"
+    assert f"{elements * 2 // 1024} KiB a token" in TEXT
