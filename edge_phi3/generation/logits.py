@@ -7,6 +7,7 @@ request chooses the same tokens whatever runs beside it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,38 +39,35 @@ class Candidates:
         return columns.astype(np.int32) if self.tokens is None else self.tokens[rows, columns]
 
 
-def top_candidates(scores: Scores, k: Rows, slack: float = 0.0) -> Candidates:
+def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Candidates:
     """Keep the tokens of each row that score at least as high as its k-th highest.
 
-    The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound
-    are read again: a few passes of ``argmax`` where a partition costs a hundred.
+    The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound are
+    read again: a few passes of ``argmax`` where a partition costs a hundred.
 
     Args:
         scores: shape (rows, vocabulary). A row with NaN keeps NaN alone.
-        k: shape (rows,), at least 1; more than the vocabulary means all of it.
-        slack: keep also what lies below the k-th highest score by this fraction of it; the caller selects
-            again.
+        k: for each row at least 1; more than the vocabulary means all of it.
+        slack: keep also what lies below the k-th highest score by this fraction of it; the caller selects again.
 
     Returns:
         The candidates; every token that ties with the k-th highest is among them.
     """
     rows, size = scores.shape
-    k = np.minimum(k, size)
-    widest = int(k.max())
+    widest = min(max(k), size)
     blocks = size // _BLOCK
     if widest * _FEW > blocks:
-        bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
         highest = scores.max(axis=1)
-        found = np.flatnonzero(scores >= _lowered(bound, slack)[:, None])
-        row, token = np.divmod(found, size)
-        values = scores.ravel()[found]
+        bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
+        found = (scores >= _lowered(bound, slack)[:, None]).ravel().nonzero()[0]
+        row = found // size
+        chosen = pad_rows(rows, row, found - row * size, scores.ravel()[found])
     else:
         maxima = _block_maxima(scores)
-        bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
         highest = maxima.max(axis=1)
-        row, token, values = _at_least(scores, maxima, _lowered(bound, slack))
-    chosen = pad_rows(rows, row, token, values)
-    if slack == 0.0 and len(row) > int(k.sum()):
+        bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
+        chosen = pad_rows(rows, *_at_least(scores, maxima, _lowered(bound, slack)))
+    if slack == 0.0 and (chosen.scores.shape[1] > widest or min(k) < widest):
         keep_top(chosen, k)
     broken = np.isnan(highest)
     if broken.any():
@@ -78,28 +76,28 @@ def top_candidates(scores: Scores, k: Rows, slack: float = 0.0) -> Candidates:
     return chosen
 
 
-def keep_top(candidates: Candidates, k: Rows) -> None:
+def keep_top(candidates: Candidates, k: Sequence[int]) -> None:
     """Remove, in place, the candidates of each row that score below its k-th highest.
 
     Follows ``TopKLogitsWarper``: what ties with the k-th highest stays.
 
     Args:
         candidates: `scores` is changed.
-        k: shape (rows,), at least 1.
+        k: for each row at least 1.
     """
     scores = candidates.scores
     scores[scores < kth_highest(scores, k)] = -np.inf
 
 
-def kth_highest(scores: Scores, k: Rows) -> Scores:
+def kth_highest(scores: Scores, k: Sequence[int]) -> Scores:
     """Give the k-th highest score of each row (the lowest when there are fewer), shape (rows, 1)."""
     width = scores.shape[1]
-    widest = int(k.max())
+    widest = max(k)
     if widest * _FEW < width:
         scores = np.partition(scores, width - widest, axis=1)[:, width - widest :]
         width = widest
-    column = np.maximum(width - k, 0)[:, None]
-    return np.take_along_axis(np.sort(scores, axis=1), column, axis=1)
+    columns = [max(width - each, 0) for each in k]
+    return np.sort(scores, axis=1)[range(len(columns)), columns][:, None]
 
 
 def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, NDArray[np.int32]]:
@@ -153,30 +151,34 @@ def _at_least(
     """Find all (row, token) whose score, with its row's offset, reaches the row's bound; by row, then by token."""
     size = scores.shape[1]
     blocks = maxima.shape[1]
-    block_row, block = np.divmod(np.flatnonzero(maxima >= bound[:, None]), blocks)
+    reaching = (maxima >= bound[:, None]).ravel().nonzero()[0]
+    block_row = reaching // blocks
+    block = reaching - block_row * blocks
     columns = _cube(scores)[block_row, :, block]
     if offsets is not None:
         columns += offsets[block_row][:, None]
-    found = np.flatnonzero(columns >= bound[block_row][:, None])
-    member, line = np.divmod(found, _BLOCK)
-    row, token, values = block_row[member], line * blocks + block[member], columns.ravel()[found]
+    found = (columns >= bound[block_row][:, None]).ravel().nonzero()[0]
+    member = found // _BLOCK
+    row, token, values = block_row[member], (found - member * _BLOCK) * blocks + block[member], columns.ravel()[found]
     if blocks * _BLOCK < size:
         rest = scores[:, blocks * _BLOCK :]
         if offsets is not None:
             rest = rest + offsets[:, None]
-        rest_row, rest_column = np.nonzero(rest >= bound[:, None])
+        rest_row, rest_column = (rest >= bound[:, None]).nonzero()
         row = np.concatenate((row, rest_row))
         token = np.concatenate((token, rest_column + blocks * _BLOCK))
         values = np.concatenate((values, rest[rest_row, rest_column]))
-    order = np.argsort(row * size + token)
+    order = (row * size + token).argsort()
     return row[order], token[order], values[order]
 
 
 def pad_rows(rows: int, row: Rows, token: Rows, values: Scores) -> Candidates:
     """Lay flat finds, sorted by row and token, out as rows of equal length."""
+    if rows == 1 and len(values):
+        return Candidates(values[None], token[None].astype(np.int32))
     counts = np.bincount(row, minlength=rows)
     width = max(int(counts.max()), 1)
-    column = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    column = np.arange(len(row)) - (counts.cumsum() - counts)[row]
     scores = np.full((rows, width), -np.inf, dtype=np.float32)
     tokens = np.zeros((rows, width), dtype=np.int32)
     scores[row, column] = values
@@ -193,7 +195,7 @@ def weights(scores: Scores) -> Scores:
 
 def running_totals(values: Scores) -> NDArray[np.float64]:
     """Give the sums of the first columns, column by column."""
-    return np.cumsum(values, axis=1, dtype=np.float64)
+    return values.cumsum(axis=1, dtype=np.float64)
 
 
 def totals(values: Scores, *, whole: bool) -> NDArray[np.float64]:

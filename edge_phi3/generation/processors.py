@@ -88,13 +88,19 @@ class RepetitionPenalty:
     Keskar et al., CTRL, https://arxiv.org/abs/1909.05858.
     """
 
-    def __init__(self, penalty: float) -> None:
+    def __init__(self, penalty: float, prompt: Tokens) -> None:
         self._penalty = penalty
+        self._length = len(prompt)
+        self._prompt = np.unique(prompt).astype(np.intp)
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
         """Divide positive scores by the penalty, and multiply negative ones with it."""
-        for seen, line in zip(tokens, scores, strict=True):
-            _penalize(line, seen, self._penalty)
+        for generated, line in zip(tokens[:, self._length :], scores, strict=True):
+            # Both are worked out before either is written: a token may be in both.
+            after = _penalized(line, generated, self._penalty) if len(generated) else None
+            line[self._prompt] = _penalized(line, self._prompt, self._penalty)
+            if after is not None:
+                line[generated] = after
 
 
 class EncoderRepetitionPenalty:
@@ -102,17 +108,17 @@ class EncoderRepetitionPenalty:
 
     def __init__(self, penalty: float, prompt: Tokens) -> None:
         self._penalty = 1 / penalty
-        self._prompt = np.unique(prompt)
+        self._prompt = np.unique(prompt).astype(np.intp)
 
     def __call__(self, _tokens: Tokens, scores: Scores) -> None:
         """Multiply positive scores of the prompt's tokens with the penalty, and divide negative ones by it."""
         for line in scores:
-            _penalize(line, self._prompt, self._penalty)
+            line[self._prompt] = _penalized(line, self._prompt, self._penalty)
 
 
-def _penalize(line: Scores, tokens: Tokens, penalty: float) -> None:
+def _penalized(line: Scores, tokens: Rows | Tokens, penalty: float) -> Scores:
     found = line[tokens]
-    line[tokens] = np.where(found < 0, found * penalty, found / penalty)
+    return np.where(found < 0, found * penalty, found / penalty)
 
 
 class NoRepeatNGram:
@@ -154,19 +160,17 @@ def _ban_repeats(texts: Tokens, tokens: Tokens, size: int, scores: Scores) -> No
         followers = np.broadcast_to(texts, (len(tokens), starts))
         np.put_along_axis(scores, followers, -np.inf, axis=1)
         return
-    rows, places = _places(texts[:, size - 2 : -1] == tokens[:, -1:])
+    found = (texts[:, size - 2 : -1] == tokens[:, -1:]).ravel().nonzero()[0]
+    if not len(found):
+        return
+    rows = found // starts
+    places = found - rows * starts
+    lines = rows if len(texts) > 1 else 0
     for back in range(2, size):
-        same = texts[_rows_of(texts, rows), places + (size - 1 - back)] == tokens[rows, -back]
+        same = texts[lines, places + (size - 1 - back)] == tokens[rows, -back]
         rows, places = rows[same], places[same]
-    scores[rows, texts[_rows_of(texts, rows), places + size - 1]] = -np.inf
-
-
-def _places(mask: NDArray[np.bool_]) -> tuple[Rows, Rows]:
-    return np.divmod(np.flatnonzero(mask), mask.shape[1])
-
-
-def _rows_of(texts: Tokens, rows: Rows) -> Rows:
-    return rows if len(texts) > 1 else np.zeros_like(rows)
+        lines = rows if len(texts) > 1 else 0
+    scores[rows, texts[lines, places + size - 1]] = -np.inf
 
 
 class MinLength:
@@ -203,8 +207,9 @@ class FiniteScores:
 
     def __call__(self, _tokens: Tokens, scores: Scores) -> None:
         """Make every score finite."""
-        np.clip(scores, -_LARGEST, _LARGEST, out=scores)
-        if np.isnan(scores.max()):
+        np.maximum(scores, -_LARGEST, out=scores)
+        if not scores.max() <= _LARGEST:
+            np.minimum(scores, _LARGEST, out=scores)
             scores[np.isnan(scores)] = 0
 
 
@@ -268,7 +273,7 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
     if config.encoder_repetition_penalty != 1:
         built.append(EncoderRepetitionPenalty(config.encoder_repetition_penalty, prompt))
     if config.repetition_penalty != 1:
-        built.append(RepetitionPenalty(config.repetition_penalty))
+        built.append(RepetitionPenalty(config.repetition_penalty, prompt))
     if config.no_repeat_ngram_size:
         built.append(NoRepeatNGram(config.no_repeat_ngram_size))
     if config.encoder_no_repeat_ngram_size:

@@ -246,38 +246,48 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
         uniforms: a number in [0, 1) for each draw, shape (draws,).
     """
     scores = candidates.scores
-    weighed = weights(scores)
     if candidates.tokens is None:
-        columns, total = _invert_whole(weighed, rows, uniforms)
+        columns, totals = _invert_whole(scores, rows, uniforms)
     else:
-        columns, total = _invert(weighed, rows, uniforms)
-    possible = np.isfinite(total) & (total > 0)
+        columns, totals = _invert(weights(scores), rows, uniforms)
+    possible = np.isfinite(totals) & (totals > 0)
     columns = np.where(possible, columns, 0)
     chosen = scores[rows, columns]
-    logprobs = chosen - scores.max(axis=1)[rows] - np.log(total).astype(np.float32)
+    logprobs = chosen - scores.max(axis=1)[rows] - np.log(totals).astype(np.float32)
     return Draws(candidates.token_ids(rows, columns), chosen, logprobs, possible)
 
 
 def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
-    """Find the first columns whose running total exceeds a share of the row's total, and give that total too."""
+    """Find the first columns whose running totals exceed shares of their rows' totals, and give the totals too."""
     reached = running_totals(weighed)[rows]
-    total = reached[:, -1]
+    totals = reached[:, -1]
     # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
-    target = np.minimum(uniforms * total, np.nextafter(total, 0))
-    return np.minimum((reached <= target[:, None]).sum(axis=1), reached.shape[1] - 1), total
+    targets = np.minimum(uniforms * totals, np.nextafter(totals, 0))
+    return np.minimum((reached <= targets[:, None]).sum(axis=1), reached.shape[1] - 1), totals
 
 
-def _invert_whole(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
-    """Do the same over the whole vocabulary: first find the block, and then the column in it."""
-    size = weighed.shape[1]
-    sums = np.add.reduceat(weighed, np.arange(0, size, _BLOCK), axis=1)
-    block, total = _invert(sums, rows, uniforms)
-    before = running_totals(sums)[rows, block] - sums[rows, block]
-    places = block[:, None] * _BLOCK + np.arange(_BLOCK)
-    inside = np.where(places < size, weighed[rows[:, None], np.minimum(places, size - 1)], np.float32(0))
-    share = (uniforms * total - before) / sums[rows, block]
-    lane, _ = _invert(inside, np.arange(len(rows)), np.clip(share, 0, 1))
-    return block * _BLOCK + lane, total
+def _invert_whole(scores: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
+    """Do the same over the whole vocabulary, row by row: first find the block, and then the column in it."""
+    columns, totals = np.zeros_like(rows), np.empty(len(rows))
+    starts = np.arange(0, scores.shape[1], _BLOCK)
+    weighed = np.empty(scores.shape[1], dtype=np.float32)
+    row = -1
+    for place, uniform in enumerate(uniforms.tolist()):
+        if rows[place] != row:
+            row = rows[place]
+            np.subtract(scores[row], scores[row].max(), out=weighed)
+            np.exp(weighed, out=weighed)
+            sums = np.add.reduceat(weighed, starts)
+            reached = np.cumsum(sums, dtype=np.float64)
+            total = reached[-1]
+        totals[place] = total
+        block = min(int(np.searchsorted(reached, min(uniform * total, np.nextafter(total, 0)), "right")), len(sums) - 1)
+        inside = np.cumsum(weighed[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+        # The share within the block: its float64 sum may differ from its float32 sum in the last bits.
+        share = (uniform * total - (reached[block] - sums[block])) / sums[block]
+        target = min(max(share, 0.0) * inside[-1], np.nextafter(inside[-1], 0))
+        columns[place] = starts[block] + min(int(np.searchsorted(inside, target, "right")), len(inside) - 1)
+    return columns, totals
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:

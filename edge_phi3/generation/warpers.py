@@ -27,14 +27,14 @@ from edge_phi3.generation.logits import (
     softmax,
     top_candidates,
     totals,
-    weights,
 )
 
 Settings = NDArray[np.float64]
 
 _SLACK: Final = 1e-5
 _MILD: Final = (1e-3, 1e3)
-_NUCLEUS: Final = (120, 2000)
+_NARROWINGS: Final = 12
+_BINS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,22 +85,34 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
     names = warpings[0].active
     if not names:
         return Candidates(scores)
-    columns = dict(zip(names, np.array([warping.settings for warping in warpings]).T[:, :, None], strict=True))
-    keep = np.array([warping.keep for warping in warpings], dtype=np.intp)
-    temperature, top_k = columns.pop("temperature", None), columns.pop("top_k", None)
-    if top_k is not None:
-        chosen = _warm_top_k(scores, temperature, top_k[:, 0].astype(np.intp))
+    settings = [warping.settings for warping in warpings]
+    keep = [warping.keep for warping in warpings]
+    first = 0
+    if "top_k" in names:
+        first = names.index("top_k") + 1
+        temperature = None if first == 1 else np.array([values[0] for values in settings])[:, None]
+        chosen = _warm_top_k(scores, temperature, [int(values[first - 1]) for values in settings])
     else:
-        if temperature is not None:
-            scores /= temperature.astype(np.float32)
-        top_p = columns.pop("top_p", None)
-        chosen = Candidates(scores) if top_p is None else _nucleus(scores, top_p, keep)
-    for name, column in columns.items():
-        _WARPERS[name](chosen, column, keep)
+        if names[0] == "temperature":
+            scores /= np.array([values[0] for values in settings], dtype=np.float32)[:, None]
+            first = 1
+        if names[first:] and names[first] == "top_p":
+            chosen = _nucleus(scores, [values[first] for values in settings], keep)
+            first += 1
+        else:
+            chosen = Candidates(scores)
+    for at in range(first, len(names)):
+        column = np.array([values[at] for values in settings])[:, None]
+        if chosen.tokens is not None:
+            _WARPERS[names[at]](chosen, column, keep)
+            continue
+        # Whole rows one by one, so that what is made on the way stays in the processor's cache.
+        for row in range(len(scores)):
+            _WARPERS[names[at]](Candidates(scores[row : row + 1]), column[row : row + 1], keep[row : row + 1])
     return chosen
 
 
-def _warm_top_k(scores: Scores, temperature: Settings | None, k: Rows) -> Candidates:
+def _warm_top_k(scores: Scores, temperature: Settings | None, k: Sequence[int]) -> Candidates:
     """Divide by the temperature and keep the top k, dividing only what may be kept."""
     if temperature is None:
         return top_candidates(scores, k)
@@ -114,82 +126,128 @@ def _warm_top_k(scores: Scores, temperature: Settings | None, k: Rows) -> Candid
     return chosen
 
 
-def _nucleus(scores: Scores, mass: Settings, keep: Rows) -> Candidates:
-    """Apply top-p to whole rows. Only the head of the distribution is sorted where that is seen to be enough."""
-    size = scores.shape[1]
-    found: list[tuple[NDArray[np.int32], Scores]] = []
-    for row in range(len(scores)):
-        line, share, kept = scores[row : row + 1], mass[row : row + 1], keep[row : row + 1]
-        total = totals(weights(line), whole=True)
-        if np.isnan(total[0, 0]):
-            found.append((np.zeros(1, dtype=np.int32), np.full(1, np.nan, dtype=np.float32)))
-            continue
-        for count in (*_NUCLEUS, size):
-            head = top_candidates(line, np.array([count])) if count < size else Candidates(line.copy())
-            outside = (
-                np.maximum(total - totals(weights(head.scores), whole=False), 0) if count < size else np.zeros((1, 1))
-            )
-            if outside[0, 0] / total[0, 0] <= 1 - share[0, 0] and count >= kept[0]:
-                break
-        _top_p(head, share, kept, outside)
-        columns = np.flatnonzero(head.scores[0] > -np.inf)
-        found.append((head.token_ids(np.zeros_like(columns), columns), head.scores[0, columns]))
-    row_of = np.repeat(np.arange(len(found)), [len(tokens) for tokens, _ in found])
-    tokens = np.concatenate([tokens for tokens, _ in found]).astype(np.intp)
-    return pad_rows(len(scores), row_of, tokens, np.concatenate([values for _, values in found]))
+def _nucleus(scores: Scores, mass: Sequence[float], keep: Sequence[int]) -> Candidates:
+    """Apply top-p to whole rows, and cut them down to what is left. Follows ``TopPLogitsWarper``."""
+    tokens = [_nucleus_of(line, share, kept) for line, share, kept in zip(scores, mass, keep, strict=True)]
+    row = np.repeat(np.arange(len(tokens)), [len(each) for each in tokens])
+    token = np.concatenate(tokens)
+    return pad_rows(len(scores), row, token, scores[row, token])
 
 
-def _top_p(candidates: Candidates, mass: Settings, keep: Rows, outside: NDArray[np.float64] | float = 0.0) -> None:
-    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``.
+def _nucleus_of(line: Scores, mass: float, keep: int) -> Rows:
+    """Give the tokens of one row that top-p keeps; all that are NaN when there are such."""
+    highest = line.max()
+    weighed = line - highest
+    np.exp(weighed, out=weighed)
+    total = float(weighed.sum())
+    if np.isnan(total):
+        return np.flatnonzero(np.isnan(line))
+    # Tokens that weigh less than an equal share of what may be removed are surely removed; only the rest is sorted.
+    budget = (1 - mass) * total
+    tokens = np.flatnonzero(weighed > budget / len(weighed))
+    narrowed = weighed[tokens]
+    budget -= max(total - float(narrowed.sum()), 0)
+    for _ in range(_NARROWINGS):
+        left = np.flatnonzero(narrowed > budget / len(narrowed))
+        if len(left) < keep or len(left) > 0.8 * len(narrowed):
+            break
+        before, narrowed = float(narrowed.sum()), narrowed[left]
+        budget -= max(before - float(narrowed.sum()), 0)
+        tokens = tokens[left]
+    if len(tokens) < keep:
+        tokens, budget = np.arange(len(line)), (1 - mass) * total
+    scores = line[tokens]
+    ascending = np.sort(scores)
+    probabilities = np.exp(ascending - highest) / np.float32(total)
+    reached = (1 - mass - budget / total + np.cumsum(probabilities, dtype=np.float64)).astype(np.float32)
+    removed = min(int(np.count_nonzero(reached <= np.float32(1 - mass))), len(tokens) - keep)
+    if removed <= 0:
+        return tokens
+    lowest = ascending[removed]
+    kept = scores >= lowest
+    # Of equal scores the first are removed first.
+    ties = np.flatnonzero(scores == lowest)
+    kept[ties[: removed - int(np.count_nonzero(scores < lowest))]] = False
+    nucleus: Rows = tokens[kept]
+    return nucleus
 
-    `outside` is the weight of tokens that are less likely than all candidates, and sure to be removed.
-    """
+
+def _top_p(candidates: Candidates, mass: Settings, keep: Sequence[int]) -> None:
+    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``."""
     scores = candidates.scores
     width = scores.shape[1]
     order = np.argsort(scores, axis=1, kind="stable")
-    weighed = weights(scores)
-    total = totals(weighed, whole=candidates.tokens is None) + outside
-    weighed /= total.astype(np.float32)
-    reached = running_totals(np.take_along_axis(weighed, order, axis=1)) + outside / total
+    probabilities = softmax(scores, whole=False)
+    reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
     removed = reached.astype(np.float32) <= (1 - mass).astype(np.float32)
-    removed &= np.arange(width) < width - keep[:, None]
-    _remove(scores, order, removed)
+    removed &= np.arange(width) < width - np.array(keep)[:, None]
+    mask = np.zeros(scores.shape, dtype=np.bool_)
+    np.put_along_axis(mask, order, removed, axis=1)
+    scores[mask] = -np.inf
 
 
-def _min_p(candidates: Candidates, fraction: Settings, keep: Rows) -> None:
+def _min_p(candidates: Candidates, fraction: Settings, keep: Sequence[int]) -> None:
     """Remove what is less likely than a fraction of the most likely token. Follows ``MinPLogitsWarper``."""
     scores = candidates.scores
     probabilities = softmax(scores, whole=candidates.tokens is None)
     unlikely = probabilities < fraction.astype(np.float32) * probabilities.max(axis=1, keepdims=True)
-    if int(keep.max()) == 1:
-        scores[unlikely] = -np.inf
-        return
-    order = np.argsort(-scores, axis=1, kind="stable")
-    removed = np.take_along_axis(unlikely, order, axis=1)
-    removed &= np.arange(scores.shape[1]) >= keep[:, None]
-    _remove(scores, order, removed)
+    if max(keep) > 1:
+        unlikely &= ~_best(scores, keep)
+    scores[unlikely] = -np.inf
 
 
-def _typical_p(candidates: Candidates, mass: Settings, keep: Rows) -> None:
+def _typical_p(candidates: Candidates, mass: Settings, keep: Sequence[int]) -> None:
     """Keep the tokens whose information is nearest to the entropy. Follows ``TypicalLogitsWarper``.
 
     Meister et al., Locally Typical Sampling, https://arxiv.org/abs/2202.00666.
     """
-    scores = candidates.scores
-    width, whole = scores.shape[1], candidates.tokens is None
+    scores, whole = candidates.scores, candidates.tokens is None
     normalized = scores.copy()
     log_softmax(normalized, whole=whole)
     distance = np.abs(-normalized - _entropy(normalized, whole=whole))
-    order = np.argsort(distance, axis=1, kind="stable")
-    nearest = np.take_along_axis(distance, order, axis=1)
-    reached = running_totals(np.take_along_axis(softmax(scores, whole=whole), order, axis=1))
-    last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
-    removed = nearest > np.take_along_axis(nearest, np.minimum(last, width - 1), axis=1)
-    removed &= np.arange(width) >= keep[:, None]
-    _remove(scores, order, removed)
+    probabilities = softmax(scores, whole=whole)
+    if whole:
+        farthest = np.array([[_typical_distance(distance[0], probabilities[0], float(mass[0, 0]))]])
+    else:
+        order = np.argsort(distance, axis=1, kind="stable")
+        reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
+        last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
+        last = np.take_along_axis(order, np.minimum(last, scores.shape[1] - 1), axis=1)
+        farthest = np.take_along_axis(distance, last, axis=1)
+    far = distance > farthest
+    if max(keep) > 1:
+        far &= ~_best(-distance, keep)
+    scores[far] = -np.inf
 
 
-def _epsilon(candidates: Candidates, threshold: Settings, keep: Rows) -> None:
+def _typical_distance(distance: Scores, probabilities: Scores, mass: float) -> float:
+    """Find the distance within which the nearest tokens of one row reach a probability mass.
+
+    Args:
+        distance: of each token's information from the entropy, shape (vocabulary,).
+        probabilities: shape (vocabulary,).
+        mass: what to reach.
+    """
+    limit = np.float32(mass)
+    finite = distance[distance < np.inf]
+    if len(finite) == 0:
+        return np.nan
+    # Only the tokens of one bin are sorted: that in which the mass is reached.
+    bins = np.minimum(distance * (_BINS / max(float(finite.max()), 1e-30)), _BINS).astype(np.intp)
+    reached = np.cumsum(np.bincount(bins, weights=probabilities, minlength=_BINS + 1))
+    first = int(np.count_nonzero(reached.astype(np.float32) < limit))
+    inside = np.flatnonzero(bins >= first) if first >= _BINS else np.flatnonzero((bins == first) | (bins == first + 1))
+    inside = inside[np.argsort(distance[inside], kind="stable")]
+    before = reached[first - 1] if first else 0.0
+    last = np.count_nonzero((before + np.cumsum(probabilities[inside], dtype=np.float64)).astype(np.float32) < limit)
+    if len(inside) == 0 or (last == len(inside) and first < _BINS):
+        # The tokens that the sums disagree on weigh next to nothing, but they are kept or not as sorting all would.
+        inside = np.argsort(distance, kind="stable")
+        last = np.count_nonzero(np.cumsum(probabilities[inside], dtype=np.float64).astype(np.float32) < limit)
+    return float(distance[inside[min(int(last), len(inside) - 1)]])
+
+
+def _epsilon(candidates: Candidates, threshold: Settings, keep: Sequence[int]) -> None:
     """Remove what is less likely than a threshold. Follows ``EpsilonLogitsWarper``.
 
     Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
@@ -197,7 +255,7 @@ def _epsilon(candidates: Candidates, threshold: Settings, keep: Rows) -> None:
     _cut(candidates, softmax(candidates.scores, whole=candidates.tokens is None), threshold.astype(np.float32), keep)
 
 
-def _eta(candidates: Candidates, epsilon: Settings, keep: Rows) -> None:
+def _eta(candidates: Candidates, epsilon: Settings, keep: Sequence[int]) -> None:
     """Remove what is less likely than a threshold that falls with the entropy. Follows ``EtaLogitsWarper``.
 
     Hewitt et al., Truncation Sampling as Language Model Desmoothing, https://arxiv.org/abs/2210.15191.
@@ -211,7 +269,7 @@ def _eta(candidates: Candidates, epsilon: Settings, keep: Rows) -> None:
     _cut(candidates, softmax(scores, whole=whole), threshold, keep)
 
 
-def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep: Rows) -> None:
+def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep: Sequence[int]) -> None:
     scores = candidates.scores
     scores[(probabilities < threshold) & (scores < kth_highest(scores, keep))] = -np.inf
 
@@ -223,19 +281,22 @@ def _entropy(normalized: Scores, *, whole: bool) -> Scores:
     return -totals(information, whole=whole).astype(np.float32)
 
 
-def _renormalize(candidates: Candidates, _on: Settings, _keep: Rows) -> None:
+def _renormalize(candidates: Candidates, _on: Settings, _keep: Sequence[int]) -> None:
     """Turn scores into log-probabilities. Follows ``LogitNormalization``."""
     log_softmax(candidates.scores, whole=candidates.tokens is None)
 
 
-def _remove(scores: Scores, order: Rows, removed: NDArray[np.bool_]) -> None:
-    """Remove columns that are marked in sorted order."""
-    mask = np.zeros(scores.shape, dtype=np.bool_)
-    np.put_along_axis(mask, order, removed, axis=1)
-    scores[mask] = -np.inf
+def _best(scores: Scores, keep: Sequence[int]) -> NDArray[np.bool_]:
+    """Mark the highest scores of each row, as many as `keep` says, the first of equal ones first."""
+    best = scores >= kth_highest(scores, keep)
+    for row in np.flatnonzero(best.sum(axis=1) > np.array(keep)).tolist():
+        columns = np.flatnonzero(best[row])
+        surplus = np.argsort(-scores[row, columns], kind="stable")[keep[row] :]
+        best[row, columns[surplus]] = False
+    return best
 
 
-_WARPERS: Final[Mapping[str, Callable[[Candidates, Settings, Rows], None]]] = {
+_WARPERS: Final[Mapping[str, Callable[[Candidates, Settings, Sequence[int]], None]]] = {
     "top_p": _top_p,
     "min_p": _min_p,
     "typical_p": _typical_p,

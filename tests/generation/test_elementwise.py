@@ -68,7 +68,7 @@ def test_processor(name: str, recorded: dict[str, NDArray[np.float32]]) -> None:
     tokens, scores = elementwise.inputs(name)
     kwargs, prompt_length = options(name)
     config = GenerationConfig.resolve({"do_sample": False, "max_length": 100} | kwargs, DEFAULTS)
-    (processor,) = build_processors(config, np.ones(prompt_length, dtype=np.int32))
+    (processor,) = build_processors(config, np.resize(tokens[0], prompt_length))
     processor(tokens, scores)
     agree(scores, recorded[name])
 

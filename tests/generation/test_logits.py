@@ -42,8 +42,7 @@ def random_scores(seed: int, rows: int, size: int, kind: str) -> NDArray[np.floa
 def test_top_candidates_are_all_that_reach_the_kth_highest(size: int, kind: str) -> None:
     scores = random_scores(size, 5, size, kind)
     for ks in ([1, 1, 1, 1, 1], [10, 3, 7, 1, 10], [50, 50, 4, 60, 10**6]):
-        k = np.array(ks)
-        chosen = top_candidates(scores.copy(), k)
+        chosen = top_candidates(scores.copy(), ks)
         for row in range(5):
             lowest = np.sort(scores[row])[::-1][min(ks[row], size) - 1]
             expected = np.flatnonzero((scores[row] >= lowest) & (scores[row] > -np.inf))
@@ -57,7 +56,7 @@ def test_a_row_with_nan_keeps_nan_alone() -> None:
     for size, k in ((32064, 10), (96, 10)):
         scores = random_scores(1, 3, size, "plain")
         scores[1, 40] = np.nan
-        chosen = top_candidates(scores, np.array([k, k, k]))
+        chosen = top_candidates(scores, [k, k, k])
         assert np.isnan(chosen.scores[1]).sum() == 1
         assert (chosen.scores[1] > -np.inf).sum() == 0
         assert [(chosen.scores[row] > -np.inf).sum() for row in (0, 2)] == [k, k]
@@ -159,3 +158,39 @@ def test_mild_temperatures_select_what_dividing_all_scores_selects() -> None:
             expected = np.flatnonzero(divided[row] >= np.sort(divided[row])[-12])
             assert np.array_equal(chosen.tokens[row, left], expected)
             assert np.array_equal(chosen.scores[row, left], divided[row, expected])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.floats(0.01, 0.999),
+    st.integers(1, 4),
+    st.sampled_from(["plain", "banned", "peaks", "flat", "ties"]),
+    st.floats(0.05, 30),
+    st.integers(0, 2**32),
+)
+def test_typical_p_of_whole_rows_sorts_one_bin_to_the_same_end(
+    mass: float, keep: int, kind: str, spread: float, seed: int
+) -> None:
+    scores = random_scores(seed, 2, 5003, kind) * np.float32(spread)
+    with np.errstate(all="ignore"):
+        cut = warp(scores.copy(), [Warping(("typical_p",), (mass,), keep)] * 2)
+        normalized = scores.copy()
+        log_softmax(normalized)
+        probabilities = np.exp(normalized).astype(np.float64)
+        entropy = -np.nansum(probabilities * normalized, axis=1, keepdims=True)
+        distance = np.abs(-normalized - entropy)
+    for row in range(2):
+        order = np.argsort(distance[row], kind="stable")
+        reached = np.cumsum(probabilities[row, order])
+        last = min(int((reached < mass).sum()), len(order) - 1)
+        kept = (distance[row] <= distance[row, order[last]]) & (scores[row] > -np.inf)
+        ours = cut.scores[row] > -np.inf
+        # The last bits of sums and distances may decide about tokens that lie at the very edge.
+        edge = np.abs(distance[row] - distance[row, order[last]]) < 1e-4 * (1 + distance[row])
+        doubtful = np.zeros_like(kept)
+        doubtful[order[np.abs(reached - mass) < 1e-5]] = True
+        near = distance[row] <= np.sort(distance[row])[min(last + 1 + int(doubtful.sum()), len(order) - 1)] + 1e-4
+        wrong = (ours != kept) & ~edge & ~(doubtful | (near & doubtful.any()))
+        wrong[order[:keep]] = False
+        assert not wrong.any()
+        assert ours.sum() >= min(keep, int((scores[row] > -np.inf).sum()))

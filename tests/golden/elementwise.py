@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ROWS, LENGTH, VOCABULARY = 4, 11, 80
+ROWS, PROMPT_LENGTH, LENGTH, VOCABULARY = 4, 5, 11, 80
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "repetition_penalty-up": ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.3}),
@@ -90,6 +90,7 @@ def inputs(name: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     rows = 1 if name == "encoder_repetition_penalty" else ROWS
     tokens = random.integers(1, 6, (rows, LENGTH), dtype=np.int32)
+    tokens[:, :PROMPT_LENGTH] = tokens[0, :PROMPT_LENGTH]
     scores = (random.standard_normal((rows, VOCABULARY)) * np.array([[1.0], [3.0], [0.1], [8.0]])[:rows]).astype(
         np.float32
     )

@@ -93,8 +93,9 @@ def record_engine() -> None:
 def engine_requests(tokenizer: Any, seed: int) -> RequestMaker:
     """Make requests over the ordinary pieces of a tokenizer."""
     usual = [token for token in range(259, len(tokenizer)) if token not in tokenizer.all_special_ids]
-    texts = [tokenizer.convert_tokens_to_string(["a", tokenizer.convert_ids_to_tokens(token)])[1:] for token in usual]
-    return RequestMaker(seed, usual, texts=[""] * 259 + texts, longest_prompt=40, most_new=16, most_beams=8)
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    texts = [tokenizer.convert_tokens_to_string(["a", piece])[1:] for piece in pieces]
+    return RequestMaker(seed, usual, texts=texts, longest_prompt=40, most_new=16, most_beams=8)
 
 
 def _answered(mode: str, maker: RequestMaker, ask: Any) -> list[tuple[Request, Answer]]:
