@@ -29,8 +29,7 @@ for value in "$common" "$cpu" "$cuda" "$architectures"; do [ -n "$value" ] || fa
 "$WORK/tools/bin/pip" install --quiet cmake ninja
 version="$(sed -n 's/^llama-cpp-python==//p' "$repository/requirements.lock")"
 if [ ! -d "$WORK/source" ]; then
-    "$WORK/tools/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python --no-build-isolation --dest "$WORK" "llama-cpp-python==$version" \
-        || "$WORK/tools/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python --dest "$WORK" "llama-cpp-python==$version"
+    "$WORK/tools/bin/pip" download --quiet --no-deps --no-binary llama-cpp-python --dest "$WORK" "llama-cpp-python==$version"
     mkdir "$WORK/source"
     tar -xf "$WORK"/llama_cpp_python-*.tar.gz -C "$WORK/source" --strip-components=1
 fi
