@@ -330,4 +330,5 @@ def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, BeamDecoder)
-        steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
+        with np.errstate(all="ignore"):
+            steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])

@@ -140,8 +140,9 @@ class Decoder(ABC):
     def process(self, scores: Scores) -> None:
         """Run the logits processors over this request's rows, in place."""
         tokens = self.history.tokens
-        for processor in self.processors:
-            processor(tokens, scores)
+        with np.errstate(all="ignore"):
+            for processor in self.processors:
+                processor(tokens, scores)
 
     def fail(self, message: str) -> Step:
         """End the request with an error, without touching those beside it."""
@@ -184,9 +185,8 @@ def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
     if row != len(logits):
         raise ValueError(f"The decoders want {row} rows of logits, but got {len(logits)}.")
     steps: list[Step] = [Step(NO_ROWS, NO_TOKENS)] * len(decoders)
-    with np.errstate(all="ignore"):
-        for chooser, turns in groups.items():
-            chooser(turns, logits, steps)
+    for chooser, turns in groups.items():
+        chooser(turns, logits, steps)
     return steps
 
 

@@ -185,7 +185,8 @@ def _record_greedy(decoder: SequenceDecoder, scores: Scores, token: int) -> None
     # Greedy sequences of one request are all alike, so the first row stands for all.
     score = float(scores[0, token])
     normalized = scores[:1].copy()
-    log_softmax(normalized)
+    with np.errstate(all="ignore"):
+        log_softmax(normalized)
     logprob = float(normalized[0, token])
     for sequence in decoder.live:
         decoder.scores[sequence].append(TokenScore(token, score, logprob))
@@ -208,8 +209,9 @@ def _sampler(active: tuple[str, ...]) -> Chooser:
             # Before the first step, all sequences are drawn from the prompt's one row.
             rows += [first] * len(drawn) if decoder.rows == 1 else range(first, first + decoder.rows)
             warpings += [decoder.warping] * decoder.rows
-        candidates = warp(_processed_rows(turns, logits), warpings)
-        draws = draw(candidates, np.array(rows), np.array(uniforms))
+        scores = _processed_rows(turns, logits)
+        with np.errstate(all="ignore"):
+            draws = draw(warp(scores, warpings), np.array(rows), np.array(uniforms))
         _hand_out(turns, draws, steps)
 
     del active
