@@ -20,6 +20,7 @@ VERBS: Mapping[str, str] = {
     "pull": "Bring a model into the store.",
     "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
+    "imatrix": "Measure which weights matter, for better quantisation.",
 }
 """Each verb and what it does, in the order of ``--help``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.files import atomic_output
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
@@ -42,7 +44,8 @@ class Imatrix:
         entries: tensor name (``blk.0.attn_qkv.weight``) to its sums and counts.
         datasets: names of the calibration texts.
         chunk_count: chunks of text evaluated, 0 when the file does not say.
-        chunk_size: tokens in a chunk, 0 when the file does not say.
+        chunk_size: tokens in a chunk, 0 when the file does not say: the older format, whose entries count chunks
+            and not tokens.
     """
 
     entries: dict[str, ImatrixEntry]
@@ -87,6 +90,61 @@ def read_imatrix(path: Path | str) -> Imatrix:
         if not np.isfinite(entry.sums).all() or not np.isfinite(entry.counts).all():
             raise ImatrixFileError(f"The importance matrix {path} holds NaN or infinite values for {name}.")
     return matrix
+
+
+def write_imatrix(path: Path, matrix: Imatrix, *, force: bool = False) -> None:
+    """Write an importance matrix in llama.cpp's GGUF format, whole or not at all.
+
+    Raises:
+        OutputExistsError: `path` exists and `force` is false.
+        ImatrixFileError: the disk is full, or the folder cannot be written.
+    """
+    writer = gguf.GGUFWriter(None, None)
+    writer.add_type("imatrix")
+    if matrix.datasets:
+        writer.add_array("imatrix.datasets", matrix.datasets)
+    writer.add_uint32("imatrix.chunk_count", matrix.chunk_count)
+    writer.add_uint32("imatrix.chunk_size", matrix.chunk_size)
+    for name, entry in sorted(matrix.entries.items()):
+        writer.add_tensor(name + _SUMS, entry.sums)
+        writer.add_tensor(name + _COUNTS, entry.counts.reshape(-1, 1))
+    try:
+        with atomic_output(path, force=force) as temporary:
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    except OSError as error:
+        raise ImatrixFileError(f"The importance matrix {path} cannot be written: {error.strerror}.") from error
+
+
+def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
+    """Add importance matrices of one model up, as ``llama-imatrix --in-file`` does.
+
+    Args:
+        matrices: what to add; those of the older format count chunks, which become `chunk_size` tokens each.
+        chunk_size: tokens of a chunk of the result.
+
+    Raises:
+        ImatrixFileError: they are of models with different shapes.
+    """
+    entries: dict[str, ImatrixEntry] = {}
+    for matrix in matrices:
+        scale = np.float32(1 if matrix.chunk_size else chunk_size)
+        for name, entry in matrix.entries.items():
+            added = ImatrixEntry(entry.sums * scale, entry.counts * scale)
+            before = entries.get(name)
+            if before is not None:
+                if before.sums.shape != added.sums.shape:
+                    raise ImatrixFileError(
+                        f"The importance matrices are of different models: {name} has {before.sums.shape[-1]} columns"
+                        f" in one and {added.sums.shape[-1]} in another."
+                    )
+                added = ImatrixEntry(before.sums + added.sums, before.counts + added.counts)
+            entries[name] = added
+    most = max((float(entry.counts.max()) for entry in entries.values()), default=0.0)
+    datasets = [name for matrix in matrices for name in matrix.datasets]
+    return Imatrix(entries, datasets, int(most) // chunk_size, chunk_size)
 
 
 def _read_gguf(path: Path) -> Imatrix:
