@@ -1,0 +1,116 @@
+"""`scripts/convert_and_quantize.py`: what is made, what is skipped, and what a killed run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from edge_phi3.conversion.errors import ConversionError
+from edge_phi3.conversion.imatrix_file import read_imatrix
+from edge_phi3.conversion.journey import MANIFEST_NAME, run_journey
+from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.files import sha256_of
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
+OPTIONS = ("--quant", "Q4_K_M", "--quant", "Q2_K", "--quant", "Q8_0", "--imatrix-chunks", "1", "--threads", "1")
+KILLS = int(os.environ.get("EDGE_PHI3_TEST_KILLS", "3"))
+"""How often the journey is killed; raise it for a thorough run."""
+
+
+def command(output: Path, *more: str, checkpoint: str = "demo") -> list[str]:
+    return [sys.executable, str(SCRIPT), checkpoint, *OPTIONS, "--output-dir", str(output), *more]
+
+
+def run(output: Path, *more: str, checkpoint: str = "demo") -> subprocess.CompletedProcess[str]:
+    arguments = command(output, *more, checkpoint=checkpoint)
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in folder.glob("*.gguf")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A finished journey, and the seconds it took."""
+    folder = tmp_path_factory.mktemp("whole")
+    started = time.monotonic()
+    finished = run(folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder, time.monotonic() - started
+
+
+def test_the_files_are_made_and_a_second_run_makes_none(whole: tuple[Path, float]) -> None:
+    folder, _ = whole
+    finished = run(folder, "--json")
+    rows = {row["type"]: row for row in json.loads(finished.stdout)}
+    assert list(rows) == ["BF16", "imatrix", "Q4_K_M", "Q2_K", "Q8_0"]
+    assert not any(row["made_now"] for row in rows.values())
+    assert {Path(row["file"]).name: row["sha256"] for row in rows.values()} == hashes(folder)
+    assert all(row["size"] == Path(row["file"]).stat().st_size for row in rows.values())
+    assert rows["Q2_K"]["bits_per_weight"] < rows["Q4_K_M"]["bits_per_weight"] < rows["Q8_0"]["bits_per_weight"] < 9
+    assert read_imatrix(Path(rows["imatrix"]["file"])).chunk_count == 1
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_files(whole: tuple[Path, float], tmp_path: Path) -> None:
+    expected = hashes(whole[0])
+    dice = random.Random(7)
+    for _ in range(KILLS):
+        process = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(dice.uniform(0.2, 1.0) * whole[1] / 2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert hashes(tmp_path).items() <= expected.items()
+        if dice.random() < 0.3 and len(list(tmp_path.glob("*.gguf"))) > 2:
+            for path in tmp_path.glob("*.gguf"):
+                path.unlink()
+    assert run(tmp_path).returncode == 0
+    assert hashes(tmp_path) == expected
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_what_changed_is_made_again(whole: tuple[Path, float], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    checkpoint = Path(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "phi-3-demo"))
+
+    def made_now() -> set[str]:
+        stops = run_journey(checkpoint, ["Q4_K_M", "Q8_0"], folder, imatrix_chunks=1, threads=1)
+        return {stop.made.type for stop in stops if stop.fresh}
+
+    assert made_now() == set()
+    damaged = folder / "phi-3-demo-Q8_0.gguf"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert made_now() == {"Q8_0"}
+    (folder / "phi-3-demo-Q4_K_M.gguf").unlink()
+    assert made_now() == {"Q4_K_M"}
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    assert made_now() == {"BF16", "imatrix", "Q4_K_M", "Q8_0"}
+    (folder / MANIFEST_NAME).write_text("{")
+    assert made_now() == {"BF16", "imatrix", "Q4_K_M", "Q8_0"}
+
+
+def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", ["total", "used", "free"])  # noqa: PYI024 - as shutil's own
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    with pytest.raises(ConversionError, match=r"BF16 take about .* MB, and the disk of .* has 1\.0 MB left"):
+        run_journey(DEMO_CHECKPOINT, ["Q4_K_M"], tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_type_that_needs_a_matrix_is_refused_without(tmp_path: Path) -> None:
+    finished = run(tmp_path / "out", "--imatrix", "none", "--quant", "IQ2_XS")
+    assert finished.returncode == 1
+    assert "IQ2_XS needs an importance matrix; give --imatrix auto" in finished.stderr
+    assert not (tmp_path / "out").exists()
