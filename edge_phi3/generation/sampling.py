@@ -22,14 +22,14 @@ from edge_phi3.generation.decoding import (
     Turn,
     rows_of,
 )
+from edge_phi3.generation.drawing import Draws, draw
 from edge_phi3.generation.history import TokenHistory
-from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, running_totals, weights
+from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
-_BLOCK: Final = 256
 _SAME_ROW: Final = np.zeros(1, dtype=np.intp)
 _NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
@@ -167,36 +167,34 @@ def _choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
+        end = row + decoder.rows
         if decoder.records_scores:
-            _record_greedy(decoder, scores[row : row + decoder.rows], listed[row])
+            _record_greedy(decoder, scores[row:end], listed[row:end])
         if decoder.simple:
-            steps[turn.place] = decoder.accept(listed[row], tokens[row : row + 1])
-            row += 1
+            steps[turn.place] = decoder.accept(listed[row], tokens[row:end])
         else:
-            end = row + decoder.rows
-            drawn = tokens[row:end]
-            if len(drawn) < len(decoder.live):
-                drawn = np.repeat(drawn, len(decoder.live))
-            steps[turn.place] = decoder.accept_all(drawn)
-            row = end
+            chosen = tokens[row:end]
+            # Before the first step, the prompt's one row stands for all sequences.
+            steps[turn.place] = decoder.accept_all(chosen.repeat(len(decoder.live) // len(chosen)))
+        row = end
 
 
-def _record_greedy(decoder: SequenceDecoder, scores: Scores, token: int) -> None:
-    # Greedy sequences of one request are all alike, so the first row stands for all.
-    score = float(scores[0, token])
-    normalized = scores[:1].copy()
+def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) -> None:
+    normalized = scores.copy()
     with np.errstate(all="ignore"):
         log_softmax(normalized)
-    logprob = float(normalized[0, token])
-    for sequence in decoder.live:
-        decoder.scores[sequence].append(TokenScore(token, score, logprob))
+    for place, sequence in enumerate(decoder.live):
+        row = place if len(tokens) > 1 else 0
+        token = tokens[row]
+        score = TokenScore(token, float(scores[row, token]), float(normalized[row, token]))
+        decoder.scores[sequence].append(score)
 
 
-@cache
-def _sampler(active: tuple[str, ...]) -> Chooser:
-    """Give the one chooser of all requests with these warpers."""
+class Sampler:
+    """Draws the next tokens of all requests that have the same warpers switched on."""
 
-    def choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+    def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+        """Warp the rows of all requests at once, and draw from them."""
         warpings: list[Warping] = []
         rows: list[int] = []
         uniforms: list[float] = []
@@ -214,82 +212,11 @@ def _sampler(active: tuple[str, ...]) -> Chooser:
             draws = draw(warp(scores, warpings), np.array(rows), np.array(uniforms))
         _hand_out(turns, draws, steps)
 
-    del active
-    return choose
 
-
-class Draws:
-    """Tokens drawn from candidates.
-
-    Attributes:
-        tokens: shape (draws,), int32.
-        scores: processed score of each, shape (draws,).
-        logprobs: log-softmax of the processed scores at each, shape (draws,).
-        possible: whether the row was a distribution at all, shape (draws,).
-    """
-
-    __slots__ = ("logprobs", "possible", "scores", "tokens")
-
-    def __init__(
-        self, tokens: NDArray[np.int32], scores: Scores, logprobs: Scores, possible: NDArray[np.bool_]
-    ) -> None:
-        self.tokens = tokens
-        self.scores = scores
-        self.logprobs = logprobs
-        self.possible = possible
-
-
-def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.float64]) -> Draws:
-    """Draw tokens by inverting the cumulative distribution of each row, in the order of token ids.
-
-    Args:
-        candidates: what is left of each row.
-        rows: the row of each draw, shape (draws,).
-        uniforms: a number in [0, 1) for each draw, shape (draws,).
-    """
-    scores = candidates.scores
-    if candidates.tokens is None:
-        columns, totals = _invert_whole(scores, rows, uniforms)
-    else:
-        columns, totals = _invert(weights(scores), rows, uniforms)
-    possible = np.isfinite(totals) & (totals > 0)
-    columns = np.where(possible, columns, 0)
-    chosen = scores[rows, columns]
-    logprobs = chosen - scores.max(axis=1)[rows] - np.log(totals).astype(np.float32)
-    return Draws(candidates.token_ids(rows, columns), chosen, logprobs, possible)
-
-
-def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
-    """Find the first columns whose running totals exceed shares of their rows' totals, and give the totals too."""
-    reached = running_totals(weighed)[rows]
-    totals = reached[:, -1]
-    # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
-    targets = np.minimum(uniforms * totals, np.nextafter(totals, 0))
-    return np.minimum((reached <= targets[:, None]).sum(axis=1), reached.shape[1] - 1), totals
-
-
-def _invert_whole(scores: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
-    """Do the same over the whole vocabulary, row by row: first find the block, and then the column in it."""
-    columns, totals = np.zeros_like(rows), np.empty(len(rows))
-    starts = np.arange(0, scores.shape[1], _BLOCK)
-    weighed = np.empty(scores.shape[1], dtype=np.float32)
-    row = -1
-    for place, uniform in enumerate(uniforms.tolist()):
-        if rows[place] != row:
-            row = rows[place]
-            np.subtract(scores[row], scores[row].max(), out=weighed)
-            np.exp(weighed, out=weighed)
-            sums = np.add.reduceat(weighed, starts)
-            reached = np.cumsum(sums, dtype=np.float64)
-            total = reached[-1]
-        totals[place] = total
-        block = min(int(np.searchsorted(reached, min(uniform * total, np.nextafter(total, 0)), "right")), len(sums) - 1)
-        inside = np.cumsum(weighed[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
-        # The share within the block: its float64 sum may differ from its float32 sum in the last bits.
-        share = (uniform * total - (reached[block] - sums[block])) / sums[block]
-        target = min(max(share, 0.0) * inside[-1], np.nextafter(inside[-1], 0))
-        columns[place] = starts[block] + min(int(np.searchsorted(inside, target, "right")), len(inside) - 1)
-    return columns, totals
+@cache
+def _sampler(_active: tuple[str, ...]) -> Sampler:
+    """Give the one sampler of all requests with these warpers."""
+    return Sampler()
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edge_phi3.generation import GenerationError, ParameterError, advance
+from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates, softmax
-from edge_phi3.generation.sampling import draw
 from tests.generation.conftest import END, VOCABULARY, decoder, run, table_model
 
 PROMPT = (5, 6, 7)

@@ -1,0 +1,86 @@
+"""Draws from what the warpers have left, by inverting cumulative distributions."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation.logits import Candidates, Rows, Scores, running_totals, weights
+
+_BLOCK: Final = 256
+
+
+class Draws:
+    """Tokens drawn from candidates.
+
+    Attributes:
+        tokens: shape (draws,), int32.
+        scores: processed score of each, shape (draws,).
+        logprobs: log-softmax of the processed scores at each, shape (draws,).
+        possible: whether the row was a distribution at all, shape (draws,).
+    """
+
+    __slots__ = ("logprobs", "possible", "scores", "tokens")
+
+    def __init__(
+        self, tokens: NDArray[np.int32], scores: Scores, logprobs: Scores, possible: NDArray[np.bool_]
+    ) -> None:
+        self.tokens = tokens
+        self.scores = scores
+        self.logprobs = logprobs
+        self.possible = possible
+
+
+def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.float64]) -> Draws:
+    """Draw tokens by inverting the cumulative distribution of each row, in the order of token ids.
+
+    Args:
+        candidates: what is left of each row.
+        rows: the row of each draw, shape (draws,).
+        uniforms: a number in [0, 1) for each draw, shape (draws,).
+    """
+    scores = candidates.scores
+    if candidates.tokens is None:
+        columns, totals = _invert_whole(scores, rows, uniforms)
+    else:
+        columns, totals = _invert(weights(scores), rows, uniforms)
+    possible = np.isfinite(totals) & (totals > 0)
+    columns = np.where(possible, columns, 0)
+    chosen = scores[rows, columns]
+    logprobs = chosen - scores.max(axis=1)[rows] - np.log(totals).astype(np.float32)
+    return Draws(candidates.token_ids(rows, columns), chosen, logprobs, possible)
+
+
+def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
+    """Find the first columns whose running totals exceed shares of their rows' totals, and give the totals too."""
+    reached = running_totals(weighed)[rows]
+    totals = reached[:, -1]
+    # Below the total even where the product rounds up, so that a token of probability 0 is never reached.
+    targets = np.minimum(uniforms * totals, np.nextafter(totals, 0))
+    return np.minimum((reached <= targets[:, None]).sum(axis=1), reached.shape[1] - 1), totals
+
+
+def _invert_whole(scores: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
+    """Do the same over the whole vocabulary, row by row: first find the block, and then the column in it."""
+    columns, totals = np.zeros_like(rows), np.empty(len(rows))
+    starts = np.arange(0, scores.shape[1], _BLOCK)
+    weighed = np.empty(scores.shape[1], dtype=np.float32)
+    row = -1
+    for place, uniform in enumerate(uniforms.tolist()):
+        if rows[place] != row:
+            row = rows[place]
+            np.subtract(scores[row], scores[row].max(), out=weighed)
+            np.exp(weighed, out=weighed)
+            sums = np.add.reduceat(weighed, starts)
+            reached = np.cumsum(sums, dtype=np.float64)
+            total = reached[-1]
+        totals[place] = total
+        block = min(int(np.searchsorted(reached, min(uniform * total, np.nextafter(total, 0)), "right")), len(sums) - 1)
+        inside = np.cumsum(weighed[starts[block] : starts[block] + _BLOCK], dtype=np.float64)
+        # The share within the block: its float64 sum may differ from its float32 sum in the last bits.
+        share = (uniform * total - (reached[block] - sums[block])) / sums[block]
+        target = min(max(share, 0.0) * inside[-1], np.nextafter(inside[-1], 0))
+        columns[place] = starts[block] + min(int(np.searchsorted(inside, target, "right")), len(inside) - 1)
+    return columns, totals
