@@ -64,6 +64,7 @@ def training_facts(
             "torch": version("torch"),
             "transformers": version("transformers"),
         },
+        "source": "a fresh process of the interpreter",
         "schedule": f"the learning rate rises to {plan.peak_rate:g} over {plan.warmup} steps, stays there,"
         f" and falls to nothing over the last {plan.cooldown}",
         "remade": "it is made again by",
@@ -95,6 +96,7 @@ def render_card(facts: dict[str, Any], config: dict[str, Any], size: int) -> str
         **facts["versions"],
         **{f"exact_{group}": share for group, share in facts["exact"].items()},
         **{key: value for key, value in config.items() if isinstance(value, int)},
+        source=facts["source"],
         schedule=facts["schedule"],
         remade=facts["remade"],
         pieces=facts["pieces"],
