@@ -1,0 +1,39 @@
+"""`scripts/convert_and_quantize.py` with a repository of the Hub: what it downloads, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from edge_phi3.conversion.convert import SourceInfo
+from edge_phi3.conversion.journey import run_journey
+from tests.catalog.hub_server import HubServer
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
+
+
+def run(output: Path) -> list[dict[str, object]]:
+    command = [sys.executable, str(SCRIPT), "owner/tiny", "--quant", "Q8_0", "--output-dir", str(output), "--json"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    rows: list[dict[str, object]] = json.loads(finished.stdout)
+    return rows
+
+
+def test_a_repository_is_downloaded_once_and_made_as_a_folder_is(
+    hub: HubServer, checkpoint: Path, tmp_path: Path
+) -> None:
+    rows = run(tmp_path / "out")
+    assert [row["type"] for row in rows] == ["BF16", "Q8_0"]
+    [folder] = (tmp_path / "out").glob("checkpoint-*")
+    source = SourceInfo("owner/tiny", hub.repositories["owner/tiny"].commit)
+    local = run_journey(folder, ["Q8_0"], tmp_path / "local", name="tiny", source=source)
+    assert [row["sha256"] for row in rows] == [stop.made.seen.sha256 for stop in local]
+    (tmp_path / "out" / "tiny-Q8_0.gguf").unlink()
+    shards = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    sent = {name: hub.bytes_sent(name) for name in shards}
+    assert [row["made_now"] for row in run(tmp_path / "out")] == [False, True]
+    assert {name: hub.bytes_sent(name) for name in shards} == sent
+    assert all(size > 0 for size in sent.values())
