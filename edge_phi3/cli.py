@@ -21,6 +21,7 @@ VERBS: Mapping[str, str] = {
     "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
     "imatrix": "Measure which weights matter, for better quantisation.",
+    "bench": "Measure a running service.",
 }
 """Each verb and what it does, in the order of ``--help``."""
 
