@@ -134,9 +134,7 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(folder, vocabulary, add_bos=add_bos)
     tensors = list(
-        phi3_tensors(
-            hidden_size, intermediate_size, layers, heads=heads, kv_heads=kv_heads, rows=rows, gain=gain
-        )
+        phi3_tensors(hidden_size, intermediate_size, layers, heads=heads, kv_heads=kv_heads, rows=rows, gain=gain)
     )
     write_weights(folder, tensors, seed=seed, dtype=dtype, shards=shards)
     return folder

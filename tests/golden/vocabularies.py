@@ -202,10 +202,7 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
     pieces = b"".join(
         _field(
             1,
-            _field(1, piece.text.encode())
-            + b"\x15"
-            + struct.pack("<f", piece.score)
-            + _number(3, piece.type),
+            _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score) + _number(3, piece.type),
         )
         for piece in vocabulary.pieces
     )
@@ -217,9 +214,7 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
 
 def _sentence_piece(piece: Piece) -> bytes:
     score_key = b"\x15"  # field 2, four bytes
-    return (
-        _field(1, piece.text.encode()) + score_key + struct.pack("<f", piece.score) + _number(3, piece.type)
-    )
+    return _field(1, piece.text.encode()) + score_key + struct.pack("<f", piece.score) + _number(3, piece.type)
 
 
 def _merges(pieces: tuple[Piece, ...]) -> list[list[str]]:
