@@ -5,6 +5,8 @@ python scripts/convert_and_quantize.py phi-3-mini-4k-instruct --quant Q4_K_M --q
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,49 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from edge_phi3.catalog import CatalogError
 from edge_phi3.catalog.hub import Hub
-from edge_phi3.catalog.listing import small_files, weight_files
+from edge_phi3.catalog.listing import RemoteFile, small_files, weight_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, parse_reference
 from edge_phi3.conversion.convert import SourceInfo
 from edge_phi3.conversion.journey import Stop, run_journey
+from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.progress import ProgressReporter, stderr_progress
 
 
-def fetch(wanted: HubCheckpoint, folder: Path, progress: ProgressReporter) -> tuple[Path, SourceInfo]:
-    """Download what is missing of a checkpoint; give its folder, and where it is from."""
+def fetch(
+    wanted: HubCheckpoint, folder: Path, quants: Sequence[str], progress: ProgressReporter
+) -> tuple[Path, SourceInfo]:
+    """Download what is missing of a checkpoint; give its folder, and where it is from.
+
+    Raises:
+        CatalogError: the disk has no room for the download, the conversion and the quantised files.
+    """
     hub = Hub(progress)
     snapshot = hub.snapshot(wanted.repository, wanted.revision)
     target = folder / f"checkpoint-{snapshot.commit[:12]}"
-    for choose in (lambda: small_files(snapshot), lambda: weight_files(snapshot, target)):
-        for file in choose():
-            path = target / Path(file.name).name
-            # Files get this name once they have been checked.
-            if not path.exists():
-                hub.download(snapshot, file, path)
+
+    def download(files: list[RemoteFile]) -> None:
+        for file in files:
+            # Files get their name once they have been checked.
+            if not (target / Path(file.name).name).exists():
+                hub.download(snapshot, file, target / Path(file.name).name)
+
+    download(small_files(snapshot))
+    weights = weight_files(snapshot, target)
+    missing = [file for file in weights if not (target / Path(file.name).name).exists()]
+    if missing:
+        total = sum(file.size or 0 for file in weights)
+        # The checkpoints are published in 16 bits a weight; the conversion is as large as they are.
+        outputs = total + sum(int(total * quantization_type(quant).bits_per_weight / 16) for quant in set(quants))
+        needed, free = outputs + sum(file.size or 0 for file in missing), shutil.disk_usage(folder).free
+        if free < needed:
+            raise CatalogError(
+                f"{wanted.text} and what is made of it take about {decimal(needed)}, and the disk of {folder} has"
+                f" {decimal(free)} left; free some space, or choose another --output-dir."
+            )
+    download(weights)
     return target, SourceInfo(snapshot.repository, snapshot.commit)
 
 
@@ -66,7 +91,7 @@ def main(checkpoint: str, output_dir: Path, *, quants: tuple[str, ...], as_json:
     with stderr_progress() as progress:
         wanted = parse_reference(checkpoint)
         if isinstance(wanted, HubCheckpoint):
-            folder, source = fetch(wanted, output_dir, progress)
+            folder, source = fetch(wanted, output_dir, quants, progress)
         elif isinstance(wanted, LocalCheckpoint):
             folder = wanted.path
         else:

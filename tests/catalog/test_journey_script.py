@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
+import pytest
+
+from edge_phi3.catalog import CatalogError
+from edge_phi3.catalog.reference import HubCheckpoint
 from edge_phi3.conversion.convert import SourceInfo
 from edge_phi3.conversion.journey import run_journey
+from edge_phi3.progress import SilentProgress
+from scripts.convert_and_quantize import fetch
 from tests.catalog.hub_server import HubServer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
@@ -37,3 +45,18 @@ def test_a_repository_is_downloaded_once_and_made_as_a_folder_is(
     assert [row["made_now"] for row in run(tmp_path / "out")] == [False, True]
     assert {name: hub.bytes_sent(name) for name in shards} == sent
     assert all(size > 0 for size in sent.values())
+
+
+def test_a_full_disk_is_told_before_the_weights_are_downloaded(
+    hub: HubServer, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    usage = namedtuple("usage", ["total", "used", "free"])  # noqa: PYI024 - as shutil's own
+    wanted = HubCheckpoint("owner/tiny", "main", "owner/tiny")
+    # Download, conversion and a Q8_0 take more than 2.5 times the weights, and less than 2.6 times.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size * 9, 0, int(size * 2.5)))
+    with pytest.raises(CatalogError, match=r"owner/tiny and what is made of it take about .*; free some space"):
+        fetch(wanted, tmp_path, ["Q8_0"], SilentProgress())
+    assert not list(tmp_path.glob("**/*.safetensors"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size * 9, 0, int(size * 2.6)))
+    assert len(list(fetch(wanted, tmp_path, ["Q8_0"], SilentProgress())[0].glob("*.safetensors"))) == 2
