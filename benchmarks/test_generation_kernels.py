@@ -84,6 +84,7 @@ CASES = (
     Case("8 beams", BEAMS, 1, 8, bound=25),
     Case("8 beams", BEAMS, 2, 8, bound=25),
     Case("8 beams, sampled", {"num_beams": 8}, 1, 8),
+    Case("8 beams, sampled from the whole vocabulary", {"num_beams": 8, "top_k": 0}, 1, 8),
     Case("8 beams in 4 groups", BEAMS | {"num_beam_groups": 4, "diversity_penalty": 1.0}, 1, 8),
     Case("every processor and warper", EVERYTHING, 16, bound=80),
     Case("every processor and warper", EVERYTHING, 8, bound=80),

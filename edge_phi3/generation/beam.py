@@ -197,7 +197,10 @@ class BeamDecoder(Decoder):
         assert self._generator is not None
         possible = np.flatnonzero(totals > best - _VANISHING)
         keys = totals[possible] - np.log(self._generator.standard_exponential(len(possible)))
-        drawn = possible[np.argsort(-keys, kind="stable")[:count]]
+        if len(keys) > count:
+            highest = np.argpartition(keys, len(keys) - count)[len(keys) - count :]
+            keys, possible = keys[highest], possible[highest]
+        drawn = possible[np.argsort(-keys)]
         drawn = drawn[np.argsort(-totals[drawn], kind="stable")]
         if len(drawn) < count:
             others = np.flatnonzero((totals <= best - _VANISHING) & (totals > -np.inf))

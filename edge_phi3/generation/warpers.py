@@ -144,18 +144,18 @@ def _nucleus_of(line: Scores, mass: float, keep: int) -> Rows:
         return np.flatnonzero(np.isnan(line))
     # Tokens that weigh less than an equal share of what may be removed are surely removed; only the rest is sorted.
     budget = (1 - mass) * total
-    tokens = np.flatnonzero(weighed > budget / len(weighed))
-    narrowed = weighed[tokens]
-    budget -= max(total - float(narrowed.sum()), 0)
+    tokens: Rows | None = None
+    so_far = total
     for _ in range(_NARROWINGS):
-        left = np.flatnonzero(narrowed > budget / len(narrowed))
-        if len(left) < keep or len(left) > 0.8 * len(narrowed):
+        left = np.flatnonzero(weighed > budget / len(weighed))
+        if len(left) < keep or len(left) > 0.8 * len(weighed):
             break
-        before, narrowed = float(narrowed.sum()), narrowed[left]
-        budget -= max(before - float(narrowed.sum()), 0)
-        tokens = tokens[left]
-    if len(tokens) < keep:
-        tokens, budget = np.arange(len(line)), (1 - mass) * total
+        weighed = weighed[left]
+        tokens = left if tokens is None else tokens[left]
+        budget -= max(so_far - float(weighed.sum()), 0)
+        so_far = float(weighed.sum())
+    if tokens is None:
+        tokens = np.arange(len(line))
     scores = line[tokens]
     ascending = np.sort(scores)
     probabilities = np.exp(ascending - highest) / np.float32(total)

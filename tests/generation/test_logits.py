@@ -120,7 +120,7 @@ def test_whole_rows_are_summed_alike_alone_and_together(size: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.floats(0.01, 0.999),
+    st.floats(0, 0.999),
     st.integers(1, 4),
     st.sampled_from(["plain", "banned", "peaks", "flat"]),
     st.floats(0.05, 30),
@@ -194,3 +194,16 @@ def test_typical_p_of_whole_rows_sorts_one_bin_to_the_same_end(
         wrong[order[:keep]] = False
         assert not wrong.any()
         assert ours.sum() >= min(keep, int((scores[row] > -np.inf).sum()))
+
+
+@pytest.mark.parametrize("keep", [1, 4])
+@pytest.mark.parametrize("size", [5, 32064])
+def test_top_p_of_0_keeps_as_many_as_it_must(size: int, keep: int) -> None:
+    flat = np.zeros((1, size), dtype=np.float32)
+    peak = flat.copy()
+    peak[0, 3] = 50
+    for scores in (flat, peak):
+        left = warp(scores.copy(), [Warping(("top_p",), (0.0,), keep)])
+        assert (left.scores > -np.inf).sum() == keep
+    assert left.tokens is not None
+    assert 3 in left.tokens
