@@ -98,19 +98,24 @@ part "    edge-phi3 with the demo model" "$site/edge_phi3"
 part "  the distribution and its Python" "$rootfs"/{bin,etc,lib,lib64,sbin,usr,var}
 echo "backends: $(cd "$rootfs/opt/edge-phi3/lib/ggml" && echo libggml-*.so)"
 
-say "a container: user 10001, root read-only, no capabilities, the host's network"
 bundle="$WORK/bundle"
 models="$WORK/models"
 rm -rf "$bundle" "$models"
 mkdir -p "$bundle" "$models" "$WORK/runc"
 chown 10001:10001 "$models"
-port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
-ROOTFS="$rootfs" MODELS="$models" PORT="$port" python3 - "$WORK/image.json" > "$bundle/config.json" << 'PYTHON'
+inside() { runc --root "$WORK/runc" exec "$container" "$@"; }
+log() { cat "$WORK/container.log" >&2; fail "$@"; }
+
+# Starts a container with the models' volume rw or ro, asks it, and stops it.
+serve_and_ask() {
+    local volume="$1" started status=0 answer check port running
+    port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    ROOTFS="$rootfs" MODELS="$models" VOLUME="$volume" PORT="$port" python3 - "$WORK/image.json" > "$bundle/config.json" << 'PYTHON'
 import json, os, sys
 
 config = json.load(open(sys.argv[1]))["Docker"]["config"]
 environment = [item for item in config["Env"] if not item.startswith("EDGE_PHI3_PORT=")]
-read_only = ["nosuid", "noexec", "nodev"]
+temporary = ["nosuid", "noexec", "nodev", "mode=1777"]
 print(json.dumps({
     "ociVersion": "1.0.2",
     "process": {
@@ -125,48 +130,49 @@ print(json.dumps({
     "mounts": [
         {"destination": "/proc", "type": "proc", "source": "proc"},
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": [*read_only, "mode=1777"]},
-        {"destination": "/models", "type": "bind", "source": os.environ["MODELS"], "options": ["bind", "rw"]},
+        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": temporary},
+        {"destination": "/models", "type": "bind", "source": os.environ["MODELS"], "options": ["bind", os.environ["VOLUME"]]},
     ],
     "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]},
 }))
 PYTHON
-runc --root "$WORK/runc" run --bundle "$bundle" "$container" \
-    > "$WORK/container.out" 2> "$WORK/container.log" &
-running=$!
+    runc --root "$WORK/runc" run --bundle "$bundle" "$container" > "$WORK/container.out" 2> "$WORK/container.log" &
+    running=$!
 
-started=$(date +%s%N)
-until curl --silent --fail "http://127.0.0.1:$port/healthz" > /dev/null; do
-    kill -0 "$running" 2> /dev/null || { cat "$WORK/container.log" >&2; fail "the container ended"; }
-    [ $(($(date +%s%N) - started)) -lt 300000000000 ] || { cat "$WORK/container.log" >&2; fail "it was not healthy in 300 s"; }
-    sleep 0.2
-done
-say "healthy after $((($(date +%s%N) - started) / 1000000)) ms, the demo model's conversion and quantisation included"
+    started=$(date +%s%N)
+    until curl --silent --fail "http://127.0.0.1:$port/healthz" > /dev/null; do
+        kill -0 "$running" 2> /dev/null || log "the container ended"
+        [ $(($(date +%s%N) - started)) -lt 300000000000 ] || log "it was not healthy in 300 s"
+        sleep 0.2
+    done
+    say "healthy after $((($(date +%s%N) - started) / 1000000)) ms"
 
-inside() { runc --root "$WORK/runc" exec "$container" "$@"; }
-[ "$(inside id -u)" = 10001 ] || fail "it does not run as user 10001"
-if inside touch /opt/edge-phi3/x 2> /dev/null; then fail "the root file system can be written"; fi
-inside sh -c 'grep -q "CapEff:.0000000000000000" /proc/1/status' || fail "it has capabilities"
-mapfile -t check < <(python3 -c "import json; print(*json.load(open('$WORK/image.json'))['Docker']['config']['Healthcheck']['Test'][1:], sep='\n')")
-inside env "EDGE_PHI3_PORT=$port" "${check[@]}" || fail "the health check fails"
-say "which CPU backend was taken: $(inside sh -c 'grep -o "libggml-cpu-[a-z0-9_.-]*\.so" /proc/1/maps | sort -u')"
+    [ "$(inside id -u)" = 10001 ] || fail "it does not run as user 10001"
+    if inside touch /opt/edge-phi3/x 2> /dev/null; then fail "the root file system can be written"; fi
+    if [ "$volume" = ro ] && inside touch /models/x 2> /dev/null; then fail "the models can be written"; fi
+    inside sh -c 'grep -q "CapEff:.0000000000000000" /proc/1/status' || fail "it has capabilities"
+    mapfile -t check < <(python3 -c "import json; print(*json.load(open('$WORK/image.json'))['Docker']['config']['Healthcheck']['Test'][1:], sep='\n')")
+    inside env "EDGE_PHI3_PORT=$port" "${check[@]}" || fail "the health check fails"
+    say "the CPU backend is $(inside sh -c 'grep -o "libggml-cpu[a-z0-9_.-]*\.so" /proc/1/maps | sort -u')"
 
-answer="$(curl --silent --show-error --fail --max-time 120 "http://127.0.0.1:$port/chat" -H 'Content-Type: application/json' \
-    -d '{"prompt": "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n", "return_full_text": false, "generate_kwargs": {"do_sample": false}}')"
-say "POST /chat: $answer"
-python3 -c 'import json, sys; sys.exit(not json.loads(sys.argv[1])["Result"].strip())' "$answer" || fail "the answer is empty"
+    answer="$(curl --silent --show-error --fail --max-time 120 "http://127.0.0.1:$port/chat" -H 'Content-Type: application/json' \
+        -d '{"prompt": "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n", "return_full_text": false, "generate_kwargs": {"do_sample": false}}')"
+    say "POST /chat: $answer"
+    python3 -c 'import json, sys; sys.exit(not json.loads(sys.argv[1])["Result"].strip())' "$answer" || fail "the answer is empty"
+    for path in / /docs /openapi.json /version /metrics /metrics/prometheus /readyz; do
+        curl --silent --show-error --fail --output /dev/null "http://127.0.0.1:$port$path" || fail "$path is not answered"
+    done
 
-for path in / /docs /openapi.json /version /metrics /metrics/prometheus /readyz; do
-    curl --silent --show-error --fail --output /dev/null "http://127.0.0.1:$port$path" || fail "$path is not answered"
-done
+    started=$(date +%s%N)
+    runc --root "$WORK/runc" kill "$container" TERM
+    wait "$running" || status=$?
+    [ "$status" = 0 ] || log "it ended with $status after SIGTERM"
+    say "ended with 0, $((($(date +%s%N) - started) / 1000000)) ms after SIGTERM"
+}
 
-say "SIGTERM"
-started=$(date +%s%N)
-runc --root "$WORK/runc" kill "$container" TERM
-status=0
-wait "$running" || status=$?
-[ "$status" = 0 ] || { cat "$WORK/container.log" >&2; fail "it ended with $status after SIGTERM"; }
-say "ended with 0 after $((($(date +%s%N) - started) / 1000000)) ms"
-ls "$models" > /dev/null
+say "a container: user 10001, root read-only, no capabilities; it converts and quantises the demo model"
+serve_and_ask rw
+say "another on the same volume, read-only now, as the chart mounts it"
+serve_and_ask ro
 image rm "$from" > /dev/null
 say "all is well"
