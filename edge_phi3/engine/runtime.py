@@ -66,14 +66,19 @@ def _reason() -> str:
 
 
 @functools.cache
-def initialise_backend() -> None:
-    """Start llama.cpp's backends and take over its log, once a process."""
-    llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
+def _start_backends() -> None:
     llama_cpp.llama_backend_init()
+
+
+def initialise_backend() -> None:
+    """Start llama.cpp's backends, once a process, and take over its log from whoever had it."""
+    llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
+    _start_backends()
 
 
 def supports_gpu_offload() -> bool:
     """Whether this build of llama.cpp can keep layers on a GPU."""
+    initialise_backend()  # backends that are libraries of their own are not known before
     return bool(llama_cpp.llama_supports_gpu_offload())
 
 

@@ -112,7 +112,8 @@ def test_an_unknown_output_type_is_refused(pristine: Path, tmp_path: Path) -> No
 def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
     output = tmp_path / "output" / "out.gguf"
     program = (
-        "import sys, time; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
+        "import signal, sys, time; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
         "def slowly(step): print(step.done, flush=True); time.sleep(0.2)\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=slowly)\n"
     )
