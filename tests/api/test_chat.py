@@ -203,10 +203,10 @@ def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
 
 
 def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path) -> None:
-    load = loader(model_path, parallel=1, max_queue=1)
-    with ready(load, request_timeout=0.6) as api:
+    load = loader(model_path, parallel=1, max_queue=1, ctx_size=16384)
+    with ready(load, request_timeout=0.6, max_new_tokens=16000) as api:
         engine = api.service.pipeline.engine
-        slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 3800}}
+        slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
         statuses: list[int] = []
         threads = [threading.Thread(target=lambda: statuses.append(api.chat(**slow).status_code)) for _ in range(2)]
         for count, thread in enumerate(threads, start=1):
