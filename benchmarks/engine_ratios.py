@@ -38,8 +38,14 @@ from edge_phi3.bench.summary import Summary, per_token, summarise
 from edge_phi3.bench.targets import Target, open_target
 from edge_phi3.bench.workload import RandomSessions, Ruler, Workload, measure_ruler
 
-GREEDY, SAMPLED = "greedy", "sampled"
-_WORKLOADS = {GREEDY: Workload(), SAMPLED: Workload(temperature=1.0, top_k=10)}
+_WORKLOADS = {
+    "greedy": Workload(),
+    "sampled": Workload(temperature=1.0, top_k=10),
+    "greedy-plain": Workload(stream=False),
+    "sampled-plain": Workload(stream=False, temperature=1.0, top_k=10),
+}
+"""What is asked: answers are streamed, token by token, unless they are plain."""
+
 _CELLS_PER_CLIENT = 256
 
 GOALS: dict[str, dict[int, float]] = {
@@ -275,8 +281,8 @@ def show(results: Sequence[Result]) -> Table:
     return table
 
 
-async def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
-    """Run the parts that are asked for."""
+async def run(arguments: argparse.Namespace, done: Callable[[list[Result]], None]) -> list[Result]:
+    """Run the parts that are asked for; `done` is told of the results so far after each."""
     built = llama_cpp.build_peers(arguments.cache, arguments.source)
     results: list[Result] = []
     for name in arguments.models:
@@ -284,10 +290,7 @@ async def run(arguments: argparse.Namespace, console: Console) -> list[Result]:
         for part in arguments.parts:
             async for result in getattr(bench, part)():
                 results.append(result)
-                console.print(
-                    f"{result.part}, {result.model}, {result.case}: {result.ours:.1f} and {result.theirs:.1f} "
-                    f"{result.unit}, ratio {result.ratio:.2f} ({result.low:.2f} to {result.high:.2f})"
-                )
+                done(results)
     return results
 
 
@@ -300,20 +303,28 @@ def main() -> int:
     parser.add_argument("--parts", type=words, default=["throughput", "stream", "prefix", "health"])
     parser.add_argument("--models", type=words, default=list(GOALS))
     parser.add_argument("--clients", type=numbers, default=[1, 4, 8, 16])
-    parser.add_argument("--modes", type=words, default=[GREEDY, SAMPLED])
+    parser.add_argument("--modes", type=words, default=["greedy", "sampled"], help=", ".join(_WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each server")
     parser.add_argument("--requests", type=int, default=32, help="requests of a turn, at least 2 for each client")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    machine = Machine.here()
-    results = uvloop.run(run(arguments, Console(stderr=True)))
+    machine, console = Machine.here(), Console(stderr=True, soft_wrap=True)
+
+    def done(results: list[Result]) -> None:
+        last = results[-1]
+        console.print(
+            f"{last.part}, {last.model}, {last.case}: {last.ours:.1f} and {last.theirs:.1f} {last.unit}, "
+            f"ratio {last.ratio:.2f} ({last.low:.2f} to {last.high:.2f}), load {last.load:g}"
+        )
+        if arguments.json:
+            encoded = msgspec.json.encode({"machine": machine, "command": sys.argv[1:], "results": results})
+            arguments.json.write_bytes(msgspec.json.format(encoded))
+
+    results = uvloop.run(run(arguments, done))
     print(msgspec.json.encode(machine).decode())
     Console(width=130).print(show(results))
-    if arguments.json:
-        encoded = msgspec.json.encode({"machine": machine, "command": sys.argv[1:], "results": results})
-        arguments.json.write_bytes(msgspec.json.format(encoded))
     return int(any(result.met is False for result in results))
 
 

@@ -146,13 +146,24 @@ async def _closed_loop(run: _Run, sessions: Iterator[Session], clients: int) -> 
             group.create_task(client())
 
 
+def poisson_arrivals(rate: float, random: np.random.Generator) -> Iterator[float]:
+    """Give the arrival times of a Poisson process, in seconds from the first one; without end."""
+    due = 0.0
+    while True:
+        yield due
+        due += random.exponential(1 / rate)
+
+
 async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random: np.random.Generator) -> None:
-    due = time.perf_counter()
+    start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for session in sessions:
+        # The time comes first: `sessions` may end by the clock.
+        for due in poisson_arrivals(rate, random):
+            await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
+            session = next(sessions, None)
+            if session is None:
+                return
             group.create_task(run.session(session))
-            due += random.exponential(1 / rate)
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
 
 
 class _Run:

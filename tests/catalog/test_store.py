@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -32,9 +31,7 @@ def test_a_checkpoint_is_made_once_and_found_again(catalog: Catalog, checkpoint:
     first = catalog.resolve(str(checkpoint), progress=notes)
     assert (first.name, first.quant, first.revision) == ("tiny-phi3", "Q4_K_M", None)
     made = first.path.stat()
-    started = time.perf_counter()
     assert catalog.resolve(str(checkpoint)) == first
-    assert time.perf_counter() - started < 0.1
     assert first.path.stat().st_mtime_ns == made.st_mtime_ns
     assert notes.titles == ["Converting tiny-phi3", "Quantising tiny-phi3 to Q4_K_M"]
 
@@ -72,9 +69,9 @@ def test_the_demo_survives_a_new_installation(
     elsewhere = tmp_path / "other-site-packages" / "phi-3-demo"
     shutil.copytree(DEMO_CHECKPOINT, elsewhere, copy_function=shutil.copyfile)
     monkeypatch.setattr("edge_phi3.catalog.reference.DEMO_CHECKPOINT", elsewhere)
-    started = time.perf_counter()
+    made = first.path.stat()
     assert catalog.resolve("phi-3-demo") == first
-    assert time.perf_counter() - started < 0.5
+    assert first.path.stat().st_mtime_ns == made.st_mtime_ns
 
 
 @pytest.mark.parametrize(
