@@ -1,0 +1,111 @@
+"""Plots of quantisations: quality against size, and speed against size."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.quant_report import Measurement, mean_divergence, on_front
+from edge_phi3.files import atomic_output
+
+_MEGABYTE = 1e6
+_SPEEDS = (("prompt_per_second", "prompt tokens per second"), ("generated_per_second", "generated tokens per second"))
+
+
+def plot_quality(measurements: Sequence[Measurement], path: Path) -> None:
+    """Draw the mean divergence from the reference against the file's size, with the Pareto front.
+
+    Args:
+        measurements: of one model; the reference, which diverges by nothing, is a line at its size.
+        path: the picture, replaced when it exists; its ending says the format (svg, png, pdf).
+
+    Raises:
+        BenchError: matplotlib is not installed or does not know the format, or there is nothing to draw.
+    """
+    others = [item for item in measurements if item.quality.divergence is not None]
+    if not others:
+        raise BenchError("There is only the reference: give a --type to compare it with.")
+    figure, (axes,) = _figure(path, 1)
+    best = on_front(others)
+    sizes = [item.bytes / _MEGABYTE for item in others]
+    # A divergence of 0 has no place on a logarithmic axis; rounding can even make it negative.
+    floor = min((value for item in others if (value := mean_divergence(item)) > 0), default=1e-9)
+    losses = [max(mean_divergence(item), floor) for item in others]
+    front = sorted((size, loss) for size, loss, on in zip(sizes, losses, best, strict=True) if on)
+    axes.step(*zip(*front, strict=True), where="post", color="tab:green", alpha=0.6, label="Pareto front")
+    for item, size, loss, on in zip(others, sizes, losses, best, strict=True):
+        axes.plot([size], [loss], "o", color="tab:green" if on else "tab:gray", alpha=1 if on else 0.6)
+        axes.annotate(
+            item.type, (size, loss), textcoords="offset points", xytext=(5, 3), fontsize=7 if on else 6,
+            color="black" if on else "gray",
+        )  # fmt: skip
+    for item in measurements:
+        if item.reference:
+            label = f"{item.type}, the reference"
+            axes.axvline(item.bytes / _MEGABYTE, color="tab:blue", linestyle=":", label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("file size (MB)")
+    axes.set_ylabel("mean KL divergence from the reference (nats)")
+    axes.legend()
+    _save(figure, path, measurements)
+
+
+def plot_speed(measurements: Sequence[Measurement], path: Path) -> None:
+    """Draw prompt and generation speed against the file's size, a point for each type.
+
+    Args:
+        measurements: of one model.
+        path: as in `plot_quality`.
+
+    Raises:
+        BenchError: matplotlib is not installed or does not know the format.
+    """
+    figure, panels = _figure(path, 2)
+    for axes, (quantity, label) in zip(panels, _SPEEDS, strict=True):
+        for item in measurements:
+            point = item.bytes / _MEGABYTE, getattr(item.speed, quantity)
+            axes.plot(*([value] for value in point), "o", color="tab:blue" if item.reference else "tab:orange")
+            axes.annotate(item.type, point, textcoords="offset points", xytext=(5, 3), fontsize=6)
+        axes.set_xlabel("file size (MB)")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    _save(figure, path, measurements)
+
+
+def digest_of(measurements: Sequence[Measurement]) -> str:
+    """Give the digest of drawn figures that a picture carries in its metadata, so that a stale one can be told."""
+    return hashlib.sha256(msgspec.json.encode(list(measurements))).hexdigest()
+
+
+def _figure(path: Path, panels: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - the bench extra alone has it
+        from matplotlib.figure import Figure  # noqa: PLC0415 - the bench extra alone has it
+    except ImportError:
+        raise BenchError("Plots need matplotlib: pip install 'edge-phi3[bench]'.") from None
+    figure = Figure(figsize=(8, 5) if panels == 1 else (11, 4.5), layout="constrained")
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise BenchError(f"{path.name}: matplotlib writes {', '.join(sorted(known))}.")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    for one in axes:
+        one.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path, measurements: Sequence[Measurement]) -> None:
+    from matplotlib import rc_context  # noqa: PLC0415 - the bench extra alone has it
+
+    form = path.suffix.removeprefix(".").lower()
+    key = "Keywords" if form in {"svg", "pdf"} else "Comment"
+    metadata: dict[str, Any] = {key: digest_of(measurements)} if form in {"svg", "pdf", "png"} else {}
+    if form == "svg":
+        metadata["Date"] = None
+    # The same figures give the same bytes: no date, no random ids.
+    with rc_context({"svg.hashsalt": "edge-phi3"}), atomic_output(path, force=True) as temporary:
+        figure.savefig(temporary, format=form, metadata=metadata or None)
