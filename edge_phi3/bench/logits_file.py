@@ -98,8 +98,8 @@ class LogitsFile:
         return cls(path, tokens.reshape(chunks, ctx_size).astype(np.int32), vocab_size, packed)
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Give the log-probabilities of some scored positions, counted over all chunks: ``(stop - start,
-        vocab_size)``.""" packed = np.asarray(self._packed[start:stop])
+        """Give log-probabilities, ``(stop - start, vocab_size)``, of scored positions counted over all chunks."""
+        packed = np.asarray(self._packed[start:stop])
         head = np.ascontiguousarray(packed[:, :_HEAD]).view(np.float32)
         values: NDArray[np.float32] = packed[:, _HEAD : _HEAD + self.vocab_size] * head[:, :1] + head[:, 1:]
         return values
