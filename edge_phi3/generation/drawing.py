@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import numpy as np
@@ -18,19 +19,30 @@ class Draws:
     Attributes:
         tokens: shape (draws,), int32.
         scores: processed score of each, shape (draws,).
-        logprobs: log-softmax of the processed scores at each, shape (draws,).
         possible: whether the row was a distribution at all, shape (draws,).
     """
 
-    __slots__ = ("logprobs", "possible", "scores", "tokens")
+    __slots__ = ("_highest", "_totals", "possible", "scores", "tokens")
 
     def __init__(
-        self, tokens: NDArray[np.int32], scores: Scores, logprobs: Scores, possible: NDArray[np.bool_]
+        self,
+        tokens: NDArray[np.int32],
+        scores: Scores,
+        possible: NDArray[np.bool_],
+        highest: Scores,
+        totals: NDArray[np.float64],
     ) -> None:
         self.tokens = tokens
         self.scores = scores
-        self.logprobs = logprobs
         self.possible = possible
+        self._highest = highest
+        self._totals = totals
+
+    @property
+    def logprobs(self) -> Scores:
+        """Log-softmax of the processed scores at each draw, shape (draws,)."""
+        logprobs: Scores = self.scores - self._highest - np.log(self._totals).astype(np.float32)
+        return logprobs
 
 
 def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.float64]) -> Draws:
@@ -42,6 +54,8 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
         uniforms: a number in [0, 1) for each draw, shape (draws,).
     """
     scores = candidates.scores
+    if candidates.tokens is not None and len(rows) == 1 == len(scores):
+        return _draw_one(scores[0], candidates.tokens[0], float(uniforms[0]))
     if candidates.tokens is None:
         columns, totals = _invert_whole(scores, rows, uniforms)
     else:
@@ -49,8 +63,20 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
     possible = np.isfinite(totals) & (totals > 0)
     columns = np.where(possible, columns, 0)
     chosen = scores[rows, columns]
-    logprobs = chosen - scores.max(axis=1)[rows] - np.log(totals).astype(np.float32)
-    return Draws(candidates.token_ids(rows, columns), chosen, logprobs, possible)
+    return Draws(candidates.token_ids(rows, columns), chosen, possible, scores.max(axis=1)[rows], totals)
+
+
+def _draw_one(line: Scores, tokens: NDArray[np.int32], uniform: float) -> Draws:
+    """Do the same for one draw from the candidates of one row, in few calls."""
+    highest = line.max()
+    reached = np.exp(line - highest).cumsum(dtype=np.float64)
+    total = float(reached[-1])
+    column = 0
+    if possible := 0 < total < math.inf:
+        target = min(uniform * total, math.nextafter(total, 0))
+        column = min(int(reached.searchsorted(target, "right")), len(line) - 1)
+    chosen = slice(column, column + 1)
+    return Draws(tokens[chosen], line[chosen], np.array([possible]), highest, reached[-1:])
 
 
 def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:

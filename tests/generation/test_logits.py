@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import (
     log_softmax,
     softmax,
@@ -50,6 +51,25 @@ def test_top_candidates_are_all_that_reach_the_kth_highest(size: int, kind: str)
             assert chosen.tokens is not None
             assert np.array_equal(chosen.tokens[row, left], expected)
             assert np.array_equal(chosen.scores[row, left], scores[row, expected])
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "banned", "flat", "peaks"])
+@pytest.mark.parametrize("k", [1, 10, 100])
+@pytest.mark.parametrize("slack", [0.0, 1e-5])
+def test_one_row_is_chosen_from_and_drawn_as_beside_another(kind: str, k: int, slack: float) -> None:
+    scores = random_scores(11, 2, 32064, kind)
+    together, alone = top_candidates(scores, [k, k], slack), top_candidates(scores[:1], [k], slack)
+    left = np.flatnonzero(together.scores[0] > -np.inf)
+    assert alone.tokens is not None
+    assert together.tokens is not None
+    kept = np.flatnonzero(alone.scores[0] > -np.inf)
+    np.testing.assert_array_equal(alone.tokens[0, kept], together.tokens[0, left])
+    np.testing.assert_array_equal(alone.scores[0, kept], together.scores[0, left])
+    for uniform in (0.0, 0.3, 0.999999999):
+        one = draw(alone, np.array([0]), np.array([uniform]))
+        two = draw(together, np.array([0, 1]), np.array([uniform, uniform]))
+        assert (one.tokens[0], one.scores[0], one.possible[0]) == (two.tokens[0], two.scores[0], two.possible[0])
+        assert one.logprobs[0] == two.logprobs[0]
 
 
 def test_a_row_with_nan_keeps_nan_alone() -> None:
