@@ -6,8 +6,9 @@ the text that the original service answers with.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -17,12 +18,15 @@ import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.constraint import constrain
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.placing import PlacedLogprobs, TokenPlacer
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, Timing, TokensEvent
 from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer, clean_up_tokenization
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
-from edge_phi3.generation.decoding import TokenScore
+from edge_phi3.generation.constraints import TokenConstraint
+from edge_phi3.generation.decoding import TokenLogprobs, TokenScore
 
 PHI3_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,12 +77,14 @@ class PreparedPrompt:
         config: the resolved generation parameters.
         lead: text that each answer begins with: the prompt when the full text is returned, else nothing.
         clean_up: whether spaces before punctuation are removed.
+        constraint: what the answers are held to, or None.
     """
 
     prompt_ids: NDArray[np.int32]
     config: GenerationConfig
     lead: str
     clean_up: bool
+    constraint: TokenConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,17 @@ class TextDelta:
 
     index: int
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta(TextDelta):
+    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are asked for.
+
+    Attributes:
+        placed: the tokens, in order.
+    """
+
+    placed: list[PlacedLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +121,7 @@ class GenerationOutput:
         completion_tokens: tokens generated, over all sequences.
         cached_tokens: tokens of the prompt that came from the prefix cache.
         timing: when things happened.
+        logprobs: of each token of each sequence that is part of its text, or None when not asked for.
     """
 
     text: str
@@ -116,6 +134,7 @@ class GenerationOutput:
     completion_tokens: int
     cached_tokens: int
     timing: Timing
+    logprobs: list[list[PlacedLogprobs]] | None = None
 
 
 class TextGenerationPipeline:
@@ -246,7 +265,13 @@ class TextGenerationPipeline:
         Raises:
             EngineError: the engine refused or failed it.
         """
-        request = GenerationRequest(prepared.prompt_ids, prepared.config, timeout=timeout, request_id=request_id)
+        request = GenerationRequest(
+            prepared.prompt_ids,
+            prepared.config,
+            timeout=timeout,
+            request_id=request_id,
+            constraint=prepared.constraint,
+        )
         async for event in self.engine.generate(request):
             if isinstance(event, FinishedEvent):
                 return self._output(prepared, event)
@@ -254,32 +279,45 @@ class TextGenerationPipeline:
 
     async def stream(
         self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
-    ) -> AsyncIterator[TextDelta | GenerationOutput]:
+    ) -> AsyncGenerator[TextDelta | GenerationOutput, None]:
         """Run a prepared request, giving text as it becomes certain, and at last the whole answer.
 
         Closing the iterator early cancels the request. Beam modes give the whole answer only.
         """
         request = GenerationRequest(
-            prepared.prompt_ids, prepared.config, stream=True, timeout=timeout, request_id=request_id
+            prepared.prompt_ids,
+            prepared.config,
+            stream=True,
+            timeout=timeout,
+            request_id=request_id,
+            constraint=prepared.constraint,
         )
         count = prepared.config.num_return_sequences
         streams = [_TextStream(self._tokenizer, prepared) for _ in range(count)]
+        placers: list[TokenPlacer] = []
+        if prepared.config.top_logprobs is not None:
+            placers = [TokenPlacer(self._tokenizer, prepared.prompt_ids) for _ in range(count)]
         events = self.engine.generate(request)
         try:
             async for event in events:
-                if isinstance(event, TokensEvent):
+                if isinstance(event, TokensEvent) and event.logprobs:
+                    for (index, _), logprobs in zip(event.tokens, event.logprobs, strict=True):
+                        yield TokenDelta(index, streams[index].push([logprobs.token_id]), placers[index].push(logprobs))
+                elif isinstance(event, TokensEvent):
                     for index, token in event.tokens:
                         if text := streams[index].push([token]):
                             yield TextDelta(index, text)
                 elif isinstance(event, FinishedEvent):
                     output = self._output(prepared, event)
+                    for index, placer in enumerate(placers):
+                        yield TokenDelta(index, "", placer.finish())
                     if prepared.config.num_beams == 1:
                         for index, text in enumerate(output.texts):
                             if rest := text[len(prepared.lead) + streams[index].sent :]:
                                 yield TextDelta(index, rest)
                     yield output
         finally:
-            await events.aclose()  # type: ignore[attr-defined] # Engine.generate is an async generator
+            await events.aclose()
 
     def _output(self, prepared: PreparedPrompt, event: FinishedEvent) -> GenerationOutput:
         result = event.result
@@ -295,7 +333,13 @@ class TextGenerationPipeline:
             completion_tokens=event.generated_tokens,
             cached_tokens=event.cached_tokens,
             timing=event.timing,
+            logprobs=None if result.logprobs is None else [self._placed(prepared, each) for each in result.logprobs],
         )
+
+    def _placed(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
+        """Find out where in an answer each of its tokens begins."""
+        placer = TokenPlacer(self._tokenizer, prepared.prompt_ids)
+        return [placed for token in tokens for placed in placer.push(token)] + placer.finish()
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
         """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""
@@ -311,6 +355,23 @@ class TextGenerationPipeline:
         """Encode a text."""
         tokens: list[int] = self._tokenizer.encode(text, parse_special=parse_special).tolist()
         return tokens
+
+    def token_bytes(self, token: int) -> bytes:
+        """Give what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
+        return self._tokenizer.bytes_of(token)
+
+    def constrain(self, prepared: PreparedPrompt, grammar: str) -> PreparedPrompt:
+        """Hold the answers of a prepared request to a grammar.
+
+        Args:
+            prepared: not a beam search.
+            grammar: in llama.cpp's language, GBNF; its start symbol is ``root``.
+
+        Raises:
+            GrammarError: llama.cpp cannot use the grammar, or the request has no end token.
+        """
+        constraint = constrain(self.engine.model.model, self._tokenizer, grammar, prepared.config.eos_token_id)
+        return dataclasses.replace(prepared, constraint=constraint)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Decode tokens."""

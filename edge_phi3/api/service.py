@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import structlog
@@ -236,8 +236,7 @@ class Service:
 
     def stream(
         self, prepared: PreparedPrompt, request_id: str
-    ) -> AbstractAsyncContextManager[AsyncIterator[TextDelta | GenerationOutput]]:
+    ) -> AbstractAsyncContextManager[AsyncGenerator[TextDelta | GenerationOutput, None]]:
         """Run a prepared request, giving its text as it comes; leaving the context ends the request."""
         timeout = self.settings.request_timeout or None
-        stream = self.pipeline.stream(prepared, timeout=timeout, request_id=request_id)
-        return contextlib.aclosing(cast("AsyncGenerator[TextDelta | GenerationOutput, None]", stream))
+        return contextlib.aclosing(self.pipeline.stream(prepared, timeout=timeout, request_id=request_id))

@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
@@ -186,7 +186,7 @@ class Engine:
 
     # -- the asyncio face
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """Run a request.
 
         Closing the iterator early, or cancelling the task that reads it, frees the request's sequences within one step.
@@ -227,7 +227,9 @@ class Engine:
         if self.status != "ready":
             raise EngineStoppedError(self.status_detail)
         loaded = self.model
-        decoder = make_decoder(request.config, request.prompt_ids, vocabulary=loaded.token_texts)
+        decoder = make_decoder(
+            request.config, request.prompt_ids, vocabulary=loaded.token_texts, constraint=request.constraint
+        )
         alone = request.config.seed is not None and not self.settings.batch_seeded
         running = RunningRequest(request, decoder, send, next(self._arrivals), alone=alone)
         self._refuse_what_never_fits(running)
@@ -347,7 +349,7 @@ class Engine:
         if request.first_token is None:
             request.first_token = now
         if request.request.stream and chosen.emitted:
-            request.send(TokensEvent(list(chosen.emitted)))
+            request.send(TokensEvent(list(chosen.emitted), chosen.logprobs))
         if request.decoder.finished:
             self._finish(scheduler, request, now)
             return

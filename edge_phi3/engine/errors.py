@@ -13,6 +13,10 @@ class ModelLoadError(EngineError):
     """The model file cannot be loaded, or is not one that this engine serves."""
 
 
+class GrammarError(EngineError):
+    """llama.cpp cannot use a grammar."""
+
+
 class RequestTooLargeError(EngineError):
     """The request can never fit the KV cache or the sequence limit of this engine, however idle it is."""
 

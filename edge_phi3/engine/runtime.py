@@ -10,14 +10,15 @@ import collections
 import ctypes
 import functools
 import logging
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.errors import DecodeFailedError, ModelLoadError
+from edge_phi3.engine.errors import DecodeFailedError, GrammarError, ModelLoadError
 from edge_phi3.engine.settings import (
     DEFAULT_CTX_SIZE,
     EngineSettings,
@@ -195,6 +196,17 @@ class Model:
             count = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(tokens), False, False)
         return tokens[:count].copy()
 
+    def grammar(self, text: str) -> Grammar:
+        """Parse a grammar in llama.cpp's language, GBNF; its start symbol is ``root``. From any thread.
+
+        Raises:
+            GrammarError: it is no grammar, is recursive on its left, or repeats more than llama.cpp allows.
+        """
+        handle = llama_cpp.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
+        if not handle:
+            raise GrammarError(f"llama.cpp cannot use the grammar{_reason()}.")
+        return Grammar(handle)
+
     def load_lora(self, path: Path, scale: float) -> None:
         """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
 
@@ -349,6 +361,36 @@ class Context:
         if self._handle:
             llama_cpp.llama_free(self._handle)
             self._handle = None
+
+
+CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""`llama_token_data`."""
+
+
+class Grammar:
+    """A state of a grammar: what may still come. Freed with its last reference. Made by `Model.grammar`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
+
+    def apply(self, candidates: NDArray[np.void]) -> None:
+        """Give candidates that cannot come next the logit minus infinity; their order stays.
+
+        Args:
+            candidates: of the type `CANDIDATE`, shape (n,).
+        """
+        data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
+        array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
+        llama_cpp.llama_sampler_apply(self._handle, ctypes.byref(array))
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that `apply` lets come next. With any other, llama.cpp ends the process."""
+        llama_cpp.llama_sampler_accept(self._handle, token)
+
+    def clone(self) -> Grammar:
+        """Give a copy of the state."""
+        return Grammar(llama_cpp.llama_sampler_clone(self._handle))
 
 
 def _flash_attention(wanted: FlashAttention, kv_cache_type: KVCacheType) -> FlashAttention:

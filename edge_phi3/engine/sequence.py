@@ -7,6 +7,7 @@ returned sequence, or one per beam. A sequence is a llama.cpp sequence id with t
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.decoding import Decoder, GenerationResult
+from edge_phi3.generation.constraints import TokenConstraint
+from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class GenerationRequest:
         stream: whether `TokensEvent`s are wanted; without them only the `FinishedEvent` is sent.
         timeout: seconds from submission after which the request fails with `DeadlineExceededError`, or None.
         request_id: what logs call this request.
+        constraint: what its sequences are held to, or None.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -34,6 +37,7 @@ class GenerationRequest:
     stream: bool = False
     timeout: float | None = None
     request_id: str = ""
+    constraint: TokenConstraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +61,11 @@ class TokensEvent:
 
     Attributes:
         tokens: pairs of the returned sequence's index and the token id, in order. Empty in beam modes.
+        logprobs: one for each of them, when the request asked for them, else empty.
     """
 
     tokens: list[tuple[int, int]]
+    logprobs: abc.Sequence[TokenLogprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,19 +28,27 @@ class Tokenizer:
 
     Args:
         model: whose vocabulary.
+
+    Attributes:
+        vocab_size: how many tokens there are.
+        byte_of: the byte of each token that stands for one.
+        unused_ids: ids without a token.
+        control_ids: tokens that llama.cpp takes for no text.
+        special_ids: tokens that an answer's text leaves out.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self.vocab_size = model.vocab_size
         self._texts: list[str] = []
-        self._bytes: dict[int, int] = {}
+        self.byte_of: dict[int, int] = {}
         for token, piece in enumerate(model.pieces):
             if byte := _BYTE.fullmatch(piece):
-                self._bytes[token] = int(byte[1], 16)
+                self.byte_of[token] = int(byte[1], 16)
             self._texts.append(piece.decode("utf-8", errors="replace").replace("▁", " "))
         self.unused_ids = frozenset(np.flatnonzero(model.attributes & _UNUSED).tolist())
         control = np.flatnonzero(model.attributes & _CONTROL).tolist()
+        self.control_ids = frozenset(control)
         self._special_by_text = {self._texts[token]: token for token in control}
         described = model.metadata("edge_phi3.tokenizer.added_tokens")
         added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
@@ -75,11 +83,16 @@ class Tokenizer:
     def token_texts(self) -> list[str | None]:
         """The text of each token by itself: ``�`` for a byte that is no character, None for an unused id."""
         texts: list[str | None] = list(self._texts)
-        for token, byte in self._bytes.items():
+        for token, byte in self.byte_of.items():
             texts[token] = bytes([byte]).decode("utf-8", errors="replace")
         for token in self.unused_ids:
             texts[token] = None
         return texts
+
+    def bytes_of(self, token: int) -> bytes:
+        """Give what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
+        byte = self.byte_of.get(token)
+        return self._texts[token].encode() if byte is None else bytes([byte])
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Decode tokens as ``tokenizer.decode`` does."""
@@ -109,9 +122,18 @@ class StreamDecoder:
         self._run = bytearray()
         self._begun = False
 
+    @property
+    def held(self) -> bytes:
+        """The bytes that are held back until their run ends."""
+        return bytes(self._run)
+
+    def shows(self, token: int) -> bool:
+        """Tell whether a token is part of the text, rather than left out."""
+        return token not in self._skipped
+
     def push(self, tokens: Iterable[int]) -> str:
         """Take tokens, and give the text that has become certain."""
-        texts, bytes_of = self._tokenizer._texts, self._tokenizer._bytes  # noqa: SLF001 - the two are one unit
+        texts, bytes_of = self._tokenizer._texts, self._tokenizer.byte_of  # noqa: SLF001 - the two are one unit
         pieces: list[str] = []
         for token in tokens:
             if token in self._skipped or not 0 <= token < len(texts):

@@ -14,15 +14,18 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.beam import BeamDecoder
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
+from edge_phi3.generation.constraints import ConstrainedDecoder, TokenConstraint
 from edge_phi3.generation.decoding import (
     Decoder,
     FinishReason,
     GenerationError,
     GenerationResult,
     Step,
+    TokenLogprobs,
     TokenScore,
     advance,
 )
+from edge_phi3.generation.logprobs import watch
 from edge_phi3.generation.sampling import SequenceDecoder
 from edge_phi3.generation.stopping import Stopping
 
@@ -36,6 +39,8 @@ __all__ = [
     "ModelDefaults",
     "ParameterError",
     "Step",
+    "TokenConstraint",
+    "TokenLogprobs",
     "TokenScore",
     "advance",
     "make_decoder",
@@ -47,6 +52,7 @@ def make_decoder(
     prompt: NDArray[np.int32],
     *,
     vocabulary: Sequence[str | None] | None = None,
+    constraint: TokenConstraint | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Decoder:
     """Make the decoder of one request.
@@ -56,6 +62,7 @@ def make_decoder(
         prompt: token ids of the prompt, shape (n,), at least one.
         vocabulary: the text of each token id inside a sentence (None where an id has no token); needed for
             ``stop_strings`` only.
+        constraint: what the sequences are held to; copied. Not for beam searches.
         clock: seconds that only grow; ``max_time`` counts from this call.
 
     Returns:
@@ -63,10 +70,22 @@ def make_decoder(
 
     Raises:
         ParameterError: the prompt leaves no room for a token.
-        ValueError: the prompt is empty, or the vocabulary is missing.
+        ValueError: the prompt is empty, the vocabulary is missing, or a beam search is asked for log-probabilities or
+            held to a constraint.
     """
     if len(prompt) == 0:
         raise ValueError("A prompt needs at least one token; an empty text starts with `bos_token_id`.")
     stopping = Stopping(config, len(prompt), vocabulary, clock)
-    kind = BeamDecoder if config.is_beam_search else SequenceDecoder
-    return kind(config, np.asarray(prompt, dtype=np.int32), stopping)
+    tokens = np.asarray(prompt, dtype=np.int32)
+    if config.is_beam_search:
+        if constraint is not None or config.top_logprobs is not None:
+            raise ValueError("Beam searches give no log-probabilities of the model, and take no constraint.")
+        return BeamDecoder(config, tokens, stopping)
+    decoder = (
+        SequenceDecoder(config, tokens, stopping)
+        if constraint is None
+        else ConstrainedDecoder(config, tokens, stopping, constraint)
+    )
+    if config.top_logprobs is not None:
+        watch(decoder, config.top_logprobs)
+    return decoder

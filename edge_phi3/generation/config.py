@@ -60,6 +60,14 @@ class GenerationConfig:
 
     Parameters that are off hold the value that switches them off (`temperature` 1, `top_k` 0, `min_p` None,
     an empty tuple, ...). Attributes are described in ``docs/parameters.md`` under their names.
+
+    The last three are OpenAI's. `resolve` leaves them off: whoever speaks OpenAI's API replaces them.
+
+    Attributes:
+        presence_penalty: subtracted from the scores of tokens that were generated before.
+        frequency_penalty: subtracted from them once for each time.
+        top_logprobs: how many of the likeliest tokens are told beside each chosen one, with log-probabilities of the
+            model's own logits; None for nothing at all.
     """
 
     vocab_size: int
@@ -103,6 +111,9 @@ class GenerationConfig:
     eos_token_id: tuple[int, ...]
     pad_token_id: int | None
     seed: int | None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_logprobs: int | None = None
 
     @classmethod
     def resolve(cls, requested: Mapping[str, object], defaults: ModelDefaults) -> GenerationConfig:

@@ -24,6 +24,20 @@ class GenerationError(EdgePhi3Error):
     """A request's scores left no token to choose: they held NaN or infinity, or all were banned."""
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely the model itself held a chosen token, and which tokens it held likeliest at its place.
+
+    Attributes:
+        token_id: the token.
+        logprob: log-softmax of the model's logits at the token, before processors and warpers.
+        top: pairs of a token and its log-probability, likeliest first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 class TokenScore(NamedTuple):
     """How one chosen token scored.
 
@@ -50,12 +64,14 @@ class Step:
         sequences: for row i, the index of the returned sequence that it belongs to (empty in beam modes).
         emitted: (sequence index, token) for every returned sequence that got a token, those that ended
             included. Always empty in beam modes, whose sequences are known only at the end.
+        logprobs: one for each of `emitted` where the request asked for them, else empty.
     """
 
     parents: NDArray[np.intp]
     tokens: NDArray[np.int32]
     sequences: Sequence[int] = ()
     emitted: Sequence[tuple[int, int]] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(slots=True)
@@ -71,6 +87,7 @@ class GenerationResult:
         scores: for each sequence, the scores of its generated tokens; None unless asked for. In beam modes,
             the end token that transformers appends to beams which a stop string or ``max_time`` cut off has
             no score.
+        logprobs: for each sequence, the log-probabilities of its generated tokens; None unless asked for.
     """
 
     prompt_length: int
@@ -78,6 +95,7 @@ class GenerationResult:
     finish_reasons: list[FinishReason] = field(default_factory=list)
     sequences_scores: list[float] | None = None
     scores: list[list[TokenScore]] | None = None
+    logprobs: list[list[TokenLogprobs]] | None = None
 
 
 class Processor(Protocol):
@@ -97,6 +115,9 @@ class Chooser(Protocol):
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         """Choose for all rows of the given requests at once, and put each request's step into `steps`."""
+
+    def __hash__(self) -> int:
+        """Tell ways of choosing apart: requests are grouped by theirs."""
 
 
 class Turn(NamedTuple):

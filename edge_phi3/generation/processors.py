@@ -103,6 +103,25 @@ class RepetitionPenalty:
                 line[generated] = after
 
 
+class OccurrencePenalty:
+    """Penalises the tokens that have been generated, the prompt left out: OpenAI's presence and frequency penalties.
+
+    The formula is that of OpenAI's API reference: a token's score loses its number of occurrences times the frequency
+    penalty, and the presence penalty once.
+    """
+
+    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
+        self._presence = np.float32(presence)
+        self._frequency = np.float32(frequency)
+        self._length = prompt_length
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Subtract the penalties from the scores of each row's own tokens."""
+        for generated, line in zip(tokens[:, self._length :], scores, strict=True):
+            found, counts = np.unique(generated, return_counts=True)
+            line[found] -= counts.astype(np.float32) * self._frequency + self._presence
+
+
 class EncoderRepetitionPenalty:
     """Favours the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
 
@@ -259,6 +278,8 @@ class Renormalize:
 def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processor, ...]:
     """Build the processors that a request switches on, in the order of ``GenerationMixin._get_logits_processor``.
 
+    OpenAI's penalties, which transformers has not, stand behind the repetition penalty.
+
     Args:
         config: the request.
         prompt: token ids of the prompt, shape (n,).
@@ -274,6 +295,8 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
         built.append(EncoderRepetitionPenalty(config.encoder_repetition_penalty, prompt))
     if config.repetition_penalty != 1:
         built.append(RepetitionPenalty(config.repetition_penalty, prompt))
+    if config.presence_penalty or config.frequency_penalty:
+        built.append(OccurrencePenalty(config.presence_penalty, config.frequency_penalty, length))
     if config.no_repeat_ngram_size:
         built.append(NoRepeatNGram(config.no_repeat_ngram_size))
     if config.encoder_no_repeat_ngram_size:

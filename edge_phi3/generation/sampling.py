@@ -18,6 +18,7 @@ from edge_phi3.generation.decoding import (
     FinishReason,
     GenerationResult,
     Step,
+    TokenLogprobs,
     TokenScore,
     Turn,
     rows_of,
@@ -44,6 +45,7 @@ class SequenceDecoder(Decoder):
         "_live",
         "_stopping",
         "_uniforms",
+        "logprobs",
         "prompt_length",
         "reasons",
         "records_scores",
@@ -60,6 +62,7 @@ class SequenceDecoder(Decoder):
         self.prompt_length = len(prompt)
         self.records_scores = config.records_scores
         self.scores: list[list[TokenScore]] = [[] for _ in range(count)]
+        self.logprobs: list[list[TokenLogprobs]] | None = None
         self.sequences: list[NDArray[np.int32]] = [NO_TOKENS] * count
         self.reasons: list[FinishReason] = ["length"] * count
         self.warping = Warping.of(config)
@@ -148,7 +151,7 @@ class SequenceDecoder(Decoder):
         if self.error is not None:
             raise self.error
         scores = self.scores if self.records_scores else None
-        return GenerationResult(self.prompt_length, self.sequences, self.reasons, None, scores)
+        return GenerationResult(self.prompt_length, self.sequences, self.reasons, None, scores, self.logprobs)
 
 
 def _processed_rows(turns: Sequence[Turn], logits: Scores) -> Scores:

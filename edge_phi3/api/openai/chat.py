@@ -18,12 +18,15 @@ from edge_phi3.api.exchange import Exchange, exchange_of
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.answers import finish_reason_of, usage_of
 from edge_phi3.api.openai.errors import error_body
+from edge_phi3.api.openai.logprobs import ShownTokens, chat_logprobs, shown_tokens
+from edge_phi3.api.openai.options import with_options
 from edge_phi3.api.openai.schemas import (
     AnswerMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
+    ChatLogprobs,
     ChunkChoice,
     CompletionUsage,
     Delta,
@@ -31,7 +34,8 @@ from edge_phi3.api.openai.schemas import (
 from edge_phi3.api.openai.stops import StopTrimmer, trim
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
-from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+from edge_phi3.engine.placing import PlacedLogprobs
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TokenDelta
 
 _encode = msgspec.json.Encoder().encode
 
@@ -57,7 +61,7 @@ def _prepare(service: Service, asked: ChatCompletionRequest, exchange: Exchange)
     messages = translate.messages_of(asked)
     if service.settings.log_prompts:
         exchange.prompt = _encode(messages).decode()
-    return service.prepare_within(
+    prepared = service.prepare_within(
         lambda new_tokens: {
             "prompt": None,
             "messages": messages,
@@ -65,6 +69,7 @@ def _prepare(service: Service, asked: ChatCompletionRequest, exchange: Exchange)
         },
         translate.most_tokens(asked),
     )
+    return with_options(service, prepared, asked)
 
 
 class _Answer:
@@ -74,23 +79,28 @@ class _Answer:
         self._service = service
         self._exchange = exchange
         self._stops = translate.stops_of(asked)
+        self._logprobs = bool(asked.logprobs)
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = service.pipeline.model.name
+        # Asked for once: a service that is stopping still finishes its answers.
+        self._pipeline = service.pipeline
+        self._model = self._pipeline.model.name
 
     def whole(self, output: GenerationOutput) -> ChatCompletion:
         """Make the answer in one body."""
         choices = []
         for index, (text, reason) in enumerate(zip(output.texts, output.finish_reasons, strict=True)):
             shown, stopped = trim(text, self._stops)
-            choices.append(ChatChoice(index, AnswerMessage(shown), finish_reason_of(reason, stopped=stopped)))
+            told = None if output.logprobs is None else self._told(shown_tokens(output.logprobs[index], shown))
+            choices.append(ChatChoice(index, AnswerMessage(shown), finish_reason_of(reason, stopped=stopped), told))
         return ChatCompletion(self._id, self._created, self._model, choices, usage_of(output))
 
     async def events(self, prepared: PreparedPrompt) -> AsyncGenerator[bytes, None]:
         """Give the answer in chunks: roles, pieces of text, what ended each choice, and the usage if asked for."""
         count = prepared.config.num_return_sequences
         trimmers = [StopTrimmer(self._stops) for _ in range(count)]
+        tokens = [ShownTokens() for _ in range(count)]
         begun = False
         async with self._service.stream(prepared, self._exchange.request_id) as items:
             async for item in items:
@@ -99,18 +109,27 @@ class _Answer:
                     for index in range(count):
                         yield self._chunk(ChunkChoice(index, Delta(role="assistant", content="")))
                 if isinstance(item, TextDelta):
+                    if isinstance(item, TokenDelta):
+                        tokens[item.index].push(item.placed)
                     if text := trimmers[item.index].push(item.text):
-                        yield self._chunk(ChunkChoice(item.index, Delta(content=text)))
+                        yield self._piece(item.index, text, tokens[item.index])
                     continue
                 self._exchange.output = item
                 for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
                     whole = item.texts[index] if prepared.config.is_beam_search else ""
                     if text := trimmer.push(whole) + trimmer.finish():
-                        yield self._chunk(ChunkChoice(index, Delta(content=text)))
+                        yield self._piece(index, text, tokens[index])
                     yield self._chunk(ChunkChoice(index, Delta(), finish_reason_of(reason, stopped=trimmer.stopped)))
                 if self._usage:
                     yield self._chunk(usage=usage_of(item))
         yield event(b"[DONE]")
+
+    def _piece(self, index: int, text: str, tokens: ShownTokens) -> bytes:
+        told = self._told(tokens.show(text)) if self._logprobs else None
+        return self._chunk(ChunkChoice(index, Delta(content=text), logprobs=told))
+
+    def _told(self, tokens: list[PlacedLogprobs]) -> ChatLogprobs:
+        return chat_logprobs(self._pipeline, tokens)
 
     def _chunk(self, *choices: ChunkChoice, usage: CompletionUsage | None = None) -> bytes:
         shown = usage if self._usage else msgspec.UNSET

@@ -20,11 +20,13 @@ from edge_phi3.api.exchange import Exchange, exchange_of
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.answers import finish_reason_of, usage_of
 from edge_phi3.api.openai.errors import error_body
+from edge_phi3.api.openai.logprobs import ShownTokens, completion_logprobs, shown_tokens
+from edge_phi3.api.openai.options import with_options
 from edge_phi3.api.openai.schemas import Completion, CompletionChoice, CompletionRequest, CompletionUsage
 from edge_phi3.api.openai.stops import StopTrimmer, trim
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
-from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TokenDelta
 
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion when the request does not say: OpenAI's default."""
@@ -64,6 +66,7 @@ def _prepare(service: Service, asked: CompletionRequest, prompt: str | list[int]
         },
         new_tokens,
     )
+    prepared = with_options(service, prepared, asked)
     return prepared if isinstance(prompt, str) else service.with_tokens(prepared, prompt)
 
 
@@ -77,10 +80,13 @@ class _Answer:
         self._exchange = exchange
         self._prepared = prepared
         self._stops = translate.stops_of(asked)
+        self._logprobs = asked.logprobs is not None
         self._usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._model = service.pipeline.model.name
+        # Asked for once: a service that is stopping still finishes its answers.
+        self._pipeline = service.pipeline
+        self._model = self._pipeline.model.name
 
     async def whole(self) -> Completion:
         """Run all prompts at once, and make the answer in one body."""
@@ -92,10 +98,13 @@ class _Answer:
         self._exchange.output = outputs[0]
         choices: list[CompletionChoice] = []
         for prepared, output in zip(self._prepared, outputs, strict=True):
-            for text, reason in zip(output.texts, output.finish_reasons, strict=True):
+            for index, (text, reason) in enumerate(zip(output.texts, output.finish_reasons, strict=True)):
                 shown, stopped = trim(text[len(prepared.lead) :], self._stops)
                 reason_shown = finish_reason_of(reason, stopped=stopped)
-                choices.append(CompletionChoice(len(choices), prepared.lead + shown, reason_shown))
+                told = None
+                if output.logprobs is not None:
+                    told = completion_logprobs(self._pipeline, shown_tokens(output.logprobs[index], shown))
+                choices.append(CompletionChoice(len(choices), prepared.lead + shown, reason_shown, told))
         return self._completion(choices, usage_of(*outputs))
 
     async def _generate(self, prepared: PreparedPrompt) -> GenerationOutput:
@@ -131,10 +140,13 @@ class _Answer:
     ) -> GenerationOutput:
         """Put the chunks of one prompt into the mailbox; `first` is the index of its first choice."""
         trimmers = [StopTrimmer(self._stops) for _ in range(prepared.config.num_return_sequences)]
+        tokens = [ShownTokens() for _ in trimmers]
 
         def put(index: int, text: str) -> None:
             if text:
-                mailbox.put_nowait(self._chunk(CompletionChoice(first + index, text, None)))
+                shown = tokens[index].show(text)
+                told = completion_logprobs(self._pipeline, shown) if self._logprobs else None
+                mailbox.put_nowait(self._chunk(CompletionChoice(first + index, text, None, told)))
 
         begun = False
         async with self._service.stream(prepared, self._exchange.request_id) as items:
@@ -144,6 +156,8 @@ class _Answer:
                     for index in range(len(trimmers)):
                         put(index, prepared.lead)
                 if isinstance(item, TextDelta):
+                    if isinstance(item, TokenDelta):
+                        tokens[item.index].push(item.placed)
                     put(item.index, trimmers[item.index].push(item.text))
                     continue
                 for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 _Count = Annotated[int, Meta(ge=1)]
-_Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -70,8 +69,13 @@ class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     n: Annotated[int, Meta(ge=1, le=128)] | None = 1
     stop: Annotated[str | list[str] | None, Meta(description="Up to four texts before which the answer ends.")] = None
     seed: Annotated[int | None, Meta(description="Makes sampling repeatable.")] = None
-    presence_penalty: _Penalty | None = 0.0
-    frequency_penalty: _Penalty | None = 0.0
+    presence_penalty: (
+        Annotated[float, Meta(ge=-2, le=2, description="Taken from the logits of tokens that were generated before.")]
+        | None
+    ) = 0.0
+    frequency_penalty: (
+        Annotated[float, Meta(ge=-2, le=2, description="Taken from them once for each time that they were.")] | None
+    ) = 0.0
     logit_bias: Annotated[
         dict[str, float] | None, Meta(description="Added to the logits of token ids, -100 to 100.")
     ] = None
@@ -92,9 +96,13 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     max_completion_tokens: Annotated[
         _Count | None, Meta(description="Tokens of the answer at most; what fits the context when not given.")
     ] = None
-    response_format: ResponseFormat | None = None
-    logprobs: bool | None = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    response_format: Annotated[
+        ResponseFormat | None, Meta(description="Holds the answer to JSON, or to JSON that follows a schema.")
+    ] = None
+    logprobs: Annotated[bool | None, Meta(description="Tell the log-probability of each token of the answer.")] = False
+    top_logprobs: (
+        Annotated[int, Meta(ge=0, le=20, description="How many of the likeliest tokens are told at each place.")] | None
+    ) = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -122,7 +130,13 @@ class CompletionRequest(SamplingFields, kw_only=True):
         Meta(description="A text, token ids, or a list of either."),
     ] = None
     echo: Annotated[bool | None, Meta(description="Whether the answer begins with the prompt.")] = False
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: (
+        Annotated[
+            int,
+            Meta(ge=0, le=5, description="Tell log-probabilities: of the chosen token, and of so many likeliest ones."),
+        ]
+        | None
+    ) = None
     best_of: int | None = None
     suffix: Any = None
 
@@ -225,8 +239,8 @@ class CompletionLogprobs(Struct):
     """Log-probabilities of a completion's tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 

@@ -26,8 +26,6 @@ UNSUPPORTED: Final[Mapping[str, tuple[str, tuple[object, ...]]]] = {
     "verbosity": ("ask for a short or long answer in the conversation", ("medium",)),
     "web_search_options": ("this service does not search the web", ()),
     "store": ("nothing is stored", (False,)),
-    "logprobs": ("log-probabilities are not given yet; `/chat` has them (`output_scores`)", (False, 0)),
-    "top_logprobs": ("log-probabilities are not given yet; `/chat` has them (`output_scores`)", (0,)),
     "suffix": ("this model continues a text and does not fill gaps", ("",)),
 }
 """Fields that are refused, why, and the values (beside null) that ask for nothing."""
@@ -39,9 +37,6 @@ def refuse_unsupported(asked: SamplingFields | ChatCompletionMessage, where: str
         value = getattr(asked, name, None)
         if value is not None and value not in harmless:
             raise InvalidRequestError(f"`{where}{name}` is not supported: {reason}.")
-    response_format = getattr(asked, "response_format", None)
-    if response_format is not None and response_format.type != "text":
-        raise InvalidRequestError("`response_format` is not supported: answers are not held to a grammar yet.")
 
 
 def messages_of(asked: ChatCompletionRequest) -> list[dict[str, str]]:
@@ -101,9 +96,6 @@ def generation_kwargs(asked: SamplingFields, max_new_tokens: int) -> dict[str, A
         "stop_strings": stops_of(asked) or None,
         "sequence_bias": _biases(asked) or None,
     }
-    for name in ("presence_penalty", "frequency_penalty"):
-        if penalty := getattr(asked, name):
-            kwargs[name] = penalty
     if asked.seed is not None:
         kwargs["seed"] = asked.seed % 2**64
     return kwargs | (asked.generate_kwargs or {})

@@ -1,0 +1,321 @@
+"""Penalties, log-probabilities and formats, asked with OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pydantic
+import pytest
+
+from edge_phi3.api.openai.logprobs import _text
+from tests.api.conftest import PROMPT, Running
+
+USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
+GREEDY: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0}
+PLAIN: dict[str, Any] = {"suppress_tokens": [*range(259), *range(501, 2000)], "eos_token_id": -1}
+"""Answers of ordinary pieces (no bytes, no special tokens) up to their greatest length."""
+
+
+@pytest.fixture(scope="module")
+def client(api: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def refused(client: openai.OpenAI, **arguments: Any) -> tuple[str, str]:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**(GREEDY | arguments))
+    assert isinstance(caught.value.body, dict)
+    return caught.value.body["param"], caught.value.body["message"]
+
+
+# -- penalties
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 1.5), (1.0, 0.5), (-2.0, -1.0)])
+def test_penalties_follow_the_formula(client: openai.OpenAI, presence: float, frequency: float) -> None:
+    answer = client.chat.completions.create(
+        **GREEDY, presence_penalty=presence, frequency_penalty=frequency, max_tokens=60, logprobs=True, top_logprobs=20,
+        extra_body={"generate_kwargs": {"eos_token_id": -1}},
+    ).choices[0].logprobs  # fmt: skip
+    assert answer is not None
+    assert answer.content is not None
+    counts: dict[bytes, int] = {}
+
+    def penalised(logprob: float, data: list[int] | None) -> float:
+        count = counts.get(bytes(data or ()), 0)
+        return logprob - count * frequency - (presence if count else 0)
+
+    changed = 0
+    for token in answer.content:
+        best = max(penalised(other.logprob, other.bytes) for other in token.top_logprobs)
+        assert penalised(token.logprob, token.bytes) >= best - 1e-4
+        changed += token.token != token.top_logprobs[0].token
+        counts[bytes(token.bytes or ())] = counts.get(bytes(token.bytes or ()), 0) + 1
+    assert changed > 0
+
+
+def test_penalties_have_bounds(client: openai.OpenAI) -> None:
+    assert refused(client, presence_penalty=2.5)[0] == "presence_penalty"
+    assert refused(client, frequency_penalty=-3)[0] == "frequency_penalty"
+
+
+# -- log-probabilities
+
+
+def test_logprobs_are_those_of_the_model(api: Running, client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(
+        **GREEDY, max_tokens=12, logprobs=True, top_logprobs=3, extra_body={"generate_kwargs": {"eos_token_id": -1}}
+    ).choices[0]
+    kwargs = {
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": -1,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    scores = api.client.post("/chat", json={"messages": USER, "generate_kwargs": kwargs}).json()["scores"][0]
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(
+        [score["logprob"] for score in scores], abs=1e-4
+    )
+    for token in choice.logprobs.content:
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token == token.token
+        assert token.top_logprobs[0].logprob == token.logprob
+        assert sorted((other.logprob for other in token.top_logprobs), reverse=True) == [
+            other.logprob for other in token.top_logprobs
+        ]
+    assert len(choice.logprobs.content) == 12
+
+
+def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: openai.OpenAI) -> None:
+    token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
+    plain = client.chat.completions.create(**GREEDY, max_tokens=1, logprobs=True, top_logprobs=20).choices[0].logprobs
+    forced = client.chat.completions.create(
+        **(GREEDY | {"temperature": 2}), max_tokens=1, logprobs=True, top_logprobs=20, logit_bias={str(token): 100}
+    ).choices[0].logprobs  # fmt: skip
+    assert plain is not None
+    assert forced is not None
+    assert plain.content is not None
+    assert forced.content is not None
+    assert forced.content[0].token != plain.content[0].token
+    assert forced.content[0].logprob < -1
+    assert [other.token for other in forced.content[0].top_logprobs] == [
+        other.token for other in plain.content[0].top_logprobs
+    ]
+
+
+@pytest.mark.parametrize("stop", [None, "used"])
+def test_a_stream_tells_the_same_as_one_body(client: openai.OpenAI, stop: str | None) -> None:
+    arguments: dict[str, Any] = {
+        "model": "any", "messages": USER, "n": 3, "seed": 5, "max_tokens": 40, "logprobs": True, "top_logprobs": 2,
+        "extra_body": {"generate_kwargs": {"eos_token_id": -1}},
+    }  # fmt: skip
+    if stop:
+        text = client.chat.completions.create(**arguments).choices[1].message.content
+        assert text is not None
+        arguments["stop"] = text[20:23]
+    whole = client.chat.completions.create(**arguments)
+    told: list[list[Any]] = [[], [], []]
+    for chunk in client.chat.completions.create(stream=True, **arguments):
+        for choice in chunk.choices:
+            if choice.logprobs is not None:
+                assert choice.delta.content
+                told[choice.index] += choice.logprobs.content or []
+    for choice, tokens in zip(whole.choices, told, strict=True):
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [token.bytes for token in tokens] == [token.bytes for token in choice.logprobs.content]
+        for token, other in zip(tokens, choice.logprobs.content, strict=True):
+            # The same to the last bits, which depend on where llama.cpp keeps a sequence.
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert len(token.top_logprobs) == len(other.top_logprobs) == 2
+    if stop is None:
+        assert min(len(tokens) for tokens in told) > 30
+    else:
+        assert len(told[1]) < 40
+
+
+def test_tokens_that_a_stop_text_cuts_off_are_not_told(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = GREEDY | {"max_tokens": 40, "logprobs": True, "extra_body": {"generate_kwargs": PLAIN}}
+    whole = client.chat.completions.create(**arguments).choices[0]
+    assert whole.message.content is not None
+    assert whole.logprobs is not None
+    assert whole.logprobs.content is not None
+    texts = [token.token for token in whole.logprobs.content]
+    at = next(place for place in range(5, 40) if len(texts[place]) > 1 and texts[place] not in "".join(texts[:place]))
+    cut = client.chat.completions.create(**arguments, stop=texts[at]).choices[0]
+    assert cut.finish_reason == "stop"
+    assert cut.message.content == "".join(texts[:at])
+    assert cut.logprobs is not None
+    assert cut.logprobs.content is not None
+    assert [token.token for token in cut.logprobs.content] == texts[:at]
+    middle = client.chat.completions.create(**arguments, stop=texts[at][1:] + texts[at + 1][:1]).choices[0]
+    assert middle.logprobs is not None
+    assert middle.logprobs.content is not None
+    assert "".join(t.token for t in middle.logprobs.content).startswith(middle.message.content or "?")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [0, 4])
+def test_completions_have_the_older_shape(client: openai.OpenAI, count: int, stream: bool) -> None:
+    answer = client.completions.create(
+        model="any", prompt=[PROMPT, "json"], n=2, seed=1, max_tokens=10, logprobs=count, stream=stream,
+        extra_body={"generate_kwargs": PLAIN},
+    )  # fmt: skip
+    chunks = list(answer) if stream else [answer]
+    for index in range(4):
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        text = "".join(choice.text for choice in choices)
+        parts = [choice.logprobs for choice in choices if choice.logprobs is not None]
+        tokens = [token for part in parts for token in part.tokens or []]
+        offsets = [offset for part in parts for offset in part.text_offset or []]
+        logprobs = [logprob for part in parts for logprob in part.token_logprobs or []]
+        top = [each for part in parts for each in part.top_logprobs or []]
+        assert len(tokens) == len(offsets) == len(logprobs) == len(top) == 10
+        assert offsets[0] == 0
+        assert offsets == sorted(offsets)
+        for token, offset, logprob, each in zip(tokens, offsets, logprobs, top, strict=True):
+            assert text[offset:].startswith(token)
+            assert each[token] == logprob <= 0
+            assert max(1, count) <= len(each) <= count + 1
+
+
+def test_a_part_of_a_character_is_written_as_bytes() -> None:
+    assert _text(b"\xe2\x98") == "bytes:\\xe2\\x98"
+    assert _text("☃".encode()) == "☃"
+
+
+def test_logprobs_at_odds_with_others_are_refused(client: openai.OpenAI) -> None:
+    assert refused(client, top_logprobs=3) == ("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
+    assert refused(client, logprobs=True, top_logprobs=21)[0] == "top_logprobs"
+    beams = {"extra_body": {"generate_kwargs": {"num_beams": 2, "do_sample": False}}}
+    assert refused(client, logprobs=True, **beams)[0] == "logprobs"
+    with pytest.raises(openai.BadRequestError, match="`logprobs` is not supported with `echo`"):
+        client.completions.create(model="any", prompt="json", logprobs=1, echo=True)
+    with pytest.raises(openai.BadRequestError, match="`logprobs`"):
+        client.completions.create(model="any", prompt="json", logprobs=6)
+    assert client.chat.completions.create(**GREEDY, max_tokens=1, logprobs=False).choices[0].logprobs is None
+
+
+# -- formats
+
+
+class Inner(pydantic.BaseModel):
+    kind: Literal["a", "b"]
+    weight: int = pydantic.Field(ge=1, le=20)
+
+
+class Answer(pydantic.BaseModel):
+    title: str = pydantic.Field(max_length=5)
+    inner: Inner
+    others: list[Inner] = pydantic.Field(max_length=2)
+    maybe: bool | None
+
+
+def test_a_pydantic_model_comes_back_filled(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.parse(
+        model="any", messages=USER, response_format=Answer, n=3, seed=3, max_tokens=400
+    )
+    answers = [choice.message.parsed for choice in completion.choices]
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert {choice.finish_reason for choice in completion.choices} == {"stop"}
+    assert answers[0] != answers[1]
+
+
+def format_of(schema: object, **more: object) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "format": "uuid"},
+        "state": {"enum": ["on", "off"]},
+        "sizes": {"type": "array", "items": {"type": "integer", "minimum": -3, "maximum": 12}, "minItems": 2,
+                  "maxItems": 3},
+    },
+    "required": ["id", "state", "sizes"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_follows_its_schema(
+    client: openai.OpenAI, strict: bool | None, stream: bool, temperature: float
+) -> None:
+    answer = client.chat.completions.create(
+        **(GREEDY | {"temperature": temperature}),
+        seed=1,
+        response_format=format_of(SCHEMA, strict=strict),
+        stream=stream,
+    )
+    if stream:
+        chunks = list(answer)
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    assert reason == "stop"
+    jsonschema.validate(json.loads(text), SCHEMA)
+
+
+def test_any_object_can_be_asked_for(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": "any", "messages": USER, "response_format": {"type": "json_object"}}
+    choices = client.chat.completions.create(**arguments, n=4, seed=2, max_tokens=300).choices
+    whole = [choice for choice in choices if choice.finish_reason == "stop"]
+    assert all(isinstance(json.loads(choice.message.content or ""), dict) for choice in whole)
+    assert all((choice.message.content or "").lstrip().startswith("{") for choice in choices)
+    short = client.chat.completions.create(**arguments, max_tokens=2).choices[0]
+    assert short.finish_reason == "length"
+    text = client.chat.completions.create(**GREEDY, max_tokens=5, response_format={"type": "text"})
+    assert text.choices[0].message.content
+
+
+def test_formats_go_with_logprobs_penalties_and_stop_texts(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(
+        **GREEDY, response_format=format_of(SCHEMA), logprobs=True, top_logprobs=2, frequency_penalty=1, stop="state"
+    ).choices[0]
+    assert choice.finish_reason == "stop"
+    assert (choice.message.content or "").rstrip().endswith('"')
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert "".join(token.token for token in choice.logprobs.content).startswith(choice.message.content or "?")
+    assert all(math.isfinite(token.logprob) for token in choice.logprobs.content)
+
+
+@pytest.mark.parametrize(
+    ("format_", "sentence"),
+    [
+        ({"type": "xml"}, "`response_format.type` must be text, json_object or json_schema, not 'xml'."),
+        ({"type": "json_schema"}, "`response_format.json_schema.schema` is missing."),
+        (format_of(None), "`response_format.json_schema.schema` is missing."),
+        (format_of({"type": "wrong"}), "`response_format.json_schema.schema` cannot be followed: at its top: `type`"),
+        (format_of({"properties": {"a": {"type": "string", "pattern": "x"}}}), "at /properties/a: `pattern`"),
+        (format_of({"$ref": "#"}), "`response_format.json_schema.schema` cannot be followed"),
+    ],
+)
+def test_a_wrong_format_is_refused_by_name(client: openai.OpenAI, format_: Any, sentence: str) -> None:
+    for stream in (False, True):
+        param, message = refused(client, response_format=format_, stream=stream)
+        assert param == "response_format"
+        assert sentence in message
+
+
+def test_formats_at_odds_with_others_are_refused(client: openai.OpenAI) -> None:
+    format_ = {"type": "json_object"}
+    beams = {"generate_kwargs": {"num_beams": 2, "do_sample": False}}
+    assert "num_beams" in refused(client, response_format=format_, extra_body=beams)[1]
+    endless = {"generate_kwargs": {"eos_token_id": -1}}
+    assert "eos_token_id" in refused(client, response_format=format_, extra_body=endless)[1]
+    nothing = {"generate_kwargs": {"suppress_tokens": list(range(100_000))}}
+    assert "leaves no token" in refused(client, response_format=format_, extra_body=nothing)[1]
