@@ -10,7 +10,7 @@ from litestar.config.cors import CORSConfig
 from litestar.di import Provide
 from litestar.stores.memory import MemoryStore
 
-from edge_phi3.api import docs, ops
+from edge_phi3.api import docs, ops, ui
 from edge_phi3.api.auth import rate_limits
 from edge_phi3.api.chat import chat
 from edge_phi3.api.errors import EXCEPTION_HANDLERS
@@ -42,6 +42,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
             ops.prometheus,
             ops.show_version,
             *docs.HANDLERS,
+            *ui.HANDLERS,
         ],
     )
     guarded_routes = Router(

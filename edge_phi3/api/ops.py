@@ -9,6 +9,7 @@ import anyio.to_thread
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
+from litestar.response import Redirect
 
 from edge_phi3 import __version__
 from edge_phi3.api.body import decode_body
@@ -26,14 +27,18 @@ from edge_phi3.api.schemas import (
     VersionResponse,
 )
 from edge_phi3.api.service import Service
+from edge_phi3.api.ui import prefers_html
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 
 
 @get("/", sync_to_thread=False)
-def home() -> RunningResponse:
-    """Say that the service is there, whether or not a model is loaded."""
-    return RunningResponse("Server is running")
+def home(request: Request[Any, Any, Any]) -> Response[Any]:
+    """Say that the service is there, whether or not a model is loaded; browsers are sent to the playground."""
+    headers = {"Vary": "Accept"}
+    if prefers_html(request.headers.get("accept", "")):
+        return Redirect("ui", status_code=307, headers=headers)
+    return Response(RunningResponse("Server is running"), headers=headers)
 
 
 @get("/healthz", sync_to_thread=False)

@@ -10,13 +10,13 @@ import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from edge_phi3.api import docs
+from edge_phi3.api import docs, ui
 from edge_phi3.api.parameter_docs import _DESCRIBED, generate_kwargs_schema
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults
 from edge_phi3.generation.parameters import PARAMETERS
 from tests.api.conftest import Running
 
-DOC_PATHS = {path for handler in docs.HANDLERS for path in handler.paths}
+DOC_PATHS = {path for handler in [*docs.HANDLERS, *ui.HANDLERS] for path in handler.paths}
 NEEDED: dict[str, dict[str, Any]] = {
     "num_beam_groups": {"num_beams": 2, "do_sample": False},
     "num_return_sequences": {"num_beams": 2},

@@ -1,0 +1,150 @@
+"""The installed command serving the demo model, and a real Chromium that looks at it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
+
+from tests.e2e.conftest import Server, serving
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+expect.set_options(timeout=60_000)  # machines may be busy; what is there is seen at once
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="package")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give one model store, so that the demo model is converted once."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
+    """Give the demo model, served with room for answers that take long."""
+    with serving(tmp_path_factory.mktemp("server"), "--ctx-size", "65536", store=store) as running:
+        yield running
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """Give Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
+        reason = "the playground is tested in Chromium, which is not installed (apt-get install chromium)"
+        if os.environ.get("REQUIRE_CHROMIUM"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Playground:
+    """The page, opened.
+
+    Attributes:
+        page: Playwright's own.
+        url: of the service.
+        requests: all that the page asked for.
+        complaints: errors and warnings of the console, and exceptions.
+        refusals_expected: whether a status of 400 or more, which the console counts as an error, is part of the test.
+    """
+
+    page: Page
+    url: str
+    requests: list[Request] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+    refusals_expected: bool = False
+
+    @property
+    def message(self) -> Locator:
+        """The field for the message."""
+        return self.page.get_by_label("Message", exact=True)
+
+    @property
+    def answers(self) -> Locator:
+        """The texts of answers."""
+        return self.page.locator(".text")
+
+    @property
+    def curl(self) -> str:
+        """The command shown."""
+        return self.page.locator("#curl").text_content() or ""
+
+    def note(self, request: Request) -> None:
+        """Remember what the page asks for."""
+        self.requests.append(request)
+
+    def open(self) -> None:
+        """Load the page, and wait until it knows its model."""
+        self.page.goto(f"{self.url}/ui")
+        expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
+
+    def put(self, name: str, value: str) -> None:
+        """Give a parameter a value, in its group."""
+        control = self.page.locator(f"#parameter-{name}")
+        group = self.page.locator("details.group", has=control)
+        if group.get_attribute("open") is None:
+            group.locator("summary").click()
+        if control.evaluate("node => node.tagName") == "SELECT":
+            control.select_option(value)
+        else:
+            control.fill(value)
+
+    def ask(self, text: str) -> None:
+        """Type a message and send it."""
+        self.message.fill(text)
+        self.message.press("Enter")
+
+    def ended(self, status: str = "done", count: int = 1) -> None:
+        """Wait until so many exchanges have ended so."""
+        expect(self.page.locator(f'.exchange[data-status="{status}"]')).to_have_count(count)
+
+    def chat_bodies(self) -> list[str]:
+        """Give the bodies that were sent to /chat, as they were."""
+        return [request.post_data or "" for request in self.requests if request.url == f"{self.url}/chat"]
+
+
+def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
+    """Open the playground in a context; at the end hold it to what a page must never do."""
+    playground = Playground(context.new_page(), url)
+    page = playground.page
+    context.on("request", playground.note)
+    page.on("pageerror", lambda error: playground.complaints.append(str(error)))
+    page.on(
+        "console",
+        lambda line: line.type in {"error", "warning"} and playground.complaints.append(line.text),
+    )
+    playground.open()
+    yield playground
+    complaints = playground.complaints
+    if playground.refusals_expected:
+        complaints = [
+            line for line in complaints if not line.startswith("Failed to load resource: the server responded")
+        ]
+    assert complaints == []
+    assert [request.url for request in playground.requests if not request.url.startswith(f"{url}/")] == []
+
+
+@pytest.fixture
+def playground(browser: Browser, server: Server) -> Iterator[Playground]:
+    """Give the playground of the demo model to a new visitor with a wide window."""
+    with browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light") as context:
+        yield from watched(context, server.url)

@@ -1,0 +1,346 @@
+"""The playground in Chromium: asking, stopping, setting, failing, coming back."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import time
+from typing import Any
+
+import httpx
+import pytest
+from playwright.sync_api import Route, expect
+
+from tests.e2e.conftest import Server
+from tests.ui.conftest import Playground
+
+QUESTION = "What does json.dumps do?"
+AWKWARD = """it's "$HOME" `id` \\ 'x' <b>ü</b> 🙂"""
+
+
+def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
+    answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def body_of(command: str) -> str:
+    """Give what a curl command sends."""
+    words = shlex.split(command.replace("\\\n", ""))
+    return words[words.index("-d") + 1]
+
+
+def facts_of(playground: Playground) -> dict[str, str]:
+    items = playground.page.locator(".exchange:last-child .facts li")
+    return {item.get_attribute("data-fact") or "": item.inner_text() for item in items.all()}
+
+
+def metric(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics/prometheus").text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"edge_phi3_{name}"))
+
+
+def set_long(playground: Playground) -> None:
+    """Ask for answers that nobody waits for the end of."""
+    playground.put("max_new_tokens", "4000")
+    playground.put("num_return_sequences", "8")
+    playground.put("eos_token_id", "-1")
+
+
+def test_a_question_is_answered_with_what_the_service_says(playground: Playground, server: Server) -> None:
+    expect(playground.page.get_by_role("heading", name="Ask the model")).to_be_visible()
+    expect(playground.page.locator("#model")).to_contain_text(
+        httpx.get(f"{server.url}/version").json()["model"]["name"]
+    )
+    playground.put("do_sample", "false")
+    playground.ask(QUESTION)
+    playground.ended()
+    (sent,) = playground.chat_bodies()
+    plain = chat(server, json.loads(sent))
+    assert json.loads(sent)["messages"] == [{"role": "user", "content": QUESTION}]
+    assert json.loads(sent)["stream"] is True
+    assert playground.answers.all_text_contents() == [plain["Result"].strip()]
+    facts = facts_of(playground)
+    assert facts["tokens"] == f"{plain['usage']['completion_tokens']} tokens"
+    assert facts["reason"] == "complete"
+    assert re.fullmatch(r"\d+(\.\d)? tokens/s", facts["rate"])
+    assert re.fullmatch(r"first after \d+ ms|first after \d+\.\d s", facts["first"])
+    expect(playground.page.locator("#announcement")).to_have_text("The answer is complete.")
+    expect(playground.message).to_be_focused()
+
+
+def test_a_conversation_goes_on_from_what_was_said(playground: Playground) -> None:
+    playground.page.get_by_label("System prompt").fill("Answer briefly.")
+    playground.put("do_sample", "false")
+    playground.ask(QUESTION)
+    playground.ended()
+    playground.ask("What does len do?")
+    playground.ended(count=2)
+    system, *turns = json.loads(playground.chat_bodies()[1])["messages"]
+    assert system == {"role": "system", "content": "Answer briefly."}
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[1]["content"].strip() == playground.answers.first.text_content()
+
+
+@pytest.mark.parametrize("by_key", [True, False])
+def test_stopping_keeps_what_has_come_and_frees_the_sequence(
+    playground: Playground, server: Server, by_key: bool
+) -> None:
+    left = 'requests_total{endpoint="/chat",outcome="disconnected"}'
+    before = metric(server, left)
+    set_long(playground)
+    playground.ask(QUESTION)
+    expect(playground.answers.first).not_to_be_empty()
+    expect(playground.page.locator(".answer")).to_have_attribute("aria-busy", "true")
+    if by_key:
+        playground.message.press("Escape")
+    else:
+        playground.page.get_by_role("button", name="Stop").click()
+    playground.ended("stopped")
+    expect(playground.answers.first).not_to_be_empty()
+    assert facts_of(playground)["reason"] == "stopped"
+    expect(playground.page.get_by_role("button", name="Stop")).to_be_hidden()
+    end = time.monotonic() + 60
+    while metric(server, left) == before and time.monotonic() < end:
+        playground.page.wait_for_timeout(50)
+    assert metric(server, left) == before + 1
+    assert metric(server, "num_sequences_running") == 0
+    expect(playground.message).to_be_focused()
+
+
+def test_a_parameter_reaches_the_request_and_the_command(playground: Playground, server: Server) -> None:
+    for name, value in (("do_sample", "false"), ("seed", "18446744073709551615"), ("temperature", ".5")):
+        playground.put(name, value)
+    playground.put("stop_strings", "never said")
+    playground.put("early_stopping", '"never"')
+    playground.put("max_new_tokens", "16")
+    playground.page.locator("#tab-request").click()
+    playground.message.fill(AWKWARD)
+    command = playground.curl
+    playground.message.press("Enter")
+    playground.ended()
+    (sent,) = playground.chat_bodies()
+    assert body_of(command) == sent
+    assert '"seed": 18446744073709551615' in sent
+    body = json.loads(sent)
+    assert body["messages"] == [{"role": "user", "content": AWKWARD}]
+    assert body["generate_kwargs"] == {
+        "max_new_tokens": 16,
+        "return_dict_in_generate": True,
+        "do_sample": False,
+        "seed": 2**64 - 1,
+        "temperature": 0.5,
+        "stop_strings": "never said",
+        "early_stopping": "never",
+    }
+    run = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60, text=True)
+    last = run.stdout.strip().split("\n\n")[-1]
+    assert last.startswith("event: result\ndata: ")
+    assert json.loads(last.split("data: ", 1)[1]) == chat(server, body)
+    assert playground.curl == command, "the command shows the last message when nothing is being written"
+
+
+def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, server: Server) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]["GenerateKwargs"]["properties"]
+    rows = playground.page.locator(".parameter")
+    assert sorted(rows.locator("label").all_text_contents()) == sorted(document)
+    for name, described in document.items():
+        control = playground.page.locator(f"#parameter-{name}")
+        meaning = playground.page.locator(f"#{control.get_attribute('aria-describedby')}").text_content() or ""
+        assert meaning.startswith(described["description"].replace("`", ""))
+        default = f"default {json.dumps(described['default'])}" if "default" in described else "not set by default"
+        # 1.0 and 1 are the same number, and JavaScript knows the shorter name only.
+        assert meaning.endswith(default.removesuffix(".0"))
+    top_p = playground.page.locator(".parameter", has=playground.page.locator("#parameter-top_p"))
+    expect(top_p).to_contain_text("0 to 1")
+    playground.put("top_p", "0.3")
+    assert '"top_p": 0.3' in playground.curl
+    assert float(top_p.get_by_role("slider").input_value()) == 0.3
+    top_p.get_by_role("slider").press("End")
+    assert '"top_p": 1' in playground.curl
+    expect(playground.page.locator("#count")).to_have_text("1")
+    top_p.get_by_role("button", name="Reset top_p").click()
+    assert "top_p" not in playground.curl
+    playground.put("min_p", "0.1")
+    playground.page.get_by_role("button", name="Reset all").click()
+    expect(playground.page.locator("#count")).to_be_hidden()
+    assert set(json.loads(body_of(playground.curl))["generate_kwargs"]) == {"max_new_tokens", "return_dict_in_generate"}
+
+
+def test_a_parameter_is_found_by_name_or_meaning(playground: Playground) -> None:
+    finder = playground.page.get_by_label("Find a parameter")
+    finder.fill("nucleus")
+    expect(playground.page.locator(".parameter:visible label")).to_have_text(["top_p"])
+    finder.fill("num_beam")
+    expect(playground.page.locator("#parameter-num_beam_groups")).to_be_visible()
+    expect(playground.page.locator("#parameter-top_p")).to_be_hidden()
+    finder.fill("no such thing")
+    expect(playground.page.get_by_text("No parameter of that name or meaning.")).to_be_visible()
+    finder.fill("")
+    expect(playground.page.locator("#parameter-top_p")).to_be_visible()
+
+
+@pytest.mark.parametrize(("name", "value", "sent"), [("top_p", "7", 7), ("top_k", "many", "many")])
+def test_a_refusal_is_the_service_s_own_sentence(
+    playground: Playground, server: Server, name: str, value: str, sent: Any
+) -> None:
+    playground.refusals_expected = True
+    playground.put(name, value)
+    playground.ask(QUESTION)
+    playground.ended("failed")
+    refused = httpx.post(f"{server.url}/chat", json={"prompt": "a", "generate_kwargs": {name: sent}})
+    assert refused.status_code == 400
+    expect(playground.page.get_by_role("alert")).to_have_text(refused.json()["detail"])
+    playground.put(name, "")
+    playground.page.get_by_role("button", name="Try again").click()
+    playground.ended()
+    expect(playground.page.get_by_role("alert")).to_be_hidden()
+    playground.ask("What does len do?")
+    playground.ended(count=2)
+
+
+def test_a_service_that_is_gone_is_said_so(playground: Playground) -> None:
+    playground.page.route("**/chat", lambda route: route.abort("connectionrefused"))
+    playground.ask(QUESTION)
+    playground.ended("failed")
+    expect(playground.page.get_by_role("alert")).to_contain_text("The service cannot be reached")
+    playground.complaints[:] = [line for line in playground.complaints if "ERR_CONNECTION_REFUSED" not in line]
+
+
+@pytest.mark.parametrize(
+    ("body", "text", "sentence"),
+    [
+        ('data: {"index":0,"text":"Re"}\r\n\r\n', "Re", "The connection ended before the answer was complete."),
+        (
+            ': waiting\n\ndata: {"index":0,"text":"Re"}\n\nevent: error\ndata: {"detail":"Too slow."}\n\n',
+            "Re",
+            "Too slow.",
+        ),
+    ],
+)
+def test_a_stream_that_breaks_keeps_what_has_come(playground: Playground, body: str, text: str, sentence: str) -> None:
+    def answer(route: Route) -> None:
+        route.fulfill(content_type="text/event-stream", body=body)
+
+    playground.page.route("**/chat", answer)
+    playground.ask(QUESTION)
+    playground.ended("failed")
+    expect(playground.page.get_by_role("alert")).to_have_text(sentence)
+    expect(playground.answers).to_have_text([text])
+
+
+def test_a_reload_changes_nothing(playground: Playground) -> None:
+    playground.put("do_sample", "false")
+    playground.put("stop_strings", '["\\n\\n", "x y"]')
+    playground.page.get_by_label("System prompt").fill("Be kind.")
+    playground.ask(QUESTION)
+    playground.ended()
+    playground.message.fill("half a tho")
+
+    def seen() -> list[Any]:
+        page = playground.page
+        values = [page.locator(f"#parameter-{name}").input_value() for name in ("do_sample", "stop_strings", "top_k")]
+        return [page.locator("#conversation").inner_text(), playground.message.input_value(), playground.curl, *values]
+
+    before = seen()
+    assert "Be kind." in before[2]
+    assert before[3:] == ["false", '["\\n\\n", "x y"]', ""]
+    playground.open()
+    assert seen() == before
+
+
+def test_leaving_in_the_middle_keeps_what_has_come(playground: Playground) -> None:
+    set_long(playground)
+    playground.ask(QUESTION)
+    expect(playground.answers.first).not_to_be_empty()
+    playground.open()
+    playground.ended("stopped")
+    expect(playground.answers.first).not_to_be_empty()
+
+
+def test_a_new_chat_is_empty_and_keeps_the_settings(playground: Playground) -> None:
+    playground.put("do_sample", "false")
+    playground.page.get_by_role("button", name=QUESTION).click()
+    playground.ended()
+    expect(playground.page.locator("#welcome")).to_be_hidden()
+    playground.page.get_by_role("button", name="New chat").click()
+    expect(playground.page.locator(".exchange")).to_have_count(0)
+    expect(playground.page.locator("#welcome")).to_be_visible()
+    expect(playground.page.locator("#parameter-do_sample")).to_have_value("false")
+    expect(playground.message).to_be_focused()
+    playground.open()
+    expect(playground.page.locator(".exchange")).to_have_count(0)
+    playground.ask("What does len do?")
+    playground.ended()
+    assert len(json.loads(playground.chat_bodies()[-1])["messages"]) == 1
+
+
+def test_beam_search_shows_its_one_event(playground: Playground, server: Server) -> None:
+    for name, value in (("do_sample", "false"), ("num_beams", "4"), ("num_return_sequences", "2")):
+        playground.put(name, value)
+    playground.ask(QUESTION)
+    playground.ended()
+    result = chat(server, json.loads(playground.chat_bodies()[0]))
+    assert playground.answers.all_text_contents() == [result["Result"].strip()]
+    facts = facts_of(playground)
+    assert facts["tokens"] == f"{result['usage']['completion_tokens']} tokens"
+    assert "first" not in facts
+
+
+def test_several_sequences_stand_apart(playground: Playground, server: Server) -> None:
+    for name, value in (("num_return_sequences", "3"), ("temperature", "2"), ("seed", "7"), ("max_new_tokens", "12")):
+        playground.put(name, value)
+    playground.ask(QUESTION)
+    playground.ended()
+    expect(playground.answers).to_have_count(3)
+    result = chat(server, json.loads(playground.chat_bodies()[0]))["Result"]
+    texts = playground.answers.all_text_contents()
+    assert "".join(result.split()) == "".join("".join(texts).split())
+    playground.ask("What does len do?")
+    playground.ended(count=2)
+    messages = json.loads(playground.chat_bodies()[1])["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant", "user"]
+    assert messages[1]["content"].strip() == texts[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"max_new_tokens": "3"}, "cut at the length limit"),
+        ({"max_new_tokens": "", "max_length": "16"}, "cut at the length limit"),
+        ({"stop_strings": "JSON"}, "met a stop string"),
+        ({"max_time": "0", "eos_token_id": "-1"}, "out of time (max_time)"),
+    ],
+)
+def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[str, str], reason: str) -> None:
+    for name, value in {"do_sample": "false", **parameters}.items():
+        playground.put(name, value)
+    playground.ask(QUESTION)
+    playground.ended()
+    assert facts_of(playground)["reason"] == reason
+
+
+def test_text_is_never_taken_for_html(playground: Playground) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    stream = "".join(
+        f"{head}data: {json.dumps(data)}\n\n"
+        for head, data in [
+            ("", {"index": 0, "text": f"{evil} ```\n"}),
+            ("", {"index": 0, "text": f"```html\n{evil}\n```\nafter"}),
+            ("event: result\n", {"Result": ""}),
+        ]
+    )
+    playground.page.route("**/chat", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+    playground.ask(evil)
+    playground.ended()
+    assert playground.page.locator("#conversation img, #conversation script").count() == 0
+    expect(playground.page.locator(".question")).to_have_text(evil)
+    expect(playground.page.locator(".answer pre")).to_have_attribute("data-language", "html")
+    expect(playground.page.locator(".answer pre")).to_have_text(evil)
+    expect(playground.answers).to_contain_text("after")
+    refused = "() => { try { document.body.innerHTML = '<i>'; return false } catch { return true } }"
+    assert playground.page.evaluate(refused), "the browser lets the page parse HTML"
+    assert playground.complaints, "the browser says so too"
+    playground.complaints.clear()
