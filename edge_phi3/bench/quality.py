@@ -34,7 +34,9 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
         max: the largest.
         same_top: share of positions at which both find the same token the most likely.
         same_top_error: its standard error.
-        log_ratio: logarithm of perplexity over the reference's perplexity.
+        log_ratio: logarithm of perplexity over the reference's perplexity. As in llama-perplexity, the reference's is
+            that of the file, where no token is less likely than 16 nats below the top; on a text that the model is at a
+            loss with, compare the perplexities themselves.
         log_ratio_error: its standard error; smaller than the perplexities' own, since both meet the same text.
     """
 

@@ -1,0 +1,228 @@
+"""`bench quants` on the demo model: what is measured, written, kept for the next time, and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import msgspec
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from edge_phi3.bench import quants
+from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.quant_plots import plot_quality
+from edge_phi3.bench.quant_report import Measurement, QuantReport, on_front, pareto_front, read_report
+from edge_phi3.bench.quant_worker import Job, measure
+from edge_phi3.bench.quants import QuantBench
+from edge_phi3.commands.bench import command
+from edge_phi3.conversion.convert import convert
+from edge_phi3.demo import DEMO_CHECKPOINT
+
+FAST = {
+    "ctx_size": 64,
+    "chunks": 3,
+    "threads": 1,
+    "prompt_tokens": 32,
+    "generated_tokens": 8,
+    "repetitions": 2,
+    "imatrix": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(DEMO_CHECKPOINT, tmp_path_factory.mktemp("quants") / "demo-F16.gguf", outtype="f16").path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results") / "new"
+
+
+@pytest.fixture(scope="module")
+def report(model: Path, folder: Path) -> QuantReport:
+    return quants.run(QuantBench(model, folder, types=["Q2_K", "q8_0"], **FAST))
+
+
+def bench(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(command, ["quants", *map(str, arguments)])
+
+
+def test_every_figure_is_measured(report: QuantReport, model: Path) -> None:
+    assert [(item.type, item.reference) for item in report.measurements] == [
+        ("F16", True),
+        ("Q8_0", False),
+        ("Q2_K", False),
+    ]
+    for item in report.measurements:
+        assert item.speed.first_token > 0
+        assert item.speed.prompt_per_second == pytest.approx(32 / item.speed.first_token)
+        assert len(item.speed.turns) == 2
+        assert min(rate for _, rate in item.speed.turns) <= item.speed.generated_per_second
+        assert item.load_seconds > 0
+        assert item.memory_peak > item.memory_before > 10e6
+        assert item.quality.positions == 3 * 31
+        assert item.quality.perplexity > 1
+        assert item.quality.perplexity_error > 0
+    f16, q8, q2 = report.measurements
+    assert f16.bytes == model.stat().st_size
+    assert f16.bytes > q8.bytes > q2.bytes
+    assert (round(f16.bits_per_weight), round(q8.bits_per_weight, 1)) == (16, 8.5)
+    assert f16.quality.divergence is None
+    assert q8.quality.divergence is not None
+    assert q2.quality.divergence is not None
+    assert 0 < q8.quality.divergence.mean < q2.quality.divergence.mean / 10
+    assert q2.quality.divergence.mean < q2.quality.divergence.p99 <= q2.quality.divergence.max
+    assert q8.quality.divergence.same_top >= q2.quality.divergence.same_top
+    assert on_front(report.measurements) == [True, True, True]
+
+
+def test_peak_memory_is_the_files_own(report: QuantReport, tmp_path: Path, model: Path) -> None:
+    """This process, which starts the others, may be as large as it likes."""
+    ballast = np.ones(400_000_000, np.uint8)
+    again = quants.run(QuantBench(model, tmp_path, types=["Q8_0"], **FAST))
+    assert ballast.sum() == 400_000_000
+    for item in again.measurements:
+        known = next(one for one in report.measurements if one.type == item.type)
+        assert item.memory_peak < known.memory_peak + 100e6
+
+
+def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) -> None:
+    assert read_report(folder / "quants.json") == report
+    with (folder / "quants.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["type"] for row in rows] == ["F16", "Q8_0", "Q2_K"]
+    last = report.measurements[-1]
+    assert last.quality.divergence is not None
+    assert float(rows[-1]["divergence_p99"]) == last.quality.divergence.p99
+    assert float(rows[-1]["generated_per_second"]) == last.speed.generated_per_second
+    assert rows[0]["divergence_mean"] == ""
+    assert not list(folder.glob("*Q8_0.gguf"))
+
+
+def test_what_is_measured_is_not_measured_again(
+    report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[str] = []
+
+    def counting(job: Job, *arguments: object) -> object:
+        jobs.append(Path(job.model).name)
+        return measure(job, *arguments)  # type: ignore[arg-type] # passed on as it came
+
+    monkeypatch.setattr(quants, "measure", counting)
+    more = quants.run(QuantBench(model, folder, types=["Q4_0"], **FAST))
+    assert jobs == ["demo-F16-Q4_0.gguf"]
+    assert [item.type for item in more.measurements] == ["F16", "Q8_0", "Q4_0", "Q2_K"]
+    assert [item for item in more.measurements if item.type != "Q4_0"] == report.measurements
+    jobs.clear()
+    assert quants.run(QuantBench(model, folder, types=["Q4_0"], **FAST)) == more
+    assert jobs == []
+    anew = quants.run(QuantBench(model, folder, types=["Q4_0"], again=True, **FAST))
+    assert jobs == ["demo-F16.gguf", "demo-F16-Q4_0.gguf"]
+    qualities = [{item.type: item.quality for item in found.measurements} for found in (more, anew)]
+    assert qualities[0] == qualities[1]
+    jobs.clear()
+    other = quants.run(QuantBench(model, folder, types=["Q4_0"], **FAST | {"chunks": 2}))
+    assert jobs == ["demo-F16.gguf", "demo-F16-Q4_0.gguf"]
+    assert [item.type for item in other.measurements] == ["F16", "Q4_0"]
+    assert len(list(folder.glob("*.logits"))) == 1
+
+
+def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("<|user|>\nWhat does len do?<|end|>\n<|assistant|>\nReturn the number of items.<|end|>\n" * 20)
+    quick = ["--ctx-size", "64", "--chunks", "2", "--threads", "1", "--prompt-tokens", "8", "--generate-tokens", "4"]
+    options = ["--type", "IQ2_XS", "--text", text, "--output-dir", tmp_path / "out", "--repetitions", "1", *quick]
+    result = bench("demo", *options, "--json")
+    assert result.exit_code == 0, result.output
+    report = msgspec.json.decode(result.stdout, type=QuantReport)
+    assert [(item.type, item.imatrix) for item in report.measurements] == [("F16", False), ("IQ2_XS", True)]
+    assert report.text == "text.txt"
+    assert report.model == "phi-3-demo"
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
+    assert [name.split("-")[-2] for name in names if name.endswith(".gguf")] == ["F16", "imatrix"]
+    for name in ("quality.svg", "speed.svg"):
+        assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
+    table = bench("demo", *options)
+    assert table.exit_code == 0
+    assert "IQ2_XS is measured already" in table.stderr
+    assert {"F16", "IQ2_XS"} <= {line.split()[0] for line in table.stdout.splitlines() if line.strip()}
+
+
+def test_pareto_front() -> None:
+    points = [(1, 9), (2, 5), (2, 6), (3, 5), (4, 1), (4, 1), (5, 0)]
+    assert pareto_front(points) == [True, True, False, False, True, True, True]
+
+
+def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantReport, tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        plot_quality(report.measurements, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    plot_quality(report.measurements[:2], tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
+    with pytest.raises(BenchError, match="only the reference"):
+        plot_quality(report.measurements[:1], tmp_path / "c.svg")
+    with pytest.raises(BenchError, match="matplotlib writes"):
+        plot_quality(report.measurements, tmp_path / "c.xyz")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--type", "Q9_K"], "'Q9_K' is not a quantisation type"),
+        (["--type", "IQ1_S", "--imatrix", "none"], "IQ1_S needs an importance matrix"),
+        (["--type", "Q8_0", "--text", "absent.txt"], "absent.txt cannot be read"),
+        (["--type", "Q4_0", "--imatrix", "absent.gguf"], "absent.gguf cannot be read"),
+        (["--type", "Q8_0", "--ctx-size", "4000"], "two chunks of 4000 are needed"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_sentence(
+    model: Path, tmp_path: Path, options: list[str], words: str
+) -> None:
+    result = bench(model, "--output-dir", tmp_path, *options)
+    assert words in str(result.exception)
+
+
+def test_a_model_that_is_no_reference_is_refused(model: Path, tmp_path: Path) -> None:
+    from edge_phi3.conversion.quantize import quantize
+
+    small = quantize(model, tmp_path / "small.gguf", type="Q8_0").path
+    (tmp_path / "text.gguf").write_text("no model")
+    for path, words in {
+        small: "quantised to Q8_0 already",
+        tmp_path / "text.gguf": "not a whole GGUF",
+        tmp_path / "absent": "neither a GGUF file nor a checkpoint",
+    }.items():
+        with pytest.raises(BenchError, match=words):
+            quants.run(QuantBench(path, tmp_path / "out", types=["Q8_0"], **FAST))
+
+
+def test_a_damaged_report_counts_as_none(report: QuantReport, tmp_path: Path) -> None:
+    report.write_json(tmp_path / "quants.json")
+    assert read_report(tmp_path / "quants.json") == report
+    data = json.loads((tmp_path / "quants.json").read_text())
+    (tmp_path / "quants.json").write_text(json.dumps(data | {"format": 0}))
+    assert read_report(tmp_path / "quants.json") is None
+    (tmp_path / "quants.json").write_text("{")
+    assert read_report(tmp_path / "quants.json") is None
+
+
+def test_a_process_that_dies_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONMALLOC", "no-such-allocator")
+    job = Job(
+        model=str(model), logits=str(tmp_path / "x"), text="x", parse_special=True, ctx_size=4, chunks=None, threads=1,
+        n_gpu_layers=0, prompt_tokens=1, generated_tokens=1, repetitions=1,
+    )  # fmt: skip
+    with pytest.raises(BenchError, match=r"The process that measured demo-F16\.gguf died"):
+        measure(job)
+
+
+def test_the_front_holds_every_measurement_that_nothing_beats(report: QuantReport) -> None:
+    f16, q8, q2 = report.measurements
+    worse = msgspec.structs.replace(q2, type="worse", bytes=q8.bytes + 1)
+    found: list[Measurement] = [f16, q8, q2, worse]
+    assert on_front(found) == [True, True, True, False]
