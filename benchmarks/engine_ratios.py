@@ -29,8 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import peers as llama_cpp
-from benchmarks.models import model_path
-from benchmarks.servers import llama_server, ours
+from benchmarks.models import model_path, random_checkpoint
+from benchmarks.servers import llama_server, original, ours
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.load import Level, run_level
 from edge_phi3.bench.machine import Machine
@@ -178,6 +178,23 @@ class Bench:
             turns.append((found[0].tokens_per_second, found[1].tokens_per_second))
         return turns
 
+    async def original(self) -> AsyncIterator[Result]:
+        """Tokens per second over transformers' (bfloat16, one generation at a time), at 1 client and at the most."""
+        if self.arguments.torch_python is None:
+            print("original: not measured; --torch-python names an interpreter with transformers", file=sys.stderr)
+            return
+        with (
+            random_checkpoint(self.name) as checkpoint,
+            ours(self.model, **self.options) as our_url,
+            original(self.arguments.torch_python, checkpoint, threads=self.arguments.threads) as their_url,
+        ):
+            async with connected(our_url, "chat") as mine, connected(their_url, "chat") as theirs:
+                workload = _WORKLOADS["greedy-plain"]
+                for clients in sorted({1, max(self.arguments.clients)}):
+                    level = Level(clients=clients, sessions=max(4, clients), warmup=1)
+                    turns = await self._alternate(mine, theirs, workload, level)
+                    yield compare("transformers", self.name, f"{clients} clients, greedy", turns, unit="tokens/s")
+
     async def stream(self) -> AsyncIterator[Result]:
         """Tokens per second of one stream while it decodes, over llama-bench's at the same depth."""
         workload, turns = Workload(), []
@@ -300,13 +317,14 @@ def main() -> int:
     numbers: Callable[[str], Any] = lambda text: [int(part) for part in text.split(",")]  # noqa: E731 - for argparse
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     llama_cpp.add_arguments(parser)
-    parser.add_argument("--parts", type=words, default=["throughput", "stream", "prefix", "health"])
+    parser.add_argument("--parts", type=words, default=["throughput", "stream", "prefix", "health", "original"])
     parser.add_argument("--models", type=words, default=list(GOALS))
     parser.add_argument("--clients", type=numbers, default=[1, 4, 8, 16])
     parser.add_argument("--modes", type=words, default=["greedy", "sampled"], help=", ".join(_WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each server")
     parser.add_argument("--requests", type=int, default=32, help="requests of a turn, at least 2 for each client")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--torch-python", type=Path, help="an interpreter with transformers, for the part original")
     parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()

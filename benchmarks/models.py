@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ PHI3_VOCABULARY_ROWS = 32064
 RANDOM_MODELS: dict[str, tuple[dict[str, Any], str]] = {
     # Phi-3-mini's own widths with 4 of its 32 layers: 0.65 billion weights.
     "0.65b": ({"hidden_size": 3072, "intermediate_size": 8192, "heads": 32, "layers": 4}, "Q4_K_M"),
+    # The same widths in a single layer, for work on the weights themselves: 0.31 billion weights.
+    "wide": ({"hidden_size": 3072, "intermediate_size": 8192, "heads": 32, "layers": 1}, "Q4_K_M"),
     # So small that what surrounds the matrices shows: 18 million weights, 16 of them in the vocabulary.
     "18m": ({"hidden_size": 256, "intermediate_size": 512, "heads": 4, "layers": 2}, "F32"),
 }
@@ -48,13 +52,19 @@ def model_path(name: str, folder: Path = CACHE, kind: str | None = None) -> Path
         return path
     if name == "demo":
         return convert(DEMO_CHECKPOINT, path, outtype=plain.lower()).path
+    with random_checkpoint(name, folder, dtype="float32" if plain == "F32" else "bfloat16") as checkpoint:
+        return convert(checkpoint, path, outtype=plain.lower()).path
+
+
+@contextlib.contextmanager
+def random_checkpoint(name: str, folder: Path | None = None, dtype: str = "bfloat16") -> Iterator[Path]:
+    """Write one of `RANDOM_MODELS` as a checkpoint, the same each time, for as long as the context lasts."""
     checkpoint = Path(tempfile.mkdtemp(dir=folder))
     try:
         shape, _ = RANDOM_MODELS[name]
-        dtype = "float32" if plain == "F32" else "bfloat16"
         write_checkpoint(
             checkpoint, vocabulary=phi3_vocabulary(), vocab_size=PHI3_VOCABULARY_ROWS, dtype=dtype, **shape
         )
-        return convert(checkpoint, path, outtype=plain.lower()).path
+        yield checkpoint
     finally:
         shutil.rmtree(checkpoint)

@@ -1,4 +1,4 @@
-"""Servers that a benchmark starts, waits for, and stops: ours and llama-server, with the same means."""
+"""Servers that a benchmark starts, waits for, and stops, all with the same means."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def llama_server(
     command = [str(peers.program("llama-server")), "--model", str(model), "--port", "{port}"]
     command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
     with _running([*command, "--log-verbosity", "0", *options], "/health", peers.environment()) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def original(python: Path, checkpoint: Path, *, threads: int) -> Iterator[str]:
+    """Run the original service's stand-in, by an interpreter that has transformers, and give its URL."""
+    script = Path(__file__).with_name("original_service.py")
+    command = [str(python), str(script), str(checkpoint), "--port", "{port}", "--threads", str(threads)]
+    with _running(command, "/", None) as url:
         yield url
 
 
