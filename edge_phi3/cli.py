@@ -6,8 +6,12 @@ Each verb is a module of `edge_phi3.commands`, imported when it is used, so that
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import sys
 from collections.abc import Mapping
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import rich_click as click
 
@@ -21,11 +25,12 @@ VERBS: Mapping[str, str] = {
     "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
     "imatrix": "Measure which weights matter, for better quantisation.",
+    "fit": "Tell which quantisations fit a machine's memory.",
     "bench": "Measure a running service.",
 }
 """Each verb and what it does, in the order of ``--help``."""
 
-FAILED, WRONG_USAGE = 1, 2
+FAILED, WRONG_USAGE, TERMINATED = 1, 2, 128 + signal.SIGTERM
 
 
 class _Verb(click.RichCommand):
@@ -76,4 +81,20 @@ def app() -> None:
 
 def main() -> None:
     """Run the command line; results go to stdout, everything else to stderr."""
+    if sys.argv[1:2] == ["serve"]:
+        # Until the server takes the signals over there is nothing to finish, and afterwards nothing left.
+        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGINT, _stop)
+    else:
+        signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="edge-phi3")
+
+
+def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End a service that serves nothing: a stop that was asked for is no failure."""
+    os._exit(0)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End a verb as Ctrl-C does, so that it removes what it has not finished."""
+    raise SystemExit(TERMINATED)
