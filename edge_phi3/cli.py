@@ -26,7 +26,7 @@ VERBS: Mapping[str, str] = {
     "quantize": "Make a GGUF file smaller.",
     "imatrix": "Measure which weights matter, for better quantisation.",
     "fit": "Tell which quantisations fit a machine's memory.",
-    "bench": "Measure a running service.",
+    "bench": "Measure a running service, or the quantisations of a model.",
 }
 """Each verb and what it does, in the order of ``--help``."""
 
