@@ -1,0 +1,130 @@
+"""Run one of the pytest-benchmark suites and record its figures with the machine they came from.
+
+python -m benchmarks.record tokenizing prefix_cache
+python -m benchmarks.report
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_phi3.bench.machine import Machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A suite that is recorded.
+
+    Attributes:
+        name: of ``benchmarks/test_NAME.py`` and of ``benchmarks/results/NAME.json``.
+        title: in the report.
+        about: what it compares, for the report.
+    """
+
+    name: str
+    title: str
+    about: str
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "tokenizing",
+            "Text to tokens and back",
+            "Ours, which is llama.cpp's with the rules of Phi-3's added tokens around it, and Hugging Face's"
+            " `tokenizers`"
+            " library, on the demo model's vocabulary. Both give the same tokens and the same text. A ratio above 1"
+            " says how"
+            " many times as long the library takes.",
+        ),
+        Suite(
+            "quantization",
+            "The quantiser",
+            "`edge-phi3 quantize` and the bare call of `llama_model_quantize` in a fresh process; both write the same"
+            " tensors. Ours also plans the sizes first, shows progress, and waits until the disk has the file.",
+        ),
+        Suite(
+            "prefix_cache",
+            "The prefix cache",
+            "Finding the cached sequence that shares the longest prefix with a prompt, in the radix tree and by"
+            " looking at"
+            " each sequence in turn; and the time to the first token behind 1,000 tokens that an earlier request"
+            " shared,"
+            " with the cache and without.",
+        ),
+        Suite(
+            "http_overhead",
+            "What HTTP costs",
+            "`/chat` over one kept connection and the same request given to the engine's pipeline in the same"
+            " process; and"
+            " `/healthz`, `/livez` beside a server of a few lines that always sends the same bytes.",
+        ),
+    )
+}
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One benchmark: seconds of a round, and what else it says."""
+
+    name: str
+    median: float
+    least: float
+    rounds: int
+    figures: dict[str, float | str]
+
+
+class SuiteRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of a suite."""
+
+    machine: Machine
+    command: str
+    results: list[Entry]
+
+
+def read_pytest_benchmark(data: dict[str, Any]) -> list[Entry]:
+    """Take what is compared out of pytest-benchmark's JSON."""
+    return [
+        Entry(
+            name=item["extra_info"].pop("case", item["name"]),
+            median=item["stats"]["median"],
+            least=item["stats"]["min"],
+            rounds=item["stats"]["rounds"],
+            figures=item["extra_info"],
+        )
+        for item in data["benchmarks"]
+    ]
+
+
+def main() -> int:
+    """Run and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"default: {', '.join(SUITES)}")
+    for name in parser.parse_args().suites or SUITES:
+        if name not in SUITES:
+            parser.error(f"{name} is not a suite that is recorded; these are: {', '.join(SUITES)}")
+        machine = Machine.here()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "results.json"
+            test = Path(__file__).with_name(f"test_{name}.py")
+            command = [sys.executable, "-m", "pytest", "-q", test, f"--benchmark-json={path}"]
+            if subprocess.run(command, check=False).returncode != 0:
+                return 1
+            entries = read_pytest_benchmark(msgspec.json.decode(path.read_bytes()))
+        record = SuiteRecord(machine=machine, command=f"python -m benchmarks.record {name}", results=entries)
+        (RESULTS / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
