@@ -1,13 +1,11 @@
-"""The machine behind ``GET /metrics``: GPUs through NVML, or else the CPUs, in the original service's formats."""
+"""The machine behind ``GET /metrics``: GPUs, or else the CPUs, in the original service's formats."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import psutil
-import pynvml
 
 from edge_phi3.api.schemas import CPUInfo, GPUInfo, MemoryInfo, MetricsResponse
+from edge_phi3.hardware import Gpu, gpus
 
 _GIB = 1024**3
 _CPU_SAMPLE_SECONDS = 0.1
@@ -16,40 +14,22 @@ _CPU_SAMPLE_SECONDS = 0.1
 
 def machine_metrics() -> MetricsResponse:
     """Describe the GPUs, or the CPUs when there is no GPU. Blocks for a tenth of a second without GPUs."""
-    gpus = _gpus()
-    return MetricsResponse(gpu_info=gpus) if gpus else MetricsResponse(cpu_info=_cpus())
+    found = _gpus()
+    return MetricsResponse(gpu_info=found) if found else MetricsResponse(cpu_info=_cpus())
 
 
 def _gpus() -> list[GPUInfo]:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
+    return [_gpu(gpu) for gpu in gpus()]
 
 
-def _gpu(index: int) -> GPUInfo:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    name = pynvml.nvmlDeviceGetName(handle)
+def _gpu(gpu: Gpu) -> GPUInfo:
     return GPUInfo(
-        id=str(index),
-        name=name.decode() if isinstance(name, bytes) else name,
-        load=_if_supported("{:.2f}%", lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
-        temperature=_if_supported("{} C", lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-        memory=MemoryInfo(used=_gigabytes(memory.used), total=_gigabytes(memory.total)),
+        id=str(gpu.index),
+        name=gpu.name,
+        load="n/a" if gpu.load is None else f"{gpu.load:.2f}%",
+        temperature="n/a" if gpu.temperature is None else f"{gpu.temperature} C",
+        memory=MemoryInfo(used=_gigabytes(gpu.used), total=_gigabytes(gpu.total)),
     )
-
-
-def _if_supported(form: str, read: Any) -> str:
-    """Read one value; slices of a GPU (MIG, vGPU) tell no load and some no temperature."""
-    try:
-        return form.format(read())
-    except pynvml.NVMLError:
-        return "n/a"
 
 
 def _cpus() -> CPUInfo:

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.errors import ModelLoadError
-from edge_phi3.engine.runtime import MAX_SEQUENCES, Context, Model, default_cells, supports_gpu_offload
+from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.settings import EngineSettings, usable_cores
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -74,31 +75,17 @@ def load(settings: EngineSettings) -> LoadedModel:
 
 
 def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
-    cells = default_cells(model, settings.ctx_size)
     window = _sliding_window(model)
-    original = _original_context(model)
-
-    def scheduler(cells: int, sequences: int, *, unified: bool, max_tokens: int | None) -> Scheduler:
-        return Scheduler(
-            Context(model, cells=cells, sequences=sequences, unified=unified, settings=settings),
+    return [
+        Scheduler(
+            Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings),
             parallel=settings.parallel,
             window=window,
             window_chunk=settings.window_chunk,
             prefix_cache=settings.prefix_cache,
-            max_tokens=max_tokens,
+            max_tokens=shape.max_tokens,
         )
-
-    if original is None or cells <= original:
-        return [scheduler(cells, MAX_SEQUENCES, unified=True, max_tokens=None)]
-    # llama.cpp chooses the rotary factors once a context, by its cells per sequence. Short prompts need a context of
-    # their
-    # own, whose sequences have `original` cells each; it takes as much memory as the long one at most.
-    streams = max(1, min(settings.parallel, cells // original))
-    return [
-        scheduler(original * streams, streams, unified=False, max_tokens=original)
-        if streams > 1
-        else scheduler(original, MAX_SEQUENCES, unified=True, max_tokens=original),
-        scheduler(cells, MAX_SEQUENCES, unified=True, max_tokens=None),
+        for shape in context_shapes(settings, model.context_length, _original_context(model))
     ]
 
 

@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.errors import DecodeFailedError, GrammarError, ModelLoadError
 from edge_phi3.engine.settings import (
-    DEFAULT_CTX_SIZE,
     EngineSettings,
     FlashAttention,
     KVCacheType,
@@ -28,9 +27,6 @@ from edge_phi3.engine.settings import (
 )
 
 logger = logging.getLogger(__name__)
-
-MAX_SEQUENCES = 256
-"""Sequence ids of one llama.cpp context at most (LLAMA_MAX_SEQ)."""
 
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 _FLASH_ATTENTION = {
@@ -240,16 +236,7 @@ class Context:
     """
 
     def __init__(self, model: Model, *, cells: int, sequences: int, unified: bool, settings: EngineSettings) -> None:
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = cells
-        params.n_batch = params.n_ubatch = settings.batch_size
-        params.n_seq_max = sequences
-        params.n_outputs_max = max(settings.batch_size, sequences)
-        params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
-        params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
-        params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
-        params.kv_unified = unified
-        params.no_perf = True
+        params = context_parameters(cells=cells, sequences=sequences, unified=unified, settings=settings)
         # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
         # time: strlen() of a flag that is "" or "\1" is the same question asked in C.
         self._abort_flag = ctypes.create_string_buffer(2)
@@ -393,12 +380,22 @@ class Grammar:
         return Grammar(llama_cpp.llama_sampler_clone(self._handle))
 
 
+def context_parameters(*, cells: int, sequences: int, unified: bool, settings: EngineSettings) -> Any:
+    """Give the ``llama_context_params`` of a `Context`, all that decides on its memory."""
+    params = llama_cpp.llama_context_default_params()
+    params.n_ctx = cells
+    params.n_batch = params.n_ubatch = settings.batch_size
+    params.n_seq_max = sequences
+    params.n_outputs_max = max(settings.batch_size, sequences)
+    params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
+    params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
+    params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
+    params.kv_unified = unified
+    params.no_perf = True
+    return params
+
+
 def _flash_attention(wanted: FlashAttention, kv_cache_type: KVCacheType) -> FlashAttention:
     if wanted == "auto" and kv_cache_type == "f32":
         return "off"
     return wanted
-
-
-def default_cells(model: Model, ctx_size: int) -> int:
-    """Give the KV cells to make: those asked for, or the model's own context within `DEFAULT_CTX_SIZE`."""
-    return ctx_size or min(model.context_length, DEFAULT_CTX_SIZE)

@@ -7,8 +7,12 @@ const REASONS = {
   length: "cut at the length limit",
 };
 
+/** Milliseconds: in less, what is measured is how the browser was told of the text, not how the model wrote it. */
+const TELLING_SPAN = 250;
+
 /**
- * Measure an answer.
+ * Measure an answer. The rate is that of the tokens after the first, or of the whole request where those came within a
+ * moment or all at once, as in beam search.
  * @param {object} result the plain response
  * @param {object} kwargs the request's `generate_kwargs`
  * @param {number[]} endTokens what ends a sequence unless the request says otherwise
@@ -16,14 +20,14 @@ const REASONS = {
  * @param {number} together how many pieces came at once as the first
  */
 export function factsOf(result, kwargs, endTokens, times, together) {
-  const facts = { ...times, tokens: null, prompt: null, rate: null, reasons: [] };
+  const facts = { ...times, tokens: null, prompt: null, rate: null, decoding: false, reasons: [] };
   if (!result.usage) return facts;
   facts.prompt = result.usage.prompt_tokens;
   facts.tokens = result.usage.completion_tokens;
-  // What came first has no time before it to be measured by. Where nothing came after it, all tokens and all time count.
-  const later = times.first === null ? 0 : facts.tokens - Math.max(together, result.sequences.length);
-  const [steps, span] = later > 0 ? [later, times.total - times.first] : [facts.tokens, times.total];
-  if (steps > 0 && span > 0) facts.rate = (steps * 1000) / span;
+  const later = facts.tokens - Math.max(together, result.sequences.length);
+  const span = times.total - times.first;
+  facts.decoding = times.first !== null && later > 0 && span >= TELLING_SPAN;
+  facts.rate = (1000 * (facts.decoding ? later : facts.tokens)) / (facts.decoding ? span : times.total);
   const reasons = result.sequences.map((tokens) => reasonOf(tokens.slice(facts.prompt), result.Result, kwargs, endTokens, facts.prompt));
   facts.reasons = [...new Set(reasons)];
   return facts;
@@ -38,11 +42,11 @@ function reasonOf(tokens, text, kwargs, endTokens, prompt) {
   return kwargs.max_time !== undefined && kwargs.max_time !== null && tokens.length < limit ? "time" : "length";
 }
 
-/** Say it in a few words each. */
+/** Say it in a few words each: what kind of fact, the words, and what they mean where that is not plain. */
 export function wordsOf(facts) {
   const words = [];
   if (facts.tokens !== null) words.push(["tokens", `${facts.tokens} ${facts.tokens === 1 ? "token" : "tokens"}`]);
-  if (facts.rate !== null) words.push(["rate", `${shortNumber(facts.rate)} tokens/s`]);
+  if (facts.rate !== null) words.push(["rate", `${shortNumber(facts.rate)} tokens/s`, facts.decoding ? "After the first token" : "Over the whole request"]);
   if (facts.first !== null) words.push(["first", `first after ${duration(facts.first)}`]);
   words.push(["total", `${duration(facts.total)} in all`]);
   for (const reason of facts.reasons) words.push(["reason", REASONS[reason]]);

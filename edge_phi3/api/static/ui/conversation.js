@@ -81,7 +81,7 @@ class View {
     this.copyButton.hidden = !answers.some(Boolean);
     const words = facts === null ? [] : wordsOf(facts);
     if (status === "stopped") words.push(["reason", "stopped"]);
-    this.facts.replaceChildren(...words.map(([kind, text]) => el("li", { "data-fact": kind }, text)));
+    this.facts.replaceChildren(...words.map(([kind, text, title]) => el("li", { "data-fact": kind, title }, text)));
   }
 
   addText() {

@@ -47,6 +47,11 @@ function typesOf(schema) {
   return schema.oneOf ? schema.oneOf.flatMap(typesOf) : [schema.type];
 }
 
+// A long name may go on in the next line after an underscore.
+function breakable(name) {
+  return name.split(/(?<=_)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
+}
+
 function isJSON(text) {
   try {
     JSON.parse(text);
@@ -133,7 +138,7 @@ class Field {
     this.row = el(
       "div",
       { class: "parameter" },
-      el("label", { for: id }, name),
+      el("label", { for: id }, ...breakable(name)),
       this.reset,
       this.control,
       this.slider,

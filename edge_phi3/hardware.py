@@ -1,0 +1,83 @@
+"""What this machine has: its GPUs through NVML, and the memory that a process may still take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pynvml
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU, or a slice of one.
+
+    Attributes:
+        index: its place in NVML's order, which is that of the PCI bus.
+        name: as NVIDIA calls it.
+        total: bytes of its memory.
+        used: those that are taken.
+        free: those that are left.
+        load: per cent of the last moments in which it worked; None when it cannot tell, as slices (MIG, vGPU).
+        temperature: degrees Celsius, None when it cannot tell.
+    """
+
+    index: int
+    name: str
+    total: int
+    used: int
+    free: int
+    load: int | None
+    temperature: int | None
+
+
+def gpus() -> list[Gpu]:
+    """Describe NVIDIA's GPUs; none without a GPU or its driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(index: int) -> Gpu:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    name = pynvml.nvmlDeviceGetName(handle)
+    return Gpu(
+        index=index,
+        name=name.decode() if isinstance(name, bytes) else name,
+        total=int(memory.total),
+        used=int(memory.used),
+        free=int(memory.free),
+        load=_if_supported(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        temperature=_if_supported(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
+    )
+
+
+def _if_supported(read: Callable[[], int]) -> int | None:
+    try:
+        return int(read())
+    except pynvml.NVMLError:
+        return None
+
+
+def available_memory() -> int:
+    """Give the bytes of main memory that this process may still take: the machine's, within its cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        statistics = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return available
+    # Cached files count as used until somebody needs their memory.
+    cached = next((int(line.split()[1]) for line in statistics if line.startswith("inactive_file ")), 0)
+    return max(0, min(available, limit - used + cached))

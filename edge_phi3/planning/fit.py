@@ -1,0 +1,263 @@
+"""Which quantisations of a model fit a machine's memory, with how much context, and how to serve the best of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
+from edge_phi3.conversion.quantize_plan import predict_sizes
+from edge_phi3.engine.settings import FlashAttention, KVCacheType
+from edge_phi3.planning.budget import Memory, Placement, host_pattern, place
+from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton
+from edge_phi3.planning.process import Answer, AskedContext, ContextMemory, Job, ask, context_memory, placements
+
+BEST_FIRST = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XS", "IQ1_M")
+"""What is recommended: the first that fits. What the advice of the other types says speaks against them."""
+
+PARTLY = "Q4_K_M"
+"""What is recommended when only some layers fit the GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is to be served, in the words of `Settings`."""
+
+    ctx_size: int = 0
+    parallel: int = 16
+    batch_size: int = 512
+    kv_cache_type: KVCacheType = "f16"
+    flash_attn: FlashAttention = "auto"
+    n_gpu_layers: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where it is to be served.
+
+    Attributes:
+        gpu: whether layers are to lie on a GPU.
+        name: what to call it.
+        free: bytes of the GPU's memory, or of main memory without one.
+        reserve: bytes of them to leave alone.
+        main_memory: bytes beside the GPU's; None when they are not known or the same.
+        visible: the GPU to ask, as in CUDA_VISIBLE_DEVICES; empty for none, None when it is left as it is.
+    """
+
+    gpu: bool
+    name: str
+    free: int
+    reserve: int
+    main_memory: int | None = None
+    visible: str | None = None
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the model may take."""
+        return max(0, self.free - self.reserve)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One quantisation.
+
+    Attributes:
+        type: its name; what the file has, when it is one.
+        bits_per_weight: of all tensors.
+        needs_imatrix: whether an importance matrix is needed to make it.
+        placement: what it takes, with as many layers on the GPU as asked for, or as many as fit.
+        fits: whether that fits.
+    """
+
+    type: str
+    bits_per_weight: float
+    needs_imatrix: bool
+    placement: Placement
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """The answer.
+
+    Attributes:
+        options: what was asked.
+        machine: for which machine.
+        layers: blocks of the model, and one for its output.
+        cells: KV cells of each context.
+        gpu_asked: whether the GPU's llama.cpp told its buffers; otherwise they are those of the CPU's.
+        rows: each quantisation, from large to small.
+        best: the recommended one; None when nothing fits.
+    """
+
+    options: Options
+    machine: Machine
+    layers: int
+    cells: tuple[int, ...]
+    gpu_asked: bool
+    rows: tuple[Row, ...]
+    best: Row | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    type: str
+    needs_imatrix: bool
+    layout: Layout
+
+
+def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] = ()) -> Fit:
+    """Plan every quantisation of a model; of a file that is quantised already, that file alone.
+
+    Args:
+        base: the model, real or a skeleton.
+        options: how it is to be served.
+        machine: where.
+        types: names of file types; by default all that suit Phi-3.
+
+    Raises:
+        PlanningError: llama.cpp cannot plan the model with these options.
+        UnknownQuantizationError: a type that llama.cpp does not have.
+        QuantizeError: llama.cpp cannot read the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="edge-phi3-fit-") as folder:
+        candidates = _candidates(base, types, Path(folder))
+        planner = _Planner(base, options, machine)
+        placed = planner.plan(candidates)
+    rows = []
+    for candidate, placement in zip(candidates, placed, strict=True):
+        fits = planner.fits(placement)
+        rows.append(Row(candidate.type, candidate.layout.bits_per_weight, candidate.needs_imatrix, placement, fits))
+    return Fit(
+        options, machine, base.layers + 1, planner.cells, planner.gpu_asked, tuple(rows), _best(rows, base.layers + 1)
+    )
+
+
+def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candidate]:
+    if base.quantised:
+        return [_Candidate(_name_of(base), False, base)]
+    names = [quantization_type(name).name for name in types]
+    names = names or [type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.special]
+    plans = {
+        plan.type.name: plan for plan in predict_sizes(base.path, sorted(names, key=list(QUANTIZATION_TYPES).index))
+    }
+    # With a matrix some of these recipes give other types to some tensors.
+    guided = [name for name, plan in plans.items() if plan.needs_imatrix]
+    if guided:
+        matrix = write_blank_imatrix(folder / "imatrix.gguf", base)
+        plans |= {plan.type.name: plan for plan in predict_sizes(base.path, guided, imatrix=matrix)}
+    return [
+        _Candidate(name, name in guided, write_skeleton(folder / f"{name}.gguf", base, plan))
+        for name, plan in plans.items()
+    ]
+
+
+def _name_of(base: Layout) -> str:
+    return base.path.stem
+
+
+class _Planner:
+    """Asks llama.cpp, and where a model does not fit the GPU asks again with fewer layers there."""
+
+    def __init__(self, base: Layout, options: Options, machine: Machine) -> None:
+        self._options = options
+        self._machine = machine
+        self._all = base.layers + 1
+        original = base.hyper_parameter("rope.scaling.original_context_length")
+        context_length = base.hyper_parameter("context_length")
+        self._contexts = AskedContext(
+            options.ctx_size,
+            options.parallel,
+            options.batch_size,
+            options.kv_cache_type,
+            options.flash_attn,
+            context_length,
+            original if 0 < original < context_length else None,
+        )
+        self.gpu_asked = False
+        self.cells: tuple[int, ...] = ()
+
+    def plan(self, candidates: Sequence[_Candidate]) -> list[Placement]:
+        wanted = self._options.n_gpu_layers
+        layers = self._all if wanted < 0 else min(wanted, self._all)
+        counts: list[int | None] = [layers if self._machine.gpu else None] * len(candidates)
+        found = self._ask(candidates, counts)
+        while wanted < 0 and (missing := [i for i, place in enumerate(found) if self._too_large(place)]):
+            for i in missing:
+                counts[i] = self._fewer(candidates[i], found[i])
+            again = self._ask([candidates[i] for i in missing], [counts[i] for i in missing])
+            for i, placement in zip(missing, again, strict=True):
+                found[i] = placement
+        return found
+
+    def fits(self, placement: Placement) -> bool:
+        """Whether all is within the budget, and the GPU, where there is one, has something to do."""
+        machine = self._machine
+        if placement.layers is None:
+            return placement.host.total <= machine.budget
+        within = machine.main_memory is None or placement.host.total <= machine.main_memory
+        chosen = self._options.n_gpu_layers >= 0 or placement.layers > 0
+        return placement.device.total <= machine.budget and within and chosen
+
+    def _too_large(self, placement: Placement) -> bool:
+        return bool(placement.layers) and placement.device.total > self._machine.budget
+
+    def _fewer(self, candidate: _Candidate, placement: Placement) -> int:
+        """Give the number of layers that would fit if the compute buffers stayed as they are, one fewer at least."""
+        assert placement.layers is not None
+        device = placement.device
+        # The cache of one block, whichever is counted, from what all take together.
+        kv_cache = device.kv_cache + placement.host.kv_cache
+        for count in range(placement.layers - 1, 0, -1):
+            contexts = [ContextMemory(0, kv_cache, {}, 0)]
+            planned = place(candidate.layout, contexts, set(), offloaded=count, gpu_asked=True)
+            if planned.device.total + device.compute <= self._machine.budget:
+                return count
+        return 0
+
+    def _ask(self, candidates: Sequence[_Candidate], counts: Sequence[int | None]) -> list[Placement]:
+        jobs = []
+        for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
+            # Without a GPU what the contexts take does not depend on the weights' type.
+            contexts = self._contexts if self._machine.gpu or number == 0 else None
+            pattern = host_pattern(candidate.layout, count or 0)
+            jobs.append(Job(str(candidate.layout.path), count or 0, pattern, contexts))
+        replies = ask(jobs, gpu=self._machine.visible if self._machine.gpu else "")
+        self.gpu_asked = self._machine.gpu and replies.gpu_offload
+        shared = _memories(replies.answers[0])
+        self.cells = tuple(memory.cells for memory in shared)
+        return [
+            place(
+                candidate.layout,
+                _memories(answer) or shared,
+                # A CPU without a GPU beside it repacks weights, with one it does not.
+                placements(answer.placed) if self.gpu_asked or not self._machine.gpu else set(),
+                offloaded=count,
+                gpu_asked=self.gpu_asked,
+            )
+            for candidate, answer, count in zip(candidates, replies.answers, counts, strict=True)
+        ]
+
+
+def _memories(answer: Answer) -> list[ContextMemory]:
+    return [context_memory(log) for log in answer.contexts]
+
+
+def _best(rows: Sequence[Row], layers: int) -> Row | None:
+    fitting = {row.type: row for row in rows if row.fits}
+    if len(rows) == 1:
+        return next(iter(fitting.values()), None)
+    whole = {name: row for name, row in fitting.items() if row.placement.layers in {None, layers}}
+    order = [*BEST_FIRST, *whole]
+    ready = next((whole[name] for name in order if name in whole and not whole[name].needs_imatrix), None)
+    partly = fitting.get(PARTLY)
+    guided = next((whole[name] for name in order if name in whole), None)
+    return ready or partly or guided or next(iter(fitting.values()), None)
+
+
+def memory_fields(memory: Memory) -> dict[str, int]:
+    """Give the parts of a memory by name, with their total."""
+    return dataclasses.asdict(memory) | {"total": memory.total}

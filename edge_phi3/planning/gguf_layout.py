@@ -1,0 +1,213 @@
+"""GGUF files as llama.cpp's loader sees them: hyper-parameters, tensors, and where each lies.
+
+A skeleton is a GGUF whose weights are a hole in a sparse file: it takes a few kilobytes of the disk, and llama.cpp
+plans the memory of the model from it as from the real one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from edge_phi3.conversion.encode import encoded_size, tensor_type
+from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
+from edge_phi3.conversion.phi3 import Phi3
+from edge_phi3.conversion.quantize_plan import SizePrediction
+from edge_phi3.planning.errors import PlanningError
+
+_ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
+_ALIGNMENT = 32
+_SPLIT = re.compile(r"-00001-of-(\d{5})\.gguf$")
+_UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
+
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+
+HyperParameter = tuple[str, Any, GGUFValueType]
+"""A key of a GGUF, its value, and the type that it is stored in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor of a GGUF. `shape` has the rows first; `offset` and `size` are bytes in the file number `file`."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    size: int
+    offset: int
+    file: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model in one or more GGUF files.
+
+    Attributes:
+        path: the file, the first one of a split model.
+        hyper_parameters: the keys of Phi-3.
+        tensors: all of them.
+    """
+
+    path: Path
+    hyper_parameters: tuple[HyperParameter, ...]
+    tensors: tuple[Tensor, ...]
+
+    def hyper_parameter(self, name: str) -> int:
+        """Give a whole number among the hyper-parameters, 0 when it is absent; ``phi3.`` is left out of its name."""
+        found = (value for key, value, _ in self.hyper_parameters if key == f"{_ARCHITECTURE}.{name}")
+        return int(next(found, 0))
+
+    @property
+    def layers(self) -> int:
+        """How many blocks there are."""
+        return self.hyper_parameter("block_count")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether a matrix has fewer than 16 bits a weight."""
+        return any(tensor.type not in _UNQUANTISED for tensor in self.tensors)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the output matrix too."""
+        return all(tensor.name != OUTPUT for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of all tensors together."""
+        weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
+        return 8 * sum(tensor.size for tensor in self.tensors) / weights
+
+
+def read_layout(path: Path) -> Layout:
+    """Read the header of a GGUF, of each file when it is split.
+
+    Raises:
+        PlanningError: it is no whole GGUF, holds another kind of model, or tensor types not known here.
+    """
+    hyper_parameters: tuple[HyperParameter, ...] = ()
+    tensors = []
+    for number, part in enumerate(_parts(path)):
+        try:
+            reader = gguf.GGUFReader(part)
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            raise PlanningError(f"{part} cannot be read as a GGUF: {error}.") from error
+        if number == 0:
+            hyper_parameters = _hyper_parameters(part, reader)
+        tensors += [
+            Tensor(
+                tensor.name,
+                tuple(int(size) for size in reversed(tensor.shape)),
+                tensor.tensor_type,
+                int(tensor.n_bytes),
+                int(tensor.data_offset),
+                number,
+            )
+            for tensor in reader.tensors
+        ]
+    return Layout(path, hyper_parameters, tuple(tensors))
+
+
+def _parts(path: Path) -> list[Path]:
+    match = _SPLIT.search(path.name)
+    if match is None:
+        return [path]
+    stem = path.name[: match.start()]
+    return [path.with_name(f"{stem}-{index:05}-of-{match[1]}.gguf") for index in range(1, int(match[1]) + 1)]
+
+
+def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParameter, ...]:
+    stated = reader.fields.get("general.architecture")
+    architecture = stated.contents() if stated else None
+    if architecture != _ARCHITECTURE:
+        raise PlanningError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
+    return tuple(
+        (name, field.contents(), field.types[0])
+        for name, field in reader.fields.items()
+        if name.startswith(f"{_ARCHITECTURE}.") and field.types[0] not in (GGUFValueType.ARRAY, GGUFValueType.STRING)
+    )
+
+
+def write_base(path: Path, model: Phi3) -> Layout:
+    """Write the skeleton of a checkpoint converted to F16."""
+    shapes = [(spec.name, spec.shape) for spec in model.tensors().values()]
+    if model.longrope is not None:
+        factors = model.longrope.short_factor.shape
+        shapes += [("rope_factors_long.weight", factors), ("rope_factors_short.weight", factors)]
+    writer = gguf.GGUFWriter(path, _ARCHITECTURE)
+    model.write_metadata(writer)
+    tensors = [(name, shape, tensor_type(name, shape, GGMLQuantizationType.F16)) for name, shape in shapes]
+    _write(writer, path, tensors)
+    return read_layout(path)
+
+
+def write_skeleton(path: Path, base: Layout, plan: SizePrediction) -> Layout:
+    """Write the skeleton of what a quantisation of `base` would give."""
+    writer = gguf.GGUFWriter(path, _ARCHITECTURE)
+    for key, value, kind in base.hyper_parameters:
+        writer.add_key_value(key, value, kind)
+    tensors = [
+        (tensor.name, _rows_first(tensor.shape), GGMLQuantizationType[tensor.target_type.upper()])
+        for tensor in plan.tensors
+    ]
+    start = _write(writer, path, tensors)
+    placed = []
+    for (name, shape, kind), planned in zip(tensors, plan.tensors, strict=True):
+        placed.append(Tensor(name, shape, kind, planned.target_bytes, start))
+        start += _padded(planned.target_bytes)
+    return Layout(path, base.hyper_parameters, tuple(placed))
+
+
+def write_blank_imatrix(path: Path, base: Layout) -> Path:
+    """Write an importance matrix in which nothing matters more than the rest: enough for a plan; give its path."""
+    entries = {
+        tensor.name: ImatrixEntry(np.ones((1, tensor.shape[-1]), np.float32), np.ones(1, np.float32))
+        for tensor in base.tensors
+        if tensor.name.startswith("blk.") and len(tensor.shape) > 1
+    }
+    write_imatrix(path, Imatrix(entries, ["none"], 1, 1), force=True)
+    return path
+
+
+def _write(
+    writer: gguf.GGUFWriter, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]
+) -> int:
+    """Write header and tensor infos, and make the file as long as with its weights; give where they would begin."""
+    total = 0
+    for name, shape, kind in tensors:
+        size = encoded_size(math.prod(shape), kind)
+        assert shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        total += _padded(size)
+        if name == EMBEDDING and f"{_ARCHITECTURE}.vocab_size" not in writer.kv_data[0]:
+            writer.add_vocab_size(shape[0])
+    # The texts of the tokens take no part in the plan.
+    writer.add_tokenizer_model("no_vocab")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    start = _padded(path.stat().st_size)
+    with path.open("r+b") as file:
+        file.truncate(start + total)
+    return start
+
+
+def _rows_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Turn the shape of a plan, columns first and filled up to four sizes."""
+    sizes = list(shape)
+    while len(sizes) > 1 and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(reversed(sizes))
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

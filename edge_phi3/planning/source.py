@@ -1,0 +1,95 @@
+"""From a MODEL to its numbers, without its weights: what planning knows, reads, or downloads of it (one small file)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edge_phi3.catalog import PRESETS, Catalog, UnreachableError, parse_reference
+from edge_phi3.catalog.listing import small_files
+from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
+from edge_phi3.conversion.checkpoint import read_json
+from edge_phi3.conversion.phi3 import Phi3, read_phi3
+from edge_phi3.planning.errors import PlanningError
+from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
+from edge_phi3.progress import ProgressReporter
+
+_MINI: dict[str, Any] = {
+    "architectures": ["Phi3ForCausalLM"],
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32064,
+    "original_max_position_embeddings": 4096,
+}
+_CONFIGS: dict[str, dict[str, Any]] = {
+    PRESETS["phi-3-mini-4k-instruct"]: {**_MINI, "max_position_embeddings": 4096, "sliding_window": 2047},
+    PRESETS["phi-3-mini-128k-instruct"]: {
+        **_MINI,
+        "max_position_embeddings": 131072,
+        "sliding_window": 262144,
+        # One factor for each pair of a head's 96 elements. Their number takes memory, their values do not matter here.
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48},
+    },
+}
+"""What the ``config.json`` of the presets says, as far as it decides on memory."""
+
+
+def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
+    """Give a model's GGUF, or a skeleton of its checkpoint in F16.
+
+    Args:
+        reference: see `edge_phi3.catalog.reference.parse_reference`.
+        folder: where a skeleton may be written; it must outlive the layout's use.
+        store: the model store, None for the usual one.
+        progress: told of the download of ``config.json``.
+
+    Raises:
+        ModelReferenceError: the reference means nothing.
+        HubError: the Hub does not have it, or cannot be asked.
+        ConversionError: ``config.json`` is not that of a Phi-3.
+        PlanningError: a GGUF on the Hub that is not in the store.
+    """
+    wanted = parse_reference(reference)
+    if isinstance(wanted, LocalGguf):
+        return read_layout(wanted.path)
+    if isinstance(wanted, LocalCheckpoint):
+        return write_base(folder / "base.gguf", _read_config(wanted.path))
+    if isinstance(wanted, HubCheckpoint):
+        known = _CONFIGS.get(wanted.repository) if wanted.revision == "main" else None
+        model = read_phi3(known) if known else _download_config(wanted, progress)
+        return write_base(folder / "base.gguf", model)
+    for stored in Catalog(store).stored():
+        if stored.source == wanted.repository and stored.path.name == Path(wanted.files[0]).name:
+            return read_layout(stored.path)
+    raise PlanningError(
+        f"{wanted.text} is not in the store, and what it takes stands in the file itself: `edge-phi3 pull"
+        f" {wanted.text}` first, or plan for the checkpoint that it was made from."
+    )
+
+
+def _read_config(folder: Path) -> Phi3:
+    config = read_json(folder / "config.json")
+    assert config is not None, "parse_reference asks for it"
+    return read_phi3(config)
+
+
+def _download_config(wanted: HubCheckpoint, progress: ProgressReporter) -> Phi3:
+    # Takes longer to import than all the rest of a plan that needs no network.
+    from edge_phi3.catalog.hub import Hub  # noqa: PLC0415 (see above)
+
+    hub = Hub(progress)
+    try:
+        snapshot = hub.snapshot(wanted.repository, wanted.revision)
+        config = next(file for file in small_files(snapshot) if file.name == "config.json")
+        with tempfile.TemporaryDirectory(prefix="edge-phi3-fit-") as folder:
+            hub.download(snapshot, config, Path(folder) / config.name)
+            return _read_config(Path(folder))
+    except UnreachableError as error:
+        raise PlanningError(
+            f"The config.json of {wanted.text} is needed, and {error}; name the folder of its checkpoint, or one of"
+            f" {', '.join(PRESETS)}, which need no network."
+        ) from error

@@ -1,0 +1,168 @@
+"""Planned memory against what llama.cpp allocates when an engine really loads the model, as its own log tells."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.imatrix import make_imatrix
+from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
+from edge_phi3.engine.loader import load
+from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.planning.fit import Machine, Options, Row, fit
+from edge_phi3.planning.gguf_layout import read_layout
+from edge_phi3.planning.source import find_base
+from edge_phi3.progress import SilentProgress
+from tests.golden.checkpoints import longrope, write_checkpoint
+
+MIB = 1 << 20
+TOLERANCE = 0.05
+ROUNDING = 0.011 * MIB
+"""llama.cpp logs hundredths of a MiB, of which the smallest buffers here have a few."""
+
+MACHINE = Machine(gpu=False, name="a machine", free=64 << 30, reserve=0)
+
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "heads": 4, "layers": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    "4k": {},
+    "grouped": {"kv_heads": 2},
+    "tied": {"config": {"tie_word_embeddings": True}},
+    "128k": {"max_position_embeddings": 131072, "rope_scaling": longrope(64), "sliding_window": None},
+}
+
+TYPES = (
+    "F32",
+    "F16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K_M",
+    "Q4_K_M",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q3_K_M",
+    "Q2_K",
+    "IQ3_XXS",
+    "IQ2_XS",
+)
+FEW_TYPES = ("F16", "Q4_K_M", "Q4_0")
+
+GRID: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "one sequence": {"parallel": 1, "ctx_size": 256},
+    "large": {"parallel": 64, "ctx_size": 16384},
+    "odd context": {"parallel": 3, "ctx_size": 5000},
+    "f32": {"kv_cache_type": "f32", "ctx_size": 2048},
+    "q8_0": {"kv_cache_type": "q8_0", "ctx_size": 8192},
+    "small batch": {"batch_size": 64, "ctx_size": 4096},
+    "large batch": {"batch_size": 2048, "ctx_size": 8192},
+    "no flash attention": {"flash_attn": "off", "ctx_size": 4096},
+    "flash attention": {"flash_attn": "on", "kv_cache_type": "f32", "ctx_size": 4096},
+}
+
+
+class Made:
+    """The models, each made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def checkpoint(self, name: str) -> Path:
+        folder = self._folder / name
+        if not folder.exists():
+            write_checkpoint(folder, **(SHAPE | MODELS[name]))
+        return folder
+
+    def gguf(self, name: str, kind: str) -> Path:
+        path = self._folder / f"{name}-{kind}.gguf"
+        if not path.exists() and kind in {"F32", "F16"}:
+            convert(self.checkpoint(name), path, outtype=kind.lower())
+        elif not path.exists():
+            needed = QUANTIZATION_TYPES[kind].needs_imatrix
+            quantize(self.gguf(name, "F16"), path, type=kind, imatrix=self._imatrix(name) if needed else None)
+        return path
+
+    def _imatrix(self, name: str) -> Path:
+        path = self._folder / f"{name}-imatrix.gguf"
+        if not path.exists():
+            make_imatrix(self.gguf(name, "F16"), path, chunks=2)
+        return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("models"))
+
+
+def planned(checkpoint: Path, folder: Path, types: tuple[str, ...], **options: Any) -> dict[str, dict[str, int]]:
+    """Plan; bytes by type and kind of buffer."""
+    base = find_base(str(checkpoint), folder, store=None, progress=SilentProgress())
+    found = fit(base, Options(**options), MACHINE, types)
+    return {row.type: parts(row) for row in found.rows}
+
+
+def parts(row: Row) -> dict[str, int]:
+    """Bytes by kind of buffer, in llama.cpp's words."""
+    memory = row.placement.host
+    return {"model": memory.weights, "KV": memory.kv_cache, "compute": memory.compute, "output": memory.output}
+
+
+def allocated(path: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> Mapping[str, int]:
+    """Load; the bytes of each kind of buffer that llama.cpp says it allocated."""
+    caplog.clear()
+    with caplog.at_level(logging.DEBUG, logger="edge_phi3.engine.runtime"):
+        load(EngineSettings(path, **options)).close()
+    found: Counter[str] = Counter()
+    for record in caplog.records:
+        if match := re.search(r"(\w+) buffer size = +([\d.]+) MiB", record.getMessage()):
+            found[match[1]] += round(float(match[2]) * MIB)
+    return found
+
+
+def check(plan: Mapping[str, int], truth: Mapping[str, int]) -> None:
+    assert plan.keys() == truth.keys()
+    for kind, size in truth.items():
+        assert plan[kind] == pytest.approx(size, rel=TOLERANCE, abs=2 * ROUNDING), kind
+    assert sum(plan.values()) == pytest.approx(sum(truth.values()), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("model", ["4k", "128k"])
+def test_contexts_and_parallelism(made: Made, caplog: pytest.LogCaptureFixture, model: str, case: str) -> None:
+    path = made.gguf(model, "Q4_K_M")
+    (row,) = fit(read_layout(path), Options(**GRID[case]), MACHINE).rows
+    assert row.type == path.stem
+    check(parts(row), allocated(path, caplog, **GRID[case]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_types(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str) -> None:
+    options = {"ctx_size": 8192, "parallel": 2} if model == "128k" else {"ctx_size": 512}
+    plans = planned(made.checkpoint(model), tmp_path, () if model == "4k" else FEW_TYPES, **options)
+    if model == "4k":
+        assert plans.keys() == {type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.special}
+    for name in TYPES if model == "4k" else FEW_TYPES:
+        check(plans[name], allocated(made.gguf(model, name), caplog, **options))
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16"])
+def test_a_file_is_planned_as_its_checkpoint(made: Made, tmp_path: Path, kind: str) -> None:
+    found = fit(read_layout(made.gguf("128k", kind)), Options(), MACHINE, FEW_TYPES)
+    assert {row.type: parts(row) for row in found.rows} == planned(made.checkpoint("128k"), tmp_path, FEW_TYPES)
+
+
+def test_two_contexts_are_counted_for_a_model_with_two_sets_of_rotary_factors(made: Made, tmp_path: Path) -> None:
+    base = find_base(str(made.checkpoint("128k")), tmp_path, store=None, progress=SilentProgress())
+    assert fit(base, Options(ctx_size=4096), MACHINE, ["F16"]).cells == (4096,)
+    both = fit(base, Options(ctx_size=16384, parallel=3), MACHINE, ["F16"])
+    # Three streams of the original context for short prompts, and one cache for long ones.
+    assert both.cells == (3 * 4096, 16384)
+    cell = 2 * 3 * 256 * 2
+    assert both.rows[0].placement.host.kv_cache == pytest.approx((3 * 4096 + 16384) * cell, rel=0.001)

@@ -1,0 +1,189 @@
+"""``edge-phi3 fit``: the table, JSON, the command that it recommends, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edge_phi3.commands import fit as module
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.hardware import Gpu
+from tests.catalog.hub_server import HubServer, Repository
+from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.test_cli import Result, edge_phi3
+
+GIB = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def _without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(module, "gpus", list)
+    monkeypatch.chdir(tmp_path)
+
+
+def answer(*arguments: str) -> Any:
+    result = edge_phi3("fit", *arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def recommended(result: Result) -> list[str]:
+    assert result.returncode == 0, result.stderr
+    return [line for line in result.stdout.splitlines() if "edge-phi3 " in line or "scripts/" in line]
+
+
+def settings_of(command: str) -> str:
+    """What serve would run with, as it prints it."""
+    verb, *arguments = shlex.split(command)
+    assert verb == "edge-phi3"
+    result = edge_phi3(*arguments, "--print-config")
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_demo_fits_and_the_command_serves_it_as_planned() -> None:
+    result = edge_phi3("fit", "demo", "--memory", "1GiB", "--ctx-size", "2048", "--kv-cache-type", "f32")
+    assert "Q8_0" in result.stdout
+    assert "KV cache" in result.stdout
+    assert "context of 2,048 tokens for up to 16 sequences" in result.stderr
+    (command,) = recommended(result)
+    assert command == "edge-phi3 serve demo --quant Q8_0 --ctx-size 2048 --kv-cache-type f32"
+    assert "ctx-size = 2048" in settings_of(command)
+
+
+def test_presets_need_neither_weights_nor_network() -> None:
+    found = answer("phi-3-mini-4k-instruct", "--memory", "6GiB", "--reserve", "0")
+    assert found["contexts"] == [4096]
+    types = {row["type"]: row for row in found["types"]}
+    assert types["Q4_K_M"]["fits"]
+    assert not types["F16"]["fits"]
+    # 384 KiB a token, as docs/deployment.md has it.
+    assert types["Q4_K_M"]["main_memory"]["kv_cache"] == 4096 * 384 * 1024
+    assert found["recommended"]["commands"] == [
+        f"edge-phi3 serve phi-3-mini-4k-instruct --quant {found['recommended']['type']}"
+    ]
+    both = answer("phi-3-mini-128k-instruct", "--memory", "24GiB", "--ctx-size", "16384", "--quant", "Q4_K_M")
+    assert both["contexts"] == [16384, 16384]
+
+
+def test_a_gpu_that_is_not_here_gets_the_layers_that_fit() -> None:
+    options = ("--device", "gpu", "--memory", "2GiB", "--quant", "Q4_K_M")
+    result = edge_phi3("fit", "phi-3-mini-4k-instruct", *options)
+    assert "compute buffers are those of its CPU backend" in result.stderr
+    found = answer("phi-3-mini-4k-instruct", *options)
+    (row,) = found["types"]
+    assert 0 < row["layers_on_gpu"] < found["layers"] == 33
+    assert row["gpu"]["total"] <= 2 * GIB - found["machine"]["reserve"]
+    (command,) = recommended(result)
+    assert f"--n-gpu-layers {row['layers_on_gpu']}" in command
+    assert f"n-gpu-layers = {row['layers_on_gpu']}" in settings_of(command)
+
+
+def test_this_machines_gpu_is_taken_and_one_of_several_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Gpu(index=0, name="A2", total=16 * GIB, used=4 * GIB, free=12 * GIB, load=0, temperature=40)
+    monkeypatch.setattr(module, "gpus", lambda: [first])
+    result = edge_phi3("fit", "phi-3-mini-4k-instruct", "--quant", "Q8_0")
+    assert "For A2, 12,288.0 of 16,384.0 MiB free" in result.stderr
+    assert "33 of 33" in result.stdout
+    assert recommended(result) == ["edge-phi3 serve phi-3-mini-4k-instruct --quant Q8_0"]
+    monkeypatch.setattr(module, "gpus", lambda: [first, first])
+    several = edge_phi3("fit", "phi-3-mini-4k-instruct", "--quant", "Q8_0")
+    assert recommended(several)[0].startswith("CUDA_VISIBLE_DEVICES=0 edge-phi3 serve")
+
+
+def test_types_that_need_a_matrix_come_with_the_command_that_makes_them() -> None:
+    result = edge_phi3("fit", "phi-3-mini-4k-instruct", "--memory", "8GiB", "--quant", "IQ2_M")
+    first, second = recommended(result)
+    assert first == (
+        "python scripts/convert_and_quantize.py phi-3-mini-4k-instruct --quant IQ2_M --imatrix auto --output-dir models"
+    )
+    assert second.startswith("edge-phi3 serve models/phi-3-mini-4k-instruct-IQ2_M.gguf")
+
+
+def test_files_are_planned_as_they_are_or_as_they_could_be(tmp_path: Path) -> None:
+    plain, small = tmp_path / "demo-f16.gguf", tmp_path / "demo-small.gguf"
+    convert(DEMO_CHECKPOINT, plain, outtype="f16")
+    quantize(plain, small, type="Q4_0")
+    (row,) = answer(str(small))["types"]
+    assert row["type"] == "demo-small"
+    assert row["bits_per_weight"] == pytest.approx(4.81, abs=0.01)
+    assert recommended(edge_phi3("fit", str(small))) == [f"edge-phi3 serve {small}"]
+    make, serve = recommended(edge_phi3("fit", str(plain)))
+    assert make == f"edge-phi3 quantize {plain} -o {tmp_path}/demo-f16-Q8_0.gguf --type Q8_0"
+    assert serve == f"edge-phi3 serve {tmp_path}/demo-f16-Q8_0.gguf"
+    for line in (make, serve):
+        arguments = shlex.split(line)[1:]
+        assert edge_phi3(*arguments, *(["--print-config"] if arguments[0] == "serve" else [])).returncode == 0
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    checkpoint = write_checkpoint(
+        tmp_path / "tiny", max_position_embeddings=131072, rope_scaling=longrope(16), dtype="bfloat16"
+    )
+    with HubServer() as server:
+        server.repositories["owner/tiny"] = Repository.of(checkpoint)
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+        monkeypatch.delenv("HF_HUB_OFFLINE")
+        yield server
+
+
+def test_of_a_repository_only_the_configuration_is_downloaded(hub: HubServer, tmp_path: Path) -> None:
+    assert answer("owner/tiny", "--ctx-size", "8192", "--parallel", "1")["contexts"] == [4096, 8192]
+    files = {request.path.rsplit("/", 1)[-1] for request in hub.requests if request.sent}
+    assert "config.json" in files
+    assert not any(name.endswith(".safetensors") for name in files)
+    assert not (tmp_path / "tiny" / "base.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("phi-3-mini-4k-instruct", "--memory", "600MiB"), 1, "Nothing fits into 88.0 MiB; lower --ctx-size"),
+        (("demo", "--memory", "much"), 2, "'much' is not a size; give one such as 8GiB or 512MiB."),
+        (("demo", "--device", "gpu"), 2, "there is no GPU here; describe one with --memory"),
+        (("demo", "--ctx-size", "-1"), 2, "--ctx-size: '-1' is not allowed"),
+        (("demo", "--quant", "Q4"), 1, "'Q4' is not a quantisation type"),
+        (("owner/tiny",), 1, "The config.json of owner/tiny is needed, and HF_HUB_OFFLINE is set"),
+        (("owner/tiny/a.gguf",), 1, "`edge-phi3 pull owner/tiny/a.gguf` first"),
+        (("nonsense",), 1, "is neither a file nor a folder here"),
+        (("demo", "--flash-attn", "off", "--kv-cache-type", "q8_0"), 1, "llama.cpp cannot tell what"),
+        ((), 2, "Missing argument"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
+    result = edge_phi3("fit", *arguments)
+    assert result.returncode == code, result.stderr
+    assert words in " ".join(result.stderr.split())
+
+
+def test_a_file_that_is_no_phi_3_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + b"\0" * 100)
+    result = edge_phi3("fit", str(path))
+    assert result.returncode == 1
+    assert str(path) in result.stderr
+
+
+def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edge_phi3 import hardware
+
+    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    assert hardware.available_memory() == 8 * GIB
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
+    (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {GIB}\n")
+    assert hardware.available_memory() == 8 * GIB
+    (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
+    assert hardware.available_memory() == 2 * GIB
