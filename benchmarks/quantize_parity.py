@@ -1,9 +1,11 @@
-"""Record what llama-quantize makes of the demo model, and compare `edge-phi3 quantize` with it.
+"""Record what llama-quantize makes of a model, and compare `edge-phi3 quantize` with it.
 
     python -m benchmarks.quantize_parity --record         # builds llama-quantize the first time, see benchmarks.peers
+    python -m benchmarks.quantize_parity --model wide --record
 
-`--record` writes tests/golden/quantized.json, which the tests compare with on machines without llama-quantize. Exit
-code 1 when any tensor differs.
+The model is the demo, or a random one with Phi-3's real widths and vocabulary. `--record` writes its digests to
+tests/golden/quantized.json, which the tests compare with on machines without llama-quantize, or for the wide model,
+which takes too long for them, to benchmarks/results/quantized-wide.json. Exit code 1 when any tensor differs.
 """
 
 from __future__ import annotations
@@ -14,23 +16,31 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.models import model_path
 from benchmarks.peers import add_arguments, build_peers
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.settings import usable_cores
-from tests.golden.quantized import CASES, RECORD, digest, write_inputs
+from tests.golden.quantized import CASES, RECORD, digest, write_inputs, write_matrix
+
+RECORDS = {"demo": RECORD, "wide": Path(__file__).parent / "results" / "quantized-wide.json"}
 
 
 def main() -> int:
     """Quantise with both, compare, print one line for each type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
+    parser.add_argument("--model", choices=RECORDS, default="demo", help="what is quantised; default: demo")
+    parser.add_argument("--record", action="store_true", help="write the digests")
     add_arguments(parser)
     arguments = parser.parse_args()
     peers = build_peers(arguments.cache, arguments.source)
     record: dict[str, str] = {}
     different = 0
     with tempfile.TemporaryDirectory() as work:
-        model, matrix = write_inputs(Path(work))
+        if arguments.model == "demo":
+            model, matrix = write_inputs(Path(work))
+        else:
+            model = model_path(arguments.model, arguments.cache, "BF16")
+            matrix = write_matrix(Path(work) / "imatrix.gguf", model)
         ours, theirs = Path(work) / "ours.gguf", Path(work) / "theirs.gguf"
         for kind, guided in CASES.items():
             guide = ("--imatrix", matrix) if guided else ()
@@ -41,7 +51,7 @@ def main() -> int:
             different += not same
             print(f"{kind:8} {record[kind]} {'equal' if same else 'DIFFERENT'}", flush=True)
     if arguments.record:
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        RECORDS[arguments.model].write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return int(different > 0)
 
 

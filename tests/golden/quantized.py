@@ -1,4 +1,4 @@
-"""What llama-quantize made of the demo model, in digests: the cases, and how a file is described."""
+"""What llama-quantize made of a model, in digests: the cases, and how a file is described."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ CASES = {
 
 
 def write_inputs(folder: Path) -> tuple[Path, Path]:
-    """Write the model in BF16 and a random importance matrix for it; give their paths."""
-    model, matrix = folder / "demo-bf16.gguf", folder / "imatrix.gguf"
+    """Write the demo model in BF16 and a random importance matrix for it; give their paths."""
+    model = folder / "demo-bf16.gguf"
     convert(DEMO_CHECKPOINT, model, outtype="bf16", force=True)
+    return model, write_matrix(folder / "imatrix.gguf", model)
+
+
+def write_matrix(path: Path, model: Path) -> Path:
+    """Write a random importance matrix for the blocks of a model; give its path."""
     random = np.random.default_rng(11)
     entries = {}
     for tensor in sorted(gguf.GGUFReader(model).tensors, key=lambda tensor: tensor.name):
@@ -37,8 +42,8 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
             # Multiples of a sixteenth: the same on every machine.
             sums = np.floor(random.random((1, int(tensor.shape[0]))) * 2**16).astype(np.float32) / 16 + 1
             entries[tensor.name] = ImatrixEntry(sums.astype(np.float32), np.array([512], np.float32))
-    write_imatrix(matrix, Imatrix(entries, ["random"], 1, 512), force=True)
-    return model, matrix
+    write_imatrix(path, Imatrix(entries, ["random"], 1, 512), force=True)
+    return path
 
 
 def digest(path: Path) -> str:
