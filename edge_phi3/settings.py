@@ -154,6 +154,14 @@ class Settings(BaseModel):
         le=1 << 30,
     )
 
+    otel_endpoint: str | None = option(
+        None,
+        "Logs",
+        "The URL of an OpenTelemetry collector that takes traces over OTLP/HTTP, such as http://127.0.0.1:4318;"
+        " OTEL_EXPORTER_OTLP_ENDPOINT when not given.",
+        metavar="URL",
+        pattern=r"^https?://[^\s]+$",
+    )
     log_format: Literal["text", "json"] = option("text", "Logs", "Log lines for people or for machines.")
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Logs", "The least that is logged.")
     log_prompts: bool = option(False, "Logs", "Also log prompts and answers.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 
+import anyio.to_thread
 from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
@@ -20,6 +21,7 @@ from edge_phi3.api.openai.completions import completions
 from edge_phi3.api.openai.errors import EXCEPTION_HANDLERS as OPENAI_EXCEPTION_HANDLERS
 from edge_phi3.api.openai.models import list_models, show_model
 from edge_phi3.api.service import Loader, Service
+from edge_phi3.api.tracing import tracing_of
 from edge_phi3.settings import Settings
 
 
@@ -29,8 +31,12 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
     Args:
         settings: the options.
         load: makes the pipeline, in a thread, once the application has started.
+
+    Raises:
+        TracingError: traces are asked for, and the extra ``otel`` is not installed.
     """
     service = Service(settings, load)
+    tracing = tracing_of(settings)
     open_routes = Router(
         "/",
         route_handlers=[
@@ -65,6 +71,8 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
         service.start()
         yield
         service.close()
+        if tracing is not None:
+            await anyio.to_thread.run_sync(tracing.close)
 
     app = Litestar(
         route_handlers=[open_routes, guarded_routes, openai_routes],
@@ -77,7 +85,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[ExchangeLog, Servi
         openapi_config=None,
         logging_config=None,
     )
-    return ExchangeLog(app, service.metrics), service
+    return ExchangeLog(app, service.metrics, tracing), service
 
 
 def create_app(settings: Settings, load: Loader) -> ExchangeLog:

@@ -14,6 +14,7 @@ from litestar.enums import ScopeType
 from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from edge_phi3.api.metrics import ServiceMetrics
+from edge_phi3.api.tracing import Tracing
 from edge_phi3.pipeline import GenerationOutput
 
 logger = structlog.get_logger("edge_phi3.access")
@@ -53,9 +54,10 @@ def exchange_of(scope: Scope) -> Exchange:
 class ExchangeLog:
     """ASGI wrapper around the whole application: gives each request its id, and logs and counts its end."""
 
-    def __init__(self, app: ASGIApp, metrics: ServiceMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServiceMetrics, tracing: Tracing | None = None) -> None:
         self.app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -78,6 +80,8 @@ class ExchangeLog:
             seconds = time.perf_counter() - exchange.started
             self._metrics.record(scope["path"], exchange.status, exchange.output, exchange.error, seconds)
             self._log(scope, exchange, seconds)
+            if self._tracing is not None and scope["path"] not in QUIET_PATHS:
+                self._tracing.record(scope, exchange, seconds, self._metrics.model_name)
 
     def _log(self, scope: HTTPScope, exchange: Exchange, seconds: float) -> None:
         path = scope["path"]

@@ -48,11 +48,14 @@ class ServiceMetrics:
     Args:
         prefix: what every name starts with.
         stats: gives the engine's state at the moment of a scrape, or None while there is no engine.
+
+    Attributes:
+        model_name: the model that is served, empty before it is loaded.
     """
 
     def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
         self.registry = CollectorRegistry()
-        self._model_name = ""
+        self.model_name = ""
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(prefix + name, text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -89,7 +92,7 @@ class ServiceMetrics:
 
     def model_loaded(self, card: ModelCard) -> None:
         """Name the model that is served from now on."""
-        self._model_name = self._engine.model_name = card.name
+        self.model_name = self._engine.model_name = card.name
         self._engine.description = card.description
 
     def record(
@@ -112,7 +115,7 @@ class ServiceMetrics:
         self._requests.labels(path, outcome).inc()
         if output is None:
             return
-        model, timing = self._model_name, output.timing
+        model, timing = self.model_name, output.timing
         for reason in output.finish_reasons:
             self._success.labels(model, reason).inc()
         self._latency.labels(model).observe(seconds)

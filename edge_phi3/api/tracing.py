@@ -1,0 +1,153 @@
+"""OpenTelemetry traces: one span for each request, sent to a collector over OTLP/HTTP.
+
+A span is made when its request has ended, from what the log line is made from, so that requests cost nothing more while
+they run. The packages are those of the extra ``otel`` and are imported only where traces are sent.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from litestar.types import HTTPScope
+
+from edge_phi3 import __version__
+from edge_phi3.errors import EdgePhi3Error
+
+if TYPE_CHECKING:
+    from edge_phi3.api.exchange import Exchange
+    from edge_phi3.settings import Settings
+
+logger = structlog.get_logger(__name__)
+
+_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PATIENCE: Final = 3.0
+"""Seconds that sending a batch may take where OTEL_EXPORTER_OTLP_TIMEOUT does not say: a stop waits for it."""
+
+_OPERATIONS: Final = {
+    "/chat": "text_completion",
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text_completion",
+}
+
+
+class TracingError(EdgePhi3Error):
+    """Traces were asked for, and the packages that send them are not installed."""
+
+
+class Tracing:
+    """Sends a span for each request.
+
+    Args:
+        endpoint: URL of the collector, to which ``/v1/traces`` is added; None takes that of the environment.
+
+    Raises:
+        TracingError: the extra is not installed.
+    """
+
+    def __init__(self, endpoint: str | None) -> None:
+        try:
+            from opentelemetry import trace  # noqa: PLC0415 - an extra
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
+            from opentelemetry.sdk.resources import Resource  # noqa: PLC0415
+            from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
+            from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415
+        except ImportError:
+            raise TracingError(
+                "--otel-endpoint: traces need packages that are not installed: pip install 'edge-phi3[otel]'."
+            ) from None
+        about = {"service.version": __version__}
+        if "OTEL_SERVICE_NAME" not in os.environ:
+            about["service.name"] = "edge-phi3"
+        patience = None if "OTEL_EXPORTER_OTLP_TIMEOUT" in os.environ else _PATIENCE
+        url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
+        self._provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=patience)))
+        self._tracer = self._provider.get_tracer("edge_phi3", __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._server = trace.SpanKind.SERVER
+        self._failed = trace.Status(trace.StatusCode.ERROR)
+
+    def record(self, scope: HTTPScope, exchange: Exchange, seconds: float, model: str) -> None:
+        """Make the span of a request that has ended; it continues the trace of the client's ``traceparent``.
+
+        Args:
+            scope: of the request.
+            exchange: what came of it.
+            seconds: that it took.
+            model: which is served.
+        """
+        end = time.time_ns()
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        span = self._tracer.start_span(
+            f"{scope['method']} {scope['path']}",
+            context=self._propagator.extract(headers),
+            kind=self._server,
+            attributes=_attributes(scope, exchange, model),
+            start_time=end - int(seconds * 1e9),
+        )
+        if exchange.status >= 500 or exchange.error is not None:
+            span.set_status(self._failed)
+        span.end(end)
+
+    def close(self) -> None:
+        """Send what is still to be sent."""
+        self._provider.shutdown()
+
+
+def tracing_of(settings: Settings) -> Tracing | None:
+    """Give what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
+
+    Raises:
+        TracingError: the options do, and the extra is not installed.
+    """
+    if settings.otel_endpoint is not None:
+        return Tracing(settings.otel_endpoint)
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not any(map(os.environ.get, _ENDPOINTS)):
+        return None
+    try:
+        return Tracing(None)
+    except TracingError:
+        # Clusters set the variables for everybody.
+        logger.warning("no traces: pip install 'edge-phi3[otel]'", variable=" or ".join(_ENDPOINTS))
+        return None
+
+
+def _attributes(scope: HTTPScope, exchange: Exchange, model: str) -> Mapping[str, Any]:
+    """Describe a request by OpenTelemetry's conventions for HTTP servers and generative AI.
+
+    The conventions have no attribute of a span for times yet: those are vLLM's.
+    """
+    path = scope["path"]
+    known: dict[str, Any] = {
+        "http.request.method": scope["method"],
+        "http.response.status_code": exchange.status,
+        "url.path": path,
+        "url.scheme": scope.get("scheme", "http"),
+        "http.request.header.x-request-id": [exchange.request_id],
+    }
+    if exchange.error is not None:
+        known["error.type"] = exchange.error
+    elif exchange.status >= 500:
+        known["error.type"] = str(exchange.status)
+    if path in _OPERATIONS:
+        known |= {
+            "gen_ai.operation.name": _OPERATIONS[path],
+            "gen_ai.provider.name": "edge-phi3",
+            "gen_ai.response.model": model,
+        }
+    if (output := exchange.output) is not None:
+        known |= {
+            "gen_ai.response.finish_reasons": output.finish_reasons,
+            "gen_ai.usage.input_tokens": output.prompt_tokens,
+            "gen_ai.usage.output_tokens": output.completion_tokens,
+            "gen_ai.usage.cache_read.input_tokens": output.cached_tokens,
+            "gen_ai.latency.time_in_queue": output.timing.queue,
+            "gen_ai.latency.time_to_first_token": output.timing.first_token,
+            "gen_ai.latency.e2e": output.timing.total,
+        }
+    return known
