@@ -16,6 +16,9 @@ from tests.e2e.conftest import Server, serving
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=60_000)  # machines may be busy; what is there is seen at once
 
+OPTIONS = ("--threads", "1")
+"""The browser takes the other core."""
+
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -36,7 +39,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
     """Give the demo model, served with room for answers that take long."""
-    with serving(tmp_path_factory.mktemp("server"), "--ctx-size", "65536", store=store) as running:
+    with serving(tmp_path_factory.mktemp("server"), *OPTIONS, "--ctx-size", "65536", store=store) as running:
         yield running
 
 

@@ -142,6 +142,16 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
     assert playground.curl == command, "the command shows the last message when nothing is being written"
 
 
+def test_the_command_is_copied_as_it_is_shown(playground: Playground) -> None:
+    playground.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    playground.message.fill(AWKWARD)
+    playground.page.locator("#tab-request").click()
+    playground.page.get_by_role("button", name="Copy the command").click()
+    expect(playground.page.get_by_role("button", name="Copied")).to_be_visible()
+    assert playground.page.evaluate("navigator.clipboard.readText()") == playground.curl
+    expect(playground.page.get_by_role("button", name="Copy the command")).to_be_visible()
+
+
 def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, server: Server) -> None:
     document = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]["GenerateKwargs"]["properties"]
     rows = playground.page.locator(".parameter")

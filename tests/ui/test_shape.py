@@ -14,7 +14,7 @@ from edge_phi3.api.service import LoadCancelledError, Say
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import running
 from tests.e2e.conftest import Server, serving
-from tests.ui.conftest import Playground, watched
+from tests.ui.conftest import OPTIONS, Playground, watched
 
 KEY = "correct-horse"
 
@@ -125,7 +125,7 @@ def test_every_control_has_a_name(playground: Playground) -> None:
 
 
 def test_a_service_with_keys_is_given_one_that_no_store_keeps(browser: Browser, tmp_path: Path, store: Path) -> None:
-    with serving(tmp_path, "--api-key", KEY, store=store) as server, browser.new_context() as context:
+    with serving(tmp_path, *OPTIONS, "--api-key", KEY, store=store) as server, browser.new_context() as context:
         for playground in watched(context, server.url):
             playground.refusals_expected = True
             playground.ask("What does len do?")

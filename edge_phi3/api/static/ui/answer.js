@@ -28,33 +28,33 @@ export function factsOf(result, kwargs, endTokens, times, together) {
   const span = times.total - times.first;
   facts.decoding = times.first !== null && later > 0 && span >= TELLING_SPAN;
   facts.rate = (1000 * (facts.decoding ? later : facts.tokens)) / (facts.decoding ? span : times.total);
-  const reasons = result.sequences.map((tokens) => reasonOf(tokens.slice(facts.prompt), result.Result, kwargs, endTokens, facts.prompt));
+  const reasons = result.sequences.map((tokens) => reasonOf(tokens, facts.prompt, result.Result, kwargs, endTokens));
   facts.reasons = [...new Set(reasons)];
   return facts;
 }
 
-function reasonOf(tokens, text, kwargs, endTokens, prompt) {
-  const ends = kwargs.eos_token_id === undefined || kwargs.eos_token_id === null ? endTokens : [kwargs.eos_token_id].flat();
+// The response does not say why a sequence ended; it holds what that follows from.
+function reasonOf(tokens, prompt, text, kwargs, endTokens) {
+  const ends = [kwargs.eos_token_id ?? endTokens].flat();
   if (ends.includes(tokens.at(-1))) return "stop";
   const strings = [kwargs.stop_strings ?? []].flat();
   if (strings.some((string) => text.includes(string))) return "stop_string";
   const limit = kwargs.max_new_tokens ?? (kwargs.max_length ? kwargs.max_length - prompt : Infinity);
-  return kwargs.max_time !== undefined && kwargs.max_time !== null && tokens.length < limit ? "time" : "length";
+  return (kwargs.max_time ?? null) !== null && tokens.length - prompt < limit ? "time" : "length";
 }
 
 /** Say it in a few words each: what kind of fact, the words, and what they mean where that is not plain. */
 export function wordsOf(facts) {
   const words = [];
   if (facts.tokens !== null) words.push(["tokens", `${facts.tokens} ${facts.tokens === 1 ? "token" : "tokens"}`]);
-  if (facts.rate !== null) words.push(["rate", `${shortNumber(facts.rate)} tokens/s`, facts.decoding ? "After the first token" : "Over the whole request"]);
+  if (facts.rate !== null) {
+    const what = facts.decoding ? "After the first token" : "Over the whole request";
+    words.push(["rate", `${facts.rate.toFixed(facts.rate < 10 ? 1 : 0)} tokens/s`, what]);
+  }
   if (facts.first !== null) words.push(["first", `first after ${duration(facts.first)}`]);
   words.push(["total", `${duration(facts.total)} in all`]);
   for (const reason of facts.reasons) words.push(["reason", REASONS[reason]]);
   return words;
-}
-
-function shortNumber(value) {
-  return value.toFixed(value < 10 ? 1 : 0);
 }
 
 function duration(milliseconds) {

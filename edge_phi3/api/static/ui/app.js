@@ -20,6 +20,7 @@ let config = { groups: [], parameters: {}, initial: {}, needs_key: false, end_to
 let form = null;
 let running = null;
 let leaving = false;
+let nextWatch = 0;
 const panel = startPanel();
 const conversation = new Conversation($("conversation"), { again });
 
@@ -62,6 +63,7 @@ async function ask(exchange) {
       exchange.status = "failed";
       exchange.error = error.message;
       if (error.status === 401) askForKey();
+      if (error.status === 0 || error.status >= 500) watch();
     } else {
       exchange.status = "failed";
       exchange.error = `The page met an error of its own: ${error.message}`;
@@ -191,14 +193,15 @@ async function configure() {
 
 /** Show what is served, and while the model loads how far that is. */
 async function watch() {
-  let next = READY_POLL;
+  clearTimeout(nextWatch);
+  let wait = READY_POLL;
   try {
     const ready = await getJSON("readyz");
     if (ready.ok) {
       await configure();
       const { content } = await getJSON("version");
       showModel("ready", content.model.name, `${content.model.description} · edge-phi3 ${content.version}`);
-      next = 0;
+      wait = 0;
     } else {
       if (!form) await configure();
       showModel("loading", ready.content.detail);
@@ -206,7 +209,8 @@ async function watch() {
   } catch {
     showModel("away", "The service cannot be reached.");
   }
-  if (next) setTimeout(watch, next);
+  clearTimeout(nextWatch);
+  if (wait) nextWatch = setTimeout(watch, wait);
 }
 
 function showModel(status, text, title = "") {

@@ -92,5 +92,6 @@ class View {
 }
 
 function action(name, label, onclick) {
-  return el("button", { type: "button", class: `quiet ${name}`, onclick }, icon(name), el("span", { class: "label" }, label));
+  const words = el("span", { class: "label" }, label);
+  return el("button", { type: "button", class: `quiet ${name}`, onclick }, icon(name), words);
 }

@@ -23,8 +23,8 @@ export function sourceOf(schema, typed) {
 /** Give what to show in a field for a value's JSON source. */
 export function typedOf(source) {
   const value = JSON.parse(source);
-  const survives = typeof value === "string" && value === value.trim() && !/^(null|true|false|["[{].*)?$/s.test(value) && !/\n/.test(value);
-  return survives ? value : source;
+  const isPlain = typeof value === "string" && sourceOf({ type: "string" }, value) === source && !value.includes("\n");
+  return isPlain ? value : source;
 }
 
 /** Say in words which values a schema allows. */
@@ -93,7 +93,8 @@ export class ParameterForm {
   }
 
   #group({ title, parameters }, schemas, first) {
-    const details = el("details", { class: "group", open: first, "data-first": String(first) }, el("summary", {}, title));
+    const attributes = { class: "group", open: first, "data-first": String(first) };
+    const details = el("details", attributes, el("summary", {}, title));
     for (const name of parameters) {
       const field = new Field(name, schemas[name], this.values, this.onChange);
       field.group = details;
@@ -119,7 +120,8 @@ class Field {
     this.control.addEventListener("input", () => set(this.control.value));
     const { minimum, maximum, type } = this.schema;
     if (type === "number" && minimum !== undefined && maximum !== undefined) {
-      this.slider = el("input", { type: "range", min: minimum, max: maximum, step: "any", "aria-label": `${name}, slider` });
+      const attributes = { type: "range", min: minimum, max: maximum, step: "any" };
+      this.slider = el("input", { ...attributes, "aria-label": `${name}, slider` });
       this.sliderStart = described.default ?? minimum;
       this.slider.addEventListener("input", () => {
         this.control.value = String(Math.round(this.slider.value * 100) / 100);
@@ -150,7 +152,8 @@ class Field {
     const choices = this.schema.enum ?? (this.schema.type === "boolean" ? [true, false] : null);
     if (choices === null) {
       const wide = typesOf(this.schema).some((type) => type === "array" || type === "string");
-      const placeholder = wide ? `e.g. ${JSON.stringify(described.examples[0])}` : JSON.stringify(described.default) ?? "not set";
+      const example = `e.g. ${JSON.stringify(described.examples[0])}`;
+      const placeholder = wide ? example : (JSON.stringify(described.default) ?? "not set");
       const inputmode = wide ? "text" : "decimal";
       const attributes = { id, name: this.name, type: "text", inputmode, placeholder, class: wide ? "wide" : null };
       return el("input", { ...attributes, autocomplete: "off", autocapitalize: "off", spellcheck: "false" });
