@@ -3,11 +3,13 @@
     pytest benchmarks/test_tokenizing.py
 
 Both read the same checkpoint; each case first checks that they agree. The library is timed in the same run, before and
-after ours, and the fastest of many rounds counts on both sides.
+after ours, and the fastest of many rounds counts on both sides. Times are processor seconds of this process, which has
+one thread at work on either side: waiting for a busy machine is not counted.
 """
 
 from __future__ import annotations
 
+import time
 import timeit
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,8 @@ from edge_phi3.engine.runtime import Model
 from edge_phi3.engine.tokenizer import Tokenizer
 
 QUESTION = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
+pytestmark = pytest.mark.benchmark(timer=time.process_time)
+
 TEXTS = {"a question": QUESTION, "16 KB of conversations": evaluation_text()}
 ROUNDS = 50
 
@@ -45,7 +49,7 @@ def theirs() -> tokenizers.Tokenizer:
 
 def least_seconds(call: Callable[[], object], number: int) -> float:
     """Time a call: the fastest of many rounds."""
-    return min(timeit.repeat(call, number=number, repeat=ROUNDS)) / number
+    return min(timeit.repeat(call, time.process_time, number=number, repeat=ROUNDS)) / number
 
 
 def measure(

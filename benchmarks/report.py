@@ -1,0 +1,247 @@
+"""Make docs/benchmarks.md and its plots from what lies in benchmarks/results, and from nothing else.
+
+    python -m benchmarks.report            # writes the page and its plots
+    python -m benchmarks.report --check    # exit code 1 when they are not what the recorded results give
+
+A result file that is not there leaves no trace in the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from benchmarks import report_quants
+from benchmarks.engine_ratios import Result
+from benchmarks.perplexity_parity import Record as ParityRecord
+from benchmarks.record import SUITES, SuiteRecord
+from benchmarks.report_tables import machine_line, number, table
+from edge_phi3.bench.machine import Machine
+from edge_phi3.bench.quant_plots import digest_of, plot_quality, plot_speed
+from edge_phi3.bench.quant_report import QuantReport
+from edge_phi3.files import atomic_output
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+IMAGES = ROOT / "docs" / "images"
+PLOTS = {"quantizations-quality.svg": plot_quality, "quantizations-speed.svg": plot_speed}
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Made by `make report` from the files in `benchmarks/results`: every figure was measured, on the machine and by the
+command that stand above it. Machines differ and are shared; figures of one table can be compared, those of two tables
+on different machines cannot. [benchmarks/README.md](../benchmarks/README.md) says how to measure again.
+"""
+
+
+_T = TypeVar("_T")
+
+
+class EngineRecord(msgspec.Struct, frozen=True):
+    """What ``benchmarks.engine_ratios --json`` writes."""
+
+    machine: Machine
+    command: list[str]
+    results: list[Result]
+
+
+def render(results: Path = RESULTS) -> str:
+    """Give the page that a folder of results makes."""
+    parts = [_INTRODUCTION]
+    if (quants := quant_report(results)) is not None:
+        parts += [report_quants.recommendation(quants), report_quants.comparison(quants, list(PLOTS))]
+    if (parity := _read(results / "perplexity_parity.json", ParityRecord)) is not None:
+        parts.append(report_quants.parity(parity))
+    if (engine := _read(results / "engine.json", EngineRecord)) is not None:
+        parts.append(_engine(engine))
+    sections: dict[str, Callable[[dict[str, Any]], str]] = {
+        "conversion.json": _conversion,
+        "generation_kernels.json": _kernels,
+    }
+    for name, section in sections.items():
+        if (results / name).is_file():
+            parts.append(section(msgspec.json.decode((results / name).read_bytes())))
+    for suite in SUITES.values():
+        if (record := _read(results / f"{suite.name}.json", SuiteRecord)) is not None:
+            parts.append(_suite(suite.title, suite.about, record))
+    return "\n".join(parts)
+
+
+def quant_report(results: Path = RESULTS) -> QuantReport | None:
+    """Give the recorded quantisations, or None when there are none."""
+    return _read(results / "quantizations.json", QuantReport)
+
+
+def is_current(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES) -> list[str]:
+    """Name what the recorded results no longer give: the page, or a plot of other figures."""
+    stale = []
+    if not page.is_file() or page.read_text("utf-8") != render(results):
+        stale.append(page.name)
+    if (quants := quant_report(results)) is not None:
+        digest = digest_of(quants.measurements)
+        for name in PLOTS:
+            path = images / name
+            if not path.is_file() or digest not in path.read_text("utf-8"):
+                stale.append(name)
+    return stale
+
+
+def _read(path: Path, kind: type[_T]) -> _T | None:
+    return msgspec.json.decode(path.read_bytes(), type=kind) if path.is_file() else None
+
+
+def _engine(record: EngineRecord) -> str:
+    missed = [result for result in record.results if result.met is False]
+    rows = [
+        [
+            result.part, result.model, result.case, number(result.ours), number(result.theirs), result.unit,
+            f"{result.ratio:.2f}", f"{result.low:.2f} to {result.high:.2f}",
+            "" if result.goal is None else f"{result.goal:g}",
+            {None: "", True: "yes", False: "no"}[result.met],
+        ]
+        for result in record.results
+    ]  # fmt: skip
+    goals = sum(result.goal is not None for result in record.results)
+    return "\n".join([
+        "## The engine against llama.cpp's server",
+        "",
+        "The same GGUF, threads and requests, on the same libraries of llama.cpp, turn by turn. A ratio is the"
+        " median of"
+        " the turns' ratios and above 1 when ours is better; the range is that of the turns. \"18m\" and \"0.65b\""
+        " are random"
+        " models with Phi-3's vocabulary (`benchmarks/models.py`). For health checks the goal is our milliseconds.",
+        "",
+        machine_line(record.machine, f"python -m benchmarks.engine_ratios {' '.join(_public(record.command))}".strip()),
+        "",
+        f"{goals - len(missed)} of {goals} goals are reached.",
+        "",
+        *table(
+            ["Part", "Model", "Case", "Ours", "Theirs", "Unit", "Ratio", "Range", "Goal", "Reached"], rows, words=3
+        ),
+        "",
+    ])  # fmt: skip
+
+
+def _public(command: list[str]) -> list[str]:
+    """Leave out options that name folders of one machine."""
+    kept: list[str] = []
+    skip = False
+    for part in command:
+        if not skip and not re.match(r"--(cache|source|json)(=|$)", part):
+            kept.append(part)
+        skip = not skip and part in {"--cache", "--source", "--json"}
+    return kept
+
+
+def _conversion(record: dict[str, Any]) -> str:
+    names = {"edge_phi3": "`edge-phi3 convert`", "llama_cpp": "llama.cpp's converter", "disk": "writing as many bytes"}
+    found = record["results"]
+    rows = [
+        [
+            names.get(name, name), number(entry["median"]), number(entry["min"]),
+            number(entry["cpu_seconds_per_round"]), number(entry["peak_private_bytes"] / 1e6),
+        ]
+        for name, entry in found.items()
+    ]  # fmt: skip
+    ours, theirs = found["edge_phi3"], found["llama_cpp"]
+    return "\n".join([
+        "## The converter",
+        "",
+        "A random bfloat16 checkpoint with Phi-3-mini's widths and 4 layers to F16, whole processes.",
+        "",
+        _older_machine_line(record),
+        "",
+        *table(["", "Seconds, median", "Seconds, least", "CPU seconds", "Private memory (MB)"], rows),
+        "",
+        f"llama.cpp's converter took {theirs['median'] / ours['median']:.1f} times as long,"
+        f" {theirs['cpu_seconds_per_round'] / ours['cpu_seconds_per_round']:.1f} times the CPU seconds and"
+        f" {theirs['peak_private_bytes'] / ours['peak_private_bytes']:.1f} times the memory.",
+        "",
+    ])  # fmt: skip
+
+
+def _kernels(record: dict[str, Any]) -> str:
+    steps = [
+        [name, number(entry["times_argmax"]), "" if entry["at_most"] is None else f"{entry['at_most']}",
+         number(entry["microseconds_per_row"])]
+        for name, entry in record["results"]["per_step"].items()
+    ]  # fmt: skip
+    chains = [
+        [name, number(entry["ours_microseconds"]), number(entry["llama_cpp_microseconds"])]
+        for name, entry in record["results"]["llama_cpp_sampler_chain"].items()
+    ]
+    return "\n".join([
+        "## Choosing tokens",
+        "",
+        "What one decode step costs beyond the model, as a multiple of one `argmax` over the same rows.",
+        "",
+        _older_machine_line(record),
+        "",
+        *table(["Case", "Times argmax", "At most", "Microseconds a row"], steps),
+        "",
+        "The same choice for 16 rows, in microseconds, through llama.cpp's sampler chain:",
+        "",
+        *table(["Parameters", "Ours", "llama.cpp's"], chains),
+        "",
+    ])  # fmt: skip
+
+
+def _suite(title: str, about: str, record: SuiteRecord) -> str:
+    columns = list(dict.fromkeys(key for entry in record.results for key in entry.figures))
+    rows = [
+        [entry.name, number(entry.median * 1e3), number(entry.least * 1e3)]
+        + [_figure(entry.figures.get(column)) for column in columns]
+        for entry in record.results
+    ]
+    heads = ["", "Milliseconds, median", "Milliseconds, least", *(column.replace("_", " ") for column in columns)]
+    return "\n".join([
+        f"## {title}", "", about, "", machine_line(record.machine, record.command), "", *table(heads, rows), ""
+    ])  # fmt: skip
+
+
+def _figure(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else number(value)
+
+
+def _older_machine_line(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    versions = ", ".join(
+        f"{name} {machine[key]}" for key, name in (("python", "Python"), ("numpy", "NumPy")) if key in machine
+    )
+    date = f"{machine['date']}; " if "date" in machine else ""
+    return (
+        f"{date}{machine['cpu']}, {machine['cores']} cores, {versions}; {machine['note']}.\nMade by `{_made(record)}`."
+    )
+
+
+def _made(record: dict[str, Any]) -> str:
+    command, _, rest = record["made_by"].partition(" (")
+    return f"{command}` ({rest.removesuffix(')')})" if rest else command
+
+
+def main() -> int:
+    """Write the page and its plots, or compare them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when something is out of date")
+    if parser.parse_args().check:
+        stale = is_current()
+        print("Out of date, say `make report`: " + ", ".join(stale) if stale else "Up to date.")
+        return int(bool(stale))
+    if (quants := quant_report()) is not None:
+        for name, draw in PLOTS.items():
+            draw(quants.measurements, IMAGES / name)
+    with atomic_output(PAGE, force=True) as temporary:
+        temporary.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
