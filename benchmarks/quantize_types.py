@@ -102,6 +102,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["demo", "wide"], default="demo", help="default: demo")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where models are kept")
+    parser.add_argument("--type", action="append", choices=QUANTIZATION_TYPES, help="only this one; repeatable")
     arguments = parser.parse_args()
     demo = arguments.model == "demo"
     source = model_path(arguments.model, arguments.cache, "F32" if demo else "BF16")
@@ -112,7 +113,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         matrix, output = (Path(work) / name for name in ("imatrix.gguf", "out.gguf"))
         make_imatrix(source, matrix, chunks=None if demo else WIDE_CHUNKS)
-        for name, type_ in QUANTIZATION_TYPES.items():
+        for name in arguments.type or QUANTIZATION_TYPES:
+            type_ = QUANTIZATION_TYPES[name]
             guide = matrix if type_.bits_per_weight < 8 else None
             try:
                 made = quantize(source, output, type=name, imatrix=guide, force=True)

@@ -75,21 +75,27 @@ def _mib(count: int) -> str:
     return f"{count / _MIB:,.1f}"
 
 
+def _short(count: int) -> str:
+    """Give MiB for a column: tenths only of small ones, of which they are more than a thousandth."""
+    return f"{count / _MIB:,.1f}" if count < 100 * _MIB else f"{count / _MIB:,.0f}"
+
+
 def _table(answer: Fit, rows: list[Row]) -> Table:
     on_gpu = answer.machine.gpu
-    heads = ["type", "bits/weight", "weights", "KV cache", "compute", *([] if on_gpu else ["output"]), "total"]
-    heads += ["layers on the GPU", "beside it"] if on_gpu else []
+    heads = ["type", "bits", "weights", "KV cache", "compute", *([] if on_gpu else ["output"]), "total"]
+    heads += ["layers", "host"] if on_gpu else []
     table = Table(box=None)
-    for head in [*heads, ""]:
-        table.add_column(head, justify="left" if head in {"type", ""} else "right")
+    for head in [*heads, "matrix", *([] if all(row.fits for row in rows) else ["fits"])]:
+        table.add_column(head, justify="left" if head in {"type", "matrix", "fits"} else "right", no_wrap=True)
     for row in rows:
         memory = row.placement.device if on_gpu else row.placement.host
         cells = [memory.weights, memory.kv_cache, memory.compute, *([] if on_gpu else [memory.output]), memory.total]
-        shown = [row.type, f"{row.bits_per_weight:.2f}", *map(_mib, cells)]
+        shown = [row.type, f"{row.bits_per_weight:.2f}", *map(_short, cells)]
         if on_gpu:
-            shown += [f"{row.placement.layers} of {answer.layers}", _mib(row.placement.host.total)]
-        notes = ["needs a matrix"] * row.needs_imatrix + ["does not fit"] * (not row.fits)
-        table.add_row(*shown, ", ".join(notes), style="bold" if row is answer.best else None)
+            shown += [f"{row.placement.layers} of {answer.layers}", _short(row.placement.host.total)]
+        shown.append("needed" if row.needs_imatrix else "")
+        shown += [] if all(other.fits for other in rows) else ["yes" if row.fits else "no"]
+        table.add_row(*shown, style="bold" if row is answer.best else None)
     return table
 
 
@@ -157,13 +163,16 @@ def _explain(answer: Fit, *, all_rows: bool) -> None:
     cells = " + ".join(f"{count:,}" for count in answer.cells)
     click.echo(
         f"For {machine.name}, of which {_mib(machine.reserve)} are kept free (--reserve); context of {cells} tokens"
-        f" for up to {answer.options.parallel} sequences at once. All sizes in MiB.",
+        f" for up to {answer.options.parallel} sequences at once. All sizes in MiB;"
+        " bits are those of a weight.",
         err=True,
     )
     if machine.gpu and not answer.gpu_asked:
         click.echo(
             "llama.cpp here has no GPU to ask: compute buffers are those of its CPU backend, as an estimate.", err=True
         )
+    if machine.gpu:
+        click.echo("layers are those on the GPU; host is what the rest takes of main memory.", err=True)
     hidden = sum(not row.fits for row in answer.rows)
     if hidden and not all_rows:
         click.echo(f"{hidden} of {len(answer.rows)} do not fit; --all shows them too.", err=True)
@@ -196,7 +205,10 @@ def _run(
     else:
         rows = [row for row in answer.rows if row.fits or all_rows]
         if rows:
-            Console().print(_table(answer, rows))
+            console = Console()
+            # A file or a pipe has no width, and cut figures are of no use to it.
+            console.width = console.width if console.is_terminal else max(console.width, 100)
+            console.print(_table(answer, rows))
         _explain(answer, all_rows=all_rows)
         if commands:
             click.echo("Recommended:", err=True)
