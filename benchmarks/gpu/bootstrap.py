@@ -6,6 +6,7 @@ libraries; the part "build" compiles those, once for the bindings and the progra
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -51,6 +52,7 @@ def environment_of_bundle(bundle: Path, work: Path, python: str) -> Path:
     done = folder / "done"
     if done.exists():
         return found
+    _refuse_other_python(bundle, python)
     shutil.rmtree(folder, ignore_errors=True)
     wheels = sorted(str(path) for path in (bundle / "wheels").glob("*.whl"))
     pip = next((path for path in wheels if Path(path).name.startswith("pip-")), None)
@@ -67,6 +69,18 @@ def environment_of_bundle(bundle: Path, work: Path, python: str) -> Path:
     _run(*install, "--no-build-isolation", str(source), environment=bindings)
     done.touch()
     return found
+
+
+def _refuse_other_python(bundle: Path, python: str) -> None:
+    """End the program when the bundle's wheels are for another Python or another architecture."""
+    made_for = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    code = "import platform, sys; print(*sys.version_info[:2], sep='.'); print(platform.machine())"
+    here = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    if here != [made_for["python"], made_for["machine"]]:
+        sys.exit(
+            f"{bundle} is for Python {made_for['python']} on {made_for['machine']}, not for {' on '.join(here)}. "
+            "Name another with PYTHON=, or make the bundle with one like this."
+        )
 
 
 def unpack_source(bundle: Path, work: Path) -> Path:

@@ -48,7 +48,7 @@ def _compile(options: Options, steps: Steps) -> dict[str, object]:
     try:
         status = process.wait(max(_LAST_SECONDS, steps.time_left - _LAST_SECONDS))
     except subprocess.TimeoutExpired:
-        raise OutOfTime("The build goes on where it stopped when the same command is run again.") from None
+        raise OutOfTime("The build is not done; it will go on where it stopped.") from None
     finally:
         _end_group(process)
     if status != 0:
@@ -59,7 +59,7 @@ def _compile(options: Options, steps: Steps) -> dict[str, object]:
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Stop the build's compilers with it: Ninja removes what they had not finished."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_LAST_SECONDS)
     with contextlib.suppress(ProcessLookupError):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import bundle
+from benchmarks.gpu import bootstrap, bundle
 from benchmarks.gpu.device import cpu_bandwidth
 from benchmarks.gpu.figures import throughput
 from benchmarks.gpu.goals import GOALS, judge
@@ -152,6 +152,21 @@ def test_no_step_begins_past_the_limit(tmp_path: Path) -> None:
     with pytest.raises(OutOfTime):
         Steps(tmp_path, -1).run("a.b", lambda: 1)
     assert Steps(tmp_path, -1).records() == {}
+
+
+def test_no_step_begins_that_would_pass_the_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.long.json").write_text('{"name": "a.long", "seconds": 100}')
+    steps = Steps(tmp_path, 60)
+    assert steps.run("a.first", lambda: 1) == 1  # each run moves on by one step at least
+    assert steps.run("b.other", lambda: 2) == 2
+    with pytest.raises(OutOfTime):
+        steps.run("a.second", lambda: 3)
+
+
+def test_a_bundle_for_another_python_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bundle.json").write_text('{"python": "2.7", "machine": "vax"}')
+    with pytest.raises(SystemExit, match=r"is for Python 2\.7 on vax"):
+        bootstrap.environment_of_bundle(tmp_path, tmp_path / "work", sys.executable)
 
 
 def records_of(*ratios: float, memory: float = 9e9) -> dict[str, Record]:
