@@ -137,10 +137,10 @@ def _latencies(records: Mapping[str, Record]) -> Iterable[Sequence[str]]:
     for _, r in _done(records, "speed.prefix"):
         what = f"ms to the first token behind {r['prefix']} shared tokens; other: without prefix cache"
         yield what, _number(1e3 * r["ours"]), _number(1e3 * r["theirs"]), _number(r["ratio"])
-    for _, r in _done(records, "speed.long-prompt"):
+    for _, r in _done(records, "speed.long-prompt."):
         other = r["theirs"]
         yield (
-            f"ms to the first token of a {r['prompt_tokens']}-token prompt; other: llama-server",
+            f"ms to the first token of {r['prompt_tokens']} tokens, Phi-3-mini-{r['variant']}; other: llama-server",
             _number(1e3 * r["ours"]),
             _number(other and 1e3 * other),
             _number(other and other / r["ours"]),

@@ -56,6 +56,7 @@ class Plan:
         self.requests = 4 if small else 8
         self.tokens = 8 if small else 64
         self.long_prompt = 500 if small else 2000
+        self.longest_prompt = 1000 if small else 6000
         self.prefix = 300 if small else 1000
         self.repeats = 2 if small else 6
 
@@ -79,7 +80,11 @@ def measure_speed(steps: Steps, options: Options) -> None:
         steps.run(f"speed.stream.{kind}", lambda k=kind: _stream(options, plan, k))
         steps.run(f"speed.batched-bench.{kind}", lambda k=kind: _batched_bench(options, plan, k))
     steps.run("speed.prefix", lambda: _prefix(options, plan))
-    steps.run("speed.long-prompt", lambda: _long_prompt(options, plan))
+    for variant, tokens, cells in (("4k", plan.long_prompt, 4096), ("128k", plan.longest_prompt, 8192)):
+        steps.run(
+            f"speed.long-prompt.{variant}",
+            lambda v=variant, t=tokens, c=cells: _long_prompt(options, plan, variant=v, tokens=t, cells=c),
+        )
     steps.run("speed.memory.four-f16", lambda: _memory(options, plan, contexts=4, kv="f16"))
     steps.run("speed.memory.one-q8_0", lambda: _memory(options, plan, contexts=1, kv="q8_0"))
     steps.run("speed.transformers", lambda: _transformers(options, plan))
@@ -106,19 +111,28 @@ def traffic(options: Options, kind: str) -> dict[str, int]:
 # -- servers
 
 
-def serving(options: Options, kind: str, *, parallel: int, cells: int, more: Sequence[str] = ()) -> Any:
+def serving(
+    options: Options, kind: str, *, parallel: int, cells: int, more: Sequence[str] = (), variant: str = "4k"
+) -> Any:
     """Serve a model with edge-phi3."""
     layers = ["--n-gpu-layers", "0"] if options.cpu else []
-    path = model(options, "4k", kind)
+    path = model(options, variant, kind)
     return ours(path, threads=_threads(options), parallel=parallel, ctx_size=cells, options=[*layers, *more])
 
 
 def _peer_serving(
-    options: Options, peers: Peers, kind: str, *, parallel: int, cells: int, more: Sequence[str] = ()
+    options: Options,
+    peers: Peers,
+    kind: str,
+    *,
+    parallel: int,
+    cells: int,
+    more: Sequence[str] = (),
+    variant: str = "4k",
 ) -> Any:
     """Serve the same with llama-server."""
     layers = ["--n-gpu-layers", "0" if options.cpu else "99"]
-    path = model(options, "4k", kind)
+    path = model(options, variant, kind)
     return llama_server(
         peers, path, threads=_threads(options), parallel=parallel, ctx_size=cells, options=[*layers, *more]
     )
@@ -272,21 +286,22 @@ def _prefix(options: Options, plan: Plan) -> dict[str, Any]:
     return {"prefix": plan.prefix, **_median_ratio(turns, low_is_good=True)}
 
 
-def _long_prompt(options: Options, plan: Plan) -> dict[str, Any]:
-    """Measure the time to the first token of a prompt that nearly fills the sliding window."""
+def _long_prompt(options: Options, plan: Plan, *, variant: str, tokens: int, cells: int) -> dict[str, Any]:
+    """Measure the time to the first token of a long prompt, alone on the server."""
     peers, reason = _peers_or_reason(options)
-    shape = {"parallel": 4, "cells": 4 * _LONG_CONTEXT}
+    shape: dict[str, Any] = {"parallel": 1, "cells": cells, "variant": variant}
     servers = [("chat", serving(options, MAIN_KIND, **shape))]
     if peers is not None:
         servers.append(("llama-server", _peer_serving(options, peers, MAIN_KIND, **shape)))
-    workload = Workload(prompt_tokens=str(plan.long_prompt), output_tokens="4")
+    workload = Workload(prompt_tokens=str(tokens), output_tokens="4")
     level = Level(clients=1, sessions=plan.repeats, warmup=1)
     times: dict[str, float | None] = {}
     for api, server in servers:
         with server as url:
             times[api] = _first_token(_load(url, api, workload, [level])[0])
     return {
-        "prompt_tokens": plan.long_prompt,
+        "variant": variant,
+        "prompt_tokens": tokens,
         "ours": times["chat"],
         "theirs": times.get("llama-server"),
         "peer_missing": reason,

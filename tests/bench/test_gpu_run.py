@@ -86,6 +86,12 @@ def test_throughput_of_every_type(report: dict[str, Any]) -> None:
         assert report["steps"]["speed.stream.Q4_K_M"]["missing"] == "llama-server is not there"
 
 
+def test_time_to_the_first_token_of_long_prompts(report: dict[str, Any]) -> None:
+    found = {name: step["result"] for name, step in report["steps"].items() if name.startswith("speed.long-prompt.")}
+    assert {result["variant"] for result in found.values()} == {"4k", "128k"}
+    assert all(result["ours"] > 0 for result in found.values())
+
+
 def test_parts_of_a_step_add_up(report: dict[str, Any]) -> None:
     splits = report["steps"]["profile.step"]["result"]["splits"]
     assert {split["rows"] for split in splits} == {1, 8}
