@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 _SHARED: Final = {
@@ -44,6 +44,8 @@ FORMATS: Final = ("date", "time", "date-time", "uuid", "ipv4")
 
 _WORD: Final = re.compile(r"[a-z][a-z0-9-]*")
 
+_DEEPEST_BRANCH: Final = 40
+
 _MOST_DIGITS: Final = 16
 """Digits of a number that has no bound on this side."""
 
@@ -59,6 +61,33 @@ def with_shared_rules(rules: Mapping[str, str]) -> str:
                 written[name] = _SHARED[name]
                 waiting.append(_SHARED[name])
     return "\n".join(f"{name} ::= {body}" for name, body in written.items())
+
+
+def quoted(text: str) -> str:
+    """Write a text as a literal of GBNF, in which only its own quotation marks and backslashes are special."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def one_of(texts: Iterable[str]) -> str:
+    """Give a rule's body for some texts.
+
+    Common beginnings stand once: llama.cpp follows every alternative that is still possible, at a cost for each token.
+    """
+    return _branches(sorted(set(texts)), _DEEPEST_BRANCH)
+
+
+def _branches(texts: list[str], deepest: int) -> str:
+    if len(texts) == 1 or deepest == 0:
+        return " | ".join(quoted(text) for text in texts)
+    # Sorted, so what the first and the last have in common all have.
+    pairs = enumerate(zip(texts[0], texts[-1], strict=False))
+    begin = texts[0][: next((place for place, (one, other) in pairs if one != other), len(texts[0]))]
+    groups: dict[str, list[str]] = {}
+    for text in texts:
+        rest = text[len(begin) :]
+        groups.setdefault(rest[:1], []).append(rest)
+    branches = " | ".join(_branches(group, deepest - 1) for group in groups.values())
+    return f"{quoted(begin)} ({branches})"
 
 
 def between(low: int | None, high: int | None) -> str:

@@ -14,13 +14,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, NoReturn
 
 from edge_phi3.engine.errors import GrammarError
-from edge_phi3.engine.json_rules import FORMATS, between, with_shared_rules
+from edge_phi3.engine.json_exclusion import exclude_each_other
+from edge_phi3.engine.json_rules import FORMATS, between, one_of, quoted, with_shared_rules
 
 MOST_REPETITIONS: Final = 2000
 """How often llama.cpp lets a rule repeat; it takes any larger number for no limit at all."""
 
 _MOST_RULES: Final = 4000
 _MOST_EXPANDED: Final = 20_000
+_MOST_ALTERNATIVES: Final = 128
 _DEEPEST: Final = 64
 
 _ANNOTATIONS: Final = frozenset(
@@ -75,6 +77,7 @@ class _Converter:
         self._root = root
         self._rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
+        self._alternatives = 0
         self._expanded = 0
         self._depth = 0
 
@@ -132,9 +135,13 @@ class _Converter:
             _refuse(f"{place}/{keyword}", "it is empty")
         if keyword == "allOf" and len(schemas) > 1:
             _refuse(place, "`allOf` is not supported for more than one schema")
+        # Each is followed by itself for as long as it may be the one that is meant.
+        self._alternatives += len(schemas)
+        if self._alternatives > _MOST_ALTERNATIVES:
+            raise GrammarError(f"its `anyOf` and `oneOf` hold more than {_MOST_ALTERNATIVES} schemas in all")
         if "type" in own:
             schemas = [{"type": own["type"]} | _mapping(each, f"{place}/{keyword}") for each in schemas]
-        if keyword == "oneOf" and not _exclude_each_other([self._resolved(each) for each in schemas]):
+        if keyword == "oneOf" and not exclude_each_other([self._resolved(each) for each in schemas]):
             _refuse(
                 place,
                 "`oneOf` is supported where types, or a required property with a `const`, tell its schemas apart; use"
@@ -179,7 +186,7 @@ class _Converter:
         fitting = [value for value in values if any(_is_a(value, kind) for kind in kinds)]
         if not fitting:
             _refuse(place, f"`{keyword}` leaves no value")
-        return self._add(" | ".join(_quoted(json.dumps(value, ensure_ascii=False)) for value in fitting))
+        return self._add(one_of([json.dumps(value, ensure_ascii=False) for value in fitting]))
 
     # -- types
 
@@ -210,7 +217,7 @@ class _Converter:
         """Add the rules of members in their order, built from the last one: with and without one before them."""
         first, after = '""', '""'
         for name, value in reversed(list(members.items())):
-            member = self._add(f'{_quoted(json.dumps(name, ensure_ascii=False))} ":" ws {value} ws')
+            member = self._add(f'{quoted(json.dumps(name, ensure_ascii=False))} ":" ws {value} ws')
             if name in required:
                 first, after = self._add(f"{member} {after}"), self._add(f'"," ws {member} {after}')
             else:
@@ -371,41 +378,3 @@ def _types(own: Mapping[str, Any], place: str) -> list[str]:
 
 def _is_a(value: object, kind: str) -> bool:
     return isinstance(value, _PYTHON_TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))
-
-
-def _exclude_each_other(schemas: list[object]) -> bool:
-    """Tell whether no value can fit two of the schemas: they differ in type, or in a required property's constant."""
-    told = [_marks(schema) for schema in schemas]
-    return all(_differ(one, other) for at, one in enumerate(told) for other in told[:at])
-
-
-def _marks(schema: object) -> dict[str, set[str]]:
-    """Give, for the type ("") and each required property with constants, the values that it may have."""
-    if not isinstance(schema, dict):
-        return {}
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
-    # An integer is a number too.
-    marks = {"": {"number" if kind == "integer" else str(kind) for kind in kinds}} if kinds else {}
-    properties, required = schema.get("properties"), schema.get("required")
-    if marks.get("") == {"object"} and isinstance(properties, dict) and isinstance(required, list):
-        for name in required:
-            each = properties.get(name) if isinstance(name, str) else None
-            if isinstance(each, dict) and ("const" in each or isinstance(each.get("enum"), list)):
-                values = [each["const"]] if "const" in each else each["enum"]
-                marks[f"/{name}"] = {_mark(value) for value in values}
-    return marks
-
-
-def _mark(value: object) -> str:
-    """Write a value so that equal ones, 1 and 1.0 among them, are written alike."""
-    return json.dumps(float(value) if _is_a(value, "number") and abs(value) < 2**53 else value, sort_keys=True)  # type: ignore[arg-type] # a number by then
-
-
-def _differ(one: Mapping[str, set[str]], other: Mapping[str, set[str]]) -> bool:
-    return any(not one[mark] & other[mark] for mark in one.keys() & other.keys())
-
-
-def _quoted(text: str) -> str:
-    """Write a text as a literal of GBNF, in which only its own quotation marks and backslashes are special."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -197,6 +197,19 @@ def test_ranges_of_integers_hold_exactly_their_numbers(vocabulary: Vocabulary, l
     assert found == {str(number) for number in range(low, high + 1)}
 
 
+def test_many_literals_are_all_there_and_nothing_else(vocabulary: Vocabulary) -> None:
+    words = [word[:size] for word in ("abcdef" * 20, 'q"uo\\te', "äöü") for size in range(len(word) + 1)]
+    schema = {"enum": [*words, *range(200), 1.5, None, ["a"], {"a": 1}]}
+    start = vocabulary.start(schema)
+    found = {vocabulary.write(start.clone(), random.Random(seed)) for seed in range(40)} - {None}
+    assert len(found) > 10
+    assert all(json.loads(text or "") in schema["enum"] for text in found)
+    for value in schema["enum"]:
+        assert vocabulary.reads(schema, json.dumps(value, ensure_ascii=False))
+    for wrong in ('"abcdefb"', '"ä ö"', "200", "1.55", "nul"):
+        assert not vocabulary.reads(schema, wrong)
+
+
 @pytest.mark.parametrize(
     ("schema", "sentence"),
     [
@@ -228,6 +241,15 @@ def test_ranges_of_integers_hold_exactly_their_numbers(vocabulary: Vocabulary, l
         ({"anyOf": [{}], "properties": {}}, "`properties` beside `anyOf`"),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "use `anyOf`"),
         ({"oneOf": [{"const": 1}, {"const": 1.0}]}, "use `anyOf`"),
+        (
+            {
+                "oneOf": [
+                    {"type": "object", "properties": {"k": {"const": [number]}}, "required": ["k"]}
+                    for number in (1, 1.0)
+                ]
+            },
+            "use `anyOf`",
+        ),
         ({"not": {}}, "`not` is not supported"),
         ({"if": {}, "then": {}}, "`if` is not supported"),
         ({"enum": []}, "leaves no value"),
@@ -262,7 +284,9 @@ def test_schemas_without_bounds_are_refused_before_they_cost_anything() -> None:
         deep = {"type": "array", "items": deep}
     with pytest.raises(GrammarError, match="64 deep"):
         json_grammar(deep)
-    with pytest.raises(GrammarError, match="rules"):
-        json_grammar({"anyOf": [{"enum": [number]} for number in range(5000)]})
+    with pytest.raises(GrammarError, match="more than 4000 rules"):
+        json_grammar({"properties": {str(number): {"const": number} for number in range(3000)}})
+    with pytest.raises(GrammarError, match="more than 128 schemas"):
+        json_grammar({"anyOf": [{"enum": [number]} for number in range(129)]})
     with pytest.raises(GrammarError, match="add up"):
         json_grammar({"prefixItems": [{"type": "string", "maxLength": 2000}] * 11})
