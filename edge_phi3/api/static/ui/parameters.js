@@ -158,7 +158,7 @@ class Field {
       const attributes = { id, name: this.name, type: "text", inputmode, placeholder, class: wide ? "wide" : null };
       return el("input", { ...attributes, autocomplete: "off", autocapitalize: "off", spellcheck: "false" });
     }
-    const start = "default" in described ? `default: ${described.default}` : "not set";
+    const start = "default" in described ? "default" : "not set";
     const options = choices.map((choice) => el("option", { value: JSON.stringify(choice) }, String(choice)));
     return el("select", { id, name: this.name }, el("option", { value: "" }, start), ...options);
   }
