@@ -27,6 +27,8 @@ _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_E
 _PATIENCE: Final = 3.0
 """Seconds that sending a batch may take where OTEL_EXPORTER_OTLP_TIMEOUT does not say: a stop waits for it."""
 
+_NOT_FOUND: Final = 404
+
 _OPERATIONS: Final = {
     "/chat": "text_completion",
     "/v1/chat/completions": "chat",
@@ -84,7 +86,8 @@ class Tracing:
         end = time.time_ns()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         span = self._tracer.start_span(
-            f"{scope['method']} {scope['path']}",
+            # Paths that do not exist are anybody's invention; names of spans must be few.
+            scope["method"] if exchange.status == _NOT_FOUND else f"{scope['method']} {scope['path']}",
             context=self._propagator.extract(headers),
             kind=self._server,
             attributes=_attributes(scope, exchange, model),

@@ -142,9 +142,12 @@ def test_opentelemetry_s_own_variable_is_honoured(model_path: Path, monkeypatch:
         monkeypatch.setenv("OTEL_SERVICE_NAME", "mine")
         with ready(loader(model_path)) as api:
             api.client.get("/version")
+            api.client.get("/nothing/here")
     assert collector.paths == {"/v1/traces"}
     assert collector.resource["service.name"] == "mine"
     assert len(collector.named("GET /version")) == 1
+    (unknown,) = collector.named("GET")
+    assert values(unknown.attributes)["url.path"] == "/nothing/here"
 
 
 def test_without_a_collector_there_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
