@@ -62,11 +62,7 @@ def render(results: Path = RESULTS) -> str:
         parts.append(report_quants.parity(parity))
     if (engine := _read(results / "engine.json", EngineRecord)) is not None:
         parts.append(_engine(engine))
-    sections: dict[str, Callable[[dict[str, Any]], str]] = {
-        "conversion.json": _conversion,
-        "generation_kernels.json": _kernels,
-    }
-    for name, section in sections.items():
+    for name, section in _SECTIONS.items():
         if (results / name).is_file():
             parts.append(section(msgspec.json.decode((results / name).read_bytes())))
     for suite in SUITES.values():
@@ -211,6 +207,31 @@ def _figure(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else number(value)
 
 
+def _fit(record: dict[str, Any]) -> str:
+    rows = [
+        [
+            row["type"],
+            ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in row["options"].items())
+            or "the defaults",
+            *(f"{sum(row[side].values()) / 1e6:,.1f}" for side in ("planned", "allocated")),
+            f"{100 * row['difference']:+.4f} %",
+        ]
+        for row in record["rows"]
+    ]
+    return "\n".join([
+        "## What `edge-phi3 fit` plans",
+        "",
+        "The memory that it computes for a model, and the sum of the buffers that llama.cpp allocates for it, with"
+        " the model"
+        f" \"{record['model']}\" of `benchmarks/models.py`: weights, KV cache, compute buffers and outputs.",
+        "",
+        machine_line(msgspec.convert(record["machine"], Machine), record["command"]),
+        "",
+        *table(["Type", "Options", "Planned (MB)", "Allocated (MB)", "Difference"], rows, words=2),
+        "",
+    ])  # fmt: skip
+
+
 def _older_machine_line(record: dict[str, Any]) -> str:
     machine = record["machine"]
     versions = ", ".join(
@@ -225,6 +246,22 @@ def _older_machine_line(record: dict[str, Any]) -> str:
 def _made(record: dict[str, Any]) -> str:
     command, _, rest = record["made_by"].partition(" (")
     return f"{command}` ({rest.removesuffix(')')})" if rest else command
+
+
+_SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "conversion.json": _conversion,
+    "generation_kernels.json": _kernels,
+    "fit_parity.json": _fit,
+}
+
+SHOWN = {
+    "quantizations.json",
+    "perplexity_parity.json",
+    "engine.json",
+    *_SECTIONS,
+    *(f"{name}.json" for name in SUITES),
+}
+"""The result files that the page knows; any other is left out."""
 
 
 def main() -> int:

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import psutil
-import pynvml
+
+from edge_phi3.hardware import gpus
 
 
 def peak_resident_bytes() -> int:
@@ -35,14 +36,5 @@ def gpu_bytes_in_use() -> int | None:
 
     A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
     """
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return sum(int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles) if handles else None
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
+    found = gpus()
+    return sum(gpu.used for gpu in found) if found else None
