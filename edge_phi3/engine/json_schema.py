@@ -215,6 +215,8 @@ class _Converter:
 
     def _members(self, members: Mapping[str, str], required: frozenset[str]) -> str:
         """Add the rules of members in their order, built from the last one: with and without one before them."""
+        if sum(name not in required for name in members) > _MOST_ALTERNATIVES:
+            raise GrammarError(f"an object has more than {_MOST_ALTERNATIVES} properties that are not required")
         first, after = '""', '""'
         for name, value in reversed(list(members.items())):
             member = self._add(f'{quoted(json.dumps(name, ensure_ascii=False))} ":" ws {value} ws')

@@ -284,8 +284,11 @@ def test_schemas_without_bounds_are_refused_before_they_cost_anything() -> None:
         deep = {"type": "array", "items": deep}
     with pytest.raises(GrammarError, match="64 deep"):
         json_grammar(deep)
+    names = [str(number) for number in range(3000)]
     with pytest.raises(GrammarError, match="more than 4000 rules"):
-        json_grammar({"properties": {str(number): {"const": number} for number in range(3000)}})
+        json_grammar({"properties": {name: {"const": name} for name in names}, "required": names})
+    with pytest.raises(GrammarError, match="more than 128 properties"):
+        json_grammar({"properties": {str(number): {"type": "null"} for number in range(129)}})
     with pytest.raises(GrammarError, match="more than 128 schemas"):
         json_grammar({"anyOf": [{"enum": [number]} for number in range(129)]})
     with pytest.raises(GrammarError, match="add up"):
