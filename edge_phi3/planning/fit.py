@@ -12,6 +12,7 @@ from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantiza
 from edge_phi3.conversion.quantize_plan import predict_sizes
 from edge_phi3.engine.settings import FlashAttention, KVCacheType
 from edge_phi3.planning.budget import Memory, Placement, host_pattern, place
+from edge_phi3.planning.errors import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton
 from edge_phi3.planning.process import Answer, AskedContext, ContextMemory, Job, ask, context_memory, placements
 
@@ -119,7 +120,7 @@ def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] =
         types: names of file types; by default all that suit Phi-3.
 
     Raises:
-        PlanningError: llama.cpp cannot plan the model with these options.
+        PlanningError: llama.cpp cannot plan the model with these options; types are given for a quantised file.
         UnknownQuantizationError: a type that llama.cpp does not have.
         QuantizeError: llama.cpp cannot read the model.
     """
@@ -137,6 +138,8 @@ def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] =
 
 
 def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candidate]:
+    if base.quantised and types:
+        raise PlanningError(f"{base.path} is quantised already and is planned as it is; leave out --quant.")
     if base.quantised:
         return [_Candidate(_name_of(base), False, base)]
     names = [quantization_type(name).name for name in types]
