@@ -23,7 +23,7 @@ def ours(model: Path, *, threads: int, parallel: int, ctx_size: int, options: Se
     """Run ``edge-phi3 serve`` with its defaults otherwise, and give its URL."""
     command = [sys.executable, "-c", "from edge_phi3.cli import main; main()", "serve", str(model), "--port", "{port}"]
     command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
-    with _running([*command, "--log-level", "warning", *options], "/readyz", None) as url:
+    with running([*command, "--log-level", "warning", *options], "/readyz", None) as url:
         yield url
 
 
@@ -34,21 +34,22 @@ def llama_server(
     """Run llama-server with its defaults otherwise, and give its URL."""
     command = [str(peers.program("llama-server")), "--model", str(model), "--port", "{port}"]
     command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
-    with _running([*command, "--log-verbosity", "0", *options], "/health", peers.environment()) as url:
+    with running([*command, "--log-verbosity", "0", *options], "/health", peers.environment()) as url:
         yield url
 
 
 @contextlib.contextmanager
 def original(python: Path, checkpoint: Path, *, threads: int) -> Iterator[str]:
     """Run the original service's stand-in, by an interpreter that has transformers, and give its URL."""
-    script = Path(__file__).with_name("original_service.py")
+    script = Path(__file__).with_name("transformers_service.py")
     command = [str(python), str(script), str(checkpoint), "--port", "{port}", "--threads", str(threads)]
-    with _running(command, "/", None) as url:
+    with running(command, "/", None) as url:
         yield url
 
 
 @contextlib.contextmanager
-def _running(command: Sequence[str], ready: str, environment: dict[str, str] | None) -> Iterator[str]:
+def running(command: Sequence[str], ready: str, environment: dict[str, str] | None) -> Iterator[str]:
+    """Run a server on a free port, put where its command says ``{port}``, and give its URL once `ready` answers 200."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

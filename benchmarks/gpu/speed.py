@@ -11,7 +11,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader
@@ -22,7 +23,7 @@ from benchmarks.gpu.device import Bandwidth, MemoryWatch, cpu_bandwidth, gpu, gp
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, Steps
 from benchmarks.peers import Peers
-from benchmarks.servers import _running, llama_server, ours
+from benchmarks.servers import llama_server, original, ours
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import ServeBench, run
 from edge_phi3.bench.summary import Summary
@@ -344,7 +345,10 @@ def _transformers(options: Options, plan: Plan) -> dict[str, Any]:
     counts = (1, 8) if options.small else (1, 32)
     levels = [Level(clients=count, sessions=max(2, count)) for count in counts]
     workload = plan.greedy(stream=False)
-    with MemoryWatch().watching() as their_memory, _original(options, python) as url:
+    with (
+        MemoryWatch().watching() as their_memory,
+        original(Path(python), checkpoint(options, "4k"), threads=options.threads or 0) as url,
+    ):
         theirs = _load(url, "chat", workload, levels)
     shape = {"parallel": max(counts), "cells": max(counts) * _CELLS_PER_CLIENT}
     with MemoryWatch().watching() as memory, serving(options, MAIN_KIND, **shape) as url:
@@ -359,10 +363,3 @@ def _transformers(options: Options, plan: Plan) -> dict[str, Any]:
         "levels": rows,
         "memory": {"ours": memory.peak, "theirs": their_memory.peak},
     }
-
-
-@contextlib.contextmanager
-def _original(options: Options, python: str) -> Iterator[str]:
-    command = [python, "-m", "benchmarks.gpu.transformers_service", str(checkpoint(options, "4k")), "--port", "{port}"]
-    with _running(command, "/", None) as url:
-        yield url

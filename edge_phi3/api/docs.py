@@ -28,7 +28,7 @@ def openapi_json() -> Response[bytes]:
 def docs_page() -> Response[bytes]:
     """Show the OpenAPI document, with a form for each request."""
     page = (_STATIC / "docs.html").read_bytes()
-    return Response(page, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _POLICY})
+    return Response(page, media_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
 
 @get("/docs/start.js", sync_to_thread=False)

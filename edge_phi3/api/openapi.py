@@ -150,7 +150,7 @@ def _paths() -> JSON:
                 "detokenize", "Turn tokens into text.", "DetokenizeRequest", "DetokenizeResponse", _TOKEN_ERRORS
             )
         },
-        "/": {"get": _get("home", "Is the service there?", "RunningResponse")},
+        "/": {"get": _home()},
         "/healthz": {
             "get": _get("healthz", "Is the model loaded, and does the engine work?", "HealthResponse", {
                 500: "The model is not loaded yet, or the engine is broken.",
@@ -192,6 +192,12 @@ def _get(name: str, summary: str, response: str, errors: dict[int, str] | None =
         "parameters": [_REQUEST_ID],
         "responses": {"200": _response("Yes." if errors else "The answer.", response)} | _errors(errors or {}),
     }
+
+
+def _home() -> JSON:
+    operation = _get("home", "Is the service there?", "RunningResponse")
+    operation["responses"]["307"] = {"description": "A browser, which prefers HTML, is sent to the playground."}
+    return operation
 
 
 def _openai_post(name: str, summary: str, request: str, response: str) -> JSON:

@@ -94,7 +94,8 @@ def _announce(service: Service, url: str) -> None:
     logger.info("ready", url=url, model=model.name, context_length=model.context_length)
     if service.settings.log_format == "text":
         click.echo(
-            f"\nServing {model.name} ({model.description}) on {url}\nThe API is described at {url}/docs. Try it:\n\n"
+            f"\nServing {model.name} ({model.description}) on {url}\n"
+            f"The playground is at {url}/ui, the API's description at {url}/docs. Try it:\n\n"
             f"  {example_command(url)}\n",
             err=True,
         )

@@ -1,6 +1,6 @@
 """The way of the original service, to compare with: transformers' text-generation pipeline behind ``POST /chat``.
 
-    python -m benchmarks.gpu.transformers_service CHECKPOINT --port 8081
+    python -m benchmarks.transformers_service CHECKPOINT --port 8081
 
 One pipeline in bfloat16; each request is generated in a thread of its own, and none shares a batch with another, as the
 original does it. What the load generator needs besides is here too: token counts, and ``POST /tokenize``. Needs torch
@@ -78,7 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0 for its own choice")
     arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     Server(arguments.port, arguments.checkpoint).serve_forever()
 
 
