@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -91,6 +92,39 @@ class Result(msgspec.Struct, kw_only=True):
     met: bool | None
     load: float
     turns: list[tuple[float, float]]
+
+
+class Record(msgspec.Struct):
+    """What one run of this script found.
+
+    Attributes:
+        machine: where.
+        command: its options, less those that name folders of the machine.
+        results: what was compared.
+    """
+
+    machine: Machine
+    command: list[str]
+    results: list[Result]
+
+
+def public_options(options: Sequence[str]) -> list[str]:
+    """Leave out options that name folders of one machine."""
+    kept: list[str] = []
+    skip = False
+    for option in options:
+        private = re.match(r"--(cache|source|json|torch-python)(=|$)", option)
+        if not skip and not private:
+            kept.append(option)
+        skip = not skip and private is not None and "=" not in option
+    return kept
+
+
+def write(path: Path, record: Record) -> None:
+    """Put a record into a file of records, in the place of one that the same options made."""
+    records = msgspec.json.decode(path.read_bytes(), type=list[Record]) if path.exists() else []
+    records = [*(other for other in records if other.command != record.command), record]
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(records)))
 
 
 def compare(part: str, model: str, case: str, turns: Sequence[tuple[float, float]], **more: Any) -> Result:
@@ -326,7 +360,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--torch-python", type=Path, help="an interpreter with transformers, for the part original")
     parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="keep the results here, beside those of other options")
     arguments = parser.parse_args()
     machine, console = Machine.here(), Console(stderr=True, soft_wrap=True)
 
@@ -337,8 +371,7 @@ def main() -> int:
             f"ratio {last.ratio:.2f} ({last.low:.2f} to {last.high:.2f}), load {last.load:g}"
         )
         if arguments.json:
-            encoded = msgspec.json.encode({"machine": machine, "command": sys.argv[1:], "results": results})
-            arguments.json.write_bytes(msgspec.json.format(encoded))
+            write(arguments.json, Record(machine, public_options(sys.argv[1:]), results))
 
     results = uvloop.run(run(arguments, done))
     print(msgspec.json.encode(machine).decode())

@@ -9,7 +9,6 @@ A result file that is not there leaves no trace in the page.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from benchmarks import report_quants
-from benchmarks.engine_ratios import Result
+from benchmarks.engine_ratios import Record as EngineRecord
 from benchmarks.perplexity_parity import Record as ParityRecord
 from benchmarks.record import SUITES, SuiteRecord
 from benchmarks.report_tables import machine_line, number, table
@@ -45,14 +44,6 @@ on different machines cannot. [benchmarks/README.md](../benchmarks/README.md) sa
 _T = TypeVar("_T")
 
 
-class EngineRecord(msgspec.Struct, frozen=True):
-    """What ``benchmarks.engine_ratios --json`` writes."""
-
-    machine: Machine
-    command: list[str]
-    results: list[Result]
-
-
 def render(results: Path = RESULTS) -> str:
     """Give the page that a folder of results makes."""
     parts = [_INTRODUCTION]
@@ -60,7 +51,7 @@ def render(results: Path = RESULTS) -> str:
         parts += [report_quants.recommendation(quants), report_quants.comparison(quants, list(PLOTS))]
     if (parity := _read(results / "perplexity_parity.json", ParityRecord)) is not None:
         parts.append(report_quants.parity(parity))
-    if (engine := _read(results / "engine.json", EngineRecord)) is not None:
+    if (engine := _read(results / "engine.json", list[EngineRecord])) is not None:
         parts.append(_engine(engine))
     for name, section in _SECTIONS.items():
         if (results / name).is_file():
@@ -94,8 +85,9 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     return msgspec.json.decode(path.read_bytes(), type=kind) if path.is_file() else None
 
 
-def _engine(record: EngineRecord) -> str:
-    missed = [result for result in record.results if result.met is False]
+def _engine(records: list[EngineRecord]) -> str:
+    results = [result for record in records for result in record.results]
+    missed = [result for result in results if result.met is False]
     rows = [
         [
             result.part, result.model, result.case, number(result.ours), number(result.theirs), result.unit,
@@ -103,9 +95,9 @@ def _engine(record: EngineRecord) -> str:
             "" if result.goal is None else f"{result.goal:g}",
             {None: "", True: "yes", False: "no"}[result.met],
         ]
-        for result in record.results
+        for result in results
     ]  # fmt: skip
-    goals = sum(result.goal is not None for result in record.results)
+    goals = sum(result.goal is not None for result in results)
     return "\n".join([
         "## The engine against llama.cpp's server",
         "",
@@ -115,7 +107,7 @@ def _engine(record: EngineRecord) -> str:
         " are random"
         " models with Phi-3's vocabulary (`benchmarks/models.py`). For health checks the goal is our milliseconds.",
         "",
-        machine_line(record.machine, f"python -m benchmarks.engine_ratios {' '.join(_public(record.command))}".strip()),
+        *(machine_line(it.machine, f"python -m benchmarks.engine_ratios {' '.join(it.command)}") for it in records),
         "",
         f"{goals - len(missed)} of {goals} goals are reached.",
         "",
@@ -124,17 +116,6 @@ def _engine(record: EngineRecord) -> str:
         ),
         "",
     ])  # fmt: skip
-
-
-def _public(command: list[str]) -> list[str]:
-    """Leave out options that name folders of one machine."""
-    kept: list[str] = []
-    skip = False
-    for part in command:
-        if not skip and not re.match(r"--(cache|source|json)(=|$)", part):
-            kept.append(part)
-        skip = not skip and part in {"--cache", "--source", "--json"}
-    return kept
 
 
 def _conversion(record: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
-"""What HTTP adds to the engine, on the demo model.
+"""What HTTP adds to the engine, on the demo model or on one that ``HTTP_OVERHEAD_MODEL`` names.
 
     pytest benchmarks/test_http_overhead.py
+    HTTP_OVERHEAD_MODEL=phi-3-mini.gguf pytest benchmarks/test_http_overhead.py -k 32
 
 The service runs in a thread of this process, and so does what it is compared with: the pipeline that its handlers call,
 and for the probes a server of a few lines that sends the same bytes whatever it is asked. All answers come over one
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import http.client
 import json
+import os
 import statistics
 import threading
 import time
@@ -38,10 +40,14 @@ PROBE_ROUNDS = 500
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The whole service on the demo model at Q4_K_M."""
-    folder = tmp_path_factory.mktemp("http")
-    source = convert(DEMO_CHECKPOINT, folder / "demo.gguf").path
-    with ready(functools.partial(_load, quantize(source, folder / "demo-Q4_K_M.gguf", type="Q4_K_M").path)) as it:
+    """The whole service on the demo model at Q4_K_M, or on the model that was named."""
+    if named := os.environ.get("HTTP_OVERHEAD_MODEL"):
+        model = Path(named)
+    else:
+        folder = tmp_path_factory.mktemp("http")
+        source = convert(DEMO_CHECKPOINT, folder / "demo.gguf").path
+        model = quantize(source, folder / "demo-Q4_K_M.gguf", type="Q4_K_M").path
+    with ready(functools.partial(_load, model)) as it:
         yield it
 
 
@@ -117,7 +123,7 @@ def alternate(
         "case": case,
         "comparison_milliseconds": round(statistics.median(other for _, other in pairs) * 1e3, 3),
         "added_milliseconds": round(statistics.median(mine - other for mine, other in pairs) * 1e3, 3),
-        "ratio": round(statistics.median(mine / other for mine, other in pairs), 2),
+        "ratio": round(statistics.median(mine / other for mine, other in pairs), 3),
     }
     print(f"\n{case}: {benchmark.extra_info}")
 

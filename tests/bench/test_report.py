@@ -6,11 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from benchmarks import report, report_quants
-from benchmarks.engine_ratios import compare
+from benchmarks import engine_ratios, report, report_quants
+from benchmarks.engine_ratios import Record, compare
 from benchmarks.record import SUITES, read_pytest_benchmark
 from benchmarks.report_tables import number, table
 from edge_phi3.bench.machine import Machine
@@ -65,8 +64,10 @@ def test_the_engines_ratios_are_shown_and_folders_of_the_machine_are_not(results
         compare("health", "18m", "p99", [(4.0, 8.0)], unit="ms", better="low"),
     ]
     command = ["--cache", "/somewhere/peers", "--rounds", "3", "--json=/somewhere/x.json"]
-    record = {"machine": Machine.here(), "command": command, "results": found}
-    (results / "engine.json").write_bytes(msgspec.json.encode(record))
+    path = results / "engine.json"
+    path.unlink(missing_ok=True)
+    for run in (found[:1], found):  # the second takes the place of the first
+        engine_ratios.write(path, Record(Machine.here(), engine_ratios.public_options(command), run))
     text = report.render(results)
     assert "| throughput | 18m | 4 clients, greedy | 125 | 100 | tokens/s | 1.25 | 1.20 to 1.30 | 1.1 | yes |" in text
     assert "| throughput | 18m | 8 clients, greedy | 90 | 100 | tokens/s | 0.90 | 0.90 to 0.90 | 1.2 | no |" in text
