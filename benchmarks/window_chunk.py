@@ -13,6 +13,7 @@ is no window at all: what llama.cpp does by itself.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.engine_ratios import public_options
 from benchmarks.models import CACHE, model_path
 from edge_phi3.bench.machine import Machine
 from edge_phi3.engine.loader import LoadedModel, load
@@ -264,7 +266,9 @@ def main() -> None:
     print(msgspec.json.encode(machine).decode())
     Console(width=110).print(show(rows))
     if arguments.json:
-        arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode({"machine": machine, "rows": rows})))
+        options = public_options(sys.argv[1:])
+        record = msgspec.json.encode({"machine": machine, "options": options, "rows": rows})
+        arguments.json.write_bytes(msgspec.json.format(record))
 
 
 if __name__ == "__main__":
