@@ -232,9 +232,9 @@ def _window(record: dict[str, Any]) -> str:
         "## What `--window-chunk` costs and changes",
         "",
         "A prompt of 3,000 tokens on the demo model, whose attention reaches back 2,047: seconds to the first token,"
-        " and how far the distributions of the first token and of a forced continuation are from those of one token at a"
-        " time, which is exact: Kullback-Leibler divergence in nats, its mean and 99th percentile, and how often the"
-        f" likeliest token is the same. The default is {EngineSettings(Path()).window_chunk}. Without a window, as"
+        " and how far the distributions of the first token and of a forced continuation are from those of one token"
+        " at a time, which is exact: Kullback-Leibler divergence in nats, its mean and 99th percentile, and how often"
+        f" the likeliest token is the same. The default is {EngineSettings(Path()).window_chunk}. Without a window, as"
         " llama.cpp does by itself, the model answers otherwise.",
         "",
         machine_line(msgspec.convert(record["machine"], Machine), command),
