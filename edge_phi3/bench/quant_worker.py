@@ -5,6 +5,7 @@ Reads a `Job` from stdin and writes events to stdout, one JSON object a line; `m
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import subprocess
@@ -146,8 +147,9 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Mea
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(msgspec.json.encode(job))
-            process.stdin.close()
+            # A process that died already reads nothing; what it said last is told below.
+            with contextlib.suppress(BrokenPipeError), contextlib.closing(process.stdin) as stdin:
+                stdin.write(msgspec.json.encode(job))
             for line in process.stdout:
                 event = msgspec.json.decode(line, type=Event)
                 if isinstance(event, Measured):
