@@ -73,7 +73,7 @@ class Settings(BaseModel):
         ge=0,
         le=1 << 20,
     )
-    parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=256)
+    parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=255)
     batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
     threads: int = option(
         0,
@@ -92,7 +92,10 @@ class Settings(BaseModel):
     window_chunk: int = option(
         32, "Engine", "Tokens of a prompt fed at a time beyond the sliding window; 1 is exact.", ge=1, le=2047
     )
-    prefix_cache: bool = option(True, "Engine", "Keep finished sequences as cache for later prompts.")
+    prefix_cache: bool = option(True, "Engine", "Keep finished sequences in main memory for later prompts.")
+    prefix_cache_mib: int = option(
+        0, "Engine", "MiB of main memory that they may take; 0 takes an eighth of what is free at start.", ge=0
+    )
     batch_seeded: bool = option(
         False,
         "Engine",

@@ -163,7 +163,10 @@ class _EngineCollector(Collector):
         yield self._gauge("num_requests_running", "Requests being decoded.", stats.running)
         yield self._gauge("num_requests_waiting", "Requests in the queue.", stats.waiting)
         yield self._gauge("num_sequences_running", "Sequences being decoded.", stats.sequences)
-        yield self._gauge("num_sequences_cached", "Finished sequences kept for later prompts.", stats.cached_sequences)
+        yield self._gauge(
+            "prefix_cache_tokens", "Tokens of finished sequences kept in main memory.", stats.stored_tokens
+        )
+        yield self._gauge("prefix_cache_bytes", "Main memory that they take.", stats.stored_bytes)
         yield self._gauge("kv_cache_cells_used", "KV cells that hold a token.", stats.cells_used)
         yield self._gauge("kv_cache_cells_total", "KV cells there are.", stats.cells_total)
         yield self._gauge(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from edge_phi3.engine.settings import DEFAULT_CTX_SIZE, EngineSettings
 
-MAX_SEQUENCES = 256
-"""Sequence ids of one llama.cpp context at most (LLAMA_MAX_SEQ)."""
+MAX_PARALLEL = 255
+"""Sequences that one llama.cpp context decodes together at most: it has 256 ids (LLAMA_MAX_SEQ), one is kept back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,16 @@ def context_shapes(settings: EngineSettings, context_length: int, original: int 
         context_length: tokens that the model was trained for.
         original: the context beyond which the long rotary factors hold; None for a model without them.
     """
+    parallel = min(settings.parallel, MAX_PARALLEL)
     cells = settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE)
     if original is None or cells <= original:
-        return [ContextShape(cells, MAX_SEQUENCES, unified=True, max_tokens=None)]
+        return [ContextShape(cells, parallel, unified=True, max_tokens=None)]
     # llama.cpp chooses the rotary factors once a context, by its cells per sequence. Short prompts need a context of
     # their own, whose sequences have `original` cells each; it takes as much memory as the long one at most.
-    streams = max(1, min(settings.parallel, cells // original))
+    streams = max(1, min(parallel, cells // original))
     return [
         ContextShape(original * streams, streams, unified=False, max_tokens=original)
         if streams > 1
-        else ContextShape(original, MAX_SEQUENCES, unified=True, max_tokens=original),
-        ContextShape(cells, MAX_SEQUENCES, unified=True, max_tokens=None),
+        else ContextShape(original, parallel, unified=True, max_tokens=original),
+        ContextShape(cells, parallel, unified=True, max_tokens=None),
     ]

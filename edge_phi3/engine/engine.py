@@ -23,6 +23,7 @@ from edge_phi3.engine.errors import (
     DeadlineExceededError,
     DecodeFailedError,
     EngineStoppedError,
+    ModelLoadError,
     QueueFullError,
     RequestTooLargeError,
 )
@@ -37,6 +38,7 @@ from edge_phi3.engine.sequence import (
     TokensEvent,
 )
 from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.solo import no_memory
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
 
@@ -58,9 +60,10 @@ class EngineStats:
         waiting: requests in the queue.
         running: requests being decoded.
         sequences: llama.cpp sequences of the running requests.
-        cells_used: KV cells that hold a token, cached ones included.
+        cells_used: KV cells that hold a token.
         cells_total: KV cells there are.
-        cached_sequences: finished sequences kept for later prompts.
+        stored_tokens: tokens of finished sequences whose keys and values are kept in main memory for later prompts.
+        stored_bytes: the memory that they take.
         prompt_tokens_total: tokens of all prompts admitted.
         cached_tokens_total: those of them found in the prefix cache.
         generated_tokens_total: tokens generated.
@@ -73,7 +76,8 @@ class EngineStats:
     sequences: int
     cells_used: int
     cells_total: int
-    cached_sequences: int
+    stored_tokens: int
+    stored_bytes: int
     prompt_tokens_total: int
     cached_tokens_total: int
     generated_tokens_total: int
@@ -152,7 +156,7 @@ class Engine:
 
     def _schedulers(self) -> list[Scheduler]:
         loaded = self._loaded  # read once: another thread may be closing
-        return loaded.schedulers if loaded else []
+        return [*loaded.schedulers, *list(loaded.solo.values())] if loaded else []
 
     @property
     def model(self) -> LoadedModel:
@@ -169,14 +173,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """Give the engine's counters and gauges; from any thread, without waiting."""
         schedulers = self._schedulers()
+        stores = [scheduler.store for scheduler in schedulers if scheduler.store is not None]
         return EngineStats(
             waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
             running=sum(len(scheduler.running) for scheduler in schedulers),
-            sequences=sum(scheduler.kv.sequences - scheduler.kv.free_sequences for scheduler in schedulers)
-            - sum(len(scheduler.prefix) for scheduler in schedulers),
+            sequences=sum(scheduler.sequences_held for scheduler in schedulers),
             cells_used=sum(scheduler.kv.used for scheduler in schedulers),
             cells_total=sum(scheduler.kv.cells for scheduler in schedulers),
-            cached_sequences=sum(len(scheduler.prefix) for scheduler in schedulers),
+            stored_tokens=sum(store.tokens for store in stores),
+            stored_bytes=sum(store.used for store in stores),
             prompt_tokens_total=self._prompt_tokens,
             cached_tokens_total=self._cached_tokens,
             generated_tokens_total=self._generated_tokens,
@@ -267,6 +272,17 @@ class Engine:
                 return scheduler
         return schedulers[-1]
 
+    def _enqueue(self, running: RunningRequest, length: int) -> None:
+        """Put a request into the queue of the context where its sequences of `length` tokens belong."""
+        scheduler = self._scheduler_for(length)
+        if running.alone:
+            try:
+                scheduler = self.model.solo_for(scheduler, running)
+            except ModelLoadError as error:
+                running.send(no_memory(error))
+                return
+        scheduler.enqueue(running)
+
     # -- the engine's thread
 
     def _run(self) -> None:
@@ -287,17 +303,19 @@ class Engine:
         self._loading.set_result(loaded)
         try:
             while not self._stopping:
-                self._read_inbox(wait=not any(s.waiting or s.running for s in loaded.schedulers))
-                for scheduler in loaded.schedulers:
+                self._read_inbox(wait=not any(s.waiting or s.running for s in self._schedulers()))
+                for scheduler in self._schedulers():
                     self.step(scheduler)
                 self._flush()
+                for scheduler in self._schedulers():
+                    scheduler.settle()
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
             self._set_status("broken", f"The engine is broken: {error}")
         finally:
             self._read_inbox(wait=False)
             stopped = EngineStoppedError(self.status_detail or "The service is stopping.")
-            for scheduler in loaded.schedulers:
+            for scheduler in self._schedulers():
                 for running in [*scheduler.running, *scheduler.waiting]:
                     running.send(stopped)
                 scheduler.running.clear()
@@ -314,21 +332,20 @@ class Engine:
     def _accept(self, running: RunningRequest) -> None:
         self._unadmitted -= 1
         self._prompt_tokens += running.prompt_length
-        self._scheduler_for(running.prompt_length).enqueue(running)
+        self._enqueue(running, running.prompt_length)
 
     def step(self, scheduler: Scheduler) -> None:
-        """Let every running request of a context go on by one token, or by one chunk of its prompt."""
-        self._drop_the_departed(scheduler)
-        for members in scheduler.batches():
-            self._step(scheduler, members)
+        """Let every running request of a context go on by one token, or by one chunk of its prompt.
 
-    def _step(self, scheduler: Scheduler, members: list[RunningRequest]) -> None:
-        """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
-        plan = scheduler.plan(members)
+        Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done.
+        """
+        self._drop_the_departed(scheduler)
+        scheduler.admit()
+        plan = scheduler.plan()
         if plan.count == 0:
             return
         now = time.monotonic()
-        for request in members:
+        for request in scheduler.running:
             if request.started is None:
                 request.started = now
                 self._cached_tokens += request.cached_tokens
@@ -359,7 +376,7 @@ class Engine:
             # Phi-3-128k: beyond its original context every position is scaled by the long factors, so all is
             # recomputed.
             scheduler.retire(request)
-            self._scheduler_for(request.sequences[0].length).enqueue(request)
+            self._enqueue(request, request.sequences[0].length)
 
     def _finish(self, scheduler: Scheduler, request: RunningRequest, now: float) -> None:
         scheduler.retire(request)

@@ -107,17 +107,30 @@ class KVCache:
         self._memory.copy(source, target)
         if length < self.length[source]:
             self._memory.remove(target, length, -1)
-        self.start[target] = start
         if self.shared:
+            self.start[target] = start
             held = self._held[source][:length].copy()
             self._references[held[start:]] += 1
             self._held[target] = held
             self.length[target] = length
         else:
-            self.length[target] = start
-            self._held[target] = np.empty(start, np.int32)
-            self.append(target, length - start)
+            self.adopt(target, start, length)
         return target
+
+    def adopt(self, seq_id: int, start: int, end: int) -> None:
+        """Enter the positions ``[start, end)`` that an empty sequence was given. As many cells must be free."""
+        self.start[seq_id] = self.length[seq_id] = start
+        self._held[seq_id] = np.empty(start, np.int32)
+        self.append(seq_id, end - start)
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Drop the positions of a sequence from `length` on."""
+        old = int(self.length[seq_id])
+        if length >= old:
+            return
+        self._memory.remove(seq_id, length, -1)
+        self._let_go(self._held[seq_id][length:old])
+        self.length[seq_id] = length
 
     def trim(self, seq_id: int, start: int) -> None:
         """Drop the positions of a sequence below `start`: they have left the sliding window."""
@@ -140,14 +153,6 @@ class KVCache:
         """Drop everything."""
         self._memory.clear()
         self._reset()
-
-    def exclusive(self, seq_ids: list[int]) -> int:
-        """Count the cells that would be free if these sequences were released."""
-        if not seq_ids:
-            return 0
-        held = np.concatenate([self._held[s][self.start[s] : self.length[s]] for s in seq_ids])
-        cells, counts = np.unique(held, return_counts=True)
-        return int(np.count_nonzero(self._references[cells] == counts))
 
     def audit(self) -> None:
         """Check the books against themselves.

@@ -6,17 +6,24 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.errors import ModelLoadError
+from edge_phi3.engine.prefix_store import PrefixStore
 from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload
 from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.sequence import RunningRequest
 from edge_phi3.engine.settings import EngineSettings, usable_cores
+from edge_phi3.engine.solo import SoloScheduler
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
+from edge_phi3.hardware import available_memory
 
 logger = logging.getLogger(__name__)
+
+_BLOCK = 256
+"""Tokens of a block of the prefix store: what is copied anew at most when a sequence goes on where another ended."""
 
 PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 """The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
@@ -32,21 +39,48 @@ class LoadedModel:
         schedulers: one, or for Phi-3-128k two: the first takes sequences up to the original context with the short
             rotary factors, the last the longer ones.
         defaults: what the model's ``generation_config.json`` says.
+        settings: how it was loaded.
+        solo: for the places of `schedulers`, the schedulers of requests that run alone; made when they are wanted.
     """
 
     model: Model
     tokenizer: Tokenizer
     schedulers: list[Scheduler]
     defaults: ModelDefaults
+    settings: EngineSettings
+    solo: dict[int, SoloScheduler] = field(default_factory=dict)
 
     @functools.cached_property
     def token_texts(self) -> list[str | None]:
         """The text of every token, which stop strings are compared with."""
         return self.tokenizer.token_texts
 
+    def solo_for(self, scheduler: Scheduler, request: RunningRequest) -> SoloScheduler:
+        """Give the one that runs alone what `scheduler` runs together.
+
+        Raises:
+            ModelLoadError: there is no memory for its context.
+        """
+        place = self.schedulers.index(scheduler)
+        if place not in self.solo:
+            self.solo[place] = SoloScheduler(
+                lambda shape: Context(
+                    self.model,
+                    cells=shape.cells,
+                    sequences=shape.sequences,
+                    unified=shape.unified,
+                    settings=self.settings,
+                ),
+                scheduler,
+                request,
+                # Phi-3-128k's long rotary factors need a context beyond the original one.
+                least=1 + (self.schedulers[place - 1].max_tokens or 0) if place else 0,
+            )
+        return self.solo[place]
+
     def close(self) -> None:
         """Free contexts and model."""
-        for scheduler in self.schedulers:
+        for scheduler in [*self.schedulers, *self.solo.values()]:
             scheduler.context.close()
         self.model.close()
 
@@ -69,24 +103,31 @@ def load(settings: EngineSettings) -> LoadedModel:
     except BaseException:
         model.close()
         raise
-    loaded = LoadedModel(model, tokenizer, schedulers, _defaults(model, tokenizer))
+    loaded = LoadedModel(model, tokenizer, schedulers, _defaults(model, tokenizer), settings)
     _say_what_runs_where(loaded, settings, gpu=gpu)
     return loaded
 
 
 def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
     window = _sliding_window(model)
-    return [
-        Scheduler(
-            Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings),
-            parallel=settings.parallel,
-            window=window,
-            window_chunk=settings.window_chunk,
-            prefix_cache=settings.prefix_cache,
-            max_tokens=shape.max_tokens,
+    shapes = context_shapes(settings, model.context_length, _original_context(model))
+    capacity = (settings.prefix_cache_mib << 20 or available_memory() // 8) // len(shapes)
+    schedulers = []
+    for shape in shapes:
+        context = Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
+        # Only a unified cache can take a sequence apart; from the others it is saved whole.
+        block_size = _BLOCK if shape.unified else context.cells_per_sequence
+        schedulers.append(
+            Scheduler(
+                context,
+                parallel=settings.parallel,
+                window=window,
+                window_chunk=settings.window_chunk,
+                store=PrefixStore(capacity, block_size) if settings.prefix_cache and context.saves else None,
+                max_tokens=shape.max_tokens,
+            )
         )
-        for shape in context_shapes(settings, model.context_length, _original_context(model))
-    ]
+    return schedulers
 
 
 def _sliding_window(model: Model) -> int | None:

@@ -231,6 +231,11 @@ class Context:
         unified: one cache that all sequences share, or one part of ``cells / sequences`` for each.
         settings: batch size, threads, element types.
 
+    Attributes:
+        offloaded: whether the KV cache lies on a GPU.
+        saves: whether `save` and `restore` are fast enough to be of use.
+        scratch: a sequence id beyond the others, empty between calls; only a unified cache has it.
+
     Raises:
         ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
     """
@@ -255,7 +260,10 @@ class Context:
         self.unified = unified
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
         self.cells_per_sequence = int(llama_cpp.llama_n_ctx_seq(self._handle))
-        self.sequences = sequences
+        self.sequences = self.scratch = sequences
+        self.offloaded = settings.n_gpu_layers != 0 and supports_gpu_offload()
+        # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
+        self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
         self.batch_size = settings.batch_size
         self._allocate_batch(settings.batch_size)
 
@@ -323,6 +331,35 @@ class Context:
             int(llama_cpp.llama_memory_seq_pos_max(memory, seq_id)),
         )
 
+    def save(self, seq_id: int, start: int, end: int) -> NDArray[np.uint8]:
+        """Give the keys and values of the positions ``[start, end)`` of a sequence, as llama.cpp writes them.
+
+        Returns:
+            A copy in main memory, shape ``(bytes,)``.
+        """
+        source = seq_id
+        if self.position_range(seq_id) != (start, end - 1):
+            source = self.scratch
+            llama_cpp.llama_memory_seq_cp(self._memory, seq_id, source, start, end)
+        state = np.empty(llama_cpp.llama_state_seq_get_size(self._handle, source), np.uint8)
+        llama_cpp.llama_state_seq_get_data(self._handle, _bytes_pointer(state), len(state), source)
+        if source != seq_id:
+            self.remove(source, -1, -1)
+        return state
+
+    def restore(self, seq_id: int, state: NDArray[np.uint8], *, behind: bool) -> bool:
+        """Put what `save` gave into a sequence: as its beginning, or behind what it holds.
+
+        Returns:
+            False when llama.cpp could not, for want of cells most often.
+        """
+        target = self.scratch if behind else seq_id
+        read = llama_cpp.llama_state_seq_set_data(self._handle, _bytes_pointer(state), len(state), target)
+        if behind:
+            llama_cpp.llama_memory_seq_cp(self._memory, target, seq_id, -1, -1)
+            self.remove(target, -1, -1)
+        return int(read) == len(state)
+
     def state_size(self) -> int:
         """Give the bytes that llama.cpp would save for all sequences: grows with the cells in use."""
         return int(llama_cpp.llama_state_get_size(self._handle))
@@ -334,6 +371,11 @@ class Context:
     def abort(self) -> None:
         """Make the running decode call, and any later one, fail at the next graph node. From any thread."""
         self._abort_flag[0] = b"\1"
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has been freed."""
+        return not self._handle
 
     def warm_up(self) -> None:
         """Decode one token, so that the first request does not pay for lazy set-up."""
@@ -348,6 +390,10 @@ class Context:
         if self._handle:
             llama_cpp.llama_free(self._handle)
             self._handle = None
+
+
+def _bytes_pointer(data: NDArray[np.uint8]) -> Any:
+    return data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -385,7 +431,7 @@ def context_parameters(*, cells: int, sequences: int, unified: bool, settings: E
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
     params.n_batch = params.n_ubatch = settings.batch_size
-    params.n_seq_max = sequences
+    params.n_seq_max = sequences + 1 if unified else sequences
     params.n_outputs_max = max(settings.batch_size, sequences)
     params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
     params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]

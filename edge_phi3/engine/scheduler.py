@@ -2,21 +2,33 @@
 
 The order is llama-server's and vLLM's: first one token of every sequence that is decoding, then prompt chunks while
 there is room in the batch, so that a long prompt delays the others by one chunk at most. Requests are admitted in
-their order of arrival, by the KV cells they need; when cells run out, cached sequences leave, and after them the
-youngest request is preempted: it waits again at its place in the queue, and is recomputed later.
+their order of arrival, by the KV cells they need; when cells run out, the youngest request is preempted: it waits again
+at its place in the queue, and is restored or recomputed later.
+
+Cells hold running sequences only. A new prompt begins with the cells of a running sequence that begins as it does, or
+with what the prefix store has kept of a finished one.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
+import logging
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.engine.kv_cache import KVCache
-from edge_phi3.engine.prefix_cache import PrefixCache
+from edge_phi3.engine.prefix_store import Block, PrefixStore
+from edge_phi3.engine.prefix_tree import PrefixTree
 from edge_phi3.engine.runtime import Context
 from edge_phi3.engine.sequence import RunningRequest, Sequence
+
+logger = logging.getLogger(__name__)
+
+_FEW_RUNS = 32
+"""Tokens that lie apart on a GPU and are still copied to main memory one by one."""
 
 
 @dataclass(slots=True)
@@ -42,7 +54,7 @@ class Scheduler:
         parallel: how many sequences are decoded together at most.
         window: how many tokens attention reaches back, the token itself included; None for all.
         window_chunk: tokens of a prompt fed at a time beyond the window.
-        prefix_cache: whether finished sequences stay as cache.
+        store: where finished sequences are kept for later prompts; None for nowhere, and no prefix is shared.
         max_tokens: the longest sequence that this context may hold, or None for what its cells allow.
     """
 
@@ -53,9 +65,22 @@ class Scheduler:
         parallel: int,
         window: int | None = None,
         window_chunk: int = 1,
-        prefix_cache: bool = True,
+        store: PrefixStore | None = None,
         max_tokens: int | None = None,
     ) -> None:
+        self._use(context)
+        self.store = store
+        self.parallel = min(parallel, context.sequences)
+        self.window = window
+        self.window_chunk = window_chunk
+        self.max_tokens = max_tokens
+        self.waiting: list[RunningRequest] = []
+        self.running: list[RunningRequest] = []
+        self.preemptions = 0
+        self._tree = PrefixTree()
+        self._finished: list[tuple[int, NDArray[np.int32]]] = []
+
+    def _use(self, context: Context) -> None:
         self.context = context
         self.kv = KVCache(
             context,
@@ -64,15 +89,6 @@ class Scheduler:
             cells_per_sequence=context.cells_per_sequence,
             shared=context.unified,
         )
-        self.prefix = PrefixCache()
-        self.parallel = min(parallel, context.sequences)
-        self.window = window
-        self.window_chunk = window_chunk
-        self.max_tokens = max_tokens
-        self.waiting: list[RunningRequest] = []
-        self.running: list[RunningRequest] = []
-        self.preemptions = 0
-        self._caching = prefix_cache
 
     # -- capacity
 
@@ -90,6 +106,11 @@ class Scheduler:
         """How many sequences the running requests have, counting those still to be forked."""
         return sum(request.rows for request in self.running)
 
+    @property
+    def sequences_held(self) -> int:
+        """How many sequence ids the running requests hold."""
+        return self.kv.sequences - self.kv.free_sequences - len(self._finished)
+
     # -- entering and leaving
 
     def enqueue(self, request: RunningRequest) -> None:
@@ -98,50 +119,60 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move requests from the head of the queue to the running ones, while sequences and cells allow."""
+        self.settle()
         rows = self.sequences_running
         while self.waiting:
             request = self.waiting[0]
             if rows + request.rows > self.parallel or not self._has_cells_for(request, rows):
                 return
             self.running.append(self.waiting.pop(0))
-            self._attach(request.sequences[0], reuse=request.reuses_cache)
+            self._attach(request.sequences[0], share=self._may_share(request), restore=self._may_share(request))
             if not request.generated:
                 request.cached_tokens = request.sequences[0].computed
             rows += request.rows
+
+    def _may_share(self, request: RunningRequest) -> bool:
+        """Say whether a request may begin with what was computed for others, or for itself before it was preempted."""
+        return request.generated > 0 or self.store is not None
 
     def _has_cells_for(self, request: RunningRequest, rows: int) -> bool:
         if not self.running:
             return True
         first = request.sequences[0]
-        matched = self._match(first)[0] if request.reuses_cache else 0
+        shared = self._shared_prefix(first)[0] if self._may_share(request) else 0
         promised = sum(sequence.pending for running in self.running for sequence in running.sequences)
         # One cell for each sequence that decodes, so that an arrival does not preempt anybody in the very next step.
-        needed = promised + first.length - matched + request.rows + rows
-        return needed <= self.kv.free or needed <= self.kv.free + self.kv.exclusive(self.prefix.evictable)
+        needed = promised + first.length - shared + request.rows + rows
+        return needed <= self.kv.free
 
     def retire(self, request: RunningRequest) -> None:
-        """Take a finished or failed request out; its sequences stay as cache while there is room."""
+        """Take a finished or failed request out. Its cells are free after the next `settle`."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.detach(request)
-
-    def detach(self, request: RunningRequest) -> None:
-        """Take the KV cells from a request's sequences, keeping their content as cache."""
         for sequence in request.sequences:
-            self._to_cache(sequence)
+            if sequence.seq_id >= 0:
+                self._finished.append((sequence.seq_id, sequence.tokens[: self._worth_keeping(request, sequence)]))
+                sequence.seq_id, sequence.computed = -1, 0
+
+    def settle(self) -> None:
+        """Free the cells of finished sequences, keeping their content in the prefix store."""
+        while self._finished:
+            seq_id, tokens = self._finished[-1]
+            if self.store is not None:
+                start = int(self.kv.start[seq_id])
+                self.store.save(tokens, start, functools.partial(self.context.save, seq_id))
+            self._release(seq_id)
+            self._finished.pop()
 
     def preempt_youngest(self) -> bool:
-        """Send the youngest running request back to the queue. False when it is the only one.
-
-        One that decodes alone is spared while there are others: computed anew, its numbers might differ.
-        """
+        """Send the youngest running request back to the queue. False when it is the only one."""
         if len(self.running) < 2:
             return False
-        request = max(self.running, key=lambda running: (not running.alone, running.arrival))
-        self.running.remove(request)
-        self.detach(request)
+        request = max(self.running, key=lambda running: running.arrival)
+        self.retire(request)
+        self.settle()
         self.enqueue(request)
         self.preemptions += 1
         return True
@@ -153,42 +184,38 @@ class Scheduler:
                 sequence.seq_id, sequence.computed = -1, 0
             self.enqueue(request)
         self.running.clear()
-        self.prefix.clear()
+        self._finished.clear()
+        self._tree.clear()
         self.kv.clear()
 
     # -- one step
 
-    def batches(self) -> list[list[RunningRequest]]:
-        """Give the running requests that share a batch in this step: one batch, and one for each that decodes alone."""
-        self.admit()
-        alone = [[request] for request in self.running if request.alone]
-        together = [request for request in self.running if not request.alone] if alone else list(self.running)
-        return [together, *alone] if together else alone
+    def plan(self) -> Plan:
+        """Write a batch of the running requests into the context's arrays and take the cells that it needs.
 
-    def plan(self, members: list[RunningRequest]) -> Plan:
-        """Write a batch of `members` into the context's arrays and take the cells that it needs.
-
-        Those of them that have been preempted since are left out; the plan may be empty for that reason only.
+        It is empty only when nothing runs.
         """
-        while members := [request for request in members if request.sequences[0].seq_id >= 0]:
-            plan = self._try_plan(members)
+        while self.running:
+            plan = self._try_plan()
             if plan.count:
                 return plan
-            if not self.preempt_youngest():
+            if self._finished:
+                self.settle()
+            elif not self.preempt_youngest():
                 raise AssertionError("one request alone does not fit the cache that it was admitted to")
         return Plan()
 
-    def _try_plan(self, members: list[RunningRequest]) -> Plan:
-        """Plan a batch; an empty one means that none of the members can go on before somebody is preempted."""
-        for request in members:
+    def _try_plan(self) -> Plan:
+        """Plan a batch; an empty one means that nobody can go on before somebody is preempted."""
+        for request in self.running:
             self._attach_restored(request)
-        decoding = [request for request in members if request.decoding]
+        decoding = [request for request in self.running if request.decoding]
         rows = [sequence for request in decoding for sequence in request.sequences]
-        if not self._make_room(len(rows)):
+        if len(rows) > self.kv.free:
             return Plan()
         plan = Plan(choosing=decoding)
         self._add_decodes(plan, rows)
-        for request in members:
+        for request in self.running:
             if not request.decoding and plan.count < self.context.batch_size:
                 self._add_prompt(plan, request)
         return plan
@@ -206,6 +233,7 @@ class Scheduler:
             if self.window is not None and sequence.computed >= self.window:
                 self.kv.trim(sequence.seq_id, sequence.computed - self.window + 1)
             self.kv.append(sequence.seq_id, 1)
+            sequence.scattered += count > 1
             plan.chunks.append((sequence, 1))
         plan.count = count
 
@@ -218,7 +246,7 @@ class Scheduler:
         """
         for sequence in request.sequences:
             if sequence.seq_id < 0:
-                self._attach(sequence)
+                self._attach(sequence, share=True, restore=False)
             if sequence.pending > 1:
                 return
 
@@ -243,7 +271,6 @@ class Scheduler:
             else:
                 most = min(most, self.window_chunk)
                 self.kv.trim(sequence.seq_id, sequence.computed - self.window + 1)
-        self._make_room(most)
         return min(most, self.kv.free)
 
     def _write_chunk(self, plan: Plan, sequence: Sequence, count: int, *, last: bool) -> None:
@@ -262,8 +289,8 @@ class Scheduler:
         """Note that a plan's batch has been decoded."""
         for sequence, count in plan.chunks:
             sequence.computed += count
-            if count > 1 and self._caching:
-                self.prefix.insert(sequence.seq_id, sequence.tokens[: sequence.computed], evictable=False)
+            if count > 1:
+                self._tree.insert(sequence.seq_id, sequence.tokens[: sequence.computed])
 
     def reorder(self, request: RunningRequest, parents: list[int], tokens: list[int]) -> None:
         """Continue a request's sequences with the chosen tokens.
@@ -278,7 +305,7 @@ class Scheduler:
             kept = set(parents)
             for row, sequence in enumerate(old):
                 if row not in kept:
-                    self._to_cache(sequence)
+                    self._release(sequence.seq_id)
             continued: set[int] = set()
             request.sequences = []
             for parent in parents:
@@ -290,24 +317,37 @@ class Scheduler:
     # -- sequences and cells
 
     def _fork(self, sequence: Sequence) -> Sequence:
-        self._make_room(0 if self.kv.shared else sequence.computed, sequences=1)
         return sequence.fork(self.kv.fork(sequence.seq_id, sequence.computed))
 
-    def _attach(self, sequence: Sequence, *, reuse: bool = True) -> None:
-        """Give a sequence an id, beginning with the longest prefix that some sequence has computed, if it may."""
-        self._make_room(0, sequences=1)
-        matched, owner = self._match(sequence) if reuse else (0, None)
+    def _release(self, seq_id: int) -> None:
+        self._tree.remove(seq_id)
+        self.kv.release(seq_id)
+
+    def _attach(self, sequence: Sequence, *, share: bool, restore: bool) -> None:
+        """Give a sequence an id, and let it begin with the longest prefix that is known.
+
+        Args:
+            sequence: which.
+            share: whether it may begin with the cells of a running sequence.
+            restore: whether it may begin, or go on, with what the store holds.
+        """
+        shared, owner = self._shared_prefix(sequence) if share else (0, None)
+        stored, blocks = self._stored_prefix(sequence) if restore else (0, [])
+        if stored > shared:
+            # What lies in front of the first block that is wanted can be shared still.
+            shared = max((block.begin for block in blocks if block.begin <= shared), default=0)
+            owner = owner if shared else None
         if owner is None:
             sequence.seq_id, sequence.computed = self.kv.acquire(), 0
-            return
-        self.prefix.touch(owner)
-        sequence.seq_id, sequence.computed = self.kv.fork(owner, matched), matched
+        else:
+            sequence.seq_id, sequence.computed = self.kv.fork(owner, shared), shared
+        if stored > shared:
+            self._restore(sequence, stored, [block for block in blocks if block.begin >= shared])
 
-    def _match(self, sequence: Sequence) -> tuple[int, int | None]:
-        if not self._caching:
-            return 0, None
+    def _shared_prefix(self, sequence: Sequence) -> tuple[int, int | None]:
+        """Give the longest prefix that a running sequence's cells hold, and that sequence."""
         # The last token is always decoded: its logits choose the next one.
-        matched, owners = self.prefix.match(sequence.tokens[: sequence.length - 1])
+        matched, owners = self._tree.match(sequence.tokens[: sequence.length - 1])
         reach = matched if self.window is None else max(0, matched - self.window + 1)
         for owner in owners:
             start = int(self.kv.start[owner])
@@ -315,30 +355,37 @@ class Scheduler:
                 return matched, owner
         return 0, None
 
-    def _to_cache(self, sequence: Sequence) -> None:
-        """Take a sequence's id away, and keep what it computed as cache when that is worth a thing."""
-        seq_id, tokens = sequence.seq_id, sequence.tokens[: sequence.computed]
-        sequence.seq_id, sequence.computed = -1, 0
-        if seq_id < 0:
-            return
-        self.prefix.remove(seq_id)
-        matched, _ = self.prefix.match(tokens)
-        if not self._caching or matched == len(tokens):
-            self.kv.release(seq_id)
-            return
-        for shorter in self.prefix.covered_by(tokens):
-            self._evict(shorter)
-        self.prefix.insert(seq_id, tokens, evictable=True)
+    def _stored_prefix(self, sequence: Sequence) -> tuple[int, list[Block]]:
+        if self.store is None:
+            return 0, []
+        return self.store.match(sequence.tokens[: sequence.length - 1], self.window)
 
-    def _make_room(self, cells: int, *, sequences: int = 0) -> bool:
-        """Evict cached sequences until so many cells and sequence ids are free. False when that is not enough."""
-        while self.kv.free < cells or self.kv.free_sequences < sequences:
-            evictable = self.prefix.evictable
-            if not evictable:
-                return False
-            self._evict(evictable[0])
-        return True
+    def _restore(self, sequence: Sequence, length: int, blocks: list[Block]) -> None:
+        """Let a sequence go on with blocks of the store, up to `length` tokens; without them if they do not fit."""
+        seq_id, computed = sequence.seq_id, sequence.computed
+        start, end = blocks[0].start, blocks[-1].end
+        if end - start > self.kv.free:
+            return
+        behind = computed > 0
+        for block in blocks:
+            if not self.context.restore(seq_id, block.state, behind=behind):
+                logger.warning("llama.cpp could not restore %d cached tokens: they are computed anew.", end - start)
+                self.context.remove(seq_id, computed, -1)
+                return
+            behind = True
+        if computed:
+            self.kv.append(seq_id, end - computed)
+        else:
+            self.kv.adopt(seq_id, start, end)
+        self.kv.truncate(seq_id, length)
+        sequence.computed = length
+        self._tree.insert(seq_id, sequence.tokens[:length])
 
-    def _evict(self, seq_id: int) -> None:
-        self.prefix.remove(seq_id)
-        self.kv.release(seq_id)
+    def _worth_keeping(self, request: RunningRequest, sequence: Sequence) -> int:
+        """Say how many tokens of a leaving sequence are kept: all, or the prompt's where the rest would cost too much.
+
+        A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
+        others lie apart.
+        """
+        costly = self.context.offloaded and self.kv.shared and sequence.scattered > _FEW_RUNS
+        return min(sequence.computed, request.prompt_length) if costly else sequence.computed

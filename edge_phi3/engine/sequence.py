@@ -98,12 +98,14 @@ class Sequence:
         length: how many tokens there are; those from `computed` on are still to be decoded.
         seq_id: the llama.cpp sequence id, or -1 while the request waits.
         computed: how many tokens the KV cache holds (positions dropped by the sliding window included).
+        scattered: how many of them were decoded beside other sequences, so that their cells lie apart.
     """
 
     tokens: NDArray[np.int32]
     length: int
     seq_id: int = -1
     computed: int = 0
+    scattered: int = 0
 
     @property
     def pending(self) -> int:
@@ -119,7 +121,7 @@ class Sequence:
 
     def fork(self, seq_id: int) -> Sequence:
         """Give a copy that goes its own way under another llama.cpp sequence id."""
-        return Sequence(self.tokens.copy(), self.length, seq_id, self.computed)
+        return Sequence(self.tokens.copy(), self.length, seq_id, self.computed, self.scattered)
 
 
 @dataclass(slots=True, eq=False)
@@ -131,8 +133,7 @@ class RunningRequest:
         decoder: chooses its tokens.
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.
-        alone: whether it is decoded in batches of its own, from scratch: llama.cpp's numbers depend in their last bits
-            on what else is in a batch, and a request with a seed must repeat exactly.
+        alone: whether it runs in a context of its own, as one with a seed does.
         sequences: one sequence with the prompt at first, later one for each row of the decoder.
         submitted: when it was submitted, as all times here in seconds of `time.monotonic`.
         started: when it was first admitted, or None.
@@ -174,11 +175,6 @@ class RunningRequest:
     def max_length(self) -> int:
         """The longest that one of its sequences can become, the prompt included."""
         return self.request.config.total_length(self.prompt_length)
-
-    @property
-    def reuses_cache(self) -> bool:
-        """Whether it may start from what others computed; its own tokens always may, when it comes back."""
-        return not self.alone or self.generated > 0
 
     @property
     def decoding(self) -> bool:

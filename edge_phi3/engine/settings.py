@@ -32,7 +32,8 @@ class EngineSettings:
         batch_seeded: whether requests with a seed share batches and the prefix cache. It makes them faster where
         several run;
             their tokens then depend, now and then, on what runs beside them, unless weights and cache are F32.
-        prefix_cache: whether finished sequences stay as cache for later prompts.
+        prefix_cache: whether finished sequences are kept for later prompts.
+        prefix_cache_mib: MiB of main memory that they may take; 0 takes a share of what is free when the model loads.
     """
 
     model_path: Path
@@ -47,6 +48,7 @@ class EngineSettings:
     lora: tuple[tuple[Path, float], ...] = ()
     max_queue: int = 256
     prefix_cache: bool = True
+    prefix_cache_mib: int = 0
     batch_seeded: bool = False
 
 

@@ -92,11 +92,20 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.cells)
     @rule(data=st.data())
-    def exclusive(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.cells)), unique=True))
-        inside = {cell for seq_id in chosen for cell in self.cells[seq_id].values()}
-        outside = {cell for seq_id, held in self.cells.items() if seq_id not in chosen for cell in held.values()}
-        assert self.kv.exclusive(chosen) == len(inside - outside)
+    def truncate(self, data: st.DataObject) -> None:
+        seq_id = data.draw(st.sampled_from(sorted(self.cells)))
+        length = data.draw(st.integers(int(self.kv.start[seq_id]), int(self.kv.length[seq_id])))
+        self.kv.truncate(seq_id, length)
+        self.cells[seq_id] = {position: cell for position, cell in self.cells[seq_id].items() if position < length}
+
+    @precondition(lambda self: self.kv.free_sequences and self.kv.free)
+    @rule(data=st.data(), start=st.integers(0, 40))
+    def adopt(self, data: st.DataObject, start: int) -> None:
+        end = start + data.draw(st.integers(1, self.kv.free))
+        seq_id = self.kv.acquire()
+        self.memory.positions[seq_id] = set(range(start, end))
+        self.kv.adopt(seq_id, start, end)
+        self.cells[seq_id] = {position: object() for position in range(start, end)}
 
     @invariant()
     def books_are_right(self) -> None:

@@ -1,12 +1,11 @@
 """Which sequences begin as a new prompt does: a radix tree over token ids.
 
-Running sequences and finished ones both stand in the tree; finished ones stay as cache until their cells are wanted,
-the least recently used first (the scheme of SGLang's RadixAttention, with llama.cpp sequences as the values).
+The scheme of SGLang's RadixAttention. It stands twice: for the sequences that run, whose cells a new prompt can share,
+and for the blocks of finished ones, which `PrefixStore` keeps in main memory.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,7 +16,7 @@ Tokens = NDArray[np.int32]
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """An edge's tokens, and the node at its end. Every node has a sequence at or below it, except the root."""
+    """An edge's tokens, and the node at its end. Every node has an owner at or below it, except the root."""
 
     tokens: Tokens
     parent: _Node | None
@@ -25,32 +24,21 @@ class _Node:
     owners: set[int] = field(default_factory=set)
 
 
-class PrefixCache:
-    """A radix tree of token sequences, each owned by one sequence id."""
+class PrefixTree:
+    """A radix tree of token sequences, each owned by one number."""
 
     def __init__(self) -> None:
         self._root = _Node(np.empty(0, np.int32), None)
         self._ends: dict[int, _Node] = {}
-        self._evictable: OrderedDict[int, None] = OrderedDict()
 
-    def __len__(self) -> int:
-        """Count the finished sequences, which are the ones that can be evicted."""
-        return len(self._evictable)
-
-    @property
-    def evictable(self) -> list[int]:
-        """The sequences that only serve as cache, least recently used first."""
-        return list(self._evictable)
-
-    def insert(self, seq_id: int, tokens: Tokens, *, evictable: bool) -> None:
-        """Enter a sequence, replacing what was known of it.
+    def insert(self, owner: int, tokens: Tokens) -> None:
+        """Enter a sequence, replacing what was known of its owner.
 
         Args:
-            seq_id: who owns it.
-            tokens: token ids whose keys and values the sequence holds, shape ``(tokens,)``.
-            evictable: whether it only serves as cache from now on.
+            owner: whose it is.
+            tokens: token ids, shape ``(tokens,)``.
         """
-        self.remove(seq_id)
+        self.remove(owner)
         if len(tokens) == 0:
             return
         node, rest = self._root, tokens
@@ -65,33 +53,26 @@ class PrefixCache:
             if shared < len(child.tokens):
                 child = _split(child, shared)
             node, rest = child, rest[shared:]
-        node.owners.add(seq_id)
-        self._ends[seq_id] = node
-        if evictable:
-            self._evictable[seq_id] = None
+        node.owners.add(owner)
+        self._ends[owner] = node
 
-    def remove(self, seq_id: int) -> None:
+    def remove(self, owner: int) -> None:
         """Forget a sequence; nothing happens when it is not known."""
-        node = self._ends.pop(seq_id, None)
+        node = self._ends.pop(owner, None)
         if node is None:
             return
-        self._evictable.pop(seq_id, None)
-        node.owners.discard(seq_id)
+        node.owners.discard(owner)
         while node.parent is not None and not node.owners and not node.children:
             parent = node.parent
             del parent.children[int(node.tokens[0])]
             node = parent
 
-    def touch(self, seq_id: int) -> None:
-        """Mark a cached sequence as used just now."""
-        if seq_id in self._evictable:
-            self._evictable.move_to_end(seq_id)
-
     def match(self, tokens: Tokens) -> tuple[int, list[int]]:
         """Find the sequences that share the longest prefix with `tokens`.
 
         Returns:
-            How many tokens are shared, and every sequence that begins with them. ``(0, [])`` when there is none.
+            How many tokens are shared, and the owner of every sequence that begins with them. ``(0, [])`` when there
+            is none.
         """
         node, length = self._root, 0
         while length < len(tokens):
@@ -104,19 +85,6 @@ class PrefixCache:
             if shared < len(child.tokens):
                 break
         return (length, _owners_below(node)) if length else (0, [])
-
-    def covered_by(self, tokens: Tokens) -> list[int]:
-        """List the cached sequences whose tokens are all a prefix of `tokens`: a longer one makes them useless."""
-        found: list[int] = []
-        node, length = self._root, 0
-        while length < len(tokens):
-            child = node.children.get(int(tokens[length]))
-            if child is None or _common_length(child.tokens, tokens[length:]) < len(child.tokens):
-                break
-            length += len(child.tokens)
-            node = child
-            found += [owner for owner in node.owners if owner in self._evictable]
-        return found
 
     def clear(self) -> None:
         """Forget everything."""
