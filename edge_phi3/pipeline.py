@@ -279,8 +279,10 @@ class TextGenerationPipeline:
 
     async def stream(
         self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
-    ) -> AsyncGenerator[TextDelta | GenerationOutput, None]:
+    ) -> AsyncGenerator[Sequence[TextDelta | GenerationOutput], None]:
         """Run a prepared request, giving text as it becomes certain, and at last the whole answer.
+
+        What becomes known at the same moment comes together, so that it can be sent together.
 
         Closing the iterator early cancels the request. Beam modes give the whole answer only.
         """
@@ -300,24 +302,34 @@ class TextGenerationPipeline:
         events = self.engine.generate(request)
         try:
             async for event in events:
-                if isinstance(event, TokensEvent) and event.logprobs:
-                    for (index, _), logprobs in zip(event.tokens, event.logprobs, strict=True):
-                        yield TokenDelta(index, streams[index].push([logprobs.token_id]), placers[index].push(logprobs))
+                if isinstance(event, FinishedEvent):
+                    yield self._last_deltas(prepared, event, streams, placers)
+                elif isinstance(event, TokensEvent) and event.logprobs:
+                    yield [
+                        TokenDelta(index, streams[index].push([token]), placers[index].push(logprobs))
+                        for (index, token), logprobs in zip(event.tokens, event.logprobs, strict=True)
+                    ]
                 elif isinstance(event, TokensEvent):
-                    for index, token in event.tokens:
-                        if text := streams[index].push([token]):
-                            yield TextDelta(index, text)
-                elif isinstance(event, FinishedEvent):
-                    output = self._output(prepared, event)
-                    for index, placer in enumerate(placers):
-                        yield TokenDelta(index, "", placer.finish())
-                    if prepared.config.num_beams == 1:
-                        for index, text in enumerate(output.texts):
-                            if rest := text[len(prepared.lead) + streams[index].sent :]:
-                                yield TextDelta(index, rest)
-                    yield output
+                    texts = [(index, streams[index].push([token])) for index, token in event.tokens]
+                    if deltas := [TextDelta(index, text) for index, text in texts if text]:
+                        yield deltas
         finally:
             await events.aclose()
+
+    def _last_deltas(
+        self,
+        prepared: PreparedPrompt,
+        event: FinishedEvent,
+        streams: list[_TextStream],
+        placers: list[TokenPlacer],
+    ) -> list[TextDelta | GenerationOutput]:
+        output = self._output(prepared, event)
+        deltas: list[TextDelta | GenerationOutput] = []
+        deltas += [TokenDelta(index, "", placer.finish()) for index, placer in enumerate(placers)]
+        if prepared.config.num_beams == 1:
+            rests = [text[len(prepared.lead) + streams[index].sent :] for index, text in enumerate(output.texts)]
+            deltas += [TextDelta(index, rest) for index, rest in enumerate(rests) if rest]
+        return [*deltas, output]
 
     def _output(self, prepared: PreparedPrompt, event: FinishedEvent) -> GenerationOutput:
         result = event.result

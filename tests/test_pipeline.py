@@ -45,7 +45,7 @@ def test_streamed_pieces_are_the_answer(pipeline: TextGenerationPipeline, index:
     prepared = prepare(pipeline, case)
 
     async def collect() -> tuple[str, GenerationOutput]:
-        pieces = [piece async for piece in pipeline.stream(prepared)]
+        pieces = [piece async for step in pipeline.stream(prepared) for piece in step]
         output = pieces.pop()
         assert isinstance(output, GenerationOutput)
         assert all(isinstance(piece, TextDelta) for piece in pieces)

@@ -41,13 +41,16 @@ async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDep
 
 async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:
     """Give the text as it comes, as ``{"index", "text"}``, and at last the plain response as the event "result"."""
-    async with service.stream(prepared, exchange.request_id) as items:
-        async for item in items:
-            if isinstance(item, TextDelta):
-                yield event(_encode({"index": item.index, "text": item.text}))
-            else:
-                exchange.output = item
-                yield event(_encode(chat_response(item, prepared.config)), "result")
+
+    def encoded(item: TextDelta | GenerationOutput) -> bytes:
+        if isinstance(item, TextDelta):
+            return event(_encode({"index": item.index, "text": item.text}))
+        exchange.output = item
+        return event(_encode(chat_response(item, prepared.config)), "result")
+
+    async with service.stream(prepared, exchange.request_id) as steps:
+        async for items in steps:
+            yield b"".join(map(encoded, items))
 
 
 def _failure_event(error: Exception) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -236,7 +236,7 @@ class Service:
 
     def stream(
         self, prepared: PreparedPrompt, request_id: str
-    ) -> AbstractAsyncContextManager[AsyncGenerator[TextDelta | GenerationOutput, None]]:
+    ) -> AbstractAsyncContextManager[AsyncGenerator[Sequence[TextDelta | GenerationOutput], None]]:
         """Run a prepared request, giving its text as it comes; leaving the context ends the request."""
         timeout = self.settings.request_timeout or None
         return contextlib.aclosing(self.pipeline.stream(prepared, timeout=timeout, request_id=request_id))

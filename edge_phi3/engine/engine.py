@@ -51,6 +51,12 @@ _SWITCH_INTERVAL = 0.0005
 thread asks for
 it after every decode, and must not wait for the event loop's whole turn."""
 
+_FLUSH_INTERVAL = 0.004
+"""Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
+
+A small model chooses tokens faster than anybody reads them, and each delivery takes a core from llama.cpp: to wake the
+event loop, write to a socket and wake the client costs more than a tenth of a millisecond."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -97,7 +103,9 @@ class Engine:
         self.status: Status = "loading"
         self.status_detail = "The model is loading."
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Event], Event]]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, dict[asyncio.Queue[Event], list[Event]]] = {}
+        self._urgent = False
+        self._flushed = 0.0
         self._arrivals = itertools.count()
         self._loading: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -208,7 +216,7 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         mailbox: asyncio.Queue[Event] = asyncio.Queue()
-        running = self.submit(request, lambda event: self._outbox.setdefault(loop, []).append((mailbox, event)))
+        running = self.submit(request, lambda event: self._post(loop, mailbox, event))
         finished = False
         try:
             while not finished:
@@ -306,9 +314,7 @@ class Engine:
                 self._read_inbox(wait=not any(s.waiting or s.running for s in self._schedulers()))
                 for scheduler in self._schedulers():
                     self.step(scheduler)
-                self._flush()
-                for scheduler in self._schedulers():
-                    scheduler.settle()
+                self._tidy_up()
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
             self._set_status("broken", f"The engine is broken: {error}")
@@ -321,6 +327,14 @@ class Engine:
                 scheduler.running.clear()
                 scheduler.waiting.clear()
             self._flush()
+
+    def _tidy_up(self) -> None:
+        """Free the cells of those who have finished; they hear of it first."""
+        schedulers = self._schedulers()
+        if not any(scheduler.running for scheduler in schedulers) or any(s.unsettled for s in schedulers):
+            self._flush()
+        for scheduler in schedulers:
+            scheduler.settle()
 
     def _read_inbox(self, *, wait: bool) -> None:
         if wait:
@@ -335,20 +349,26 @@ class Engine:
         self._enqueue(running, running.prompt_length)
 
     def step(self, scheduler: Scheduler) -> None:
-        """Let every running request of a context go on by one token, or by one chunk of its prompt.
-
-        Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done.
-        """
+        """Let every running request of a context go on by one token, or by one chunk of its prompt."""
         self._drop_the_departed(scheduler)
         scheduler.admit()
-        plan = scheduler.plan()
+        for members in scheduler.batches():
+            self._step(scheduler, members)
+
+    def _step(self, scheduler: Scheduler, members: list[RunningRequest]) -> None:
+        """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
+        plan = scheduler.plan(members)
         if plan.count == 0:
             return
         now = time.monotonic()
-        for request in scheduler.running:
+        for request in members:
             if request.started is None:
                 request.started = now
                 self._cached_tokens += request.cached_tokens
+        # Only now: the event loop would take the interpreter lock from this thread while it plans. It works beside
+        # llama.cpp, which does not hold it.
+        if self._urgent or now - self._flushed >= _FLUSH_INTERVAL:
+            self._flush()
         try:
             logits = scheduler.context.decode(plan.count)
         except DecodeFailedError as error:
@@ -356,7 +376,8 @@ class Engine:
             return
         self._steps += 1
         scheduler.computed(plan)
-        steps = advance([request.decoder for request in plan.choosing], logits)
+        decoders = [request.decoder for request in plan.choosing]
+        steps = advance(decoders, logits[: sum([decoder.rows for decoder in decoders])])
         now = time.monotonic()
         for request, chosen in zip(plan.choosing, steps, strict=True):
             self._apply(scheduler, request, chosen, now)
@@ -365,6 +386,7 @@ class Engine:
         """Send what a request's decoder chose, and continue or finish its sequences."""
         if request.first_token is None:
             request.first_token = now
+            self._urgent = True
         if request.request.stream and chosen.emitted:
             request.send(TokensEvent(list(chosen.emitted), chosen.logprobs))
         if request.decoder.finished:
@@ -418,16 +440,28 @@ class Engine:
         scheduler.forget()
         scheduler.context.warm_up()
 
+    def _post(self, loop: asyncio.AbstractEventLoop, mailbox: asyncio.Queue[Event], event: Event) -> None:
+        """Keep an event for the next `_flush`; tokens join those that wait already."""
+        waiting = self._outbox.setdefault(loop, {}).setdefault(mailbox, [])
+        if not isinstance(event, TokensEvent):
+            self._urgent = True
+        elif waiting and isinstance(before := waiting[-1], TokensEvent):
+            waiting[-1] = TokensEvent(before.tokens + event.tokens, [*before.logprobs, *event.logprobs])
+            return
+        waiting.append(event)
+
     def _flush(self) -> None:
+        self._urgent, self._flushed = False, time.monotonic()
         outbox, self._outbox = self._outbox, {}
-        for loop, events in outbox.items():
+        for loop, mailboxes in outbox.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(_deliver, events)
+                loop.call_soon_threadsafe(_deliver, mailboxes)
 
 
-def _deliver(events: list[tuple[asyncio.Queue[Event], Event]]) -> None:
-    for mailbox, event in events:
-        mailbox.put_nowait(event)
+def _deliver(mailboxes: dict[asyncio.Queue[Event], list[Event]]) -> None:
+    for mailbox, events in mailboxes.items():
+        for event in events:
+            mailbox.put_nowait(event)
 
 
 def _nothing() -> None:

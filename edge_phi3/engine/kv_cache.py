@@ -24,8 +24,8 @@ class Memory(Protocol):
     def remove(self, seq_id: int, start: int, end: int) -> None:
         """Take positions ``[start, end)`` from a sequence; -1 leaves that side open."""
 
-    def clear(self) -> None:
-        """Empty the cache."""
+    def clear(self, *, zero: bool = False) -> None:
+        """Empty the cache, and overwrite it if wanted."""
 
 
 class KVCache:
@@ -149,9 +149,9 @@ class KVCache:
         self._held[seq_id] = np.empty(0, np.int32)
         self._free_ids.append(seq_id)
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self._memory.clear()
+    def clear(self, *, zero: bool = False) -> None:
+        """Drop everything, and overwrite it if wanted."""
+        self._memory.clear(zero=zero)
         self._reset()
 
     def audit(self) -> None:

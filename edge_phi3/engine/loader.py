@@ -8,6 +8,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from edge_phi3.engine.batch_shapes import measure
 from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.errors import ModelLoadError
 from edge_phi3.engine.prefix_store import PrefixStore
@@ -98,8 +99,6 @@ def load(settings: EngineSettings) -> LoadedModel:
             model.load_lora(path, scale)
         tokenizer = Tokenizer(model)
         schedulers = _make_schedulers(model, settings)
-        for scheduler in schedulers:
-            scheduler.context.warm_up()
     except BaseException:
         model.close()
         raise
@@ -115,6 +114,7 @@ def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
     schedulers = []
     for shape in shapes:
         context = Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
+        context.warm_up()
         # Only a unified cache can take a sequence apart; from the others it is saved whole.
         block_size = _BLOCK if shape.unified else context.cells_per_sequence
         schedulers.append(
@@ -125,6 +125,7 @@ def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
                 window_chunk=settings.window_chunk,
                 store=PrefixStore(capacity, block_size) if settings.prefix_cache and context.saves else None,
                 max_tokens=shape.max_tokens,
+                shapes=measure(context.decode_anything, min(context.sequences, context.batch_size)),
             )
         )
     return schedulers

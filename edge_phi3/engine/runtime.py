@@ -266,6 +266,8 @@ class Context:
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
         self.batch_size = settings.batch_size
         self._allocate_batch(settings.batch_size)
+        self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
+        """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
 
     def _apply_adapters(self) -> None:
         adapters = self._model._adapters  # noqa: SLF001 - the pair is one unit
@@ -312,8 +314,14 @@ class Context:
         rows = int(np.count_nonzero(self.wants_logits[:count]))
         if rows == 0:
             return np.empty((0, self._model.vocab_size), np.float32)
-        pointer = llama_cpp.llama_get_logits(self._handle)
-        return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab_size))
+        address = ctypes.addressof(llama_cpp.llama_get_logits(self._handle).contents)
+        view = self._views.get((address, rows))
+        if view is None:
+            view = np.ctypeslib.as_array(
+                ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), shape=(rows, self._model.vocab_size)
+            )
+            self._views[address, rows] = view
+        return view
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` hold all cells of `source`: shared in a unified cache, copied otherwise."""
@@ -364,9 +372,9 @@ class Context:
         """Give the bytes that llama.cpp would save for all sequences: grows with the cells in use."""
         return int(llama_cpp.llama_state_get_size(self._handle))
 
-    def clear(self) -> None:
-        """Empty the KV cache."""
-        llama_cpp.llama_memory_clear(self._memory, True)
+    def clear(self, *, zero: bool = False) -> None:
+        """Empty the KV cache; with `zero` also overwrite it, as after a failure that may have left NaN there."""
+        llama_cpp.llama_memory_clear(self._memory, zero)
 
     def abort(self) -> None:
         """Make the running decode call, and any later one, fail at the next graph node. From any thread."""
@@ -379,10 +387,15 @@ class Context:
 
     def warm_up(self) -> None:
         """Decode one token, so that the first request does not pay for lazy set-up."""
-        self.tokens[0] = max(self._model.bos_token_id, 0)
-        self.positions[0] = self.seq_ids[0] = 0
-        self.wants_logits[0] = 1
-        self.decode(1)
+        self.decode_anything(1)
+
+    def decode_anything(self, count: int) -> None:
+        """Decode the first token of `count` sequences, and forget them all."""
+        self.tokens[:count] = max(self._model.bos_token_id, 0)
+        self.positions[:count] = 0
+        self.seq_ids[:count] = np.arange(count)
+        self.wants_logits[:count] = 1
+        self.decode(count)
         self.clear()
 
     def close(self) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import logging
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.batch_shapes import BatchShapes
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.prefix_store import Block, PrefixStore
 from edge_phi3.engine.prefix_tree import PrefixTree
@@ -37,11 +39,13 @@ class Plan:
 
     Attributes:
         count: tokens in the batch.
+        padding: how many of them, at its end, only fill it up.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
         chunks: every sequence in the batch, with how many of its tokens are in it.
     """
 
     count: int = 0
+    padding: int = 0
     choosing: list[RunningRequest] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
 
@@ -56,6 +60,7 @@ class Scheduler:
         window_chunk: tokens of a prompt fed at a time beyond the window.
         store: where finished sequences are kept for later prompts; None for nowhere, and no prefix is shared.
         max_tokens: the longest sequence that this context may hold, or None for what its cells allow.
+        shapes: which sizes of a batch are fast; None to take them as they come.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Scheduler:
         window_chunk: int = 1,
         store: PrefixStore | None = None,
         max_tokens: int | None = None,
+        shapes: BatchShapes | None = None,
     ) -> None:
         self._use(context)
         self.store = store
@@ -77,6 +83,7 @@ class Scheduler:
         self.waiting: list[RunningRequest] = []
         self.running: list[RunningRequest] = []
         self.preemptions = 0
+        self._shapes = shapes
         self._tree = PrefixTree()
         self._finished: list[tuple[int, NDArray[np.int32]]] = []
 
@@ -110,6 +117,11 @@ class Scheduler:
     def sequences_held(self) -> int:
         """How many sequence ids the running requests hold."""
         return self.kv.sequences - self.kv.free_sequences - len(self._finished)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether finished sequences still hold cells."""
+        return bool(self._finished)
 
     # -- entering and leaving
 
@@ -186,18 +198,31 @@ class Scheduler:
         self.running.clear()
         self._finished.clear()
         self._tree.clear()
-        self.kv.clear()
+        self.kv.clear(zero=True)
 
     # -- one step
 
-    def plan(self) -> Plan:
-        """Write a batch of the running requests into the context's arrays and take the cells that it needs.
+    def batches(self) -> list[list[RunningRequest]]:
+        """Give the running requests of each batch of this step: all in one, or in two where that is faster."""
+        running = list(self.running)
+        if self._shapes is None or not all(request.decoding for request in running):
+            return [running]
+        sizes = self._shapes.parts(sum(request.rows for request in running))
+        if len(sizes) == 1:
+            return [running]
+        rows = list(itertools.accumulate(request.rows for request in running))
+        half = bisect.bisect_left(rows, sizes[0]) + 1
+        return [running[:half], running[half:]]
 
-        It is empty only when nothing runs.
+    def plan(self, members: list[RunningRequest]) -> Plan:
+        """Write a batch of `members` into the context's arrays and take the cells that it needs.
+
+        Those of them that have been preempted since are left out; the plan is empty when none is left.
         """
-        while self.running:
-            plan = self._try_plan()
+        while members := [request for request in members if request.sequences[0].seq_id >= 0]:
+            plan = self._try_plan(members)
             if plan.count:
+                self._fill_up(plan)
                 return plan
             if self._finished:
                 self.settle()
@@ -205,17 +230,17 @@ class Scheduler:
                 raise AssertionError("one request alone does not fit the cache that it was admitted to")
         return Plan()
 
-    def _try_plan(self) -> Plan:
-        """Plan a batch; an empty one means that nobody can go on before somebody is preempted."""
-        for request in self.running:
+    def _try_plan(self, members: list[RunningRequest]) -> Plan:
+        """Plan a batch; an empty one means that none of the members can go on before somebody is preempted."""
+        for request in members:
             self._attach_restored(request)
-        decoding = [request for request in self.running if request.decoding]
+        decoding = [request for request in members if request.decoding]
         rows = [sequence for request in decoding for sequence in request.sequences]
         if len(rows) > self.kv.free:
             return Plan()
         plan = Plan(choosing=decoding)
         self._add_decodes(plan, rows)
-        for request in self.running:
+        for request in members:
             if not request.decoding and plan.count < self.context.batch_size:
                 self._add_prompt(plan, request)
         return plan
@@ -285,8 +310,29 @@ class Scheduler:
         plan.chunks.append((sequence, count))
         plan.count += count
 
+    def _fill_up(self, plan: Plan) -> None:
+        """Add tokens that nobody reads, in the context's scratch sequence, where that makes the batch faster."""
+        context, start = self.context, plan.count
+        if self._shapes is None or not context.unified:
+            return
+        wanted = self._shapes.padding(start)
+        count = plan.padding = min(wanted, self.kv.free, context.batch_size - start)
+        if count == 0:
+            return
+        part = slice(start, start + count)
+        context.tokens[part] = context.tokens[0]
+        context.positions[part] = np.arange(count, dtype=np.int32)
+        context.seq_ids[part] = context.scratch
+        context.wants_logits[part] = 0
+        # The output layer's batch is that of the rows with logits: it has a size of its own.
+        rows = int(np.count_nonzero(context.wants_logits[:start]))
+        context.wants_logits[start : start + min(count, self._shapes.padding(rows))] = 1
+        plan.count += count
+
     def computed(self, plan: Plan) -> None:
         """Note that a plan's batch has been decoded."""
+        if plan.padding:
+            self.context.remove(self.context.scratch, -1, -1)
         for sequence, count in plan.chunks:
             sequence.computed += count
             if count > 1:

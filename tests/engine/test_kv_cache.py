@@ -25,7 +25,7 @@ class Recorded:
         low, high = max(start, 0), end if end >= 0 else 1 << 30
         self.positions[seq_id] = {p for p in self.positions.get(seq_id, set()) if not low <= p < high}
 
-    def clear(self) -> None:
+    def clear(self, *, zero: bool = False) -> None:  # noqa: ARG002 - there is nothing to overwrite
         self.positions.clear()
 
 

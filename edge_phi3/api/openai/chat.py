@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import msgspec
@@ -101,27 +102,28 @@ class _Answer:
         count = prepared.config.num_return_sequences
         trimmers = [StopTrimmer(self._stops) for _ in range(count)]
         tokens = [ShownTokens() for _ in range(count)]
-        begun = False
-        async with self._service.stream(prepared, self._exchange.request_id) as items:
-            async for item in items:
-                if not begun:
-                    begun = True
-                    for index in range(count):
-                        yield self._chunk(ChunkChoice(index, Delta(role="assistant", content="")))
-                if isinstance(item, TextDelta):
-                    if isinstance(item, TokenDelta):
-                        tokens[item.index].push(item.placed)
-                    if text := trimmers[item.index].push(item.text):
-                        yield self._piece(item.index, text, tokens[item.index])
-                    continue
-                self._exchange.output = item
-                for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
-                    whole = item.texts[index] if prepared.config.is_beam_search else ""
-                    if text := trimmer.push(whole) + trimmer.finish():
-                        yield self._piece(index, text, tokens[index])
-                    yield self._chunk(ChunkChoice(index, Delta(), finish_reason_of(reason, stopped=trimmer.stopped)))
-                if self._usage:
-                    yield self._chunk(usage=usage_of(item))
+
+        def encoded(item: TextDelta | GenerationOutput) -> Iterator[bytes]:
+            if isinstance(item, TextDelta):
+                if isinstance(item, TokenDelta):
+                    tokens[item.index].push(item.placed)
+                if text := trimmers[item.index].push(item.text):
+                    yield self._piece(item.index, text, tokens[item.index])
+                return
+            self._exchange.output = item
+            for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
+                whole = item.texts[index] if prepared.config.is_beam_search else ""
+                if text := trimmer.push(whole) + trimmer.finish():
+                    yield self._piece(index, text, tokens[index])
+                yield self._chunk(ChunkChoice(index, Delta(), finish_reason_of(reason, stopped=trimmer.stopped)))
+            if self._usage:
+                yield self._chunk(usage=usage_of(item))
+
+        roles = [self._chunk(ChunkChoice(index, Delta(role="assistant", content=""))) for index in range(count)]
+        async with self._service.stream(prepared, self._exchange.request_id) as steps:
+            async for items in steps:
+                yield b"".join([*roles, *itertools.chain.from_iterable(map(encoded, items))])
+                roles = []
         yield event(b"[DONE]")
 
     def _piece(self, index: int, text: str, tokens: ShownTokens) -> bytes:

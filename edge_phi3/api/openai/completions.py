@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 import msgspec
@@ -142,31 +142,35 @@ class _Answer:
         trimmers = [StopTrimmer(self._stops) for _ in range(prepared.config.num_return_sequences)]
         tokens = [ShownTokens() for _ in trimmers]
 
-        def put(index: int, text: str) -> None:
+        def encoded(index: int, text: str) -> Iterator[bytes]:
             if text:
                 shown = tokens[index].show(text)
                 told = completion_logprobs(self._pipeline, shown) if self._logprobs else None
-                mailbox.put_nowait(self._chunk(CompletionChoice(first + index, text, None, told)))
+                yield self._chunk(CompletionChoice(first + index, text, None, told))
 
-        begun = False
-        async with self._service.stream(prepared, self._exchange.request_id) as items:
-            async for item in items:
-                if not begun:
-                    begun = True
-                    for index in range(len(trimmers)):
-                        put(index, prepared.lead)
-                if isinstance(item, TextDelta):
+        def last(output: GenerationOutput) -> Iterator[bytes]:
+            for index, (trimmer, reason) in enumerate(zip(trimmers, output.finish_reasons, strict=True)):
+                if prepared.config.is_beam_search:
+                    yield from encoded(index, trimmer.push(output.texts[index][len(prepared.lead) :]))
+                yield from encoded(index, trimmer.finish())
+                reason_shown = finish_reason_of(reason, stopped=trimmer.stopped)
+                yield self._chunk(CompletionChoice(first + index, "", reason_shown))
+
+        pieces = [piece for index in range(len(trimmers)) for piece in encoded(index, prepared.lead)]
+        async with self._service.stream(prepared, self._exchange.request_id) as steps:
+            async for items in steps:
+                for item in items:
                     if isinstance(item, TokenDelta):
                         tokens[item.index].push(item.placed)
-                    put(item.index, trimmers[item.index].push(item.text))
-                    continue
-                for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
-                    if prepared.config.is_beam_search:
-                        put(index, trimmer.push(item.texts[index][len(prepared.lead) :]))
-                    put(index, trimmer.finish())
-                    reason_shown = finish_reason_of(reason, stopped=trimmer.stopped)
-                    mailbox.put_nowait(self._chunk(CompletionChoice(first + index, "", reason_shown)))
-                return item
+                    if isinstance(item, TextDelta):
+                        pieces += encoded(item.index, trimmers[item.index].push(item.text))
+                    else:
+                        pieces += last(item)
+                if pieces:
+                    mailbox.put_nowait(b"".join(pieces))
+                    pieces.clear()
+                if isinstance(items[-1], GenerationOutput):
+                    return items[-1]
         raise AssertionError("the pipeline ends every stream with the whole answer")
 
     def _chunk(self, choice: CompletionChoice) -> bytes:
