@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from tests.helm.chart import NEWEST, Object, of_kind, render, schema_errors
+from tests.helm.chart import NEWEST, Object, loaded, of_kind, render, schema_errors
 from tests.helm.invariants import check_all, check_service_options
 
 names = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -25,24 +25,41 @@ def some(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[Object]:
     return st.fixed_dictionaries({}, optional=fields)
 
 
-options = some(
-    **{
-        "ctx-size": st.integers(0, 1 << 20),
-        "parallel": st.integers(1, 256),
-        "kv-cache-type": st.sampled_from(["f32", "f16", "q8_0"]),
-        "flash-attn": st.sampled_from(["auto", "on", "off"]),
-        "prefix-cache": booleans,
-        "log-prompts": booleans,
-        "log-format": st.sampled_from(["text", "json"]),
-        "request-timeout": st.one_of(st.integers(0, 86400), st.floats(0, 86400).map(lambda value: round(value, 3))),
-        "max-body-size": st.integers(1024, 1 << 30),
-        "max-new-tokens": st.integers(0, 1 << 40),
-        "cors-origin": st.lists(names.map("https://{}.example".format), min_size=1, max_size=3),
-        "metrics-prefix": st.sampled_from(["edge_phi3_", "vllm:"]),
-        "rate-limit": st.sampled_from(["60/minute", "5/second"]),
-        "n-gpu-layers": st.integers(-1, 1000),
+# Options whose schema says less than the service asks of them.
+READ_FURTHER = {
+    "max-body-size": st.integers(1024, 1 << 30),
+    "host": st.sampled_from(["0.0.0.0", "::"]),
+    "lora": st.lists(names.map("/models/{}.gguf=0.5".format), min_size=1, max_size=2),
+    "cors-origin": st.lists(names.map("https://{}.example".format), min_size=1, max_size=3),
+    "otel-endpoint": names.map("http://{}.example:4318".format),
+    "rate-limit": st.sampled_from(["60/minute", "5/second"]),
+    "metrics-prefix": st.sampled_from(["edge_phi3_", "vllm:"]),
+}
+
+
+def option(key: str, schema: Object) -> st.SearchStrategy[object]:
+    """Give values of an option of the service that its schema allows."""
+    if key in READ_FURTHER:
+        return READ_FURTHER[key]
+    if "enum" in schema:
+        return st.sampled_from(schema["enum"])
+    least, most = schema.get("minimum", 0), schema.get("maximum", 1 << 40)
+    kinds = {
+        "boolean": booleans,
+        "integer": st.integers(least, most),
+        "number": st.one_of(st.integers(least, most), st.floats(least, most).map(lambda value: round(value, 3))),
     }
-)
+    return kinds[schema["type"]]
+
+
+def options() -> st.SearchStrategy[Object]:
+    """Give any of the options that the chart's schema has: a new one is tried as soon as it is there."""
+    schema = loaded().schema
+    assert schema is not None
+    described = schema["properties"]["serve"]["properties"]["options"]["properties"]
+    return some(**{key: option(key, described[key]) for key in described})
+
+
 storage = st.one_of(
     some(
         type=st.sampled_from(["pvc", "ephemeral", "emptyDir"]),
@@ -84,7 +101,7 @@ values = some(
     podAnnotations=texts,
     image=some(registry=names, tag=names, pullPolicy=st.sampled_from(["Always", "Never"])),
     model=models,
-    serve=st.fixed_dictionaries({"options": options}),
+    serve=st.fixed_dictionaries({"options": options()}),
     auth=st.one_of(
         some(keys=st.lists(names, max_size=3, unique=True)), st.fixed_dictionaries({"existingSecret": foreign})
     ),

@@ -28,7 +28,9 @@ WRONG_TYPES_AND_RANGES: list[tuple[Object, str]] = [
     ({"serve": {"options": {"ctx-size": -1}}}, "ctx-size"),
     ({"serve": {"options": {"ctx-size": "big"}}}, "ctx-size"),
     ({"serve": {"options": {"ctxSize": 4096}}}, "ctxSize"),
-    ({"serve": {"options": {"parallel": 257}}}, "parallel"),
+    ({"serve": {"options": {"parallel": 256}}}, "parallel"),
+    ({"serve": {"options": {"prefix-cache-mib": -1}}}, "prefix-cache-mib"),
+    ({"serve": {"options": {"prefix-cache-mib": "1GiB"}}}, "prefix-cache-mib"),
     ({"serve": {"options": {"kv-cache-type": "q4_0"}}}, "kv-cache-type"),
     ({"serve": {"options": {"flash-attn": True}}}, "flash-attn"),
     ({"serve": {"options": {"rate-limit": "many"}}}, "rate-limit"),
@@ -80,6 +82,12 @@ VALUES_THAT_DO_NOT_FIT: list[tuple[Object, str]] = [
     ({"ingress": {"enabled": True}}, "ingress.hosts"),
     ({"replicas": 2, "storage": {"accessMode": "ReadWriteOncePod"}}, "there may be 2"),
     ({"keda": {"enabled": True}, "storage": {"accessMode": "ReadWriteOncePod"}}, "there may be 4"),
+    (
+        {"serve": {"options": {"prefix-cache-mib": 8192}}, "resources": {"limits": {"memory": "8Gi"}}},
+        "is main memory, and resources.limits.memory 8Gi has no room for it",
+    ),
+    ({"serve": {"options": {"prefix-cache-mib": 954}}, "resources": {"limits": {"memory": "1G"}}}, "1G has no room"),
+    ({"serve": {"options": {"prefix-cache-mib": 1}}, "resources": {"limits": {"memory": 1 << 20}}}, "has no room"),
 ]
 
 

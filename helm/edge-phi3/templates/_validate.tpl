@@ -40,10 +40,26 @@
 {{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
 {{- fail "ingress.enabled needs ingress.hosts: [{host: ..., paths: [{path: /, pathType: Prefix}]}]." -}}
 {{- end -}}
+{{- $cache := index $v.serve.options "prefix-cache-mib" | default 0 | int64 -}}
+{{- $limit := dig "limits" "memory" "" $v.resources -}}
+{{- if and $cache (ne (toString $limit) "") -}}
+{{- if ge (mulf $cache 1048576) (include "edge-phi3.bytes" $limit | float64) -}}
+{{- fail (printf "serve.options.prefix-cache-mib is %d MiB; it is main memory, and resources.limits.memory %v has no room for it beside the service." $cache $limit) -}}
+{{- end -}}
+{{- end -}}
 {{- $most := int $v.replicas -}}
 {{- if $v.autoscaling.enabled -}}{{- $most = int $v.autoscaling.maxReplicas -}}{{- end -}}
 {{- if $v.keda.enabled -}}{{- $most = int $v.keda.maxReplicas -}}{{- end -}}
 {{- if and (gt $most 1) (eq $v.storage.type "pvc") (eq $v.storage.accessMode "ReadWriteOncePod") -}}
 {{- fail (printf "storage.accessMode ReadWriteOncePod lets one pod mount the claim, but there may be %d; use ReadWriteMany, or storage.type ephemeral." $most) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The bytes of a Kubernetes quantity of memory, such as 8Gi, 8G or 8589934592. */}}
+{{- define "edge-phi3.bytes" -}}
+{{- $number := kindIs "string" . | ternary . (printf "%.0f" (float64 .)) -}}
+{{- $unit := regexFind "[A-Za-z]*$" $number -}}
+{{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- /* Another unit is larger than any machine, or Kubernetes itself refuses it. */ -}}
+{{- mulf (trimSuffix $unit $number) (index $units $unit | default 1e15) -}}
 {{- end -}}
