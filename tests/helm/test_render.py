@@ -163,6 +163,19 @@ def test_only_pods_that_fetch_may_reach_out() -> None:
     assert preparing["spec"]["egress"]
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "port"),
+    [("http://collector.site.example:4318", 4318), ("https://traces.example/otlp", 443), ("http://[fd00::1]", 80)],
+)
+def test_traces_reach_their_collector_and_nothing_else(endpoint: str, port: int) -> None:
+    values = {"model": {"name": "demo"}, "serve": {"options": {"otel-endpoint": endpoint}}}
+    (policy,) = of_kind(render(values), "NetworkPolicy")
+    assert {item["port"] for rule in policy["spec"]["egress"] for item in rule["ports"]} == {53, port}
+    fetching = {"serve": values["serve"], "networkPolicy": {"ports": [8443]}}
+    (policy,) = of_kind(render(fetching), "NetworkPolicy")
+    assert {item["port"] for rule in policy["spec"]["egress"] for item in rule["ports"]} == {53, 8443, port}
+
+
 def test_the_job_comes_before_the_pods_and_takes_no_gpu() -> None:
     values = {"model": {"url": "https://h.example/m.gguf", "sha256": "0" * 64, "prepare": {"mode": "job"}}}
     objects = render(values | {"storage": {"type": "existingClaim", "existingClaim": "c"}})

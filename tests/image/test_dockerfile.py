@@ -94,6 +94,14 @@ def test_llama_cpp_is_compiled_for_any_machine() -> None:
     assert "march" not in DOCKERFILE.read_text().replace("-march=native never is", "")
 
 
+def test_options_that_need_an_extra_work_in_the_image() -> None:
+    (install,) = [rest for rest in arguments("build", "RUN") if "--constraint" in rest and "/src[" in rest]
+    extras = set(re.findall(r"/src\[([\w,]+)\]", install)[0].split(","))
+    # What the service itself says to install, with its options' names.
+    package = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "edge_phi3" / "api").rglob("*.py"))
+    assert set(re.findall(r"edge-phi3\[(\w+)\]", package)) == extras
+
+
 def test_the_last_stage_only_runs() -> None:
     assert list(stages())[-1] == "runtime"
     (install,) = [rest for rest in arguments("runtime", "RUN") if "apt-get" in rest]
