@@ -24,12 +24,12 @@ from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, writing
 from edge_phi3.bench.memory import gpu_bytes_in_use, peak_resident_bytes, resident_bytes
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
+from edge_phi3.child_process import child_command, child_environment
 from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.errors import EdgePhi3Error
 
-_PACKAGE_PARENT = Path(__file__).parents[2]
 _BATCH = 512
 
 
@@ -129,19 +129,14 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Mea
     Raises:
         BenchError: it cannot be loaded or evaluated, or the process died, for want of memory most often.
     """
-    inherited = os.environ.get("PYTHONPATH")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(_PACKAGE_PARENT), *([inherited] if inherited else [])]),
-        "GGML_NO_BACKTRACE": "1",
-    }
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "edge_phi3.bench.quant_worker"],
+            child_command("edge_phi3.bench.quant_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            env=environment,
+            env=child_environment(),
         ) as process,
     ):
         assert process.stdin is not None

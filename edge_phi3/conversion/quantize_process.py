@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from edge_phi3.child_process import child_command, child_environment
 from edge_phi3.errors import EdgePhi3Error
-
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -153,19 +150,13 @@ class QuantizerProcess:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> Self:
-        environment = os.environ | {
-            "PYTHONPATH": _python_path(),
-            # The quantiser runs on the CPU: a GPU build must not take GPU memory for it.
-            "CUDA_VISIBLE_DEVICES": "",
-            # Two threads that fail an assertion together wait for each other's backtrace for ever.
-            "GGML_NO_BACKTRACE": "1",
-        }
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edge_phi3.conversion.quantize_worker"],
+            child_command("edge_phi3.conversion.quantize_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment,
+            # The quantiser runs on the CPU: a GPU build must not take GPU memory for it.
+            env=child_environment() | {"CUDA_VISIBLE_DEVICES": ""},
         )
         ready = self._next_event()
         if not isinstance(ready, Ready):
@@ -181,7 +172,9 @@ class QuantizerProcess:
             process.kill()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
+                    # A job that the dead process did not take is still in the buffer, and cannot be flushed.
+                    with contextlib.suppress(BrokenPipeError):
+                        pipe.close()
             process.wait()
         self._stderr.close()
 
@@ -197,8 +190,10 @@ class QuantizerProcess:
         """
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(job) + b"\n")
-        self._process.stdin.flush()
+        # A process that died already reads nothing; that it did shows at its next event.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(msgspec.json.encode(job) + b"\n")
+            self._process.stdin.flush()
         tensor = "before the first tensor"
         while True:
             event = self._next_event()
@@ -234,9 +229,3 @@ class QuantizerProcess:
         words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
         words = words or f"exit code {code}{f', {lines[-1].strip()}' if lines else ''}"
         return QuantizerError(f"llama.cpp's quantiser died {where}: {words}")
-
-
-def _python_path() -> str:
-    """Give a PYTHONPATH with which the child finds this very package, wherever the parent found it."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(_PACKAGE_PARENT), *([inherited] if inherited else [])])

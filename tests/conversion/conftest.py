@@ -1,4 +1,4 @@
-"""One small checkpoint for all tests of a session, and copies of it to damage."""
+"""One small checkpoint for all tests of a session, copies of it to damage, and one small model to quantise."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conversion.random_gguf import write_random
 from tests.golden.checkpoints import write_checkpoint
 
 
@@ -23,6 +24,14 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(pristine: Path, tmp_path: Path) -> Path:
     """A copy of `pristine` that a test may change."""
     return Path(shutil.copytree(pristine, tmp_path / pristine.name))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random F16 model that is quantised. Not to be changed."""
+    path = tmp_path_factory.mktemp("source") / "model-f16.gguf"
+    write_random(path)
+    return path
 
 
 @pytest.fixture

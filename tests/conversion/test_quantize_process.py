@@ -1,0 +1,158 @@
+"""The quantiser's child process: its log, its end before its time, and that nothing is left of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edge_phi3.conversion import quantize as module
+from edge_phi3.conversion.quantize import QuantizeError, QuantizeProgress, quantize
+from edge_phi3.conversion.quantize_process import (
+    Job,
+    LogReader,
+    QuantizerError,
+    QuantizerProcess,
+    TensorFinished,
+    TensorStarted,
+)
+from tests.conversion.random_gguf import write_random
+
+
+def quantisers() -> list[psutil.Process]:
+    """Give the child processes that quantise."""
+    return [child for child in psutil.Process().children() if "quantize_worker" in " ".join(child.cmdline())]
+
+
+def test_nothing_of_llama_cpps_log_is_printed(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    quantize(source, tmp_path / "out.gguf", type="Q4_K_M")
+    with pytest.raises(QuantizeError):
+        quantize(tmp_path / "out.gguf", tmp_path / "again.gguf", type="Q2_K")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_leaves_no_file_and_no_process(source: Path, tmp_path: Path) -> None:
+    def interrupt(step: QuantizeProgress) -> None:
+        if step.index == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out.gguf", type="Q4_K_M", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    assert quantisers() == []
+
+
+def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
+    source = tmp_path / "model.gguf"
+    write_random(source, layers=4, hidden=1024, feed_forward=4096)
+    script = (
+        "import sys; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q4_K_M', threads=1,"
+        " progress=lambda step: print(step.index, flush=True))"
+    )
+    output = tmp_path / "out.gguf"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(source), str(output)], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == "1\n"
+        (worker,) = psutil.Process(parent.pid).children()
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    worker.wait(timeout=10)
+    assert not output.exists()
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    # A limit on file sizes makes write() fail half way, as a full disk does.
+    script = (
+        "import resource, sys; from pathlib import Path\n"
+        "from edge_phi3.conversion.quantize import quantize, QuantizeError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
+        "try:\n    quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q8_0')\n"
+        "except QuantizeError as error:\n    print(error)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(tmp_path / "out.gguf")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the disk may be full" in finished.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_of_the_quantiser_becomes_a_sentence(source: Path, tmp_path: Path) -> None:
+    def kill_the_child(step: QuantizeProgress) -> None:
+        if step.index == 3:
+            for child in quantisers():
+                os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(QuantizeError, match=r"quantiser died at the tensor .*: exit code -9"):
+        quantize(source, tmp_path / "out.gguf", type="Q4_K_M", progress=kill_the_child)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantiser_that_died_before_it_was_asked_is_told(source: Path, tmp_path: Path) -> None:
+    job = Job(source=str(source), output=str(tmp_path / "out.gguf"), ftype=7, threads=1)
+    with QuantizerProcess() as process:
+        assert process._process is not None
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(QuantizerError, match=r"quantiser died before the first tensor: exit code -9"):
+            list(process.run(job, LogReader()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantiser_that_dies_between_two_jobs_is_told(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check_and_kill(*_: object) -> None:
+        # After the dry run, and before the real one.
+        for child in quantisers():
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(module, "check_plan", check_and_kill)
+    with pytest.raises(QuantizeError, match=r"could not quantise .*quantiser died before the first tensor: exit code"):
+        quantize(source, tmp_path / "out.gguf", type="Q4_K_M")
+    assert list(tmp_path.iterdir()) == []
+    assert quantisers() == []
+
+
+LOG = (
+    "llama_model_loader: loaded meta data\n"
+    "[   1/   3] token_embd.weight                    - [   256,    384,      1,      1], type =    f16, "
+    "size =     0.19 MiB ->     0.05 MiB (q4_K)\n"
+    "[   2/   3] a_name_that_is_longer_than_its_column_is_wide - [   256,      1,      1,      1], type =    f32, "
+    "something new size =    0.001 MiB\n"
+    "one more line that nobody knows\n"
+    "[   3/   3] blk.0.ffn_up.weight                  - [   256,   1024,      1,      1], type =    f16, "
+    "converting to q4_K .. size =     0.50 MiB ->     0.14 MiB\n"
+    "llama_model_quantize_impl: WARNING: 2 of 3 tensor(s) required fallback quantization\n"
+)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 10_000])
+def test_the_log_is_read_however_it_is_cut(piece: int) -> None:
+    log = LogReader()
+    steps = [step for start in range(0, len(LOG), piece) for step in log.feed(LOG[start : start + piece])]
+    assert [(step.name, step.shape[0]) for step in steps if isinstance(step, TensorStarted)] == [
+        ("token_embd.weight", 256),
+        ("a_name_that_is_longer_than_its_column_is_wide", 256),
+        ("blk.0.ffn_up.weight", 256),
+    ]
+    assert [step.target_type for step in steps if isinstance(step, TensorFinished)] == ["q4_K", "f32", "q4_K"]
+    assert log.fallbacks == 2
+    assert not log.error
+
+
+def test_a_failure_in_the_middle_of_a_line_is_found() -> None:
+    log = LogReader()
+    list(log.feed("[   1/   1] x - [ 256, 4], type = f16, llama_model_quantize: failed to quantize: disk\n"))
+    assert log.error == "disk"
