@@ -13,6 +13,9 @@ from edge_phi3.catalog import Catalog
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 
+SHARD = "model-00001-of-00002.safetensors"
+"""One of the checkpoint's two files of weights."""
+
 
 class Notes:
     """A progress reporter that remembers what it was told."""
@@ -81,3 +84,12 @@ def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     return Catalog(tmp_path / "store")
+
+
+def files_below(folder: Path) -> list[str]:
+    """Name the files of a folder and of those in it, locks left out."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and ".locks" not in path.parts
+    )
