@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.generation.config import ParameterError
 from edge_phi3.pipeline import GenerationOutput, PromptError, TextDelta, TextGenerationPipeline
+from edge_phi3.pipeline.prompt import ChatTemplate
 from tests.engine.conftest import running_engine
 from tests.golden.pipeline import cases, recorded, write_model
 
@@ -95,10 +95,8 @@ def test_a_prompt_that_leaves_no_room_names_both_numbers(pipeline: TextGeneratio
         prepare(pipeline, {"prompt": QUESTION * 5, "kwargs": {"max_length": 30}})
 
 
-def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline, tmp_path: Path) -> None:
-    from edge_phi3.pipeline import _compile_template
-
-    hostile = _compile_template(
+def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline) -> None:
+    hostile = ChatTemplate(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     pipeline._template, kept = hostile, pipeline._template

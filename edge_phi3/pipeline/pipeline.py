@@ -7,42 +7,21 @@ the text that the original service answers with.
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import constrain
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.placing import PlacedLogprobs, TokenPlacer
-from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, Timing, TokensEvent
-from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer, clean_up_tokenization
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
+from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
-from edge_phi3.generation.constraints import TokenConstraint
-from edge_phi3.generation.decoding import TokenLogprobs, TokenScore
-
-PHI3_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-"""Phi-3's chat format, for model files that carry no template."""
-
-_ROLES = ("system", "user", "assistant")
-_TEMPLATE_TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
-_LONGEST_ARTEFACT = 4
-
-
-class PromptError(EdgePhi3Error):
-    """The prompt cannot be used as it is."""
+from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream, TokenDelta
+from edge_phi3.pipeline.prompt import PHI3_CHAT_TEMPLATE, ChatTemplate, PreparedPrompt, PromptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,75 +47,6 @@ class ModelCard:
     vocab_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    """A request that has been checked and turned into tokens.
-
-    Attributes:
-        prompt_ids: token ids, int32, shape ``(prompt_tokens,)``.
-        config: the resolved generation parameters.
-        lead: text that each answer begins with: the prompt when the full text is returned, else nothing.
-        clean_up: whether spaces before punctuation are removed.
-        constraint: what the answers are held to, or None.
-    """
-
-    prompt_ids: NDArray[np.int32]
-    config: GenerationConfig
-    lead: str
-    clean_up: bool
-    constraint: TokenConstraint | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """A piece of text of one returned sequence, which never splits a character."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta(TextDelta):
-    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are asked for.
-
-    Attributes:
-        placed: the tokens, in order.
-    """
-
-    placed: list[PlacedLogprobs]
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationOutput:
-    """An answer.
-
-    Attributes:
-        text: the texts of all returned sequences, joined.
-        texts: one for each.
-        finish_reasons: why each ended.
-        sequences: token ids of each, prompt included.
-        sequences_scores: beam scores, or None outside beam modes.
-        scores: score and log-probability of each generated token of each sequence, or None when not asked for.
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated, over all sequences.
-        cached_tokens: tokens of the prompt that came from the prefix cache.
-        timing: when things happened.
-        logprobs: of each token of each sequence that is part of its text, or None when not asked for.
-    """
-
-    text: str
-    texts: list[str]
-    finish_reasons: list[str]
-    sequences: list[list[int]]
-    sequences_scores: list[float] | None
-    scores: list[list[TokenScore]] | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    timing: Timing
-    logprobs: list[list[PlacedLogprobs]] | None = None
-
-
 class TextGenerationPipeline:
     """The way of a request from text to text.
 
@@ -159,7 +69,7 @@ class TextGenerationPipeline:
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-        self._template = _compile_template(model.chat_template or PHI3_CHAT_TEMPLATE)
+        self._template = ChatTemplate(model.chat_template or PHI3_CHAT_TEMPLATE)
 
     # -- text to tokens
 
@@ -211,28 +121,8 @@ class TextGenerationPipeline:
         return PreparedPrompt(prompt_ids, config, lead, clean_up_tokenization_spaces)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render a conversation as the model's prompt; one that ends with the assistant's words is continued.
-
-        Raises:
-            PromptError: a role or the template's own rules are broken.
-        """
-        for message in messages:
-            if message.get("role") not in _ROLES:
-                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")
-        continued = messages[-1]["role"] == "assistant"
-        try:
-            text: str = self._template.render(
-                messages=messages,
-                add_generation_prompt=not continued,
-                **_TEMPLATE_TOKENS,
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
-        if continued:
-            # transformers' continue_final_message: nothing after the last message's own words.
-            last = messages[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)] if last in text else text
-        return text
+        """Render a conversation as the model's prompt; raises as `ChatTemplate.render` does."""
+        return self._template.render(messages)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -295,7 +185,7 @@ class TextGenerationPipeline:
             constraint=prepared.constraint,
         )
         count = prepared.config.num_return_sequences
-        streams = [_TextStream(self._tokenizer, prepared) for _ in range(count)]
+        streams = [TextStream(self._tokenizer, prepared) for _ in range(count)]
         placers: list[TokenPlacer] = []
         if prepared.config.top_logprobs is not None:
             placers = [TokenPlacer(self._tokenizer, prepared.prompt_ids) for _ in range(count)]
@@ -320,7 +210,7 @@ class TextGenerationPipeline:
         self,
         prepared: PreparedPrompt,
         event: FinishedEvent,
-        streams: list[_TextStream],
+        streams: list[TextStream],
         placers: list[TokenPlacer],
     ) -> list[TextDelta | GenerationOutput]:
         output = self._output(prepared, event)
@@ -388,48 +278,3 @@ class TextGenerationPipeline:
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Decode tokens."""
         return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
-
-
-class _TextStream:
-    """The new text of one sequence, as it becomes certain."""
-
-    def __init__(self, tokenizer: Tokenizer, prepared: PreparedPrompt) -> None:
-        prompt_ids = prepared.prompt_ids.tolist()
-        prompt = tokenizer.decode(prompt_ids)
-        self._decoder = StreamDecoder(tokenizer)
-        self._clean_up = prepared.clean_up
-        self._text = self._decoder.push(prompt_ids)
-        self._prompt_length = len(clean_up_tokenization(prompt) if prepared.clean_up else prompt)
-        self.sent = 0
-
-    def push(self, tokens: Sequence[int]) -> str:
-        """Take tokens, and give the new text that no later token can change."""
-        new = self._decoder.push(tokens)
-        if not new:
-            return ""
-        self._text += new
-        certain = self._text
-        if self._clean_up:
-            certain = clean_up_tokenization(certain)
-            # An artefact begins with a space; what stands before the last one near the end cannot change any more.
-            space = certain.rfind(" ", max(0, len(certain) - _LONGEST_ARTEFACT))
-            certain = certain if space < 0 else certain[:space]
-        text = certain[self._prompt_length + self.sent :]
-        self.sent += len(text)
-        return text
-
-
-def _compile_template(source: str) -> jinja2.Template:
-    # A template comes with a model file, from anywhere: it runs in the sandbox that transformers uses (CVE-2024-34359).
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def now(pattern: str) -> str:
-        return dt.datetime.now(tz=dt.UTC).strftime(pattern)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    functions: dict[str, Any] = {"raise_exception": refuse, "strftime_now": now}
-    environment.globals.update(functions)
-    return environment.from_string(source)

@@ -1,0 +1,15 @@
+"""Text in, text out: what transformers' text-generation pipeline does around ``generate``."""
+
+from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TokenDelta
+from edge_phi3.pipeline.pipeline import ModelCard, TextGenerationPipeline
+from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
+
+__all__ = [
+    "GenerationOutput",
+    "ModelCard",
+    "PreparedPrompt",
+    "PromptError",
+    "TextDelta",
+    "TextGenerationPipeline",
+    "TokenDelta",
+]

@@ -1,0 +1,102 @@
+"""What comes out: text that becomes certain while tokens come in, and at last the whole answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_phi3.engine.placing import PlacedLogprobs
+from edge_phi3.engine.sequence import Timing
+from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer, clean_up_tokenization
+from edge_phi3.generation.decoding import TokenScore
+from edge_phi3.pipeline.prompt import PreparedPrompt
+
+_LONGEST_ARTEFACT = 4
+"""Characters of the longest text that `clean_up_tokenization` shortens, such as " n't"."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of text of one returned sequence, which never splits a character."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta(TextDelta):
+    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are asked for.
+
+    Attributes:
+        placed: the tokens, in order.
+    """
+
+    placed: list[PlacedLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOutput:
+    """An answer.
+
+    Attributes:
+        text: the texts of all returned sequences, joined.
+        texts: one for each.
+        finish_reasons: why each ended.
+        sequences: token ids of each, prompt included.
+        sequences_scores: beam scores, or None outside beam modes.
+        scores: score and log-probability of each generated token of each sequence, or None when not asked for.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated, over all sequences.
+        cached_tokens: tokens of the prompt that came from the prefix cache.
+        timing: when things happened.
+        logprobs: of each token of each sequence that is part of its text, or None when not asked for.
+    """
+
+    text: str
+    texts: list[str]
+    finish_reasons: list[str]
+    sequences: list[list[int]]
+    sequences_scores: list[float] | None
+    scores: list[list[TokenScore]] | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    timing: Timing
+    logprobs: list[list[PlacedLogprobs]] | None = None
+
+
+class TextStream:
+    """The new text of one sequence, as it becomes certain.
+
+    Args:
+        tokenizer: the model's.
+        prepared: the prompt, whose own text is left out.
+
+    Attributes:
+        sent: characters of new text given so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prepared: PreparedPrompt) -> None:
+        prompt_ids = prepared.prompt_ids.tolist()
+        prompt = tokenizer.decode(prompt_ids)
+        self._decoder = StreamDecoder(tokenizer)
+        self._clean_up = prepared.clean_up
+        self._text = self._decoder.push(prompt_ids)
+        self._prompt_length = len(clean_up_tokenization(prompt) if prepared.clean_up else prompt)
+        self.sent = 0
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take tokens, and give the new text that no later token can change."""
+        new = self._decoder.push(tokens)
+        if not new:
+            return ""
+        self._text += new
+        certain = self._text
+        if self._clean_up:
+            certain = clean_up_tokenization(certain)
+            # An artefact begins with a space; what stands before the last one near the end cannot change any more.
+            space = certain.rfind(" ", max(0, len(certain) - _LONGEST_ARTEFACT))
+            certain = certain if space < 0 else certain[:space]
+        text = certain[self._prompt_length + self.sent :]
+        self.sent += len(text)
+        return text
