@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
+from edge_phi3.engine.sequence import FinishedEvent
 from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.generation.config import GenerationConfig
 from tests.golden import attention
+from tests.golden.asked import Asked
+
+__all__ = ["Asked", "MakeModel", "ask", "generated", "running_engine"]
 
 MakeModel = Callable[[str], Path]
 
@@ -49,25 +50,6 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
         engine.close()
     for scheduler in loaded.schedulers:
         scheduler.kv.audit()
-
-
-class Asked:
-    """A submitted request whose events are collected."""
-
-    def __init__(self, engine: Engine, prompt: NDArray[np.int32], *, stream: bool = False, **kwargs: Any) -> None:
-        config = GenerationConfig.resolve({"do_sample": False, "max_length": None} | kwargs, engine.model.defaults)
-        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.request = GenerationRequest(prompt, config, stream=stream)
-        self.running = engine.submit(self.request, self.events.put)
-
-    def finished(self, timeout: float = 120.0) -> FinishedEvent:
-        """Wait for the end; an error that the engine sent is raised."""
-        while True:
-            event = self.events.get(timeout=timeout)
-            if isinstance(event, BaseException):
-                raise event
-            if isinstance(event, FinishedEvent):
-                return event
 
 
 def ask(engine: Engine, prompt: NDArray[np.int32], **kwargs: Any) -> list[list[int]]:

@@ -1,0 +1,120 @@
+"""The store of finished sequences, against a plain list of them; its states here name the positions they hold."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_phi3.engine.prefix_store import PrefixStore
+
+BLOCK = 4
+tokens = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+
+
+def array(values: list[int]) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def state_of(values: list[int], start: int, end: int) -> np.ndarray:
+    """Give a state that says what lies at which position: one byte for each."""
+    return np.array([16 * position + values[position] for position in range(start, end)], np.uint8)
+
+
+def shared(left: list[int], right: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def save(store: PrefixStore, values: list[int], start: int = 0) -> list[tuple[int, int]]:
+    """Keep a sequence, and give the positions that were read for it."""
+    read = []
+
+    def state(first: int, end: int) -> np.ndarray:
+        read.append((first, end))
+        return state_of(values, first, end)
+
+    store.save(array(values), start, state)
+    return read
+
+
+def held(store: PrefixStore, query: list[int], window: int | None = None) -> tuple[int, list[int], int]:
+    """Give what `match` finds: its length, the bytes of its blocks, and the first position that they hold."""
+    length, blocks = store.match(array(query), window)
+    return length, [int(byte) for block in blocks for byte in block.state], blocks[0].start if blocks else 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(tokens, max_size=12), st.lists(tokens, min_size=1, max_size=5))
+def test_the_longest_prefix_is_found_with_its_content(kept: list[list[int]], queries: list[list[int]]) -> None:
+    store = PrefixStore(1 << 20, BLOCK)
+    for values in kept:
+        save(store, values)
+    for query in queries:
+        best = max((shared(values, query) for values in kept), default=0)
+        length, content, start = held(store, query)
+        assert (length, start) == (best, 0)
+        assert content[:best] == state_of(query, 0, best).tolist()
+        assert len(content) < best + BLOCK
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(tokens, max_size=25), st.integers(0, 40))
+def test_it_never_takes_more_than_its_capacity(kept: list[list[int]], capacity: int) -> None:
+    store = PrefixStore(capacity, BLOCK)
+    for values in kept:
+        save(store, values)
+        assert store.used <= capacity
+        assert store.used == store.tokens == sum(len(block.state) for block in store._blocks.values())
+        length, content, _ = held(store, values)
+        assert content[:length] == state_of(values, 0, length).tolist()
+        for block in store._blocks.values():
+            assert block.parent is None or block.parent in store._blocks.values(), "a block lost its beginning"
+
+
+def test_what_is_kept_already_is_not_read_again() -> None:
+    store = PrefixStore(1 << 20, BLOCK)
+    first = [1, 2, 3, 4, 5, 6]
+    assert save(store, first) == [(0, 4), (4, 6)]
+    assert save(store, first) == []
+    assert save(store, first[:3]) == []
+    # The block that ended with the sequence grows; those before it stay.
+    assert save(store, [*first, 7, 8, 9]) == [(4, 8), (8, 9)]
+    assert store.tokens == 9
+    assert save(store, [*first[:4], 9, 9]) == [(4, 6)]
+    assert store.tokens == 11
+
+
+def test_the_least_recently_used_leaf_leaves_first() -> None:
+    store = PrefixStore(12, BLOCK)
+    save(store, [1, 1, 1, 1, 2, 2])
+    save(store, [5, 5, 5, 5])
+    held(store, [1, 1, 1, 1, 2, 2])
+    save(store, [7, 7, 7, 7])
+    assert held(store, [5, 5, 5, 5])[0] == 0
+    assert held(store, [1, 1, 1, 1, 2, 2])[0] == 6
+    held(store, [7, 7, 7, 7])
+    save(store, [8, 8, 8, 8])
+    assert held(store, [1, 1, 1, 1, 2, 2])[0] == 4, "the end of a sequence leaves before its beginning"
+    assert held(store, [7, 7, 7, 7])[0] == held(store, [8, 8, 8, 8])[0] == 4
+
+
+def test_a_window_needs_what_it_reaches_and_no_more() -> None:
+    store, values = PrefixStore(1 << 20, BLOCK), list(range(14))
+    # A window of 6 had passed by: positions below 7 were dropped while the sequence ran.
+    assert save(store, values, start=7) == [(7, 8), (8, 12), (12, 14)]
+    length, content, start = held(store, values, window=6)
+    assert (length, start) == (14, 8)
+    assert content == state_of(values, 8, 14).tolist()
+    assert held(store, values, window=8)[0] == 14
+    assert held(store, values, window=8)[2] == 7
+    assert held(store, values, window=9) == (0, [], 0), "it would reach position 5"
+    assert held(store, values[:13], window=6)[2] == 8
+    assert held(store, values[:12], window=6)[2] == 7
+    assert held(store, values)[0] == 0
+
+
+def test_a_state_that_is_larger_than_the_store_is_not_kept() -> None:
+    store = PrefixStore(3, BLOCK)
+    save(store, [1, 2, 3, 4, 5])
+    assert store.used == 0
+    assert held(store, [1, 2, 3, 4, 5])[0] == 0

@@ -1,0 +1,169 @@
+"""What a request begins with: cells of those that run, what is kept of those that have finished, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.engine.batch_shapes import BatchShapes
+from edge_phi3.engine.engine import Engine
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.engine.test_engine import ENDLESS, MODES, prompt
+from tests.engine.test_engine import _wait_until as wait_until
+
+
+def settled(engine: Engine) -> None:
+    """Wait until what finished is kept."""
+    wait_until(lambda: engine.stats().cells_used == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_type": "f16"}, {"kv_cache_type": "f16", "flash_attn": "off"}])
+def test_a_conversation_goes_on_from_the_store(make_model: MakeModel, options: dict[str, Any]) -> None:
+    with running_engine(make_model("4k"), ctx_size=2048, **options) as engine:
+        tokens, known = prompt(1, 700), 0
+        for turn in range(4):
+            event = Asked(engine, tokens, max_new_tokens=30, **ENDLESS).finished()
+            assert event.cached_tokens == known
+            settled(engine)
+            known = len(tokens) + 29
+            assert engine.stats().stored_tokens == known, "what is shared is kept once"
+            tokens = np.concatenate([event.result.sequences[0], prompt(turn + 2, 90)])
+        cached = ask(engine, tokens, max_new_tokens=30, **ENDLESS)
+    if not options:
+        with running_engine(make_model("4k"), ctx_size=2048, prefix_cache=False) as engine:
+            assert ask(engine, tokens, max_new_tokens=30, **ENDLESS) == cached
+
+
+def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: MakeModel) -> None:
+    common, rest = prompt(1, 600), [prompt(seed, 400) for seed in (2, 3)]
+    with running_engine(make_model("4k"), ctx_size=4096) as engine:
+        kept = ask(engine, np.concatenate([common, rest[0]]), max_new_tokens=8, **ENDLESS)
+        settled(engine)
+        other = Asked(engine, np.concatenate([common, rest[1]]), stream=True, max_new_tokens=900, **ENDLESS)
+        other.events.get(timeout=30)
+        used = engine.stats().cells_used
+        again = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=8, **ENDLESS)
+        again.events.get(timeout=30)
+        # The whole blocks of the common beginning, two of 256, belong to both.
+        assert engine.stats().cells_used - used < 1000 - 512 + 64
+        event = again.finished()
+        assert event.cached_tokens == 999
+        assert generated(event) == kept
+        engine.cancel(other.running)
+
+
+def test_a_window_model_goes_on_from_the_store(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), ctx_size=4096) as engine:
+        first = Asked(engine, prompt(1, 2300), max_new_tokens=20, **ENDLESS).finished()
+        longer = np.concatenate([first.result.sequences[0], prompt(2, 30)])
+        settled(engine)
+        second = Asked(engine, longer, max_new_tokens=20, **ENDLESS).finished()
+        assert second.cached_tokens == 2319
+    with running_engine(make_model("4k"), ctx_size=4096, prefix_cache=False) as engine:
+        assert ask(engine, longer, max_new_tokens=20, **ENDLESS) == generated(second)
+
+
+def test_the_store_keeps_to_its_size(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), prefix_cache_mib=1) as engine:
+        for seed in range(12):
+            ask(engine, prompt(seed, 300), max_new_tokens=2, **ENDLESS)
+        settled(engine)
+        assert 0 < engine.stats().stored_bytes <= 1 << 20
+        assert Asked(engine, prompt(11, 300), max_new_tokens=2).finished().cached_tokens > 0
+        assert Asked(engine, prompt(0, 300), max_new_tokens=2).finished().cached_tokens == 0
+
+
+def test_a_state_that_cannot_be_restored_is_computed(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_engine(make_model("4k")) as engine:
+        expected = ask(engine, prompt(1, 600), max_new_tokens=8)
+        settled(engine)
+        context = engine.model.schedulers[0].context
+        restore, calls = type(context).restore, iter([True, False])
+
+        def fail_at_the_second(seq_id: int, state: Any, *, behind: bool) -> bool:
+            return restore(context, seq_id, state, behind=behind) and next(calls)
+
+        monkeypatch.setattr(context, "restore", fail_at_the_second)
+        event = Asked(engine, prompt(1, 600), max_new_tokens=8).finished()
+        assert event.cached_tokens == 0
+        assert generated(event) == expected
+
+
+def test_preempted_sequences_come_back_without_a_cache(make_model: MakeModel) -> None:
+    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 110, **ENDLESS}
+    with running_engine(make_model("4k"), parallel=16, prefix_cache=False) as engine:
+        expected = [ask(engine, prompt(seed, 60), **options) for seed in range(4)]
+    with running_engine(make_model("4k"), parallel=16, ctx_size=512, prefix_cache=False) as engine:
+        asked = [Asked(engine, prompt(seed, 60), **options) for seed in range(4)]
+        assert [generated(one.finished()) for one in asked] == expected
+        assert engine.stats().preemptions_total > 0
+
+
+def test_filled_up_and_divided_batches_give_the_same_answers(make_model: MakeModel) -> None:
+    prompts = [prompt(seed, 20 + seed) for seed in range(12)]
+    options = [{"max_new_tokens": 20, **MODES[seed % len(MODES)]} for seed in range(12)]
+    with running_engine(make_model("4k"), batch_seeded=True) as engine:
+        scheduler = engine.model.schedulers[0]
+        scheduler._shapes = None
+        expected = [ask(engine, tokens, **kwargs) for tokens, kwargs in zip(prompts, options, strict=True)]
+        # Sizes of which each is padded to the next tile, then of which each is cut in two.
+        tiles = {size: 1.0 if size % 16 == 0 else 2.0 for size in range(1, 33)}
+        halves = {size: float(size**2) for size in range(1, 33)}
+        for times in (tiles, halves):
+            scheduler._shapes = BatchShapes(times)
+            asked = [Asked(engine, tokens, **kwargs) for tokens, kwargs in zip(prompts, options, strict=True)]
+            assert [generated(one.finished()) for one in asked] == expected
+            settled(engine)
+            assert scheduler.context.position_range(scheduler.context.scratch) == (-1, -1)
+
+
+def test_a_seed_repeats_exactly_on_a_quantised_model_wherever_its_cells_lie(
+    make_model: MakeModel, tmp_path: Any
+) -> None:
+    quantised = quantize(make_model("wide"), tmp_path / "wide-q4.gguf", type="Q4_K_M").path
+    options = {"do_sample": True, "seed": 5, "top_k": 0, "temperature": 1.5, "max_new_tokens": 24, **ENDLESS}
+    beams = {"num_beams": 3, "max_new_tokens": 12, **ENDLESS, "do_sample": True, "seed": 8}
+    with running_engine(quantised, kv_cache_type="f16") as engine:
+        expected, searched = ask(engine, prompt(1, 45), **options), ask(engine, prompt(2, 300), **beams)
+        others = [Asked(engine, prompt(seed, 50), max_new_tokens=200, **ENDLESS) for seed in range(2, 9)]
+        wait_until(lambda: engine.stats().running == len(others))
+        together = [Asked(engine, prompt(1, 45), **options) for _ in range(3)]
+        also = Asked(engine, prompt(2, 300), **beams)
+        assert [generated(one.finished()) for one in together] == [expected] * 3
+        assert generated(also.finished()) == searched
+        for other in others:
+            engine.cancel(other.running)
+    with running_engine(quantised, kv_cache_type="f16") as engine:
+        assert ask(engine, prompt(1, 45), **options) == expected
+
+
+def test_a_seed_crosses_the_original_context(make_model: MakeModel) -> None:
+    plain = {"max_new_tokens": 24, **ENDLESS, "do_sample": True, "top_k": 1}
+    with running_engine(make_model("128k"), ctx_size=32768, parallel=4) as engine:
+        for rows in (1, 2):
+            # The likeliest token alone is left: with a seed or without, the answer is the same.
+            options = plain | {"num_return_sequences": rows}
+            assert ask(engine, prompt(3, 4085), **options, seed=1) == ask(engine, prompt(3, 4085), **options)
+
+
+def test_a_seed_without_memory_for_its_context_is_refused(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edge_phi3.engine import loader
+    from edge_phi3.engine.errors import ModelLoadError, RequestTooLargeError
+
+    with running_engine(make_model("4k")) as engine:
+
+        def no_memory(*_: Any, **__: Any) -> Any:
+            raise ModelLoadError("llama.cpp cannot make a context of 256 KV cells.")
+
+        monkeypatch.setattr(loader, "Context", no_memory)
+        with pytest.raises(RequestTooLargeError, match=r"^seed: .* 256 KV cells"):
+            ask(engine, prompt(1, 45), seed=1, do_sample=True, max_new_tokens=5)
+        monkeypatch.undo()
+        assert len(ask(engine, prompt(1, 45), seed=1, do_sample=True, max_new_tokens=5, **ENDLESS)[0]) == 5
+        assert dataclasses.asdict(engine.stats())["running"] == 0
