@@ -12,6 +12,7 @@
 #   WORK=DIR               where to work; kept, so that a second run makes no Debian anew
 #   BUILD=no               check the image that an earlier run left in WORK
 #   BUILD_ARGUMENTS=...    further arguments of `buildah build`
+#   STORAGE_DRIVER=overlay how Buildah keeps layers: vfs where the kernel mounts no overlay, at the price of a copy for each layer
 set -euo pipefail
 
 repository="$(cd "$(dirname "$0")/../.." && pwd)"
@@ -25,8 +26,9 @@ else
     mkdir -p "$WORK"
     trap 'stop_container' EXIT
 fi
-export STORAGE_DRIVER=vfs BUILDAH_ISOLATION=chroot
-storage=(--root "$WORK/storage" --runroot "$WORK/run")
+export BUILDAH_ISOLATION=chroot
+# Beside --root Buildah does not look at the variable.
+storage=(--root "$WORK/storage" --runroot "$WORK/run" --storage-driver "${STORAGE_DRIVER:-overlay}")
 container="edge-phi3-test-$$"
 
 say() { printf '== %s\n' "$*"; }
@@ -85,6 +87,8 @@ rootfs="$(image mount "$from")"
 for compiler in cc gcc g++ cmake make nvcc; do
     if chroot "$rootfs" sh -c "command -v $compiler" > /dev/null; then fail "$compiler is in the image"; fi
 done
+# With these `kubectl cp` brings a model, and the chart's preStop waits.
+for program in tar sleep; do chroot "$rootfs" sh -c "command -v $program" > /dev/null || fail "$program is not in the image"; done
 
 say "the size, by part (MiB)"
 part() { printf '%7.1f  %s\n' "$(du -sb "${@:2}" 2> /dev/null | awk '{s += $1} END {print s / 1048576}')" "$1"; }
@@ -95,6 +99,7 @@ part "    llama.cpp" "$site/llama_cpp/lib"
 part "    llama.cpp's backends" "$rootfs/opt/edge-phi3/lib/ggml"
 part "    NumPy with OpenBLAS" "$site/numpy" "$site/numpy.libs"
 part "    edge-phi3 with the demo model" "$site/edge_phi3"
+part "    OpenTelemetry, protobuf and requests" "$site"/{opentelemetry,google,requests,urllib3,charset_normalizer}
 part "  the distribution and its Python" "$rootfs"/{bin,etc,lib,lib64,sbin,usr,var}
 echo "backends: $(cd "$rootfs/opt/edge-phi3/lib/ggml" && echo libggml-*.so)"
 
@@ -153,6 +158,7 @@ PYTHON
     inside sh -c 'grep -q "CapEff:.0000000000000000" /proc/1/status' || fail "it has capabilities"
     mapfile -t check < <(python3 -c "import json; print(*json.load(open('$WORK/image.json'))['Docker']['config']['Healthcheck']['Test'][1:], sep='\n')")
     inside env "EDGE_PHI3_PORT=$port" "${check[@]}" || fail "the health check fails"
+    grep -q "all layers on the CPU" "$WORK/container.log" || log "it does not say where the model runs"
     say "the CPU backend is $(inside sh -c 'grep -o "libggml-cpu[a-z0-9_.-]*\.so" /proc/1/maps | sort -u')"
 
     answer="$(curl --silent --show-error --fail --max-time 120 "http://127.0.0.1:$port/chat" -H 'Content-Type: application/json' \
@@ -162,6 +168,8 @@ PYTHON
     for path in / /docs /openapi.json /version /metrics /metrics/prometheus /readyz; do
         curl --silent --show-error --fail --output /dev/null "http://127.0.0.1:$port$path" || fail "$path is not answered"
     done
+
+    say "memory so far: $(inside sh -c 'grep -E "VmHWM|RssAnon" /proc/1/status' | tr -s '\t\n ' ' ')"
 
     started=$(date +%s%N)
     runc --root "$WORK/runc" kill "$container" TERM
@@ -173,6 +181,15 @@ PYTHON
 say "a container: user 10001, root read-only, no capabilities; it converts and quantises the demo model"
 serve_and_ask rw
 say "another on the same volume, read-only now, as the chart mounts it"
+serve_and_ask ro
+# What the CUDA image is on a machine without NVIDIA's driver: it has a backend that asks for a libcuda.so.1 which is not there.
+say "another with a CUDA backend, and no driver"
+backends="$rootfs/opt/edge-phi3/lib/ggml"
+sed 's/libgomp\.so\.1/libcuda.so.1/g' "$(find "$backends" -name 'libggml-cpu-*.so' -print -quit)" > "$backends/libggml-cuda.so"
+if chroot "$rootfs" python3 -c 'import ctypes; ctypes.CDLL("/opt/edge-phi3/lib/ggml/libggml-cuda.so")' 2> "$WORK/cuda.log"; then
+    fail "the CUDA backend that stands in can be loaded"
+fi
+grep -q libcuda.so.1 "$WORK/cuda.log" || fail "the CUDA backend that stands in fails for another reason: $(tail -n 1 "$WORK/cuda.log")"
 serve_and_ask ro
 image rm "$from" > /dev/null
 say "all is well"
