@@ -4,9 +4,9 @@
     python -m benchmarks.churn --requests 500 --sliding-window
 
 Requests come in random sizes and modes (greedy, sampling, several sequences, beams), many beginning alike, into a KV
-cache that is too small for all of them, so that the prefix cache evicts and the scheduler preempts. While they run, and
-at rest after every tenth part, the engine's books are checked against themselves and against the positions that
-llama.cpp holds for every sequence. The process's memory is sampled at rest: from the first fifth to the end it must
+cache that is too small for all of them, so that the scheduler preempts, beside a prefix store of one MiB, so that it
+drops. While they run, and at rest after every tenth part, the engine's books are checked against themselves and against
+the positions that llama.cpp holds for every sequence. The process's memory is sampled at rest: from the first fifth to the end it must
 not grow by more than --tolerance.
 """
 
@@ -64,12 +64,12 @@ class Audit:
         self.checks += 1
 
     def at_rest(self, scheduler: Scheduler) -> None:
-        """Check a context without running requests: every sequence is free or serves as cache."""
+        """Check a context without running requests: every sequence and every cell is free."""
         self(scheduler)
         assert not scheduler.running, "a request still runs"
         assert not scheduler.waiting, "a request still waits"
         taken = scheduler.kv.sequences - scheduler.kv.free_sequences
-        assert taken == len(scheduler.prefix), f"{taken} sequences are taken, {len(scheduler.prefix)} are cached"
+        assert taken == scheduler.kv.used == 0, f"{taken} sequences and {scheduler.kv.used} cells are taken"
 
 
 class Churn:
@@ -178,7 +178,7 @@ def main() -> int:
         window = 63 if arguments.sliding_window else 2047
         checkpoint = write_checkpoint(Path(work) / "model", seed=1, sliding_window=window)
         path = convert(checkpoint, Path(work) / "model.gguf", outtype="f32").path
-        engine = Engine(EngineSettings(path, ctx_size=arguments.ctx_size, max_queue=_IN_FLIGHT))
+        engine = Engine(EngineSettings(path, ctx_size=arguments.ctx_size, max_queue=_IN_FLIGHT, prefix_cache_mib=1))
         engine.load()
         try:
             return _measure(engine, arguments)

@@ -1,10 +1,10 @@
-"""What the shared KV cache costs while decoding: stale cells, and sequence ids that nobody uses.
+"""What a shared KV cache costs while decoding: cells of finished sequences, and sequence ids that nobody uses.
 
     python -m benchmarks.kv_layout --models 18m,0.65b --rows 1,16
 
-A unified cache lets sequences share cells, which forks and prefix caching need; in return every row of a batch looks
-over all cells up to the highest one in use, those of cached (stale) sequences included, and llama.cpp checks every pair
-of sequence ids in every batch. A cache with a stream for each sequence, as llama-server has it, does neither. The
+A unified cache lets sequences share cells, which forks need; in return every row of a batch looks over all cells up to
+the highest one in use, and llama.cpp checks every pair of sequence ids in every batch. A cache with a stream for each
+sequence, as llama-server has it, does neither. This is why the engine keeps finished (stale) sequences elsewhere. The
 variants take turns step by step, so that what slows the machine slows all of them; ratios are medians over the steps.
 """
 

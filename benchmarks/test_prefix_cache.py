@@ -21,7 +21,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.prefix_cache import PrefixCache
+from edge_phi3.engine.prefix_tree import PrefixTree
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
@@ -57,9 +57,9 @@ def linear_match(cached: list[Tokens], tokens: Tokens) -> int:
 def test_match(count: int, benchmark: BenchmarkFixture) -> None:
     """Find what a new turn of one of the conversations shares."""
     cached = sequences(count)
-    cache = PrefixCache()
+    cache = PrefixTree()
     for seq_id, tokens in enumerate(cached):
-        cache.insert(seq_id, tokens, evictable=True)
+        cache.insert(seq_id, tokens)
     asked = np.concatenate([cached[count // 2], np.arange(1, 50, dtype=np.int32)])
     assert cache.match(asked) == (len(cached[0]), [count // 2])
     assert linear_match(cached, asked) == len(cached[0])
@@ -73,13 +73,13 @@ def test_match(count: int, benchmark: BenchmarkFixture) -> None:
 def test_insert(count: int, benchmark: BenchmarkFixture) -> None:
     """Enter a finished sequence, and forget it again."""
     cached = sequences(count)
-    cache = PrefixCache()
+    cache = PrefixTree()
     for seq_id, tokens in enumerate(cached):
-        cache.insert(seq_id, tokens, evictable=True)
+        cache.insert(seq_id, tokens)
     new = sequences(count + 1)[-1]
 
     def enter() -> None:
-        cache.insert(count, new, evictable=True)
+        cache.insert(count, new)
         cache.remove(count)
 
     benchmark.pedantic(enter, rounds=ROUNDS, iterations=10, warmup_rounds=5)
