@@ -9,7 +9,6 @@ With an F32 KV cache every token must be transformers'; with F16 the answers tha
 from __future__ import annotations
 
 import argparse
-import queue
 import re
 import tempfile
 from collections.abc import Iterator
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from benchmarks.gpu.worker import answer
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.runtime import supports_gpu_offload
-from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
 from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.generation import API_DEFAULTS, GenerationConfig
+from edge_phi3.generation import API_DEFAULTS
 from tests.golden import attention
+from tests.golden.asked import Asked
 from tests.golden.generation_data import differences, read_answers, write_engine_model
 
 _SMALL_OF_EACH_MODE = 2
@@ -87,11 +85,11 @@ def _compare_requests(found: Exactness, folder: Path, options: dict[str, Any], *
     scored = {"output_scores": True, "return_dict_in_generate": True}
     with _engine(path, ctx_size=4096, parallel=16, max_queue=len(recorded), **options) as engine:
         asked = [
-            _Asked(engine, request.prompt, dict(API_DEFAULTS) | request.kwargs | scored) for request, _ in recorded
+            Asked(engine, request.prompt, **dict(API_DEFAULTS) | request.kwargs | scored) for request, _ in recorded
         ]
         pad = engine.model.defaults.pad_token_id
         for number, ((request, expected), running) in enumerate(zip(recorded, asked, strict=True)):
-            result = running.finished().result
+            result = running.finished(_PATIENCE).result
             differing = differences(result, request, expected, request.kwargs.get("pad_token_id", pad))
             _note(found, f"{request.mode} {number}", "; ".join(differing))
 
@@ -106,8 +104,8 @@ def _compare_attention(found: Exactness, folder: Path, options: dict[str, Any], 
             for case in attention.CASES:
                 if case.model != variant or (names is not None and case.name not in names):
                     continue
-                wanted = {"do_sample": False, "max_length": None, "max_new_tokens": case.new_tokens, "eos_token_id": []}
-                result = _Asked(engine, case.prompt(), wanted).finished().result
+                wanted = {"max_new_tokens": case.new_tokens, "eos_token_id": []}
+                result = Asked(engine, case.prompt(), **wanted).finished(_PATIENCE).result
                 tokens = result.sequences[0][case.prompt_length :].tolist()
                 expected = recorded[case.name]
                 _note(found, case.name, "" if tokens == expected else f"{tokens} instead of {expected}")
@@ -129,24 +127,6 @@ def _engine(path: Path, **options: Any) -> Iterator[Engine]:
         yield engine
     finally:
         engine.close()
-
-
-class _Asked:
-    """A submitted request."""
-
-    def __init__(self, engine: Engine, prompt: Any, kwargs: dict[str, Any]) -> None:
-        config = GenerationConfig.resolve(kwargs, engine.model.defaults)
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        engine.submit(GenerationRequest(np.asarray(prompt, np.int32), config), self._events.put)
-
-    def finished(self) -> FinishedEvent:
-        """Wait for the end; an error that the engine sent is raised."""
-        while True:
-            event = self._events.get(timeout=_PATIENCE)
-            if isinstance(event, BaseException):
-                raise event
-            if isinstance(event, FinishedEvent):
-                return event
 
 
 def main() -> None:
