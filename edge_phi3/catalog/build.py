@@ -30,8 +30,8 @@ from edge_phi3.catalog.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    all_tool_versions,
     record,
-    tool_versions,
     write_manifest,
 )
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
@@ -210,7 +210,7 @@ class Build:
             quant=self._quant or None,
             files=files,
             made_from=made_from,
-            tools=tool_versions(),
+            tools=all_tool_versions(),
             created=dt.datetime.now(dt.UTC),
         )
         write_manifest(self._folder, manifest)

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import msgspec
 
+from edge_phi3.conversion.tool_versions import tool_versions
 from edge_phi3.files import atomic_output, sha256_of
 
 FORMAT = 1
 """Raised when models made earlier must be made again; an older manifest counts as none."""
 
 MANIFEST_NAME = "manifest.json"
-
-_TOOLS = ("edge-phi3", "llama-cpp-python", "gguf", "huggingface-hub")
 
 
 class FileRecord(msgspec.Struct, frozen=True):
@@ -59,9 +58,9 @@ def record(path: Path) -> FileRecord:
     return FileRecord(path.name, path.stat().st_size, sha256_of(path))
 
 
-def tool_versions() -> dict[str, str]:
-    """Give the versions of the packages that models are made with."""
-    return {name: importlib.metadata.version(name) for name in _TOOLS}
+def all_tool_versions() -> dict[str, str]:
+    """Give the versions of the packages that models are downloaded and made with."""
+    return tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")}
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -1,9 +1,8 @@
 """Streams a checkpoint into a GGUF, one piece of one tensor at a time.
 
-The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf.py``; so is its metadata,
-but for ``general.*`` and the keys described in `edge_phi3.conversion.metadata` and
-`edge_phi3.conversion.vocabulary`. With `outtype` ``auto`` the matrices keep the checkpoint's own type,
-float32 included (llama.cpp's converter makes that f16).
+The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf.py``; so is its metadata, but for
+``general.*`` and the keys described in `edge_phi3.conversion.metadata` and `edge_phi3.conversion.vocabulary`. With
+`outtype` ``auto`` the matrices keep the checkpoint's own type, float32 included (llama.cpp's converter makes that f16).
 """
 
 from __future__ import annotations
@@ -22,11 +21,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
 from edge_phi3.conversion.errors import ConversionError
-from edge_phi3.conversion.metadata import (
-    SourceInfo,
-    write_general_metadata,
-    write_generation_metadata,
-)
+from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import OUTTYPES, Plan, plan_tensors
 from edge_phi3.conversion.stream import ConversionProgress, append_tensors
@@ -76,8 +71,7 @@ def convert(
     Args:
         checkpoint: a folder in the Hugging Face layout.
         output: the GGUF to write. On any error, an interruption included, nothing is left there.
-        outtype: the type of the matrices: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto`` for the
-            checkpoint's own.
+        outtype: the type of the matrices: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own.
         force: replace `output` when it exists.
         source: repository and revision of the checkpoint, when they are known; read from the path of a
             snapshot in the Hub's cache otherwise.
@@ -94,7 +88,7 @@ def convert(
     header = _header(opened, model, plan, source)
     _refuse_own_source(output, opened)
     with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
-        _refuse_full_disk(temporary.parent, sum(tensor.size for tensor in plan.tensors))
+        _refuse_full_disk(temporary.parent, plan.size)
         _write_header(header, temporary)
         append_tensors(temporary, plan.tensors, progress)
     return ConversionResult(

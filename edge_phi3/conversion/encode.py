@@ -38,8 +38,7 @@ def encoded_size(size: int, target: GgmlType) -> int:
 def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType:
     """Give the type that a tensor is written in, by the rules of llama.cpp's converter.
 
-    Vectors and norms stay F32; a matrix whose rows are no multiple of the block size of `wanted` falls back
-    to F16.
+    Vectors and norms stay F32; a matrix whose rows are no multiple of the block size of `wanted` falls back to F16.
     """
     if len(shape) <= 1 or name.endswith("_norm.weight"):
         return GgmlType.F32

@@ -56,8 +56,7 @@ class Imatrix:
     def importance(self) -> dict[str, NDArray[np.float32]]:
         """Give the mean squared activation of each column, as the quantiser takes it.
 
-        Follows llama.cpp's ``tools/quantize``: sums over counts, in float32; an expert never seen weighs 1
-        everywhere.
+        Follows llama.cpp's ``tools/quantize``: sums over counts, in float32; an expert never seen weighs 1 everywhere.
 
         Returns:
             Tensor name to float32 of shape (experts * columns,).

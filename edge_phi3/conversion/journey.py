@@ -7,8 +7,6 @@ name, so that a killed run makes at most one file again, and the same one: every
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +25,13 @@ from edge_phi3.conversion.phi3 import read_phi3
 from edge_phi3.conversion.plan import plan_tensors
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.tool_versions import tool_versions
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 MANIFEST_NAME = "manifest.json"
 _LOCK_NAME = ".lock"
 _FORMAT = 1
-_TOOLS = ("edge-phi3", "llama-cpp-python", "gguf")
 _MATRIX = "imatrix"
 
 
@@ -129,14 +127,13 @@ def run_journey(
         stops = [base]
         matrix: Path | None = None
         if imatrix == "auto":
-            if any(type_.bits_per_weight < 8 for type_ in types):
+            if any(type_.uses_imatrix for type_ in types):
                 stops.append(journey.collect(base, imatrix_chunks, threads))
                 matrix = stops[-1].path
         elif imatrix != "none":
             matrix = Path(imatrix)
         return stops + [
-            # Types of 8 bits and more take no notice of a matrix.
-            journey.quantize(base, type_, matrix if type_.bits_per_weight < 8 else None, threads)
+            journey.quantize(base, type_, matrix if type_.uses_imatrix else None, threads)
             for type_ in types
             if type_.name != base.made.type
         ]
@@ -148,13 +145,12 @@ class _Journey:
         self._opened = open_checkpoint(checkpoint)
         self._plan = plan_tensors(self._opened.tensors, read_phi3(self._opened.config), "auto")
         self._manifest = _read_manifest(folder)
-        self._tools = {tool: importlib.metadata.version(tool) for tool in _TOOLS}
+        self._tools = tool_versions()
 
     def require_space(self, types: Sequence[QuantizationType]) -> None:
         """Refuse what the disk cannot hold, before hours of work."""
-        weights = sum(math.prod(tensor.shape) for tensor in self._plan.tensors)
-        sizes = {type_.name: int(weights * type_.bits_per_weight / 8) for type_ in types}
-        sizes[self._plan.matrices.name] = sum(tensor.size for tensor in self._plan.tensors)
+        sizes = {type_.name: int(self._plan.weights * type_.bits_per_weight / 8) for type_ in types}
+        sizes[self._plan.matrices.name] = self._plan.size
         missing = {name: size for name, size in sizes.items() if not self._path(name).exists()}
         free = shutil.disk_usage(self._folder).free
         if free < sum(missing.values()):
@@ -182,7 +178,7 @@ class _Journey:
                     source=source,
                     progress=lambda now: step.update(now.done, now.total, now.tensor),
                 )
-            return 8 * sum(tensor.size for tensor in self._plan.tensors) / self._weights()
+            return 8 * self._plan.size / self._plan.weights
 
         return self._make(self._path(kind), kind, ["convert", hashes, source and str(source)], make)
 
@@ -260,9 +256,6 @@ class _Journey:
 
     def _path(self, kind: str) -> Path:
         return self._folder / f"{self._name}-{kind}.gguf"
-
-    def _weights(self) -> int:
-        return sum(math.prod(tensor.shape) for tensor in self._plan.tensors)
 
 
 def _see(path: Path, before: Seen | None) -> Seen:

@@ -1,8 +1,7 @@
 """The ``general.*`` keys of a GGUF, and what the checkpoint says on generation.
 
-``general.name`` always contains "phi-3", because llama.cpp strips the white space after ``<|user|>``,
-``<|end|>`` and ``<|assistant|>`` (as Phi-3's tokenizer does) only in models called so. Beyond llama.cpp's
-own keys these are written:
+``general.name`` always contains "phi-3", because llama.cpp strips the white space after ``<|user|>``, ``<|end|>`` and
+``<|assistant|>`` (as Phi-3's tokenizer does) only in models called so. Beyond llama.cpp's own keys these are written:
 
 - ``general.source.huggingface.repository``, ``general.source.huggingface.revision`` (strings): where the
   checkpoint came from;
@@ -101,8 +100,7 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
     """Add the tokens that end a generation, the padding token and the sampling defaults.
 
     Raises:
-        CheckpointError: ``generation_config.json`` or ``config.json`` names a token that the vocabulary
-            lacks.
+        CheckpointError: ``generation_config.json`` or ``config.json`` names a token that the vocabulary lacks.
     """
     ends = _token_ids(checkpoint, "eos_token_id", len(tokens))
     pads = _token_ids(checkpoint, "pad_token_id", len(tokens))
@@ -112,8 +110,7 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
         stated = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)
         known = {stated.value} if stated else set()
         unknown = [end for end in ends if end not in known and tokens[end] not in _ENDS_BY_TEXT]
-        # EOM first: EOT has a meaning of its own, the end of a turn, which llama.cpp finds by the text
-        # "<|end|>".
+        # EOM first: EOT has a meaning of its own, the end of a turn, which llama.cpp finds by the text "<|end|>".
         for end, add in zip(unknown, (writer.add_eom_token_id, writer.add_eot_token_id), strict=False):
             add(end)
         if len(unknown) > 2:

@@ -51,8 +51,7 @@ class LongRope:
     """The rope scaling of the long-context models.
 
     Attributes:
-        short_factor: divisors of the rotary frequencies up to the original context length, float32, (head
-            size / 2,).
+        short_factor: divisors of the rotary frequencies up to the original context length, float32, (head size / 2,).
         long_factor: the same beyond it.
         attention_factor: by which cosines and sines are multiplied.
     """

@@ -48,6 +48,16 @@ class Plan:
     matrices: GgmlType
     tensors: list[PlannedTensor]
 
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def weights(self) -> int:
+        """Number of values in all tensors."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
 
 def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
     """Plan the output.

@@ -33,6 +33,11 @@ class QuantizationType:
     advice: str
     special: bool = False
 
+    @property
+    def uses_imatrix(self) -> bool:
+        """Whether the quantiser heeds an importance matrix: it does for types of fewer than 8 bits."""
+        return self.bits_per_weight < 8
+
 
 QUANTIZATION_TYPES: dict[str, QuantizationType] = {
     type_.name: type_

@@ -48,7 +48,6 @@ __all__ = [
     "quantize",
 ]
 
-
 _METADATA_SLACK = 4096
 _TENSOR_SLACK = 64
 """Bytes by which the real size may differ: keys added to the metadata, a source with another alignment."""
@@ -77,7 +76,16 @@ class QuantizeProgress:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """A finished quantisation: the file, its size in bytes, its bits per weight, the seconds it took."""
+    """A finished quantisation.
+
+    Attributes:
+        path: the file.
+        type: its file type.
+        bytes: its size.
+        bits_per_weight: of all tensors together, metadata not counted.
+        fallbacks: tensors that got another type than planned because their columns do not fill whole blocks.
+        seconds: how long it took.
+    """
 
     path: Path
     type: QuantizationType

@@ -1,9 +1,8 @@
 """The child process that calls llama.cpp's quantiser: ``python -m edge_phi3.conversion.quantize_worker``.
 
-llama.cpp cannot be interrupted while it quantises, ends the whole process when an assertion fails, and logs
-through one callback per process. In a process of its own it can be killed at any moment, its crash becomes an
-error message, and its log disturbs nobody. The protocol is one JSON value per line: jobs in on stdin, events
-out on stdout.
+llama.cpp cannot be interrupted while it quantises, ends the whole process when an assertion fails, and logs through one
+callback per process. In a process of its own it can be killed at any moment, its crash becomes an error message, and
+its log disturbs nobody. The protocol is one JSON value per line: jobs in on stdin, events out on stdout.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The safetensors file format, read lazily and without trust.
 
-Our own reader and not the ``safetensors`` package, because NumPy has no bfloat16: the package cannot hand
-out the two bytes of each value as they lie in the file, which is all that a conversion needs. The checks
-are those of the format's description (https://github.com/huggingface/safetensors#format): the header fits
-the file, each entry's byte range fits its dtype and shape, and the ranges cover the data without overlap or
-gap.
+Our own reader and not the ``safetensors`` package, because NumPy has no bfloat16: the package cannot hand out the two
+bytes of each value as they lie in the file, which is all that a conversion needs. The checks are those of the format's
+description (https://github.com/huggingface/safetensors#format): the header fits the file, each entry's byte range fits
+its dtype and shape, and the ranges cover the data without overlap or gap.
 """
 
 from __future__ import annotations

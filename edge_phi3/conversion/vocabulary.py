@@ -99,8 +99,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
     Raises:
         UnsupportedModelError: the tokenizer is of another kind.
-        VocabularyError: files are missing, damaged, disagree, or have more tokens than the embedding has
-            rows.
+        VocabularyError: files are missing, damaged, disagree, or have more tokens than the embedding has rows.
     """
     config = read_json(folder / "tokenizer_config.json") or {}
     fast = read_json(folder / "tokenizer.json")
