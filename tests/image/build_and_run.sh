@@ -186,7 +186,7 @@ serve_and_ask ro
 say "another with a CUDA backend, and no driver"
 backends="$rootfs/opt/edge-phi3/lib/ggml"
 sed 's/libgomp\.so\.1/libcuda.so.1/g' "$(find "$backends" -name 'libggml-cpu-*.so' -print -quit)" > "$backends/libggml-cuda.so"
-if chroot "$rootfs" python3 -c 'import ctypes; ctypes.CDLL("/opt/edge-phi3/lib/ggml/libggml-cuda.so")' 2> "$WORK/cuda.log"; then
+if chroot "$rootfs" env LD_LIBRARY_PATH="${site#"$rootfs"}/llama_cpp/lib" python3 -c 'import ctypes; ctypes.CDLL("/opt/edge-phi3/lib/ggml/libggml-cuda.so")' 2> "$WORK/cuda.log"; then
     fail "the CUDA backend that stands in can be loaded"
 fi
 grep -q libcuda.so.1 "$WORK/cuda.log" || fail "the CUDA backend that stands in fails for another reason: $(tail -n 1 "$WORK/cuda.log")"
