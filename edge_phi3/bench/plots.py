@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.figure import format_of, open_figure
 from edge_phi3.bench.summary import Distribution, Summary
 from edge_phi3.files import atomic_output
 
@@ -22,17 +22,7 @@ def plot_sweep(series: dict[str, Sequence[Summary]], path: Path) -> None:
     Raises:
         BenchError: matplotlib is not installed, or does not know the format.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - the bench extra alone has it
-        from matplotlib.figure import Figure  # noqa: PLC0415 - the bench extra alone has it
-    except ImportError:
-        raise BenchError("Plots need matplotlib: pip install 'edge-phi3[bench]'.") from None
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    format_ = path.suffix.removeprefix(".").lower()
-    if format_ not in canvas.get_supported_filetypes():
-        raise BenchError(f"{path.name}: matplotlib writes {', '.join(sorted(canvas.get_supported_filetypes()))}.")
-    panels = figure.subplots(1, 2)
+    figure, panels = open_figure(path, (10, 4.5), len(_PANELS))
     for panel, (quantity, label) in zip(panels, _PANELS, strict=True):
         for name, levels in series.items():
             points = [(level, times) for level in levels if (times := _times(level, quantity)) is not None]
@@ -55,10 +45,9 @@ def plot_sweep(series: dict[str, Sequence[Summary]], path: Path) -> None:
         panel.set_ylabel(f"{label} (ms)")
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.3)
     panels[0].legend()
     with atomic_output(path, force=True) as temporary:
-        figure.savefig(temporary, format=format_)
+        figure.savefig(temporary, format=format_of(path))
 
 
 def _times(level: Summary, quantity: str) -> Distribution | None:

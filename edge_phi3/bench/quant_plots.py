@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.figure import format_of, open_figure
 from edge_phi3.bench.quant_report import Measurement, mean_divergence, on_front
 from edge_phi3.files import atomic_output
 
@@ -35,7 +36,7 @@ def plot_quality(measurements: Sequence[Measurement], path: Path) -> None:
     best = {item.type for item, on in zip(measurements, on_front(measurements), strict=True) if on}
     largest = max((item.bytes for item in measurements if item.reference), default=0)
     others = [item for item in others if item.bytes < largest] or others
-    figure, (axes,) = _figure(path, 1)
+    figure, (axes,) = open_figure(path, (8.5, 5.5), 1)
     # A divergence of 0 has no place on a logarithmic axis; rounding can even make it negative.
     floor = min((value for item in others if (value := mean_divergence(item)) > 0), default=1e-9)
     points = {item.type: (item.bytes / _MEGABYTE, max(mean_divergence(item), floor)) for item in others}
@@ -75,7 +76,7 @@ def plot_speed(measurements: Sequence[Measurement], path: Path) -> None:
     Raises:
         BenchError: matplotlib is not installed or does not know the format.
     """
-    figure, panels = _figure(path, 2)
+    figure, panels = open_figure(path, (11, 4.5), len(_SPEEDS))
     for axes, (quantity, label) in zip(panels, _SPEEDS, strict=True):
         for item in measurements:
             point = item.bytes / _MEGABYTE, getattr(item.speed, quantity)
@@ -94,22 +95,6 @@ def digest_of(measurements: Sequence[Measurement]) -> str:
     return hashlib.sha256(msgspec.json.encode(list(measurements))).hexdigest()
 
 
-def _figure(path: Path, panels: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - the bench extra alone has it
-        from matplotlib.figure import Figure  # noqa: PLC0415 - the bench extra alone has it
-    except ImportError:
-        raise BenchError("Plots need matplotlib: pip install 'edge-phi3[bench]'.") from None
-    figure = Figure(figsize=(8.5, 5.5) if panels == 1 else (11, 4.5), layout="constrained")
-    known = FigureCanvasAgg(figure).get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise BenchError(f"{path.name}: matplotlib writes {', '.join(sorted(known))}.")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for one in axes:
-        one.grid(alpha=0.3)
-    return figure, axes
-
-
 def _plain_ticks(axes: Any, sizes: Sequence[float]) -> None:
     """Write sizes on a logarithmic axis as plain numbers, each a quarter or so above the one before."""
     count = max(2, round(math.log(max(sizes) / min(sizes)) / math.log(1.35)) + 1) if max(sizes) > min(sizes) else 1
@@ -122,7 +107,7 @@ def _plain_ticks(axes: Any, sizes: Sequence[float]) -> None:
 def _save(figure: Any, path: Path, measurements: Sequence[Measurement]) -> None:
     from matplotlib import rc_context  # noqa: PLC0415 - the bench extra alone has it
 
-    form = path.suffix.removeprefix(".").lower()
+    form = format_of(path)
     key = "Keywords" if form in {"svg", "pdf"} else "Comment"
     metadata: dict[str, Any] = {key: digest_of(measurements)} if form in {"svg", "pdf", "png"} else {}
     if form == "svg":

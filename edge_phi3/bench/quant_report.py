@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ import msgspec
 from rich.filesize import decimal
 from rich.table import Table
 
-from edge_phi3.bench.machine import Machine
-from edge_phi3.bench.quality import Divergence, Quality
-from edge_phi3.bench.quant_worker import Speed
-from edge_phi3.files import atomic_output
+from edge_phi3.bench.quality import Divergence
+from edge_phi3.bench.quant_worker import Figures
+from edge_phi3.bench.written import write_csv, write_json
 
 FORMAT = 1
 
 
-class Measurement(msgspec.Struct, frozen=True, kw_only=True):
+class Measurement(Figures, frozen=True):
     """One type's figures.
 
     Attributes:
@@ -30,10 +28,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
         bytes: size of the file.
         bits_per_weight: of all tensors together, metadata not counted.
         quantize_seconds: how long making it took; None for the reference.
-        load_seconds, memory_before, memory_peak, gpu_memory, speed, quality: see `quant_worker.Measured`.
-        machine: where it was measured, and when.
     """
 
+    # Not keyword-only, unlike those of `Figures`: so they come first in JSON, CSV and the digests of pictures.
     type: str
     made_from: str
     reference: bool
@@ -41,13 +38,6 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     bits_per_weight: float
     quantize_seconds: float | None
-    load_seconds: float
-    memory_before: int
-    memory_peak: int
-    gpu_memory: int | None
-    speed: Speed
-    quality: Quality
-    machine: Machine
 
 
 class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,16 +65,11 @@ class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
 
     def write_json(self, path: Path) -> None:
         """Write everything, replacing the file."""
-        with atomic_output(path, force=True) as temporary:
-            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        write_json(path, self)
 
     def write_csv(self, path: Path) -> None:
         """Write one row for each type, replacing the file; nested figures become columns such as ``divergence_p99``."""
-        rows = [_flat(measurement) for measurement in self.measurements]
-        with atomic_output(path, force=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, [_flat(measurement) for measurement in self.measurements])
 
 
 def read_report(path: Path) -> QuantReport | None:

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, writing
+from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.memory import gpu_bytes_in_use, peak_resident_bytes, resident_bytes
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
 from edge_phi3.child_process import child_command, child_environment
@@ -33,15 +33,12 @@ from edge_phi3.errors import EdgePhi3Error
 _BATCH = 512
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure.
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a file is measured.
 
     Attributes:
-        model: the GGUF file.
-        logits: the reference's log-probabilities: written when `text` is given, and compared with otherwise.
-        text: what the reference is evaluated on; None for every other model.
-        parse_special: whether texts such as ``<|user|>`` become their special token.
-        ctx_size: tokens of a chunk.
+        parse_special: whether ``<|user|>`` in the text is the token, or the characters as in llama-perplexity.
+        ctx_size: tokens of an evaluated chunk.
         chunks: how many to evaluate at most.
         threads: CPU threads; None takes the physical cores that the process may use.
         n_gpu_layers: layers on the GPU where there is one; negative for all.
@@ -50,17 +47,28 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         repetitions: how often.
     """
 
+    parse_special: bool = True
+    ctx_size: int = 512
+    chunks: int | None = None
+    threads: int | None = None
+    n_gpu_layers: int = -1
+    prompt_tokens: int = 512
+    generated_tokens: int = 64
+    repetitions: int = 3
+
+
+class Job(Conditions, frozen=True, kw_only=True):
+    """What to measure, and how.
+
+    Attributes:
+        model: the GGUF file.
+        logits: the reference's log-probabilities: written when `text` is given, and compared with otherwise.
+        text: what the reference is evaluated on; None for every other model.
+    """
+
     model: str
     logits: str
     text: str | None
-    parse_special: bool
-    ctx_size: int
-    chunks: int | None
-    threads: int | None
-    n_gpu_layers: int
-    prompt_tokens: int
-    generated_tokens: int
-    repetitions: int
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,11 +91,10 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     turns: list[tuple[float, float]]
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What was measured of a file.
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process of its own measures of a file.
 
     Attributes:
-        bits_per_weight: of all tensors together, metadata not counted.
         load_seconds: from opening the file to the first decoded token; the file had just been written or read, so that
             it comes from the system's cache rather than from the disk.
         memory_before: resident bytes of the process before it loads the model.
@@ -96,15 +103,26 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         gpu_memory: bytes taken on the GPUs meanwhile; None without one.
         speed: of one sequence.
         quality: of its predictions.
+        machine: where it was measured, and when.
     """
 
-    bits_per_weight: float
     load_seconds: float
     memory_before: int
     memory_peak: int
     gpu_memory: int | None
     speed: Speed
     quality: Quality
+    machine: Machine
+
+
+class Measured(Figures, frozen=True, kw_only=True, tag=True):
+    """The figures of a file.
+
+    Attributes:
+        bits_per_weight: of all tensors together, metadata not counted.
+    """
+
+    bits_per_weight: float
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -173,6 +191,7 @@ def work(job: Job, tell: Callable[[Event], None]) -> Measured:
         BenchError: the text is too short, or the model's vocabulary is not the reference's.
         ModelLoadError, DecodeFailedError: llama.cpp cannot load or evaluate it.
     """
+    machine = Machine.here()
     before, gpu_before = resident_bytes(), gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
     settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH)
@@ -211,6 +230,7 @@ def work(job: Job, tell: Callable[[Event], None]) -> Measured:
         gpu_memory=None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before),
         speed=speed,
         quality=quality,
+        machine=machine,
     )
 
 
@@ -255,7 +275,7 @@ def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[floa
     return first - started, count / (time.perf_counter() - first)
 
 
-def main() -> Literal[0]:
+def main() -> None:
     """Do the job that stdin gives."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
     # What a library prints must not fall between the events.
@@ -269,8 +289,7 @@ def main() -> Literal[0]:
         tell(work(job, tell))
     except EdgePhi3Error as error:
         tell(Failed(str(error)))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,10 +7,8 @@ file's name ends in a digest of what it was made from, and each figure carries o
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,11 +20,12 @@ from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.quant_report import FORMAT, Measurement, QuantReport, read_report
-from edge_phi3.bench.quant_worker import Job, Measured, measure
+from edge_phi3.bench.quant_worker import Conditions, Job, Measured, measure
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.tool_versions import tool_versions
 from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
@@ -40,7 +39,6 @@ REPORT_NAME = "quants.json"
 TABLE_NAME = "quants.csv"
 
 _PLAIN_TYPES = {"F32", "F16", "BF16"}
-_TOOLS = ("edge-phi3", "llama-cpp-python", "gguf")
 
 
 def evaluation_text() -> str:
@@ -48,25 +46,16 @@ def evaluation_text() -> str:
     return files("edge_phi3.bench").joinpath("evaluation.txt").read_text("utf-8")
 
 
-@dataclass(frozen=True, slots=True)
-class QuantBench:
-    """What to measure.
+class QuantBench(Conditions, frozen=True):
+    """What to measure, and how.
 
     Attributes:
         model: a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16.
         output_dir: where results and what is kept for the next time go.
         types: names of quantisation types; ``all`` stands for all but the special ones.
         text: a file to evaluate, UTF-8; None takes the packaged text.
-        parse_special: whether ``<|user|>`` in the text is the token, or the characters as in llama-perplexity.
         imatrix: ``auto`` collects an importance matrix with the packaged calibration text when a type of fewer than
             8 bits is wanted, ``none`` does without, anything else is the path of one made before.
-        ctx_size: tokens of an evaluated chunk.
-        chunks: how many to evaluate at most.
-        threads: CPU threads; None takes the physical cores that the process may use.
-        n_gpu_layers: layers on the GPU where there is one; negative for all.
-        prompt_tokens: length of the prompt that speed is measured with.
-        generated_tokens: tokens generated after it.
-        repetitions: how often.
         keep_models: keep the quantised files.
         again: measure anew what was measured already.
         command: how this was asked for, recorded in the report.
@@ -76,15 +65,7 @@ class QuantBench:
     output_dir: Path
     types: Sequence[str] = DEFAULT_TYPES
     text: Path | None = None
-    parse_special: bool = True
     imatrix: str = "auto"
-    ctx_size: int = 512
-    chunks: int | None = None
-    threads: int | None = None
-    n_gpu_layers: int = -1
-    prompt_tokens: int = 512
-    generated_tokens: int = 64
-    repetitions: int = 3
     keep_models: bool = False
     again: bool = False
     command: str = ""
@@ -146,8 +127,7 @@ class _Run:
         guide = None if matrix is None else _matrix_digest(matrix)
 
         def key(name: str) -> str:
-            # Types of 8 bits and more take no notice of a matrix.
-            guided = name != base_type and QUANTIZATION_TYPES[name].bits_per_weight < 8
+            guided = name != base_type and QUANTIZATION_TYPES[name].uses_imatrix
             return self._key(digest, name, guide if guided else None)
 
         logits = self._folder / f"{self._name}-{key(base_type)[:12]}.logits"
@@ -161,7 +141,7 @@ class _Run:
             if kind.name in self._found:
                 self._progress.note(f"{kind.name} is measured already.")
                 continue
-            guided = matrix if kind.bits_per_weight < 8 else None
+            guided = matrix if kind.uses_imatrix else None
             self._add(self._quantised(base, logits, kind, guided, key(kind.name)))
         return self._report()
 
@@ -202,7 +182,7 @@ class _Run:
         path = self._folder / f"{self._name}-imatrix-{_digest([self._versions(), digest])[:12]}.gguf"
         if path.is_file():
             return path
-        if all(kind.bits_per_weight >= 8 for kind in types):
+        if not any(kind.uses_imatrix for kind in types):
             return None
         with self._progress.step(f"Calibrating {self._name}") as step:
             make_imatrix(
@@ -240,20 +220,8 @@ class _Run:
                 path.unlink(missing_ok=True)
 
     def _measure(self, path: Path, logits: Path, kind: str, *, text: str | None) -> Measured:
-        bench = self._bench
-        job = Job(
-            model=str(path),
-            logits=str(logits),
-            text=text,
-            parse_special=bench.parse_special,
-            ctx_size=bench.ctx_size,
-            chunks=bench.chunks,
-            threads=bench.threads,
-            n_gpu_layers=bench.n_gpu_layers,
-            prompt_tokens=bench.prompt_tokens,
-            generated_tokens=bench.generated_tokens,
-            repetitions=bench.repetitions,
-        )
+        conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
+        job = Job(model=str(path), logits=str(logits), text=text, **conditions)
         size = path.stat().st_size
         with self._progress.step(f"Measuring {kind}", size) as step:
             # The bar counts bytes: as many of the file's as chunks of the text are done.
@@ -272,8 +240,7 @@ class _Run:
             imatrix=guided,
             bytes=path.stat().st_size,
             quantize_seconds=seconds,
-            machine=Machine.here(),
-            **{name: getattr(done, name) for name in done.__struct_fields__},
+            **msgspec.structs.asdict(done),
         )
 
     def _add(self, measurement: Measurement) -> None:
@@ -292,7 +259,7 @@ class _Run:
         return _digest([inputs, text, speed, machine])
 
     def _versions(self) -> list[str]:
-        return [importlib.metadata.version(tool) for tool in _TOOLS]
+        return list(tool_versions().values())
 
     def _report(self) -> QuantReport:
         ordered = sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes))

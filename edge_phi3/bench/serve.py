@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.summary import Distribution, Summary, summarise
 from edge_phi3.bench.targets import Target, open_target
 from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload, measure_ruler
-from edge_phi3.files import atomic_output
+from edge_phi3.bench.written import write_csv, write_json
 
 LevelDone = Callable[[Summary], None]
 RequestDone = Callable[[RequestRecord], None]
 
 _SESSIONS_APART = 10_000_000
+_DISTRIBUTIONS = ("first_token", "per_token", "gap", "latency")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +78,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     def write_json(self, path: Path) -> None:
         """Write everything, replacing the file."""
-        _write(path, msgspec.json.format(msgspec.json.encode(self), indent=1))
+        write_json(path, self)
 
     def write_csv(self, path: Path) -> None:
         """Write one row for each level, replacing the file; distributions become columns such as ``latency_p95``."""
-        rows = [_flat(level) for level in self.levels]
-        with atomic_output(path, force=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, [_flat(level) for level in self.levels])
 
 
 def run(
@@ -177,14 +173,6 @@ def _flat(summary: Summary) -> dict[str, Any]:
         else:
             row[name] = "; ".join(f"{count}x {error}" for error, count in value.items()) if name == "errors" else value
     return row
-
-
-_DISTRIBUTIONS = ("first_token", "per_token", "gap", "latency")
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_output(path, force=True) as temporary:
-        temporary.write_bytes(data)
 
 
 def table(levels: Sequence[Summary]) -> Table:

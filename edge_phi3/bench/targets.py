@@ -188,10 +188,7 @@ class LlamaServerTarget(Target):
 
     def on_event(self, answer: Answer, name: str, data: bytes) -> None:  # noqa: ARG002 - its events have no names
         """Read a piece of text, the last event with its counts, or an error."""
-        event = parse_object(data)
-        if "error" in event:
-            raise ExchangeError(str(event["error"].get("message", event["error"])))
-        self.on_whole(answer, event)
+        self.on_whole(answer, _event(data))
 
     def on_whole(self, answer: Answer, body: Mapping[str, Any]) -> None:
         """Read the response, or one event of it: they have the same fields."""
@@ -245,10 +242,7 @@ class OpenAITarget(Target):
         if data == b"[DONE]":
             answer.ended = True
             return
-        event = parse_object(data)
-        if event.get("error"):
-            raise ExchangeError(str(event["error"].get("message", event["error"])))
-        self.on_whole(answer, event)
+        self.on_whole(answer, _event(data))
 
     def on_whole(self, answer: Answer, body: Mapping[str, Any]) -> None:
         """Read a response or a chunk of it."""
@@ -273,6 +267,14 @@ class OpenAIChatTarget(OpenAITarget):
     def text_of(self, choice: Mapping[str, Any]) -> str:
         """Give the new text of a choice."""
         return str((choice.get("delta") or choice.get("message") or {}).get("content") or "")
+
+
+def _event(data: bytes) -> dict[str, Any]:
+    """Parse an event of a stream; an error that the server tells of in it is raised."""
+    event = parse_object(data)
+    if error := event.get("error"):
+        raise ExchangeError(str(error.get("message", error) if isinstance(error, dict) else error))
+    return event
 
 
 def _seed(ask: Ask) -> dict[str, int]:

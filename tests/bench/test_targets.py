@@ -155,6 +155,7 @@ def test_llama_servers_stream_is_read() -> None:
         ("llama-server", b'data: {"error":{"code":500,"message":"no slot"}}\n\n', "no slot"),
         ("openai", b'data: {"choices":[{"text":"a"}]}\n\n', "The stream ended before the answer did."),
         ("openai", b'data: {"error":{"message":"overloaded"}}\n\ndata: [DONE]\n\n', "overloaded"),
+        ("openai", b'data: {"error":"overloaded"}\n\n', "overloaded"),
         ("chat", b'event: error\ndata: {"detail":"The engine is broken."}\n\n', "The engine is broken."),
         ("chat", b"data: nonsense\n\n", "not JSON"),
     ],
