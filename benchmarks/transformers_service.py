@@ -37,6 +37,8 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one connection."""
 
     protocol_version = "HTTP/1.1"
+    # Head and body are written one after the other: the body must not wait until the head is acknowledged.
+    disable_nagle_algorithm = True
     server: Server
 
     def do_GET(self) -> None:
