@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from benchmarks import report_quants
+from benchmarks import report_quants, request_rate
 from benchmarks.engine_ratios import Record as EngineRecord
 from benchmarks.perplexity_parity import Record as ParityRecord
 from benchmarks.record import SUITES, SuiteRecord
 from benchmarks.report_tables import machine_line, number, table
+from benchmarks.request_rate import Record as RateRecord
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.quant_plots import digest_of, plot_quality, plot_speed
 from edge_phi3.bench.quant_report import QuantReport
@@ -29,8 +30,9 @@ from edge_phi3.files import atomic_output
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
-IMAGES = ROOT / "docs" / "images"
+DOCS = ROOT / "docs"
+PAGE = "benchmarks.md"
+IMAGES = "images"
 PLOTS = {"quantizations-quality.svg": plot_quality, "quantizations-speed.svg": plot_speed}
 
 _INTRODUCTION = """\
@@ -54,6 +56,8 @@ def render(results: Path = RESULTS) -> str:
         parts.append(report_quants.parity(parity))
     if (engine := _read(results / "engine.json", list[EngineRecord])) is not None:
         parts.append(_engine(engine))
+    if (rate := _read(results / "request_rate.json", RateRecord)) is not None:
+        parts.append(_request_rate(rate))
     for name, section in _SECTIONS.items():
         if (results / name).is_file():
             parts.append(section(msgspec.json.decode((results / name).read_bytes())))
@@ -68,18 +72,28 @@ def quant_report(results: Path = RESULTS) -> QuantReport | None:
     return _read(results / "quantizations.json", QuantReport)
 
 
-def is_current(results: Path = RESULTS, page: Path = PAGE, images: Path = IMAGES) -> list[str]:
+def is_current(results: Path = RESULTS, docs: Path = DOCS) -> list[str]:
     """Name what the recorded results no longer give: the page, or a plot of other figures."""
-    stale = []
+    stale, page = [], docs / PAGE
     if not page.is_file() or page.read_text("utf-8") != render(results):
-        stale.append(page.name)
+        stale.append(PAGE)
     if (quants := quant_report(results)) is not None:
         digest = digest_of(quants.measurements)
         for name in PLOTS:
-            path = images / name
+            path = docs / IMAGES / name
             if not path.is_file() or digest not in path.read_text("utf-8"):
                 stale.append(name)
     return stale
+
+
+def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
+    """Write the page that a folder of results makes, and its plots."""
+    if (quants := quant_report(results)) is not None:
+        (docs / IMAGES).mkdir(parents=True, exist_ok=True)
+        for name, draw in PLOTS.items():
+            draw(quants.measurements, docs / IMAGES / name)
+    with atomic_output(docs / PAGE, force=True) as temporary:
+        temporary.write_text(render(results), encoding="utf-8")
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:
@@ -115,59 +129,6 @@ def _engine(records: list[EngineRecord]) -> str:
         *table(
             ["Part", "Model", "Case", "Ours", "Theirs", "Unit", "Ratio", "Range", "Goal", "Reached"], rows, words=3
         ),
-        "",
-    ])  # fmt: skip
-
-
-def _conversion(record: dict[str, Any]) -> str:
-    names = {"edge_phi3": "`edge-phi3 convert`", "llama_cpp": "llama.cpp's converter", "disk": "writing as many bytes"}
-    found = record["results"]
-    rows = [
-        [
-            names.get(name, name), number(entry["median"]), number(entry["min"]),
-            number(entry["cpu_seconds_per_round"]), number(entry["peak_private_bytes"] / 1e6),
-        ]
-        for name, entry in found.items()
-    ]  # fmt: skip
-    ours, theirs = found["edge_phi3"], found["llama_cpp"]
-    return "\n".join([
-        "## The converter",
-        "",
-        "A random bfloat16 checkpoint with Phi-3-mini's widths and 4 layers to F16, whole processes.",
-        "",
-        _older_machine_line(record),
-        "",
-        *table(["", "Seconds, median", "Seconds, least", "CPU seconds", "Private memory (MB)"], rows),
-        "",
-        f"llama.cpp's converter took {theirs['median'] / ours['median']:.1f} times as long,"
-        f" {theirs['cpu_seconds_per_round'] / ours['cpu_seconds_per_round']:.1f} times the CPU seconds and"
-        f" {theirs['peak_private_bytes'] / ours['peak_private_bytes']:.1f} times the memory.",
-        "",
-    ])  # fmt: skip
-
-
-def _kernels(record: dict[str, Any]) -> str:
-    steps = [
-        [name, number(entry["times_argmax"]), "" if entry["at_most"] is None else f"{entry['at_most']}",
-         number(entry["microseconds_per_row"])]
-        for name, entry in record["results"]["per_step"].items()
-    ]  # fmt: skip
-    chains = [
-        [name, number(entry["ours_microseconds"]), number(entry["llama_cpp_microseconds"])]
-        for name, entry in record["results"]["llama_cpp_sampler_chain"].items()
-    ]
-    return "\n".join([
-        "## Choosing tokens",
-        "",
-        "What one decode step costs beyond the model, as a multiple of one `argmax` over the same rows.",
-        "",
-        _older_machine_line(record),
-        "",
-        *table(["Case", "Times argmax", "At most", "Microseconds a row"], steps),
-        "",
-        "The same choice for 16 rows, in microseconds, through llama.cpp's sampler chain:",
-        "",
-        *table(["Parameters", "Ours", "llama.cpp's"], chains),
         "",
     ])  # fmt: skip
 
@@ -244,25 +205,36 @@ def _window(record: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def _older_machine_line(record: dict[str, Any]) -> str:
-    machine = record["machine"]
-    versions = ", ".join(
-        f"{name} {machine[key]}" for key, name in (("python", "Python"), ("numpy", "NumPy")) if key in machine
-    )
-    date = f"{machine['date']}; " if "date" in machine else ""
-    return (
-        f"{date}{machine['cpu']}, {machine['cores']} cores, {versions}; {machine['note']}.\nMade by `{_made(record)}`."
-    )
-
-
-def _made(record: dict[str, Any]) -> str:
-    command, _, rest = record["made_by"].partition(" (")
-    return f"{command}` ({rest.removesuffix(')')})" if rest else command
+def _request_rate(record: RateRecord) -> str:
+    rows = [
+        [
+            str(case.tokens),
+            *(number(request_rate.median(turns)) for turns in (case.bench, case.wrk)),
+            f"{case.ratio:.3f}",
+            f"{100 * case.noise:.1f} %",
+            case.verdict,
+            *(f"{max(turn.generator_cores for turn in turns):.3f}" for turns in (case.bench, case.wrk)),
+        ]
+        for case in record.cases
+    ]
+    heads = ["Tokens of an answer", "`bench serve`, requests/s", "wrk, requests/s", "Ratio", "Noise", "Agree"]
+    return "\n".join([
+        "## The load generator against wrk",
+        "",
+        f"The same request on `/chat`, in a closed loop of {record.clients} clients on one server, by `edge-phi3 bench"
+        f" serve` and by wrk in alternating turns of {record.seconds} s, {len(record.cases[0].wrk)} of each: medians"
+        " and their ratio. Noise is how far apart the turns of one and the same tool lie, in parts of its median; the"
+        " tools agree when their medians are no further apart, and more than"
+        f" {100 * request_rate.MOST_NOISE:.0f} % are too much to tell. Both tools share the machine with the server.",
+        "",
+        machine_line(record.machine, record.command),
+        "",
+        *table([*heads, "Cores that `bench serve` took", "Cores that wrk took"], rows),
+        "",
+    ])  # fmt: skip
 
 
 _SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "conversion.json": _conversion,
-    "generation_kernels.json": _kernels,
     "window_chunk.json": _window,
     "fit_parity.json": _fit,
 }
@@ -271,6 +243,7 @@ SHOWN = {
     "quantizations.json",
     "perplexity_parity.json",
     "engine.json",
+    "request_rate.json",
     *_SECTIONS,
     *(f"{name}.json" for name in SUITES),
 }
@@ -285,11 +258,7 @@ def main() -> int:
         stale = is_current()
         print("Out of date, say `make report`: " + ", ".join(stale) if stale else "Up to date.")
         return int(bool(stale))
-    if (quants := quant_report()) is not None:
-        for name, draw in PLOTS.items():
-            draw(quants.measurements, IMAGES / name)
-    with atomic_output(PAGE, force=True) as temporary:
-        temporary.write_text(render(), encoding="utf-8")
+    write()
     return 0
 
 

@@ -1,6 +1,7 @@
 """`edge-phi3 convert` against llama.cpp's converter and against the disk, on a checkpoint of 1.3 GB.
 
-    pytest benchmarks/test_conversion.py --benchmark-json=conversion.json
+    pytest benchmarks/test_conversion.py
+    python -m benchmarks.record conversion      # and writes results/conversion.json
 
 llama.cpp's converter is measured when ``LLAMA_CPP_SOURCE`` names the folder of its source and ``TORCH_PYTHON`` an
 interpreter with torch, transformers and sentencepiece. Both converters are whole processes, imports included, and read
@@ -27,8 +28,9 @@ from tests.golden.vocabularies import phi3_vocabulary
 
 ROUNDS = 3
 MAX_PRIVATE_BYTES = 400e6
+OURS, THEIRS = "`edge-phi3 convert`", "llama.cpp's converter"
 
-_OURS = (
+_PROGRAM = (
     "import sys; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
     "convert(Path(sys.argv[1]), Path(sys.argv[2]), outtype='f16')"
 )
@@ -79,9 +81,13 @@ def measure(benchmark: BenchmarkFixture, name: str, output: Path, run: Callable[
 
     benchmark.pedantic(lambda: peaks.append(run()), setup=start_afresh, rounds=ROUNDS)
     _medians[name] = benchmark.stats.stats.median
-    benchmark.extra_info["output_bytes"] = output.stat().st_size
-    benchmark.extra_info["peak_private_bytes"] = max(peaks)
-    benchmark.extra_info["cpu_seconds_per_round"] = round((_cpu_seconds() - before) / ROUNDS, 2)
+    benchmark.extra_info |= {
+        "case": name,
+        "megabytes_written": round(output.stat().st_size / 1e6),
+        "private_megabytes": round(max(peaks) / 1e6, 1),
+        "cpu_seconds": round((_cpu_seconds() - before) / ROUNDS, 2),
+        "times_ours": round(_medians[name] / _medians[OURS], 2),
+    }
     return max(peaks)
 
 
@@ -91,8 +97,8 @@ def _cpu_seconds() -> float:
 
 def test_edge_phi3(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
     """Ours, f16, until the file is on the disk."""
-    arguments = [sys.executable, "-c", _OURS, checkpoint, output]
-    assert measure(benchmark, "ours", output, lambda: peak_private_bytes(arguments)) < MAX_PRIVATE_BYTES
+    arguments = [sys.executable, "-c", _PROGRAM, checkpoint, output]
+    assert measure(benchmark, OURS, output, lambda: peak_private_bytes(arguments)) < MAX_PRIVATE_BYTES
 
 
 def test_disk(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
@@ -107,7 +113,7 @@ def test_disk(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> No
             os.fsync(file.fileno())
         return 0
 
-    measure(benchmark, "disk", output, write)
+    measure(benchmark, "writing as many bytes", output, write)
 
 
 def test_llama_cpp(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
@@ -117,5 +123,5 @@ def test_llama_cpp(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) 
         pytest.skip("LLAMA_CPP_SOURCE and TORCH_PYTHON are not set")
     script = Path(source) / "convert_hf_to_gguf.py"
     arguments = [python, script, checkpoint, "--outtype", "f16", "--outfile", output]
-    measure(benchmark, "llama.cpp", output, lambda: peak_private_bytes(arguments))
-    assert _medians["ours"] <= _medians["llama.cpp"] / 2
+    measure(benchmark, THEIRS, output, lambda: peak_private_bytes(arguments))
+    assert _medians[OURS] <= _medians[THEIRS] / 2

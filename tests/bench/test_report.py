@@ -38,7 +38,7 @@ def test_a_changed_figure_makes_page_and_plots_stale(results: Path) -> None:
     data = json.loads(path.read_text())
     data["measurements"][1]["speed"]["generated_per_second"] *= 2
     path.write_text(json.dumps(data))
-    assert report.is_current(results) == [report.PAGE.name, *report.PLOTS]
+    assert report.is_current(results) == [report.PAGE, *report.PLOTS]
 
 
 @pytest.mark.parametrize("name", sorted(report.SHOWN & {path.name for path in report.RESULTS.iterdir()}))
