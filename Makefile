@@ -7,7 +7,7 @@ PORT   ?= 8080
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types layers check bench report lock clean
+.PHONY: help serve test lint types layers check bench measure report lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,9 @@ check: lint types layers ## everything but the tests
 
 bench: $(VENV)/dev.stamp ## run the benchmark suites
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
+
+measure: $(VENV)/dev.stamp ## measure all that docs/benchmarks.md shows again, and make it
+	$(BIN)/python -m benchmarks.remake $(MEASURE_ARGS)
 
 report: $(VENV)/dev.stamp ## make docs/benchmarks.md from the recorded results
 	$(BIN)/python -m benchmarks.report

@@ -92,7 +92,9 @@ def main() -> int:
     """Plan, load, compare; one line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where models are kept")
-    parser.add_argument("--record", action="store_true", help=f"write results/{RESULTS.name}")
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=RESULTS, help=f"write results/{RESULTS.name}, or the file named"
+    )
     arguments = parser.parse_args()
     rows, worst = [], 0.0
     for case in CASES:
@@ -113,7 +115,7 @@ def main() -> int:
             "worst_difference": worst,
             "rows": rows,
         }
-        RESULTS.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        arguments.record.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(worst > 0.05)
 
 

@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--ctx-size", type=int, default=512)
     parser.add_argument("--chunks", type=int, help="evaluate so many chunks at most")
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
+    parser.add_argument("--record", type=Path, nargs="?", const=RECORD, help=f"write {RECORD.name}, or the file named")
     add_arguments(parser)
     arguments = parser.parse_args()
     machine, peers = Machine.here(), build_peers(arguments.cache, arguments.source)
@@ -204,7 +204,7 @@ def main() -> int:
         rows=rows,
     )
     if arguments.record:
-        RECORD.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
+        arguments.record.write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")
     return int(not good or not all(row.agrees for row in rows))
 
 
