@@ -6,8 +6,8 @@
 Requests come in random sizes and modes (greedy, sampling, several sequences, beams), many beginning alike, into a KV
 cache that is too small for all of them, so that the scheduler preempts, beside a prefix store of one MiB, so that it
 drops. While they run, and at rest after every tenth part, the engine's books are checked against themselves and against
-the positions that llama.cpp holds for every sequence. The process's memory is sampled at rest: from the first fifth to the end it must
-not grow by more than --tolerance.
+the positions that llama.cpp holds for every sequence. The process's memory is sampled at rest: from the first fifth to
+the end it must not grow by more than --tolerance.
 """
 
 from __future__ import annotations

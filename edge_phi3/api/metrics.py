@@ -13,7 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from edge_phi3 import __version__
-from edge_phi3.engine.engine import EngineStats
+from edge_phi3.engine.stats import EngineStats
 from edge_phi3.pipeline import GenerationOutput, ModelCard
 
 GENERATION_PATHS = frozenset({"/chat", "/v1/chat/completions", "/v1/completions"})

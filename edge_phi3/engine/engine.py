@@ -1,7 +1,7 @@
 """The engine: one thread that decodes, and its asyncio face.
 
 The thread owns the llama.cpp contexts. What the event loop wants arrives in one thread-safe inbox; what the thread has
-to say leaves through one ``call_soon_threadsafe`` a step. `Engine.step` tells the whole story of a step.
+to say leaves through an `Outbox`. `Engine.step` tells the whole story of a step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Literal
 
+from edge_phi3.engine.delivery import Outbox
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
     DecodeFailedError,
@@ -39,6 +39,7 @@ from edge_phi3.engine.sequence import (
 )
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.solo import no_memory
+from edge_phi3.engine.stats import EngineStats
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
 
@@ -50,45 +51,6 @@ _SWITCH_INTERVAL = 0.0005
 """Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's
 thread asks for
 it after every decode, and must not wait for the event loop's whole turn."""
-
-_FLUSH_INTERVAL = 0.004
-"""Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
-
-A small model chooses tokens faster than anybody reads them, and each delivery takes a core from llama.cpp: to wake the
-event loop, write to a socket and wake the client costs more than a tenth of a millisecond."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters and gauges of an engine, as of now.
-
-    Attributes:
-        waiting: requests in the queue.
-        running: requests being decoded.
-        sequences: llama.cpp sequences of the running requests.
-        cells_used: KV cells that hold a token.
-        cells_total: KV cells there are.
-        stored_tokens: tokens of finished sequences whose keys and values are kept in main memory for later prompts.
-        stored_bytes: the memory that they take.
-        prompt_tokens_total: tokens of all prompts admitted.
-        cached_tokens_total: those of them found in the prefix cache.
-        generated_tokens_total: tokens generated.
-        preemptions_total: how often a request was sent back to the queue for want of cells.
-        steps_total: decode calls.
-    """
-
-    waiting: int
-    running: int
-    sequences: int
-    cells_used: int
-    cells_total: int
-    stored_tokens: int
-    stored_bytes: int
-    prompt_tokens_total: int
-    cached_tokens_total: int
-    generated_tokens_total: int
-    preemptions_total: int
-    steps_total: int
 
 
 class Engine:
@@ -103,9 +65,7 @@ class Engine:
         self.status: Status = "loading"
         self.status_detail = "The model is loading."
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox: dict[asyncio.AbstractEventLoop, dict[asyncio.Queue[Event], list[Event]]] = {}
-        self._urgent = False
-        self._flushed = 0.0
+        self._outbox = Outbox()
         self._arrivals = itertools.count()
         self._loading: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -185,7 +145,7 @@ class Engine:
         return EngineStats(
             waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
             running=sum(len(scheduler.running) for scheduler in schedulers),
-            sequences=sum(scheduler.sequences_held for scheduler in schedulers),
+            sequences=sum(scheduler.pool.held for scheduler in schedulers),
             cells_used=sum(scheduler.kv.used for scheduler in schedulers),
             cells_total=sum(scheduler.kv.cells for scheduler in schedulers),
             stored_tokens=sum(store.tokens for store in stores),
@@ -216,7 +176,7 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         mailbox: asyncio.Queue[Event] = asyncio.Queue()
-        running = self.submit(request, lambda event: self._post(loop, mailbox, event))
+        running = self.submit(request, lambda event: self._outbox.post(loop, mailbox, event))
         finished = False
         try:
             while not finished:
@@ -326,15 +286,15 @@ class Engine:
                     running.send(stopped)
                 scheduler.running.clear()
                 scheduler.waiting.clear()
-            self._flush()
+            self._outbox.flush()
 
     def _tidy_up(self) -> None:
         """Free the cells of those who have finished; they hear of it first."""
         schedulers = self._schedulers()
-        if not any(scheduler.running for scheduler in schedulers) or any(s.unsettled for s in schedulers):
-            self._flush()
+        if not any(scheduler.running for scheduler in schedulers) or any(s.pool.unsettled for s in schedulers):
+            self._outbox.flush()
         for scheduler in schedulers:
-            scheduler.settle()
+            scheduler.pool.settle()
 
     def _read_inbox(self, *, wait: bool) -> None:
         if wait:
@@ -367,8 +327,7 @@ class Engine:
                 self._cached_tokens += request.cached_tokens
         # Only now: the event loop would take the interpreter lock from this thread while it plans. It works beside
         # llama.cpp, which does not hold it.
-        if self._urgent or now - self._flushed >= _FLUSH_INTERVAL:
-            self._flush()
+        self._outbox.flush_if_due(now)
         try:
             logits = scheduler.context.decode(plan.count)
         except DecodeFailedError as error:
@@ -386,7 +345,7 @@ class Engine:
         """Send what a request's decoder chose, and continue or finish its sequences."""
         if request.first_token is None:
             request.first_token = now
-            self._urgent = True
+            self._outbox.urgent = True
         if request.request.stream and chosen.emitted:
             request.send(TokensEvent(list(chosen.emitted), chosen.logprobs))
         if request.decoder.finished:
@@ -439,29 +398,6 @@ class Engine:
                 request.send(error)
         scheduler.forget()
         scheduler.context.warm_up()
-
-    def _post(self, loop: asyncio.AbstractEventLoop, mailbox: asyncio.Queue[Event], event: Event) -> None:
-        """Keep an event for the next `_flush`; tokens join those that wait already."""
-        waiting = self._outbox.setdefault(loop, {}).setdefault(mailbox, [])
-        if not isinstance(event, TokensEvent):
-            self._urgent = True
-        elif waiting and isinstance(before := waiting[-1], TokensEvent):
-            waiting[-1] = TokensEvent(before.tokens + event.tokens, [*before.logprobs, *event.logprobs])
-            return
-        waiting.append(event)
-
-    def _flush(self) -> None:
-        self._urgent, self._flushed = False, time.monotonic()
-        outbox, self._outbox = self._outbox, {}
-        for loop, mailboxes in outbox.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-                loop.call_soon_threadsafe(_deliver, mailboxes)
-
-
-def _deliver(mailboxes: dict[asyncio.Queue[Event], list[Event]]) -> None:
-    for mailbox, events in mailboxes.items():
-        for event in events:
-            mailbox.put_nowait(event)
 
 
 def _nothing() -> None:

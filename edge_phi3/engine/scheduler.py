@@ -4,33 +4,21 @@ The order is llama-server's and vLLM's: first one token of every sequence that i
 there is room in the batch, so that a long prompt delays the others by one chunk at most. Requests are admitted in
 their order of arrival, by the KV cells they need; when cells run out, the youngest request is preempted: it waits again
 at its place in the queue, and is restored or recomputed later.
-
-Cells hold running sequences only. A new prompt begins with the cells of a running sequence that begins as it does, or
-with what the prefix store has kept of a finished one.
 """
 
 from __future__ import annotations
 
 import bisect
-import functools
 import itertools
-import logging
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_phi3.engine.batch_shapes import BatchShapes
-from edge_phi3.engine.kv_cache import KVCache
-from edge_phi3.engine.prefix_store import Block, PrefixStore
-from edge_phi3.engine.prefix_tree import PrefixTree
+from edge_phi3.engine.prefix_store import PrefixStore
 from edge_phi3.engine.runtime import Context
 from edge_phi3.engine.sequence import RunningRequest, Sequence
-
-logger = logging.getLogger(__name__)
-
-_FEW_RUNS = 32
-"""Tokens that lie apart on a GPU and are still copied to main memory one by one."""
+from edge_phi3.engine.sequence_pool import SequencePool
 
 
 @dataclass(slots=True)
@@ -74,28 +62,21 @@ class Scheduler:
         max_tokens: int | None = None,
         shapes: BatchShapes | None = None,
     ) -> None:
-        self._use(context)
-        self.store = store
-        self.parallel = min(parallel, context.sequences)
         self.window = window
+        self.store = store
+        self._use(context)
+        self.parallel = min(parallel, context.sequences)
         self.window_chunk = window_chunk
         self.max_tokens = max_tokens
         self.waiting: list[RunningRequest] = []
         self.running: list[RunningRequest] = []
         self.preemptions = 0
         self._shapes = shapes
-        self._tree = PrefixTree()
-        self._finished: list[tuple[int, NDArray[np.int32]]] = []
 
     def _use(self, context: Context) -> None:
         self.context = context
-        self.kv = KVCache(
-            context,
-            cells=context.cells,
-            sequences=context.sequences,
-            cells_per_sequence=context.cells_per_sequence,
-            shared=context.unified,
-        )
+        self.pool = SequencePool(context, window=self.window, store=self.store)
+        self.kv = self.pool.kv
 
     # -- capacity
 
@@ -113,16 +94,6 @@ class Scheduler:
         """How many sequences the running requests have, counting those still to be forked."""
         return sum(request.rows for request in self.running)
 
-    @property
-    def sequences_held(self) -> int:
-        """How many sequence ids the running requests hold."""
-        return self.kv.sequences - self.kv.free_sequences - len(self._finished)
-
-    @property
-    def unsettled(self) -> bool:
-        """Whether finished sequences still hold cells."""
-        return bool(self._finished)
-
     # -- entering and leaving
 
     def enqueue(self, request: RunningRequest) -> None:
@@ -131,14 +102,14 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move requests from the head of the queue to the running ones, while sequences and cells allow."""
-        self.settle()
+        self.pool.settle()
         rows = self.sequences_running
         while self.waiting:
             request = self.waiting[0]
             if rows + request.rows > self.parallel or not self._has_cells_for(request, rows):
                 return
             self.running.append(self.waiting.pop(0))
-            self._attach(request.sequences[0], share=self._may_share(request), restore=self._may_share(request))
+            self.pool.attach(request.sequences[0], share=self._may_share(request), restore=self._may_share(request))
             if not request.generated:
                 request.cached_tokens = request.sequences[0].computed
             rows += request.rows
@@ -151,7 +122,7 @@ class Scheduler:
         if not self.running:
             return True
         first = request.sequences[0]
-        shared = self._shared_prefix(first)[0] if self._may_share(request) else 0
+        shared = self.pool.shared_prefix(first)[0] if self._may_share(request) else 0
         promised = sum(sequence.pending for running in self.running for sequence in running.sequences)
         # One cell for each sequence that decodes, so that an arrival does not preempt anybody in the very next step.
         needed = promised + first.length - shared + request.rows + rows
@@ -163,20 +134,7 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        for sequence in request.sequences:
-            if sequence.seq_id >= 0:
-                self._finished.append((sequence.seq_id, sequence.tokens[: self._worth_keeping(request, sequence)]))
-                sequence.seq_id, sequence.computed = -1, 0
-
-    def settle(self) -> None:
-        """Free the cells of finished sequences, keeping their content in the prefix store."""
-        while self._finished:
-            seq_id, tokens = self._finished[-1]
-            if self.store is not None:
-                start = int(self.kv.start[seq_id])
-                self.store.save(tokens, start, functools.partial(self.context.save, seq_id))
-            self._release(seq_id)
-            self._finished.pop()
+        self.pool.finish(request)
 
     def preempt_youngest(self) -> bool:
         """Send the youngest running request back to the queue. False when it is the only one."""
@@ -184,7 +142,7 @@ class Scheduler:
             return False
         request = max(self.running, key=lambda running: running.arrival)
         self.retire(request)
-        self.settle()
+        self.pool.settle()
         self.enqueue(request)
         self.preemptions += 1
         return True
@@ -196,9 +154,7 @@ class Scheduler:
                 sequence.seq_id, sequence.computed = -1, 0
             self.enqueue(request)
         self.running.clear()
-        self._finished.clear()
-        self._tree.clear()
-        self.kv.clear(zero=True)
+        self.pool.forget()
 
     # -- one step
 
@@ -224,8 +180,8 @@ class Scheduler:
             if plan.count:
                 self._fill_up(plan)
                 return plan
-            if self._finished:
-                self.settle()
+            if self.pool.unsettled:
+                self.pool.settle()
             elif not self.preempt_youngest():
                 raise AssertionError("one request alone does not fit the cache that it was admitted to")
         return Plan()
@@ -271,7 +227,7 @@ class Scheduler:
         """
         for sequence in request.sequences:
             if sequence.seq_id < 0:
-                self._attach(sequence, share=True, restore=False)
+                self.pool.attach(sequence, share=True, restore=False)
             if sequence.pending > 1:
                 return
 
@@ -336,7 +292,7 @@ class Scheduler:
         for sequence, count in plan.chunks:
             sequence.computed += count
             if count > 1:
-                self._tree.insert(sequence.seq_id, sequence.tokens[: sequence.computed])
+                self.pool.computed(sequence)
 
     def reorder(self, request: RunningRequest, parents: list[int], tokens: list[int]) -> None:
         """Continue a request's sequences with the chosen tokens.
@@ -351,87 +307,11 @@ class Scheduler:
             kept = set(parents)
             for row, sequence in enumerate(old):
                 if row not in kept:
-                    self._release(sequence.seq_id)
+                    self.pool.release(sequence.seq_id)
             continued: set[int] = set()
             request.sequences = []
             for parent in parents:
-                request.sequences.append(self._fork(old[parent]) if parent in continued else old[parent])
+                request.sequences.append(self.pool.fork(old[parent]) if parent in continued else old[parent])
                 continued.add(parent)
         for sequence, token in zip(request.sequences, tokens, strict=True):
             sequence.append(token)
-
-    # -- sequences and cells
-
-    def _fork(self, sequence: Sequence) -> Sequence:
-        return sequence.fork(self.kv.fork(sequence.seq_id, sequence.computed))
-
-    def _release(self, seq_id: int) -> None:
-        self._tree.remove(seq_id)
-        self.kv.release(seq_id)
-
-    def _attach(self, sequence: Sequence, *, share: bool, restore: bool) -> None:
-        """Give a sequence an id, and let it begin with the longest prefix that is known.
-
-        Args:
-            sequence: which.
-            share: whether it may begin with the cells of a running sequence.
-            restore: whether it may begin, or go on, with what the store holds.
-        """
-        shared, owner = self._shared_prefix(sequence) if share else (0, None)
-        stored, blocks = self._stored_prefix(sequence) if restore else (0, [])
-        if stored > shared:
-            # What lies in front of the first block that is wanted can be shared still.
-            shared = max((block.begin for block in blocks if block.begin <= shared), default=0)
-            owner = owner if shared else None
-        if owner is None:
-            sequence.seq_id, sequence.computed = self.kv.acquire(), 0
-        else:
-            sequence.seq_id, sequence.computed = self.kv.fork(owner, shared), shared
-        if stored > shared:
-            self._restore(sequence, stored, [block for block in blocks if block.begin >= shared])
-
-    def _shared_prefix(self, sequence: Sequence) -> tuple[int, int | None]:
-        """Give the longest prefix that a running sequence's cells hold, and that sequence."""
-        # The last token is always decoded: its logits choose the next one.
-        matched, owners = self._tree.match(sequence.tokens[: sequence.length - 1])
-        reach = matched if self.window is None else max(0, matched - self.window + 1)
-        for owner in owners:
-            start = int(self.kv.start[owner])
-            if start == 0 or (self.window is not None and start <= reach):
-                return matched, owner
-        return 0, None
-
-    def _stored_prefix(self, sequence: Sequence) -> tuple[int, list[Block]]:
-        if self.store is None:
-            return 0, []
-        return self.store.match(sequence.tokens[: sequence.length - 1], self.window)
-
-    def _restore(self, sequence: Sequence, length: int, blocks: list[Block]) -> None:
-        """Let a sequence go on with blocks of the store, up to `length` tokens; without them if they do not fit."""
-        seq_id, computed = sequence.seq_id, sequence.computed
-        start, end = blocks[0].start, blocks[-1].end
-        if end - start > self.kv.free:
-            return
-        behind = computed > 0
-        for block in blocks:
-            if not self.context.restore(seq_id, block.state, behind=behind):
-                logger.warning("llama.cpp could not restore %d cached tokens: they are computed anew.", end - start)
-                self.context.remove(seq_id, computed, -1)
-                return
-            behind = True
-        if computed:
-            self.kv.append(seq_id, end - computed)
-        else:
-            self.kv.adopt(seq_id, start, end)
-        self.kv.truncate(seq_id, length)
-        sequence.computed = length
-        self._tree.insert(seq_id, sequence.tokens[:length])
-
-    def _worth_keeping(self, request: RunningRequest, sequence: Sequence) -> int:
-        """Say how many tokens of a leaving sequence are kept: all, or the prompt's where the rest would cost too much.
-
-        A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
-        others lie apart.
-        """
-        costly = self.context.offloaded and self.kv.shared and sequence.scattered > _FEW_RUNS
-        return min(sequence.computed, request.prompt_length) if costly else sequence.computed

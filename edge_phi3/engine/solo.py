@@ -50,7 +50,7 @@ class SoloScheduler(Scheduler):
 
     def admit(self) -> None:
         """Start the next request in an empty context when the last one has left."""
-        self.settle()
+        self.pool.settle()
         while self.waiting and not self.running:
             request = self.waiting[0]
             try:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from edge_phi3.api.metrics import ServiceMetrics
-from edge_phi3.engine.engine import EngineStats
+from edge_phi3.engine.stats import EngineStats
 from tests.helm.chart import EXAMPLES, Object, dashboard, of_kind, render, values_of
 
 _NAME = re.compile(r"(?<![\w.$])([a-zA-Z_:][a-zA-Z0-9_:]*)(?=\{)")

@@ -1,0 +1,59 @@
+"""From the engine's thread to whoever waits in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+from edge_phi3.engine.sequence import Event, TokensEvent
+
+Mailbox = asyncio.Queue[Event]
+
+_FLUSH_INTERVAL = 0.004
+"""Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
+
+A small model chooses tokens faster than anybody reads them, and each delivery takes a core from llama.cpp: to wake the
+event loop, write to a socket and wake the client costs more than a tenth of a millisecond."""
+
+
+class Outbox:
+    """Events that wait to be delivered, each event loop's by one call. Used by the engine's thread alone."""
+
+    def __init__(self) -> None:
+        self.urgent = False
+        self._waiting: dict[asyncio.AbstractEventLoop, dict[Mailbox, list[Event]]] = {}
+        self._flushed = 0.0
+
+    def flush_if_due(self, now: float) -> None:
+        """Deliver what waits when something is urgent, or when the last delivery is long enough ago.
+
+        Args:
+            now: seconds of `time.monotonic`.
+        """
+        if self.urgent or now - self._flushed >= _FLUSH_INTERVAL:
+            self.flush()
+
+    def post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, event: Event) -> None:
+        """Keep an event for the next `flush`; tokens join those that wait already."""
+        waiting = self._waiting.setdefault(loop, {}).setdefault(mailbox, [])
+        if not isinstance(event, TokensEvent):
+            self.urgent = True
+        elif waiting and isinstance(before := waiting[-1], TokensEvent):
+            waiting[-1] = TokensEvent(before.tokens + event.tokens, [*before.logprobs, *event.logprobs])
+            return
+        waiting.append(event)
+
+    def flush(self) -> None:
+        """Deliver all that waits."""
+        self.urgent, self._flushed = False, time.monotonic()
+        boxes, self._waiting = self._waiting, {}
+        for loop, mailboxes in boxes.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(_deliver, mailboxes)
+
+
+def _deliver(mailboxes: dict[Mailbox, list[Event]]) -> None:
+    for mailbox, events in mailboxes.items():
+        for event in events:
+            mailbox.put_nowait(event)

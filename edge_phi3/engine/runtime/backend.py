@@ -1,0 +1,56 @@
+"""llama.cpp's backends and its log."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import logging
+
+import llama_cpp
+
+logger = logging.getLogger(__package__)
+
+_ERROR_LEVEL = 4
+_errors: collections.deque[str] = collections.deque(maxlen=1)
+_EXPECTED_WARNINGS = (
+    "Phi SWA is currently disabled",  # the engine keeps the window itself
+    "control-looking token",  # </s> is an ordinary token in Phi-3's tokenizer_config.json
+    "special_eom_id is not in special_eog_ids",  # the engine knows the model's end tokens
+)
+_LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
+
+
+def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
+    """Pass llama.cpp's own lines to the log of this module, its chatter as debug."""
+    line = text.decode(errors="replace").strip()
+    if level >= _ERROR_LEVEL:
+        _errors.append(line)
+    if line.strip("."):
+        expected = any(part in line for part in _EXPECTED_WARNINGS)
+        logger.log(logging.DEBUG if expected else _LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+
+_LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
+
+
+def reason() -> str:
+    """Give llama.cpp's own last complaint, as the end of a sentence."""
+    return f" ({_errors.pop()})" if _errors else ""
+
+
+@functools.cache
+def _start_backends() -> None:
+    llama_cpp.llama_backend_init()
+
+
+def initialise_backend() -> None:
+    """Start llama.cpp's backends, once a process, and take over its log from whoever had it."""
+    llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
+    _start_backends()
+
+
+def supports_gpu_offload() -> bool:
+    """Whether this build of llama.cpp can keep layers on a GPU."""
+    initialise_backend()  # backends that are libraries of their own are not known before
+    return bool(llama_cpp.llama_supports_gpu_offload())

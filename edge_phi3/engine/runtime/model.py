@@ -1,0 +1,187 @@
+"""A model's weights, its vocabulary, and the grammars over it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from pathlib import Path
+from typing import Any, Final
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.errors import GrammarError, ModelLoadError
+from edge_phi3.engine.runtime.backend import initialise_backend, reason
+
+CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+"""`llama_token_data`."""
+
+
+class Grammar:
+    """A state of a grammar: what may still come. Freed with its last reference. Made by `Model.grammar`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
+
+    def apply(self, candidates: NDArray[np.void]) -> None:
+        """Give candidates that cannot come next the logit minus infinity; their order stays.
+
+        Args:
+            candidates: of the type `CANDIDATE`, shape (n,).
+        """
+        data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
+        array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
+        llama_cpp.llama_sampler_apply(self._handle, ctypes.byref(array))
+
+    def accept(self, token: int) -> None:
+        """Go on with a token that `apply` lets come next. With any other, llama.cpp ends the process."""
+        llama_cpp.llama_sampler_accept(self._handle, token)
+
+    def clone(self) -> Grammar:
+        """Give a copy of the state."""
+        return Grammar(llama_cpp.llama_sampler_clone(self._handle))
+
+
+class Model:
+    """A Phi-3 GGUF file in memory: weights, vocabulary and metadata.
+
+    The vocabulary functions are read-only and may be called from any thread.
+
+    Args:
+        path: the GGUF file.
+        n_gpu_layers: layers kept on the GPU; negative for all.
+
+    Raises:
+        ModelLoadError: the file is missing, is not a GGUF, is damaged, or is no Phi-3 with Phi-3's vocabulary.
+    """
+
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
+        initialise_backend()
+        if not path.is_file():
+            raise ModelLoadError(f"There is no model file {path}.")
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self.path = path
+        self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self._handle:
+            raise ModelLoadError(
+                f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{reason()}."
+            )
+        self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
+        self._adapters: list[tuple[Any, float]] = []
+        architecture = self.metadata("general.architecture")
+        if architecture != "phi3":
+            self.close()
+            raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
+        if self.metadata("tokenizer.ggml.model") != "llama":
+            kind = self.metadata("tokenizer.ggml.model")
+            self.close()
+            raise ModelLoadError(
+                f"{path} has a {kind!r} vocabulary (Phi-4?); edge-phi3 serves Phi-3's SentencePiece one."
+            )
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.context_length = int(llama_cpp.llama_model_n_ctx_train(self._handle))
+        self.layers = int(llama_cpp.llama_model_n_layer(self._handle))
+        # Phi-3's tokenizers put no <s> in front; many GGUFs from elsewhere claim that they do. Ours say what the
+        # checkpoint says.
+        converted_here = self.metadata("edge_phi3.generation.config") is not None
+        self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def metadata(self, key: str) -> str | None:
+        """Give the text of a metadata value that is not an array, or None when the file has none."""
+        size = llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
+
+    @property
+    def description(self) -> str:
+        """Architecture, number of weights and llama.cpp's name of the file type: ``phi3 3.82 B Q4_K - Medium``."""
+        file_type = llama_cpp.llama_ftype_name(llama_cpp.llama_model_ftype(self._handle)).decode()
+        count = self.parameters
+        size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        return f"phi3 {size} {file_type}"
+
+    @property
+    def parameters(self) -> int:
+        """How many weights the model has."""
+        return int(llama_cpp.llama_model_n_params(self._handle))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return int(llama_cpp.llama_model_size(self._handle))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja chat template of the file, or None."""
+        template = llama_cpp.llama_model_chat_template(self._handle, None)
+        return template.decode(errors="replace") if template else None
+
+    @property
+    def bos_token_id(self) -> int:
+        """The beginning-of-sequence token."""
+        return int(llama_cpp.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_token_id(self) -> int:
+        """The one end-of-sequence token that GGUF names."""
+        return int(llama_cpp.llama_vocab_eos(self._vocab))
+
+    @functools.cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token as llama.cpp stores them: ``▁`` for a space, ``<0x0A>`` for a byte."""
+        return [llama_cpp.llama_vocab_get_text(self._vocab, token) or b"" for token in range(self.vocab_size)]
+
+    @functools.cached_property
+    def attributes(self) -> NDArray[np.int32]:
+        """The `llama_token_attr` bits of every token, shape ``(vocab_size,)``."""
+        get = llama_cpp.llama_vocab_get_attr
+        return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
+
+    def tokenize(self, text: str) -> NDArray[np.int32]:
+        """Encode a text that holds no special token, or whose special tokens are meant as the characters they are.
+
+        Returns:
+            Token ids, int32, shape ``(tokens,)``.
+        """
+        data = text.encode("utf-8", errors="replace")
+        count = -(len(data) + 8)
+        while count < 0:
+            tokens = np.empty(-count, np.int32)
+            pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(tokens), False, False)
+        return tokens[:count].copy()
+
+    def grammar(self, text: str) -> Grammar:
+        """Parse a grammar in llama.cpp's language, GBNF; its start symbol is ``root``. From any thread.
+
+        Raises:
+            GrammarError: it is no grammar, is recursive on its left, or repeats more than llama.cpp allows.
+        """
+        handle = llama_cpp.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
+        if not handle:
+            raise GrammarError(f"llama.cpp cannot use the grammar{reason()}.")
+        return Grammar(handle)
+
+    def load_lora(self, path: Path, scale: float) -> None:
+        """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
+
+        Raises:
+            ModelLoadError: the file is missing, or no adapter for this model.
+        """
+        adapter = llama_cpp.llama_adapter_lora_init(self._handle, str(path).encode()) if path.is_file() else None
+        if not adapter:
+            raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.")
+        self._adapters.append((adapter, scale))
+
+    def close(self) -> None:
+        """Free the model. Contexts made from it must be closed before."""
+        if self._handle:
+            llama_cpp.llama_model_free(self._handle)
+            self._handle = None
