@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from edge_phi3.cli import app
 from tests.helm.chart import NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
 from tests.helm.restricted import violations
 
@@ -30,7 +33,13 @@ def test_every_value_named_is_one_of_the_charts() -> None:
 def _knows(schema: Object, path: list[str]) -> bool:
     if not path:
         return True
-    properties: dict[str, Any] = schema.get("properties", {})
+    if "$ref" in schema:
+        root = loaded().schema
+        assert root is not None
+        schema = root["definitions"][schema["$ref"].rpartition("/")[2]]
+    if "properties" not in schema:
+        return schema.get("type") == "object"  # what Kubernetes checks, not the chart
+    properties: dict[str, Any] = schema["properties"]
     return path[0] in properties and _knows(properties[path[0]], path[1:])
 
 
@@ -55,7 +64,26 @@ def test_the_values_of_an_air_gapped_site_render(title: str) -> None:
 def test_the_figures_of_the_kv_cache_are_those_of_its_shape() -> None:
     layers, heads, size = 32, 32, 96
     elements = 2 * layers * heads * size
-    for tokens, f16, q8_0 in re.findall(r"\| (\d+)(?: \(.*?\))? \| ([\d.]+) GiB \| ([\d.]+) GiB \|", TEXT):
+    rows = re.findall(r"^ +\| (\d+)(?: \(.*?\))? \| ([\d.]+) GiB \| ([\d.]+) GiB \|", TEXT, re.MULTILINE)
+    assert len(rows) == 3
+    for tokens, f16, q8_0 in rows:
         assert f16 == f"{int(tokens) * elements * 2 / 2**30:.1f}"
         assert q8_0 == f"{int(tokens) * elements * 34 / 32 / 2**30:.1f}"
     assert f"{elements * 2 // 1024} KiB a token" in TEXT
+    kept = [(1 << 30) // (elements * size // 32) for size in (64, 34)]
+    assert "1024 MiB keep about {:,} tokens, or {:,} with".format(*kept) in TEXT
+
+
+def test_the_planned_sizes_are_those_of_fit() -> None:
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([\d.]+) GiB \| ([\d.]+) GiB \|", TEXT, re.MULTILINE)
+    assert len(rows) == 4
+    for context in {row[1] for row in rows}:
+        for column, kind in ((2, "f16"), (3, "q8_0")):
+            written = {row[0]: float(row[column]) for row in rows if row[1] == context}
+            command = f"fit phi-3-mini-4k-instruct --device gpu --memory 24GiB --ctx-size {context} --json"
+            types = [flag for name in written for flag in ("--quant", name)]
+            result = CliRunner().invoke(app, [*command.split(), "--kv-cache-type", kind, *types])
+            assert result.exit_code == 0, result.stderr
+            planned = {row["type"]: row["gpu"]["total"] / 2**30 for row in json.loads(result.stdout)["types"]}
+            # Compute buffers differ a little from one CPU to another.
+            assert written == pytest.approx(planned, abs=0.1)

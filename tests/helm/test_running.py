@@ -6,11 +6,9 @@ import hashlib
 import http.server
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,33 +16,12 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helm.chart import CHART, Object, containers, deployment, environment, of_kind, render, server
+from tests.helm.chart import CHART, containers, deployment, of_kind, render, server
+from tests.helm.processes import command_of, environment_of, free_port, wait_for
 
 FETCH = CHART / "files" / "fetch_model.py"
 CONTENT = bytes(range(256)) * 40_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def command_of(container: Object) -> list[str]:
-    """Give the command of a container as it is on this machine: the image's programs are those of this Python."""
-    command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
-    if command[0] == "edge-phi3":
-        return [sys.executable, "-m", "edge_phi3", *command[1:]]
-    return [sys.executable, *command[1:]]
-
-
-def environment_of(container: Object, **more: str) -> dict[str, str]:
-    """Give the environment that a container has in its image."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
-    return kept | environment(container) | more
-
-
-def free_port() -> int:
-    """Give a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_path: Path) -> None:
@@ -111,20 +88,6 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
     assert [process.wait(timeout=30) for process, _ in serving] == [0, 0]
     after = {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.is_file()}
     assert after == made, "serving changed nothing on the volume"
-
-
-def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
-    """Wait until a URL answers 200, as a startup probe does."""
-    end = time.monotonic() + 60
-    while time.monotonic() < end:
-        assert process.poll() is None, "the service ended"
-        try:
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.05)
-    raise AssertionError(f"{url} did not answer in a minute")
 
 
 class Files(http.server.BaseHTTPRequestHandler):

@@ -1,0 +1,187 @@
+"""docs/deployment.md walked without a cluster: its commands, values and claims, and what the chart makes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.catalog.hub_server import HubServer, Repository
+from tests.golden.checkpoints import write_checkpoint
+from tests.helm.chart import Object, deployment, render, render_texts, server
+from tests.helm.processes import NOWHERE, command_of, environment_of, free_port, prepare, served
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
+SMALL = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
+"""What a machine without a GPU needs beside the values on the page."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """The Hub, with a tiny checkpoint under the preset's name."""
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("hub") / "tiny", hidden_size=256, dtype="bfloat16", shards=2)
+    with HubServer() as server_:
+        server_.repositories[REPOSITORY] = Repository.of(checkpoint)
+        yield server_
+
+
+def curl_of(text: str) -> str:
+    """Give the one command that posts to /chat, its continued lines with it."""
+    (command,) = re.findall(r"^ *(curl (?:.*\\\n)*.*/chat(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return str(command)
+
+
+def ask(command: str, address: str) -> Object:
+    """Run a curl command as it stands, at another address."""
+    command = command.replace("http://127.0.0.1:8080", address)
+    assert address in command
+    result = subprocess.run(
+        ["bash", "-c", command.replace("curl ", "curl --silent --show-error --fail --noproxy '*' ", 1)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    answer: Object = json.loads(result.stdout)
+    return answer
+
+
+def test_the_default_release_downloads_once_and_the_curl_commands_work(hub: HubServer, tmp_path: Path) -> None:
+    values = SMALL | {"model": {"endpoint": hub.endpoint}, "storage": {"mountPath": str(tmp_path)}}
+    objects = render(values)
+    assert server(objects)["args"][1] == server(render())["args"][1], "the model of a release without values"
+    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    together = [
+        subprocess.Popen(command_of(container), env=environment_of(container), stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = {process.communicate(timeout=120)[0] for process in together}
+    assert [process.returncode for process in together] == [0, 0]
+    assert len(printed) == 1
+    assert len(hub.gets("config.json")) == 1, "one downloads, the other waits"
+    asked = len(hub.requests)
+    with served(objects, HF_ENDPOINT=hub.endpoint) as first, served(objects, HF_ENDPOINT=hub.endpoint) as second:
+        for address in (first, second):
+            assert set(ask(curl_of(TEXT), address)) == {"Result"}
+        assert set(ask(curl_of(render_texts(values)["NOTES.txt"]), first)) == {"Result"}
+    assert len(hub.requests) == asked, "the service itself never asks the Hub"
+
+
+@pytest.fixture(scope="module")
+def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder `models/` that steps 1 to 3 make on a machine with internet."""
+    store = tmp_path_factory.mktemp("internet") / "models"
+    (command,) = re.findall(r"docker run --rm -v \S+ edge-phi3:\S+ (pull .*)", TEXT)
+    image = {"name": "pull", "command": ["edge-phi3", *shlex.split(command)]}
+    env = environment_of(image, EDGE_PHI3_STORE=str(store), HF_ENDPOINT=hub.endpoint)
+    subprocess.run(command_of(image), env=env, check=True, timeout=120, capture_output=True)
+    # What the page says of it: the GGUF and its manifest, without the checkpoint.
+    assert {path.suffix for path in store.rglob("*") if path.is_file()} == {".gguf", ".json", ".lock"}
+    return store
+
+
+def values_of_the_site(title: str, replaced: dict[str, str]) -> Object:
+    """Give one of the blocks for `site.yaml`, with what an operator fills in."""
+    (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
+    for name, value in replaced.items():
+        assert name in block
+        block = block.replace(name, value)
+    values: Object = yaml.safe_load(block)
+    return values
+
+
+def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> None:
+    volume = tmp_path / "models"
+    # What `kubectl cp models/. loader:/models` does: tar on this side, tar in the pod.
+    archive = subprocess.run(["tar", "-cf", "-", "models"], cwd=carried.parent, check=True, capture_output=True).stdout
+    subprocess.run(["tar", "-xmf", "-", "-C", tmp_path], input=archive, check=True)
+    values = SMALL | values_of_the_site("a claim with the store", {})
+    values["storage"]["mountPath"] = str(volume)
+    objects = render(values)
+    assert "initContainers" not in deployment(objects)["spec"]["template"]["spec"]
+    before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
+    with served(objects, HF_ENDPOINT=NOWHERE) as address:
+        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+    assert {path: path.stat().st_mtime_ns for path in volume.rglob("*")} == before, "the volume may be read-only"
+
+
+def test_a_site_without_internet_with_an_image(carried: Path) -> None:
+    (file,) = carried.rglob("*.gguf")
+    path = file.relative_to(carried).as_posix()
+    assert re.fullmatch(r"[^/]+/Q4_K_M/[^/]+\.gguf", path), "the shape that the page gives"
+    values = SMALL | values_of_the_site("an OCI image", {"FOLDER/Q4_K_M/FILE.gguf": path})
+    values["storage"]["mountPath"] = str(carried)
+    values["model"]["name"] = values["model"]["name"].replace("/models", str(carried), 1)
+    with served(render(values), HF_ENDPOINT=NOWHERE) as address:
+        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+
+
+def test_a_site_without_internet_with_a_file_server(carried: Path, tmp_path: Path) -> None:
+    (file,) = carried.rglob("*.gguf")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(file.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
+        threading.Thread(target=files.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{files.server_port}/{file.name}"
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
+        values = SMALL | values_of_the_site("a file server", replaced)
+        values["storage"] = {"mountPath": str(tmp_path)}
+        objects = render(values)
+        (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+        script = tmp_path / "fetch_model.py"
+        script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
+        container["command"][1] = str(script)
+        prepare(objects, HF_ENDPOINT=NOWHERE)
+        files.shutdown()
+    with served(objects, HF_ENDPOINT=NOWHERE) as address:
+        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+
+
+def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> None:
+    (program,) = re.findall(r'-- python -c "(.*)"$', TEXT, re.MULTILINE)
+    values = SMALL | {"model": {"name": "demo", "prepare": {"mode": "none"}}, "storage": {"mountPath": str(tmp_path)}}
+    container = server(render(values))
+    port = free_port()
+    command = command_of(container)
+    command[command.index("--port") + 1] = str(port)
+    process = subprocess.Popen(command, env=environment_of(container), stderr=subprocess.DEVNULL)
+    try:
+        said: list[Object] = []
+        while not said or said[-1] != {"status": "Healthy"}:
+            assert process.poll() is None
+            asked = subprocess.run(
+                [sys.executable, "-c", program.replace("8080", str(port))], capture_output=True, text=True, check=False
+            )
+            if "ConnectionRefusedError" in asked.stderr:
+                continue
+            assert asked.returncode == 0, asked.stderr
+            said.append(json.loads(asked.stdout))
+    finally:
+        process.terminate()
+    assert process.wait(timeout=30) == 0
+    assert "detail" in said[0], "it answers while it converts and loads"
+
+
+def test_the_shell_commands_of_the_page_are_whole() -> None:
+    """Every indented command is one that bash reads, and names a program that the page asks for."""
+    text = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"(?:^ {4,}(?! *#| *[\w-]+:).+\n)+", text, re.MULTILINE)
+    programs = {"docker", "helm", "kubectl", "curl", "edge-phi3", "mkdir", "gunzip", "printf"}
+    commands = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) > 20
+    for command in commands:
+        assert command.split()[0] in programs, command
+        subprocess.run(["bash", "-n", "-c", command], check=True)
