@@ -70,7 +70,7 @@ _RATIOS = "benchmarks.engine_ratios --cache {cache} --json {output}"
 PARTS = (
     # One thread: threads that wait for each other would measure how busy the machine is.
     Part(
-        "quantizations", "benchmarks.quantizations --repetitions 5 --threads 1 --output {output}", "quantizations.json"
+        "quantizations", "benchmarks.quantizations --repetitions 3 --threads 1 --output {output}", "quantizations.json"
     ),
     # 4 chunks of 512 tokens agree or differ as plainly as all of the text.
     Part(
@@ -85,10 +85,11 @@ PARTS = (
         _ENGINE,
         peers=True,
     ),
-    # Each turn of the large model takes ten times as long: greedy only, and fewer requests for few clients.
+    # Each turn of the large model takes ten times as long: greedy only, three numbers of clients, fewer requests.
     Part(
         "engine_0.65b",
-        f"{_RATIOS} --models 0.65b --rounds 3 --requests 8 --modes greedy --parts throughput,stream,prefix",
+        f"{_RATIOS} --models 0.65b --rounds 3 --requests 8 --clients 1,4,16 --modes greedy"
+        " --parts throughput,stream,prefix",
         _ENGINE,
         peers=True,
     ),
