@@ -24,7 +24,7 @@ from tests.helm.processes import NOWHERE, command_of, environment_of, free_port,
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
-SMALL = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
+SMALL: Object = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
 """What a machine without a GPU needs beside the values on the page."""
 
 
