@@ -10,11 +10,11 @@ from edge_phi3.engine.sequence import Event, TokensEvent
 
 Mailbox = asyncio.Queue[Event]
 
-_FLUSH_INTERVAL = 0.004
+_FLUSH_INTERVAL = 0.010
 """Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
 
-A small model chooses tokens faster than anybody reads them, and each delivery takes a core from llama.cpp: to wake the
-event loop, write to a socket and wake the client costs more than a tenth of a millisecond."""
+Nobody reads a hundred pieces a second, and each delivery takes a core from llama.cpp: to wake the event loop, write to
+a socket and wake the client costs more than a tenth of a millisecond for each stream."""
 
 
 class Outbox:
