@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,8 +192,18 @@ def test_requests_are_counted(api: Running) -> None:
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "time_per_output_token_seconds"):
         assert grown(f"edge_phi3_{name}_count{{{model}}}") == 1
     assert after[f"edge_phi3_kv_cache_cells_total{{{model}}}"] == 2048
-    assert 0 < after[f"edge_phi3_kv_cache_usage_perc{{{model}}}"] < 1
     assert after[f"edge_phi3_num_requests_running{{{model}}}"] == 0
+
+
+def test_what_has_finished_moves_from_the_cells_to_the_prefix_cache(api: Running) -> None:
+    model = "model_name=random-4k"
+    kept = samples(api)[f"edge_phi3_prefix_cache_tokens{{{model}}}"]
+    api.chat(prompt="Nobody has asked this before.", generate_kwargs={**GREEDY, "eos_token_id": -1})
+    end = time.monotonic() + 10
+    while (now := samples(api))[f"edge_phi3_kv_cache_usage_perc{{{model}}}"] > 0:
+        assert time.monotonic() < end, "cells are still held after ten seconds"
+    assert now[f"edge_phi3_prefix_cache_tokens{{{model}}}"] > kept
+    assert now[f"edge_phi3_prefix_cache_bytes{{{model}}}"] > 0
 
 
 def test_metrics_take_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
