@@ -92,7 +92,7 @@ def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str 
     [
         ("port", "99999", "--port: '99999' is not allowed; give a whole number from 0 to 65535."),
         ("port", "web", "--port: 'web' is not allowed; give a whole number from 0 to 65535."),
-        ("parallel", 0, "--parallel: 0 is not allowed; give a whole number from 1 to 256."),
+        ("parallel", 0, "--parallel: 0 is not allowed; give a whole number from 1 to 255."),
         ("kv_cache_type", "f8", "--kv-cache-type: 'f8' is not allowed; give one of f32, f16, q8_0."),
         ("grace_period", "-1", "--grace-period: '-1' is not allowed; give a number from 0 to 86400."),
         ("log_prompts", "perhaps", "--log-prompts: 'perhaps' is not allowed; give true or false."),

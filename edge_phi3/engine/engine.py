@@ -38,7 +38,7 @@ from edge_phi3.engine.sequence import (
     TokensEvent,
 )
 from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.engine.solo import no_memory
+from edge_phi3.engine.solo import SoloScheduler, no_memory
 from edge_phi3.engine.stats import EngineStats
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
@@ -141,13 +141,15 @@ class Engine:
     def stats(self) -> EngineStats:
         """Give the engine's counters and gauges; from any thread, without waiting."""
         schedulers = self._schedulers()
+        # Those of requests with a seed come and grow: what --ctx-size gives stays what it is.
+        shared = [scheduler for scheduler in schedulers if not isinstance(scheduler, SoloScheduler)]
         stores = [scheduler.store for scheduler in schedulers if scheduler.store is not None]
         return EngineStats(
             waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
             running=sum(len(scheduler.running) for scheduler in schedulers),
             sequences=sum(scheduler.pool.held for scheduler in schedulers),
-            cells_used=sum(scheduler.kv.used for scheduler in schedulers),
-            cells_total=sum(scheduler.kv.cells for scheduler in schedulers),
+            cells_used=sum(scheduler.kv.used for scheduler in shared),
+            cells_total=sum(scheduler.kv.cells for scheduler in shared),
             stored_tokens=sum(store.tokens for store in stores),
             stored_bytes=sum(store.used for store in stores),
             prompt_tokens_total=self._prompt_tokens,

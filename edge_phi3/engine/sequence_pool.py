@@ -71,8 +71,10 @@ class SequencePool:
         shared, owner = self.shared_prefix(sequence) if share else (0, None)
         stored, blocks = self._stored_prefix(sequence) if restore else (0, [])
         if stored > shared:
-            # What lies in front of the first block that is wanted can be shared still.
-            shared = max((block.begin for block in blocks if block.begin <= shared), default=0)
+            # What lies in front of the first block that is wanted can be shared still; where a sliding window has
+            # passed by, it may be gone.
+            whole = 0 if self._window is not None else shared
+            shared = max((block.begin for block in blocks if block.begin <= whole), default=0)
             owner = owner if shared else None
         if owner is None:
             sequence.seq_id, sequence.computed = self.kv.acquire(), 0

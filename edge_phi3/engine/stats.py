@@ -13,8 +13,8 @@ class EngineStats:
         waiting: requests in the queue.
         running: requests being decoded.
         sequences: llama.cpp sequences of the running requests.
-        cells_used: KV cells that hold a token.
-        cells_total: KV cells there are.
+        cells_used: KV cells that hold a token, without those of requests that run alone.
+        cells_total: KV cells that requests share.
         stored_tokens: tokens of finished sequences whose keys and values are kept in main memory for later prompts.
         stored_bytes: the memory that they take.
         prompt_tokens_total: tokens of all prompts admitted.
