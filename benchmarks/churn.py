@@ -178,7 +178,7 @@ def main() -> int:
         window = 63 if arguments.sliding_window else 2047
         checkpoint = write_checkpoint(Path(work) / "model", seed=1, sliding_window=window)
         path = convert(checkpoint, Path(work) / "model.gguf", outtype="f32").path
-        engine = Engine(EngineSettings(path, ctx_size=arguments.ctx_size, max_queue=_IN_FLIGHT, prefix_cache_mib=1))
+        engine = Engine(EngineSettings(path, ctx_size=arguments.ctx_size, max_queue=2 * _IN_FLIGHT, prefix_cache_mib=1))
         engine.load()
         try:
             return _measure(engine, arguments)

@@ -71,9 +71,9 @@ class SequencePool:
         shared, owner = self.shared_prefix(sequence) if share else (0, None)
         stored, blocks = self._stored_prefix(sequence) if restore else (0, [])
         if stored > shared:
-            # What lies in front of the first block that is wanted can be shared still; where a sliding window has
-            # passed by, it may be gone.
-            whole = 0 if self._window is not None else shared
+            # What lies in front of the first block that is wanted can be shared still, unless a sliding window has
+            # passed by.
+            whole = shared if owner is not None and self.kv.start[owner] == 0 else 0
             shared = max((block.begin for block in blocks if block.begin <= whole), default=0)
             owner = owner if shared else None
         if owner is None:
