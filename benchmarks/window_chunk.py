@@ -90,6 +90,7 @@ def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
     running = RunningRequest(GenerationRequest(prompt, config), recorder, lambda _: None, 0)
     scheduler.enqueue(running)
     started = time.perf_counter()
+    scheduler.admit()
     while not recorder.finished:
         (members,) = scheduler.batches()
         plan = scheduler.plan(members)
