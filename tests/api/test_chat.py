@@ -224,8 +224,8 @@ def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path)
 
 
 def test_a_stream_that_runs_out_of_time_ends_with_the_error(model_path: Path) -> None:
-    with ready(loader(model_path), request_timeout=0.3) as api:
-        response = api.chat(prompt=PROMPT, stream=True, generate_kwargs=LONG)
+    with ready(loader(model_path, ctx_size=16384), request_timeout=0.6, max_new_tokens=16000) as api:
+        response = api.chat(prompt=PROMPT, stream=True, generate_kwargs=LONG | {"max_new_tokens": 12000})
         assert response.status_code == 200
         name, body = events(response)[-1]
         assert name == "error"
