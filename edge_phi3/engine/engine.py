@@ -48,9 +48,8 @@ logger = logging.getLogger(__name__)
 Status = Literal["loading", "ready", "draining", "broken", "stopped"]
 
 _SWITCH_INTERVAL = 0.0005
-"""Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's
-thread asks for
-it after every decode, and must not wait for the event loop's whole turn."""
+"""Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's thread
+asks for it after every decode, and must not wait for the event loop's whole turn."""
 
 
 class Engine:
@@ -124,7 +123,7 @@ class Engine:
 
     def _schedulers(self) -> list[Scheduler]:
         loaded = self._loaded  # read once: another thread may be closing
-        return [*loaded.schedulers, *list(loaded.solo.values())] if loaded else []
+        return [*loaded.schedulers, *loaded.solo.values()] if loaded else []
 
     @property
     def model(self) -> LoadedModel:

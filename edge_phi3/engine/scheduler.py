@@ -82,9 +82,12 @@ class Scheduler:
 
     def most_cells(self, request: RunningRequest) -> int:
         """Give the cells that a request occupies at most, should all its sequences run to their full length."""
-        prompt, longest = request.prompt_length, request.max_length
-        rows = request.rows
-        most = prompt + rows * (longest - prompt) if self.kv.shared else rows * longest
+        return self.cells_for(request, request.max_length, shared=self.kv.shared)
+
+    def cells_for(self, request: RunningRequest, longest: int, *, shared: bool) -> int:
+        """Give the cells of a request at a length, with those of its prompt shared by its sequences or not."""
+        prompt, rows = request.prompt_length, request.rows
+        most = prompt + rows * (longest - prompt) if shared else rows * longest
         if self.window is not None:
             most = min(most, rows * (self.window + self.window_chunk))
         return most
@@ -109,7 +112,8 @@ class Scheduler:
             if rows + request.rows > self.parallel or not self._has_cells_for(request, rows):
                 return
             self.running.append(self.waiting.pop(0))
-            self.pool.attach(request.sequences[0], share=self._may_share(request), restore=self._may_share(request))
+            reuse = self._may_share(request)
+            self.pool.attach(request.sequences[0], share=reuse, restore=reuse)
             if not request.generated:
                 request.cached_tokens = request.sequences[0].computed
             rows += request.rows

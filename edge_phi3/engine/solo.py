@@ -69,10 +69,8 @@ class SoloScheduler(Scheduler):
             # The rotary factors follow the cells per sequence: only a part for each sequence keeps them short.
             return ContextShape(rows * longest, rows, unified=False, max_tokens=longest)
         longest = min(request.max_length, longest or request.max_length)
-        cells = request.prompt_length + rows * (longest - request.prompt_length)
-        if shared.window is not None:
-            cells = min(cells, rows * (shared.window + shared.window_chunk))
-        cells = -(-max(cells, self._least) // _GRAIN) * _GRAIN
+        cells = max(shared.cells_for(request, longest, shared=True), self._least)
+        cells = -(-cells // _GRAIN) * _GRAIN
         return ContextShape(cells, shared.parallel, unified=True, max_tokens=shared.max_tokens)
 
     def _make_ready(self, shape: ContextShape) -> None:
