@@ -57,7 +57,7 @@ class Audit:
         kv, context = scheduler.kv, scheduler.context
         kv.audit()
         for seq_id in range(kv.sequences):
-            start, length = int(kv.start[seq_id]), int(kv.length[seq_id])
+            start, length = kv.start[seq_id], kv.length[seq_id]
             expected = (start, length - 1) if length > start else (-1, -1)
             held = context.position_range(seq_id)
             assert held == expected, f"sequence {seq_id}: llama.cpp holds {held}, the books say {expected}"

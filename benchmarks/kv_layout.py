@@ -74,7 +74,7 @@ class Decoding:
         context.positions[:count] = np.arange(start, start + count)
         context.seq_ids[:count] = seq_id
         context.wants_logits[:count] = 0
-        context.decode(count)
+        context.decode(count, 0)
 
     def step(self) -> float:
         """Decode one token of each sequence; give the seconds it took."""
@@ -85,7 +85,7 @@ class Decoding:
         context.wants_logits[:rows] = 1
         self._length += 1
         started = time.perf_counter()
-        context.decode(rows)
+        context.decode(rows, rows)
         return time.perf_counter() - started
 
     def close(self) -> None:

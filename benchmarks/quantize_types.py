@@ -59,7 +59,7 @@ def logits(context: Context, tokens: NDArray[np.int32], start: int = 0) -> NDArr
     count = len(tokens)
     context.tokens[:count], context.positions[:count] = tokens, np.arange(start, start + count)
     context.seq_ids[:count], context.wants_logits[:count] = 0, 1
-    rows = context.decode(count).astype(np.float64)
+    rows = context.decode(count, count).astype(np.float64)
     if not np.isfinite(rows).all():
         raise EdgePhi3Error("The model answers with what is no number.")
     return rows

@@ -69,7 +69,7 @@ class Recorder(Decoder):
         log_softmax(self.distributions[at : at + 1])
         self.chosen.append(int(row.argmax()) if self.forced is None else self.forced[at])
         self.finished = len(self.chosen) == len(self.distributions)
-        return Step(np.zeros(1, np.intp), np.array(self.chosen[-1:], np.int32), (0,), ())
+        return Step((0,), self.chosen[-1:], (0,))
 
     def result(self) -> GenerationResult:
         """Give the tokens chosen."""
@@ -94,11 +94,11 @@ def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
     while not recorder.finished:
         (members,) = scheduler.batches()
         plan = scheduler.plan(members)
-        logits = scheduler.context.decode(plan.count)
+        logits = scheduler.context.decode(plan.count, plan.outputs)
         scheduler.computed(plan)
         for request, step in zip(plan.choosing, advance([r.decoder for r in plan.choosing], logits), strict=True):
             if not recorder.finished:
-                scheduler.reorder(request, step.parents.tolist(), step.tokens.tolist())
+                scheduler.reorder(request, step.parents, step.tokens)
     scheduler.retire(running)
     return recorder.first_logits_at - started
 

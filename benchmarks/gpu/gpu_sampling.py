@@ -78,7 +78,7 @@ class Sequences:
             context.positions[:_PROMPT] = np.arange(_PROMPT)
             context.seq_ids[:_PROMPT] = row
             context.wants_logits[:_PROMPT] = 0
-            context.decode(_PROMPT)
+            context.decode(_PROMPT, 0)
 
     def fill(self) -> None:
         """Put the last chosen tokens into the batch."""
@@ -111,9 +111,9 @@ class InNumPy(Sequences):
         """Decode and choose one token of each sequence; give the seconds it took."""
         started = time.perf_counter()
         self.fill()
-        logits = self.context.decode(self.rows)
+        logits = self.context.decode(self.rows, self.rows)
         steps = advance(self._decoders, logits)
-        self.tokens = np.concatenate([step.tokens for step in steps])
+        self.tokens = np.array([token for step in steps for token in step.tokens], np.int32)
         return time.perf_counter() - started
 
 

@@ -161,7 +161,7 @@ def _scored(
             context.seq_ids[:count] = 0
             scored = (positions >= first) & (positions < last)
             context.wants_logits[:count] = scored
-            logits = context.decode(count)
+            logits = context.decode(count, int(np.count_nonzero(scored)))
             following = chunk[positions[scored] + 1]
             for row in range(0, len(following), _ROWS):
                 yield logits[row : row + _ROWS], following[row : row + _ROWS]

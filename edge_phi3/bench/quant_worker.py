@@ -264,14 +264,15 @@ def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[floa
         part = prompt[start : start + context.batch_size]
         context.tokens[: len(part)] = part
         context.positions[: len(part)] = np.arange(start, start + len(part))
+        last = start + len(part) == len(prompt)
         context.wants_logits[: len(part)] = 0
-        context.wants_logits[len(part) - 1] = start + len(part) == len(prompt)
-        logits = context.decode(len(part))
+        context.wants_logits[len(part) - 1] = last
+        logits = context.decode(len(part), int(last))
     token = int(logits[-1].argmax())
     first = time.perf_counter()
     for position in range(len(prompt), len(prompt) + count):
         context.tokens[0], context.positions[0], context.wants_logits[0] = token, position, 1
-        token = int(context.decode(1)[0].argmax())
+        token = int(context.decode(1, 1)[0].argmax())
     return first - started, count / (time.perf_counter() - first)
 
 

@@ -10,10 +10,10 @@ from edge_phi3.engine.sequence import Event, TokensEvent
 
 Mailbox = asyncio.Queue[Event]
 
-_FLUSH_INTERVAL = 0.010
+_FLUSH_INTERVAL = 0.020
 """Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
 
-Nobody reads a hundred pieces a second, and each delivery takes a core from llama.cpp: to wake the event loop, write to
+Nobody reads fifty pieces a second, and each delivery takes a core from llama.cpp: to wake the event loop, write to
 a socket and wake the client costs more than a tenth of a millisecond for each stream."""
 
 
@@ -36,11 +36,17 @@ class Outbox:
 
     def post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, event: Event) -> None:
         """Keep an event for the next `flush`; tokens join those that wait already."""
-        waiting = self._waiting.setdefault(loop, {}).setdefault(mailbox, [])
+        mailboxes = self._waiting.get(loop)
+        if mailboxes is None:
+            mailboxes = self._waiting[loop] = {}
+        waiting = mailboxes.get(mailbox)
+        if waiting is None:
+            waiting = mailboxes[mailbox] = []
         if not isinstance(event, TokensEvent):
             self.urgent = True
         elif waiting and isinstance(before := waiting[-1], TokensEvent):
-            waiting[-1] = TokensEvent(before.tokens + event.tokens, [*before.logprobs, *event.logprobs])
+            before.tokens.extend(event.tokens)
+            before.logprobs.extend(event.logprobs)
             return
         waiting.append(event)
 

@@ -7,7 +7,6 @@ to say leaves through an `Outbox`. `Engine.step` tells the whole story of a step
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import queue
@@ -273,9 +272,10 @@ class Engine:
         try:
             while not self._stopping:
                 self._read_inbox(wait=not any(s.waiting or s.running for s in self._schedulers()))
-                for scheduler in self._schedulers():
+                schedulers = self._schedulers()
+                for scheduler in schedulers:
                     self.step(scheduler)
-                self._tidy_up()
+                self._tidy_up(schedulers)
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
             self._set_status("broken", f"The engine is broken: {error}")
@@ -289,20 +289,19 @@ class Engine:
                 scheduler.waiting.clear()
             self._outbox.flush()
 
-    def _tidy_up(self) -> None:
+    def _tidy_up(self, schedulers: list[Scheduler]) -> None:
         """Free the cells of those who have finished; they hear of it first."""
-        schedulers = self._schedulers()
-        if not any(scheduler.running for scheduler in schedulers) or any(s.pool.unsettled for s in schedulers):
+        unsettled = [scheduler.pool for scheduler in schedulers if scheduler.pool.unsettled]
+        if unsettled or not any(scheduler.running for scheduler in schedulers):
             self._outbox.flush()
-        for scheduler in schedulers:
-            scheduler.pool.settle()
+        for pool in unsettled:
+            pool.settle()
 
     def _read_inbox(self, *, wait: bool) -> None:
         if wait:
             self._inbox.get()()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._inbox.get_nowait()()
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
 
     def _accept(self, running: RunningRequest) -> None:
         self._unadmitted -= 1
@@ -330,14 +329,13 @@ class Engine:
         # llama.cpp, which does not hold it.
         self._outbox.flush_if_due(now)
         try:
-            logits = scheduler.context.decode(plan.count)
+            logits = scheduler.context.decode(plan.count, plan.outputs)
         except DecodeFailedError as error:
             self._recover(scheduler, {id(sequence) for sequence, _ in plan.chunks}, error)
             return
         self._steps += 1
         scheduler.computed(plan)
-        decoders = [request.decoder for request in plan.choosing]
-        steps = advance(decoders, logits[: sum([decoder.rows for decoder in decoders])])
+        steps = advance([request.decoder for request in plan.choosing], logits)
         now = time.monotonic()
         for request, chosen in zip(plan.choosing, steps, strict=True):
             self._apply(scheduler, request, chosen, now)
@@ -348,11 +346,11 @@ class Engine:
             request.first_token = now
             self._outbox.urgent = True
         if request.request.stream and chosen.emitted:
-            request.send(TokensEvent(list(chosen.emitted), chosen.logprobs))
+            request.send(TokensEvent([*chosen.emitted], [*chosen.logprobs]))
         if request.decoder.finished:
             self._finish(scheduler, request, now)
             return
-        scheduler.reorder(request, chosen.parents.tolist(), chosen.tokens.tolist())
+        scheduler.reorder(request, chosen.parents, chosen.tokens)
         request.generated += len(chosen.tokens)
         if scheduler.max_tokens is not None and request.sequences[0].length > scheduler.max_tokens:
             # Phi-3-128k: beyond its original context every position is scaled by the long factors, so all is

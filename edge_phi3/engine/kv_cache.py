@@ -52,9 +52,10 @@ class KVCache:
         self._reset()
 
     def _reset(self) -> None:
-        self.start = np.zeros(self.sequences, np.int32)
-        self.length = np.zeros(self.sequences, np.int32)
-        self._references = np.zeros(self.cells, np.int32)
+        self.start = [0] * self.sequences
+        self.length = [0] * self.sequences
+        self._sharers = np.zeros(self.cells, np.int32)
+        """How many sequences hold each cell beside the first."""
         self._free_cells = np.arange(self.cells - 1, -1, -1, dtype=np.int32)
         self._free_count = self.cells
         self._held = [np.empty(0, np.int32) for _ in range(self.sequences)]
@@ -81,16 +82,17 @@ class KVCache:
 
     def append(self, seq_id: int, count: int) -> None:
         """Give a sequence `count` more cells. There must be as many free."""
-        length = int(self.length[seq_id])
+        length = self.length[seq_id]
         held = self._held[seq_id]
         if len(held) < length + count:
             grown = np.empty(max(length + count, 2 * len(held), _GROWTH), np.int32)
             grown[:length] = held[:length]
             self._held[seq_id] = held = grown
         self._free_count -= count
-        cells = self._free_cells[self._free_count : self._free_count + count]
-        held[length : length + count] = cells
-        self._references[cells] = 1
+        if count == 1:
+            held[length] = self._free_cells[self._free_count]
+        else:
+            held[length : length + count] = self._free_cells[self._free_count : self._free_count + count]
         self.length[seq_id] = length + count
 
     def fork(self, source: int, length: int) -> int:
@@ -103,14 +105,14 @@ class KVCache:
             The new sequence id.
         """
         target = self.acquire()
-        start = int(self.start[source])
+        start = self.start[source]
         self._memory.copy(source, target)
         if length < self.length[source]:
             self._memory.remove(target, length, -1)
         if self.shared:
             self.start[target] = start
             held = self._held[source][:length].copy()
-            self._references[held[start:]] += 1
+            self._sharers[held[start:]] += 1
             self._held[target] = held
             self.length[target] = length
         else:
@@ -125,7 +127,7 @@ class KVCache:
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Drop the positions of a sequence from `length` on."""
-        old = int(self.length[seq_id])
+        old = self.length[seq_id]
         if length >= old:
             return
         self._memory.remove(seq_id, length, -1)
@@ -134,7 +136,7 @@ class KVCache:
 
     def trim(self, seq_id: int, start: int) -> None:
         """Drop the positions of a sequence below `start`: they have left the sliding window."""
-        old = int(self.start[seq_id])
+        old = self.start[seq_id]
         if start <= old:
             return
         self._memory.remove(seq_id, 0, start)
@@ -163,7 +165,7 @@ class KVCache:
         counted = np.zeros(self.cells, np.int32)
         for seq_id in range(self.sequences):
             np.add.at(counted, self._held[seq_id][self.start[seq_id] : self.length[seq_id]], 1)
-        assert np.array_equal(counted, self._references), "reference counts differ from the cells held"
+        assert np.array_equal(np.maximum(counted - 1, 0), self._sharers), "shared cells are counted wrongly"
         free = self._free_cells[: self._free_count]
         assert len(np.unique(free)) == len(free), "a cell is free twice"
         assert not counted[free].any(), "a free cell is held"
@@ -171,7 +173,8 @@ class KVCache:
         assert all(self.length[seq_id] == 0 for seq_id in self._free_ids), "a free sequence holds cells"
 
     def _let_go(self, cells: NDArray[np.int32]) -> None:
-        self._references[cells] -= 1
-        freed = cells[self._references[cells] == 0]
+        alone = self._sharers[cells] == 0
+        self._sharers[cells[~alone]] -= 1
+        freed = cells[alone]
         self._free_cells[self._free_count : self._free_count + len(freed)] = freed
         self._free_count += len(freed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections import abc
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,12 +28,14 @@ class Plan:
 
     Attributes:
         count: tokens in the batch.
+        outputs: how many of them have logits that are wanted.
         padding: how many of them, at its end, only fill it up.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
         chunks: every sequence in the batch, with how many of its tokens are in it.
     """
 
     count: int = 0
+    outputs: int = 0
     padding: int = 0
     choosing: list[RunningRequest] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
@@ -105,6 +108,8 @@ class Scheduler:
 
     def admit(self) -> None:
         """Move requests from the head of the queue to the running ones, while sequences and cells allow."""
+        if not self.waiting:
+            return
         self.pool.settle()
         rows = self.sequences_running
         while self.waiting:
@@ -209,18 +214,18 @@ class Scheduler:
         count = len(rows)
         if count == 0:
             return
-        context = self.context
-        context.tokens[:count] = [int(sequence.tokens[sequence.computed]) for sequence in rows]
+        context, kv, window = self.context, self.kv, self.window
+        context.tokens[:count] = [sequence.last for sequence in rows]
         context.positions[:count] = [sequence.computed for sequence in rows]
         context.seq_ids[:count] = [sequence.seq_id for sequence in rows]
         context.wants_logits[:count] = 1
         for sequence in rows:
-            if self.window is not None and sequence.computed >= self.window:
-                self.kv.trim(sequence.seq_id, sequence.computed - self.window + 1)
-            self.kv.append(sequence.seq_id, 1)
+            if window is not None and sequence.computed >= window:
+                kv.trim(sequence.seq_id, sequence.computed - window + 1)
+            kv.append(sequence.seq_id, 1)
             sequence.scattered += count > 1
             plan.chunks.append((sequence, 1))
-        plan.count = count
+        plan.count = plan.outputs = count
 
     def _attach_restored(self, request: RunningRequest) -> None:
         """Attach the sequences of a request that comes back, one after the other.
@@ -269,13 +274,13 @@ class Scheduler:
         self.kv.append(sequence.seq_id, count)
         plan.chunks.append((sequence, count))
         plan.count += count
+        plan.outputs += last
 
     def _fill_up(self, plan: Plan) -> None:
         """Add tokens that nobody reads, in the context's scratch sequence, where that makes the batch faster."""
         context, start = self.context, plan.count
-        if self._shapes is None or not context.unified:
+        if self._shapes is None or not context.unified or not (wanted := self._shapes.padding(start)):
             return
-        wanted = self._shapes.padding(start)
         count = plan.padding = min(wanted, self.kv.free, context.batch_size - start)
         if count == 0:
             return
@@ -285,8 +290,7 @@ class Scheduler:
         context.seq_ids[part] = context.scratch
         context.wants_logits[part] = 0
         # The output layer's batch is that of the rows with logits: it has a size of its own.
-        rows = int(np.count_nonzero(context.wants_logits[:start]))
-        context.wants_logits[start : start + min(count, self._shapes.padding(rows))] = 1
+        context.wants_logits[start : start + min(count, self._shapes.padding(plan.outputs))] = 1
         plan.count += count
 
     def computed(self, plan: Plan) -> None:
@@ -298,7 +302,7 @@ class Scheduler:
             if count > 1:
                 self.pool.computed(sequence)
 
-    def reorder(self, request: RunningRequest, parents: list[int], tokens: list[int]) -> None:
+    def reorder(self, request: RunningRequest, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> None:
         """Continue a request's sequences with the chosen tokens.
 
         Args:
@@ -307,7 +311,7 @@ class Scheduler:
             tokens: the token that each new sequence appends.
         """
         old = request.sequences
-        if len(parents) != len(old) or any(parent != row for row, parent in enumerate(parents)):
+        if [*parents] != [*range(len(old))]:
             kept = set(parents)
             for row, sequence in enumerate(old):
                 if row not in kept:

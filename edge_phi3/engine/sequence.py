@@ -7,7 +7,6 @@ returned sequence, or one per beam. A sequence is a llama.cpp sequence id with t
 from __future__ import annotations
 
 import time
-from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -65,7 +64,7 @@ class TokensEvent:
     """
 
     tokens: list[tuple[int, int]]
-    logprobs: abc.Sequence[TokenLogprobs] = ()
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +95,7 @@ class Sequence:
     Attributes:
         tokens: token ids that belong to the sequence, int32; the first `length` are set.
         length: how many tokens there are; those from `computed` on are still to be decoded.
+        last: the last of them.
         seq_id: the llama.cpp sequence id, or -1 while the request waits.
         computed: how many tokens the KV cache holds (positions dropped by the sliding window included).
         scattered: how many of them were decoded beside other sequences, so that their cells lie apart.
@@ -103,6 +103,7 @@ class Sequence:
 
     tokens: NDArray[np.int32]
     length: int
+    last: int
     seq_id: int = -1
     computed: int = 0
     scattered: int = 0
@@ -116,12 +117,12 @@ class Sequence:
         """Add a chosen token, to be decoded next."""
         if self.length == len(self.tokens):
             self.tokens = np.concatenate([self.tokens, np.empty(len(self.tokens) + 64, np.int32)])
-        self.tokens[self.length] = token
+        self.tokens[self.length] = self.last = token
         self.length += 1
 
     def fork(self, seq_id: int) -> Sequence:
         """Give a copy that goes its own way under another llama.cpp sequence id."""
-        return Sequence(self.tokens.copy(), self.length, seq_id, self.computed, self.scattered)
+        return Sequence(self.tokens.copy(), self.length, self.last, seq_id, self.computed, self.scattered)
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +159,7 @@ class RunningRequest:
 
     def __post_init__(self) -> None:
         prompt = self.request.prompt_ids
-        self.sequences = [Sequence(prompt.astype(np.int32), len(prompt))]
+        self.sequences = [Sequence(prompt.astype(np.int32), len(prompt), int(prompt[-1]))]
 
     @property
     def prompt_length(self) -> int:

@@ -89,7 +89,7 @@ class SequencePool:
         matched, owners = self._tree.match(sequence.tokens[: sequence.length - 1])
         reach = matched if self._window is None else max(0, matched - self._window + 1)
         for owner in owners:
-            start = int(self.kv.start[owner])
+            start = self.kv.start[owner]
             if start == 0 or (self._window is not None and start <= reach):
                 return matched, owner
         return 0, None
@@ -145,7 +145,7 @@ class SequencePool:
         while self._finished:
             seq_id, tokens = self._finished[-1]
             if self.store is not None:
-                start = int(self.kv.start[seq_id])
+                start = self.kv.start[seq_id]
                 self.store.save(tokens, start, functools.partial(self._context.save, seq_id))
             self.release(seq_id)
             self._finished.pop()

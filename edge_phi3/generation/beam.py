@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import (
-    NO_ROWS,
-    NO_TOKENS,
     Decoder,
     FinishReason,
     GenerationResult,
@@ -143,10 +141,10 @@ class BeamDecoder(Decoder):
         self.history.extend(np.zeros_like(parents) if first else parents, tokens)
         if all(self._done) or self._is_stopped():
             self._finish()
-            return Step(NO_ROWS, NO_TOKENS)
+            return Step()
         live = np.repeat(~np.array(self._done), size)
         self.rows = int(live.sum())
-        return Step(row_of_beam[parents[live]], tokens[live])
+        return Step(row_of_beam[parents[live]].tolist(), tokens[live].tolist())
 
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
         """Find the best continuations of one group, or None when the scores allow no choice.

@@ -85,10 +85,9 @@ class ConstrainedDecoder(SequenceDecoder):
                 self._processor.constraints = []
                 return self.fail(_NO_CHOICE)
         step = super().accept_all(tokens)
-        parents = step.parents.tolist()
-        shared = len(set(parents)) < len(parents)
-        constraints = [before[parent].clone() if shared else before[parent] for parent in parents]
-        for constraint, token in zip(constraints, step.tokens.tolist(), strict=True):
+        shared = len(set(step.parents)) < len(step.parents)
+        constraints = [before[parent].clone() if shared else before[parent] for parent in step.parents]
+        for constraint, token in zip(constraints, step.tokens, strict=True):
             constraint.accept(token)
         self._processor.constraints = constraints
         return step

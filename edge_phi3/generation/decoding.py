@@ -16,7 +16,6 @@ from edge_phi3.generation.logits import Scores
 
 FinishReason = Literal["stop", "stop_string", "length", "time"]
 
-NO_ROWS: Final = np.empty(0, dtype=np.intp)
 NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 
@@ -58,17 +57,17 @@ class Step:
     """What one step asks of the engine, and what it may already send on.
 
     Attributes:
-        parents: shape (n,). The next step wants n rows of logits; row i continues row ``parents[i]`` of this
-            step. Empty when the request is finished.
-        tokens: shape (n,), the token that row i is continued with.
+        parents: the next step wants as many rows of logits; row i continues row ``parents[i]`` of this step. Empty
+            when the request is finished.
+        tokens: for row i, the token that it is continued with.
         sequences: for row i, the index of the returned sequence that it belongs to (empty in beam modes).
         emitted: (sequence index, token) for every returned sequence that got a token, those that ended
             included. Always empty in beam modes, whose sequences are known only at the end.
         logprobs: one for each of `emitted` where the request asked for them, else empty.
     """
 
-    parents: NDArray[np.intp]
-    tokens: NDArray[np.int32]
+    parents: Sequence[int] = ()
+    tokens: Sequence[int] = ()
     sequences: Sequence[int] = ()
     emitted: Sequence[tuple[int, int]] = ()
     logprobs: Sequence[TokenLogprobs] = ()
@@ -96,6 +95,9 @@ class GenerationResult:
     sequences_scores: list[float] | None = None
     scores: list[list[TokenScore]] | None = None
     logprobs: list[list[TokenLogprobs]] | None = None
+
+
+_UNDECIDED: Final = Step()
 
 
 class Processor(Protocol):
@@ -170,7 +172,7 @@ class Decoder(ABC):
         self.error = GenerationError(message)
         self.finished = True
         self.rows = 0
-        return Step(NO_ROWS, NO_TOKENS)
+        return Step()
 
     @abstractmethod
     def result(self) -> GenerationResult:
@@ -205,7 +207,7 @@ def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
         row += decoder.rows
     if row != len(logits):
         raise ValueError(f"The decoders want {row} rows of logits, but got {len(logits)}.")
-    steps: list[Step] = [Step(NO_ROWS, NO_TOKENS)] * len(decoders)
+    steps = [_UNDECIDED] * len(decoders)
     for chooser, turns in groups.items():
         chooser(turns, logits, steps)
     return steps

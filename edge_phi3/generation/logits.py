@@ -17,8 +17,15 @@ from numpy.typing import NDArray
 Scores = NDArray[np.float32]
 Rows = NDArray[np.intp]
 
-_BLOCK: Final = 64
-_FEW: Final = 4
+BLOCK: Final = 64
+"""Tokens whose maximum is taken together."""
+FEW: Final = 4
+"""How many times more blocks than wanted tokens there must be for the maxima to be of use."""
+MILD: Final = (1e-3, 1e3)
+"""Temperatures that scores may be divided by after the top k are chosen: beyond, quotients of scores that are far apart
+may be equal."""
+SLACK: Final = 1e-5
+"""The fraction below the k-th highest score within which a score may be equal to it after such a division."""
 
 
 @dataclass(slots=True)
@@ -55,12 +62,12 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
     """
     rows, size = scores.shape
     widest = min(max(k), size)
-    blocks = size // _BLOCK
-    if rows == 1 and widest * _FEW <= blocks and blocks * _BLOCK == size:
+    blocks = size // BLOCK
+    if rows == 1 and widest * FEW <= blocks and blocks * BLOCK == size:
         of_one = _top_of_row(scores[0], widest, slack)
         if of_one is not None:
             return of_one
-    if widest * _FEW > blocks:
+    if widest * FEW > blocks:
         highest = scores.max(axis=1)
         bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
         found = (scores >= _lowered(bound, slack)[:, None]).ravel().nonzero()[0]
@@ -86,8 +93,8 @@ def _top_of_row(line: Scores, k: int, slack: float) -> Candidates | None:
     Between two steps of a model all code and data leave the processor's caches, and then a call costs more than its
     work: a lone request waits for nothing else.
     """
-    blocks = len(line) // _BLOCK
-    cube = line.reshape(_BLOCK, blocks)
+    blocks = len(line) // BLOCK
+    cube = line.reshape(BLOCK, blocks)
     maxima = cube.max(axis=0)
     ordered = np.partition(maxima, blocks - k)
     if np.isnan(ordered[blocks - k :].max()):
@@ -123,7 +130,7 @@ def kth_highest(scores: Scores, k: Sequence[int]) -> Scores:
     """Give the k-th highest score of each row (the lowest when there are fewer), shape (rows, 1)."""
     width = scores.shape[1]
     widest = max(k)
-    if widest * _FEW < width:
+    if widest * FEW < width:
         scores = np.partition(scores, width - widest, axis=1)[:, width - widest :]
         width = widest
     columns = [max(width - each, 0) for each in k]
@@ -143,8 +150,8 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
         (k,).
     """
     rows, size = scores.shape
-    blocks = size // _BLOCK
-    if k * _FEW <= rows * blocks:
+    blocks = size // BLOCK
+    if k * FEW <= rows * blocks:
         maxima = _block_maxima(scores) + offsets[:, None]
         bound = np.partition(maxima, rows * blocks - k, axis=None)[rows * blocks - k]
         if bound > -np.inf and not np.isnan(maxima).any():
@@ -166,8 +173,8 @@ def _cube(scores: Scores) -> Scores:
     # Block b holds the tokens b, b + blocks, b + 2 * blocks, ...: maxima over blocks are then taken over
     # long, contiguous lines.
     rows, size = scores.shape
-    blocks = size // _BLOCK
-    return scores[:, : blocks * _BLOCK].reshape(rows, _BLOCK, blocks)
+    blocks = size // BLOCK
+    return scores[:, : blocks * BLOCK].reshape(rows, BLOCK, blocks)
 
 
 def _block_maxima(scores: Scores) -> Scores:
@@ -188,15 +195,15 @@ def _at_least(
     if offsets is not None:
         columns += offsets[block_row][:, None]
     found = (columns >= bound[block_row][:, None]).ravel().nonzero()[0]
-    member = found // _BLOCK
-    row, token, values = block_row[member], (found - member * _BLOCK) * blocks + block[member], columns.ravel()[found]
-    if blocks * _BLOCK < size:
-        rest = scores[:, blocks * _BLOCK :]
+    member = found // BLOCK
+    row, token, values = block_row[member], (found - member * BLOCK) * blocks + block[member], columns.ravel()[found]
+    if blocks * BLOCK < size:
+        rest = scores[:, blocks * BLOCK :]
         if offsets is not None:
             rest = rest + offsets[:, None]
         rest_row, rest_column = (rest >= bound[:, None]).nonzero()
         row = np.concatenate((row, rest_row))
-        token = np.concatenate((token, rest_column + blocks * _BLOCK))
+        token = np.concatenate((token, rest_column + blocks * BLOCK))
         values = np.concatenate((values, rest[rest_row, rest_column]))
     order = (row * size + token).argsort()
     return row[order], token[order], values[order]

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import (
-    NO_ROWS,
     NO_TOKENS,
     Chooser,
     Decoder,
@@ -29,9 +28,10 @@ from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.top_k import FEW_ROWS, draw_from_top_k
 from edge_phi3.generation.warpers import Warping, warp
 
-_SAME_ROW: Final = np.zeros(1, dtype=np.intp)
+_SAME_ROW: Final = (0,)
 _NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
     " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
@@ -85,25 +85,20 @@ class SequenceDecoder(Decoder):
         """Draw one number for each live sequence."""
         return [self._uniforms[sequence].next() for sequence in self._live]
 
-    def accept(self, token: int, row: NDArray[np.int32]) -> Step:
-        """Continue the only sequence of a simple request.
-
-        Args:
-            token: the token.
-            row: the same, shape (1,).
-        """
+    def accept(self, token: int) -> Step:
+        """Continue the only sequence of a simple request."""
         history, stopping = self.history, self._stopping
         history.append(token)
         emitted = ((0, token),)
         if token in stopping.ends:
             self.reasons[0] = "stop"
         elif history.length < stopping.total_length:
-            return Step(_SAME_ROW, row, self._live, emitted)
+            return Step(_SAME_ROW, (token,), self._live, emitted)
         self.sequences[0] = history.tokens[0].copy()
         self._live = []
         self.rows = 0
         self.finished = True
-        return Step(NO_ROWS, NO_TOKENS, (), emitted)
+        return Step(emitted=emitted)
 
     def accept_all(self, tokens: NDArray[np.int32]) -> Step:
         """Continue all live sequences, and let go of those that end.
@@ -140,7 +135,7 @@ class SequenceDecoder(Decoder):
             history.keep(kept)
         self.rows = len(going)
         self.finished = not going
-        return Step(parents, tokens, self._live, emitted)
+        return Step(parents.tolist(), tokens.tolist(), self._live, emitted)
 
     def result(self) -> GenerationResult:
         """Give what was generated.
@@ -164,7 +159,6 @@ def _processed_rows(turns: Sequence[Turn], logits: Scores) -> Scores:
 def _choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     scores = _processed_rows(turns, logits)
     best = scores.argmax(axis=1)
-    tokens = best.astype(np.int32)
     listed = best.tolist()
     row = 0
     for turn in turns:
@@ -174,9 +168,9 @@ def _choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -
         if decoder.records_scores:
             _record_greedy(decoder, scores[row:end], listed[row:end])
         if decoder.simple:
-            steps[turn.place] = decoder.accept(listed[row], tokens[row:end])
+            steps[turn.place] = decoder.accept(listed[row])
         else:
-            chosen = tokens[row:end]
+            chosen = best[row:end].astype(np.int32)
             # Before the first step, the prompt's one row stands for all sequences.
             steps[turn.place] = decoder.accept_all(chosen.repeat(len(decoder.live) // len(chosen)))
         row = end
@@ -194,32 +188,56 @@ def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) 
 
 
 class Sampler:
-    """Draws the next tokens of all requests that have the same warpers switched on."""
+    """Draws the next tokens of all requests that have the same warpers switched on.
+
+    Args:
+        active: the warpers.
+    """
+
+    def __init__(self, active: tuple[str, ...]) -> None:
+        self._top_k_alone = active in {("top_k",), ("temperature", "top_k")}
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Warp the rows of all requests at once, and draw from them."""
-        warpings: list[Warping] = []
-        rows: list[int] = []
-        uniforms: list[float] = []
-        for turn in turns:
-            decoder = turn.decoder
-            assert isinstance(decoder, SequenceDecoder)
-            first = len(warpings)
-            drawn = decoder.uniforms()
-            uniforms += drawn
-            # Before the first step, all sequences are drawn from the prompt's one row.
-            rows += [first] * len(drawn) if decoder.rows == 1 else range(first, first + decoder.rows)
-            warpings += [decoder.warping] * decoder.rows
+        """Draw for all requests at once."""
         scores = _processed_rows(turns, logits)
-        with np.errstate(all="ignore"):
-            draws = draw(warp(scores, warpings), np.array(rows), np.array(uniforms))
-        _hand_out(turns, draws, steps)
+        decoders: list[SequenceDecoder] = []
+        for turn in turns:
+            assert isinstance(turn.decoder, SequenceDecoder)
+            decoders.append(turn.decoder)
+        uniforms = [decoder.uniforms() for decoder in decoders]
+        simple = all(decoder.simple and not decoder.records_scores for decoder in decoders)
+        if not simple or not self._top_k_alone or len(turns) > FEW_ROWS:
+            _hand_out(turns, _draw_together(turns, scores, uniforms), steps)
+            return
+        for row, (turn, decoder) in enumerate(zip(turns, decoders, strict=True)):
+            *temperature, k = decoder.warping.settings
+            token = draw_from_top_k(scores[row], temperature[0] if temperature else None, int(k), uniforms[row][0])
+            if token is not None:
+                steps[turn.place] = decoder.accept(token)
+            else:
+                _hand_out([turn], _draw_together([turn], scores[row : row + 1], uniforms[row : row + 1]), steps)
 
 
 @cache
-def _sampler(_active: tuple[str, ...]) -> Sampler:
+def _sampler(active: tuple[str, ...]) -> Sampler:
     """Give the one sampler of all requests with these warpers."""
-    return Sampler()
+    return Sampler(active)
+
+
+def _draw_together(turns: Sequence[Turn], scores: Scores, uniforms: Sequence[Sequence[float]]) -> Draws:
+    """Warp the rows of all requests at once, and draw from them."""
+    warpings: list[Warping] = []
+    rows: list[int] = []
+    for turn, drawn in zip(turns, uniforms, strict=True):
+        decoder = turn.decoder
+        assert isinstance(decoder, SequenceDecoder)
+        first = len(warpings)
+        # Before the first step, all sequences are drawn from the prompt's one row.
+        rows += [first] * len(drawn) if decoder.rows == 1 else range(first, first + decoder.rows)
+        warpings += [decoder.warping] * decoder.rows
+    flat = [uniform for drawn in uniforms for uniform in drawn]
+    with np.errstate(all="ignore"):
+        return draw(warp(scores, warpings), np.array(rows), np.array(flat))
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
@@ -239,7 +257,7 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
                     score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
                     decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
             if decoder.simple:
-                steps[turn.place] = decoder.accept(listed[at], tokens[at:end])
+                steps[turn.place] = decoder.accept(listed[at])
             else:
                 steps[turn.place] = decoder.accept_all(tokens[at:end])
         at = end

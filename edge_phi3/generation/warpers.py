@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.logits import (
+    MILD,
+    SLACK,
     Candidates,
     Rows,
     Scores,
@@ -31,8 +33,6 @@ from edge_phi3.generation.logits import (
 
 Settings = NDArray[np.float64]
 
-_SLACK: Final = 1e-5
-_MILD: Final = (1e-3, 1e3)
 _NARROWINGS: Final = 12
 _BINS: Final = 2048
 
@@ -116,11 +116,11 @@ def _warm_top_k(scores: Scores, temperature: Settings | None, k: Sequence[int]) 
     """Divide by the temperature and keep the top k, dividing only what may be kept."""
     if temperature is None:
         return top_candidates(scores, k)
-    if temperature.min() < _MILD[0] or temperature.max() > _MILD[1]:
+    if temperature.min() < MILD[0] or temperature.max() > MILD[1]:
         # So small or large a quotient may round scores that are far apart to the same value.
         scores /= temperature.astype(np.float32)
         return top_candidates(scores, k)
-    chosen = top_candidates(scores, k, slack=_SLACK)
+    chosen = top_candidates(scores, k, slack=SLACK)
     chosen.scores /= temperature.astype(np.float32)
     keep_top(chosen, k)
     return chosen

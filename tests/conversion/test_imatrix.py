@@ -198,7 +198,7 @@ def _perplexity(path: Path, texts: list[str]) -> float:
         context.tokens[:count], context.positions[:count] = tokens, np.arange(count)
         context.seq_ids[:count], context.wants_logits[:count] = 0, 1
         context.clear()
-        rows = context.decode(count)[asked - 1 : -1].astype(np.float64)
+        rows = context.decode(count, count)[asked - 1 : -1].astype(np.float64)
         top = rows.max(axis=1)
         normaliser = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
         losses.append(normaliser - rows[np.arange(len(rows)), tokens[asked:]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from tests.golden.asked import Asked
 __all__ = ["Asked", "MakeModel", "ask", "generated", "running_engine"]
 
 MakeModel = Callable[[str], Path]
+
+OPTIONS = "TEST_ENGINE_OPTIONS"
+"""Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +46,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 @contextlib.contextmanager
 def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
     """Give a loaded engine with exact settings; audit its books at the end."""
-    settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1} | options
+    everywhere = json.loads(os.environ.get(OPTIONS, "{}"))
+    settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1} | everywhere | options
     engine = Engine(EngineSettings(path, **settings))
     loaded = engine.load()
     try:

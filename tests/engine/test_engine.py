@@ -214,10 +214,10 @@ def test_a_failed_batch_fails_its_requests_and_the_engine_goes_on(
         context = engine.model.schedulers[0].context
         decode, failures = type(context).decode, iter([True])
 
-        def fail_once(count: int) -> Any:
+        def fail_once(count: int, rows: int) -> Any:
             if next(failures, False):
                 raise DecodeFailedError("llama.cpp failed with status -3 while decoding a batch of 1 tokens.")
-            return decode(context, count)
+            return decode(context, count, rows)
 
         running = Asked(engine, prompt(1, 10), stream=True, max_new_tokens=2000, **ENDLESS)
         running.events.get(timeout=30)
@@ -274,7 +274,7 @@ def test_random_requests_leak_nothing(make_model: MakeModel) -> None:
         scheduler = engine.model.schedulers[0]
         kv, context = scheduler.kv, scheduler.context
         for seq_id in range(kv.sequences):
-            length, start = int(kv.length[seq_id]), int(kv.start[seq_id])
+            length, start = kv.length[seq_id], kv.start[seq_id]
             assert context.position_range(seq_id) == ((start, length - 1) if length else (-1, -1))
 
 

@@ -52,7 +52,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         count = min(count, self.kv.free)
         if count == 0:
             return
-        start = int(self.kv.length[seq_id])
+        start = self.kv.length[seq_id]
         self.kv.append(seq_id, count)
         for position in range(start, start + count):
             self.cells[seq_id][position] = object()
@@ -62,7 +62,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         source = data.draw(st.sampled_from(sorted(self.cells)))
-        start, end = int(self.kv.start[source]), int(self.kv.length[source])
+        start, end = self.kv.start[source], self.kv.length[source]
         length = data.draw(st.integers(start, end))
         if not self.shared and length - start > self.kv.free:
             return
@@ -74,7 +74,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def trim(self, data: st.DataObject) -> None:
         seq_id = data.draw(st.sampled_from(sorted(self.cells)))
-        start = data.draw(st.integers(0, int(self.kv.length[seq_id])))
+        start = data.draw(st.integers(0, self.kv.length[seq_id]))
         self.kv.trim(seq_id, start)
         self.cells[seq_id] = {position: cell for position, cell in self.cells[seq_id].items() if position >= start}
 
@@ -94,7 +94,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         seq_id = data.draw(st.sampled_from(sorted(self.cells)))
-        length = data.draw(st.integers(int(self.kv.start[seq_id]), int(self.kv.length[seq_id])))
+        length = data.draw(st.integers(self.kv.start[seq_id], self.kv.length[seq_id]))
         self.kv.truncate(seq_id, length)
         self.cells[seq_id] = {position: cell for position, cell in self.cells[seq_id].items() if position < length}
 
@@ -130,6 +130,6 @@ TestShared.settings = TestStreams.settings = settings(max_examples=60, stateful_
 def test_audit_finds_a_leaked_cell() -> None:
     kv = KVCache(Recorded(), cells=8, sequences=2, cells_per_sequence=8, shared=True)
     kv.append(kv.acquire(), 3)
-    kv._references[kv._held[0][0]] += 1
+    kv._sharers[kv._held[0][0]] += 1
     with pytest.raises(AssertionError):
         kv.audit()

@@ -55,7 +55,7 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
             assert decoders[index][0].rows == len(rows[index])
         logits = np.stack([model(prefix) for index in going for prefix in rows[index]])
         for index, step in zip(going, advance([decoders[index][0] for index in going], logits), strict=True):
-            parents, tokens = step.parents.tolist(), step.tokens.tolist()
+            parents, tokens = list(step.parents), list(step.tokens)
             rows[index] = [(*rows[index][p], t) for p, t in zip(parents, tokens, strict=True)]
             emitted[index] += step.emitted
     return emitted

@@ -86,14 +86,14 @@ def test_rows_wanted_are_those_of_groups_that_go_on() -> None:
     logits = np.zeros((1, VOCABULARY), dtype=np.float32)
     logits[0, [10, 11, 20, 21]] = 9, 8.9, 8.8, 8.7
     (step,) = advance([each], logits)
-    assert step.parents.tolist() == [0, 0, 0, 0]
-    assert step.tokens.tolist() == [10, 11, 20, 21]
+    assert list(step.parents) == [0, 0, 0, 0]
+    assert list(step.tokens) == [10, 11, 20, 21]
     logits = np.zeros((4, VOCABULARY), dtype=np.float32)
     logits[:2, END] = 30  # both beams of the first group end, which is enough for it
     logits[2:, 40:42] = 30
     (step,) = advance([each], logits)
     assert each.rows == 2
-    assert set(step.parents.tolist()) <= {2, 3}
+    assert set(step.parents) <= {2, 3}
     logits = np.zeros((2, VOCABULARY), dtype=np.float32)
     logits[:, END] = 30
     (step,) = advance([each], logits)

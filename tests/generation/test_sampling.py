@@ -136,7 +136,7 @@ def test_requests_may_join_and_leave_at_any_step() -> None:
         going = [each for each in prefixes if not each.finished]
         steps = advance(going, np.stack([model(prefixes[each]) for each in going])) if going else []
         for each, chosen in zip(going, steps, strict=True):
-            prefixes[each] += tuple(chosen.tokens.tolist())
+            prefixes[each] += tuple(chosen.tokens)
     alone = generated({"seed": 3, "max_new_tokens": 12}, {"seed": 4, "max_new_tokens": 5}, seed=2)
     assert [[each.result().sequences[0][3:].tolist()] for each in (late, early)] == alone
 
@@ -174,11 +174,11 @@ def test_rows_that_end_leave_the_others_in_order() -> None:
     logits = np.full((1, VOCABULARY), -np.inf, dtype=np.float32)
     logits[0, 50] = 0
     (step,) = advance([each], logits)
-    assert (step.parents.tolist(), step.tokens.tolist(), list(step.sequences)) == ([0, 0, 0], [50, 50, 50], [0, 1, 2])
+    assert (list(step.parents), list(step.tokens), list(step.sequences)) == ([0, 0, 0], [50, 50, 50], [0, 1, 2])
     logits = np.full((3, VOCABULARY), -np.inf, dtype=np.float32)
     logits[[0, 1, 2], [60, END, 62]] = 0
     (step,) = advance([each], logits)
-    assert (step.parents.tolist(), step.tokens.tolist(), list(step.sequences)) == ([0, 2], [60, 62], [0, 2])
+    assert (list(step.parents), list(step.tokens), list(step.sequences)) == ([0, 2], [60, 62], [0, 2])
     assert step.emitted == [(0, 60), (1, END), (2, 62)]
     assert each.rows == 2
 

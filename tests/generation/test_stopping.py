@@ -103,7 +103,7 @@ def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) ->
         assert not each.finished
         clock.now += seconds
         (step,) = advance([each], np.stack([model(prefix) for prefix in prefixes]))
-        prefixes = [(*prefixes[p], t) for p, t in zip(step.parents.tolist(), step.tokens.tolist(), strict=True)]
+        prefixes = [(*prefixes[p], t) for p, t in zip(step.parents, step.tokens, strict=True)]
     assert each.finished
     result = each.result()
     assert set(result.finish_reasons) == {"time"}

@@ -15,6 +15,10 @@ from edge_phi3.engine.runtime.model import Model
 from edge_phi3.engine.settings import EngineSettings, FlashAttention, KVCacheType, usable_cores
 
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
+_logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
+    ctypes.cast(llama_cpp.llama_get_logits, ctypes.c_void_p).value or 0
+)
+"""llama_get_logits, without a new pointer object for each call."""
 _FLASH_ATTENTION = {
     "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -97,12 +101,16 @@ class Context:
             logits=self.wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def decode(self, count: int) -> NDArray[np.float32]:
+    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
         """Decode the first `count` tokens of `tokens`, `positions`, `seq_ids` and `wants_logits`.
 
+        Args:
+            count: tokens in the batch.
+            rows: how many logits are wanted: those of the first tokens that ask for them.
+
         Returns:
-            Logits of the tokens that asked for them, in batch order: float32, shape ``(rows, vocab_size)``, a writable
-            view of llama.cpp's memory that the next call overwrites.
+            The logits in batch order: float32, shape ``(rows, vocab_size)``, a writable view of llama.cpp's memory
+            that the next call overwrites.
 
         Raises:
             DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.
@@ -112,10 +120,9 @@ class Context:
         if status != 0:
             reason = {1: "found no free KV cells", 2: "was told to stop"}.get(status, f"failed with status {status}")
             raise DecodeFailedError(f"llama.cpp {reason} while decoding a batch of {count} tokens.")
-        rows = int(np.count_nonzero(self.wants_logits[:count]))
         if rows == 0:
             return np.empty((0, self._model.vocab_size), np.float32)
-        address = ctypes.addressof(llama_cpp.llama_get_logits(self._handle).contents)
+        address = _logits_address(self._handle)
         view = self._views.get((address, rows))
         if view is None:
             view = np.ctypeslib.as_array(
@@ -196,7 +203,7 @@ class Context:
         self.positions[:count] = 0
         self.seq_ids[:count] = np.arange(count)
         self.wants_logits[:count] = 1
-        self.decode(count)
+        self.decode(count, count)
         self.clear()
 
     def close(self) -> None:
