@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -95,7 +96,7 @@ def build_peers(cache: Path = CACHE, source: Path | None = None, jobs: int | Non
         jobs: compilers at once; None for one on each core.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    llama_cpp = _llama_cpp_source(cache, source)
+    llama_cpp = llama_cpp_source(cache, source)
     build = cache / f"llama.cpp-{version('llama-cpp-python')}"
     peers = Peers(build / "bin", llama_cpp)
     if all(peers.program(name).exists() for name in PROGRAMS):
@@ -116,27 +117,40 @@ def _build_step(*command: str | Path) -> None:
         sys.exit("llama.cpp could not be built; its output above says why.")
 
 
-def _llama_cpp_source(cache: Path, given: Path | None) -> Path:
+def llama_cpp_source(cache: Path = CACHE, given: Path | None = None) -> Path:
+    """Give llama.cpp's source as the installed llama-cpp-python was built from it.
+
+    Args:
+        cache: where the source package is kept, and unpacked the first time.
+        given: the source package, or its unpacked folder; None downloads it with pip.
+    """
     package = f"llama_cpp_python-{version('llama-cpp-python')}"
     folder = given if given is not None and given.is_dir() else cache / package
     inside = folder / "vendor" / "llama.cpp"
     if not inside.exists() and folder == cache / package:
-        archive = given or _download(cache, package)
-        with tarfile.open(archive) as packed:
-            packed.extractall(cache, filter="data")
+        _unpack(given or _download(cache, package), folder)
     if not (inside / "CMakeLists.txt").exists():
         sys.exit(f"{folder} does not hold the source of {package} with its vendor/llama.cpp.")
     return inside
 
 
 def _download(cache: Path, package: str) -> Path:
-    requirement = package.replace("_", "-").replace("python-", "python==", 1)
-    subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "-d", cache, requirement],
-        stdout=sys.stderr,
-        check=True,
-    )
-    return cache / f"{package}.tar.gz"
+    archive = cache / f"{package}.tar.gz"
+    if not archive.exists():
+        requirement = package.replace("_", "-").replace("python-", "python==", 1)
+        # Of what pip needs to look into the package, wheels will do.
+        options = ("--no-deps", "--no-binary", "llama-cpp-python", "-d", cache)
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *options, requirement]
+        subprocess.run(command, stdout=sys.stderr, check=True)
+    return archive
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        with tarfile.open(archive) as packed:
+            packed.extractall(unfinished, filter="data")
+        (Path(unfinished) / folder.name).rename(folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

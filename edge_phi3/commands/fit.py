@@ -19,6 +19,7 @@ from edge_phi3.commands.errors import WrongUsageError
 from edge_phi3.hardware import available_memory, gpus
 from edge_phi3.planning.errors import PlanningError
 from edge_phi3.planning.fit import Fit, Machine, Options, Row, fit, memory_fields
+from edge_phi3.planning.process import Device, devices
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import stderr_progress
 from edge_phi3.settings import Settings, SettingsError
@@ -55,13 +56,17 @@ def _machine(device: str, memory: int | None, reserve: int) -> Machine:
         WrongUsageError: a GPU is asked for, but there is none, and none is described.
     """
     found = gpus()
-    gpu = device == "gpu" or (device == "auto" and bool(found))
+    # NVML knows NVIDIA's GPUs alone; llama.cpp may have been built for others, and would lay layers on them.
+    others = devices() if not found and (device == "auto" or (device == "gpu" and memory is None)) else []
+    gpu = device == "gpu" or (device == "auto" and bool(found or others))
     if memory is not None:
         name = "a GPU" if gpu else "a machine without a GPU"
         return Machine(gpu, f"{name} with {_mib(memory)} MiB free", memory, reserve, visible=None)
     if not gpu:
         free = available_memory()
         return Machine(False, f"this machine's CPU, {_mib(free)} MiB free", free, reserve)
+    if others:
+        return _other_machine(others, reserve)
     if not found:
         raise WrongUsageError("--device gpu: there is no GPU here; describe one with --memory, as in --memory 8GiB.")
     first = found[0]
@@ -69,6 +74,15 @@ def _machine(device: str, memory: int | None, reserve: int) -> Machine:
     # With several GPUs llama.cpp would spread the layers; one is planned for, and the command names it.
     visible = str(first.index) if len(found) > 1 else None
     return Machine(True, name, first.free, reserve, main_memory=available_memory(), visible=visible)
+
+
+def _other_machine(found: list[Device], reserve: int) -> Machine:
+    """Describe GPUs that only llama.cpp knows; it spreads the layers over all of them."""
+    free = sum(device.free for device in found)
+    name = f"{' and '.join(device.name for device in found)}, {_mib(free)} of"
+    name += f" {_mib(sum(device.total for device in found))} MiB free"
+    shared = any(device.shares_main_memory for device in found)
+    return Machine(True, name, free, reserve, main_memory=None if shared else available_memory())
 
 
 def _mib(count: int) -> str:
@@ -112,7 +126,7 @@ def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
         before = [shlex.join([*script, "--output-dir", "models"])]
         name = getattr(reference, "name", model).rsplit("/", 1)[-1]
         parts.append(f"models/{name}-{best.type}.gguf")
-    elif isinstance(reference, LocalGguf) and best.type != reference.path.stem:
+    elif isinstance(reference, LocalGguf) and not best.made:
         output = reference.path.with_name(f"{reference.path.stem}-{best.type}.gguf")
         before = [shlex.join(["edge-phi3", "quantize", model, "-o", str(output), "--type", best.type])]
         parts.append(str(output))

@@ -71,6 +71,7 @@ class Row:
         needs_imatrix: whether an importance matrix is needed to make it.
         placement: what it takes, with as many layers on the GPU as asked for, or as many as fit.
         fits: whether that fits.
+        made: whether the model that was planned for is such a file already.
     """
 
     type: str
@@ -78,6 +79,7 @@ class Row:
     needs_imatrix: bool
     placement: Placement
     fits: bool
+    made: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,9 @@ def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] =
         placed = planner.plan(candidates)
     rows = []
     for candidate, placement in zip(candidates, placed, strict=True):
-        fits = planner.fits(placement)
-        rows.append(Row(candidate.type, candidate.layout.bits_per_weight, candidate.needs_imatrix, placement, fits))
+        fits, made = planner.fits(placement), _same_types(candidate.layout, base)
+        bits = candidate.layout.bits_per_weight
+        rows.append(Row(candidate.type, bits, candidate.needs_imatrix, placement, fits, made))
     return Fit(
         options, machine, base.layers + 1, planner.cells, planner.gpu_asked, tuple(rows), _best(rows, base.layers + 1)
     )
@@ -156,6 +159,10 @@ def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candi
         _Candidate(name, name in guided, write_skeleton(folder / f"{name}.gguf", base, plan))
         for name, plan in plans.items()
     ]
+
+
+def _same_types(one: Layout, other: Layout) -> bool:
+    return {(tensor.name, tensor.type) for tensor in one.tensors} == {(each.name, each.type) for each in other.tensors}
 
 
 def _name_of(base: Layout) -> str:

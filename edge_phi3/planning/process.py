@@ -60,10 +60,20 @@ class Answer(msgspec.Struct, frozen=True):
     contexts: list[list[str]]
 
 
+class Device(msgspec.Struct, frozen=True):
+    """A GPU as llama.cpp sees it; `free` and `total` are bytes of its memory."""
+
+    name: str
+    free: int
+    total: int
+    shares_main_memory: bool
+
+
 class Replies(msgspec.Struct, frozen=True):
-    """What the child writes: whether its llama.cpp found a GPU, and an answer for each job."""
+    """What the child writes: whether its llama.cpp found a GPU, which it would use, and an answer for each job."""
 
     gpu_offload: bool
+    devices: list[Device]
     answers: list[Answer]
 
 
@@ -118,6 +128,15 @@ def placements(log: Iterable[str]) -> set[tuple[str, str]]:
     return {(match[1], match[2]) for line in log if (match := _PLACED.search(line))}
 
 
+def devices() -> list[Device]:
+    """Give the GPUs that llama.cpp would lay layers on, of whatever kind its backends know.
+
+    Raises:
+        PlanningError: llama.cpp failed.
+    """
+    return ask([], gpu=None).devices
+
+
 def ask(jobs: Sequence[Job], *, gpu: str | None) -> Replies:
     """Have a child process ask llama.cpp.
 
@@ -145,7 +164,8 @@ def ask(jobs: Sequence[Job], *, gpu: str | None) -> Replies:
         lines = finished.stderr.decode("utf-8", "replace").strip().splitlines()
         words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
         words = words or (lines[-1].strip() if lines else f"exit code {finished.returncode}")
-        raise PlanningError(f"llama.cpp cannot tell what {Path(jobs[0].model).name} would take: {words}.")
+        what = f"what {Path(jobs[0].model).name} would take" if jobs else "which GPUs there are"
+        raise PlanningError(f"llama.cpp cannot tell {what}: {words}.")
     return msgspec.json.decode(finished.stdout, type=Replies)
 
 

@@ -22,9 +22,11 @@ from llama_cpp._ggml import libggml
 from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.runtime import context_parameters
 from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.planning.process import Answer, AskedContext, Job, Question, Replies
+from edge_phi3.planning.process import Answer, AskedContext, Device, Job, Question, Replies
 
 _ERROR_LEVEL = 4
+_GPU, _INTEGRATED_GPU = 1, 2
+"""Of ``enum ggml_backend_dev_type``."""
 
 _lines: list[str] = []
 _errors: list[str] = []
@@ -53,8 +55,28 @@ def main() -> None:
     llama_cpp.llama_log_set(_log, ctypes.c_void_p(0))
     llama_cpp.llama_backend_init()
     offload = bool(llama_cpp.llama_supports_gpu_offload())
-    answers.write(msgspec.json.encode(Replies(offload, [_answer(job) for job in question.jobs])))
+    answers.write(msgspec.json.encode(Replies(offload, _devices(), [_answer(job) for job in question.jobs])))
     answers.flush()
+
+
+def _devices() -> list[Device]:
+    """Give what llama.cpp would offload to: all GPUs, or where there is none an integrated one."""
+    count, get, kind = (getattr(libggml, f"ggml_backend_dev_{name}") for name in ("count", "get", "type"))
+    count.restype, get.argtypes, get.restype = ctypes.c_size_t, [ctypes.c_size_t], ctypes.c_void_p
+    kind.argtypes, kind.restype = [ctypes.c_void_p], ctypes.c_int
+    found = [(handle, kind(handle)) for handle in map(get, range(count()))]
+    chosen = [one for one in found if one[1] == _GPU] or [one for one in found if one[1] == _INTEGRATED_GPU][:1]
+    return [_device(handle, shared=of_kind == _INTEGRATED_GPU) for handle, of_kind in chosen]
+
+
+def _device(handle: int, *, shared: bool) -> Device:
+    describe, memory = libggml.ggml_backend_dev_description, libggml.ggml_backend_dev_memory
+    describe.argtypes, describe.restype = [ctypes.c_void_p], ctypes.c_char_p
+    memory.argtypes, memory.restype = [ctypes.c_void_p, *[ctypes.POINTER(ctypes.c_size_t)] * 2], None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    memory(handle, ctypes.byref(free), ctypes.byref(total))
+    name = describe(handle).decode("utf-8", "replace")
+    return Device(name, free.value, total.value, shared)
 
 
 def _answer(job: Job) -> Answer:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,12 @@ class Process:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, log_format: str = "json") -> Iterator[Process]:
+def serving(
+    *arguments: str, log_format: str = "json", environment: Mapping[str, str] = os.environ, fast: Sequence[str] = FAST
+) -> Iterator[Process]:
     """Start the service and wait until it is ready."""
-    command = [*COMMAND, *arguments, *FAST, "--port", "0", "--log-format", log_format]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_PHI3_")}
+    command = [*COMMAND, *arguments, *fast, "--port", "0", "--log-format", log_format]
+    environment = {name: value for name, value in environment.items() if not name.startswith("EDGE_PHI3_")}
     popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
     process = Process(popen)
     assert popen.stderr is not None

@@ -1,0 +1,77 @@
+"""Plans and loads models on this process's device: cases come in on stdin, what was planned and allocated goes out.
+
+A case is ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file. The
+answer to each has two parts, "planned" and "allocated", and in each the bytes by place ("device" or "host") and kind
+of buffer, in llama.cpp's words. Allocated is what llama.cpp's log says while the engine loads the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from edge_phi3.engine.loader import load
+from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.planning.fit import Machine, Options, fit
+from edge_phi3.planning.gguf_layout import read_layout
+
+MIB = 1 << 20
+LINE = re.compile(r": +(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
+
+
+class Buffers(logging.Handler):
+    """Adds up the buffers of llama.cpp's log, and keeps what the engine says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.found: dict[str, Counter[str]] = {"device": Counter(), "host": Counter()}
+        self.said = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line."""
+        if match := LINE.search(record.getMessage()):
+            place = "device" if match[1].startswith("RPC0[") else "host"
+            self.found[place][match[2]] += round(float(match[3]) * MIB)
+        elif record.name == "edge_phi3.engine.loader":
+            self.said = record.getMessage()
+
+
+def planned(case: dict[str, Any]) -> dict[str, Any]:
+    """Plan a file as it is."""
+    machine = Machine(gpu=True, name="a device", free=case["free"], reserve=0)
+    plan = fit(read_layout(Path(case["model"])), Options(**case["options"]), machine, case["types"])
+    (row,) = plan.rows
+    places = {"device": row.placement.device, "host": row.placement.host}
+    return {"layers": row.placement.layers, "fits": row.fits, "asked": plan.gpu_asked} | {
+        place: {"model": memory.weights, "KV": memory.kv_cache, "compute": memory.compute, "output": memory.output}
+        for place, memory in places.items()
+    }
+
+
+def allocated(case: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Load it with as many layers as planned."""
+    logger, buffers = logging.getLogger("edge_phi3.engine"), Buffers()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(buffers)
+    load(EngineSettings(Path(case["model"]), **(case["options"] | {"n_gpu_layers": layers}))).close()
+    logger.removeHandler(buffers)
+    return {"said": buffers.said} | buffers.found
+
+
+def main() -> None:
+    """Answer all cases."""
+    answers = []
+    for case in json.load(sys.stdin):
+        plan = planned(case)
+        answers.append({"planned": plan, "allocated": allocated(case, plan["layers"])})
+    json.dump(answers, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

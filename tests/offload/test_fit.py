@@ -1,0 +1,138 @@
+"""``edge-phi3 fit`` for a device: what it plans is what llama.cpp then allocates there and beside it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.api.test_server import serving
+from tests.offload.device import SITE, Device
+from tests.planning.test_allocations import ROUNDING, TOLERANCE, Made
+
+GIB, MIB = 1 << 30, 1 << 20
+KINDS = ("model", "KV", "compute", "output")
+ALL = -1
+
+GRID: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("4k", "Q4_K_M", {"n_gpu_layers": ALL}),
+    ("4k", "Q4_K_M", {"n_gpu_layers": 3, "parallel": 3, "ctx_size": 5000}),
+    ("4k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 64, "ctx_size": 16384}),
+    ("4k", "Q4_K_M", {"n_gpu_layers": 1, "parallel": 1, "ctx_size": 256}),
+    ("4k", "Q4_K_M", {"n_gpu_layers": 0}),
+    ("4k", "Q8_0", {"n_gpu_layers": ALL, "kv_cache_type": "f32", "ctx_size": 2048}),
+    ("4k", "Q4_0", {"n_gpu_layers": 2, "kv_cache_type": "q8_0", "ctx_size": 8192}),
+    ("4k", "F16", {"n_gpu_layers": 3, "batch_size": 2048, "flash_attn": "off"}),
+    ("4k", "F32", {"n_gpu_layers": 2, "batch_size": 64, "flash_attn": "on", "kv_cache_type": "f32"}),
+    ("grouped", "F16", {"n_gpu_layers": 2}),
+    ("tied", "F16", {"n_gpu_layers": ALL}),
+    ("tied", "F16", {"n_gpu_layers": 2}),
+    ("128k", "Q4_K_M", {"n_gpu_layers": ALL}),
+    ("128k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 3, "ctx_size": 16384}),
+)
+"""Model, type, and how it is served."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made(tmp_path_factory.mktemp("models"))
+
+
+def compared(device: Device, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plan each case and load it, in a process with the device; see `site/allocations.py`."""
+    finished = device.run(SITE / "allocations.py", given=json.dumps(cases))
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    answers: list[dict[str, Any]] = json.loads(finished.stdout)
+    return answers
+
+
+def case_of(made: Made, model: str, kind: str, options: dict[str, Any], free: int = 4 * GIB) -> dict[str, Any]:
+    types = [kind] if kind in {"F16", "F32"} else []
+    return {"model": str(made.gguf(model, kind)), "types": types, "options": options, "free": free}
+
+
+def check(answer: dict[str, Any]) -> None:
+    """Compare each kind of buffer in each place, and the sums."""
+    plan, truth = answer["planned"], answer["allocated"]
+    assert plan["asked"], "the device told its compute buffers"
+    for place in ("device", "host"):
+        for kind in KINDS:
+            size = truth[place].get(kind, 0)
+            assert plan[place][kind] == pytest.approx(size, rel=TOLERANCE, abs=2 * ROUNDING), (place, kind)
+        total = sum(truth[place].values())
+        assert sum(plan[place].values()) == pytest.approx(total, rel=TOLERANCE), place
+
+
+def test_types_contexts_parallelism_and_layers(device: Device, made: Made) -> None:
+    answers = compared(device, [case_of(made, *case) for case in GRID])
+    for (_, _, options), answer in zip(GRID, answers, strict=True):
+        check(answer)
+        asked = options["n_gpu_layers"]
+        layers = 4 if asked == ALL else asked
+        assert answer["planned"]["layers"] == layers
+        assert f"{layers} of 4 layers on the GPU" in answer["allocated"]["said"]
+        # Layers lie where they are said to: the device has weights with the first, and KV cache with the second.
+        on_device = answer["allocated"]["device"]
+        assert bool(on_device.get("model")) is (layers > 0)
+        assert bool(on_device.get("KV")) is (layers > 1)
+
+
+def test_as_many_layers_as_fit_are_loaded_and_do_fit(device: Device, made: Made) -> None:
+    options = {"ctx_size": 8192, "parallel": 4}
+    (whole,) = compared(device, [case_of(made, "4k", "F16", options)])
+    total = sum(whole["allocated"]["device"].values())
+    answers = compared(device, [case_of(made, "4k", "F16", options, free=total * part // 10) for part in (9, 7)])
+    for part, answer in zip((9, 7), answers, strict=True):
+        check(answer)
+        assert 0 < answer["planned"]["layers"] < 4
+        assert sum(answer["allocated"]["device"].values()) <= total * part / 10 * (1 + TOLERANCE)
+    assert answers[1]["planned"]["layers"] < answers[0]["planned"]["layers"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(DEMO_CHECKPOINT, tmp_path_factory.mktemp("demo") / "demo-f16.gguf", outtype="f16").path
+
+
+def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
+    finished = device.run("-m", "edge_phi3", "fit", *arguments, "--json")
+    assert finished.returncode == 0, finished.stderr
+    found: dict[str, Any] = json.loads(finished.stdout)
+    return found
+
+
+def serve_as_recommended(device: Device, found: dict[str, Any]) -> None:
+    """Run the command of a plan, and compare what it takes of the device with the plan."""
+    (row,) = found["types"]
+    assert row["fits"]
+    assert found["gpu_buffers_from_gpu"]
+    (command,) = found["recommended"]["commands"]
+    program, verb, *arguments = shlex.split(command)
+    assert (program, verb) == ("edge-phi3", "serve")
+    with serving(*arguments, environment=device.environment(), fast=()) as process:
+        process.wait_for(f"{row['layers_on_gpu']} of 7 layers on the GPU")
+        # What its server was asked to allocate, of all that it was asked.
+        allocated = sum(device.calls("alloc_buffer").elements())
+    assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
+
+
+def test_the_recommended_command_serves_as_planned(device: Device, demo: Path) -> None:
+    found = answer(device, demo, "--quant", "F16")
+    # NVML knows of no GPU here; llama.cpp told of this one, and how much of its memory is free.
+    assert found["machine"]["name"].startswith(device.endpoint)
+    assert found["machine"]["free"] > GIB
+    assert found["types"][0]["layers_on_gpu"] == found["layers"] == 7
+    serve_as_recommended(device, found)
+
+
+def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo: Path) -> None:
+    options = (demo, "--quant", "F16", "--ctx-size", "2048")
+    needed = answer(device, *options)["types"][0]["gpu"]["total"]
+    found = answer(device, *options, "--device", "gpu", "--memory", str(needed * 3 // 4), "--reserve", "0")
+    assert 0 < found["types"][0]["layers_on_gpu"] < 7
+    serve_as_recommended(device, found)
