@@ -15,6 +15,7 @@ from edge_phi3.api.body import decode_body
 from edge_phi3.api.disconnect import cancelled_when_client_leaves
 from edge_phi3.api.errors import detail_of
 from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.long_texts import work_on
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, ErrorResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
@@ -31,7 +32,7 @@ async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDep
     exchange = exchange_of(request.scope)
     if service.settings.log_prompts:
         exchange.prompt = asked.prompt or _encode(asked.messages).decode()
-    prepared = service.prepare(asked)
+    prepared = await work_on(body, lambda: service.prepare(asked))
     if asked.stream:
         return EventStream(_events(service, prepared, exchange), _failure_event)
     async with cancelled_when_client_leaves(request.receive):

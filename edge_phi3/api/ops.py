@@ -15,6 +15,7 @@ from edge_phi3 import __version__
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.hardware import machine_metrics
+from edge_phi3.api.long_texts import work_on
 from edge_phi3.api.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -104,7 +105,9 @@ async def tokenize(
 ) -> TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
     asked = decode_body(request, body, TokenizeRequest)
-    return TokenizeResponse(service.pipeline.tokenize(asked.text, parse_special=asked.parse_special_tokens))
+    pipeline = service.pipeline
+    tokens = await work_on(body, lambda: pipeline.tokenize(asked.text, parse_special=asked.parse_special_tokens))
+    return TokenizeResponse(tokens)
 
 
 @post("/detokenize", status_code=200)
@@ -118,7 +121,9 @@ async def detokenize(
     for index, token in enumerate(asked.tokens):
         if not 0 <= token < size:
             raise InvalidRequestError(f"`tokens[{index}]` must be a token id from 0 to {size - 1}, but is {token}.")
-    return DetokenizeResponse(pipeline.detokenize(asked.tokens, skip_special_tokens=asked.skip_special_tokens))
+    skip = asked.skip_special_tokens
+    text = await work_on(body, lambda: pipeline.detokenize(asked.tokens, skip_special_tokens=skip))
+    return DetokenizeResponse(text)
 
 
 def _exposed(service: Service, accept: str) -> Response[bytes]:

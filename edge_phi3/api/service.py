@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import numpy as np
 import structlog
 
 from edge_phi3.api.auth import KeyRing
@@ -207,8 +206,7 @@ class Service:
 
     def with_tokens(self, prepared: PreparedPrompt, tokens: list[int]) -> PreparedPrompt:
         """Give a prepared request these prompt tokens, instead of those that their text is encoded to."""
-        prepared.config.total_length(len(tokens))  # raises when they leave no room for an answer
-        exact = dataclasses.replace(prepared, prompt_ids=np.array(tokens, dtype=np.int32))
+        exact = self.pipeline.with_tokens(prepared, tokens)
         self.check_limits(exact)
         return exact
 

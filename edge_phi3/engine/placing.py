@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer
+from edge_phi3.engine.tokenizer import DecodedPrompt, Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
 
 _CONTINUATION = range(0x80, 0xC0)
@@ -33,15 +32,14 @@ class TokenPlacer:
 
     Args:
         tokenizer: of the model.
-        prompt: token ids, int32, shape ``(prompt_tokens,)``; the answer's text begins where theirs ends.
+        prompt: the answer's text begins where its text ends.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: NDArray[np.int32]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: DecodedPrompt) -> None:
         self._tokenizer = tokenizer
-        self._decoder = StreamDecoder(tokenizer)
-        before = tokenizer.decode(prompt.tolist())
+        self._decoder = prompt.decoder.copy()
         # Below 0 while a run that the prompt ends with is open.
-        self._position = len(self._decoder.push(prompt.tolist())) - len(before)
+        self._position = len(prompt.certain) - len(prompt.whole)
         self._run = self._decoder.held
         self._held: list[TokenLogprobs] = []
 

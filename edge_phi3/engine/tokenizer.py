@@ -7,9 +7,11 @@ leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +101,16 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(tokens) + stream.finish()
 
+    def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
+        """Decode a prompt once for all that goes on from it: its answers, their streams, and where tokens begin.
+
+        Args:
+            tokens: token ids, int32, shape ``(tokens,)``.
+        """
+        decoder = StreamDecoder(self)
+        certain = decoder.push(tokens.tolist())
+        return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)
+
 
 def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
     """Give the flags that Phi-3's tokenizer_config.json gives its special tokens, for GGUFs that do not carry them."""
@@ -119,13 +131,17 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
-        self._run = bytearray()
+        self._run = b""
         self._begun = False
+
+    def copy(self) -> StreamDecoder:
+        """Give another that has taken the same tokens."""
+        return copy.copy(self)
 
     @property
     def held(self) -> bytes:
         """The bytes that are held back until their run ends."""
-        return bytes(self._run)
+        return self._run
 
     def shows(self, token: int) -> bool:
         """Tell whether a token is part of the text, rather than left out."""
@@ -139,7 +155,7 @@ class StreamDecoder:
             if token in self._skipped or not 0 <= token < len(texts):
                 continue
             if token in bytes_of:
-                self._run.append(bytes_of[token])
+                self._run += bytes((bytes_of[token],))
                 continue
             pieces += (self._end_run(), texts[token])
         return self._strip("".join(pieces))
@@ -151,7 +167,7 @@ class StreamDecoder:
     def _end_run(self) -> str:
         if not self._run:
             return ""
-        run, self._run = self._run, bytearray()
+        run, self._run = self._run, b""
         try:
             return run.decode("utf-8")
         except UnicodeDecodeError:
@@ -162,6 +178,21 @@ class StreamDecoder:
             return text
         self._begun = True
         return text.removeprefix(" ")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPrompt:
+    """A prompt's text.
+
+    Attributes:
+        certain: the part that no later token can change.
+        whole: what its tokens are by themselves.
+        decoder: has taken its tokens; a copy takes those that follow.
+    """
+
+    certain: str
+    whole: str
+    decoder: StreamDecoder
 
 
 _CLEAN_UP = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edge_phi3.engine.placing import PlacedLogprobs
 from edge_phi3.engine.sequence import Timing
-from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer, clean_up_tokenization
+from edge_phi3.engine.tokenizer import clean_up_tokenization
 from edge_phi3.generation.decoding import TokenScore
 from edge_phi3.pipeline.prompt import PreparedPrompt
 
@@ -69,19 +69,17 @@ class TextStream:
     """The new text of one sequence, as it becomes certain.
 
     Args:
-        tokenizer: the model's.
         prepared: the prompt, whose own text is left out.
 
     Attributes:
         sent: characters of new text given so far.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prepared: PreparedPrompt) -> None:
-        prompt_ids = prepared.prompt_ids.tolist()
-        prompt = tokenizer.decode(prompt_ids)
-        self._decoder = StreamDecoder(tokenizer)
+    def __init__(self, prepared: PreparedPrompt) -> None:
+        prompt = prepared.text.whole
+        self._decoder = prepared.text.decoder.copy()
         self._clean_up = prepared.clean_up
-        self._text = self._decoder.push(prompt_ids)
+        self._text = prepared.text.certain
         self._prompt_length = len(clean_up_tokenization(prompt) if prepared.clean_up else prompt)
         self.sent = 0
 

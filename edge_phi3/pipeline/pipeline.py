@@ -118,7 +118,18 @@ class TextGenerationPipeline:
         if handle_long_generation == "hole":
             prompt_ids = self._cut_hole(prompt_ids, config)
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
-        return PreparedPrompt(prompt_ids, config, lead, clean_up_tokenization_spaces)
+        decoded = self._tokenizer.decode_prompt(prompt_ids)
+        return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
+
+    def with_tokens(self, prepared: PreparedPrompt, tokens: Sequence[int]) -> PreparedPrompt:
+        """Give a prepared request these prompt tokens, instead of those that their text is encoded to.
+
+        Raises:
+            ParameterError: they leave no room for an answer.
+        """
+        prepared.config.total_length(len(tokens))
+        prompt_ids = np.array(tokens, dtype=np.int32)
+        return dataclasses.replace(prepared, prompt_ids=prompt_ids, text=self._tokenizer.decode_prompt(prompt_ids))
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Render a conversation as the model's prompt; raises as `ChatTemplate.render` does."""
@@ -185,10 +196,10 @@ class TextGenerationPipeline:
             constraint=prepared.constraint,
         )
         count = prepared.config.num_return_sequences
-        streams = [TextStream(self._tokenizer, prepared) for _ in range(count)]
+        streams = [TextStream(prepared) for _ in range(count)]
         placers: list[TokenPlacer] = []
         if prepared.config.top_logprobs is not None:
-            placers = [TokenPlacer(self._tokenizer, prepared.prompt_ids) for _ in range(count)]
+            placers = [TokenPlacer(self._tokenizer, prepared.text) for _ in range(count)]
         events = self.engine.generate(request)
         try:
             async for event in events:
@@ -240,13 +251,13 @@ class TextGenerationPipeline:
 
     def _placed(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
         """Find out where in an answer each of its tokens begins."""
-        placer = TokenPlacer(self._tokenizer, prepared.prompt_ids)
+        placer = TokenPlacer(self._tokenizer, prepared.text)
         return [placed for token in tokens for placed in placer.push(token)] + placer.finish()
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
         """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""
-        whole = self._tokenizer.decode(sequence.tolist())
-        prompt = self._tokenizer.decode(prepared.prompt_ids.tolist())
+        decoder, prompt = prepared.text.decoder.copy(), prepared.text.whole
+        whole = prepared.text.certain + decoder.push(sequence[len(prepared.prompt_ids) :].tolist()) + decoder.finish()
         if prepared.clean_up:
             whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
         return whole[len(prompt) :]

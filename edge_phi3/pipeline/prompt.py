@@ -13,6 +13,7 @@ import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.tokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
@@ -39,6 +40,7 @@ class PreparedPrompt:
 
     Attributes:
         prompt_ids: token ids, int32, shape ``(prompt_tokens,)``.
+        text: what they are as text.
         config: the resolved generation parameters.
         lead: text that each answer begins with: the prompt when the full text is returned, else nothing.
         clean_up: whether spaces before punctuation are removed.
@@ -46,6 +48,7 @@ class PreparedPrompt:
     """
 
     prompt_ids: NDArray[np.int32]
+    text: DecodedPrompt
     config: GenerationConfig
     lead: str
     clean_up: bool

@@ -22,7 +22,7 @@ def tokenizer(make_model: MakeModel) -> Iterator[Tokenizer]:
 
 
 def placed(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> list[tuple[int, int]]:
-    placer = TokenPlacer(tokenizer, np.array(prompt, np.int32))
+    placer = TokenPlacer(tokenizer, tokenizer.decode_prompt(np.array(prompt, np.int32)))
     found = [each for token in answer for each in placer.push(TokenLogprobs(token, -1.0, ()))] + placer.finish()
     return [(each.logprobs.token_id, each.start) for each in found]
 

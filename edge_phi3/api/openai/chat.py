@@ -16,6 +16,7 @@ from litestar.params import RawBody
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.disconnect import cancelled_when_client_leaves
 from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.long_texts import work_on
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.answers import finish_reason_of, usage_of
 from edge_phi3.api.openai.errors import error_body
@@ -48,7 +49,7 @@ async def chat_completions(
     """Continue a conversation."""
     asked = decode_body(request, body, ChatCompletionRequest)
     exchange = exchange_of(request.scope)
-    prepared = _prepare(service, asked, exchange)
+    prepared = await work_on(body, lambda: _prepare(service, asked, exchange))
     answer = _Answer(service, asked, exchange)
     if asked.stream:
         return EventStream(answer.events(prepared), _failure)

@@ -17,6 +17,7 @@ from edge_phi3.api.body import decode_body
 from edge_phi3.api.disconnect import cancelled_when_client_leaves
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.long_texts import work_on
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.answers import finish_reason_of, usage_of
 from edge_phi3.api.openai.errors import error_body
@@ -44,7 +45,8 @@ async def completions(
     prompts = translate.prompts_of(asked)
     if service.settings.log_prompts:
         exchange.prompt = _encode(prompts).decode()
-    answer = _Answer(service, asked, exchange, [_prepare(service, asked, prompt) for prompt in prompts])
+    prepared = await work_on(body, lambda: [_prepare(service, asked, prompt) for prompt in prompts])
+    answer = _Answer(service, asked, exchange, prepared)
     if asked.stream:
         return EventStream(answer.events(), _failure)
     async with cancelled_when_client_leaves(request.receive):
