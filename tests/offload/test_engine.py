@@ -20,7 +20,6 @@ EXACT = (
     "tests/engine/test_golden.py",
     # Windows, trimmed caches, and the two sets of rotary factors with a context for each, against transformers.
     "tests/engine/test_attention.py::test_window_is_exact_one_token_at_a_time",
-    "tests/engine/test_attention.py::test_window_frees_the_cells_that_left_it",
     "tests/engine/test_attention.py::test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning",
     "tests/engine/test_attention.py::test_short_and_long_prompts_side_by_side",
     # KV cache in F32, F16 and Q8_0, and a LoRA adapter.
@@ -29,7 +28,6 @@ EXACT = (
     "tests/engine/test_loading.py::test_a_lora_adapter_equals_merged_weights",
     # Grammars.
     "tests/engine/test_constraint.py",
-    "tests/engine/test_engine.py::test_requests_at_once_give_what_each_gives_alone",
     "tests/engine/test_engine.py::test_preempted_requests_are_recomputed_and_right",
     "tests/engine/test_engine.py::test_a_seed_repeats_exactly_on_a_quantised_model_whatever_runs_beside_it",
 )

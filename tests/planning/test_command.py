@@ -120,6 +120,7 @@ def test_files_are_planned_as_they_are_or_as_they_could_be(tmp_path: Path) -> No
     refused = edge_phi3("fit", str(small), "--quant", "Q8_0")
     assert (refused.returncode, refused.stdout) == (1, "")
     assert "is quantised already and is planned as it is; leave out --quant." in refused.stderr
+    assert recommended(edge_phi3("fit", str(plain), "--quant", "F16")) == [f"edge-phi3 serve {plain}"]
     make, serve = recommended(edge_phi3("fit", str(plain)))
     assert make == f"edge-phi3 quantize {plain} -o {tmp_path}/demo-f16-Q8_0.gguf --type Q8_0"
     assert serve == f"edge-phi3 serve {tmp_path}/demo-f16-Q8_0.gguf"
