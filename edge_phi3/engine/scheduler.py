@@ -170,7 +170,7 @@ class Scheduler:
     def batches(self) -> list[list[RunningRequest]]:
         """Give the running requests of each batch of this step: all in one, or in two where that is faster."""
         running = list(self.running)
-        if self._shapes is None or not all(request.decoding for request in running):
+        if self._shapes is None or len(running) < 2 or not all(request.decoding for request in running):
             return [running]
         sizes = self._shapes.parts(sum(request.rows for request in running))
         if len(sizes) == 1:
