@@ -66,12 +66,12 @@ class Clock:
     decodes: list[tuple[float, float, int]] = field(default_factory=list)
     choices: list[tuple[float, float]] = field(default_factory=list)
 
-    def timed_decode(self, decode: Callable[[int], Any]) -> Callable[[int], Any]:
+    def timed_decode(self, decode: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
         """Wrap a context's decode call."""
 
-        def timed(count: int) -> Any:
+        def timed(count: int, rows: int) -> Any:
             started = time.perf_counter()
-            logits = decode(count)
+            logits = decode(count, rows)
             self.decodes.append((started, time.perf_counter() - started, count))
             return logits
 
