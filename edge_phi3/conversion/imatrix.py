@@ -117,7 +117,7 @@ def collect_imatrix(
             seen = Imatrix(collector.entries(), [dataset], 0, ctx_size)
             return merge_imatrices([*earlier, seen], ctx_size)
 
-        with _context(handle, ctx_size, threads or len(os.sched_getaffinity(0)), collector) as context:
+        with _context(handle, ctx_size, threads or len(os.sched_getaffinity(0)), collector, errors) as context:
             for index in range(count):
                 if progress is not None:
                     progress(ImatrixProgress(index * ctx_size, count * ctx_size, index, count))
@@ -264,7 +264,14 @@ def _loaded(path: Path, n_gpu_layers: int, errors: list[str]) -> Iterator[Any]:
     params.use_extra_bufts = False
     handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if not handle:
-        raise ImatrixError(f"llama.cpp cannot load {path}: {_last(errors, 'it is not a whole GGUF model')}.")
+        why = _last(
+            [line for line in errors if not line.endswith("failed to load model")], "it is not a whole GGUF model"
+        )
+        raise ImatrixError(
+            f"There is not enough memory for {path} ({why}); lower --n-gpu-layers."
+            if "allocate" in why
+            else f"llama.cpp cannot load {path}: {why}."
+        )
     try:
         yield handle
     finally:
@@ -272,7 +279,7 @@ def _loaded(path: Path, n_gpu_layers: int, errors: list[str]) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _context(model: Any, cells: int, threads: int, collector: _Collector) -> Iterator[Any]:
+def _context(model: Any, cells: int, threads: int, collector: _Collector, errors: list[str]) -> Iterator[Any]:
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
     params.n_batch = params.n_ubatch = min(cells, _BATCH)
@@ -282,7 +289,10 @@ def _context(model: Any, cells: int, threads: int, collector: _Collector) -> Ite
     params.no_perf = True
     handle = llama_cpp.llama_init_from_model(model, params)
     if not handle:
-        raise ImatrixError(f"llama.cpp cannot make a context of {cells} tokens; lower --ctx-size.")
+        why = _last(errors, "it does not say why")
+        raise ImatrixError(
+            f"llama.cpp cannot make a context of {cells} tokens ({why}); lower --ctx-size or --n-gpu-layers."
+        )
     try:
         yield handle
     finally:

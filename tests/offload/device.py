@@ -143,17 +143,19 @@ def _compile(compiler: str, ggml: Path, libraries: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
-def running_device(plugin: Path, log: Path) -> Iterator[Device]:
+def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Iterator[Device]:
     """Give a device of its own.
 
     Args:
         plugin: see `build_plugin`.
         log: what its server is to write.
+        memory: bytes that can be allocated on it, about; it claims to have as many as the machine all the same.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     endpoint = f"127.0.0.1:{port}"
     command = [sys.executable, SITE / "rpc_server.py", plugin, endpoint, str(THREADS)]
+    command += [] if memory is None else [str(memory)]
     told = os.environ | {"GGML_RPC_DEBUG": "1"}
     with (
         log.open("w") as written,

@@ -12,7 +12,10 @@ import llama_cpp
 logger = logging.getLogger(__package__)
 
 _ERROR_LEVEL = 4
-_errors: collections.deque[str] = collections.deque(maxlen=1)
+_errors: collections.deque[str] = collections.deque(maxlen=4)
+_SAYS_NOTHING = "failed to load model"
+"""How the last of several complaints about a model ends; the one before it tells why."""
+
 _EXPECTED_WARNINGS = (
     "Phi SWA is currently disabled",  # the engine keeps the window itself
     "control-looking token",  # </s> is an ordinary token in Phi-3's tokenizer_config.json
@@ -35,8 +38,10 @@ _LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
 
 
 def reason() -> str:
-    """Give llama.cpp's own last complaint, as the end of a sentence."""
-    return f" ({_errors.pop()})" if _errors else ""
+    """Give llama.cpp's own last complaint that tells something, as the end of a sentence."""
+    told = [line for line in _errors if not line.endswith(_SAYS_NOTHING)]
+    _errors.clear()
+    return f" ({told[-1]})" if told else ""
 
 
 @functools.cache

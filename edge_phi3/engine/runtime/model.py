@@ -55,7 +55,8 @@ class Model:
         n_gpu_layers: layers kept on the GPU; negative for all.
 
     Raises:
-        ModelLoadError: the file is missing, is not a GGUF, is damaged, or is no Phi-3 with Phi-3's vocabulary.
+        ModelLoadError: the file is missing, is not a GGUF, is damaged, is no Phi-3 with Phi-3's vocabulary, or does
+            not fit the memory.
     """
 
     def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
@@ -67,8 +68,14 @@ class Model:
         self.path = path
         self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._handle:
+            why = reason()
+            if "allocate" in why:
+                raise ModelLoadError(
+                    f"There is not enough memory for {path}{why}. Lower --n-gpu-layers, or choose a smaller"
+                    " quantisation; `edge-phi3 fit` tells which fits."
+                )
             raise ModelLoadError(
-                f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{reason()}."
+                f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}."
             )
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
