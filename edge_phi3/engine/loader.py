@@ -124,6 +124,7 @@ def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
                 window=window,
                 window_chunk=settings.window_chunk,
                 store=PrefixStore(capacity, block_size) if settings.prefix_cache and context.saves else None,
+                share=settings.prefix_cache,
                 max_tokens=shape.max_tokens,
                 shapes=measure(context.decode_anything, min(context.sequences, context.batch_size)),
             )

@@ -49,7 +49,8 @@ class Scheduler:
         parallel: how many sequences are decoded together at most.
         window: how many tokens attention reaches back, the token itself included; None for all.
         window_chunk: tokens of a prompt fed at a time beyond the window.
-        store: where finished sequences are kept for later prompts; None for nowhere, and no prefix is shared.
+        store: where finished sequences are kept for later prompts; None for nowhere.
+        share: whether a prompt may begin with the cells of a running sequence that begins as it does.
         max_tokens: the longest sequence that this context may hold, or None for what its cells allow.
         shapes: which sizes of a batch are fast; None to take them as they come.
     """
@@ -62,11 +63,13 @@ class Scheduler:
         window: int | None = None,
         window_chunk: int = 1,
         store: PrefixStore | None = None,
+        share: bool = False,
         max_tokens: int | None = None,
         shapes: BatchShapes | None = None,
     ) -> None:
         self.window = window
         self.store = store
+        self._share = share
         self._use(context)
         self.parallel = min(parallel, context.sequences)
         self.window_chunk = window_chunk
@@ -125,7 +128,7 @@ class Scheduler:
 
     def _may_share(self, request: RunningRequest) -> bool:
         """Say whether a request may begin with what was computed for others, or for itself before it was preempted."""
-        return request.generated > 0 or self.store is not None
+        return request.generated > 0 or self._share
 
     def _has_cells_for(self, request: RunningRequest, rows: int) -> bool:
         if not self.running:

@@ -11,6 +11,7 @@ import pytest
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.batch_shapes import BatchShapes
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.runtime import Context
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.engine.test_engine import ENDLESS, MODES, prompt
 from tests.engine.test_engine import _wait_until as wait_until
@@ -54,6 +55,23 @@ def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: Mak
         assert event.cached_tokens == 999
         assert generated(event) == kept
         engine.cancel(other.running)
+
+
+def test_running_prompts_share_cells_where_nothing_can_be_kept(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU without flash attention.
+    monkeypatch.setattr(Context, "saves", property(lambda _: False, lambda *_: None), raising=False)
+    common, rest = prompt(1, 600), [prompt(seed, 40) for seed in (2, 3)]
+    with running_engine(make_model("4k"), ctx_size=4096) as engine:
+        other = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=900, **ENDLESS)
+        other.events.get(timeout=30)
+        event = Asked(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS).finished()
+        assert event.cached_tokens == 600
+        engine.cancel(other.running)
+        settled(engine)
+        assert engine.stats().stored_tokens == 0
+        assert ask(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS) == generated(event)
 
 
 def test_a_window_model_goes_on_from_the_store(make_model: MakeModel) -> None:

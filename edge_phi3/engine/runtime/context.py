@@ -66,7 +66,8 @@ class Context:
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
         self.cells_per_sequence = int(llama_cpp.llama_n_ctx_seq(self._handle))
         self.sequences = self.scratch = sequences
-        self.offloaded = settings.n_gpu_layers != 0 and supports_gpu_offload()
+        # The output is the first layer to be offloaded; the KV cache goes with the others.
+        self.offloaded = settings.n_gpu_layers not in {0, 1} and supports_gpu_offload()
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
         self.batch_size = settings.batch_size
