@@ -187,7 +187,7 @@ class Bench:
     async def throughput(self) -> AsyncIterator[Result]:
         """Tokens per second over llama-server's, for each mode and number of clients."""
         with (
-            ours(self.model, **self.options) as our_url,
+            ours(self.model, **self.options, options=self.arguments.ours) as our_url,
             llama_server(self.peers, self.model, **self.options, options=self.arguments.llama_server) as their_url,
         ):
             async with connected(our_url, "chat") as mine, connected(their_url, "llama-server") as theirs:
@@ -359,6 +359,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=32, help="requests of a turn, at least 2 for each client")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--torch-python", type=Path, help="an interpreter with transformers, for the part original")
+    parser.add_argument("--ours", type=words, default=[], help="more options for our server in the part throughput")
     parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
     parser.add_argument("--json", type=Path, help="keep the results here, beside those of other options")
     arguments = parser.parse_args()

@@ -74,6 +74,12 @@ class Settings(BaseModel):
         le=1 << 20,
     )
     parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=255)
+    kv_unified: bool = option(
+        True,
+        "Engine",
+        "Let all sequences share the KV cache; without it each has a part of its own, ctx-size / parallel tokens:"
+        " faster where many run, but none can be longer.",
+    )
     batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
     threads: int = option(
         0,

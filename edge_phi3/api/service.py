@@ -181,8 +181,9 @@ class Service:
         prepared = pipeline.prepare(**arguments(max_new_tokens or 1))
         if max_new_tokens is None:
             length = len(prepared.prompt_ids)
-            cells = max(scheduler.kv.cells for scheduler in pipeline.engine.model.schedulers)
-            room = min(pipeline.model.context_length - length, (cells - length) // prepared.config.num_return_sequences)
+            rows = prepared.config.num_return_sequences
+            room = max(scheduler.room(length, rows) for scheduler in pipeline.engine.model.schedulers)
+            room = min(room, pipeline.model.context_length - length)
             if room < 1:
                 raise InvalidRequestError(
                     f"The prompt has {length} tokens, which leaves no room for an answer; shorten it."

@@ -38,7 +38,7 @@ def context_shapes(settings: EngineSettings, context_length: int, original: int 
     parallel = min(settings.parallel, MAX_PARALLEL)
     cells = settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE)
     if original is None or cells <= original:
-        return [ContextShape(cells, parallel, unified=True, max_tokens=None)]
+        return [ContextShape(cells, parallel, unified=settings.kv_unified or parallel == 1, max_tokens=None)]
     # llama.cpp chooses the rotary factors once a context, by its cells per sequence. Short prompts need a context of
     # their own, whose sequences have `original` cells each; it takes as much memory as the long one at most.
     streams = max(1, min(parallel, cells // original))

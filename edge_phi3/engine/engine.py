@@ -231,6 +231,11 @@ class Engine:
                 f"{running.max_length}, {running.rows} sequences); this server has {cells}. "
                 "Lower max_length or max_new_tokens."
             )
+        if not scheduler.fits(running.max_length):
+            raise RequestTooLargeError(
+                f"The request may become {running.max_length} tokens long (max_length); this server has "
+                f"{scheduler.kv.cells_per_sequence} KV cells for each sequence. Lower max_length or max_new_tokens."
+            )
 
     def _scheduler_for(self, length: int) -> Scheduler:
         """Give the context for a sequence of `length` tokens: the last one takes any length."""
@@ -329,7 +334,7 @@ class Engine:
         # llama.cpp, which does not hold it.
         self._outbox.flush_if_due(now)
         try:
-            logits = scheduler.context.decode(plan.count, plan.outputs)
+            logits = scheduler.decode(plan)
         except DecodeFailedError as error:
             self._recover(scheduler, {id(sequence) for sequence, _ in plan.chunks}, error)
             return

@@ -7,6 +7,7 @@ may belong to many sequences (beams, returned sequences, cached prompts); it is 
 
 from __future__ import annotations
 
+import heapq
 from typing import Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class KVCache:
         self._free_cells = np.arange(self.cells - 1, -1, -1, dtype=np.int32)
         self._free_count = self.cells
         self._held = [np.empty(0, np.int32) for _ in range(self.sequences)]
-        self._free_ids = list(range(self.sequences - 1, -1, -1))
+        self._free_ids = list(range(self.sequences))
 
     @property
     def free(self) -> int:
@@ -77,8 +78,8 @@ class KVCache:
         return len(self._free_ids)
 
     def acquire(self) -> int:
-        """Take a free sequence id. There must be one."""
-        return self._free_ids.pop()
+        """Take the lowest free sequence id. There must be one."""
+        return heapq.heappop(self._free_ids)
 
     def append(self, seq_id: int, count: int) -> None:
         """Give a sequence `count` more cells. There must be as many free."""
@@ -149,7 +150,7 @@ class KVCache:
         self._let_go(self._held[seq_id][self.start[seq_id] : self.length[seq_id]])
         self.start[seq_id] = self.length[seq_id] = 0
         self._held[seq_id] = np.empty(0, np.int32)
-        self._free_ids.append(seq_id)
+        heapq.heappush(self._free_ids, seq_id)
 
     def clear(self, *, zero: bool = False) -> None:
         """Drop everything, and overwrite it if wanted."""

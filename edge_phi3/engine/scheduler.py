@@ -14,6 +14,7 @@ from collections import abc
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.engine.batch_shapes import BatchShapes
 from edge_phi3.engine.prefix_store import PrefixStore
@@ -32,6 +33,7 @@ class Plan:
         padding: how many of them, at its end, only fill it up.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
         chunks: every sequence in the batch, with how many of its tokens are in it.
+        order: where the first rows of `choosing` lie among the logits; None where they lie in order.
     """
 
     count: int = 0
@@ -39,6 +41,7 @@ class Plan:
     padding: int = 0
     choosing: list[RunningRequest] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
+    order: list[int] | None = None
 
 
 class Scheduler:
@@ -97,6 +100,17 @@ class Scheduler:
         if self.window is not None:
             most = min(most, rows * (self.window + self.window_chunk))
         return most
+
+    def fits(self, length: int) -> bool:
+        """Say whether one sequence can ever become so long."""
+        if self.window is not None:
+            length = min(length, self.window + self.window_chunk)
+        return length <= self.kv.cells_per_sequence
+
+    def room(self, length: int, rows: int) -> int:
+        """Say by how many tokens each of so many sequences may go on that begin with a prompt of `length` tokens."""
+        each = self.kv.cells_per_sequence - length
+        return min(each, (self.kv.cells - length) // rows) if self.kv.shared else each
 
     @property
     def sequences_running(self) -> int:
@@ -203,6 +217,8 @@ class Scheduler:
         for request in members:
             self._attach_restored(request)
         decoding = [request for request in members if request.decoding]
+        if not self.context.unified:
+            decoding.sort(key=lambda request: request.sequences[0].seq_id)
         rows = [sequence for request in decoding for sequence in request.sequences]
         if len(rows) > self.kv.free:
             return Plan()
@@ -218,6 +234,12 @@ class Scheduler:
         if count == 0:
             return
         context, kv, window = self.context, self.kv, self.window
+        if not context.unified:
+            # llama.cpp computes sequences with caches of their own together only where their ids follow each other.
+            order = sorted(range(count), key=lambda row: rows[row].seq_id)
+            if order != [*range(count)]:
+                rows = [rows[row] for row in order]
+                plan.order = [order.index(row) for row in range(count)]
         context.tokens[:count] = [sequence.last for sequence in rows]
         context.positions[:count] = [sequence.computed for sequence in rows]
         context.seq_ids[:count] = [sequence.seq_id for sequence in rows]
@@ -295,6 +317,20 @@ class Scheduler:
         # The output layer's batch is that of the rows with logits: it has a size of its own.
         context.wants_logits[start : start + min(count, self._shapes.padding(plan.outputs))] = 1
         plan.count += count
+
+    def decode(self, plan: Plan) -> NDArray[np.float32]:
+        """Decode a plan's batch.
+
+        Returns:
+            The logits for `choosing`, as `Context.decode` gives them.
+
+        Raises:
+            DecodeFailedError: llama.cpp failed.
+        """
+        logits = self.context.decode(plan.count, plan.outputs)
+        if plan.order is not None:
+            logits[: len(plan.order)] = logits[plan.order]
+        return logits
 
     def computed(self, plan: Plan) -> None:
         """Note that a plan's batch has been decoded."""

@@ -21,6 +21,8 @@ class EngineSettings:
         model_path: the GGUF file.
         ctx_size: KV cells, shared by all sequences; 0 takes the model's own context, at most `DEFAULT_CTX_SIZE`.
         parallel: how many sequences are decoded together at most.
+        kv_unified: whether all sequences share the cells, or each has ``ctx_size / parallel`` of its own. Then a step
+            looks at no other's cells, which is faster where many run; but none can be longer, and beams copy.
         batch_size: how many tokens one decode call takes at most.
         threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
         n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
@@ -39,6 +41,7 @@ class EngineSettings:
     model_path: Path
     ctx_size: int = 0
     parallel: int = 16
+    kv_unified: bool = True
     batch_size: int = 512
     threads: int = 0
     n_gpu_layers: int = -1

@@ -81,7 +81,7 @@ def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.floa
     context = Context(model, cells=SIZE, sequences=1, unified=True, settings=settings)
     context.tokens[:], context.positions[:] = chunk, np.arange(SIZE)
     context.seq_ids[:], context.wants_logits[:] = 0, 1
-    logits = context.decode(SIZE).astype(np.float64)
+    logits = context.decode(SIZE, SIZE).astype(np.float64)
     context.close()
     top = logits.max(1, keepdims=True)
     result: NDArray[np.float64] = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))

@@ -1,0 +1,81 @@
+"""Sequences with a part of the KV cache each: `kv_unified` off, and Phi-3-128k's first context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.errors import RequestTooLargeError
+from edge_phi3.engine.runtime import Context
+from edge_phi3.generation import API_DEFAULTS
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.engine.test_engine import ENDLESS, prompt
+from tests.engine.test_engine import _wait_until as wait_until
+from tests.golden.generation_data import differences, read_answers, write_engine_model
+
+
+@pytest.fixture(scope="module")
+def engine(make_model: MakeModel) -> Iterator[Engine]:
+    with running_engine(make_model("4k"), ctx_size=4096, parallel=8, kv_unified=False) as running:
+        yield running
+
+
+def test_transformers_answers_all_at_once(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("golden")
+    model = convert(write_engine_model(folder), folder / "model.gguf", outtype="f32").path
+    recorded = read_answers("engine")
+    scored = {"output_scores": True, "return_dict_in_generate": True}
+    with running_engine(model, ctx_size=8192, parallel=16, kv_unified=False, max_queue=len(recorded)) as engine:
+        pad = engine.model.defaults.pad_token_id
+        asked = [
+            Asked(engine, np.array(request.prompt, np.int32), **(dict(API_DEFAULTS) | request.kwargs | scored))
+            for request, _ in recorded
+        ]
+        wrong = {}
+        for index, (one, (request, answer)) in enumerate(zip(asked, recorded, strict=True)):
+            if found := differences(one.finished().result, request, answer, request.kwargs.get("pad_token_id", pad)):
+                wrong[index] = found
+    assert not wrong
+
+
+def test_rows_lie_in_the_order_of_their_sequences(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp computes them one after the other where they do not."""
+    context = engine.model.schedulers[0].context
+    decode = Context.decode
+    decoded: list[list[int]] = []
+
+    def noted(count: int, rows: int) -> NDArray[np.float32]:
+        if count == rows > 1:
+            decoded.append(context.seq_ids[:count].tolist())
+        return decode(context, count, rows)
+
+    options = [{"num_beams": 3}, {"num_beams": 2}, {}, {"repetition_penalty": 1.3}]
+    alone = [ask(engine, prompt(seed, 40), max_new_tokens=24, **each, **ENDLESS) for seed, each in enumerate(options)]
+    monkeypatch.setattr(context, "decode", noted)
+    asked = [Asked(engine, prompt(seed, 40), max_new_tokens=24, **each, **ENDLESS) for seed, each in enumerate(options)]
+    assert [generated(one.finished()) for one in asked] == alone
+    assert any(len(rows) == 7 for rows in decoded)
+    assert all(rows == sorted(rows) for rows in decoded)
+
+
+def test_what_is_longer_than_a_part_is_refused(engine: Engine) -> None:
+    assert len(ask(engine, prompt(1, 500), max_length=512, **ENDLESS)[0]) == 12
+    with pytest.raises(RequestTooLargeError, match="512 KV cells for each sequence"):
+        Asked(engine, prompt(1, 500), max_length=513)
+    scheduler = engine.model.schedulers[0]
+    assert scheduler.room(500, rows=3) == 12
+
+
+def test_a_conversation_goes_on_from_the_store(engine: Engine) -> None:
+    tokens, known = prompt(77, 100), 0
+    for turn in range(3):
+        event = Asked(engine, tokens, max_new_tokens=30, **ENDLESS).finished()
+        assert event.cached_tokens == known
+        wait_until(lambda: engine.stats().cells_used == 0)
+        known = len(tokens) + 29
+        tokens = np.concatenate([event.result.sequences[0], prompt(turn + 90, 20)])
