@@ -39,6 +39,11 @@ def test_a_conversation_goes_on_from_the_store(make_model: MakeModel, options: d
             assert ask(engine, tokens, max_new_tokens=30, **ENDLESS) == cached
 
 
+def test_large_states_are_kept_as_small_ones_are(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_phi3.engine.runtime.context._LARGE", 1)
+    test_a_conversation_goes_on_from_the_store(make_model, {})
+
+
 def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: MakeModel) -> None:
     common, rest = prompt(1, 600), [prompt(seed, 400) for seed in (2, 3)]
     with running_engine(make_model("4k"), ctx_size=4096) as engine:
