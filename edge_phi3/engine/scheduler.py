@@ -192,6 +192,8 @@ class Scheduler:
         sizes = self._shapes.parts(sum(request.rows for request in running))
         if len(sizes) == 1:
             return [running]
+        if not self.context.unified:
+            running.sort(key=lambda request: request.sequences[0].seq_id)
         rows = list(itertools.accumulate(request.rows for request in running))
         half = bisect.bisect_left(rows, sizes[0]) + 1
         return [running[:half], running[half:]]

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.batch_shapes import BatchShapes
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import RequestTooLargeError
 from edge_phi3.engine.runtime import Context
@@ -61,6 +62,30 @@ def test_rows_lie_in_the_order_of_their_sequences(engine: Engine, monkeypatch: p
     assert [generated(one.finished()) for one in asked] == alone
     assert any(len(rows) == 7 for rows in decoded)
     assert all(rows == sorted(rows) for rows in decoded)
+
+
+def test_halves_of_a_batch_are_neighbours(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = engine.model.schedulers[0]
+    context, decode = scheduler.context, Context.decode
+    decoded: list[list[int]] = []
+
+    def noted(count: int, rows: int) -> NDArray[np.float32]:
+        if count == rows == 3:
+            decoded.append(context.seq_ids[:count].tolist())
+        return decode(context, count, rows)
+
+    options = {"max_new_tokens": 60, **ENDLESS}
+    expected = [ask(engine, prompt(seed, 30), **options) for seed in range(6)]
+    monkeypatch.setattr(scheduler, "_shapes", BatchShapes({size: float(size**2) for size in range(1, 33)}))
+    monkeypatch.setattr(context, "decode", noted)
+    early = Asked(engine, prompt(0, 30), max_new_tokens=6, **ENDLESS)
+    asked = [Asked(engine, prompt(seed, 30), **options) for seed in range(1, 6)]
+    early.finished()
+    # The newest takes the lowest id, which the first has left.
+    asked.insert(0, Asked(engine, prompt(0, 30), **options))
+    assert [generated(one.finished()) for one in asked] == expected
+    assert decoded
+    assert all(rows == list(range(rows[0], rows[0] + 3)) for rows in decoded)
 
 
 def test_what_is_longer_than_a_part_is_refused(engine: Engine) -> None:
