@@ -78,7 +78,8 @@ class Settings(BaseModel):
         True,
         "Engine",
         "Let all sequences share the KV cache; without it each has a part of its own, ctx-size / parallel tokens:"
-        " faster where many run, but none can be longer.",
+        " faster where many run, but none can be longer. Parts come in steps of 256; Phi-3-128k's long context is"
+        " always shared.",
     )
     batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
     threads: int = option(

@@ -109,8 +109,8 @@ class Scheduler:
 
     def room(self, length: int, rows: int) -> int:
         """Say by how many tokens each of so many sequences may go on that begin with a prompt of `length` tokens."""
-        each = self.kv.cells_per_sequence - length
-        return min(each, (self.kv.cells - length) // rows) if self.kv.shared else each
+        kv = self.kv
+        return (kv.cells - length) // rows if kv.shared else kv.cells_per_sequence - length
 
     @property
     def sequences_running(self) -> int:
