@@ -1,8 +1,7 @@
 """Text to tokens and back, as the checkpoint's own ``tokenizer.json`` does it.
 
 Encoding is llama.cpp's; decoding follows the decoder chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse,
-Strip one
-leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in bytes that are no UTF-8.
+Strip one leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in bytes that are no UTF-8.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.added_tokens import AddedToken, AddedTokenSplitter, added_tokens
 from edge_phi3.engine.runtime import Model
+from edge_phi3.engine.word_encoder import WordEncoder
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL = 1 << 1, 1 << 3
@@ -56,6 +56,7 @@ class Tokenizer:
         added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
         self._splitter = AddedTokenSplitter(added)
+        self._words = WordEncoder(model)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Encode a text.
@@ -72,7 +73,7 @@ class Tokenizer:
         if self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
         parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
+            np.array([part], np.int32) if isinstance(part, int) else self._words.encode(part)
             for part in (self._splitter.split(text) if parse_special else [text])
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -11,8 +11,6 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.added_tokens import AddedTokenSplitter, added_tokens
-
 
 @llama_cpp.llama_log_callback
 def _silence(level: int, text: bytes, data: object) -> None:
@@ -24,24 +22,14 @@ class Vocabulary:
 
     def __init__(self, model: llama_cpp.llama_model_p) -> None:
         self.handle = llama_cpp.llama_model_get_vocab(model)
-        value = ctypes.create_string_buffer(1 << 16)
-        llama_cpp.llama_model_meta_val_str(model, b"edge_phi3.tokenizer.added_tokens", value, len(value))
-        self._splitter = AddedTokenSplitter(added_tokens(value.value.decode()))
 
-    def llama_tokenize(self, text: str, *, special: bool = True, add_special: bool = False) -> list[int]:
-        """What llama.cpp alone makes of a text."""
+    def tokenize(self, text: str, *, special: bool = True, add_special: bool = False) -> list[int]:
+        """What llama.cpp by itself makes of a text."""
         data = text.encode()
         tokens = (llama_cpp.llama_token * (len(data) + 8))()
         count = llama_cpp.llama_tokenize(self.handle, data, len(data), tokens, len(tokens), add_special, special)
         assert count >= 0
         return list(tokens[:count])
-
-    def tokenize(self, text: str) -> list[int]:
-        """What it makes of a text that was split at its added tokens first."""
-        tokens: list[int] = []
-        for part in self._splitter.split(text):
-            tokens += [part] if isinstance(part, int) else self.llama_tokenize(part, special=False)
-        return tokens
 
     def ends(self) -> list[int]:
         """The tokens that llama.cpp ends a generation on."""

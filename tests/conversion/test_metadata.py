@@ -14,6 +14,8 @@ import pytest
 
 from edge_phi3.conversion.convert import SourceInfo, convert
 from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY
+from edge_phi3.engine.runtime import Model
+from edge_phi3.engine.tokenizer import Tokenizer
 from tests.conversion import llama
 from tests.golden.vocabularies import phi3_vocabulary
 
@@ -60,9 +62,10 @@ def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
     keys = converted(checkpoint, SourceInfo(repository) if repository else None)
     assert keys["general.name"] == name
     chat = "<|user|>\n Hello<|end|>\n<|assistant|>\n"
-    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
-        vocabulary = llama.Vocabulary(model)
-        assert vocabulary.llama_tokenize(chat) == vocabulary.tokenize(chat)
+    model = Model(checkpoint.parent / "out.gguf")
+    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as alone:
+        assert llama.Vocabulary(alone).tokenize(chat) == Tokenizer(model).encode(chat).tolist()
+    model.close()
 
 
 def test_size_licence_and_languages(checkpoint: Path) -> None:

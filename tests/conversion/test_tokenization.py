@@ -11,10 +11,13 @@ import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.added_tokens import WHITE_SPACE
+from edge_phi3.engine.runtime import Model
+from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.engine.word_encoder import WordEncoder
 from tests.conversion import llama
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import VOCABULARY_GGUF, phi3_vocabulary
@@ -59,14 +62,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ours(folder: Path) -> Iterator[llama.Vocabulary]:
+def alone(folder: Path) -> Iterator[llama.Vocabulary]:
     with llama.loaded(folder / "model.gguf", vocab_only=True) as model:
         yield llama.Vocabulary(model)
 
 
 @pytest.fixture(scope="module")
-def theirs(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+def model(folder: Path) -> Iterator[Model]:
+    model = Model(folder / "model.gguf")
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def ours(model: Model) -> Tokenizer:
+    return Tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def words(model: Model) -> WordEncoder:
+    return WordEncoder(model)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Library:
+    return Library.from_file(str(folder / "tokenizer.json"))
 
 
 def test_the_vocabulary_is_that_of_llama_cpps_test_data(folder: Path) -> None:
@@ -81,28 +101,28 @@ def test_the_vocabulary_is_that_of_llama_cpps_test_data(folder: Path) -> None:
         assert made[key].contents() == published[key].contents()
 
 
-def test_llama_cpps_own_vectors(ours: llama.Vocabulary, theirs: Tokenizer) -> None:
+def test_llama_cpps_own_vectors(ours: Tokenizer, alone: llama.Vocabulary, theirs: Library) -> None:
     texts = (DATA / "ggml-vocab-phi-3.gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     rows = (DATA / "ggml-vocab-phi-3.gguf.out").read_text(encoding="utf-8").split("\n")
     assert len(texts) == len(rows) == 47
     for text, row in zip(texts, rows, strict=True):
         expected = [int(token) for token in row.split()]
-        assert ours.tokenize(text) == ours.llama_tokenize(text) == expected
+        assert ours.encode(text).tolist() == alone.tokenize(text) == expected
         assert theirs.encode(text).ids == expected
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_prompts_of_the_documentation(prompt: str, ours: llama.Vocabulary, theirs: Tokenizer) -> None:
-    assert ours.tokenize(prompt) == ours.llama_tokenize(prompt) == theirs.encode(prompt).ids
+def test_prompts_of_the_documentation(prompt: str, ours: Tokenizer, alone: llama.Vocabulary, theirs: Library) -> None:
+    assert ours.encode(prompt).tolist() == alone.tokenize(prompt) == theirs.encode(prompt).ids
 
 
-def test_the_knights_prompt_has_no_stray_tokens(ours: llama.Vocabulary) -> None:
+def test_the_knights_prompt_has_no_stray_tokens(alone: llama.Vocabulary) -> None:
     expected = [32010, 1128, 304, 5649, 4685, 363, 263, 27690, 889, 523, 29973, 32007, 32001]
-    assert ours.llama_tokenize(PROMPTS[1], add_special=True) == expected
+    assert alone.tokenize(PROMPTS[1], add_special=True) == expected
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 257])
-def test_runs_of_spaces(length: int, ours: llama.Vocabulary, theirs: Tokenizer) -> None:
+def test_runs_of_spaces(length: int, ours: Tokenizer, theirs: Library) -> None:
     run = " " * length
     for text in (
         run,
@@ -114,7 +134,7 @@ def test_runs_of_spaces(length: int, ours: llama.Vocabulary, theirs: Tokenizer) 
         f"\n{run}\n",
         run.replace(" ", "▁"),
     ):
-        assert ours.tokenize(text) == theirs.encode(text).ids
+        assert ours.encode(text).tolist() == theirs.encode(text).ids
 
 
 def random_text(generator: random.Random) -> str:
@@ -132,29 +152,68 @@ def random_text(generator: random.Random) -> str:
     return "".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25)))
 
 
-def test_thousands_of_generated_texts(ours: llama.Vocabulary, theirs: Tokenizer) -> None:
+def test_thousands_of_generated_texts(ours: Tokenizer, theirs: Library) -> None:
     generator = random.Random(20240423)
     texts = [random_text(generator) for _ in range(6000)]
     encoded = theirs.encode_batch(texts)
-    different = [text for text, known in zip(texts, encoded, strict=True) if ours.tokenize(text) != known.ids]
+    different = [text for text, known in zip(texts, encoded, strict=True) if ours.encode(text).tolist() != known.ids]
     assert different == []
 
 
 @settings(max_examples=1000, deadline=None)
 @given(parts=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=12))
-def test_texts_that_hypothesis_finds(parts: list[str], ours: llama.Vocabulary, theirs: Tokenizer) -> None:
+def test_texts_that_hypothesis_finds(parts: list[str], ours: Tokenizer, theirs: Library) -> None:
     text = "".join(parts)
-    assert ours.tokenize(text) == theirs.encode(text).ids
+    assert ours.encode(text).tolist() == theirs.encode(text).ids
+
+
+WORDS = st.lists(
+    st.sampled_from(
+        [" ", "  ", "▁", "\n", "\n\n", "\t", " \n", "\n ", "the", "The", "é", "日本", "<|end|>", "\ud800", "x" * 70]
+    )
+    | st.text(max_size=6),
+    max_size=20,
+).map("".join)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(text=WORDS)
+def test_words_are_tokenised_as_the_whole_text(text: str, model: Model, words: WordEncoder) -> None:
+    """Known words and new ones, special tokens being the characters they are."""
+    assert words.cuts
+    for _ in range(2):
+        assert words.encode(text).tolist() == model.tokenize(text).tolist()
+
+
+def test_long_texts_and_long_words(model: Model, words: WordEncoder) -> None:
+    for text in ("word " * 5000, "a" * 5000, "\n" * 300 + " " * 300 + "日本語" * 300):
+        assert words.encode(text).tolist() == model.tokenize(text).tolist()
+
+
+@pytest.mark.parametrize("piece", ["of▁the", "\n▁", "\n\n", "a\n"])
+def test_a_vocabulary_with_tokens_across_words(piece: str, tmp_path: Path) -> None:
+    """Its texts are not cut, which would miss such tokens."""
+    plain = phi3_vocabulary(merges=300)
+    pieces = [*plain.pieces]
+    pieces[-1] = dataclasses.replace(pieces[-1], text=piece, score=0.0)
+    odd = dataclasses.replace(plain, pieces=tuple(pieces))
+    checkpoint = write_checkpoint(tmp_path / "phi-3", layers=1, vocabulary=odd)
+    model = Model(convert(checkpoint, tmp_path / "out.gguf").path)
+    words = WordEncoder(model)
+    assert not words.cuts
+    text = "x of the of the\n x\n\nx a\nx"
+    assert words.encode(text).tolist() == model.tokenize(text).tolist()
+    model.close()
 
 
 def test_llama_cpp_alone_differs_only_in_unicode_white_space_after_a_special_token(
-    ours: llama.Vocabulary, theirs: Tokenizer
+    alone: llama.Vocabulary, theirs: Library
 ) -> None:
     generator = random.Random(7)
     for text in (random_text(generator) for _ in range(3000)):
         if not any(character in text for character in set(WHITE_SPACE) - set(" \t\n\v\f\r")):
-            assert ours.llama_tokenize(text) == theirs.encode(text).ids
-    assert ours.llama_tokenize("<|end|>\u00a0") != theirs.encode("<|end|>\u00a0").ids, "llama.cpp has mended this"
+            assert alone.tokenize(text) == theirs.encode(text).ids
+    assert alone.tokenize("<|end|>\u00a0") != theirs.encode("<|end|>\u00a0").ids, "llama.cpp has mended this"
 
 
 def test_flags_other_than_llama_cpps_rule(tmp_path: Path) -> None:
@@ -167,11 +226,12 @@ def test_flags_other_than_llama_cpps_rule(tmp_path: Path) -> None:
     )
     checkpoint = write_checkpoint(tmp_path / "phi-3", layers=1, vocabulary=dataclasses.replace(plain, added=added))
     convert(checkpoint, tmp_path / "out.gguf")
-    theirs = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    theirs = Library.from_file(str(checkpoint / "tokenizer.json"))
     generator = random.Random(1)
     choices = SPECIAL + list(WHITE_SPACE) + ["hello", " a", "  "]
-    with llama.loaded(tmp_path / "out.gguf", vocab_only=True) as model:
-        ours = llama.Vocabulary(model)
-        for _ in range(1500):
-            text = "".join(generator.choices(choices, k=generator.randrange(1, 12)))
-            assert ours.tokenize(text) == theirs.encode(text).ids
+    model = Model(tmp_path / "out.gguf")
+    ours = Tokenizer(model)
+    for _ in range(1500):
+        text = "".join(generator.choices(choices, k=generator.randrange(1, 12)))
+        assert ours.encode(text).tolist() == theirs.encode(text).ids
+    model.close()

@@ -96,6 +96,7 @@ class Model:
         # checkpoint says.
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+        self.adds_space_prefix = self.metadata("tokenizer.ggml.add_space_prefix") != "false"
 
     def metadata(self, key: str) -> str | None:
         """Give the text of a metadata value that is not an array, or None when the file has none."""
