@@ -116,7 +116,7 @@ def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
         context = Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
         context.warm_up()
         # Only a unified cache can take a sequence apart; from the others it is saved whole.
-        block_size = _BLOCK if shape.unified else context.cells_per_sequence
+        block_size = _BLOCK if shape.unified else None
         schedulers.append(
             Scheduler(
                 context,

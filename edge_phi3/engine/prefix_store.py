@@ -5,8 +5,8 @@ highest one in use, row by row: on a CPU a cache full of finished sequences make
 (`benchmarks.kv_layout`), and a GPU kernel that reads masked cells reads them all.
 
 A sequence is kept in blocks, so that a prefix that many share is kept once, and what is written after an answer grows
-with the new tokens, not with the length of the conversation. Blocks form a tree; the least recently used leaf leaves
-first when the memory is full.
+with the new tokens, not with the length of the conversation. Blocks form a tree, which branches wherever sequences
+part, inside a block too; the least recently used leaf leaves first when the memory is full.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Block:
 
     Attributes:
         number: its number in the store.
-        parent: the block of the positions before, or None for the first.
+        parent: the block of the positions before, which may hold some more than those; None for the first.
         begin: its first position.
         start: the first position that is held: above `begin` when a sliding window had passed by.
         end: the position after its last.
@@ -53,16 +53,16 @@ class PrefixStore:
 
     Args:
         capacity: bytes of main memory that states may take.
-        block_size: tokens of a block.
+        block_size: tokens of a block; None keeps every sequence whole, in a block of its own.
 
     Attributes:
         used: bytes that states take.
         tokens: how many tokens' keys and values are held.
     """
 
-    def __init__(self, capacity: int, block_size: int) -> None:
+    def __init__(self, capacity: int, block_size: int | None) -> None:
         self.capacity = capacity
-        self.block_size = block_size
+        self._block_size = block_size
         self.used = 0
         self.tokens = 0
         self._tree = PrefixTree()
@@ -104,16 +104,10 @@ class PrefixStore:
         self._touch(chain)
         if matched == len(tokens):
             return
-        parent, begin = None, 0
-        for block in chain:
-            if block.end > matched:
-                break
-            if block.end - block.begin < self.block_size:
-                self._drop(block)  # a longer one takes its place
-                break
-            parent, begin = block, block.end
-        for first in range(begin, len(tokens), self.block_size):
-            end = min(first + self.block_size, len(tokens))
+        parent, begin = self._going_on(chain, matched)
+        size = self._block_size or len(tokens)
+        for first in range(begin, len(tokens), size):
+            end = min(first + size, len(tokens))
             held = min(max(first, start), end)
             state = read(held, end) if held < end else _NOTHING
             if not self._make_room(len(state), parent):
@@ -121,11 +115,30 @@ class PrefixStore:
             parent = Block(next(self._numbers), parent, first, held, end, state)
             self._add(parent, tokens[:end])
 
+    def _going_on(self, chain: list[Block], matched: int) -> tuple[Block | None, int]:
+        """Say behind which of a chain's blocks, and from which position, a sequence is kept that shares `matched`."""
+        if not chain:
+            return None, 0
+        last = chain[-1]
+        if self._block_size is None:
+            if last.end == matched:
+                self._drop(last)  # a longer one takes its place
+            return None, 0
+        ended_here = last.end == matched and not last.children
+        if ended_here and last.end - last.begin < self._block_size:
+            self._drop(last)  # a longer one takes its place
+            return last.parent, last.begin
+        if matched - last.begin >= last.end - matched:
+            return last, matched
+        # To restore a block of which little is wanted costs more than to keep that twice.
+        return last.parent, last.begin
+
     def _chain(self, tokens: NDArray[np.int32]) -> tuple[int, list[Block]]:
         """Give the length of the longest known prefix, and its blocks from the first."""
         matched, owners = self._tree.match(tokens)
         chain: list[Block] = []
-        block = min((self._blocks[owner] for owner in owners), key=lambda block: block.end, default=None)
+        # The first that reaches as far; what branches off it begins later.
+        block = min((self._blocks[owner] for owner in owners), key=lambda block: (block.begin, block.end), default=None)
         while block is not None:
             chain.insert(0, block)
             block = block.parent

@@ -103,10 +103,12 @@ class SequencePool:
         """Let a sequence go on with blocks of the store, up to `length` tokens; without them if they do not fit."""
         seq_id, computed = sequence.seq_id, sequence.computed
         start, end = blocks[0].start, blocks[-1].end
-        if end - start > self.kv.free:
+        if max(block.end for block in blocks) - start > self.kv.free:
             return
         behind = computed > 0
         for block in blocks:
+            if behind:
+                self._context.remove(seq_id, block.begin, -1)  # of the block before, what another sequence held
             if not self._context.restore(seq_id, block.state, behind=behind):
                 logger.warning("llama.cpp could not restore %d cached tokens: they are computed anew.", end - start)
                 self._context.remove(seq_id, computed, -1)

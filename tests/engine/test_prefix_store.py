@@ -38,9 +38,14 @@ def save(store: PrefixStore, values: list[int], start: int = 0) -> list[tuple[in
 
 
 def held(store: PrefixStore, query: list[int], window: int | None = None) -> tuple[int, list[int], int]:
-    """Give what `match` finds: its length, the bytes of its blocks, and the first position that they hold."""
+    """Give what `match` finds: its length, what is restored from its blocks, and the first position that they hold."""
     length, blocks = store.match(array(query), window)
-    return length, [int(byte) for block in blocks for byte in block.state], blocks[0].start if blocks else 0
+    restored: list[int] = []
+    start = blocks[0].start if blocks else 0
+    for block in blocks:
+        del restored[max(0, block.begin - start) :]
+        restored += block.state.tolist()
+    return length, restored, start
 
 
 @settings(max_examples=200, deadline=None)
@@ -82,6 +87,41 @@ def test_what_is_kept_already_is_not_read_again() -> None:
     assert store.tokens == 9
     assert save(store, [*first[:4], 9, 9]) == [(4, 6)]
     assert store.tokens == 11
+
+
+def test_sequences_part_inside_a_block() -> None:
+    store, first = PrefixStore(1 << 20, BLOCK), [1, 2, 3, 4, 5, 6, 7, 8]
+    save(store, first)
+    other = [*first[:6], 9, 9, 9]
+    assert save(store, other) == [(6, 9)], "half of a block is shared: it is kept once"
+    assert save(store, [*other[:8], 8, 8]) == [(8, 10)], "a branch has branches"
+    assert save(store, [*first[:5], 9, 9]) == [(4, 7)], "of little that is shared, restoring the rest costs more"
+    assert held(store, [*other, 1])[1] == state_of(other, 0, 9).tolist()
+    assert store.tokens == 8 + 3 + 2 + 3
+    assert save(store, [*other, 5]) == [(9, 10)], "a block that others go on from stays when its sequence goes on"
+    for values in ([*other[:8], 8, 8], [*other, 5]):
+        assert held(store, values) == (10, state_of(values, 0, 10).tolist(), 0)
+
+
+def test_whole_sequences() -> None:
+    store, first = PrefixStore(1 << 20, None), [1, 2, 3, 4, 5, 6, 7, 8]
+    assert save(store, first) == [(0, 8)]
+    assert save(store, [*first[:7], 9, 9]) == [(0, 9)]
+    assert save(store, [*first, 9, 9]) == [(0, 10)]
+    assert store.tokens == 10 + 9, "the longer one took the place of its beginning"
+    assert len(store.match(array(first), None)[1]) == 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(tokens, st.integers(0, 12)), max_size=12), st.lists(tokens, min_size=1, max_size=5))
+def test_what_is_found_behind_a_window_is_right(kept: list[tuple[list[int], int]], queries: list[list[int]]) -> None:
+    store, window = PrefixStore(1 << 20, BLOCK), 3
+    for values, start in kept:
+        save(store, values, min(start, len(values) - 1))
+    for query in queries:
+        length, content, start = held(store, query, window)
+        assert start <= max(0, length - window + 1)
+        assert content[: length - start] == state_of(query, start, length).tolist()
 
 
 def test_the_least_recently_used_leaf_leaves_first() -> None:

@@ -39,6 +39,25 @@ def test_a_conversation_goes_on_from_the_store(make_model: MakeModel, options: d
             assert ask(engine, tokens, max_new_tokens=30, **ENDLESS) == cached
 
 
+def test_prompts_part_inside_a_block(make_model: MakeModel) -> None:
+    common = prompt(1, 480)
+    tails = [prompt(seed, 60) for seed in (2, 3, 4)]
+    prompts = [np.concatenate([common, tail]) for tail in tails]
+    prompts.append(np.concatenate([prompts[1][:520], tails[0]]))  # a branch of a branch
+    known = [0, 480, 480, 520]
+    with running_engine(make_model("4k"), ctx_size=2048) as engine:
+        answers, stored = [], []
+        for tokens, cached in zip(prompts, known, strict=True):
+            event = Asked(engine, tokens, max_new_tokens=9, **ENDLESS).finished()
+            assert event.cached_tokens == cached
+            answers.append(generated(event))
+            settled(engine)
+            stored.append(engine.stats().stored_tokens)
+    assert np.diff(stored).tolist() == [68, 68, 68], "only what is new is kept"
+    with running_engine(make_model("4k"), ctx_size=2048, prefix_cache=False) as engine:
+        assert [ask(engine, tokens, max_new_tokens=9, **ENDLESS) for tokens in prompts] == answers
+
+
 def test_large_states_are_kept_as_small_ones_are(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edge_phi3.engine.runtime.context._LARGE", 1)
     test_a_conversation_goes_on_from_the_store(make_model, {})
