@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,10 +98,16 @@ class Tokenizer:
         byte = self.byte_of.get(token)
         return self._texts[token].encode() if byte is None else bytes([byte])
 
+    @functools.lru_cache(2)  # noqa: B019 - a tokenizer lives as long as its process
+    def plain_texts(self, *, skip_special_tokens: bool) -> dict[int, str]:
+        """The text of each token that stands for text by itself: no byte, and not left out."""
+        left_out = self.unused_ids | self.byte_of.keys() | (self.special_ids if skip_special_tokens else frozenset())
+        return {token: text for token, text in enumerate(self._texts) if token not in left_out}
+
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Decode tokens as ``tokenizer.decode`` does."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
-        return stream.push(tokens) + stream.finish()
+        return stream.push(list(tokens)) + stream.finish()
 
     def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
         """Decode a prompt once for all that goes on from it: its answers, their streams, and where tokens begin.
@@ -132,6 +139,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
+        self._texts = tokenizer.plain_texts(skip_special_tokens=skip_special_tokens)
         self._run = b""
         self._begun = False
 
@@ -148,18 +156,24 @@ class StreamDecoder:
         """Tell whether a token is part of the text, rather than left out."""
         return token not in self._skipped
 
-    def push(self, tokens: Iterable[int]) -> str:
+    def push(self, tokens: Sequence[int]) -> str:
         """Take tokens, and give the text that has become certain."""
-        texts, bytes_of = self._tokenizer._texts, self._tokenizer.byte_of  # noqa: SLF001 - the two are one unit
+        found = list(map(self._texts.get, tokens))
         pieces: list[str] = []
-        for token in tokens:
-            if token in self._skipped or not 0 <= token < len(texts):
-                continue
-            if token in bytes_of:
-                self._run += bytes((bytes_of[token],))
-                continue
-            pieces += (self._end_run(), texts[token])
+        begin = 0
+        for odd in [index for index, text in enumerate(found) if text is None]:
+            self._take(found[begin:odd], pieces)
+            byte = self._tokenizer.byte_of.get(tokens[odd])
+            if byte is not None and self.shows(tokens[odd]):
+                self._run += bytes((byte,))
+            begin = odd + 1
+        self._take(found[begin:], pieces)
         return self._strip("".join(pieces))
+
+    def _take(self, texts: list[Any], pieces: list[str]) -> None:
+        if texts:
+            pieces.append(self._end_run())
+            pieces += texts
 
     def finish(self) -> str:
         """Give what was held back, when no more tokens come."""
