@@ -101,7 +101,7 @@ _PLACED = re.compile(r"tensor (\S+) \(\d+ MiB \S+\) buffer type overridden to (\
 
 
 def context_memory(log: Iterable[str]) -> ContextMemory:
-    """Read what llama.cpp logs while it makes a context.
+    """Read what llama.cpp logs while it makes a context; made for batches of several sizes, the largest buffers count.
 
     Raises:
         PlanningError: it logs in a way not known here.
@@ -112,7 +112,7 @@ def context_memory(log: Iterable[str]) -> ContextMemory:
         if match := _KV.search(line):
             kv, cells = _bytes(match[1]), int(match[2]) * int(match[3])
         elif match := _COMPUTE.search(line):
-            compute[match[1]] = _bytes(match[2])
+            compute[match[1]] = max(compute.get(match[1], 0), _bytes(match[2]))
         elif match := _OUTPUT.search(line):
             output = _bytes(match[1])
     if not (kv and compute and output):

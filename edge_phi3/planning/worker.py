@@ -105,11 +105,15 @@ def _contexts(model: Any, job: Job, wanted: AskedContext) -> Iterator[list[str]]
             cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings
         )
         _lines.clear()
-        context = llama_cpp.llama_init_from_model(model, params)
-        if not context:
-            sys.exit(f"it cannot make a context of {shape.cells} KV cells{_reason()}")
+        # Planning, llama.cpp lays out the graph of a prompt alone. That of one token of each sequence can take more
+        # beside the GPU, which is handed large batches even of layers that lie in main memory, and small ones not.
+        for batch in (params.n_ubatch, min(params.n_ubatch, params.n_seq_max)):
+            params.n_ubatch = batch
+            context = llama_cpp.llama_init_from_model(model, params)
+            if not context:
+                sys.exit(f"it cannot make a context of {shape.cells} KV cells{_reason()}")
+            llama_cpp.llama_free(context)
         yield list(_lines)
-        llama_cpp.llama_free(context)
 
 
 @contextmanager

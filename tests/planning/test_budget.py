@@ -9,7 +9,7 @@ import pytest
 from edge_phi3.planning.budget import Placement, host_pattern, place
 from edge_phi3.planning.fit import Fit, Machine, Options, fit
 from edge_phi3.planning.gguf_layout import Layout
-from edge_phi3.planning.process import ContextMemory
+from edge_phi3.planning.process import ContextMemory, context_memory
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 
@@ -109,3 +109,23 @@ def test_the_reserve_is_left_free(mini: Layout, tmp_path: Path) -> None:
     for reserve, fits in ((0, True), (1, False)):
         (row,) = fit(mini, Options(ctx_size=512), Machine(False, "", total, reserve), ["Q4_K_M"]).rows
         assert row.fits is fits
+
+
+def test_of_contexts_for_several_batches_the_largest_buffers_count() -> None:
+    # llama.cpp's words on a CUDA build, planning a context for batches of 64 tokens and of 17: the second needs more
+    # beside the GPU, which is handed large batches of any layer.
+    cells = "4096 cells,   3 layers, 17/1 seqs"
+    log = [
+        "llama_context:  CUDA_Host  output buffer size =     0.04 MiB",
+        f"llama_kv_cache: size =   24.00 MiB (  {cells}), K (f32):   12.00 MiB, V (f32):   12.00 MiB",
+        "sched_reserve:      CUDA0 compute buffer size =    10.88 MiB",
+        "sched_reserve:  CUDA_Host compute buffer size =     0.86 MiB",
+        "llama_context:  CUDA_Host  output buffer size =     0.04 MiB",
+        f"llama_kv_cache: size =   24.00 MiB (  {cells}), K (f32):   12.00 MiB, V (f32):   12.00 MiB",
+        "sched_reserve:      CUDA0 compute buffer size =     4.18 MiB",
+        "sched_reserve:  CUDA_Host compute buffer size =     4.20 MiB",
+    ]
+    found = context_memory(log)
+    assert (found.cells, found.kv) == (4096, 24 * MIB)
+    assert found.compute == {"CUDA0": round(10.88 * MIB), "CUDA_Host": round(4.20 * MIB)}
+    assert found.output == round(0.04 * MIB)

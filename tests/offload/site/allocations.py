@@ -1,8 +1,9 @@
 """Plans and loads models on this process's device: cases come in on stdin, what was planned and allocated goes out.
 
-A case is ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file. The
-answer to each has two parts, "planned" and "allocated", and in each the bytes by place ("device" or "host") and kind
-of buffer, in llama.cpp's words. Allocated is what llama.cpp's log says while the engine loads the model.
+A case is ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES, "prompt": BOOL}``, without types for a
+quantised file. The answer to each has two parts, "planned" and "allocated", and in each the bytes by place ("device" or
+"host") and kind of buffer, in llama.cpp's words. Allocated is what llama.cpp's log says while the engine loads the
+model; with "prompt" each context is then given a prompt that fills a batch, which takes whatever is taken late.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edge_phi3.engine.loader import load
+from edge_phi3.engine.runtime import Context
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.planning.fit import Machine, Options, fit
 from edge_phi3.planning.gguf_layout import read_layout
@@ -35,7 +39,7 @@ class Buffers(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line."""
         if match := LINE.search(record.getMessage()):
-            place = "device" if match[1].startswith("RPC0[") else "host"
+            place = "host" if match[1].startswith("CPU") or match[1].endswith("_Host") else "device"
             self.found[place][match[2]] += round(float(match[3]) * MIB)
         elif record.name == "edge_phi3.engine.loader":
             self.said = record.getMessage()
@@ -53,13 +57,28 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def decode_prompt(context: Context) -> None:
+    """Decode a prompt as long as a batch, or as a sequence may be, and want the logits of its end."""
+    count = min(context.batch_size, context.cells_per_sequence)
+    context.tokens[:count] = context.seq_ids[:count] = 0
+    context.positions[:count] = np.arange(count)
+    context.wants_logits[:count] = 0
+    context.wants_logits[count - 1] = 1
+    context.decode(count, 1)
+    context.clear()
+
+
 def allocated(case: dict[str, Any], layers: int) -> dict[str, Any]:
     """Load it with as many layers as planned."""
     logger, buffers = logging.getLogger("edge_phi3.engine"), Buffers()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(buffers)
-    load(EngineSettings(Path(case["model"]), **(case["options"] | {"n_gpu_layers": layers}))).close()
+    loaded = load(EngineSettings(Path(case["model"]), **(case["options"] | {"n_gpu_layers": layers})))
+    if case.get("prompt"):
+        for scheduler in loaded.schedulers:
+            decode_prompt(scheduler.context)
+    loaded.close()
     logger.removeHandler(buffers)
     return {"said": buffers.said} | buffers.found
 
