@@ -33,12 +33,18 @@ ROUNDS = 50
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tokenizer]:
-    """The demo model's tokenizer as the service has it."""
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The demo model."""
     path: Path = tmp_path_factory.mktemp("tokenizing") / "demo.gguf"
     model = Model(convert(DEMO_CHECKPOINT, path).path, n_gpu_layers=0)
-    yield Tokenizer(model)
+    yield model
     model.close()
+
+
+@pytest.fixture(scope="module")
+def ours(model: Model) -> Tokenizer:
+    """Its tokenizer as the service has it, which has seen the texts before."""
+    return Tokenizer(model)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +59,17 @@ def least_seconds(call: Callable[[], object], number: int) -> float:
 
 
 def measure(
-    benchmark: BenchmarkFixture, case: str, tokens: int, mine: Callable[[], Any], other: Callable[[], Any]
+    benchmark: BenchmarkFixture,
+    case: str,
+    tokens: int,
+    mine: Callable[..., Any],
+    other: Callable[[], Any],
+    **options: Any,
 ) -> None:
     """Time both, and tell the ratio."""
     number = 20 if tokens < 100 else 1
     before = least_seconds(other, number)
-    benchmark.pedantic(mine, rounds=ROUNDS, iterations=number, warmup_rounds=2)
+    benchmark.pedantic(mine, rounds=ROUNDS, iterations=number, warmup_rounds=2, **options)
     library = min(before, least_seconds(other, number))
     least = benchmark.stats.stats.min
     benchmark.extra_info |= {
@@ -83,6 +94,20 @@ def test_encode(name: str, ours: Tokenizer, theirs: tokenizers.Tokenizer, benchm
         len(tokens),
         lambda: ours.encode(text),
         lambda: theirs.encode(text, add_special_tokens=False),
+    )
+
+
+def test_encode_new_words(model: Model, theirs: tokenizers.Tokenizer, benchmark: BenchmarkFixture) -> None:
+    """The longer text, none of whose words was seen before."""
+    name, text = list(TEXTS.items())[-1]
+    tokens = len(theirs.encode(text, add_special_tokens=False).ids)
+    measure(
+        benchmark,
+        f"encode {name}, all words new",
+        tokens,
+        lambda tokenizer: tokenizer.encode(text),
+        lambda: theirs.encode(text, add_special_tokens=False),
+        setup=lambda: ((Tokenizer(model),), {}),
     )
 
 

@@ -9,7 +9,6 @@ time of merging them.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections.abc import Iterable
@@ -19,14 +18,12 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.runtime import Model
 
-_WORD = re.compile("[ ▁]+[^ ▁\n]*|\n+[^ ▁\n]*")
-"""A run of spaces, or of newlines, with what follows. llama.cpp takes ``▁`` for a space."""
+_WORD = re.compile("[ ▁]+[^ ▁\n]*|[^ ▁\n]+|\n")
+"""A run of spaces with what follows; what follows a newline; a newline. llama.cpp takes ``▁`` for a space."""
 _CROSSING = re.compile("[^▁]▁|.\n|\n.", re.DOTALL)
 
-_REMEMBERED_WORDS = 1 << 15
-"""They take about 10 MB. The 32,768 most common words of a language are nearly all that are used."""
-_LONGEST_WORD = 64
-"""Characters. Longer ones hardly come again: data in base64, writing without spaces."""
+_REMEMBERED = 1 << 18
+"""Characters of all words that are remembered: some 40,000 words, 10 MB."""
 _LONGEST_TEXT = 1 << 14
 """Characters. Longer ones are left to llama.cpp, which lets other threads run meanwhile; looking words up does not."""
 
@@ -37,13 +34,17 @@ class WordEncoder:
     Args:
         model: whose vocabulary. When its tokens lie across the places named above, or it puts no space in front of a
             text, every text is left to llama.cpp.
+
+    Attributes:
+        cuts: whether texts are cut into words.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._known = functools.lru_cache(_REMEMBERED_WORDS)(self._encode)
-        self._newline = len(model.tokenize("\n"))
-        self.cuts = model.adds_space_prefix and not _across(model.pieces)
+        newline = model.tokenize("\n").tolist()
+        self.cuts = model.adds_space_prefix and len(newline) == 2 and not _across(model.pieces)
+        self._newline: int = newline[-1]
+        self._forget()
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Encode a text.
@@ -56,15 +57,28 @@ class WordEncoder:
         """
         if not text or not self.cuts or len(text) > _LONGEST_TEXT:
             return self._model.tokenize(text)
+        # Words are only ever added to a dictionary: that of another thread may take its place, but keeps what it has.
+        known = self._known
         words = _WORD.findall(" " + text)
-        return np.fromiter(itertools.chain.from_iterable(map(self._look_up, words)), np.int32)
+        if new := set(words).difference(known):
+            self._learn(known, new)
+        return np.fromiter(itertools.chain.from_iterable(map(known.__getitem__, words)), np.int32)
 
-    def _look_up(self, word: str) -> tuple[int, ...]:
-        return self._known(word) if len(word) <= _LONGEST_WORD else self._encode(word)
+    def _learn(self, known: dict[str, tuple[int, ...]], new: Iterable[str]) -> None:
+        """Encode words, all in one call: with a newline, which is nothing but itself, in front of each."""
+        words = list(new)
+        tokens = self._model.tokenize("".join(f"\n{word}" for word in words))
+        starts = np.flatnonzero(tokens == self._newline).tolist()
+        listed = tokens.tolist()
+        for word, start, end in zip(words, starts, [*starts[1:], len(listed)], strict=True):
+            known[word] = tuple(listed[start + 1 : end])
+        self._remembered += sum(map(len, words))
+        if self._remembered > _REMEMBERED:
+            self._forget()
 
-    def _encode(self, word: str) -> tuple[int, ...]:
-        # Behind a newline, since llama.cpp puts a space in front of what it is given.
-        return tuple(self._model.tokenize("\n" + word)[self._newline :].tolist())
+    def _forget(self) -> None:
+        self._known: dict[str, tuple[int, ...]] = {"\n": (self._newline,)}
+        self._remembered = 0
 
 
 def _across(pieces: Iterable[bytes]) -> bool:

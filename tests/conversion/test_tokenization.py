@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -188,6 +189,18 @@ def test_words_are_tokenised_as_the_whole_text(text: str, model: Model, words: W
 def test_long_texts_and_long_words(model: Model, words: WordEncoder) -> None:
     for text in ("word " * 5000, "a" * 5000, "\n" * 300 + " " * 300 + "日本語" * 300):
         assert words.encode(text).tolist() == model.tokenize(text).tolist()
+
+
+def test_words_are_remembered_and_forgotten_by_many_threads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_phi3.engine.word_encoder._REMEMBERED", 3000)
+    words = WordEncoder(model)
+    generator = random.Random(3)
+    texts = [" ".join(generator.choices(FRAGMENTS, k=40)) + "x" * generator.randrange(500) for _ in range(300)]
+    expected = [model.tokenize(text).tolist() for text in texts]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda text: words.encode(text).tolist(), texts * 4))
+    assert found == expected * 4
+    assert sum(map(len, words._known)) < 3000 + 8 * 1000
 
 
 @pytest.mark.parametrize("piece", ["of▁the", "\n▁", "\n\n", "a\n"])
