@@ -17,6 +17,8 @@ from tests.golden.checkpoints import write_checkpoint
 
 WAITING = """
 import os, signal, sys, threading
+# A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import edge_phi3.cli as cli
 
 def block(*_, **__):
@@ -34,9 +36,12 @@ def running(code: str) -> Iterator[subprocess.Popen[str]]:
     """Run a program, and wait until it says that it is where it should be."""
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
-        assert popen.stdout is not None
-        assert popen.stdout.readline() == "here\n"
-        yield popen
+        try:
+            assert popen.stdout is not None
+            assert popen.stdout.readline() == "here\n"
+            yield popen
+        finally:
+            popen.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
