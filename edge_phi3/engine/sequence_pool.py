@@ -105,15 +105,15 @@ class SequencePool:
         start, end = blocks[0].start, blocks[-1].end
         if max(block.end for block in blocks) - start > self.kv.free:
             return
-        behind = computed > 0
+        reached = computed
         for block in blocks:
-            if behind:
-                self._context.remove(seq_id, block.begin, -1)  # of the block before, what another sequence held
-            if not self._context.restore(seq_id, block.state, behind=behind):
+            if reached > block.begin:
+                self._context.remove(seq_id, block.begin, -1)  # what another sequence held there
+            if not self._context.restore(seq_id, block.state, behind=reached > 0):
                 logger.warning("llama.cpp could not restore %d cached tokens: they are computed anew.", end - start)
                 self._context.remove(seq_id, computed, -1)
                 return
-            behind = True
+            reached = block.end
         if computed:
             self.kv.append(seq_id, end - computed)
         else:

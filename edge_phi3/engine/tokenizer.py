@@ -38,6 +38,7 @@ class Tokenizer:
         unused_ids: ids without a token.
         control_ids: tokens that llama.cpp takes for no text.
         special_ids: tokens that an answer's text leaves out.
+        plain_texts: the text of each token that is one by itself, no byte: with special tokens, and without.
     """
 
     def __init__(self, model: Model) -> None:
@@ -56,6 +57,7 @@ class Tokenizer:
         described = model.metadata("edge_phi3.tokenizer.added_tokens")
         added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
+        self.plain_texts = self._plain_texts(frozenset()), self._plain_texts(self.special_ids)
         self._splitter = AddedTokenSplitter(added)
         self._words = WordEncoder(model)
 
@@ -79,6 +81,10 @@ class Tokenizer:
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
+    def _plain_texts(self, skipped: frozenset[int]) -> dict[int, str]:
+        left_out = self.unused_ids | self.byte_of.keys() | skipped
+        return {token: text for token, text in enumerate(self._texts) if token not in left_out}
+
     def special_token(self, text: str) -> int | None:
         """Give the id of the special token with this text, or None."""
         return self._special_by_text.get(text)
@@ -97,12 +103,6 @@ class Tokenizer:
         """Give what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
         byte = self.byte_of.get(token)
         return self._texts[token].encode() if byte is None else bytes([byte])
-
-    @functools.lru_cache(2)  # noqa: B019 - a tokenizer lives as long as its process
-    def plain_texts(self, *, skip_special_tokens: bool) -> dict[int, str]:
-        """The text of each token that stands for text by itself: no byte, and not left out."""
-        left_out = self.unused_ids | self.byte_of.keys() | (self.special_ids if skip_special_tokens else frozenset())
-        return {token: text for token, text in enumerate(self._texts) if token not in left_out}
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Decode tokens as ``tokenizer.decode`` does."""
@@ -139,7 +139,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
-        self._texts = tokenizer.plain_texts(skip_special_tokens=skip_special_tokens)
+        self._texts = tokenizer.plain_texts[skip_special_tokens]
         self._run = b""
         self._begun = False
 
