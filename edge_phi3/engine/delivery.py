@@ -31,8 +31,12 @@ class Outbox:
         Args:
             now: seconds of `time.monotonic`.
         """
-        if self.urgent or now - self._flushed >= _FLUSH_INTERVAL:
+        if self.is_due(now):
             self.flush()
+
+    def is_due(self, now: float) -> bool:
+        """Say whether something is urgent, or the last delivery long enough ago."""
+        return self.urgent or now - self._flushed >= _FLUSH_INTERVAL
 
     def post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, event: Event) -> None:
         """Keep an event for the next `flush`; tokens join those that wait already."""

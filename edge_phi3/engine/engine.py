@@ -39,6 +39,7 @@ from edge_phi3.engine.sequence import (
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.solo import SoloScheduler, no_memory
 from edge_phi3.engine.stats import EngineStats
+from edge_phi3.engine.streak import Streak
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
 
@@ -278,8 +279,9 @@ class Engine:
             while not self._stopping:
                 self._read_inbox(wait=not any(s.waiting or s.running for s in self._schedulers()))
                 schedulers = self._schedulers()
-                for scheduler in schedulers:
-                    self.step(scheduler)
+                busy = [scheduler for scheduler in schedulers if scheduler.running or scheduler.waiting]
+                for scheduler in busy:
+                    self.step(scheduler, repeat=len(busy) == 1)
                 self._tidy_up(schedulers)
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
@@ -313,14 +315,19 @@ class Engine:
         self._prompt_tokens += running.prompt_length
         self._enqueue(running, running.prompt_length)
 
-    def step(self, scheduler: Scheduler) -> None:
-        """Let every running request of a context go on by one token, or by one chunk of its prompt."""
+    def step(self, scheduler: Scheduler, *, repeat: bool = False) -> None:
+        """Let every running request of a context go on by one token, or by one chunk of its prompt.
+
+        Args:
+            scheduler: the context's.
+            repeat: whether to go on with the same batch as long as nobody wants anything else.
+        """
         self._drop_the_departed(scheduler)
         scheduler.admit()
         for members in scheduler.batches():
-            self._step(scheduler, members)
+            self._step(scheduler, members, repeat=repeat)
 
-    def _step(self, scheduler: Scheduler, members: list[RunningRequest]) -> None:
+    def _step(self, scheduler: Scheduler, members: list[RunningRequest], *, repeat: bool) -> None:
         """Plan one batch, decode it, choose tokens for all its rows at once, send them, and retire who is done."""
         plan = scheduler.plan(members)
         if plan.count == 0:
@@ -333,10 +340,16 @@ class Engine:
         # Only now: the event loop would take the interpreter lock from this thread while it plans. It works beside
         # llama.cpp, which does not hold it.
         self._outbox.flush_if_due(now)
+        streak = Streak.of(scheduler, plan) if repeat else None
+        if streak is not None:
+            self._go_on(scheduler, streak)
+            return
         try:
             logits = scheduler.decode(plan)
         except DecodeFailedError as error:
-            self._recover(scheduler, {id(sequence) for sequence, _ in plan.chunks}, error)
+            failed = {id(sequence) for sequence, _ in plan.chunks}
+            requests = [request for request in members if not failed.isdisjoint(map(id, request.sequences))]
+            self._recover(scheduler, requests, error)
             return
         self._steps += 1
         scheduler.computed(plan)
@@ -344,6 +357,26 @@ class Engine:
         now = time.monotonic()
         for request, chosen in zip(plan.choosing, steps, strict=True):
             self._apply(scheduler, request, chosen, now)
+
+    def _go_on(self, scheduler: Scheduler, streak: Streak) -> None:
+        """Take the steps of a streak until it ends, somebody arrives or leaves, or a time limit passes."""
+        try:
+            while streak.step() and self._inbox.empty():
+                now = time.monotonic()
+                if now > streak.deadline:
+                    break
+                if self._outbox.is_due(now):
+                    streak.tell()
+                    self._outbox.flush()
+        except DecodeFailedError as error:
+            self._recover(scheduler, streak.requests, error)
+            return
+        self._steps += streak.steps
+        streak.settle()
+        now = time.monotonic()
+        for request in streak.requests:
+            if request.decoder.finished:
+                self._finish(scheduler, request, now)
 
     def _apply(self, scheduler: Scheduler, request: RunningRequest, chosen: Step, now: float) -> None:
         """Send what a request's decoder chose, and continue or finish its sequences."""
@@ -391,15 +424,14 @@ class Engine:
                     DeadlineExceededError(f"The request's time limit of {request.request.timeout:g} s has passed.")
                 )
 
-    def _recover(self, scheduler: Scheduler, failed: set[int], error: DecodeFailedError) -> None:
+    def _recover(self, scheduler: Scheduler, failed: list[RunningRequest], error: DecodeFailedError) -> None:
         """Fail the requests of a batch that llama.cpp could not decode; the others go on with a clean context."""
         if self._stopping:
             return
         logger.error("%s Its requests fail; the others are computed anew.", error)
-        for request in list(scheduler.running):
-            if any(id(sequence) in failed for sequence in request.sequences):
-                scheduler.running.remove(request)
-                request.send(error)
+        for request in failed:
+            scheduler.running.remove(request)
+            request.send(error)
         scheduler.forget()
         scheduler.context.warm_up()
 

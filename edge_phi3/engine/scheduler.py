@@ -334,14 +334,34 @@ class Scheduler:
             logits[: len(plan.order)] = logits[plan.order]
         return logits
 
-    def computed(self, plan: Plan) -> None:
-        """Note that a plan's batch has been decoded."""
+    def take_back_padding(self, plan: Plan) -> None:
+        """Free the cells of the tokens that only filled up a decoded batch."""
         if plan.padding:
             self.context.remove(self.context.scratch, -1, -1)
+
+    def computed(self, plan: Plan) -> None:
+        """Note that a plan's batch has been decoded."""
+        self.take_back_padding(plan)
         for sequence, count in plan.chunks:
             sequence.computed += count
             if count > 1:
                 self.pool.computed(sequence)
+
+    def extend(self, request: RunningRequest, tokens: abc.Sequence[int], computed: int) -> None:
+        """Continue a request's only sequence by several tokens.
+
+        Args:
+            request: whose sequence; a plan has taken the cell of the first token that was decoded.
+            tokens: what was chosen, but for a last token that is not to be decoded.
+            computed: how many tokens were decoded.
+        """
+        sequence = request.sequences[0]
+        if computed > 1:
+            self.kv.append(sequence.seq_id, computed - 1)
+            sequence.scattered += (computed - 1) * (len(self.running) > 1)
+        sequence.computed += computed
+        sequence.extend(tokens)
+        request.generated += len(tokens)
 
     def reorder(self, request: RunningRequest, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> None:
         """Continue a request's sequences with the chosen tokens.

@@ -7,6 +7,7 @@ returned sequence, or one per beam. A sequence is a llama.cpp sequence id with t
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -115,10 +116,18 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Add a chosen token, to be decoded next."""
-        if self.length == len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.empty(len(self.tokens) + 64, np.int32)])
-        self.tokens[self.length] = self.last = token
-        self.length += 1
+        self.extend((token,))
+
+    def extend(self, tokens: abc.Sequence[int]) -> None:
+        """Add chosen tokens, of which the last is to be decoded next."""
+        if not tokens:
+            return
+        end = self.length + len(tokens)
+        if end > len(self.tokens):
+            self.tokens = np.concatenate([self.tokens, np.empty(end + 64, np.int32)])
+        self.tokens[self.length : end] = tokens
+        self.last = tokens[-1]
+        self.length = end
 
     def fork(self, seq_id: int) -> Sequence:
         """Give a copy that goes its own way under another llama.cpp sequence id."""

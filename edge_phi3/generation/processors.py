@@ -193,17 +193,21 @@ def _ban_repeats(texts: Tokens, tokens: Tokens, size: int, scores: Scores) -> No
 
 
 class MinLength:
-    """Bans end tokens below a length. Follows ``MinLengthLogitsProcessor`` and its "NewTokens" sibling."""
+    """Bans end tokens below a length. Follows ``MinLengthLogitsProcessor`` and its "NewTokens" sibling.
+
+    Attributes:
+        least_length: the least length of a sequence, prompt included.
+        ends: the end tokens.
+    """
 
     def __init__(self, least_length: int, ends: Rows) -> None:
-        """Take the least length of a sequence, prompt included, and the end tokens."""
-        self._least_length = least_length
-        self._ends = ends
+        self.least_length = least_length
+        self.ends = ends
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
         """Ban the end tokens while the rows are too short."""
-        if tokens.shape[1] < self._least_length:
-            scores[:, self._ends] = -np.inf
+        if tokens.shape[1] < self.least_length:
+            scores[:, self.ends] = -np.inf
 
 
 class ForcedTokens:

@@ -28,11 +28,11 @@ from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
-from edge_phi3.generation.top_k import FEW_ROWS, draw_from_top_k
+from edge_phi3.generation.top_k import draw_from_top_k
 from edge_phi3.generation.warpers import Warping, warp
 
 _SAME_ROW: Final = (0,)
-_NO_CHOICE: Final = (
+NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
     " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
 )
@@ -70,7 +70,7 @@ class SequenceDecoder(Decoder):
         self._live = list(range(count))
         self._stopping = stopping
         self._uniforms: list[Uniforms] = []
-        self.chooser: Chooser = _choose_greedily
+        self.chooser: Chooser = choose_greedily
         if config.do_sample:
             seed = fresh_seed() if config.seed is None else config.seed
             self._uniforms = [Uniforms(seed, sequence) for sequence in range(count)]
@@ -85,20 +85,38 @@ class SequenceDecoder(Decoder):
         """Draw one number for each live sequence."""
         return [self._uniforms[sequence].next() for sequence in self._live]
 
+    def uniform(self) -> float:
+        """Draw one number for the only sequence of a simple request."""
+        return self._uniforms[0].next()
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        return self._stopping.ends
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still come."""
+        return self._stopping.total_length - self.history.length
+
     def accept(self, token: int) -> Step:
         """Continue the only sequence of a simple request."""
-        history, stopping = self.history, self._stopping
-        history.append(token)
+        self.accept_run((token,))
         emitted = ((0, token),)
-        if token in stopping.ends:
+        return Step(emitted=emitted) if self.finished else Step(_SAME_ROW, (token,), self._live, emitted)
+
+    def accept_run(self, tokens: Sequence[int]) -> None:
+        """Continue the only sequence of a simple request by several tokens, of which only the last may end it."""
+        history = self.history
+        history.append(tokens)
+        if tokens[-1] in self._stopping.ends:
             self.reasons[0] = "stop"
-        elif history.length < stopping.total_length:
-            return Step(_SAME_ROW, (token,), self._live, emitted)
+        elif self.room > 0:
+            return
         self.sequences[0] = history.tokens[0].copy()
         self._live = []
         self.rows = 0
         self.finished = True
-        return Step(emitted=emitted)
 
     def accept_all(self, tokens: NDArray[np.int32]) -> Step:
         """Continue all live sequences, and let go of those that end.
@@ -156,7 +174,8 @@ def _processed_rows(turns: Sequence[Turn], logits: Scores) -> Scores:
     return rows_of(turns, logits)
 
 
-def _choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+    """Choose the best token of each sequence of each request."""
     scores = _processed_rows(turns, logits)
     best = scores.argmax(axis=1)
     listed = best.tolist()
@@ -205,23 +224,46 @@ class Sampler:
             assert isinstance(turn.decoder, SequenceDecoder)
             decoders.append(turn.decoder)
         uniforms = [decoder.uniforms() for decoder in decoders]
-        simple = all(decoder.simple and not decoder.records_scores for decoder in decoders)
-        if not simple or not self._top_k_alone or len(turns) > FEW_ROWS:
+        if not all(decoder.simple and not decoder.records_scores for decoder in decoders):
             _hand_out(turns, _draw_together(turns, scores, uniforms), steps)
             return
-        for row, (turn, decoder) in enumerate(zip(turns, decoders, strict=True)):
-            *temperature, k = decoder.warping.settings
-            token = draw_from_top_k(scores[row], temperature[0] if temperature else None, int(k), uniforms[row][0])
-            if token is not None:
-                steps[turn.place] = decoder.accept(token)
-            else:
-                _hand_out([turn], _draw_together([turn], scores[row : row + 1], uniforms[row : row + 1]), steps)
+        tokens = self.choose(scores, [decoder.warping for decoder in decoders], [drawn[0] for drawn in uniforms])
+        for turn, decoder, token in zip(turns, decoders, tokens, strict=True):
+            steps[turn.place] = decoder.fail(NO_CHOICE) if token < 0 else decoder.accept(token)
+
+    def choose(self, scores: Scores, warpings: Sequence[Warping], uniforms: Sequence[float]) -> list[int]:
+        """Draw one token for each row.
+
+        Args:
+            scores: shape (rows, vocabulary); may be overwritten.
+            warpings: one for each row, with this sampler's warpers.
+            uniforms: a number in [0, 1) for each row.
+
+        Returns:
+            The tokens; -1 where a row leaves none to choose.
+        """
+        if not self._top_k_alone:
+            return _draw_each(scores, warpings, uniforms)
+        tokens: list[int] = []
+        for row, warping in enumerate(warpings):
+            *temperature, k = warping.settings
+            token = draw_from_top_k(scores[row], temperature[0] if temperature else None, int(k), uniforms[row])
+            tokens += _draw_each(scores[row : row + 1], [warping], [uniforms[row]]) if token is None else [token]
+        return tokens
 
 
 @cache
 def _sampler(active: tuple[str, ...]) -> Sampler:
     """Give the one sampler of all requests with these warpers."""
     return Sampler(active)
+
+
+def _draw_each(scores: Scores, warpings: Sequence[Warping], uniforms: Sequence[float]) -> list[int]:
+    """Warp all rows at once, and draw one token from each; -1 where that is impossible."""
+    with np.errstate(all="ignore"):
+        draws = draw(warp(scores, warpings), np.arange(len(warpings)), np.array(uniforms))
+    tokens: list[int] = np.where(draws.possible, draws.tokens, -1).tolist()
+    return tokens
 
 
 def _draw_together(turns: Sequence[Turn], scores: Scores, uniforms: Sequence[Sequence[float]]) -> Draws:
@@ -250,14 +292,11 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
         assert isinstance(decoder, SequenceDecoder)
         end = at + len(decoder.live)
         if not all_possible and not draws.possible[at:end].all():
-            steps[turn.place] = decoder.fail(_NO_CHOICE)
+            steps[turn.place] = decoder.fail(NO_CHOICE)
         else:
             if decoder.records_scores:
                 for sequence, place in zip(decoder.live, range(at, end), strict=True):
                     score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
                     decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
-            if decoder.simple:
-                steps[turn.place] = decoder.accept(listed[at])
-            else:
-                steps[turn.place] = decoder.accept_all(tokens[at:end])
+            steps[turn.place] = decoder.accept_all(tokens[at:end])
         at = end

@@ -152,7 +152,7 @@ def test_history_is_what_lists_would_hold(steps: list[tuple[list[int], bool]]) -
     expected = [list(PROMPT)]
     for parents, single in steps:
         if single and len(expected) == 1:
-            history.append(9)
+            history.append([9])
             expected[0].append(9)
             continue
         rows = [parent % len(expected) for parent in parents] or [0]
