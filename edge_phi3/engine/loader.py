@@ -12,7 +12,7 @@ from edge_phi3.engine.batch_shapes import measure
 from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.errors import ModelLoadError
 from edge_phi3.engine.prefix_store import PrefixStore
-from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload
+from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload, use_huge_pages
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import RunningRequest
 from edge_phi3.engine.settings import EngineSettings, usable_cores
@@ -111,9 +111,13 @@ def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
     window = _sliding_window(model)
     shapes = context_shapes(settings, model.context_length, _original_context(model))
     capacity = (settings.prefix_cache_mib << 20 or available_memory() // 8) // len(shapes)
+    contexts = [
+        Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
+        for shape in shapes
+    ]
+    use_huge_pages()
     schedulers = []
-    for shape in shapes:
-        context = Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
+    for shape, context in zip(shapes, contexts, strict=True):
         context.warm_up()
         # Only a unified cache can take a sequence apart; from the others it is saved whole.
         block_size = _BLOCK if shape.unified else None
