@@ -5,7 +5,8 @@
 
 Both servers run on the same libraries of llama.cpp (see `benchmarks.peers`) at the same time; one is asked while the
 other idles, and the turns alternate, so that a slow minute of the machine hits both. What counts is the median of the
-ratios of neighbouring turns. The load generator shares the machine with both.
+ratios of neighbouring turns. A shared machine's speed changes within seconds, by more than what is compared: where few
+clients make a turn short there are more of them. The load generator shares the machine with both.
 """
 
 from __future__ import annotations
@@ -195,16 +196,20 @@ class Bench:
                     workload = _WORKLOADS[mode]
                     for clients in self.arguments.clients:
                         level = Level(clients=clients, sessions=max(self.arguments.requests, 2 * clients), warmup=1)
-                        turns = await self._alternate(mine, theirs, workload, level)
+                        turns = await self._alternate(mine, theirs, workload, level, self._turns(clients))
                         goal = GOALS.get(self.name, {}).get(clients)
                         case = f"{clients} clients, {mode}"
                         yield compare("throughput", self.name, case, turns, unit="tokens/s", goal=goal)
 
+    def _turns(self, clients: int) -> int:
+        """Say how many turns each server has: about as many requests in all, however many clients ask."""
+        return int(self.arguments.rounds) * max(1, 8 // clients)
+
     async def _alternate(
-        self, mine: tuple[Target, Ruler], theirs: tuple[Target, Ruler], workload: Workload, level: Level
+        self, mine: tuple[Target, Ruler], theirs: tuple[Target, Ruler], workload: Workload, level: Level, count: int
     ) -> list[tuple[float, float]]:
         turns = []
-        for number in range(self.arguments.rounds):
+        for number in range(count):
             found: dict[int, Summary] = {}
             for which in (0, 1) if number % 2 == 0 else (1, 0):
                 found[which] = await self.level(*(mine, theirs)[which], workload, level)
@@ -226,7 +231,7 @@ class Bench:
                 workload = _WORKLOADS["greedy-plain"]
                 for clients in sorted({1, max(self.arguments.clients)}):
                     level = Level(clients=clients, sessions=max(4, clients), warmup=1)
-                    turns = await self._alternate(mine, theirs, workload, level)
+                    turns = await self._alternate(mine, theirs, workload, level, self.arguments.rounds)
                     yield compare("transformers", self.name, f"{clients} clients, greedy", turns, unit="tokens/s")
 
     async def stream(self) -> AsyncIterator[Result]:
@@ -234,9 +239,9 @@ class Bench:
         workload, turns = Workload(), []
         with ours(self.model, **self.options) as url:
             async with connected(url, "chat") as (target, ruler):
-                for _ in range(self.arguments.rounds):
+                for _ in range(self._turns(1)):
                     sessions = RandomSessions(workload, ruler)
-                    level = Level(clients=1, sessions=4, warmup=1)
+                    level = Level(clients=1, sessions=self.arguments.requests, warmup=1)
                     run = await run_level(target, sessions, workload, level, first_session=self.next_session)
                     self.turn_done()
                     times = [seconds for record in run.records if (seconds := per_token(record)) is not None]
@@ -247,9 +252,9 @@ class Bench:
     def _llama_bench(self) -> float:
         output = self.peers.run(
             "llama-bench", "-m", self.model, "-t", str(self.arguments.threads), "-p", "0", "-n", "64", "-d", "64",
-            "-r", "3", "-o", "json",
+            "-r", str(self.arguments.requests), "-o", "json",
         )  # fmt: skip
-        return float(json.loads(output)[0]["avg_ts"])
+        return statistics.median(json.loads(output)[0]["samples_ts"])
 
     async def prefix(self) -> AsyncIterator[Result]:
         """Time to the first token behind 1,000 shared tokens, with the prefix cache and without."""
@@ -355,8 +360,8 @@ def main() -> int:
     parser.add_argument("--models", type=words, default=list(GOALS))
     parser.add_argument("--clients", type=numbers, default=[1, 4, 8, 16])
     parser.add_argument("--modes", type=words, default=["greedy", "sampled"], help=", ".join(_WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each server")
-    parser.add_argument("--requests", type=int, default=32, help="requests of a turn, at least 2 for each client")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each server; with 1 client eight times as many")
+    parser.add_argument("--requests", type=int, default=8, help="requests of a turn, at least 2 for each client")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--torch-python", type=Path, help="an interpreter with transformers, for the part original")
     parser.add_argument("--ours", type=words, default=[], help="more options for our server in the part throughput")

@@ -87,10 +87,10 @@ PARTS = (
         _ENGINE,
         peers=True,
     ),
-    # Each turn of the large model takes ten times as long: fewer turns, and fewer requests in each.
+    # Each turn of the large model takes twenty times as long: fewer turns, and fewer requests in each.
     Part(
         "engine_0.65b",
-        f"{_RATIOS} --models 0.65b {_LAYOUT} --rounds 4 --requests 4 --parts throughput,stream,prefix",
+        f"{_RATIOS} --models 0.65b {_LAYOUT} --rounds 3 --requests 2 --parts throughput,stream,prefix",
         _ENGINE,
         peers=True,
     ),

@@ -11,7 +11,7 @@ import math
 from typing import Self
 
 from edge_phi3.engine.scheduler import Plan, Scheduler
-from edge_phi3.engine.sequence import RunningRequest, TokensEvent
+from edge_phi3.engine.sequence import TokensEvent
 from edge_phi3.generation.plain import PlainRows
 
 _MOST_STEPS = 64
@@ -45,7 +45,7 @@ class Streak:
         self._chosen: list[list[int]] = []
         self._told = 0
         # A memory view costs a fraction of what NumPy's machinery costs a single number.
-        self._tokens, self._positions = memoryview(scheduler.context.tokens), memoryview(scheduler.context.positions)
+        self._tokens, self._positions = scheduler.context.tokens.data, scheduler.context.positions.data
 
     @classmethod
     def of(cls, scheduler: Scheduler, plan: Plan) -> Self | None:

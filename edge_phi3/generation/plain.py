@@ -18,7 +18,6 @@ from edge_phi3.generation.processors import MinLength
 from edge_phi3.generation.sampling import NO_CHOICE, Sampler, SequenceDecoder, choose_greedily
 
 
-
 class PlainRows:
     """One row of logits for each of some plain requests, each with one sequence.
 
