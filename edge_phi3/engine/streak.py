@@ -90,7 +90,9 @@ class Streak:
     def tell(self) -> None:
         """Send the tokens that were chosen since the last time to those who stream."""
         new, self._told = self._chosen[self._told :], self.steps
-        for request, tokens in zip(self.requests, zip(*new, strict=True), strict=bool(new)):
+        if not new:
+            return
+        for request, tokens in zip(self.requests, zip(*new, strict=True), strict=True):
             if request.request.stream:
                 request.send(TokensEvent([(0, token) for token in tokens if token >= 0]))
 

@@ -41,8 +41,12 @@ class PlainRows:
     @classmethod
     def of(cls, decoders: Sequence[Decoder]) -> Self | None:
         """Give the rows of these requests, or None when one of them is not plain."""
-        plain = [decoder for decoder in decoders if isinstance(decoder, SequenceDecoder) and _is_plain(decoder)]
-        return cls(plain) if len(plain) == len(decoders) else None
+        plain: list[SequenceDecoder] = []
+        for decoder in decoders:
+            if not isinstance(decoder, SequenceDecoder) or not _is_plain(decoder):
+                return None
+            plain.append(decoder)
+        return cls(plain)
 
     def choose(self, logits: Scores) -> list[int]:
         """Choose the next token of each row.

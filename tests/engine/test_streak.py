@@ -83,7 +83,8 @@ def test_who_arrives_is_in_the_next_batch(engine: Engine, monkeypatch: pytest.Mo
     running = Asked(engine, prompt(101, 10), max_new_tokens=60, **ENDLESS)
     running.finished()
     later[0].finished()
-    assert steps.batches[:21] == [10, *[1] * 19, 31]
+    # Batches may be filled up to a size that was measured to be fast.
+    assert max(steps.batches[1:20]) < 30 < steps.batches[20]
 
 
 def test_who_leaves_gets_no_further_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_who_leaves_gets_no_further_step(engine: Engine, monkeypatch: pytest.Mon
     steps.at[20] = lambda: engine.cancel(asked.running)
     Asked(engine, prompt(104, 10), max_new_tokens=40, **ENDLESS).finished()
     assert asked.running.cancelled
-    assert all(count <= 1 for count in steps.batches[21:])
+    assert 0 < asked.running.generated <= 20 < len(steps.batches)
 
 
 def test_a_time_limit_ends_a_streak(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
