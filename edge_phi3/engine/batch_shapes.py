@@ -8,8 +8,9 @@ reads, or cut in two, wherever that was measured to be faster by more than noise
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -55,6 +56,31 @@ class BatchShapes:
         halves = (count - count // 2, count // 2)
         whole = self._time(count + self.padding(count))
         return halves if sum(map(self._time, halves)) < _WORTHWHILE * whole else (count,)
+
+    def fillers(self, ids: Sequence[int], free: Sequence[int]) -> list[int]:
+        """Say which free sequences, computed along, make a batch faster where each sequence has cells of its own.
+
+        There llama.cpp computes sequences together only where their ids follow each other: one that is missing in
+        between makes two batches of one.
+
+        Args:
+            ids: the sequences that decode, in order.
+            free: the free ones, in order.
+        """
+        best: list[int] = []
+        least = _WORTHWHILE * self._time_of(ids)
+        between = [seq_id for seq_id in free if ids[0] < seq_id < ids[-1]]
+        beyond = [seq_id for seq_id in free if seq_id > ids[-1]] + [seq_id for seq_id in free[::-1] if seq_id < ids[0]]
+        for more in (0, self.padding(len(ids) + len(between))):
+            chosen = between + beyond[:more]
+            if chosen and (seconds := self._time_of(sorted([*ids, *chosen]))) < least:
+                best, least = chosen, seconds
+        return best
+
+    def _time_of(self, ids: Sequence[int]) -> float:
+        """Give the time of a batch of one token of each of these sequences."""
+        ends = [place for place in range(1, len(ids)) if ids[place] != ids[place - 1] + 1]
+        return sum(self._time(end - start) for start, end in itertools.pairwise((0, *ends, len(ids))))
 
     def _time(self, size: int) -> float:
         return float(np.interp(size, self._sizes, self._seconds))

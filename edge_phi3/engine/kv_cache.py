@@ -77,6 +77,11 @@ class KVCache:
         """How many sequence ids are free."""
         return len(self._free_ids)
 
+    @property
+    def free_ids(self) -> list[int]:
+        """The free sequence ids, in order."""
+        return sorted(self._free_ids)
+
     def acquire(self) -> int:
         """Take the lowest free sequence id. There must be one."""
         return heapq.heappop(self._free_ids)

@@ -31,6 +31,8 @@ class Plan:
         count: tokens in the batch.
         outputs: how many of them have logits that are wanted.
         padding: how many of them, at its end, only fill it up.
+        places: where in the batch the rows of the sequences that decode are.
+        fillers: free sequences of a divided cache that are computed along, so that the others' ids follow each other.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
         chunks: every sequence in the batch, with how many of its tokens are in it.
         order: where the first rows of `choosing` lie among the logits; None where they lie in order.
@@ -39,6 +41,8 @@ class Plan:
     count: int = 0
     outputs: int = 0
     padding: int = 0
+    places: abc.Sequence[int] = ()
+    fillers: list[int] = field(default_factory=list)
     choosing: list[RunningRequest] = field(default_factory=list)
     chunks: list[tuple[Sequence, int]] = field(default_factory=list)
     order: list[int] | None = None
@@ -185,18 +189,29 @@ class Scheduler:
     # -- one step
 
     def batches(self) -> list[list[RunningRequest]]:
-        """Give the running requests of each batch of this step: all in one, or in two where that is faster."""
-        running = list(self.running)
-        if self._shapes is None or len(running) < 2 or not all(request.decoding for request in running):
-            return [running]
-        sizes = self._shapes.parts(sum(request.rows for request in running))
+        """Give the running requests of each batch of this step.
+
+        A divided cache takes prompts by themselves: llama.cpp would split them from what decodes anyway, and take one
+        token of each prompt along with that, which leaves a number that its kernels do not like.
+        """
+        decoding = [request for request in self.running if request.decoding]
+        prompts = [request for request in self.running if not request.decoding]
+        if self.context.unified:
+            return [self.running[:]] if prompts else self._parts(decoding)
+        return self._parts(decoding) + ([prompts] if prompts else [])
+
+    def _parts(self, decoding: list[RunningRequest]) -> list[list[RunningRequest]]:
+        """Give requests that decode all together, or in two halves where that is faster."""
+        if len(decoding) < 2 or self._shapes is None:
+            return [decoding] if decoding else []
+        sizes = self._shapes.parts(sum(request.rows for request in decoding))
         if len(sizes) == 1:
-            return [running]
+            return [decoding]
         if not self.context.unified:
-            running.sort(key=lambda request: request.sequences[0].seq_id)
-        rows = list(itertools.accumulate(request.rows for request in running))
+            decoding.sort(key=lambda request: request.sequences[0].seq_id)
+        rows = list(itertools.accumulate(request.rows for request in decoding))
         half = bisect.bisect_left(rows, sizes[0]) + 1
-        return [running[:half], running[half:]]
+        return [decoding[:half], decoding[half:]]
 
     def plan(self, members: list[RunningRequest]) -> Plan:
         """Write a batch of `members` into the context's arrays and take the cells that it needs.
@@ -242,17 +257,39 @@ class Scheduler:
             if order != [*range(count)]:
                 rows = [rows[row] for row in order]
                 plan.order = [order.index(row) for row in range(count)]
-        context.tokens[:count] = [sequence.last for sequence in rows]
-        context.positions[:count] = [sequence.computed for sequence in rows]
-        context.seq_ids[:count] = [sequence.seq_id for sequence in rows]
-        context.wants_logits[:count] = 1
+            plan.fillers = self._fillers([sequence.seq_id for sequence in rows])
+        plan.count = count + len(plan.fillers)
+        plan.outputs = count
+        plan.places = range(count)
+        if plan.fillers:
+            self._write_fillers(plan, rows)
+        places = list(plan.places)
+        context.tokens[places] = [sequence.last for sequence in rows]
+        context.positions[places] = [sequence.computed for sequence in rows]
+        context.seq_ids[places] = [sequence.seq_id for sequence in rows]
+        context.wants_logits[places] = 1
         for sequence in rows:
             if window is not None and sequence.computed >= window:
                 kv.trim(sequence.seq_id, sequence.computed - window + 1)
             kv.append(sequence.seq_id, 1)
             sequence.scattered += count > 1
             plan.chunks.append((sequence, 1))
-        plan.count = plan.outputs = count
+
+    def _fillers(self, ids: list[int]) -> list[int]:
+        """Choose free sequences that make a batch faster which sequences with these ids, in order, decode."""
+        return [] if self._shapes is None else self._shapes.fillers(ids, self.kv.free_ids)
+
+    def _write_fillers(self, plan: Plan, rows: list[Sequence]) -> None:
+        """Write a token that nobody reads for each filler, and find the places of the rows between them."""
+        context = self.context
+        ids = sorted([*plan.fillers, *(sequence.seq_id for sequence in rows)])
+        at = {seq_id: place for place, seq_id in enumerate(ids)}
+        plan.places = [at[sequence.seq_id] for sequence in rows]
+        places = [at[seq_id] for seq_id in plan.fillers]
+        context.tokens[places] = rows[0].last
+        context.positions[places] = 0
+        context.seq_ids[places] = plan.fillers
+        context.wants_logits[places] = 0
 
     def _attach_restored(self, request: RunningRequest) -> None:
         """Attach the sequences of a request that comes back, one after the other.
@@ -269,9 +306,12 @@ class Scheduler:
 
     def _add_prompt(self, plan: Plan, request: RunningRequest) -> None:
         alone = len(request.sequences) == 1
+        room = self.context.batch_size - plan.count
         sequence = next(sequence for sequence in request.sequences if alone or sequence.pending > 1)
         wanted = sequence.pending if alone else sequence.pending - 1
-        count = self._chunk(sequence, min(wanted, self.context.batch_size - plan.count))
+        if room < wanted <= self.context.batch_size and not self.context.unified:
+            return  # A divided cache computes prompts of one length together: the next step takes it whole.
+        count = self._chunk(sequence, min(wanted, room))
         if count == 0:
             return
         last = alone and count == wanted
@@ -338,6 +378,8 @@ class Scheduler:
         """Free the cells of the tokens that only filled up a decoded batch."""
         if plan.padding:
             self.context.remove(self.context.scratch, -1, -1)
+        for seq_id in plan.fillers:
+            self.context.remove(seq_id, -1, -1)
 
     def computed(self, plan: Plan) -> None:
         """Note that a plan's batch has been decoded."""

@@ -75,9 +75,9 @@ class Streak:
         """
         scheduler, plan = self._scheduler, self._plan
         if self._chosen:
-            for row, token in enumerate(self._chosen[-1]):
-                self._tokens[row] = token
-                self._positions[row] += 1
+            for place, token in zip(plan.places, self._chosen[-1], strict=True):
+                self._tokens[place] = token
+                self._positions[place] += 1
             if scheduler.window is not None:
                 self._trim(scheduler.window)
         logits = scheduler.decode(plan)
