@@ -259,7 +259,7 @@ class Bench:
     async def prefix(self) -> AsyncIterator[Result]:
         """Time to the first token behind 1,000 shared tokens, with the prefix cache and without."""
         workload = Workload(shared_prefix=1000, prompt_tokens="24", output_tokens="4")
-        level, turns = Level(clients=1, sessions=4, warmup=1), []
+        level, turns = Level(clients=1, sessions=2 * self.arguments.requests, warmup=1), []
         with (
             ours(self.model, **self.options) as warm,
             ours(self.model, **self.options, options=["--no-prefix-cache"]) as cold,

@@ -68,6 +68,8 @@ class BatchShapes:
             free: the free ones, in order.
         """
         best: list[int] = []
+        if len(ids) > self._largest:
+            return best
         least = _WORTHWHILE * self._time_of(ids)
         between = [seq_id for seq_id in free if ids[0] < seq_id < ids[-1]]
         beyond = [seq_id for seq_id in free if seq_id > ids[-1]] + [seq_id for seq_id in free[::-1] if seq_id < ids[0]]

@@ -27,6 +27,19 @@ def test_a_size_that_is_slow_is_cut_in_two() -> None:
     assert shapes.parts(15) == (15,), "filling it up is faster still"
 
 
+def test_gaps_between_sequences_are_filled() -> None:
+    shapes = BatchShapes({1: 11, 4: 36, 7: 60, 8: 80, 12: 98, 15: 111, 16: 94})
+    everybody = list(range(16))
+    without_7 = [seq_id for seq_id in everybody if seq_id != 7]
+    assert shapes.fillers(without_7, [7]) == [7]
+    assert shapes.fillers(without_7, []) == [], "who computes a prompt is not free"
+    assert shapes.fillers(everybody[:15], [15]) == [15], "filled up to a size that is faster"
+    assert shapes.fillers(everybody[1:], [0]) == [0]
+    assert shapes.fillers([0, 1, 5, 6], [2, 3, 4, 7, 8]) == [], "two small batches are faster than a large one"
+    assert shapes.fillers(everybody[:7], everybody[7:]) == []
+    assert BatchShapes({}).fillers([0, 2], [1]) == []
+
+
 def test_a_smooth_machine_is_left_alone() -> None:
     shapes = BatchShapes({size: 10 + size for size in range(1, 33)})
     assert all(shapes.padding(count) == 0 and len(shapes.parts(count)) == 1 for count in range(1, 100))
