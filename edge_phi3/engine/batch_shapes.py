@@ -70,12 +70,13 @@ class BatchShapes:
         best: list[int] = []
         if len(ids) > self._largest:
             return best
+        most = self._largest - len(ids)
         least = _WORTHWHILE * self._time_of(ids)
         between = [seq_id for seq_id in free if ids[0] < seq_id < ids[-1]]
         beyond = [seq_id for seq_id in free if seq_id > ids[-1]] + [seq_id for seq_id in free[::-1] if seq_id < ids[0]]
         for more in (0, self.padding(len(ids) + len(between))):
             chosen = between + beyond[:more]
-            if chosen and (seconds := self._time_of(sorted([*ids, *chosen]))) < least:
+            if 0 < len(chosen) <= most and (seconds := self._time_of(sorted([*ids, *chosen]))) < least:
                 best, least = chosen, seconds
         return best
 

@@ -38,6 +38,7 @@ def test_gaps_between_sequences_are_filled() -> None:
     assert shapes.fillers([0, 1, 5, 6], [2, 3, 4, 7, 8]) == [], "two small batches are faster than a large one"
     assert shapes.fillers(everybody[:7], everybody[7:]) == []
     assert BatchShapes({}).fillers([0, 2], [1]) == []
+    assert BatchShapes({1: 1, 4: 1}).fillers([0, 7], list(range(1, 7))) == [], "more than a batch takes"
 
 
 def test_a_smooth_machine_is_left_alone() -> None:
