@@ -22,12 +22,13 @@ import msgspec
 import numpy as np
 import uvloop
 
-import edge_phi3.engine.engine as engine_module
 from benchmarks.gpu.worker import answer
+from edge_phi3.engine import stepper
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation import GenerationConfig
+from edge_phi3.generation.plain import PlainRows
 
 _CELLS_PER_ROW = 256
 _PROMPT = 64
@@ -119,14 +120,16 @@ def measure(engine: Engine, rows: int, mode: str, tokens: int) -> Split:
     """Let `rows` requests generate side by side."""
     clock = Clock()
     contexts = [scheduler.context for scheduler in engine.model.schedulers]
-    choose = engine_module.advance
+    choose, choose_plainly = stepper.advance, PlainRows.choose
     for context in contexts:
         context.decode = clock.timed_decode(context.decode)  # type: ignore[method-assign] # measured from outside
-    engine_module.advance = clock.timed_choice(choose)
+    stepper.advance = clock.timed_choice(choose)
+    PlainRows.choose = clock.timed_choice(choose_plainly)  # type: ignore[method-assign] # likewise
     try:
         loop_seconds = uvloop.run(_generate(engine, rows, mode, tokens))
     finally:
-        engine_module.advance = choose
+        stepper.advance = choose
+        PlainRows.choose = choose_plainly  # type: ignore[method-assign] # likewise
         for context in contexts:
             del context.decode
     return clock.split(rows, mode, loop_seconds)

@@ -51,7 +51,10 @@ class Streak:
     def of(cls, scheduler: Scheduler, plan: Plan) -> Self | None:
         """Give the streak that begins with a planned batch; None when it is no use to repeat that."""
         requests = plan.choosing
-        if not len(requests) == plan.outputs == len(plan.chunks) == len(scheduler.running) or plan.order is not None:
+        # One row each, none of them the end of a prompt: also a request that comes back has one.
+        if not len(requests) == len(plan.places) == len(plan.chunks) == len(scheduler.running):
+            return None
+        if plan.order is not None:
             return None
         if any(request.first_token is None for request in requests):
             return None

@@ -124,8 +124,9 @@ def test_a_streak_tells_all_its_tokens_in_order(engine: Engine, monkeypatch: pyt
     assert events > 100
 
 
-def test_a_streak_ends_where_the_cells_do(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), ctx_size=256, parallel=4) as small:
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["restored", "recomputed"])
+def test_a_streak_ends_where_the_cells_do(make_model: MakeModel, prefix_cache: bool) -> None:
+    with running_engine(make_model("4k"), ctx_size=256, parallel=4, prefix_cache=prefix_cache) as small:
         asked = [Asked(small, prompt(seed, 30), max_new_tokens=100, **ENDLESS) for seed in range(3)]
         answers = [generated(one.finished()) for one in asked]
         assert small.stats().preemptions_total > 0
