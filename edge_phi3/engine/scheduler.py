@@ -250,7 +250,7 @@ class Scheduler:
         count = len(rows)
         if count == 0:
             return
-        context, kv, window = self.context, self.kv, self.window
+        context, kv = self.context, self.kv
         if not context.unified:
             # llama.cpp computes sequences with caches of their own together only where their ids follow each other.
             order = sorted(range(count), key=lambda row: rows[row].seq_id)
@@ -269,8 +269,7 @@ class Scheduler:
         context.seq_ids[places] = [sequence.seq_id for sequence in rows]
         context.wants_logits[places] = 1
         for sequence in rows:
-            if window is not None and sequence.computed >= window:
-                kv.trim(sequence.seq_id, sequence.computed - window + 1)
+            self.trim(sequence, sequence.computed)
             kv.append(sequence.seq_id, 1)
             sequence.scattered += count > 1
             plan.chunks.append((sequence, 1))
@@ -327,8 +326,13 @@ class Scheduler:
                 most = min(most, inside)
             else:
                 most = min(most, self.window_chunk)
-                self.kv.trim(sequence.seq_id, sequence.computed - self.window + 1)
+                self.trim(sequence, sequence.computed)
         return min(most, self.kv.free)
+
+    def trim(self, sequence: Sequence, position: int) -> None:
+        """Free the cells of a sequence that have left the window when `position` is decoded."""
+        if self.window is not None:
+            self.kv.trim(sequence.seq_id, position - self.window + 1)
 
     def _write_chunk(self, plan: Plan, sequence: Sequence, count: int, *, last: bool) -> None:
         context, start = self.context, plan.count

@@ -82,7 +82,9 @@ class Streak:
                 self._tokens[place] = token
                 self._positions[place] += 1
             if scheduler.window is not None:
-                self._trim(scheduler.window)
+                for request in self.requests:
+                    sequence = request.sequences[0]
+                    scheduler.trim(sequence, sequence.computed + self.steps)
         logits = scheduler.decode(plan)
         scheduler.take_back_padding(plan)
         chosen = self._rows.choose(logits[: len(self.requests)])
@@ -105,10 +107,3 @@ class Streak:
         self._rows.accept(self._chosen)
         for request, tokens in zip(self.requests, zip(*self._chosen, strict=True), strict=True):
             self._scheduler.extend(request, tokens[:-1] if request.decoder.finished else tokens, self.steps)
-
-    def _trim(self, window: int) -> None:
-        done = self.steps
-        for request in self.requests:
-            sequence = request.sequences[0]
-            if sequence.computed + done >= window:
-                self._scheduler.kv.trim(sequence.seq_id, sequence.computed + done - window + 1)
