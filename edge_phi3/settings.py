@@ -110,6 +110,15 @@ class Settings(BaseModel):
         " weights they may then not repeat exactly.",
     )
 
+    stream_interval: float = option(
+        0.1,
+        "Engine",
+        "Seconds that a streamed token may wait for those after it, to be sent with them; the first never waits, and 0"
+        " sends each by itself.",
+        ge=0,
+        le=10,
+    )
+
     host: str = option("127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1)
     port: int = option(8080, "Server", "The TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
     grace_period: float = option(

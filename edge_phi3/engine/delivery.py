@@ -10,24 +10,31 @@ from edge_phi3.engine.sequence import Event, TokensEvent
 
 Mailbox = asyncio.Queue[Event]
 
-_FLUSH_INTERVAL = 0.040
-"""Seconds between two deliveries of streamed tokens at least; a request's first and last tokens do not wait.
-
-Twenty-five pieces a second read as smoothly as film runs, and each delivery takes a core from llama.cpp: to wake the
-event loop, write to a socket and wake the client costs about 0.3 ms for each stream, most of it for code and data that
-the model's weights have driven out of the caches."""
-
 
 class Outbox:
-    """Events that wait to be delivered, each event loop's by one call. Used by the engine's thread alone."""
+    """Events that wait to be delivered, each event loop's by one call. Used by the engine's thread alone.
 
-    def __init__(self) -> None:
+    Each delivery takes a core from llama.cpp: to wake the event loop, write to a socket and wake the client costs 0.5
+    to 1 ms for each stream, most of it for code and data that the model's weights have driven out of the caches, and
+    for what these drive out in turn. So tokens wait for those after them, within limits; a request's first and last
+    tokens do not.
+
+    Args:
+        interval: seconds that a token may wait; one that would wait for longer, were it not delivered before the next
+            step, is not kept back. 0 delivers each token by itself.
+
+    Attributes:
+        urgent: whether what waits is to be delivered at once.
+    """
+
+    def __init__(self, interval: float) -> None:
         self.urgent = False
+        self._interval = interval
         self._waiting: dict[asyncio.AbstractEventLoop, dict[Mailbox, list[Event]]] = {}
-        self._flushed = 0.0
+        self._flushed = self._asked = 0.0
 
     def flush_if_due(self, now: float) -> None:
-        """Deliver what waits when something is urgent, or when the last delivery is long enough ago.
+        """Deliver what waits when that is due.
 
         Args:
             now: seconds of `time.monotonic`.
@@ -36,8 +43,13 @@ class Outbox:
             self.flush()
 
     def is_due(self, now: float) -> bool:
-        """Say whether something is urgent, or the last delivery long enough ago."""
-        return self.urgent or now - self._flushed >= _FLUSH_INTERVAL
+        """Say whether what waits is to be delivered now; to be asked once a step.
+
+        Args:
+            now: seconds of `time.monotonic`.
+        """
+        step, self._asked = now - self._asked, now
+        return self.urgent or now + step - self._flushed >= self._interval
 
     def post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, event: Event) -> None:
         """Keep an event for the next `flush`; tokens join those that wait already."""

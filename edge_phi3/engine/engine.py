@@ -54,7 +54,7 @@ class Engine:
         self.status: Status = "loading"
         self.status_detail = "The model is loading."
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox = Outbox()
+        self._outbox = Outbox(settings.stream_interval)
         self._arrivals = itertools.count()
         self._loading: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -31,6 +31,7 @@ class Plan:
         count: tokens in the batch.
         outputs: how many of them have logits that are wanted.
         padding: how many of them, at its end, only fill it up.
+        padded: the sequence that these are put into, and their first position.
         places: where in the batch the rows of the sequences that decode are.
         fillers: free sequences of a divided cache that are computed along, so that the others' ids follow each other.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
@@ -41,6 +42,7 @@ class Plan:
     count: int = 0
     outputs: int = 0
     padding: int = 0
+    padded: tuple[int, int] = (-1, 0)
     places: abc.Sequence[int] = ()
     fillers: list[int] = field(default_factory=list)
     choosing: list[RunningRequest] = field(default_factory=list)
@@ -85,6 +87,8 @@ class Scheduler:
         self.running: list[RunningRequest] = []
         self.preemptions = 0
         self._shapes = shapes
+        self._prompts: list[RunningRequest] = []
+        """Whose prompts the last step computed."""
 
     def _use(self, context: Context) -> None:
         self.context = context
@@ -192,13 +196,19 @@ class Scheduler:
         """Give the running requests of each batch of this step.
 
         A divided cache takes prompts by themselves: llama.cpp would split them from what decodes anyway, and take one
-        token of each prompt along with that, which leaves a number that its kernels do not like.
+        token of each prompt along with that, which leaves a number that its kernels do not like. Those whose prompts
+        have just been computed wait for the next prompts, which delays them by no more than one chunk, and then decode
+        together with these: requests that arrive together stay together.
         """
         decoding = [request for request in self.running if request.decoding]
         prompts = [request for request in self.running if not request.decoding]
         if self.context.unified:
             return [self.running[:]] if prompts else self._parts(decoding)
-        return self._parts(decoding) + ([prompts] if prompts else [])
+        just_computed, self._prompts = self._prompts, prompts
+        if not prompts:
+            return self._parts(decoding)
+        wait = all(request in just_computed for request in decoding)
+        return [prompts] if wait else [*self._parts(decoding), prompts]
 
     def _parts(self, decoding: list[RunningRequest]) -> list[list[RunningRequest]]:
         """Give requests that decode all together, or in two halves where that is faster."""
@@ -348,17 +358,30 @@ class Scheduler:
         plan.outputs += last
 
     def _fill_up(self, plan: Plan) -> None:
-        """Add tokens that nobody reads, in the context's scratch sequence, where that makes the batch faster."""
+        """Add tokens that nobody reads where that makes the batch faster.
+
+        They are the context's scratch sequence, or go on with a prompt that is alone in its batch where each sequence
+        has cells of its own.
+        """
         context, start = self.context, plan.count
-        if self._shapes is None or not context.unified or not (wanted := self._shapes.padding(start)):
+        if self._shapes is None or not (wanted := self._shapes.padding(start)):
             return
-        count = plan.padding = min(wanted, self.kv.free, context.batch_size - start)
+        first, room = 0, context.batch_size - start
+        seq_id = context.scratch
+        if not context.unified:
+            if plan.places or len(plan.chunks) > 1:
+                return
+            seq_id = plan.chunks[0][0].seq_id
+            first = self.kv.length[seq_id]
+            room = min(room, self.kv.cells_per_sequence - first)
+        count = plan.padding = min(wanted, self.kv.free, room)
         if count == 0:
             return
+        plan.padded = (seq_id, first)
         part = slice(start, start + count)
         context.tokens[part] = context.tokens[0]
-        context.positions[part] = np.arange(count, dtype=np.int32)
-        context.seq_ids[part] = context.scratch
+        context.positions[part] = np.arange(first, first + count, dtype=np.int32)
+        context.seq_ids[part] = seq_id
         context.wants_logits[part] = 0
         # The output layer's batch is that of the rows with logits: it has a size of its own.
         context.wants_logits[start : start + min(count, self._shapes.padding(plan.outputs))] = 1
@@ -381,7 +404,8 @@ class Scheduler:
     def take_back_padding(self, plan: Plan) -> None:
         """Free the cells of the tokens that only filled up a decoded batch."""
         if plan.padding:
-            self.context.remove(self.context.scratch, -1, -1)
+            seq_id, first = plan.padded
+            self.context.remove(seq_id, first, -1)
         for seq_id in plan.fillers:
             self.context.remove(seq_id, -1, -1)
 

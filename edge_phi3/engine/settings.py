@@ -30,6 +30,8 @@ class EngineSettings:
         flash_attn: flash attention; "auto" lets llama.cpp decide, but leaves it off for f32 (exactness).
         window_chunk: how many tokens of a prompt are fed at a time beyond the sliding window; 1 is exact.
         lora: LoRA adapters and their scales.
+        stream_interval: seconds that a streamed token may wait for those after it, to be delivered with them; a first
+            token does not wait, and 0 delivers each by itself.
         max_queue: how many requests may wait.
         batch_seeded: whether requests with a seed share batches and the prefix cache. It makes them faster where
         several run;
@@ -49,6 +51,7 @@ class EngineSettings:
     flash_attn: FlashAttention = "auto"
     window_chunk: int = 32
     lora: tuple[tuple[Path, float], ...] = ()
+    stream_interval: float = 0.1
     max_queue: int = 256
     prefix_cache: bool = True
     prefix_cache_mib: int = 0

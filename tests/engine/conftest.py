@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from edge_phi3.engine.settings import EngineSettings
 from tests.golden import attention
 from tests.golden.asked import Asked
 
-__all__ = ["Asked", "MakeModel", "ask", "generated", "running_engine"]
+__all__ = ["Asked", "MakeModel", "ask", "engine_at_rest", "generated", "running_engine"]
 
 MakeModel = Callable[[str], Path]
 
@@ -56,6 +57,23 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
         engine.close()
     for scheduler in loaded.schedulers:
         scheduler.kv.audit()
+
+
+@contextlib.contextmanager
+def engine_at_rest(engine: Engine) -> Iterator[None]:
+    """Keep the engine's thread from its next step, so that what is asked meanwhile arrives at once."""
+    go, rests = threading.Event(), threading.Event()
+
+    def rest() -> None:
+        rests.set()
+        go.wait(30)
+
+    engine._inbox.put(rest)
+    assert rests.wait(30)
+    try:
+        yield
+    finally:
+        go.set()
 
 
 def ask(engine: Engine, prompt: NDArray[np.int32], **kwargs: Any) -> list[list[int]]:

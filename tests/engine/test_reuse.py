@@ -59,7 +59,7 @@ def test_prompts_part_inside_a_block(make_model: MakeModel) -> None:
 
 
 def test_large_states_are_kept_as_small_ones_are(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_phi3.engine.runtime.context._LARGE", 1)
+    monkeypatch.setattr("edge_phi3.engine.runtime.pages._LARGE", 1)
     test_a_conversation_goes_on_from_the_store(make_model, {})
 
 

@@ -112,7 +112,7 @@ def test_a_time_limit_ends_a_streak(engine: Engine, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_streak_tells_all_its_tokens_in_order(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_phi3.engine.delivery._FLUSH_INTERVAL", 0.0)
+    monkeypatch.setattr(engine._outbox, "_interval", 0.0)
     asked = Asked(engine, prompt(107), stream=True, max_new_tokens=150, **ENDLESS)
     told: list[int] = []
     events = 0

@@ -14,7 +14,7 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import RequestTooLargeError
 from edge_phi3.engine.runtime import Context
 from edge_phi3.generation import API_DEFAULTS
-from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.engine.test_engine import _wait_until as wait_until
 from tests.golden.generation_data import differences, read_answers, write_engine_model
@@ -113,6 +113,77 @@ def test_gaps_are_filled_and_prompts_are_computed_apart(engine: Engine, monkeypa
     assert not [ids for ids in batches if len(set(ids)) < len(ids) and min(map(ids.count, set(ids))) == 1]
     wait_until(lambda: engine.stats().cells_used == 0)
     assert all(context.position_range(seq_id) == (-1, -1) for seq_id in range(8))
+
+
+def _batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Note the sequence ids of each batch from now on."""
+    context, decode = engine.model.schedulers[0].context, Context.decode
+    noted: list[list[int]] = []
+
+    def note(count: int, rows: int) -> NDArray[np.float32]:
+        noted.append(context.seq_ids[:count].tolist())
+        return decode(context, count, rows)
+
+    monkeypatch.setattr(context, "decode", note)
+    return noted
+
+
+def test_requests_that_arrive_together_stay_together(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their prompts take two batches: the first ones wait for the second batch, so that all decode as one."""
+    options = {"ctx_size": 4096, "parallel": 8, "kv_unified": False, "batch_size": 128, "prefix_cache": False}
+    with running_engine(make_model("4k"), **options) as engine:
+        monkeypatch.setattr(engine.model.schedulers[0], "_shapes", None)
+        expected = [ask(engine, prompt(seed, 40), max_new_tokens=12, **ENDLESS) for seed in range(6)]
+        batches = _batches(engine, monkeypatch)
+        with engine_at_rest(engine):
+            asked = [Asked(engine, prompt(seed, 40), max_new_tokens=12, **ENDLESS) for seed in range(6)]
+        assert [generated(one.finished()) for one in asked] == expected
+    assert [sorted(set(ids)) for ids in batches] == [[0, 1, 2], [3, 4, 5], *[[*range(6)]] * 11]
+
+
+def test_who_decodes_waits_for_one_batch_of_prompts(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_engine(make_model("4k"), ctx_size=8192, parallel=8, kv_unified=False, batch_size=64) as engine:
+        monkeypatch.setattr(engine.model.schedulers[0], "_shapes", None)
+        batches = _batches(engine, monkeypatch)
+        with engine_at_rest(engine):
+            first = Asked(engine, prompt(1, 40), max_new_tokens=30, **ENDLESS)
+            long = Asked(engine, prompt(2, 600), max_new_tokens=2, **ENDLESS)
+        first.finished()
+        long.finished()
+    chunks = [place for place, ids in enumerate(batches) if len(ids) == 64 and set(ids) == {1}]
+    assert len(chunks) == 9
+    # Once it has waited for a chunk, it decodes before each.
+    assert all(batches[place - 1] == [0] for place in chunks[1:])
+
+
+def test_a_few_tokens_are_not_taken_from_another(engine: Engine) -> None:
+    """To copy them costs more than to compute them; from eight on they are taken."""
+    for same, cached in ((7, 0), (8, 8)):
+        tokens = prompt(300 + same, 40)
+        ask(engine, tokens, max_new_tokens=4, **ENDLESS)
+        wait_until(lambda: engine.stats().cells_used == 0)
+        other = np.concatenate([tokens[:same], prompt(400 + same, 30)])
+        running = Asked(engine, other, max_new_tokens=400, stream=True, **ENDLESS)
+        running.events.get(timeout=30)
+        third = Asked(engine, np.concatenate([other[:same], prompt(500 + same, 30)]), max_new_tokens=4, **ENDLESS)
+        assert third.finished().cached_tokens == cached
+        assert running.finished().cached_tokens == cached
+
+
+def test_a_lone_prompt_is_filled_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = engine.model.schedulers[0]
+    lengths = [31, 32, 45, 501, 511]
+    monkeypatch.setattr(scheduler, "_shapes", None)
+    expected = [ask(engine, prompt(600 + length, length), max_length=512, **ENDLESS) for length in lengths]
+    # Whole tiles of 16 rows are fast, and each row beyond takes as long as a tile.
+    monkeypatch.setattr(
+        scheduler, "_shapes", BatchShapes({size: float(sum(divmod(size, 16))) for size in range(1, 33)})
+    )
+    monkeypatch.setattr(scheduler, "_share", False)
+    batches = _batches(engine, monkeypatch)
+    assert [ask(engine, prompt(600 + length, length), max_length=512, **ENDLESS) for length in lengths] == expected
+    sizes = [len(ids) for ids in batches if set(ids) == {ids[0]} and len(ids) > 1]
+    assert set(sizes) == {32, 48, 512}
 
 
 def test_what_is_longer_than_a_part_is_refused(engine: Engine) -> None:

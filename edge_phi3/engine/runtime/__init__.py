@@ -6,8 +6,8 @@ memory, or memory of ours that llama.cpp reads; nothing is copied token by token
 
 from edge_phi3.engine.runtime.backend import initialise_backend, supports_gpu_offload
 from edge_phi3.engine.runtime.context import Context, context_parameters
-from edge_phi3.engine.runtime.huge_pages import use_huge_pages
 from edge_phi3.engine.runtime.model import CANDIDATE, Grammar, Model
+from edge_phi3.engine.runtime.pages import use_huge_pages
 
 __all__ = [
     "CANDIDATE",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from typing import Any
 
 import llama_cpp
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.errors import DecodeFailedError, ModelLoadError
 from edge_phi3.engine.runtime.backend import reason, supports_gpu_offload
 from edge_phi3.engine.runtime.model import Model
+from edge_phi3.engine.runtime.pages import new_memory
 from edge_phi3.engine.settings import EngineSettings, FlashAttention, KVCacheType, usable_cores
 
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
@@ -20,7 +20,6 @@ _logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
     ctypes.cast(llama_cpp.llama_get_logits, ctypes.c_void_p).value or 0
 )
 """llama_get_logits, without a new pointer object for each call."""
-_LARGE = 4 << 20
 _FLASH_ATTENTION = {
     "auto": llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
     "on": llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED,
@@ -160,7 +159,7 @@ class Context:
         if self.position_range(seq_id) != (start, end - 1):
             source = self.scratch
             llama_cpp.llama_memory_seq_cp(self._memory, seq_id, source, start, end)
-        state = _memory(llama_cpp.llama_state_seq_get_size(self._handle, source))
+        state = new_memory(llama_cpp.llama_state_seq_get_size(self._handle, source))
         llama_cpp.llama_state_seq_get_data(self._handle, _bytes_pointer(state), len(state), source)
         if source != seq_id:
             self.remove(source, -1, -1)
@@ -235,18 +234,6 @@ def _flash_attention(wanted: FlashAttention, kv_cache_type: KVCacheType) -> Flas
     if wanted == "auto" and kv_cache_type == "f32":
         return "off"
     return wanted
-
-
-def _memory(size: int) -> NDArray[np.uint8]:
-    """Give memory that will be written at once.
-
-    The engine waits for it. NumPy asks for huge pages from 4 MiB on, and a virtual machine whose host has to find them
-    first then took 2 ms for each megabyte; small pages, all in one call, took 0.4 ms.
-    """
-    if size < _LARGE or not hasattr(mmap, "MAP_POPULATE"):
-        return np.empty(size, np.uint8)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    return np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8)
 
 
 def _bytes_pointer(data: NDArray[np.uint8]) -> Any:

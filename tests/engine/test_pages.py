@@ -1,4 +1,4 @@
-"""Memory that is moved to huge pages stays what it is."""
+"""Memory that is moved to huge pages stays what it is, and new memory is there at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from edge_phi3.engine.runtime import use_huge_pages
+from edge_phi3.engine.runtime.pages import new_memory, use_huge_pages
 
 
 def _on_huge_pages() -> int:
@@ -36,6 +36,17 @@ def test_memory_that_nobody_has_written_is_not_taken() -> None:
     use_huge_pages()
     assert psutil.Process().memory_info().rss - before < 64 << 20
     memory.close()
+
+
+def test_new_memory_has_its_pages_already() -> None:
+    before = psutil.Process().memory_info().rss
+    memory = new_memory(64 << 20)
+    if _kernel() >= (5, 14):
+        assert psutil.Process().memory_info().rss - before > 60 << 20
+    assert memory.shape == (64 << 20,)
+    memory[:] = 7
+    assert np.all(memory == 7)
+    assert new_memory(5).shape == (5,)
 
 
 def _kernel() -> tuple[int, int]:
