@@ -94,7 +94,7 @@ def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
     while not recorder.finished:
         (members,) = scheduler.batches()
         plan = scheduler.plan(members)
-        logits = scheduler.decode(plan)
+        logits = scheduler.writer.decode(plan)
         scheduler.computed(plan)
         for request, step in zip(plan.choosing, advance([r.decoder for r in plan.choosing], logits), strict=True):
             if not recorder.finished:

@@ -11,43 +11,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections import abc
-from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
+from edge_phi3.engine.batch import BatchWriter, Plan
 from edge_phi3.engine.batch_shapes import BatchShapes
 from edge_phi3.engine.prefix_store import PrefixStore
 from edge_phi3.engine.runtime import Context
-from edge_phi3.engine.sequence import RunningRequest, Sequence
+from edge_phi3.engine.sequence import RunningRequest
 from edge_phi3.engine.sequence_pool import SequencePool
-
-
-@dataclass(slots=True)
-class Plan:
-    """One batch, already written into the context's arrays.
-
-    Attributes:
-        count: tokens in the batch.
-        outputs: how many of them have logits that are wanted.
-        padding: how many of them, at its end, only fill it up.
-        padded: the sequence that these are put into, and their first position.
-        places: where in the batch the rows of the sequences that decode are.
-        fillers: free sequences of a divided cache that are computed along, so that the others' ids follow each other.
-        choosing: the requests whose decoders get logits, in the order of the logits' rows.
-        chunks: every sequence in the batch, with how many of its tokens are in it.
-        order: where the first rows of `choosing` lie among the logits; None where they lie in order.
-    """
-
-    count: int = 0
-    outputs: int = 0
-    padding: int = 0
-    padded: tuple[int, int] = (-1, 0)
-    places: abc.Sequence[int] = ()
-    fillers: list[int] = field(default_factory=list)
-    choosing: list[RunningRequest] = field(default_factory=list)
-    chunks: list[tuple[Sequence, int]] = field(default_factory=list)
-    order: list[int] | None = None
 
 
 class Scheduler:
@@ -77,16 +47,16 @@ class Scheduler:
         shapes: BatchShapes | None = None,
     ) -> None:
         self.window = window
+        self.window_chunk = window_chunk
         self.store = store
         self._share = share
+        self._shapes = shapes
         self._use(context)
         self.parallel = min(parallel, context.sequences)
-        self.window_chunk = window_chunk
         self.max_tokens = max_tokens
         self.waiting: list[RunningRequest] = []
         self.running: list[RunningRequest] = []
         self.preemptions = 0
-        self._shapes = shapes
         self._prompts: list[RunningRequest] = []
         """Whose prompts the last step computed."""
 
@@ -94,6 +64,9 @@ class Scheduler:
         self.context = context
         self.pool = SequencePool(context, window=self.window, store=self.store)
         self.kv = self.pool.kv
+        self.writer = BatchWriter(
+            context, self.kv, window=self.window, window_chunk=self.window_chunk, shapes=self._shapes
+        )
 
     # -- capacity
 
@@ -212,9 +185,10 @@ class Scheduler:
 
     def _parts(self, decoding: list[RunningRequest]) -> list[list[RunningRequest]]:
         """Give requests that decode all together, or in two halves where that is faster."""
-        if len(decoding) < 2 or self._shapes is None:
+        shapes = self.writer.shapes
+        if len(decoding) < 2 or shapes is None:
             return [decoding] if decoding else []
-        sizes = self._shapes.parts(sum(request.rows for request in decoding))
+        sizes = shapes.parts(sum(request.rows for request in decoding))
         if len(sizes) == 1:
             return [decoding]
         if not self.context.unified:
@@ -231,7 +205,7 @@ class Scheduler:
         while members := [request for request in members if request.sequences[0].seq_id >= 0]:
             plan = self._try_plan(members)
             if plan.count:
-                self._fill_up(plan)
+                self.writer.fill_up(plan)
                 return plan
             if self.pool.unsettled:
                 self.pool.settle()
@@ -250,55 +224,11 @@ class Scheduler:
         if len(rows) > self.kv.free:
             return Plan()
         plan = Plan(choosing=decoding)
-        self._add_decodes(plan, rows)
+        self.writer.add_decodes(plan, rows)
         for request in members:
             if not request.decoding and plan.count < self.context.batch_size:
-                self._add_prompt(plan, request)
+                self.writer.add_prompt(plan, request)
         return plan
-
-    def _add_decodes(self, plan: Plan, rows: list[Sequence]) -> None:
-        count = len(rows)
-        if count == 0:
-            return
-        context, kv = self.context, self.kv
-        if not context.unified:
-            # llama.cpp computes sequences with caches of their own together only where their ids follow each other.
-            order = sorted(range(count), key=lambda row: rows[row].seq_id)
-            if order != [*range(count)]:
-                rows = [rows[row] for row in order]
-                plan.order = [order.index(row) for row in range(count)]
-            plan.fillers = self._fillers([sequence.seq_id for sequence in rows])
-        plan.count = count + len(plan.fillers)
-        plan.outputs = count
-        plan.places = range(count)
-        if plan.fillers:
-            self._write_fillers(plan, rows)
-        places = list(plan.places)
-        context.tokens[places] = [sequence.last for sequence in rows]
-        context.positions[places] = [sequence.computed for sequence in rows]
-        context.seq_ids[places] = [sequence.seq_id for sequence in rows]
-        context.wants_logits[places] = 1
-        for sequence in rows:
-            self.trim(sequence, sequence.computed)
-            kv.append(sequence.seq_id, 1)
-            sequence.scattered += count > 1
-            plan.chunks.append((sequence, 1))
-
-    def _fillers(self, ids: list[int]) -> list[int]:
-        """Choose free sequences that make a batch faster which sequences with these ids, in order, decode."""
-        return [] if self._shapes is None else self._shapes.fillers(ids, self.kv.free_ids)
-
-    def _write_fillers(self, plan: Plan, rows: list[Sequence]) -> None:
-        """Write a token that nobody reads for each filler, and find the places of the rows between them."""
-        context = self.context
-        ids = sorted([*plan.fillers, *(sequence.seq_id for sequence in rows)])
-        at = {seq_id: place for place, seq_id in enumerate(ids)}
-        plan.places = [at[sequence.seq_id] for sequence in rows]
-        places = [at[seq_id] for seq_id in plan.fillers]
-        context.tokens[places] = rows[0].last
-        context.positions[places] = 0
-        context.seq_ids[places] = plan.fillers
-        context.wants_logits[places] = 0
 
     def _attach_restored(self, request: RunningRequest) -> None:
         """Attach the sequences of a request that comes back, one after the other.
@@ -313,105 +243,8 @@ class Scheduler:
             if sequence.pending > 1:
                 return
 
-    def _add_prompt(self, plan: Plan, request: RunningRequest) -> None:
-        alone = len(request.sequences) == 1
-        room = self.context.batch_size - plan.count
-        sequence = next(sequence for sequence in request.sequences if alone or sequence.pending > 1)
-        wanted = sequence.pending if alone else sequence.pending - 1
-        if room < wanted <= self.context.batch_size and not self.context.unified:
-            return  # A divided cache computes prompts of one length together: the next step takes it whole.
-        count = self._chunk(sequence, min(wanted, room))
-        if count == 0:
-            return
-        last = alone and count == wanted
-        self._write_chunk(plan, sequence, count, last=last)
-        if last:
-            plan.choosing.append(request)
-
-    def _chunk(self, sequence: Sequence, most: int) -> int:
-        """Say how many tokens of a prompt fit this batch, the window's rule and the free cells."""
-        if self.window is not None:
-            inside = self.window - sequence.computed
-            if inside > 0:
-                most = min(most, inside)
-            else:
-                most = min(most, self.window_chunk)
-                self.trim(sequence, sequence.computed)
-        return min(most, self.kv.free)
-
-    def trim(self, sequence: Sequence, position: int) -> None:
-        """Free the cells of a sequence that have left the window when `position` is decoded."""
-        if self.window is not None:
-            self.kv.trim(sequence.seq_id, position - self.window + 1)
-
-    def _write_chunk(self, plan: Plan, sequence: Sequence, count: int, *, last: bool) -> None:
-        context, start = self.context, plan.count
-        part = slice(start, start + count)
-        context.tokens[part] = sequence.tokens[sequence.computed : sequence.computed + count]
-        context.positions[part] = np.arange(sequence.computed, sequence.computed + count, dtype=np.int32)
-        context.seq_ids[part] = sequence.seq_id
-        context.wants_logits[part] = 0
-        context.wants_logits[start + count - 1] = last
-        self.kv.append(sequence.seq_id, count)
-        plan.chunks.append((sequence, count))
-        plan.count += count
-        plan.outputs += last
-
-    def _fill_up(self, plan: Plan) -> None:
-        """Add tokens that nobody reads where that makes the batch faster.
-
-        They are the context's scratch sequence, or go on with a prompt that is alone in its batch where each sequence
-        has cells of its own.
-        """
-        context, start = self.context, plan.count
-        if self._shapes is None or not (wanted := self._shapes.padding(start)):
-            return
-        first, room = 0, context.batch_size - start
-        seq_id = context.scratch
-        if not context.unified:
-            if plan.places or len(plan.chunks) > 1:
-                return
-            seq_id = plan.chunks[0][0].seq_id
-            first = self.kv.length[seq_id]
-            room = min(room, self.kv.cells_per_sequence - first)
-        count = plan.padding = min(wanted, self.kv.free, room)
-        if count == 0:
-            return
-        plan.padded = (seq_id, first)
-        part = slice(start, start + count)
-        context.tokens[part] = context.tokens[0]
-        context.positions[part] = np.arange(first, first + count, dtype=np.int32)
-        context.seq_ids[part] = seq_id
-        context.wants_logits[part] = 0
-        # The output layer's batch is that of the rows with logits: it has a size of its own.
-        context.wants_logits[start : start + min(count, self._shapes.padding(plan.outputs))] = 1
-        plan.count += count
-
-    def decode(self, plan: Plan) -> NDArray[np.float32]:
-        """Decode a plan's batch.
-
-        Returns:
-            The logits for `choosing`, as `Context.decode` gives them.
-
-        Raises:
-            DecodeFailedError: llama.cpp failed.
-        """
-        logits = self.context.decode(plan.count, plan.outputs)
-        if plan.order is not None:
-            logits[: len(plan.order)] = logits[plan.order]
-        return logits
-
-    def take_back_padding(self, plan: Plan) -> None:
-        """Free the cells of the tokens that only filled up a decoded batch."""
-        if plan.padding:
-            seq_id, first = plan.padded
-            self.context.remove(seq_id, first, -1)
-        for seq_id in plan.fillers:
-            self.context.remove(seq_id, -1, -1)
-
     def computed(self, plan: Plan) -> None:
         """Note that a plan's batch has been decoded."""
-        self.take_back_padding(plan)
         for sequence, count in plan.chunks:
             sequence.computed += count
             if count > 1:

@@ -79,7 +79,7 @@ class Stepper:
             self._go_on(scheduler, streak)
             return
         try:
-            logits = scheduler.decode(plan)
+            logits = scheduler.writer.decode(plan)
         except DecodeFailedError as error:
             failed = {id(sequence) for sequence, _ in plan.chunks}
             requests = [request for request in members if not failed.isdisjoint(map(id, request.sequences))]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from typing import Self
 
-from edge_phi3.engine.scheduler import Plan, Scheduler
+from edge_phi3.engine.batch import Plan
+from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import TokensEvent
 from edge_phi3.generation.plain import PlainRows
 
@@ -76,7 +77,7 @@ class Streak:
         Raises:
             DecodeFailedError: llama.cpp failed.
         """
-        scheduler, plan = self._scheduler, self._plan
+        scheduler, plan, writer = self._scheduler, self._plan, self._scheduler.writer
         if self._chosen:
             for place, token in zip(plan.places, self._chosen[-1], strict=True):
                 self._tokens[place] = token
@@ -84,9 +85,8 @@ class Streak:
             if scheduler.window is not None:
                 for request in self.requests:
                     sequence = request.sequences[0]
-                    scheduler.trim(sequence, sequence.computed + self.steps)
-        logits = scheduler.decode(plan)
-        scheduler.take_back_padding(plan)
+                    writer.trim(sequence, sequence.computed + self.steps)
+        logits = writer.decode(plan)
         chosen = self._rows.choose(logits[: len(self.requests)])
         self._chosen.append(chosen)
         self.steps += 1

@@ -150,13 +150,13 @@ def test_filled_up_and_divided_batches_give_the_same_answers(make_model: MakeMod
     options = [{"max_new_tokens": 20, **MODES[seed % len(MODES)]} for seed in range(12)]
     with running_engine(make_model("4k"), batch_seeded=True) as engine:
         scheduler = engine.model.schedulers[0]
-        scheduler._shapes = None
+        scheduler.writer.shapes = None
         expected = [ask(engine, tokens, **kwargs) for tokens, kwargs in zip(prompts, options, strict=True)]
         # Sizes of which each is padded to the next tile, then of which each is cut in two.
         tiles = {size: 1.0 if size % 16 == 0 else 2.0 for size in range(1, 33)}
         halves = {size: float(size**2) for size in range(1, 33)}
         for times in (tiles, halves):
-            scheduler._shapes = BatchShapes(times)
+            scheduler.writer.shapes = BatchShapes(times)
             asked = [Asked(engine, tokens, **kwargs) for tokens, kwargs in zip(prompts, options, strict=True)]
             assert [generated(one.finished()) for one in asked] == expected
             settled(engine)

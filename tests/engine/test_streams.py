@@ -57,7 +57,7 @@ def test_rows_lie_in_the_order_of_their_sequences(engine: Engine, monkeypatch: p
 
     options = [{"num_beams": 3}, {"num_beams": 2}, {}, {"repetition_penalty": 1.3}]
     alone = [ask(engine, prompt(seed, 40), max_new_tokens=24, **each, **ENDLESS) for seed, each in enumerate(options)]
-    monkeypatch.setattr(engine.model.schedulers[0], "_shapes", None)
+    monkeypatch.setattr(engine.model.schedulers[0].writer, "shapes", None)
     monkeypatch.setattr(context, "decode", noted)
     asked = [Asked(engine, prompt(seed, 40), max_new_tokens=24, **each, **ENDLESS) for seed, each in enumerate(options)]
     assert [generated(one.finished()) for one in asked] == alone
@@ -77,7 +77,7 @@ def test_halves_of_a_batch_are_neighbours(engine: Engine, monkeypatch: pytest.Mo
 
     options = {"max_new_tokens": 60, **ENDLESS}
     expected = [ask(engine, prompt(seed, 30), **options) for seed in range(6)]
-    monkeypatch.setattr(scheduler, "_shapes", BatchShapes({size: float(size**2) for size in range(1, 33)}))
+    monkeypatch.setattr(scheduler.writer, "shapes", BatchShapes({size: float(size**2) for size in range(1, 33)}))
     monkeypatch.setattr(context, "decode", noted)
     early = Asked(engine, prompt(0, 30), max_new_tokens=6, **ENDLESS)
     asked = [Asked(engine, prompt(seed, 30), **options) for seed in range(1, 6)]
@@ -100,10 +100,10 @@ def test_gaps_are_filled_and_prompts_are_computed_apart(engine: Engine, monkeypa
 
     modes = [{}, {"min_new_tokens": 9}, {"repetition_penalty": 1.3}, {}, {"no_repeat_ngram_size": 3}]
     options = [{"max_new_tokens": 20 + 9 * seed, **mode, **ENDLESS} for seed, mode in enumerate(modes)]
-    monkeypatch.setattr(scheduler, "_shapes", None)
+    monkeypatch.setattr(scheduler.writer, "shapes", None)
     expected = [ask(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
     # Every batch costs the same, so that one with gaps costs more than one without.
-    monkeypatch.setattr(scheduler, "_shapes", BatchShapes(dict.fromkeys(range(1, 33), 1.0)))
+    monkeypatch.setattr(scheduler.writer, "shapes", BatchShapes(dict.fromkeys(range(1, 33), 1.0)))
     monkeypatch.setattr(context, "decode", noted)
     asked = [Asked(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
     assert [generated(one.finished()) for one in asked] == expected
@@ -132,7 +132,7 @@ def test_requests_that_arrive_together_stay_together(make_model: MakeModel, monk
     """Their prompts take two batches: the first ones wait for the second batch, so that all decode as one."""
     options = {"ctx_size": 4096, "parallel": 8, "kv_unified": False, "batch_size": 128, "prefix_cache": False}
     with running_engine(make_model("4k"), **options) as engine:
-        monkeypatch.setattr(engine.model.schedulers[0], "_shapes", None)
+        monkeypatch.setattr(engine.model.schedulers[0].writer, "shapes", None)
         expected = [ask(engine, prompt(seed, 40), max_new_tokens=12, **ENDLESS) for seed in range(6)]
         batches = _batches(engine, monkeypatch)
         with engine_at_rest(engine):
@@ -143,7 +143,7 @@ def test_requests_that_arrive_together_stay_together(make_model: MakeModel, monk
 
 def test_who_decodes_waits_for_one_batch_of_prompts(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with running_engine(make_model("4k"), ctx_size=8192, parallel=8, kv_unified=False, batch_size=64) as engine:
-        monkeypatch.setattr(engine.model.schedulers[0], "_shapes", None)
+        monkeypatch.setattr(engine.model.schedulers[0].writer, "shapes", None)
         batches = _batches(engine, monkeypatch)
         with engine_at_rest(engine):
             first = Asked(engine, prompt(1, 40), max_new_tokens=30, **ENDLESS)
@@ -173,11 +173,11 @@ def test_a_few_tokens_are_not_taken_from_another(engine: Engine) -> None:
 def test_a_lone_prompt_is_filled_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = engine.model.schedulers[0]
     lengths = [31, 32, 45, 501, 511]
-    monkeypatch.setattr(scheduler, "_shapes", None)
+    monkeypatch.setattr(scheduler.writer, "shapes", None)
     expected = [ask(engine, prompt(600 + length, length), max_length=512, **ENDLESS) for length in lengths]
     # Whole tiles of 16 rows are fast, and each row beyond takes as long as a tile.
     monkeypatch.setattr(
-        scheduler, "_shapes", BatchShapes({size: float(sum(divmod(size, 16))) for size in range(1, 33)})
+        scheduler.writer, "shapes", BatchShapes({size: float(sum(divmod(size, 16))) for size in range(1, 33)})
     )
     monkeypatch.setattr(scheduler, "_share", False)
     batches = _batches(engine, monkeypatch)
