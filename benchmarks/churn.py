@@ -2,6 +2,7 @@
 
     python -m benchmarks.churn                  # 5,000 requests on a small random model
     python -m benchmarks.churn --requests 500 --sliding-window
+    python -m benchmarks.churn --no-kv-unified --ctx-size 16384
 
 Requests come in random sizes and modes (greedy, sampling, several sequences, beams), many beginning alike, into a KV
 cache that is too small for all of them, so that the scheduler preempts, beside a prefix store of one MiB, so that it
@@ -172,13 +173,23 @@ def main() -> int:
     parser.add_argument("--ctx-size", type=int, default=1024, help="KV cells, too few on purpose")
     parser.add_argument("--longest", type=int, default=400, help="tokens of the longest prompt")
     parser.add_argument("--sliding-window", action="store_true", help="a model with a window of 63 tokens")
+    parser.add_argument(
+        "--no-kv-unified", action="store_true", help="a part of the cells for each sequence: --ctx-size 16384 is right"
+    )
     parser.add_argument("--tolerance", type=float, default=0.02, help="growth of memory that is allowed, as a share")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         window = 63 if arguments.sliding_window else 2047
         checkpoint = write_checkpoint(Path(work) / "model", seed=1, sliding_window=window)
         path = convert(checkpoint, Path(work) / "model.gguf", outtype="f32").path
-        engine = Engine(EngineSettings(path, ctx_size=arguments.ctx_size, max_queue=2 * _IN_FLIGHT, prefix_cache_mib=1))
+        settings = EngineSettings(
+            path,
+            ctx_size=arguments.ctx_size,
+            kv_unified=not arguments.no_kv_unified,
+            max_queue=2 * _IN_FLIGHT,
+            prefix_cache_mib=1,
+        )
+        engine = Engine(settings)
         engine.load()
         try:
             return _measure(engine, arguments)
