@@ -116,13 +116,11 @@ def _engine(records: list[EngineRecord]) -> str:
     return "\n".join([
         "## The engine against llama.cpp's server",
         "",
-        "The same GGUF, threads and requests, on the same libraries of llama.cpp, turn by turn. A ratio is the"
-        " median of"
-        " the turns' ratios and above 1 when ours is better; the range is that of the turns. \"18m\" and \"0.65b\""
-        " are random"
-        " models with Phi-3's vocabulary (`benchmarks/models.py`). Answers are streamed: llama-server sends each token"
-        " by itself, ours those of a tenth of a second together (`--stream-interval`). For health checks the goal is our"
-        " milliseconds.",
+        "The same GGUF, threads and requests, on the same libraries of llama.cpp, turn by turn. A ratio is"
+        " the median of the turns' ratios and above 1 when ours is better; the range is that of the turns."
+        " \"18m\" and \"0.65b\" are random models with Phi-3's vocabulary (`benchmarks/models.py`). Answers are"
+        " streamed: llama-server sends each token by itself, ours those of a tenth of a second together"
+        " (`--stream-interval`). For health checks the goal is our milliseconds.",
         "",
         *(machine_line(it.machine, f"python -m benchmarks.engine_ratios {' '.join(it.command)}") for it in records),
         "",
