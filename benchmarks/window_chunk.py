@@ -99,6 +99,8 @@ def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
         for request, step in zip(plan.choosing, advance([r.decoder for r in plan.choosing], logits), strict=True):
             if not recorder.finished:
                 scheduler.reorder(request, step.parents, step.tokens)
+    beyond = scheduler.window is not None and longest > scheduler.window
+    assert any(scheduler.kv.start) == beyond, "cells leave the cache where there is a window, and only there"
     scheduler.retire(running)
     return recorder.first_logits_at - started
 
@@ -156,7 +158,8 @@ def measure(
         )
         loaded = load(settings)
         if chunk == NO_WINDOW:
-            loaded.schedulers[0].window = None
+            scheduler = loaded.schedulers[0]
+            scheduler.window = scheduler.writer.window = None
         try:
             rows.append(_row(name, chunk, loaded, prompts, exact))
         finally:
