@@ -350,22 +350,28 @@ async def run(arguments: argparse.Namespace, done: Callable[[list[Result]], None
     return results
 
 
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def main() -> int:
     """Compare, print a table, and give exit code 1 when a goal is missed."""
-    words: Callable[[str], Any] = lambda text: text.split(",")  # noqa: E731 - for argparse
-    numbers: Callable[[str], Any] = lambda text: [int(part) for part in text.split(",")]  # noqa: E731 - for argparse
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     llama_cpp.add_arguments(parser)
-    parser.add_argument("--parts", type=words, default=["throughput", "stream", "prefix", "health", "original"])
-    parser.add_argument("--models", type=words, default=list(GOALS))
-    parser.add_argument("--clients", type=numbers, default=[1, 4, 8, 16])
-    parser.add_argument("--modes", type=words, default=["greedy", "sampled"], help=", ".join(_WORKLOADS))
+    parser.add_argument("--parts", type=_words, default=["throughput", "stream", "prefix", "health", "original"])
+    parser.add_argument("--models", type=_words, default=list(GOALS))
+    parser.add_argument("--clients", type=_numbers, default=[1, 4, 8, 16])
+    parser.add_argument("--modes", type=_words, default=["greedy", "sampled"], help=", ".join(_WORKLOADS))
     parser.add_argument("--rounds", type=int, default=5, help="turns of each server; with 1 client eight times as many")
     parser.add_argument("--requests", type=int, default=8, help="requests of a turn, at least 2 for each client")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--torch-python", type=Path, help="an interpreter with transformers, for the part original")
-    parser.add_argument("--ours", type=words, default=[], help="more options for our server in the part throughput")
-    parser.add_argument("--llama-server", type=words, default=[], help="more options for llama-server, with commas")
+    parser.add_argument("--ours", type=_words, default=[], help="more options for our server in the part throughput")
+    parser.add_argument("--llama-server", type=_words, default=[], help="more options for llama-server, with commas")
     parser.add_argument("--json", type=Path, help="keep the results here, beside those of other options")
     arguments = parser.parse_args()
     machine, console = Machine.here(), Console(stderr=True, soft_wrap=True)

@@ -13,12 +13,14 @@ is no window at all: what llama.cpp does by itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -29,6 +31,7 @@ from rich.table import Table
 from benchmarks.engine_ratios import public_options
 from benchmarks.models import CACHE, model_path
 from edge_phi3.bench.machine import Machine
+from edge_phi3.engine import loader
 from edge_phi3.engine.loader import LoadedModel, load
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import GenerationRequest, RunningRequest
@@ -156,10 +159,9 @@ def measure(
             kv_cache_type=arguments.kv_cache_type,
             prefix_cache=False,
         )
-        loaded = load(settings)
-        if chunk == NO_WINDOW:
-            scheduler = loaded.schedulers[0]
-            scheduler.window = scheduler.writer.window = None
+        windowless = mock.patch.object(loader, "_sliding_window", return_value=None)
+        with windowless if chunk == NO_WINDOW else contextlib.nullcontext():
+            loaded = load(settings)
         try:
             rows.append(_row(name, chunk, loaded, prompts, exact))
         finally:

@@ -57,7 +57,7 @@ class BatchWriter:
     ) -> None:
         self._context = context
         self._kv = kv
-        self.window = window
+        self._window = window
         self._window_chunk = window_chunk
         self.shapes = shapes
 
@@ -157,8 +157,8 @@ class BatchWriter:
 
     def trim(self, sequence: Sequence, position: int) -> None:
         """Free the cells of a sequence that have left the window when `position` is decoded."""
-        if self.window is not None:
-            self._kv.trim(sequence.seq_id, position - self.window + 1)
+        if self._window is not None:
+            self._kv.trim(sequence.seq_id, position - self._window + 1)
 
     def _fillers(self, ids: list[int]) -> list[int]:
         """Choose free sequences that make a batch faster which sequences with these ids, in order, decode."""
@@ -178,8 +178,8 @@ class BatchWriter:
 
     def _chunk(self, sequence: Sequence, most: int) -> int:
         """Say how many tokens of a prompt fit this batch, the window's rule and the free cells."""
-        if self.window is not None:
-            inside = self.window - sequence.computed
+        if self._window is not None:
+            inside = self._window - sequence.computed
             if inside > 0:
                 most = min(most, inside)
             else:

@@ -89,32 +89,6 @@ def test_halves_of_a_batch_are_neighbours(engine: Engine, monkeypatch: pytest.Mo
     assert all(rows == list(range(rows[0], rows[0] + 3)) for rows in decoded)
 
 
-def test_gaps_are_filled_and_prompts_are_computed_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler = engine.model.schedulers[0]
-    context, decode = scheduler.context, Context.decode
-    batches: list[list[int]] = []
-
-    def noted(count: int, rows: int) -> NDArray[np.float32]:
-        batches.append(context.seq_ids[:count].tolist())
-        return decode(context, count, rows)
-
-    modes = [{}, {"min_new_tokens": 9}, {"repetition_penalty": 1.3}, {}, {"no_repeat_ngram_size": 3}]
-    options = [{"max_new_tokens": 20 + 9 * seed, **mode, **ENDLESS} for seed, mode in enumerate(modes)]
-    monkeypatch.setattr(scheduler.writer, "shapes", None)
-    expected = [ask(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
-    # Every batch costs the same, so that one with gaps costs more than one without.
-    monkeypatch.setattr(scheduler.writer, "shapes", BatchShapes(dict.fromkeys(range(1, 33), 1.0)))
-    monkeypatch.setattr(context, "decode", noted)
-    asked = [Asked(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
-    assert [generated(one.finished()) for one in asked] == expected
-    apart = [sorted(set(ids)) for ids in batches if len(ids) == len(set(ids))]
-    assert any(len(ids) == 4 for ids in apart)
-    assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in apart)
-    assert not [ids for ids in batches if len(set(ids)) < len(ids) and min(map(ids.count, set(ids))) == 1]
-    wait_until(lambda: engine.stats().cells_used == 0)
-    assert all(context.position_range(seq_id) == (-1, -1) for seq_id in range(8))
-
-
 def _batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Note the sequence ids of each batch from now on."""
     context, decode = engine.model.schedulers[0].context, Context.decode
@@ -126,6 +100,25 @@ def _batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]
 
     monkeypatch.setattr(context, "decode", note)
     return noted
+
+
+def test_gaps_are_filled_and_prompts_are_computed_apart(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = engine.model.schedulers[0]
+    modes = [{}, {"min_new_tokens": 9}, {"repetition_penalty": 1.3}, {}, {"no_repeat_ngram_size": 3}]
+    options = [{"max_new_tokens": 20 + 9 * seed, **mode, **ENDLESS} for seed, mode in enumerate(modes)]
+    monkeypatch.setattr(scheduler.writer, "shapes", None)
+    expected = [ask(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
+    # Every batch costs the same, so that one with gaps costs more than one without.
+    monkeypatch.setattr(scheduler.writer, "shapes", BatchShapes(dict.fromkeys(range(1, 33), 1.0)))
+    batches = _batches(engine, monkeypatch)
+    asked = [Asked(engine, prompt(seed, 30), **each) for seed, each in enumerate(options)]
+    assert [generated(one.finished()) for one in asked] == expected
+    apart = [sorted(set(ids)) for ids in batches if len(ids) == len(set(ids))]
+    assert any(len(ids) == 4 for ids in apart)
+    assert all(ids == list(range(ids[0], ids[0] + len(ids))) for ids in apart)
+    assert not [ids for ids in batches if len(set(ids)) < len(ids) and min(map(ids.count, set(ids))) == 1]
+    wait_until(lambda: engine.stats().cells_used == 0)
+    assert all(scheduler.context.position_range(seq_id) == (-1, -1) for seq_id in range(8))
 
 
 def test_requests_that_arrive_together_stay_together(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
