@@ -2,7 +2,6 @@
 
     python -m benchmarks.churn                  # 5,000 requests on a small random model
     python -m benchmarks.churn --requests 500 --sliding-window
-    python -m benchmarks.churn --no-kv-unified --ctx-size 16384
 
 Requests come in random sizes and modes (greedy, sampling, several sequences, beams), many beginning alike, into a KV
 cache that is too small for all of them, so that the scheduler preempts, beside a prefix store of one MiB, so that it
@@ -30,7 +29,7 @@ from rich.table import Table
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
@@ -49,28 +48,21 @@ class Audit:
     def __init__(self) -> None:
         self.checks = 0
 
-    def __call__(self, scheduler: Scheduler) -> None:
+    def __call__(self, runner: ModelRunner) -> None:
         """Check one context; between the engine's steps, or from its thread.
 
         Raises:
             AssertionError: two records differ.
         """
-        kv, context = scheduler.kv, scheduler.context
-        kv.audit()
-        for seq_id in range(kv.sequences):
-            start, length = kv.start[seq_id], kv.length[seq_id]
-            expected = (start, length - 1) if length > start else (-1, -1)
-            held = context.position_range(seq_id)
-            assert held == expected, f"sequence {seq_id}: llama.cpp holds {held}, the books say {expected}"
+        runner.kv.audit()
         self.checks += 1
 
-    def at_rest(self, scheduler: Scheduler) -> None:
+    def at_rest(self, runner: ModelRunner) -> None:
         """Check a context without running requests: every sequence and every cell is free."""
-        self(scheduler)
-        assert not scheduler.running, "a request still runs"
-        assert not scheduler.waiting, "a request still waits"
-        taken = scheduler.kv.sequences - scheduler.kv.free_sequences
-        assert taken == scheduler.kv.used == 0, f"{taken} sequences and {scheduler.kv.used} cells are taken"
+        self(runner)
+        assert not runner.running, "a request still runs"
+        taken = runner.kv.sequences - runner.kv.free_sequences
+        assert taken == runner.kv.used == 0, f"{taken} sequences and {runner.kv.used} cells are taken"
 
 
 class Churn:
@@ -100,8 +92,8 @@ class Churn:
             if self._failure is not None:
                 raise self._failure
         self._wait_for_the_cancelled()
-        for scheduler in self._engine.model.schedulers:
-            self.audit.at_rest(scheduler)
+        for runner in self._engine.model.runners:
+            self.audit.at_rest(runner)
 
     def _wait_for_the_cancelled(self) -> None:
         end = time.monotonic() + 60
@@ -144,8 +136,8 @@ class Churn:
         """Take an event, in the engine's thread: the one moment at which its books can be read while it is busy."""
         if isinstance(event, FinishedEvent) and number % 16 == 0:
             try:
-                for scheduler in self._engine.model.schedulers:
-                    self.audit(scheduler)
+                for runner in self._engine.model.runners:
+                    self.audit(runner)
             except AssertionError as error:
                 self._failure = error
         self._events.put((number, event))
@@ -173,9 +165,6 @@ def main() -> int:
     parser.add_argument("--ctx-size", type=int, default=1024, help="KV cells, too few on purpose")
     parser.add_argument("--longest", type=int, default=400, help="tokens of the longest prompt")
     parser.add_argument("--sliding-window", action="store_true", help="a model with a window of 63 tokens")
-    parser.add_argument(
-        "--no-kv-unified", action="store_true", help="a part of the cells for each sequence: --ctx-size 16384 is right"
-    )
     parser.add_argument("--tolerance", type=float, default=0.02, help="growth of memory that is allowed, as a share")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
@@ -185,7 +174,6 @@ def main() -> int:
         settings = EngineSettings(
             path,
             ctx_size=arguments.ctx_size,
-            kv_unified=not arguments.no_kv_unified,
             max_queue=2 * _IN_FLIGHT,
             prefix_cache_mib=1,
         )

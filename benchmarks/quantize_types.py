@@ -42,7 +42,7 @@ WIDE_CHUNKS = 2
 def loaded(path: Path) -> Iterator[tuple[Context, Tokenizer]]:
     """Load a model on 512 cells, and check that its logits are numbers."""
     model = Model(path)
-    context = Context(model, cells=512, sequences=1, unified=True, settings=EngineSettings(path))
+    context = Context(model, cells=512, sequences=1, settings=EngineSettings(path))
     try:
         yield context, Tokenizer(model)
     finally:

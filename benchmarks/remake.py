@@ -66,8 +66,6 @@ def _suite(name: str, *, torch: bool = False) -> Part:
 PEERS = Part("peers", "benchmarks.peers --cache {cache}", None)
 
 _RATIOS = "benchmarks.engine_ratios --cache {cache} --json {output}"
-_LAYOUT = "--ours=--no-kv-unified"
-"""llama-server, told --parallel, gives each sequence a part of the KV cache: so does ours, where they are compared."""
 
 PARTS = (
     # One thread: threads that wait for each other would measure how busy the machine is.
@@ -83,14 +81,14 @@ PARTS = (
     ),
     Part(
         "engine_18m",
-        f"{_RATIOS} --models 18m {_LAYOUT} --parts throughput,stream,prefix,health",
+        f"{_RATIOS} --models 18m --parts throughput,stream,prefix,health",
         _ENGINE,
         peers=True,
     ),
     # Each turn of the large model takes twenty times as long: fewer turns, and fewer requests in each.
     Part(
         "engine_0.65b",
-        f"{_RATIOS} --models 0.65b {_LAYOUT} --rounds 3 --requests 2 --parts throughput,stream,prefix",
+        f"{_RATIOS} --models 0.65b --rounds 3 --requests 2 --parts throughput,stream,prefix",
         _ENGINE,
         peers=True,
     ),

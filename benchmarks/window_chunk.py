@@ -71,6 +71,7 @@ class Recorder(Decoder):
         self.distributions[at] = row
         log_softmax(self.distributions[at : at + 1])
         self.chosen.append(int(row.argmax()) if self.forced is None else self.forced[at])
+        self.history.extend(np.zeros(1, np.intp), np.array(self.chosen[-1:], np.int32))
         self.finished = len(self.chosen) == len(self.distributions)
         return Step((0,), self.chosen[-1:], (0,))
 
@@ -87,24 +88,22 @@ def _record(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
 
 def feed(loaded: LoadedModel, prompt: Tokens, recorder: Recorder) -> float:
     """Run a prompt and its continuation as the engine's thread does; give the seconds to the first distribution."""
-    scheduler: Scheduler = loaded.schedulers[0]
+    (runner,) = loaded.runners
+    scheduler = Scheduler([runner], parallel=1, share_prefixes=False)
     longest = len(prompt) + len(recorder.distributions)
     config = GenerationConfig.resolve({"max_length": longest}, loaded.defaults)
-    running = RunningRequest(GenerationRequest(prompt, config), recorder, lambda _: None, 0)
+    running = RunningRequest(GenerationRequest(prompt, config), recorder, lambda _: None, 0, 0.0)
     scheduler.enqueue(running)
     started = time.perf_counter()
     scheduler.admit()
     while not recorder.finished:
-        (members,) = scheduler.batches()
-        plan = scheduler.plan(members)
-        logits = scheduler.writer.decode(plan)
-        scheduler.computed(plan)
-        for request, step in zip(plan.choosing, advance([r.decoder for r in plan.choosing], logits), strict=True):
+        batch = scheduler.plan(runner)
+        logits = runner.decode(batch)
+        for request, step in zip(batch.choosing, advance([r.decoder for r in batch.choosing], logits), strict=True):
             if not recorder.finished:
-                scheduler.reorder(request, step.parents, step.tokens)
-    beyond = scheduler.window is not None and longest > scheduler.window
-    assert any(scheduler.kv.start) == beyond, "cells leave the cache where there is a window, and only there"
+                runner.reorder(request, step.parents)
     scheduler.retire(running)
+    runner.kv.settle()
     return recorder.first_logits_at - started
 
 

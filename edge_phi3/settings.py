@@ -69,18 +69,12 @@ class Settings(BaseModel):
     ctx_size: int = option(
         0,
         "Engine",
-        "Tokens in the KV cache, shared by all sequences; 0 takes the model's context, at most 8192.",
+        "Tokens in the KV cache, shared by all sequences; 0 takes the model's context, at most 8192. A model with long"
+        " and short rotary factors (Phi-3-128k) has a second cache, half as large, for its short sequences.",
         ge=0,
         le=1 << 20,
     )
     parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=255)
-    kv_unified: bool = option(
-        True,
-        "Engine",
-        "Let all sequences share the KV cache; without it each has a part of its own, ctx-size / parallel tokens:"
-        " faster where many run, but none can be longer. Parts come in steps of 256; Phi-3-128k's long context is"
-        " always shared.",
-    )
     batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
     threads: int = option(
         0,
@@ -103,11 +97,22 @@ class Settings(BaseModel):
     prefix_cache_mib: int = option(
         0, "Engine", "MiB of main memory that they may take; 0 takes an eighth of what is free at start.", ge=0
     )
-    batch_seeded: bool = option(
+    exact_seeds: bool = option(
         False,
         "Engine",
-        "Let requests with a seed share batches and the prefix cache: faster when several run, but with quantised"
-        " weights they may then not repeat exactly.",
+        "Run each request with a seed alone, in a cleared KV cache, so that its answer repeats to the bit; the others"
+        " wait meanwhile. Without it, its random draws repeat, and the model's numbers to rounding.",
+    )
+    stall_timeout: float = option(
+        60.0,
+        "Engine",
+        "Seconds without a completed step, while requests run, after which the engine counts as stalled: its requests"
+        " fail, and /livez answers 500. At least ten times the longest step so far; 0 never.",
+        ge=0,
+        le=86400,
+    )
+    exit_on_stall: bool = option(
+        True, "Engine", "Exit with code 1 when the engine stays stalled for the same time again."
     )
 
     stream_interval: float = option(

@@ -69,7 +69,7 @@ class Sequences:
     def __init__(self, model: Model, settings: EngineSettings, *, rows: int, steps: int) -> None:
         cells = -(-(rows * (_PROMPT + steps)) // 256) * 256
         self.rows = rows
-        self.context = Context(model, cells=cells, sequences=rows, unified=True, settings=settings)
+        self.context = Context(model, cells=cells, sequences=rows, settings=settings)
         self.tokens = np.random.default_rng(rows).integers(1000, 30000, rows, dtype=np.int32)
         self._position = _PROMPT
         context = self.context

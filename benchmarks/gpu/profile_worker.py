@@ -5,13 +5,18 @@
 Requests run in the engine as in the service, without HTTP. A step lasts from one decode call to the next. The part of
 llama.cpp (computing, and copying logits to the host, for which the call waits) and that of choosing tokens are timed
 around those calls. The rest is scheduling, handing tokens to the event loop, and waiting for the interpreter lock.
+
+All requests of a measurement are in the engine before it decodes anything, and none ends before all have generated
+`--tokens` tokens side by side, however fast the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,12 +28,11 @@ import numpy as np
 import uvloop
 
 from benchmarks.gpu.worker import answer
-from edge_phi3.engine import stepper
+from edge_phi3.engine import core
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation import GenerationConfig
-from edge_phi3.generation.plain import PlainRows
 
 _CELLS_PER_ROW = 256
 _PROMPT = 64
@@ -60,20 +64,32 @@ class Split(msgspec.Struct, kw_only=True):
     tokens_per_second: float
 
 
+@dataclass(frozen=True)
+class Decode:
+    """A decode call: when it began, how long it took, its tokens, and how many of them had their logits asked for."""
+
+    started: float
+    seconds: float
+    tokens: int
+    rows: int
+
+
 @dataclass
 class Clock:
-    """What happened: starts and lengths of decode calls with the tokens in them, and of choices."""
+    """What happened: decode calls, and starts and lengths of choices. Nothing is decoded until `go` is set."""
 
-    decodes: list[tuple[float, float, int]] = field(default_factory=list)
+    go: threading.Event = field(default_factory=threading.Event)
+    decodes: list[Decode] = field(default_factory=list)
     choices: list[tuple[float, float]] = field(default_factory=list)
 
     def timed_decode(self, decode: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
         """Wrap a context's decode call."""
 
         def timed(count: int, rows: int) -> Any:
+            self.go.wait()
             started = time.perf_counter()
             logits = decode(count, rows)
-            self.decodes.append((started, time.perf_counter() - started, count))
+            self.decodes.append(Decode(started, time.perf_counter() - started, count, rows))
             return logits
 
         return timed
@@ -94,12 +110,12 @@ class Clock:
         steps = []
         choices = iter(self.choices)
         choice = next(choices, None)
-        for (start, length, count), (following, _, next_count) in zip(self.decodes, self.decodes[1:], strict=False):
-            while choice is not None and choice[0] < start:
+        for now, following in itertools.pairwise(self.decodes):
+            while choice is not None and choice[0] < now.started:
                 choice = next(choices, None)
-            chosen = choice[1] if choice is not None and choice[0] < following else 0.0
-            if count == next_count == rows:
-                steps.append((following - start, length, chosen))
+            chosen = choice[1] if choice is not None and choice[0] < following.started else 0.0
+            if now.tokens == now.rows == following.tokens == following.rows == rows:
+                steps.append((following.started - now.started, now.seconds, chosen))
         if not steps:
             raise RuntimeError(f"no step decoded {rows} rows together")
         step, decode, choose = (1e3 * statistics.median(column) for column in zip(*steps, strict=True))
@@ -111,31 +127,32 @@ class Clock:
             decode=decode,
             choose=choose,
             rest=step - decode - choose,
-            loop=1e3 * loop_seconds / max(1, len(self.decodes)),
+            loop=1e3 * loop_seconds / len(self.decodes),
             tokens_per_second=rows / (step / 1e3),
         )
 
 
 def measure(engine: Engine, rows: int, mode: str, tokens: int) -> Split:
-    """Let `rows` requests generate side by side."""
+    """Let `rows` requests generate side by side, each `tokens` tokens and those of the steps before all are there."""
     clock = Clock()
-    contexts = [scheduler.context for scheduler in engine.model.schedulers]
-    choose, choose_plainly = stepper.advance, PlainRows.choose
+    contexts = [runner.context for runner in engine.model.runners]
+    choose = core.advance
     for context in contexts:
         context.decode = clock.timed_decode(context.decode)  # type: ignore[method-assign] # measured from outside
-    stepper.advance = clock.timed_choice(choose)
-    PlainRows.choose = clock.timed_choice(choose_plainly)  # type: ignore[method-assign] # likewise
+    core.advance = clock.timed_choice(choose)
+    # One request's prompt may go alone; the others' follow in full batches, beside the rows that go on already.
+    before = 2 + -(-rows * _PROMPT // max(1, contexts[0].batch_size - rows))
     try:
-        loop_seconds = uvloop.run(_generate(engine, rows, mode, tokens))
+        loop_seconds = uvloop.run(_generate(engine, rows, mode, tokens + before, clock.go))
     finally:
-        stepper.advance = choose
-        PlainRows.choose = choose_plainly  # type: ignore[method-assign] # likewise
+        clock.go.set()
+        core.advance = choose
         for context in contexts:
             del context.decode
     return clock.split(rows, mode, loop_seconds)
 
 
-async def _generate(engine: Engine, rows: int, mode: str, tokens: int) -> float:
+async def _generate(engine: Engine, rows: int, mode: str, tokens: int, go: threading.Event) -> float:
     kwargs: dict[str, Any] = {"max_new_tokens": tokens, "max_length": None, "eos_token_id": []}
     kwargs |= {"do_sample": False} if mode == "greedy" else {"do_sample": True, "top_k": 10, "temperature": 1.0}
     config = GenerationConfig.resolve(kwargs, engine.model.defaults)
@@ -145,11 +162,14 @@ async def _generate(engine: Engine, rows: int, mode: str, tokens: int) -> float:
         async for event in engine.generate(GenerationRequest(prompt, config, stream=True)):
             assert not isinstance(event, FinishedEvent) or event.generated_tokens == tokens
 
-    prompts = random.integers(1000, 30000, (rows, _PROMPT), dtype=np.int32)
-    before = time.thread_time()
+    prompts = random.integers(1000, min(30000, engine.model.defaults.vocab_size), (rows, _PROMPT), dtype=np.int32)
     async with asyncio.TaskGroup() as group:
         for prompt in prompts:
             group.create_task(one(prompt))
+        while (stats := engine.stats()).waiting + stats.running < rows:  # noqa: ASYNC110 - the engine tells nobody
+            await asyncio.sleep(0.001)
+        before = time.thread_time()
+        go.set()
     return time.thread_time() - before
 
 

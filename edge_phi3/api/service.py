@@ -88,7 +88,7 @@ class Service:
             await self._pipeline.engine.drain(self.settings.grace_period)
 
     def close(self, patience: float = 2.0) -> bool:
-        """Stop at once. Give whether everything has stopped: a long step of the loading may still go on.
+        """Stop at once. Return whether everything has stopped: a step of the loading or the engine may still go on.
 
         Args:
             patience: seconds to wait for the loading.
@@ -96,9 +96,8 @@ class Service:
         self._stopping = True
         if self._loading.is_alive():
             self._loading.join(patience)
-        if self._pipeline is not None:
-            self._pipeline.engine.close()
-        return not self._loading.is_alive()
+        stopped = self._pipeline is None or self._pipeline.engine.close()
+        return stopped and not self._loading.is_alive()
 
     # -- how well it is
 
@@ -126,8 +125,8 @@ class Service:
         return self._pipeline
 
     def check_alive(self) -> None:
-        """Raise `UnhealthyError` when only a new process can help: the engine is broken."""
-        if self._pipeline is not None and self._pipeline.engine.status == "broken":
+        """Raise `UnhealthyError` when only a new process can help: the engine is broken, or does not answer."""
+        if self._pipeline is not None and self._pipeline.engine.status in {"broken", "stalled"}:
             raise UnhealthyError(self._pipeline.engine.status_detail)
 
     def check_healthy(self) -> None:
@@ -187,8 +186,7 @@ class Service:
         if max_new_tokens is None:
             length = len(prepared.prompt_ids)
             rows = prepared.config.num_return_sequences
-            room = max(scheduler.room(length, rows) for scheduler in pipeline.engine.model.schedulers)
-            room = min(room, pipeline.model.context_length - length)
+            room = pipeline.engine.room(length, rows)
             if room < 1:
                 raise InvalidRequestError(
                     f"The prompt has {length} tokens, which leaves no room for an answer; shorten it."

@@ -198,7 +198,7 @@ def work(job: Job, tell: Callable[[Event], None]) -> Measured:
     cells = job.prompt_tokens + job.generated_tokens
     started = time.perf_counter()
     model = Model(settings.model_path, n_gpu_layers=layers)
-    context = Context(model, cells=cells, sequences=1, unified=True, settings=settings)
+    context = Context(model, cells=cells, sequences=1, settings=settings)
     context.warm_up()
     load_seconds = time.perf_counter() - started
     reference = None if job.text is not None else LogitsFile.open(Path(job.logits))
@@ -207,7 +207,7 @@ def work(job: Job, tell: Callable[[Event], None]) -> Measured:
     peak, gpu_after = peak_resident_bytes(), gpu_bytes_in_use()
     context.close()
     bos = model.bos_token_id if model.adds_bos else None
-    context = Context(model, cells=job.ctx_size, sequences=1, unified=True, settings=settings)
+    context = Context(model, cells=job.ctx_size, sequences=1, settings=settings)
 
     def done(number: int) -> None:
         tell(Progress(number, len(chunks)))

@@ -37,7 +37,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: generate `output_tokens` whatever the model says.
         stream: ask for server-sent events. Without them there is no time to first token.
         send_seeds: give each sampled request a seed, so that its answer is the same in each run. A server may then
-            take longer: edge-phi3 decodes seeded requests one by one unless it is told otherwise.
+            take longer: edge-phi3 decodes seeded requests one by one when it was started with --exact-seeds.
         seed: of everything drawn here.
     """
 

@@ -1,13 +1,87 @@
-"""Which contexts of llama.cpp a model is served with: pure arithmetic, shared with those who plan memory."""
+"""Which contexts of llama.cpp a model is served with, and what the engine asks of each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.engine.settings import DEFAULT_CTX_SIZE, EngineSettings
 
 MAX_PARALLEL = 255
 """Sequences that one llama.cpp context decodes together at most: it has 256 ids (LLAMA_MAX_SEQ), one is kept back."""
+
+_GRAIN = 256
+"""llama.cpp makes the cells of a context a multiple of this."""
+
+
+class DecodeContext(Protocol):
+    """A KV cache that sequences share, and the call that decodes a batch into it.
+
+    Attributes:
+        cells: KV cells.
+        sequences: how many sequence ids there are, from 0.
+        batch_size: how many tokens one call takes at most.
+        offloaded: whether the cells lie on a GPU.
+        saves: whether `save` and `restore` are fast enough to be of use.
+        tokens: the batch's token ids, int32, shape ``(batch_size,)``.
+        positions: their positions, int32.
+        seq_ids: their sequences, int32.
+        wants_logits: which of them have logits that are wanted, int8.
+    """
+
+    cells: int
+    sequences: int
+    batch_size: int
+    offloaded: bool
+    saves: bool
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    seq_ids: NDArray[np.int32]
+    wants_logits: NDArray[np.int8]
+
+    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
+        """Decode the first `count` tokens of the batch, and return the logits that are wanted, in its order.
+
+        Returns:
+            Shape ``(rows, vocab_size)``: a writable view that the next call overwrites.
+
+        Raises:
+            DecodeFailedError: it failed, was aborted, or found no free cells.
+        """
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` share all cells of `source`."""
+
+    def remove(self, seq_id: int, start: int, end: int) -> None:
+        """Take positions ``[start, end)`` from a sequence; -1 leaves that side open."""
+
+    def position_range(self, seq_id: int) -> tuple[int, int]:
+        """Return the first and the last position of a sequence, or (-1, -1)."""
+
+    def save(self, seq_id: int, start: int, end: int) -> NDArray[np.uint8]:
+        """Return a copy of the keys and values of the positions ``[start, end)``, shape ``(bytes,)``."""
+
+    def restore(self, seq_id: int, state: NDArray[np.uint8], *, behind: bool) -> bool:
+        """Put what `save` returned into a sequence, in place of what it holds or behind it; False when that failed."""
+
+    def clear(self, *, zero: bool = False) -> None:
+        """Empty the cache, and overwrite it if wanted."""
+
+    def warm_up(self) -> None:
+        """Decode one token, and forget it.
+
+        Raises:
+            DecodeFailedError: the context does not work.
+        """
+
+    def abort(self) -> None:
+        """Make the running call of `decode`, and any later one, fail soon. From any thread."""
+
+    def close(self) -> None:
+        """Free the context."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,20 +89,21 @@ class ContextShape:
     """One context.
 
     Attributes:
-        cells: KV cells in all.
+        cells: KV cells.
         sequences: how many sequence ids there are.
-        unified: one cache that all sequences share, or one part of ``cells / sequences`` for each.
         max_tokens: how long its sequences may get; None for as long as its cells allow.
     """
 
     cells: int
     sequences: int
-    unified: bool
     max_tokens: int | None
 
 
 def context_shapes(settings: EngineSettings, context_length: int, original: int | None) -> list[ContextShape]:
-    """Give the contexts to make: one, or for Phi-3-128k two, the first for sequences up to the original context.
+    """Return the contexts to make: one, or for a model with two sets of rotary factors up to two.
+
+    The first of two takes sequences up to the original context, the second, of ``--ctx-size`` cells, the longer ones.
+    The first has half as many cells, but room for at least one and at most ``--parallel`` whole sequences.
 
     Args:
         settings: how many cells are asked for, and how many sequences at once.
@@ -36,15 +111,15 @@ def context_shapes(settings: EngineSettings, context_length: int, original: int 
         original: the context beyond which the long rotary factors hold; None for a model without them.
     """
     parallel = min(settings.parallel, MAX_PARALLEL)
-    cells = settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE)
-    if original is None or cells <= original:
-        return [ContextShape(cells, parallel, unified=settings.kv_unified or parallel == 1, max_tokens=None)]
-    # llama.cpp chooses the rotary factors once a context, by its cells per sequence. Short prompts need a context of
-    # their own, whose sequences have `original` cells each; it takes as much memory as the long one at most.
-    streams = max(1, min(parallel, cells // original))
-    return [
-        ContextShape(original * streams, streams, unified=False, max_tokens=original)
-        if streams > 1
-        else ContextShape(original, parallel, unified=True, max_tokens=original),
-        ContextShape(cells, parallel, unified=True, max_tokens=None),
-    ]
+    cells = _rounded(settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE))
+    if original is None:
+        return [ContextShape(cells, parallel, None)]
+    if (settings.ctx_size or context_length) <= original:
+        return [ContextShape(cells, parallel, original)]
+    short = _rounded(min(max(original, cells // 2), parallel * original))
+    # llama.cpp takes the long factors in a context that is larger than the short one.
+    return [ContextShape(short, parallel, original), ContextShape(max(cells, short + _GRAIN), parallel, None)]
+
+
+def _rounded(cells: int) -> int:
+    return -(-cells // _GRAIN) * _GRAIN

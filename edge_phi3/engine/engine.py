@@ -1,15 +1,14 @@
-"""The engine: one thread that decodes, and its asyncio face.
+"""The engine: a model, one thread that decodes, and its asyncio face.
 
-The thread owns the llama.cpp contexts. What the event loop wants arrives in one thread-safe inbox; what the thread has
-to say leaves through an `Outbox`. What it does in between is `edge_phi3.engine.stepper`'s.
+The thread owns the llama.cpp contexts. What it does is `edge_phi3.engine.core`'s; this is its life, from loading the
+model to freeing it, and what others see of it meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-import queue
+import os
 import sys
 import threading
 import time
@@ -17,29 +16,26 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Literal
 
-from edge_phi3.engine.delivery import Outbox
-from edge_phi3.engine.errors import (
-    EngineStoppedError,
-    ModelLoadError,
-    QueueFullError,
-    RequestTooLargeError,
-)
+from edge_phi3.engine.core import EngineCore
+from edge_phi3.engine.errors import EngineStoppedError
+from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.loader import LoadedModel, load
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.engine.solo import SoloScheduler, no_memory
 from edge_phi3.engine.stats import EngineStats
-from edge_phi3.engine.stepper import Stepper
-from edge_phi3.generation import make_decoder
+from edge_phi3.engine.watchdog import Watchdog, stacks
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["loading", "ready", "draining", "broken", "stopped"]
+Status = Literal["loading", "ready", "draining", "stalled", "broken", "stopped"]
 
 _SWITCH_INTERVAL = 0.0005
 """Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's thread
 asks for it after every decode, and must not wait for the event loop's whole turn."""
+
+_PATIENCE = 2.0
+"""Seconds that the engine's thread has to end once its decode call is aborted."""
 
 
 class Engine:
@@ -47,25 +43,23 @@ class Engine:
 
     Args:
         settings: the model and how to run it.
+
+    Attributes:
+        status: how it is.
+        status_detail: a sentence about that; empty while it is ready.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
         self.status: Status = "loading"
         self.status_detail = "The model is loading."
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outbox = Outbox(settings.stream_interval)
-        self._arrivals = itertools.count()
+        self._outbox = EventBatcher(settings.stream_interval)
         self._loading: Future[LoadedModel] = Future()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
         self._closing = threading.Lock()
         self._loaded: LoadedModel | None = None
-        self._unadmitted = 0
-        self._prompt_tokens = 0
-        self._stepper = Stepper(
-            self._outbox, self._enqueue, wanted=lambda: not self._inbox.empty(), stopping=lambda: self._stopping
-        )
+        self._core: EngineCore | None = None
 
     # -- life
 
@@ -84,39 +78,47 @@ class Engine:
         return await asyncio.to_thread(self.load)
 
     async def drain(self, grace: float) -> None:
-        """Take no more requests, wait up to `grace` seconds for the running ones, end the rest, and free the model."""
+        """Take no more requests, let the running ones finish, end the rest, and free the model.
+
+        Args:
+            grace: seconds that all of this may take.
+        """
         if self.status in {"ready", "loading"}:
             self._set_status("draining", "The service is stopping.")
-        end = time.monotonic() + grace
-        while self._busy() and time.monotonic() < end:  # noqa: ASYNC110 - polling spares the hot path a signal
+        end = time.monotonic() + grace - min(_PATIENCE, grace / 2)
+        while self._core is not None and self._core.in_flight and time.monotonic() < end:  # noqa: ASYNC110 - spares the hot path a signal
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.close)
+        await asyncio.to_thread(self.close, min(_PATIENCE, grace / 2))
 
-    def close(self) -> None:
-        """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`."""
+    def close(self, patience: float = _PATIENCE) -> bool:
+        """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`.
+
+        Args:
+            patience: seconds to wait for the engine's thread. When it does not end, nothing is freed under it.
+
+        Returns:
+            Whether everything has stopped.
+        """
         self._stopping = True
-        for scheduler in self._schedulers():
-            scheduler.context.abort()
+        core = self._core
+        if core is not None:
+            core.abort()
         # A second signal may close while the first still drains: only one may free the model.
         with self._closing:
-            self._inbox.put(_nothing)
             if self._thread.is_alive():
-                self._thread.join()
+                self._thread.join(patience)
             self._set_status("stopped", "The engine is stopped.")
-            loaded, self._loaded = self._loaded, None
+            if self._thread.is_alive():
+                if core is not None:
+                    core.abandon("The service is stopping.")
+                return False
+            loaded, self._loaded, self._core = self._loaded, None, None
             if loaded is not None:
                 loaded.close()
+        return True
 
     def _set_status(self, status: Status, detail: str) -> None:
         self.status, self.status_detail = status, detail
-
-    def _busy(self) -> bool:
-        stats = self.stats()
-        return bool(stats.waiting or stats.running)
-
-    def _schedulers(self) -> list[Scheduler]:
-        loaded = self._loaded  # read once: another thread may be closing
-        return [*loaded.schedulers, *loaded.solo.values()] if loaded else []
 
     @property
     def model(self) -> LoadedModel:
@@ -131,24 +133,25 @@ class Engine:
         return loaded
 
     def stats(self) -> EngineStats:
-        """Give the engine's counters and gauges; from any thread, without waiting."""
-        schedulers = self._schedulers()
-        # Those of requests with a seed come and grow: what --ctx-size gives stays what it is.
-        shared = [scheduler for scheduler in schedulers if not isinstance(scheduler, SoloScheduler)]
-        stores = [scheduler.store for scheduler in schedulers if scheduler.store is not None]
+        """Return the engine's counters and gauges; from any thread, without waiting."""
+        core = self._core  # read once: another thread may be closing
+        if core is None:
+            return EngineStats()
+        runners = core.scheduler.runners
+        stores = [runner.kv.host_cache for runner in runners if runner.kv.host_cache is not None]
         return EngineStats(
-            waiting=self._unadmitted + sum(len(scheduler.waiting) for scheduler in schedulers),
-            running=sum(len(scheduler.running) for scheduler in schedulers),
-            sequences=sum(scheduler.pool.held for scheduler in schedulers),
-            cells_used=sum(scheduler.kv.used for scheduler in shared),
-            cells_total=sum(scheduler.kv.cells for scheduler in shared),
+            waiting=core.waiting,
+            running=len(core.scheduler.running),
+            sequences=sum(len(request.sequences) for request in core.scheduler.running),
+            cells_used=sum(runner.kv.used for runner in runners),
+            cells_total=sum(runner.kv.cells for runner in runners),
             stored_tokens=sum(store.tokens for store in stores),
             stored_bytes=sum(store.used for store in stores),
-            prompt_tokens_total=self._prompt_tokens,
-            cached_tokens_total=self._stepper.cached_tokens,
-            generated_tokens_total=self._stepper.generated_tokens,
-            preemptions_total=sum(scheduler.preemptions for scheduler in schedulers),
-            steps_total=self._stepper.steps,
+            prompt_tokens_total=core.prompt_tokens,
+            cached_tokens_total=core.cached_tokens,
+            generated_tokens_total=core.generated_tokens,
+            preemptions_total=core.scheduler.preemptions,
+            steps_total=core.steps,
         )
 
     # -- the asyncio face
@@ -167,6 +170,7 @@ class Engine:
             DeadlineExceededError: its time limit passed.
             DecodeFailedError: llama.cpp failed on it.
             EngineStoppedError: the engine is stopping or broken.
+            InternalError: an error of ours, or a stall.
         """
         loop = asyncio.get_running_loop()
         mailbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -191,64 +195,23 @@ class Engine:
             QueueFullError: too many requests wait.
             EngineStoppedError: the engine is not ready.
         """
-        if self.status != "ready":
+        core = self._core
+        if self.status != "ready" or core is None:
             raise EngineStoppedError(self.status_detail)
-        loaded = self.model
-        decoder = make_decoder(
-            request.config, request.prompt_ids, vocabulary=loaded.token_texts, constraint=request.constraint
-        )
-        alone = request.config.seed is not None and not self.settings.batch_seeded
-        running = RunningRequest(request, decoder, send, next(self._arrivals), alone=alone)
-        self._refuse_what_never_fits(running)
-        if self.stats().waiting >= self.settings.max_queue:
-            raise QueueFullError(f"The queue is full ({self.settings.max_queue} requests wait); try again later.")
-        self._unadmitted += 1
-        self._inbox.put(lambda: self._accept(running))
-        return running
+        return core.submit(request, send)
 
     def cancel(self, running: RunningRequest) -> None:
         """Give up a request, from any thread; its sequences are freed before the next batch."""
-        running.cancelled = True
-        self._inbox.put(_nothing)
+        core = self._core
+        if core is not None:
+            core.cancel(running)
 
-    def _refuse_what_never_fits(self, running: RunningRequest) -> None:
-        scheduler = self._scheduler_for(running.max_length)
-        if running.rows > scheduler.parallel:
-            raise RequestTooLargeError(
-                f"num_beams or num_return_sequences asks for {running.rows} sequences at once; "
-                f"this server decodes at most {scheduler.parallel}."
-            )
-        needed, cells = scheduler.most_cells(running), scheduler.kv.cells
-        if needed > cells:
-            raise RequestTooLargeError(
-                f"The request may need {needed} KV cells ({running.prompt_length} prompt tokens, max_length "
-                f"{running.max_length}, {running.rows} sequences); this server has {cells}. "
-                "Lower max_length or max_new_tokens."
-            )
-        if not scheduler.fits(running.max_length):
-            raise RequestTooLargeError(
-                f"The request may become {running.max_length} tokens long (max_length); this server has "
-                f"{scheduler.kv.cells_per_sequence} KV cells for each sequence. Lower max_length or max_new_tokens."
-            )
-
-    def _scheduler_for(self, length: int) -> Scheduler:
-        """Give the context for a sequence of `length` tokens: the last one takes any length."""
-        schedulers = self.model.schedulers
-        for scheduler in schedulers:
-            if scheduler.max_tokens is None or length <= scheduler.max_tokens:
-                return scheduler
-        return schedulers[-1]
-
-    def _enqueue(self, running: RunningRequest, length: int) -> None:
-        """Put a request into the queue of the context where its sequences of `length` tokens belong."""
-        scheduler = self._scheduler_for(length)
-        if running.alone:
-            try:
-                scheduler = self.model.solo_for(scheduler, running)
-            except ModelLoadError as error:
-                running.send(no_memory(error))
-                return
-        scheduler.enqueue(running)
+    def room(self, prompt_length: int, rows: int) -> int:
+        """Return how many tokens a prompt may be continued by in each of so many sequences."""
+        model = self.model
+        scheduler = self._core.scheduler if self._core else None
+        most = model.defaults.context_length - prompt_length
+        return scheduler.room(prompt_length, rows, most) if scheduler else 0
 
     # -- the engine's thread
 
@@ -261,53 +224,66 @@ class Engine:
         """
         try:
             loaded = self._loaded = load(self.settings)
+            core = self._core = self._make_core(loaded)
         except BaseException as error:  # noqa: BLE001 - whoever waits for `load` gets it
             self._set_status("broken", str(error))
             self._loading.set_exception(error)
             return
         if not self._stopping:
             self._set_status("ready", "")
+        watchdog = self._watch(core)
         self._loading.set_result(loaded)
         try:
             while not self._stopping:
-                self._read_inbox(wait=not any(s.waiting or s.running for s in self._schedulers()))
-                schedulers = self._schedulers()
-                busy = [scheduler for scheduler in schedulers if scheduler.running or scheduler.waiting]
-                for scheduler in busy:
-                    self._stepper.step(scheduler, repeat=len(busy) == 1)
-                self._tidy_up(schedulers)
+                if not core.has_work:
+                    core.wait()
+                core.step()
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
             self._set_status("broken", f"The engine is broken: {error}")
         finally:
-            self._read_inbox(wait=False)
-            stopped = EngineStoppedError(self.status_detail or "The service is stopping.")
-            for scheduler in self._schedulers():
-                for running in [*scheduler.running, *scheduler.waiting]:
-                    running.send(stopped)
-                scheduler.running.clear()
-                scheduler.waiting.clear()
-            self._outbox.flush()
+            watchdog.close()
+            core.stop(self.status_detail or "The service is stopping.")
 
-    def _tidy_up(self, schedulers: list[Scheduler]) -> None:
-        """Free the cells of those who have finished; they hear of it first."""
-        unsettled = [scheduler.pool for scheduler in schedulers if scheduler.pool.unsettled]
-        if unsettled or not any(scheduler.running for scheduler in schedulers):
-            self._outbox.flush()
-        for pool in unsettled:
-            pool.settle()
+    def _make_core(self, loaded: LoadedModel) -> EngineCore:
+        settings = self.settings
+        scheduler = Scheduler(
+            loaded.runners,
+            parallel=settings.parallel,
+            share_prefixes=settings.prefix_cache,
+            exact_seeds=settings.exact_seeds,
+        )
+        return EngineCore(scheduler, self._outbox, max_queue=settings.max_queue, token_texts=lambda: loaded.token_texts)
 
-    def _read_inbox(self, *, wait: bool) -> None:
-        if wait:
-            self._inbox.get()()
-        while not self._inbox.empty():
-            self._inbox.get_nowait()()
+    # -- when the thread does not come back
 
-    def _accept(self, running: RunningRequest) -> None:
-        self._unadmitted -= 1
-        self._prompt_tokens += running.prompt_length
-        self._enqueue(running, running.prompt_length)
+    def _watch(self, core: EngineCore) -> Watchdog:
+        watchdog = Watchdog(
+            self.settings.stall_timeout or threading.TIMEOUT_MAX,
+            steps=lambda: core.turns,
+            busy=lambda: core.has_work,
+            stalled=lambda seconds: self._stalled(core, seconds),
+            recovered=self._recovered,
+            lost=self._lost,
+        )
+        if self.settings.stall_timeout:
+            watchdog.start()
+        return watchdog
 
+    def _stalled(self, core: EngineCore, seconds: float) -> None:
+        logger.critical("No step has ended for %.0f s. The threads are here:\n%s", seconds, stacks())
+        if self.status == "ready":
+            self._set_status("stalled", f"The engine has completed no step for {seconds:.0f} s.")
+        core.abandon(f"The engine has completed no step for {seconds:.0f} s.")
 
-def _nothing() -> None:
-    """Wake the engine's thread."""
+    def _recovered(self) -> None:
+        logger.warning("The engine goes on.")
+        if self.status == "stalled":
+            self._set_status("ready", "")
+
+    def _lost(self) -> None:
+        if not self.settings.exit_on_stall:
+            return
+        logger.critical("The engine does not come back: the process ends.")
+        logging.shutdown()
+        os._exit(1)

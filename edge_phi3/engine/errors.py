@@ -33,5 +33,9 @@ class DecodeFailedError(EngineError):
     """llama.cpp failed on a batch that held the request."""
 
 
+class InternalError(EngineError):
+    """An error of the service's own ended the request; its log tells more."""
+
+
 class EngineStoppedError(EngineError):
     """The engine is stopping, or broken, and takes no requests."""

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from edge_phi3.engine.batch_shapes import measure
-from edge_phi3.engine.contexts import context_shapes
+from edge_phi3.engine.contexts import ContextShape, context_shapes
 from edge_phi3.engine.errors import ModelLoadError
-from edge_phi3.engine.prefix_store import PrefixStore
-from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload, use_huge_pages
-from edge_phi3.engine.scheduler import Scheduler
-from edge_phi3.engine.sequence import RunningRequest
+from edge_phi3.engine.host_cache import HostCache
+from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.runtime import Context, Model, read_metadata, supports_gpu_offload
 from edge_phi3.engine.settings import EngineSettings, usable_cores
-from edge_phi3.engine.solo import SoloScheduler
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
 from edge_phi3.hardware import available_memory
 
 logger = logging.getLogger(__name__)
 
-_BLOCK = 256
-"""Tokens of a block of the prefix store: what is copied anew at most when a sequence goes on where another ended."""
+_CONTEXT = "phi3.context_length"
+_ORIGINAL_CONTEXT = "phi3.rope.scaling.original_context_length"
 
 PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 """The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
@@ -32,58 +30,31 @@ PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, with a scheduler for each context.
+    """A model in memory, with its contexts.
 
     Attributes:
         model: weights and vocabulary.
         tokenizer: text to tokens and back.
-        schedulers: one, or for Phi-3-128k two: the first takes sequences up to the original context with the short
-            rotary factors, the last the longer ones.
+        runners: its contexts: one, or for a model with two sets of rotary factors two, the first for sequences up to
+            the original context.
         defaults: what the model's ``generation_config.json`` says.
-        settings: how it was loaded.
-        solo: for the places of `schedulers`, the schedulers of requests that run alone; made when they are wanted.
+        resources: frees contexts and model, in this order.
     """
 
     model: Model
     tokenizer: Tokenizer
-    schedulers: list[Scheduler]
+    runners: list[ModelRunner]
     defaults: ModelDefaults
-    settings: EngineSettings
-    solo: dict[int, SoloScheduler] = field(default_factory=dict)
+    resources: contextlib.ExitStack
 
     @functools.cached_property
     def token_texts(self) -> list[str | None]:
         """The text of every token, which stop strings are compared with."""
         return self.tokenizer.token_texts
 
-    def solo_for(self, scheduler: Scheduler, request: RunningRequest) -> SoloScheduler:
-        """Give the one that runs alone what `scheduler` runs together.
-
-        Raises:
-            ModelLoadError: there is no memory for its context.
-        """
-        place = self.schedulers.index(scheduler)
-        if place not in self.solo:
-            self.solo[place] = SoloScheduler(
-                lambda shape: Context(
-                    self.model,
-                    cells=shape.cells,
-                    sequences=shape.sequences,
-                    unified=shape.unified,
-                    settings=self.settings,
-                ),
-                scheduler,
-                request,
-                # Phi-3-128k's long rotary factors need a context beyond the original one.
-                least=1 + (self.schedulers[place - 1].max_tokens or 0) if place else 0,
-            )
-        return self.solo[place]
-
     def close(self) -> None:
         """Free contexts and model."""
-        for scheduler in [*self.schedulers, *self.solo.values()]:
-            scheduler.context.close()
-        self.model.close()
+        self.resources.close()
 
 
 def load(settings: EngineSettings) -> LoadedModel:
@@ -93,59 +64,46 @@ def load(settings: EngineSettings) -> LoadedModel:
         ModelLoadError: the file, an adapter or a context cannot be loaded.
     """
     gpu = supports_gpu_offload()
-    model = Model(settings.model_path, n_gpu_layers=settings.n_gpu_layers if gpu else 0)
-    try:
+    facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
+    context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))
+    original = original if 0 < original < context_length else 0
+    shapes = context_shapes(settings, context_length, original or None)
+    with contextlib.ExitStack() as stack:
+        # Where short and long rotary factors part: the first context is no larger, and so takes the short ones.
+        overrides = {_ORIGINAL_CONTEXT: shapes[0].cells} if original else {}
+        model = Model(settings.model_path, n_gpu_layers=settings.n_gpu_layers if gpu else 0, overrides=overrides)
+        stack.callback(model.close)
         for path, scale in settings.lora:
             model.load_lora(path, scale)
         tokenizer = Tokenizer(model)
-        schedulers = _make_schedulers(model, settings)
-    except BaseException:
-        model.close()
-        raise
-    loaded = LoadedModel(model, tokenizer, schedulers, _defaults(model, tokenizer), settings)
+        runners = []
+        for shape in shapes:
+            context = Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings)
+            stack.callback(context.close)
+            context.warm_up()
+            runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
+        loaded = LoadedModel(model, tokenizer, runners, _defaults(model, tokenizer), stack.pop_all())
     _say_what_runs_where(loaded, settings, gpu=gpu)
     return loaded
 
 
-def _make_schedulers(model: Model, settings: EngineSettings) -> list[Scheduler]:
-    window = _sliding_window(model)
-    shapes = context_shapes(settings, model.context_length, _original_context(model))
-    capacity = (settings.prefix_cache_mib << 20 or available_memory() // 8) // len(shapes)
-    contexts = [
-        Context(model, cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings)
-        for shape in shapes
-    ]
-    use_huge_pages()
-    schedulers = []
-    for shape, context in zip(shapes, contexts, strict=True):
-        context.warm_up()
-        # Only a unified cache can take a sequence apart; from the others it is saved whole.
-        block_size = _BLOCK if shape.unified else None
-        schedulers.append(
-            Scheduler(
-                context,
-                parallel=settings.parallel,
-                window=window,
-                window_chunk=settings.window_chunk,
-                store=PrefixStore(capacity, block_size) if settings.prefix_cache and context.saves else None,
-                share=settings.prefix_cache,
-                max_tokens=shape.max_tokens,
-                shapes=measure(context.decode_anything, min(context.sequences, context.batch_size)),
-            )
-        )
-    return schedulers
+def _runner(
+    model: Model, context: Context, shape: ContextShape, settings: EngineSettings, *, share: float
+) -> ModelRunner:
+    capacity = int((settings.prefix_cache_mib << 20 or available_memory() // 8) * share)
+    return ModelRunner(
+        context,
+        max_tokens=shape.max_tokens,
+        window=_sliding_window(model),
+        window_chunk=settings.window_chunk,
+        host_cache=HostCache(capacity) if settings.prefix_cache and context.saves else None,
+    )
 
 
 def _sliding_window(model: Model) -> int | None:
     """Give how many tokens Phi-3's attention reaches back, or None when the context is no longer than that."""
     window = int(model.metadata("phi3.attention.sliding_window") or 0)
     return window if 0 < window < model.context_length else None
-
-
-def _original_context(model: Model) -> int | None:
-    """Give the context beyond which the long rotary factors hold, or None for a model without them."""
-    original = int(model.metadata("phi3.rope.scaling.original_context_length") or 0)
-    return original if 0 < original < model.context_length else None
 
 
 def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
@@ -180,7 +138,10 @@ def _generation_config(model: Model) -> Mapping[str, object]:
 def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings, *, gpu: bool) -> None:
     model = loaded.model
     layers = model.layers + 1 if settings.n_gpu_layers < 0 else min(settings.n_gpu_layers, model.layers + 1)
-    contexts = " + ".join(f"{s.kv.cells} cells" for s in loaded.schedulers)
+    contexts = " + ".join(
+        f"{runner.kv.cells} cells" + (f" for sequences up to {runner.max_tokens} tokens" if runner.max_tokens else "")
+        for runner in loaded.runners
+    )
     logger.info(
         "%s: %s, %.1f MiB; %s; %d threads; KV cache of %s (%s); up to %d sequences at once",
         model.path.name,

@@ -1,102 +1,110 @@
-"""Which tokens go into the next batch of one context.
+"""Who runs: admission, preemption and seeds, over all contexts of a model.
 
-The order is llama-server's and vLLM's: first one token of every sequence that is decoding, then prompt chunks while
-there is room in the batch, so that a long prompt delays the others by one chunk at most. Requests are admitted in
-their order of arrival, by the KV cells they need; when cells run out, the youngest request is preempted: it waits again
-at its place in the queue, and is restored or recomputed later.
+A model with two sets of rotary factors has two contexts. A sequence up to the original context is computed in the
+first; when it grows beyond, all of it is computed anew in the second.
+
+Room is reckoned here for every context that a request may visit, so that what is accepted always finishes. Requests are
+admitted first come, first served for each context: none overtakes another that waits for the same one, so that a large
+request waits only for those that came before it, and a small one behind it waits no longer than that. When cells run
+out, the request of a context that came last goes back to its place in the queue, and is restored or recomputed later.
 """
 
 from __future__ import annotations
 
 import bisect
-import itertools
-from collections import abc
+from collections.abc import Iterator, Sequence
 
-from edge_phi3.engine.batch import BatchWriter, Plan
-from edge_phi3.engine.batch_shapes import BatchShapes
-from edge_phi3.engine.prefix_store import PrefixStore
-from edge_phi3.engine.runtime import Context
+from edge_phi3.engine.errors import RequestTooLargeError
+from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.sequence import RunningRequest
-from edge_phi3.engine.sequence_pool import SequencePool
 
 
 class Scheduler:
-    """The waiting and running requests of one context.
+    """The waiting and running requests of a model.
 
     Args:
-        context: where batches are decoded.
-        parallel: how many sequences are decoded together at most.
-        window: how many tokens attention reaches back, the token itself included; None for all.
-        window_chunk: tokens of a prompt fed at a time beyond the window.
-        store: where finished sequences are kept for later prompts; None for nowhere.
-        share: whether a prompt may begin with the cells of a running sequence that begins as it does.
-        max_tokens: the longest sequence that this context may hold, or None for what its cells allow.
-        shapes: which sizes of a batch are fast; None to take them as they come.
+        runners: its contexts, in the order of the lengths that they are for; the last takes any that its cells allow.
+        parallel: how many sequences each context decodes together at most.
+        share_prefixes: whether a prompt may begin with what was computed for another.
+        exact_seeds: whether a request with a seed has a cleared context to itself.
+
+    Attributes:
+        waiting: requests that hold no cells, in the order of their arrival.
+        preemptions: how often a request was sent back for want of cells.
     """
 
     def __init__(
         self,
-        context: Context,
+        runners: Sequence[ModelRunner],
         *,
         parallel: int,
-        window: int | None = None,
-        window_chunk: int = 1,
-        store: PrefixStore | None = None,
-        share: bool = False,
-        max_tokens: int | None = None,
-        shapes: BatchShapes | None = None,
+        share_prefixes: bool = True,
+        exact_seeds: bool = False,
     ) -> None:
-        self.window = window
-        self.window_chunk = window_chunk
-        self.store = store
-        self._share = share
-        self._shapes = shapes
-        self._use(context)
-        self.parallel = min(parallel, context.sequences)
-        self.max_tokens = max_tokens
+        self.runners = list(runners)
+        least = min(min(runner.context.sequences, runner.context.batch_size) for runner in runners)
+        self.parallel = min(parallel, least)
         self.waiting: list[RunningRequest] = []
-        self.running: list[RunningRequest] = []
         self.preemptions = 0
-        self._prompts: list[RunningRequest] = []
-        """Whose prompts the last step computed."""
-
-    def _use(self, context: Context) -> None:
-        self.context = context
-        self.pool = SequencePool(context, window=self.window, store=self.store)
-        self.kv = self.pool.kv
-        self.writer = BatchWriter(
-            context, self.kv, window=self.window, window_chunk=self.window_chunk, shapes=self._shapes
-        )
-
-    # -- capacity
-
-    def most_cells(self, request: RunningRequest) -> int:
-        """Give the cells that a request occupies at most, should all its sequences run to their full length."""
-        return self.cells_for(request, request.max_length, shared=self.kv.shared)
-
-    def cells_for(self, request: RunningRequest, longest: int, *, shared: bool) -> int:
-        """Give the cells of a request at a length, with those of its prompt shared by its sequences or not."""
-        prompt, rows = request.prompt_length, request.rows
-        most = prompt + rows * (longest - prompt) if shared else rows * longest
-        if self.window is not None:
-            most = min(most, rows * (self.window + self.window_chunk))
-        return most
-
-    def fits(self, length: int) -> bool:
-        """Say whether one sequence can ever become so long."""
-        if self.window is not None:
-            length = min(length, self.window + self.window_chunk)
-        return length <= self.kv.cells_per_sequence
-
-    def room(self, length: int, rows: int) -> int:
-        """Say by how many tokens each of so many sequences may go on that begin with a prompt of `length` tokens."""
-        kv = self.kv
-        return (kv.cells - length) // rows if kv.shared else kv.cells_per_sequence - length
+        self._share = share_prefixes
+        self._exact_seeds = exact_seeds
 
     @property
-    def sequences_running(self) -> int:
-        """How many sequences the running requests have, counting those still to be forked."""
-        return sum(request.rows for request in self.running)
+    def running(self) -> list[RunningRequest]:
+        """The requests that hold cells, over all contexts."""
+        return [request for runner in self.runners for request in runner.running]
+
+    # -- room
+
+    def room(self, prompt_length: int, rows: int, most: int) -> int:
+        """Return how many tokens a prompt may be continued by in each of so many sequences, at most `most`."""
+        low, high = 0, max(0, most)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self._obstacle(prompt_length, prompt_length + middle, rows) is None
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def refuse_what_never_fits(self, request: RunningRequest) -> None:
+        """Raise `RequestTooLargeError` for a request that this model's contexts can never take."""
+        if request.rows > self.parallel:
+            raise RequestTooLargeError(
+                f"num_beams or num_return_sequences asks for {request.rows} sequences at once; "
+                f"this server decodes at most {self.parallel}."
+            )
+        obstacle = self._obstacle(request.prompt_length, request.max_length, request.rows)
+        if obstacle is not None:
+            raise RequestTooLargeError(
+                f"The request may need {obstacle[0]} KV cells ({request.prompt_length} prompt tokens, max_length "
+                f"{request.max_length}, {request.rows} sequences); this server has {obstacle[1]}. "
+                "Lower max_length or max_new_tokens."
+            )
+
+    def _obstacle(self, prompt_length: int, max_length: int, rows: int) -> tuple[int, int] | None:
+        """Return the cells that are needed and those that there are in a context that is too small, or None."""
+        for runner, longest in self._visits(prompt_length, max_length):
+            needed = runner.cells_needed(prompt_length, longest, rows)
+            if needed > runner.kv.cells:
+                return needed, runner.kv.cells
+            if runner is self.runners[-1] and runner.max_tokens is not None and longest > runner.max_tokens:
+                return longest, runner.max_tokens
+        return None
+
+    def _visits(self, prompt_length: int, max_length: int) -> Iterator[tuple[ModelRunner, int]]:
+        """Yield the contexts that a request may visit, each with the most tokens that its rows have there."""
+        longest = max(prompt_length, max_length - 1)  # the last token is not decoded
+        first = self._place(prompt_length)
+        for place in range(first, self._place(longest) + 1):
+            runner = self.runners[place]
+            last = place == len(self.runners) - 1
+            yield runner, longest if last or runner.max_tokens is None else min(longest, runner.max_tokens)
+
+    def _place(self, length: int) -> int:
+        """Return the place of the context for sequences of `length` tokens."""
+        for place, runner in enumerate(self.runners[:-1]):
+            if runner.max_tokens is None or length <= runner.max_tokens:
+                return place
+        return len(self.runners) - 1
 
     # -- entering and leaving
 
@@ -105,185 +113,102 @@ class Scheduler:
         bisect.insort(self.waiting, request, key=lambda waiting: waiting.arrival)
 
     def admit(self) -> None:
-        """Move requests from the head of the queue to the running ones, while sequences and cells allow."""
-        if not self.waiting:
-            return
-        self.pool.settle()
-        rows = self.sequences_running
-        while self.waiting:
-            request = self.waiting[0]
-            if rows + request.rows > self.parallel or not self._has_cells_for(request, rows):
-                return
-            self.running.append(self.waiting.pop(0))
-            reuse = self._may_share(request)
-            self.pool.attach(request.sequences[0], share=reuse, restore=reuse)
-            if not request.generated:
-                request.cached_tokens = request.sequences[0].computed
-            rows += request.rows
+        """Let waiting requests run, while sequences and cells allow."""
+        closed: set[int] = set()
+        for request in self.waiting[:]:
+            place = self._place(request.length)
+            if place in closed:
+                continue
+            runner = self.runners[place]
+            runner.kv.settle()
+            if self._may_enter(request, runner):
+                self.waiting.remove(request)
+                self._enter(request, runner)
+            else:
+                closed.add(place)
+                if len(closed) == len(self.runners):
+                    return
 
-    def _may_share(self, request: RunningRequest) -> bool:
-        """Say whether a request may begin with what was computed for others, or for itself before it was preempted."""
-        return request.generated > 0 or self._share
-
-    def _has_cells_for(self, request: RunningRequest, rows: int) -> bool:
-        if not self.running:
+    def _may_enter(self, request: RunningRequest, runner: ModelRunner) -> bool:
+        if not runner.running:
             return True
-        first = request.sequences[0]
-        shared = self.pool.shared_prefix(first)[0] if self._may_share(request) else 0
-        promised = sum(sequence.pending for running in self.running for sequence in running.sequences)
-        # One cell for each sequence that decodes, so that an arrival does not preempt anybody in the very next step.
-        needed = promised + first.length - shared + request.rows + rows
-        return needed <= self.kv.free
+        if request.exact or runner.running[0].exact:
+            return False
+        rows = sum(running.rows for running in runner.running)
+        if rows + request.rows > self.parallel:
+            return False
+        shared = runner.kv.shared_prefix(request.stem_tokens())[0] if self._reuses(request) else 0
+        entering = max(0, self._cells_to_start(request, runner) - shared)
+        # One cell for each row of each step that it takes until it decodes, so that it is not preempted before.
+        steps = 2 + (request.length - shared) // runner.context.batch_size
+        promised = sum(self._cells_promised(running, runner) for running in runner.running)
+        return entering + promised + rows * steps + request.rows <= runner.kv.free
+
+    def _cells_promised(self, request: RunningRequest, runner: ModelRunner) -> int:
+        """Return the cells that a running request still takes until it decodes."""
+        if request.decoding:
+            return 0
+        held = sum(sequence.computed - runner.kv.start[sequence.seq_id] for sequence in request.sequences)
+        return max(0, self._cells_to_start(request, runner) - held)
+
+    @staticmethod
+    def _cells_to_start(request: RunningRequest, runner: ModelRunner) -> int:
+        return runner.cells_needed(request.prompt_length, request.length, request.decoder.rows)
+
+    def _enter(self, request: RunningRequest, runner: ModelRunner) -> None:
+        if request.exact:
+            runner.kv.clear()
+        stem = request.stem_tokens()
+        request.stem = len(stem)
+        reuse = self._reuses(request)
+        request.sequences = [runner.kv.begin(stem, share=reuse, restore=reuse)]
+        if request.started is None:
+            request.cached_tokens = request.sequences[0].computed
+        runner.running.append(request)
+
+    def _reuses(self, request: RunningRequest) -> bool:
+        """Say whether a request may begin with what was computed for others, or for itself before it was preempted."""
+        return not request.exact and (self._share or request.first_token is not None)
+
+    def is_exact(self, request: RunningRequest) -> bool:
+        """Say whether a request has a context to itself."""
+        return self._exact_seeds and request.request.config.seed is not None
 
     def retire(self, request: RunningRequest) -> None:
-        """Take a finished or failed request out. Its cells are free after the next `settle`."""
-        if request in self.running:
-            self.running.remove(request)
-        elif request in self.waiting:
+        """Take a request out. Its cells are free after the next `KVCache.settle`."""
+        if request in self.waiting:
             self.waiting.remove(request)
-        self.pool.finish(request)
+        for runner in self.runners:
+            if request in runner.running:
+                runner.leave(request)
 
-    def preempt_youngest(self) -> bool:
-        """Send the youngest running request back to the queue. False when it is the only one."""
-        if len(self.running) < 2:
-            return False
-        request = max(self.running, key=lambda running: running.arrival)
-        self.retire(request)
-        self.pool.settle()
-        self.enqueue(request)
-        self.preemptions += 1
-        return True
-
-    def forget(self) -> None:
-        """Empty the KV cache after a failure: every running request goes back to the queue to be recomputed."""
-        for request in self.running:
-            for sequence in request.sequences:
-                sequence.seq_id, sequence.computed = -1, 0
+    def forget(self, runner: ModelRunner) -> None:
+        """Empty a context after a failure: every request that ran in it is recomputed."""
+        for request in runner.running:
+            request.sequences = []
             self.enqueue(request)
-        self.running.clear()
-        self.pool.forget()
+        runner.running.clear()
+        runner.kv.clear(zero=True)
 
     # -- one step
 
-    def batches(self) -> list[list[RunningRequest]]:
-        """Give the running requests of each batch of this step.
+    def plan(self, runner: ModelRunner) -> Batch:
+        """Write the next batch of a context, making room for it where cells run out.
 
-        A divided cache takes prompts by themselves: llama.cpp would split them from what decodes anyway, and take one
-        token of each prompt along with that, which leaves a number that its kernels do not like. Those whose prompts
-        have just been computed wait for the next prompts, which delays them by no more than one chunk, and then decode
-        together with these: requests that arrive together stay together.
+        It is empty where nothing runs. One request alone always fits, since `refuse_what_never_fits` has let it pass.
         """
-        decoding = [request for request in self.running if request.decoding]
-        prompts = [request for request in self.running if not request.decoding]
-        if self.context.unified:
-            return [self.running[:]] if prompts else self._parts(decoding)
-        just_computed, self._prompts = self._prompts, prompts
-        if not prompts:
-            return self._parts(decoding)
-        wait = all(request in just_computed for request in decoding)
-        return [prompts] if wait else [*self._parts(decoding), prompts]
-
-    def _parts(self, decoding: list[RunningRequest]) -> list[list[RunningRequest]]:
-        """Give requests that decode all together, or in two halves where that is faster."""
-        shapes = self.writer.shapes
-        if len(decoding) < 2 or shapes is None:
-            return [decoding] if decoding else []
-        sizes = shapes.parts(sum(request.rows for request in decoding))
-        if len(sizes) == 1:
-            return [decoding]
-        if not self.context.unified:
-            decoding.sort(key=lambda request: request.sequences[0].seq_id)
-        rows = list(itertools.accumulate(request.rows for request in decoding))
-        half = bisect.bisect_left(rows, sizes[0]) + 1
-        return [decoding[:half], decoding[half:]]
-
-    def plan(self, members: list[RunningRequest]) -> Plan:
-        """Write a batch of `members` into the context's arrays and take the cells that it needs.
-
-        Those of them that have been preempted since are left out; the plan is empty when none is left.
-        """
-        while members := [request for request in members if request.sequences[0].seq_id >= 0]:
-            plan = self._try_plan(members)
-            if plan.count:
-                self.writer.fill_up(plan)
-                return plan
-            if self.pool.unsettled:
-                self.pool.settle()
-            elif not self.preempt_youngest():
-                raise AssertionError("one request alone does not fit the cache that it was admitted to")
-        return Plan()
-
-    def _try_plan(self, members: list[RunningRequest]) -> Plan:
-        """Plan a batch; an empty one means that none of the members can go on before somebody is preempted."""
-        for request in members:
-            self._attach_restored(request)
-        decoding = [request for request in members if request.decoding]
-        if not self.context.unified:
-            decoding.sort(key=lambda request: request.sequences[0].seq_id)
-        rows = [sequence for request in decoding for sequence in request.sequences]
-        if len(rows) > self.kv.free:
-            return Plan()
-        plan = Plan(choosing=decoding)
-        self.writer.add_decodes(plan, rows)
-        for request in members:
-            if not request.decoding and plan.count < self.context.batch_size:
-                self.writer.add_prompt(plan, request)
-        return plan
-
-    def _attach_restored(self, request: RunningRequest) -> None:
-        """Attach the sequences of a request that comes back, one after the other.
-
-        Each waits until those before it are computed, and so finds the cells that it shares with them. Their last
-        tokens
-        are left to be decoded together, since the decoder wants all rows at once.
-        """
-        for sequence in request.sequences:
-            if sequence.seq_id < 0:
-                self.pool.attach(sequence, share=True, restore=False)
-            if sequence.pending > 1:
-                return
-
-    def computed(self, plan: Plan) -> None:
-        """Note that a plan's batch has been decoded."""
-        for sequence, count in plan.chunks:
-            sequence.computed += count
-            if count > 1:
-                self.pool.computed(sequence)
-
-    def extend(self, request: RunningRequest, tokens: abc.Sequence[int], computed: int) -> None:
-        """Continue a request's only sequence by several tokens.
-
-        Args:
-            request: whose sequence; a plan has taken the cell of the first token that was decoded.
-            tokens: what was chosen, but for a last token that is not to be decoded.
-            computed: how many tokens were decoded.
-        """
-        sequence = request.sequences[0]
-        if computed > 1:
-            self.kv.append(sequence.seq_id, computed - 1)
-            sequence.scattered += (computed - 1) * (len(self.running) > 1)
-        sequence.computed += computed
-        sequence.extend(tokens)
-        request.generated += len(tokens)
-
-    def reorder(self, request: RunningRequest, parents: abc.Sequence[int], tokens: abc.Sequence[int]) -> None:
-        """Continue a request's sequences with the chosen tokens.
-
-        Args:
-            request: whose sequences.
-            parents: for each new sequence, which of the present ones it continues.
-            tokens: the token that each new sequence appends.
-        """
-        old = request.sequences
-        if [*parents] != [*range(len(old))]:
-            kept = set(parents)
-            for row, sequence in enumerate(old):
-                if row not in kept:
-                    self.pool.release(sequence.seq_id)
-            continued: set[int] = set()
-            request.sequences = []
-            for parent in parents:
-                request.sequences.append(self.pool.fork(old[parent]) if parent in continued else old[parent])
-                continued.add(parent)
-        for sequence, token in zip(request.sequences, tokens, strict=True):
-            sequence.append(token)
+        while runner.running:
+            batch = runner.plan()
+            if batch.count:
+                return batch
+            if runner.kv.unsettled:
+                runner.kv.settle()
+                continue
+            if len(runner.running) == 1:
+                break
+            youngest = max(runner.running, key=lambda request: request.arrival)
+            self.retire(youngest)
+            runner.kv.settle()
+            self.enqueue(youngest)
+            self.preemptions += 1
+        return Batch()

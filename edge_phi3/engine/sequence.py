@@ -1,13 +1,11 @@
 """One request inside the engine: what it asked for, what it is told, and the sequences that it runs.
 
 A request owns one sequence while its prompt is prefilled and as many as its decoder has rows afterwards: one per
-returned sequence, or one per beam. A sequence is a llama.cpp sequence id with the tokens that belong in its KV cache.
+returned sequence, or one per beam.
 """
 
 from __future__ import annotations
 
-import time
-from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -94,62 +92,35 @@ class Sequence:
     """One llama.cpp sequence of a running request.
 
     Attributes:
-        tokens: token ids that belong to the sequence, int32; the first `length` are set.
-        length: how many tokens there are; those from `computed` on are still to be decoded.
-        last: the last of them.
-        seq_id: the llama.cpp sequence id, or -1 while the request waits.
+        seq_id: the llama.cpp sequence id.
         computed: how many tokens the KV cache holds (positions dropped by the sliding window included).
         scattered: how many of them were decoded beside other sequences, so that their cells lie apart.
     """
 
-    tokens: NDArray[np.int32]
-    length: int
-    last: int
-    seq_id: int = -1
+    seq_id: int
     computed: int = 0
     scattered: int = 0
-
-    @property
-    def pending(self) -> int:
-        """How many tokens are still to be decoded."""
-        return self.length - self.computed
-
-    def append(self, token: int) -> None:
-        """Add a chosen token, to be decoded next."""
-        self.extend((token,))
-
-    def extend(self, tokens: abc.Sequence[int]) -> None:
-        """Add chosen tokens, of which the last is to be decoded next."""
-        if not tokens:
-            return
-        end = self.length + len(tokens)
-        if end > len(self.tokens):
-            self.tokens = np.concatenate([self.tokens, np.empty(end + 64, np.int32)])
-        self.tokens[self.length : end] = tokens
-        self.last = tokens[-1]
-        self.length = end
-
-    def fork(self, seq_id: int) -> Sequence:
-        """Give a copy that goes its own way under another llama.cpp sequence id."""
-        return Sequence(self.tokens.copy(), self.length, self.last, seq_id, self.computed, self.scattered)
 
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
     """A request that the engine has accepted.
 
+    Its tokens are in its decoder's history. While it runs it holds one sequence until what its rows have in common is
+    computed, and then one for each row.
+
     Attributes:
         request: what was asked.
         decoder: chooses its tokens.
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.
-        alone: whether it runs in a context of its own, as one with a seed does.
-        sequences: one sequence with the prompt at first, later one for each row of the decoder.
-        submitted: when it was submitted, as all times here in seconds of `time.monotonic`.
-        started: when it was first admitted, or None.
+        submitted: when it was submitted, as all times here in seconds of the engine's clock.
+        exact: whether it runs alone in a cleared context, so that its answer repeats to the bit.
+        sequences: its sequences in the context where it runs; none while it waits.
+        stem: how many of its first tokens are computed in one sequence, before its rows part.
+        started: when it was first in a batch, or None.
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
-        generated: tokens generated so far, over all sequences.
         cancelled: whether the owner has left.
     """
 
@@ -157,23 +128,24 @@ class RunningRequest:
     decoder: Decoder
     send: Callable[[Event], None]
     arrival: int
-    alone: bool = False
-    sequences: list[Sequence] = field(init=False)
-    submitted: float = field(default_factory=time.monotonic)
+    submitted: float
+    exact: bool = False
+    sequences: list[Sequence] = field(default_factory=list)
+    stem: int = 0
     started: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
-    generated: int = 0
     cancelled: bool = False
-
-    def __post_init__(self) -> None:
-        prompt = self.request.prompt_ids
-        self.sequences = [Sequence(prompt.astype(np.int32), len(prompt), int(prompt[-1]))]
 
     @property
     def prompt_length(self) -> int:
         """Tokens of the prompt."""
         return len(self.request.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each of its rows, those included that are still to be decoded."""
+        return self.decoder.history.length
 
     @property
     def rows(self) -> int:
@@ -188,11 +160,19 @@ class RunningRequest:
 
     @property
     def decoding(self) -> bool:
-        """Whether every sequence has been computed but for the token that was chosen last."""
-        return all(sequence.seq_id >= 0 and sequence.pending == 1 for sequence in self.sequences)
+        """Whether every row has been computed but for the token that was chosen last."""
+        held, before = self.sequences, self.decoder.history.length - 1
+        return len(held) == self.decoder.rows and all(sequence.computed == before for sequence in held)
+
+    def stem_tokens(self) -> NDArray[np.int32]:
+        """Return what all rows begin with, shape ``(tokens,)``; their last tokens are decoded in any case."""
+        rows = self.decoder.row_tokens()[:, :-1]
+        same = (rows == rows[0]).all(axis=0) if len(rows) > 1 else np.ones(0, np.bool_)
+        stem: NDArray[np.int32] = rows[0, : rows.shape[1] if same.all() else int(same.argmin())]
+        return stem
 
     @property
     def deadline(self) -> float | None:
-        """The monotonic time at which the request fails, or None."""
+        """The time at which the request fails, or None."""
         timeout = self.request.timeout
         return None if timeout is None else self.submitted + timeout

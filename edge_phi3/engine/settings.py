@@ -19,10 +19,10 @@ class EngineSettings:
 
     Attributes:
         model_path: the GGUF file.
-        ctx_size: KV cells, shared by all sequences; 0 takes the model's own context, at most `DEFAULT_CTX_SIZE`.
+        ctx_size: KV cells, shared by all sequences; 0 takes the model's own context, at most `DEFAULT_CTX_SIZE`. A
+            model with two sets of rotary factors has a second context beside them: see
+            `edge_phi3.engine.contexts.context_shapes`.
         parallel: how many sequences are decoded together at most.
-        kv_unified: whether all sequences share the cells, or each has ``ctx_size / parallel`` of its own. Then a step
-            looks at no other's cells, which is faster where many run; but none can be longer, and beams copy.
         batch_size: how many tokens one decode call takes at most.
         threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
         n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
@@ -33,17 +33,17 @@ class EngineSettings:
         stream_interval: seconds that a streamed token may wait for those after it, to be delivered with them; a first
             token does not wait, and 0 delivers each by itself.
         max_queue: how many requests may wait.
-        batch_seeded: whether requests with a seed share batches and the prefix cache. It makes them faster where
-        several run;
-            their tokens then depend, now and then, on what runs beside them, unless weights and cache are F32.
+        exact_seeds: whether a request with a seed has a cleared context to itself. Its answer then repeats to the bit,
+            and the others wait; without it, its draws repeat, and its logits to rounding.
         prefix_cache: whether finished sequences are kept for later prompts.
         prefix_cache_mib: MiB of main memory that they may take; 0 takes a share of what is free when the model loads.
+        stall_timeout: seconds without a step, while requests run, after which the engine is stalled; 0 for never.
+        exit_on_stall: whether the process exits with 1 when the engine stays stalled for the same time again.
     """
 
     model_path: Path
     ctx_size: int = 0
     parallel: int = 16
-    kv_unified: bool = True
     batch_size: int = 512
     threads: int = 0
     n_gpu_layers: int = -1
@@ -55,7 +55,9 @@ class EngineSettings:
     max_queue: int = 256
     prefix_cache: bool = True
     prefix_cache_mib: int = 0
-    batch_seeded: bool = False
+    exact_seeds: bool = False
+    stall_timeout: float = 60.0
+    exit_on_stall: bool = False
 
 
 DEFAULT_CTX_SIZE = 8192

@@ -13,8 +13,8 @@ class EngineStats:
         waiting: requests in the queue.
         running: requests being decoded.
         sequences: llama.cpp sequences of the running requests.
-        cells_used: KV cells that hold a token, without those of requests that run alone.
-        cells_total: KV cells that requests share.
+        cells_used: KV cells that hold a token.
+        cells_total: KV cells in all.
         stored_tokens: tokens of finished sequences whose keys and values are kept in main memory for later prompts.
         stored_bytes: the memory that they take.
         prompt_tokens_total: tokens of all prompts admitted.
@@ -24,15 +24,15 @@ class EngineStats:
         steps_total: decode calls.
     """
 
-    waiting: int
-    running: int
-    sequences: int
-    cells_used: int
-    cells_total: int
-    stored_tokens: int
-    stored_bytes: int
-    prompt_tokens_total: int
-    cached_tokens_total: int
-    generated_tokens_total: int
-    preemptions_total: int
-    steps_total: int
+    waiting: int = 0
+    running: int = 0
+    sequences: int = 0
+    cells_used: int = 0
+    cells_total: int = 0
+    stored_tokens: int = 0
+    stored_bytes: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0

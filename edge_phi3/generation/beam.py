@@ -73,6 +73,7 @@ class BeamDecoder(Decoder):
         "_done",
         "_generator",
         "_hypotheses",
+        "_live",
         "_pad",
         "_paths",
         "_picked",
@@ -96,6 +97,7 @@ class BeamDecoder(Decoder):
         self._picked = max(2, 1 + len(ends)) * self._size
         self._pad = config.pad_token_id if config.pad_token_id is not None else max((*ends[:1], 0))
         self._done = [False] * groups
+        self._live = np.arange(config.num_beams)
         self._reason: FinishReason = "length"
         most_new = stopping.total_length - len(prompt)
         self._hypotheses = [
@@ -142,9 +144,14 @@ class BeamDecoder(Decoder):
         if all(self._done) or self._is_stopped():
             self._finish()
             return Step()
-        live = np.repeat(~np.array(self._done), size)
-        self.rows = int(live.sum())
-        return Step(row_of_beam[parents[live]].tolist(), tokens[live].tolist())
+        self._live = np.flatnonzero(np.repeat(~np.array(self._done), size))
+        self.rows = len(self._live)
+        return Step(row_of_beam[parents[self._live]].tolist(), tokens[self._live].tolist())
+
+    def row_tokens(self) -> NDArray[np.int32]:
+        """Return the tokens of the beams of groups that are not done, shape ``(rows, length)``."""
+        tokens = self.history.tokens
+        return tokens if self.rows == len(tokens) else tokens[self._live]
 
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
         """Find the best continuations of one group, or None when the scores allow no choice.
@@ -331,5 +338,8 @@ def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, BeamDecoder)
-        with np.errstate(all="ignore"):
-            steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
+        try:
+            with np.errstate(all="ignore"):
+                steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
+        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
+            steps[turn.place] = decoder.break_off()

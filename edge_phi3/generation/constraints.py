@@ -70,7 +70,6 @@ class ConstrainedDecoder(SequenceDecoder):
         best_only = not config.do_sample and not config.records_scores
         self._processor = ConstraintProcessor(constraint.clone(), best_only=best_only)
         self.processors = (*self.processors, self._processor)
-        self.simple = False
 
     def accept_all(self, tokens: NDArray[np.int32]) -> Step:
         """Continue all live sequences and their constraints.

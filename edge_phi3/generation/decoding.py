@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores
 
+logger = logging.getLogger(__name__)
+
 FinishReason = Literal["stop", "stop_string", "length", "time"]
 
 NO_TOKENS: Final = np.empty(0, dtype=np.int32)
@@ -21,6 +25,10 @@ NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 class GenerationError(EdgePhi3Error):
     """A request's scores left no token to choose: they held NaN or infinity, or all were banned."""
+
+
+class InternalGenerationError(EdgePhi3Error):
+    """An error of ours while a request's tokens were chosen; the log tells more."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -116,7 +124,10 @@ class Chooser(Protocol):
     """A way of choosing tokens, shared by all requests that choose in the same way."""
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Choose for all rows of the given requests at once, and put each request's step into `steps`."""
+        """Choose for all rows of the given requests, and put each request's step into `steps`.
+
+        An exception that one request's parameters cause ends that request alone: see `Decoder.break_off`.
+        """
 
     def __hash__(self) -> int:
         """Tell ways of choosing apart: requests are grouped by theirs."""
@@ -157,7 +168,7 @@ class Decoder(ABC):
     def __init__(self, history: TokenHistory) -> None:
         self.rows = 1
         self.finished = False
-        self.error: GenerationError | None = None
+        self.error: EdgePhi3Error | None = None
         self.history = history
 
     def process(self, scores: Scores) -> None:
@@ -167,9 +178,26 @@ class Decoder(ABC):
             for processor in self.processors:
                 processor(tokens, scores)
 
+    def row_tokens(self) -> NDArray[np.int32]:
+        """Return the tokens of each row that wants logits, shape ``(rows, length)``, valid until the next step."""
+        return self.history.tokens
+
+    def last_tokens(self) -> list[int]:
+        """Return the newest token of each row that wants logits."""
+        tokens: list[int] = self.row_tokens()[:, -1].tolist()
+        return tokens
+
     def fail(self, message: str) -> Step:
         """End the request with an error, without touching those beside it."""
-        self.error = GenerationError(message)
+        return self._end(GenerationError(message))
+
+    def break_off(self) -> Step:
+        """End the request for the exception that is being handled, which is ours, and log it."""
+        logger.error("A request's tokens cannot be chosen.", exc_info=sys.exception())
+        return self._end(InternalGenerationError("The request met an error inside the service; its log tells more."))
+
+    def _end(self, error: EdgePhi3Error) -> Step:
+        self.error = error
         self.finished = True
         self.rows = 0
         return Step()
@@ -179,7 +207,7 @@ class Decoder(ABC):
         """Give what was generated.
 
         Raises:
-            GenerationError: the request failed.
+            EdgePhi3Error: the request failed.
         """
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import numpy as np
@@ -54,8 +53,6 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
         uniforms: a number in [0, 1) for each draw, shape (draws,).
     """
     scores = candidates.scores
-    if candidates.tokens is not None and len(rows) == 1 == len(scores):
-        return _draw_one(scores[0], candidates.tokens[0], float(uniforms[0]))
     if candidates.tokens is None:
         columns, totals = _invert_whole(scores, rows, uniforms)
     else:
@@ -64,19 +61,6 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
     columns = np.where(possible, columns, 0)
     chosen = scores[rows, columns]
     return Draws(candidates.token_ids(rows, columns), chosen, possible, scores.max(axis=1)[rows], totals)
-
-
-def _draw_one(line: Scores, tokens: NDArray[np.int32], uniform: float) -> Draws:
-    """Do the same for one draw from the candidates of one row, in few calls."""
-    highest = line.max()
-    reached = np.exp(line - highest).cumsum(dtype=np.float64)
-    total = float(reached[-1])
-    column = 0
-    if possible := 0 < total < math.inf:
-        target = min(uniform * total, math.nextafter(total, 0))
-        column = min(int(reached.searchsorted(target, "right")), len(line) - 1)
-    chosen = slice(column, column + 1)
-    return Draws(tokens[chosen], line[chosen], np.array([possible]), highest, reached[-1:])
 
 
 def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,14 +32,6 @@ class TokenHistory:
     def tokens(self) -> NDArray[np.int32]:
         """A view of all rows, shape (rows, length). It is valid until the next change."""
         return self._buffer[: self.rows, : self.length]
-
-    def append(self, tokens: Sequence[int]) -> None:
-        """Append tokens to the only row."""
-        end = self.length + len(tokens)
-        while end > self._buffer.shape[1]:
-            self._grow()
-        self._buffer[0, self.length : end] = tokens
-        self.length = end
 
     def extend(self, parents: NDArray[np.intp], tokens: NDArray[np.int32]) -> None:
         """Make new rows: row i continues what was row ``parents[i]`` with ``tokens[i]``.

@@ -63,10 +63,6 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
     rows, size = scores.shape
     widest = min(max(k), size)
     blocks = size // BLOCK
-    if rows == 1 and widest * FEW <= blocks and blocks * BLOCK == size:
-        of_one = _top_of_row(scores[0], widest, slack)
-        if of_one is not None:
-            return of_one
     if widest * FEW > blocks:
         highest = scores.max(axis=1)
         bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
@@ -85,32 +81,6 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
         chosen.scores[broken] = -np.inf
         chosen.scores[broken, 0] = np.nan
     return chosen
-
-
-def _top_of_row(line: Scores, k: int, slack: float) -> Candidates | None:
-    """Do what `top_candidates` does for one row, in half as many calls; None when the row holds NaN.
-
-    Between two steps of a model all code and data leave the processor's caches, and then a call costs more than its
-    work: a lone request waits for nothing else.
-    """
-    blocks = len(line) // BLOCK
-    cube = line.reshape(BLOCK, blocks)
-    maxima = cube.max(axis=0)
-    ordered = np.partition(maxima, blocks - k)
-    if np.isnan(ordered[blocks - k :].max()):
-        return None
-    bound = ordered[blocks - k]
-    if slack:
-        bound = np.float32(bound - abs(bound) * slack)
-    block = (maxima >= bound).nonzero()[0]
-    columns = cube[:, block]
-    # Member by member, and block by block within: that is the order of the tokens.
-    member, at = (columns >= bound).nonzero()
-    values, tokens = columns[member, at], (member * blocks + block[at]).astype(np.int32)
-    if not slack and len(values) > k:
-        kept = values >= np.partition(values, len(values) - k)[len(values) - k]
-        values, tokens = values[kept], tokens[kept]
-    return Candidates(values[None], tokens[None])
 
 
 def keep_top(candidates: Candidates, k: Sequence[int]) -> None:
@@ -166,7 +136,9 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
 
 
 def _lowered(bound: Scores, slack: float) -> Scores:
-    return bound if slack == 0.0 else np.asarray(bound - np.abs(bound) * slack, dtype=np.float32)
+    if slack == 0.0:
+        return bound
+    return np.where(np.isinf(bound), bound, bound - np.abs(bound) * np.float32(slack))
 
 
 def _cube(scores: Scores) -> Scores:

@@ -38,11 +38,14 @@ class _Watcher:
         for turn, rows in zip(turns, read, strict=True):
             decoder = turn.decoder
             assert isinstance(decoder, SequenceDecoder)
-            step = steps[turn.place]
-            step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
-            assert decoder.logprobs is not None
-            for (sequence, _), told in zip(step.emitted, step.logprobs, strict=True):
-                decoder.logprobs[sequence].append(told)
+            try:
+                step = steps[turn.place]
+                step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
+                assert decoder.logprobs is not None
+                for (sequence, _), told in zip(step.emitted, step.logprobs, strict=True):
+                    decoder.logprobs[sequence].append(told)
+            except Exception:  # noqa: BLE001 - the request's own failure, which is logged
+                steps[turn.place] = decoder.break_off()
 
 
 @cache

@@ -28,10 +28,8 @@ from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
-from edge_phi3.generation.top_k import draw_from_top_k
 from edge_phi3.generation.warpers import Warping, warp
 
-_SAME_ROW: Final = (0,)
 NO_CHOICE: Final = (
     "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
     " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
@@ -51,7 +49,6 @@ class SequenceDecoder(Decoder):
         "records_scores",
         "scores",
         "sequences",
-        "simple",
         "warping",
     )
 
@@ -66,7 +63,6 @@ class SequenceDecoder(Decoder):
         self.sequences: list[NDArray[np.int32]] = [NO_TOKENS] * count
         self.reasons: list[FinishReason] = ["length"] * count
         self.warping = Warping.of(config)
-        self.simple = count == 1 and not stopping.reads_text and config.max_time is None
         self._live = list(range(count))
         self._stopping = stopping
         self._uniforms: list[Uniforms] = []
@@ -84,39 +80,6 @@ class SequenceDecoder(Decoder):
     def uniforms(self) -> list[float]:
         """Draw one number for each live sequence."""
         return [self._uniforms[sequence].next() for sequence in self._live]
-
-    def uniform(self) -> float:
-        """Draw one number for the only sequence of a simple request."""
-        return self._uniforms[0].next()
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end a sequence."""
-        return self._stopping.ends
-
-    @property
-    def room(self) -> int:
-        """How many tokens may still come."""
-        return self._stopping.total_length - self.history.length
-
-    def accept(self, token: int) -> Step:
-        """Continue the only sequence of a simple request."""
-        self.accept_run((token,))
-        emitted = ((0, token),)
-        return Step(emitted=emitted) if self.finished else Step(_SAME_ROW, (token,), self._live, emitted)
-
-    def accept_run(self, tokens: Sequence[int]) -> None:
-        """Continue the only sequence of a simple request by several tokens, of which only the last may end it."""
-        history = self.history
-        history.append(tokens)
-        if tokens[-1] in self._stopping.ends:
-            self.reasons[0] = "stop"
-        elif self.room > 0:
-            return
-        self.sequences[0] = history.tokens[0].copy()
-        self._live = []
-        self.rows = 0
-        self.finished = True
 
     def accept_all(self, tokens: NDArray[np.int32]) -> Step:
         """Continue all live sequences, and let go of those that end.
@@ -146,13 +109,15 @@ class SequenceDecoder(Decoder):
             else:
                 self.reasons[sequence] = reason
                 self.sequences[sequence] = history.tokens[row].copy()
+        self.rows = len(going)
+        self.finished = not going
+        self._live = [live[row] for row in going]
+        if self.finished:
+            return Step(emitted=emitted)
         if len(going) < len(live):
             kept = np.array(going, dtype=np.intp)
             parents, tokens = parents[kept], tokens[kept]
-            self._live = [live[row] for row in going]
             history.keep(kept)
-        self.rows = len(going)
-        self.finished = not going
         return Step(parents.tolist(), tokens.tolist(), self._live, emitted)
 
     def result(self) -> GenerationResult:
@@ -167,32 +132,40 @@ class SequenceDecoder(Decoder):
         return GenerationResult(self.prompt_length, self.sequences, self.reasons, None, scores, self.logprobs)
 
 
-def _processed_rows(turns: Sequence[Turn], logits: Scores) -> Scores:
+def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[Turn]:
+    """Run the processors of all requests over their rows, in place; return the turns of those that they let go on."""
+    going: list[Turn] = []
     for turn in turns:
-        if turn.decoder.processors:
-            turn.decoder.process(logits[turn.row : turn.row + turn.decoder.rows])
-    return rows_of(turns, logits)
+        decoder = turn.decoder
+        try:
+            if decoder.processors:
+                decoder.process(logits[turn.row : turn.row + decoder.rows])
+            going.append(turn)
+        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
+            steps[turn.place] = decoder.break_off()
+    return going
 
 
 def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     """Choose the best token of each sequence of each request."""
-    scores = _processed_rows(turns, logits)
-    best = scores.argmax(axis=1)
-    listed = best.tolist()
+    going = _process(turns, logits, steps)
+    if not going:
+        return
+    scores = rows_of(going, logits)
+    best = scores.argmax(axis=1).astype(np.int32)
     row = 0
-    for turn in turns:
+    for turn in going:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
-        end = row + decoder.rows
-        if decoder.records_scores:
-            _record_greedy(decoder, scores[row:end], listed[row:end])
-        if decoder.simple:
-            steps[turn.place] = decoder.accept(listed[row])
-        else:
-            chosen = best[row:end].astype(np.int32)
+        rows = slice(row, row + decoder.rows)
+        row = rows.stop
+        try:
+            if decoder.records_scores:
+                _record_greedy(decoder, scores[rows], best[rows].tolist())
             # Before the first step, the prompt's one row stands for all sequences.
-            steps[turn.place] = decoder.accept_all(chosen.repeat(len(decoder.live) // len(chosen)))
-        row = end
+            steps[turn.place] = decoder.accept_all(best[rows].repeat(len(decoder.live) // decoder.rows))
+        except Exception:  # noqa: BLE001 - as above
+            steps[turn.place] = decoder.break_off()
 
 
 def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) -> None:
@@ -210,60 +183,43 @@ class Sampler:
     """Draws the next tokens of all requests that have the same warpers switched on.
 
     Args:
-        active: the warpers.
+        active: the warpers, which tell samplers apart.
     """
 
     def __init__(self, active: tuple[str, ...]) -> None:
-        self._top_k_alone = active in {("top_k",), ("temperature", "top_k")}
+        self.active = active
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         """Draw for all requests at once."""
-        scores = _processed_rows(turns, logits)
-        decoders: list[SequenceDecoder] = []
-        for turn in turns:
-            assert isinstance(turn.decoder, SequenceDecoder)
-            decoders.append(turn.decoder)
-        uniforms = [decoder.uniforms() for decoder in decoders]
-        if not all(decoder.simple and not decoder.records_scores for decoder in decoders):
-            _hand_out(turns, _draw_together(turns, scores, uniforms), steps)
+        going = _process(turns, logits, steps)
+        if not going:
             return
-        tokens = self.choose(scores, [decoder.warping for decoder in decoders], [drawn[0] for drawn in uniforms])
-        for turn, decoder, token in zip(turns, decoders, tokens, strict=True):
-            steps[turn.place] = decoder.fail(NO_CHOICE) if token < 0 else decoder.accept(token)
+        uniforms: list[list[float]] = []
+        for turn in going:
+            assert isinstance(turn.decoder, SequenceDecoder)
+            uniforms.append(turn.decoder.uniforms())
+        try:
+            draws = _draw_together(going, rows_of(going, logits), uniforms)
+        except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
+            for turn, drawn in zip(going, uniforms, strict=True):
+                _draw_alone(turn, logits, drawn, steps)
+            return
+        _hand_out(going, draws, steps)
 
-    def choose(self, scores: Scores, warpings: Sequence[Warping], uniforms: Sequence[float]) -> list[int]:
-        """Draw one token for each row.
 
-        Args:
-            scores: shape (rows, vocabulary); may be overwritten.
-            warpings: one for each row, with this sampler's warpers.
-            uniforms: a number in [0, 1) for each row.
-
-        Returns:
-            The tokens; -1 where a row leaves none to choose.
-        """
-        if not self._top_k_alone:
-            return _draw_each(scores, warpings, uniforms)
-        tokens: list[int] = []
-        for row, warping in enumerate(warpings):
-            *temperature, k = warping.settings
-            token = draw_from_top_k(scores[row], temperature[0] if temperature else None, int(k), uniforms[row])
-            tokens += _draw_each(scores[row : row + 1], [warping], [uniforms[row]]) if token is None else [token]
-        return tokens
+def _draw_alone(turn: Turn, logits: Scores, uniforms: Sequence[float], steps: list[Step]) -> None:
+    try:
+        draws = _draw_together([turn], rows_of([turn], logits), [uniforms])
+    except Exception:  # noqa: BLE001 - the request's own failure, which is logged
+        steps[turn.place] = turn.decoder.break_off()
+        return
+    _hand_out([turn], draws, steps)
 
 
 @cache
 def _sampler(active: tuple[str, ...]) -> Sampler:
-    """Give the one sampler of all requests with these warpers."""
+    """Return the one sampler of all requests with these warpers."""
     return Sampler(active)
-
-
-def _draw_each(scores: Scores, warpings: Sequence[Warping], uniforms: Sequence[float]) -> list[int]:
-    """Warp all rows at once, and draw one token from each; -1 where that is impossible."""
-    with np.errstate(all="ignore"):
-        draws = draw(warp(scores, warpings), np.arange(len(warpings)), np.array(uniforms))
-    tokens: list[int] = np.where(draws.possible, draws.tokens, -1).tolist()
-    return tokens
 
 
 def _draw_together(turns: Sequence[Turn], scores: Scores, uniforms: Sequence[Sequence[float]]) -> Draws:
@@ -291,12 +247,15 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         end = at + len(decoder.live)
-        if not all_possible and not draws.possible[at:end].all():
-            steps[turn.place] = decoder.fail(NO_CHOICE)
-        else:
-            if decoder.records_scores:
-                for sequence, place in zip(decoder.live, range(at, end), strict=True):
-                    score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
-                    decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
-            steps[turn.place] = decoder.accept_all(tokens[at:end])
+        try:
+            if not all_possible and not draws.possible[at:end].all():
+                steps[turn.place] = decoder.fail(NO_CHOICE)
+            else:
+                if decoder.records_scores:
+                    for sequence, place in zip(decoder.live, range(at, end), strict=True):
+                        score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
+                        decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
+                steps[turn.place] = decoder.accept_all(tokens[at:end])
+        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
+            steps[turn.place] = decoder.break_off()
         at = end

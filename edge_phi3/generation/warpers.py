@@ -76,7 +76,7 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
     """Apply the warpers to rows that have the same ones switched on.
 
     Args:
-        scores: shape (rows, vocabulary); may be overwritten.
+        scores: shape (rows, vocabulary).
         warpings: one for each row, all with the same `active`.
 
     Returns:
@@ -94,13 +94,13 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
         chosen = _warm_top_k(scores, temperature, [int(values[first - 1]) for values in settings])
     else:
         if names[0] == "temperature":
-            scores /= np.array([values[0] for values in settings], dtype=np.float32)[:, None]
+            scores = scores / np.array([values[0] for values in settings], dtype=np.float32)[:, None]
             first = 1
         if names[first:] and names[first] == "top_p":
             chosen = _nucleus(scores, [values[first] for values in settings], keep)
             first += 1
         else:
-            chosen = Candidates(scores)
+            chosen = Candidates(scores if first else scores.copy())
     for at in range(first, len(names)):
         column = np.array([values[at] for values in settings])[:, None]
         if chosen.tokens is not None:
@@ -108,7 +108,8 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
             continue
         # Whole rows one by one, so that what is made on the way stays in the processor's cache.
         for row in range(len(scores)):
-            _WARPERS[names[at]](Candidates(scores[row : row + 1]), column[row : row + 1], keep[row : row + 1])
+            line = Candidates(chosen.scores[row : row + 1])
+            _WARPERS[names[at]](line, column[row : row + 1], keep[row : row + 1])
     return chosen
 
 
@@ -118,8 +119,8 @@ def _warm_top_k(scores: Scores, temperature: Settings | None, k: Sequence[int]) 
         return top_candidates(scores, k)
     if temperature.min() < MILD[0] or temperature.max() > MILD[1]:
         # So small or large a quotient may round scores that are far apart to the same value.
-        scores /= temperature.astype(np.float32)
-        return top_candidates(scores, k)
+        scaled: Scores = np.divide(scores, temperature, dtype=np.float32)
+        return top_candidates(scaled, k)
     chosen = top_candidates(scores, k, slack=SLACK)
     chosen.scores /= temperature.astype(np.float32)
     keep_top(chosen, k)

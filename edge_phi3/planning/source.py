@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from edge_phi3.catalog import PRESETS, Catalog, UnreachableError, parse_reference
 from edge_phi3.catalog.listing import small_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
-from edge_phi3.conversion.checkpoint import read_json
+from edge_phi3.conversion.checkpoint import open_checkpoint, read_json
+from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
+from edge_phi3.conversion.tied import read_model
 from edge_phi3.planning.errors import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
 from edge_phi3.progress import ProgressReporter
@@ -57,7 +60,7 @@ def find_base(reference: str, folder: Path, *, store: Path | None, progress: Pro
     if isinstance(wanted, LocalGguf):
         return read_layout(wanted.path)
     if isinstance(wanted, LocalCheckpoint):
-        return write_base(folder / "base.gguf", _read_config(wanted.path))
+        return write_base(folder / "base.gguf", _read_checkpoint(wanted.path))
     if isinstance(wanted, HubCheckpoint):
         known = _CONFIGS.get(wanted.repository) if wanted.revision == "main" else None
         model = read_phi3(known) if known else _download_config(wanted, progress)
@@ -69,6 +72,15 @@ def find_base(reference: str, folder: Path, *, store: Path | None, progress: Pro
         f"{wanted.text} is not in the store, and what it takes stands in the file itself: `edge-phi3 pull"
         f" {wanted.text}` first, or plan for the checkpoint that it was made from."
     )
+
+
+def _read_checkpoint(folder: Path) -> Phi3:
+    model = _read_config(folder)
+    if model.tie_word_embeddings:
+        # Whether the output matrix is one of its own, the weights tell; a plan does without them where there are none.
+        with contextlib.suppress(CheckpointError):
+            return read_model(open_checkpoint(folder))
+    return model
 
 
 def _read_config(folder: Path) -> Phi3:

@@ -101,9 +101,7 @@ def _contexts(model: Any, job: Job, wanted: AskedContext) -> Iterator[list[str]]
         flash_attn=wanted.flash_attn,
     )
     for shape in context_shapes(settings, wanted.context_length, wanted.original_context):
-        params = context_parameters(
-            cells=shape.cells, sequences=shape.sequences, unified=shape.unified, settings=settings
-        )
+        params = context_parameters(cells=shape.cells, sequences=shape.sequences, settings=settings)
         _lines.clear()
         # Planning, llama.cpp lays out the graph of a prompt alone. That of one token of each sequence can take more
         # beside the GPU, which is handed large batches even of layers that lie in main memory, and small ones not.

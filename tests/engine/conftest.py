@@ -53,26 +53,33 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
     loaded = engine.load()
     try:
         yield engine
+        if engine.status == "ready":
+            with engine_at_rest(engine):
+                for runner in loaded.runners:
+                    runner.kv.audit()
     finally:
         engine.close()
-    for scheduler in loaded.schedulers:
-        scheduler.kv.audit()
 
 
 @contextlib.contextmanager
 def engine_at_rest(engine: Engine) -> Iterator[None]:
     """Keep the engine's thread from its next step, so that what is asked meanwhile arrives at once."""
-    go, rests = threading.Event(), threading.Event()
+    core, go, rests = engine._core, threading.Event(), threading.Event()
+    assert core is not None
+    step = core.step
 
     def rest() -> None:
         rests.set()
-        go.wait(30)
+        go.wait(60)
+        step()
 
-    engine._inbox.put(rest)
-    assert rests.wait(30)
+    core.step = rest
+    core.wake()
+    assert rests.wait(60)
     try:
         yield
     finally:
+        core.step = step
         go.set()
 
 

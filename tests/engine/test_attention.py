@@ -55,7 +55,7 @@ def test_short_and_long_prompts_side_by_side(make_model: MakeModel) -> None:
 def test_128k_model_within_its_original_context_needs_one_context(make_model: MakeModel) -> None:
     case = next(case for case in CASES if case.name == "128k-100+24")
     with running_engine(make_model("128k"), ctx_size=4096) as engine:
-        assert len(engine.model.schedulers) == 1
+        assert len(engine.model.runners) == 1
         assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
 
 

@@ -15,8 +15,14 @@ CELLS, SEQUENCES = 96, 8
 class Recorded:
     """A llama.cpp memory that keeps which position of a sequence lies in which cell."""
 
+    cells, sequences = CELLS, SEQUENCES
+
     def __init__(self) -> None:
         self.positions: dict[int, set[int]] = {}
+
+    def position_range(self, seq_id: int) -> tuple[int, int]:
+        held = self.positions.get(seq_id)
+        return (min(held), max(held)) if held else (-1, -1)
 
     def copy(self, source: int, target: int) -> None:
         self.positions[target] = set(self.positions.get(source, set()))
@@ -32,18 +38,16 @@ class Recorded:
 class KVCacheMachine(RuleBasedStateMachine):
     """Any order of appending, forking, trimming and releasing."""
 
-    shared = True
-
     def __init__(self) -> None:
         super().__init__()
         self.memory = Recorded()
-        self.kv = KVCache(self.memory, cells=CELLS, sequences=SEQUENCES, cells_per_sequence=CELLS, shared=self.shared)
+        self.kv = KVCache(self.memory, window=None, host_cache=None)
         self.cells: dict[int, dict[int, object]] = {}
 
     @precondition(lambda self: self.kv.free_sequences)
     @rule()
     def acquire(self) -> None:
-        self.cells[self.kv.acquire()] = {}
+        self.cells[self.kv._acquire()] = {}
 
     @precondition(lambda self: self.cells)
     @rule(data=st.data(), count=st.integers(1, 20))
@@ -64,11 +68,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         source = data.draw(st.sampled_from(sorted(self.cells)))
         start, end = self.kv.start[source], self.kv.length[source]
         length = data.draw(st.integers(start, end))
-        if not self.shared and length - start > self.kv.free:
-            return
-        target = self.kv.fork(source, length)
-        held = {position: cell for position, cell in self.cells[source].items() if position < length}
-        self.cells[target] = held if self.shared else {position: object() for position in held}
+        target = self.kv._fork(source, length)
+        self.cells[target] = {position: cell for position, cell in self.cells[source].items() if position < length}
 
     @precondition(lambda self: self.cells)
     @rule(data=st.data())
@@ -95,17 +96,8 @@ class KVCacheMachine(RuleBasedStateMachine):
     def truncate(self, data: st.DataObject) -> None:
         seq_id = data.draw(st.sampled_from(sorted(self.cells)))
         length = data.draw(st.integers(self.kv.start[seq_id], self.kv.length[seq_id]))
-        self.kv.truncate(seq_id, length)
+        self.kv._truncate(seq_id, length)
         self.cells[seq_id] = {position: cell for position, cell in self.cells[seq_id].items() if position < length}
-
-    @precondition(lambda self: self.kv.free_sequences and self.kv.free)
-    @rule(data=st.data(), start=st.integers(0, 40))
-    def adopt(self, data: st.DataObject, start: int) -> None:
-        end = start + data.draw(st.integers(1, self.kv.free))
-        seq_id = self.kv.acquire()
-        self.memory.positions[seq_id] = set(range(start, end))
-        self.kv.adopt(seq_id, start, end)
-        self.cells[seq_id] = {position: object() for position in range(start, end)}
 
     @invariant()
     def books_are_right(self) -> None:
@@ -116,20 +108,16 @@ class KVCacheMachine(RuleBasedStateMachine):
             assert self.memory.positions.get(seq_id, set()) == set(held)
 
 
-class StreamsMachine(KVCacheMachine):
-    """The same, where a fork copies its cells."""
-
-    shared = False
-
-
-TestShared = KVCacheMachine.TestCase
-TestStreams = StreamsMachine.TestCase
-TestShared.settings = TestStreams.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestKVCache = KVCacheMachine.TestCase
+TestKVCache.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_audit_finds_a_leaked_cell() -> None:
-    kv = KVCache(Recorded(), cells=8, sequences=2, cells_per_sequence=8, shared=True)
-    kv.append(kv.acquire(), 3)
+    memory = Recorded()
+    kv = KVCache(memory, window=None, host_cache=None)
+    kv.append(kv._acquire(), 3)
+    memory.positions[0] = {0, 1, 2}
+    kv.audit()
     kv._sharers[kv._held[0][0]] += 1
     with pytest.raises(AssertionError):
         kv.audit()

@@ -146,7 +146,7 @@ def test_greedy_takes_the_best_and_the_first_of_equals() -> None:
     logits = np.zeros((1, VOCABULARY), dtype=np.float32)
     logits[0, [9, 40]] = 2
     (step,) = advance([each], logits)
-    assert step.emitted == ((0, 9),)
+    assert step.emitted == [(0, 9)]
 
 
 def test_steps_tell_streams_what_each_sequence_got() -> None:

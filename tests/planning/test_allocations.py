@@ -162,7 +162,7 @@ def test_two_contexts_are_counted_for_a_model_with_two_sets_of_rotary_factors(ma
     base = find_base(str(made.checkpoint("128k")), tmp_path, store=None, progress=SilentProgress())
     assert fit(base, Options(ctx_size=4096), MACHINE, ["F16"]).cells == (4096,)
     both = fit(base, Options(ctx_size=16384, parallel=3), MACHINE, ["F16"])
-    # Three streams of the original context for short prompts, and one cache for long ones.
-    assert both.cells == (3 * 4096, 16384)
+    # Half as many cells for short sequences, which take at least one and at most three of the original context.
+    assert both.cells == (8192, 16384)
     cell = 2 * 3 * 256 * 2
-    assert both.rows[0].placement.host.kv_cache == pytest.approx((3 * 4096 + 16384) * cell, rel=0.001)
+    assert both.rows[0].placement.host.kv_cache == pytest.approx((8192 + 16384) * cell, rel=0.001)

@@ -6,8 +6,7 @@ memory, or memory of ours that llama.cpp reads; nothing is copied token by token
 
 from edge_phi3.engine.runtime.backend import initialise_backend, supports_gpu_offload
 from edge_phi3.engine.runtime.context import Context, context_parameters
-from edge_phi3.engine.runtime.model import CANDIDATE, Grammar, Model
-from edge_phi3.engine.runtime.pages import use_huge_pages
+from edge_phi3.engine.runtime.model import CANDIDATE, Grammar, Model, read_metadata
 
 __all__ = [
     "CANDIDATE",
@@ -16,6 +15,6 @@ __all__ = [
     "Model",
     "context_parameters",
     "initialise_backend",
+    "read_metadata",
     "supports_gpu_offload",
-    "use_huge_pages",
 ]

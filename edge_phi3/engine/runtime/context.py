@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from edge_phi3.engine.errors import DecodeFailedError, ModelLoadError
 from edge_phi3.engine.runtime.backend import reason, supports_gpu_offload
 from edge_phi3.engine.runtime.model import Model
-from edge_phi3.engine.runtime.pages import new_memory
 from edge_phi3.engine.settings import EngineSettings, FlashAttention, KVCacheType, usable_cores
 
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
@@ -28,26 +27,25 @@ _FLASH_ATTENTION = {
 
 
 class Context:
-    """A llama.cpp context: the KV cache of many sequences, and the decode call.
+    """A llama.cpp context: a KV cache that sequences share, and the decode call; a `DecodeContext`.
 
     Args:
         model: the weights.
-        cells: KV cells in all.
+        cells: KV cells.
         sequences: how many sequence ids there are.
-        unified: one cache that all sequences share, or one part of ``cells / sequences`` for each.
         settings: batch size, threads, element types.
 
     Attributes:
         offloaded: whether the KV cache lies on a GPU.
         saves: whether `save` and `restore` are fast enough to be of use.
-        scratch: a sequence id beyond the others, empty between calls; only a unified cache has it.
+        scratch: a sequence id beyond the others, empty between calls.
 
     Raises:
         ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
     """
 
-    def __init__(self, model: Model, *, cells: int, sequences: int, unified: bool, settings: EngineSettings) -> None:
-        params = context_parameters(cells=cells, sequences=sequences, unified=unified, settings=settings)
+    def __init__(self, model: Model, *, cells: int, sequences: int, settings: EngineSettings) -> None:
+        params = context_parameters(cells=cells, sequences=sequences, settings=settings)
         # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
         # time: strlen() of a flag that is "" or "\1" is the same question asked in C.
         self._abort_flag = ctypes.create_string_buffer(2)
@@ -63,16 +61,14 @@ class Context:
         self._model = model
         self._memory = llama_cpp.llama_get_memory(self._handle)
         self._apply_adapters()
-        self.unified = unified
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
-        self.cells_per_sequence = int(llama_cpp.llama_n_ctx_seq(self._handle))
         self.sequences = self.scratch = sequences
         # The output is the first layer to be offloaded; the KV cache goes with the others.
         self.offloaded = settings.n_gpu_layers not in {0, 1} and supports_gpu_offload()
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
-        self.batch_size = settings.batch_size
-        self._allocate_batch(settings.batch_size)
+        self.batch_size = max(settings.batch_size, sequences)  # every sequence's next token fits one batch
+        self._allocate_batch(self.batch_size)
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
 
@@ -134,7 +130,7 @@ class Context:
         return view
 
     def copy(self, source: int, target: int) -> None:
-        """Make `target` hold all cells of `source`: shared in a unified cache, copied otherwise."""
+        """Make `target` share all cells of `source`."""
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def remove(self, seq_id: int, start: int, end: int) -> None:
@@ -159,7 +155,7 @@ class Context:
         if self.position_range(seq_id) != (start, end - 1):
             source = self.scratch
             llama_cpp.llama_memory_seq_cp(self._memory, seq_id, source, start, end)
-        state = new_memory(llama_cpp.llama_state_seq_get_size(self._handle, source))
+        state = np.empty(llama_cpp.llama_state_seq_get_size(self._handle, source), np.uint8)
         llama_cpp.llama_state_seq_get_data(self._handle, _bytes_pointer(state), len(state), source)
         if source != seq_id:
             self.remove(source, -1, -1)
@@ -190,22 +186,12 @@ class Context:
         """Make the running decode call, and any later one, fail at the next graph node. From any thread."""
         self._abort_flag[0] = b"\1"
 
-    @property
-    def closed(self) -> bool:
-        """Whether it has been freed."""
-        return not self._handle
-
     def warm_up(self) -> None:
-        """Decode one token, so that the first request does not pay for lazy set-up."""
-        self.decode_anything(1)
-
-    def decode_anything(self, count: int) -> None:
-        """Decode the first token of `count` sequences, and forget them all."""
-        self.tokens[:count] = max(self._model.bos_token_id, 0)
-        self.positions[:count] = 0
-        self.seq_ids[:count] = np.arange(count)
-        self.wants_logits[:count] = 1
-        self.decode(count, count)
+        """Decode one token, so that the first request does not pay for lazy set-up, and forget it."""
+        self.tokens[0] = max(self._model.bos_token_id, 0)
+        self.positions[0] = self.seq_ids[0] = 0
+        self.wants_logits[0] = 1
+        self.decode(1, 1)
         self.clear()
 
     def close(self) -> None:
@@ -215,17 +201,16 @@ class Context:
             self._handle = None
 
 
-def context_parameters(*, cells: int, sequences: int, unified: bool, settings: EngineSettings) -> Any:
+def context_parameters(*, cells: int, sequences: int, settings: EngineSettings) -> Any:
     """Give the ``llama_context_params`` of a `Context`, all that decides on its memory."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
-    params.n_batch = params.n_ubatch = settings.batch_size
-    params.n_seq_max = sequences + 1 if unified else sequences
-    params.n_outputs_max = max(settings.batch_size, sequences)
+    params.n_batch = params.n_ubatch = params.n_outputs_max = max(settings.batch_size, sequences)
+    params.n_seq_max = sequences + 1
     params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
     params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
     params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]
-    params.kv_unified = unified
+    params.kv_unified = True
     params.no_perf = True
     return params
 

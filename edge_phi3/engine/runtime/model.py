@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +46,59 @@ class Grammar:
         return Grammar(llama_cpp.llama_sampler_clone(self._handle))
 
 
+def _load(path: Path, params: Any) -> Any:
+    """Return llama.cpp's handle of a model file.
+
+    Raises:
+        ModelLoadError: there is none, it is damaged, or it does not fit the memory.
+    """
+    initialise_backend()
+    if not path.is_file():
+        raise ModelLoadError(f"There is no model file {path}.")
+    handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    if handle:
+        return handle
+    why = reason()
+    if "allocate" in why:
+        raise ModelLoadError(
+            f"There is not enough memory for {path}{why}. Lower --n-gpu-layers, or choose a smaller"
+            " quantisation; `edge-phi3 fit` tells which fits."
+        )
+    raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}.")
+
+
+def _kv_overrides(values: Mapping[str, int]) -> Any:
+    """Return llama.cpp's array of metadata that takes the place of a file's; an empty key ends it."""
+    overrides = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
+    for entry, (key, value) in zip(overrides, values.items(), strict=False):
+        entry.key, entry.tag, entry.value.val_i64 = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+    return overrides
+
+
+def _metadata(handle: Any, key: str) -> str | None:
+    size = llama_cpp.llama_model_meta_val_str(handle, key.encode(), None, 0)
+    if size < 0:
+        return None
+    buffer = ctypes.create_string_buffer(size + 1)
+    llama_cpp.llama_model_meta_val_str(handle, key.encode(), buffer, size + 1)
+    return buffer.value.decode(errors="replace")
+
+
+def read_metadata(path: Path, keys: Iterable[str]) -> dict[str, str]:
+    """Return those of a GGUF file's metadata values that it has, as texts, without loading its weights.
+
+    Raises:
+        ModelLoadError: it is no model that llama.cpp knows.
+    """
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    handle = _load(path, params)
+    try:
+        return {key: value for key in keys if (value := _metadata(handle, key)) is not None}
+    finally:
+        llama_cpp.llama_model_free(handle)
+
+
 class Model:
     """A Phi-3 GGUF file in memory: weights, vocabulary and metadata.
 
@@ -53,30 +107,20 @@ class Model:
     Args:
         path: the GGUF file.
         n_gpu_layers: layers kept on the GPU; negative for all.
+        overrides: whole numbers that take the place of the file's metadata.
 
     Raises:
         ModelLoadError: the file is missing, is not a GGUF, is damaged, is no Phi-3 with Phi-3's vocabulary, or does
             not fit the memory.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1) -> None:
-        initialise_backend()
-        if not path.is_file():
-            raise ModelLoadError(f"There is no model file {path}.")
+    def __init__(self, path: Path, *, n_gpu_layers: int = -1, overrides: Mapping[str, int] | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        if overrides:
+            params.kv_overrides = _kv_overrides(overrides)
         self.path = path
-        self._handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self._handle:
-            why = reason()
-            if "allocate" in why:
-                raise ModelLoadError(
-                    f"There is not enough memory for {path}{why}. Lower --n-gpu-layers, or choose a smaller"
-                    " quantisation; `edge-phi3 fit` tells which fits."
-                )
-            raise ModelLoadError(
-                f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}."
-            )
+        self._handle = _load(path, params)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
         architecture = self.metadata("general.architecture")
@@ -100,12 +144,7 @@ class Model:
 
     def metadata(self, key: str) -> str | None:
         """Give the text of a metadata value that is not an array, or None when the file has none."""
-        size = llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), None, 0)
-        if size < 0:
-            return None
-        buffer = ctypes.create_string_buffer(size + 1)
-        llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), buffer, size + 1)
-        return buffer.value.decode(errors="replace")
+        return _metadata(self._handle, key)
 
     @property
     def description(self) -> str:

@@ -59,7 +59,7 @@ def planned(case: dict[str, Any]) -> dict[str, Any]:
 
 def decode_prompt(context: Context) -> None:
     """Decode a prompt as long as a batch, or as a sequence may be, and want the logits of its end."""
-    count = min(context.batch_size, context.cells_per_sequence)
+    count = min(context.batch_size, context.cells)
     context.tokens[:count] = context.seq_ids[:count] = 0
     context.positions[:count] = np.arange(count)
     context.wants_logits[:count] = 0
@@ -76,8 +76,8 @@ def allocated(case: dict[str, Any], layers: int) -> dict[str, Any]:
     logger.addHandler(buffers)
     loaded = load(EngineSettings(Path(case["model"]), **(case["options"] | {"n_gpu_layers": layers})))
     if case.get("prompt"):
-        for scheduler in loaded.schedulers:
-            decode_prompt(scheduler.context)
+        for runner in loaded.runners:
+            decode_prompt(runner.context)
     loaded.close()
     logger.removeHandler(buffers)
     return {"said": buffers.said} | buffers.found

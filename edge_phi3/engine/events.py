@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
+from collections.abc import Callable
 
 from edge_phi3.engine.sequence import Event, TokensEvent
 
 Mailbox = asyncio.Queue[Event]
 
 
-class Outbox:
-    """Events that wait to be delivered, each event loop's by one call. Used by the engine's thread alone.
+class EventBatcher:
+    """Events that wait to be delivered, each event loop's by one call. From any thread.
 
     Each delivery takes a core from llama.cpp: to wake the event loop, write to a socket and wake the client took 0.26
     ms of processor time for one stream beside a 0.65 B model, most of it for code and data that the model's weights
@@ -22,55 +24,44 @@ class Outbox:
     Args:
         interval: seconds that a token may wait; one that would wait for longer, were it not delivered before the next
             step, is not kept back. 0 delivers each token by itself.
+        clock: seconds that only grow.
 
     Attributes:
         urgent: whether what waits is to be delivered at once.
     """
 
-    def __init__(self, interval: float) -> None:
+    def __init__(self, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.urgent = False
         self._interval = interval
+        self._clock = clock
+        self._lock = threading.Lock()
         self._waiting: dict[asyncio.AbstractEventLoop, dict[Mailbox, list[Event]]] = {}
         self._flushed = self._asked = 0.0
 
-    def flush_if_due(self, now: float) -> None:
-        """Deliver what waits when that is due.
-
-        Args:
-            now: seconds of `time.monotonic`.
-        """
-        if self.is_due(now):
-            self.flush()
-
-    def is_due(self, now: float) -> bool:
-        """Say whether what waits is to be delivered now; to be asked once a step.
-
-        Args:
-            now: seconds of `time.monotonic`.
-        """
+    def flush_if_due(self) -> None:
+        """Deliver what waits when that is due; to be called once a step."""
+        now = self._clock()
         step, self._asked = now - self._asked, now
-        return self.urgent or now + step - self._flushed >= self._interval
+        if self.urgent or now + step - self._flushed >= self._interval:
+            self.flush()
 
     def post(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox, event: Event) -> None:
         """Keep an event for the next `flush`; tokens join those that wait already."""
-        mailboxes = self._waiting.get(loop)
-        if mailboxes is None:
-            mailboxes = self._waiting[loop] = {}
-        waiting = mailboxes.get(mailbox)
-        if waiting is None:
-            waiting = mailboxes[mailbox] = []
-        if not isinstance(event, TokensEvent):
-            self.urgent = True
-        elif waiting and isinstance(before := waiting[-1], TokensEvent):
-            before.tokens.extend(event.tokens)
-            before.logprobs.extend(event.logprobs)
-            return
-        waiting.append(event)
+        with self._lock:
+            waiting = self._waiting.setdefault(loop, {}).setdefault(mailbox, [])
+            if not isinstance(event, TokensEvent):
+                self.urgent = True
+            elif waiting and isinstance(before := waiting[-1], TokensEvent):
+                before.tokens.extend(event.tokens)
+                before.logprobs.extend(event.logprobs)
+                return
+            waiting.append(event)
 
     def flush(self) -> None:
         """Deliver all that waits."""
-        self.urgent, self._flushed = False, time.monotonic()
-        boxes, self._waiting = self._waiting, {}
+        with self._lock:
+            self.urgent, self._flushed = False, self._clock()
+            boxes, self._waiting = self._waiting, {}
         for loop, mailboxes in boxes.items():
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(_deliver, mailboxes)

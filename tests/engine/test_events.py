@@ -7,23 +7,24 @@ from itertools import pairwise
 
 import pytest
 
-from edge_phi3.engine.delivery import Mailbox, Outbox
+from edge_phi3.engine.events import EventBatcher, Mailbox
 from edge_phi3.engine.sequence import TokensEvent
 
 
 async def _deliveries(interval: float, step: float, steps: int) -> list[tuple[float, int]]:
     """Give the times of the deliveries of a stream, and how many tokens each had, by a clock of steps."""
-    outbox, mailbox = Outbox(interval), Mailbox()
+    now = 1000.0
+    outbox, mailbox = EventBatcher(interval, lambda: now), Mailbox()
+    outbox.flush()
+    outbox.flush_if_due()
     loop = asyncio.get_running_loop()
     found: list[tuple[float, int]] = []
-    outbox._flushed = outbox._asked = 1000.0
     for number in range(1, steps + 1):
         now = 1000.0 + number * step
         outbox.post(loop, mailbox, TokensEvent([(0, number)]))
-        if outbox.is_due(now):
-            outbox.flush()
-            outbox._flushed = now
-            await asyncio.sleep(0)
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        while not mailbox.empty():
             event = mailbox.get_nowait()
             assert isinstance(event, TokensEvent)
             found.append((now, len(event.tokens)))
@@ -49,15 +50,20 @@ def test_what_is_urgent_takes_along_what_waits() -> None:
 
 
 async def _urgent() -> None:
-    outbox, mailbox, other = Outbox(10.0), Mailbox(), Mailbox()
+    now = 1000.0
+    outbox, mailbox, other = EventBatcher(10.0, lambda: now), Mailbox(), Mailbox()
+    outbox.flush()
+    outbox.flush_if_due()
     loop = asyncio.get_running_loop()
-    outbox._flushed = outbox._asked = 1000.0
     outbox.post(loop, mailbox, TokensEvent([(0, 1)]))
-    assert not outbox.is_due(1000.01)
+    now = 1000.01
+    outbox.flush_if_due()
+    await asyncio.sleep(0)
+    assert mailbox.empty()
     failure = ValueError("over")
     outbox.post(loop, other, failure)
-    assert outbox.is_due(1000.02)
-    outbox.flush_if_due(1000.02)
+    now = 1000.02
+    outbox.flush_if_due()
     await asyncio.sleep(0)
     assert mailbox.get_nowait() == TokensEvent([(0, 1)])
     assert other.get_nowait() is failure

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_phi3.engine.prefix_store import PrefixStore
+from edge_phi3.engine.host_cache import HostCache
 
 BLOCK = 4
 tokens = st.lists(st.integers(0, 1), min_size=1, max_size=14)
@@ -25,7 +25,7 @@ def shared(left: list[int], right: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
-def save(store: PrefixStore, values: list[int], start: int = 0) -> list[tuple[int, int]]:
+def save(store: HostCache, values: list[int], start: int = 0) -> list[tuple[int, int]]:
     """Keep a sequence, and give the positions that were read for it."""
     read = []
 
@@ -37,7 +37,7 @@ def save(store: PrefixStore, values: list[int], start: int = 0) -> list[tuple[in
     return read
 
 
-def held(store: PrefixStore, query: list[int], window: int | None = None) -> tuple[int, list[int], int]:
+def held(store: HostCache, query: list[int], window: int | None = None) -> tuple[int, list[int], int]:
     """Give what `match` finds: its length, what is restored from its blocks, and the first position that they hold."""
     length, blocks = store.match(array(query), window)
     restored: list[int] = []
@@ -51,7 +51,7 @@ def held(store: PrefixStore, query: list[int], window: int | None = None) -> tup
 @settings(max_examples=200, deadline=None)
 @given(st.lists(tokens, max_size=12), st.lists(tokens, min_size=1, max_size=5))
 def test_the_longest_prefix_is_found_with_its_content(kept: list[list[int]], queries: list[list[int]]) -> None:
-    store = PrefixStore(1 << 20, BLOCK)
+    store = HostCache(1 << 20, BLOCK)
     for values in kept:
         save(store, values)
     for query in queries:
@@ -65,7 +65,7 @@ def test_the_longest_prefix_is_found_with_its_content(kept: list[list[int]], que
 @settings(max_examples=200, deadline=None)
 @given(st.lists(tokens, max_size=25), st.integers(0, 40))
 def test_it_never_takes_more_than_its_capacity(kept: list[list[int]], capacity: int) -> None:
-    store = PrefixStore(capacity, BLOCK)
+    store = HostCache(capacity, BLOCK)
     for values in kept:
         save(store, values)
         assert store.used <= capacity
@@ -77,7 +77,7 @@ def test_it_never_takes_more_than_its_capacity(kept: list[list[int]], capacity: 
 
 
 def test_what_is_kept_already_is_not_read_again() -> None:
-    store = PrefixStore(1 << 20, BLOCK)
+    store = HostCache(1 << 20, BLOCK)
     first = [1, 2, 3, 4, 5, 6]
     assert save(store, first) == [(0, 4), (4, 6)]
     assert save(store, first) == []
@@ -90,7 +90,7 @@ def test_what_is_kept_already_is_not_read_again() -> None:
 
 
 def test_sequences_part_inside_a_block() -> None:
-    store, first = PrefixStore(1 << 20, BLOCK), [1, 2, 3, 4, 5, 6, 7, 8]
+    store, first = HostCache(1 << 20, BLOCK), [1, 2, 3, 4, 5, 6, 7, 8]
     save(store, first)
     other = [*first[:6], 9, 9, 9]
     assert save(store, other) == [(6, 9)], "half of a block is shared: it is kept once"
@@ -103,19 +103,10 @@ def test_sequences_part_inside_a_block() -> None:
         assert held(store, values) == (10, state_of(values, 0, 10).tolist(), 0)
 
 
-def test_whole_sequences() -> None:
-    store, first = PrefixStore(1 << 20, None), [1, 2, 3, 4, 5, 6, 7, 8]
-    assert save(store, first) == [(0, 8)]
-    assert save(store, [*first[:7], 9, 9]) == [(0, 9)]
-    assert save(store, [*first, 9, 9]) == [(0, 10)]
-    assert store.tokens == 10 + 9, "the longer one took the place of its beginning"
-    assert len(store.match(array(first), None)[1]) == 1
-
-
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(tokens, st.integers(0, 12)), max_size=12), st.lists(tokens, min_size=1, max_size=5))
 def test_what_is_found_behind_a_window_is_right(kept: list[tuple[list[int], int]], queries: list[list[int]]) -> None:
-    store, window = PrefixStore(1 << 20, BLOCK), 3
+    store, window = HostCache(1 << 20, BLOCK), 3
     for values, start in kept:
         save(store, values, min(start, len(values) - 1))
     for query in queries:
@@ -125,7 +116,7 @@ def test_what_is_found_behind_a_window_is_right(kept: list[tuple[list[int], int]
 
 
 def test_the_least_recently_used_leaf_leaves_first() -> None:
-    store = PrefixStore(12, BLOCK)
+    store = HostCache(12, BLOCK)
     save(store, [1, 1, 1, 1, 2, 2])
     save(store, [5, 5, 5, 5])
     held(store, [1, 1, 1, 1, 2, 2])
@@ -139,7 +130,7 @@ def test_the_least_recently_used_leaf_leaves_first() -> None:
 
 
 def test_a_window_needs_what_it_reaches_and_no_more() -> None:
-    store, values = PrefixStore(1 << 20, BLOCK), list(range(14))
+    store, values = HostCache(1 << 20, BLOCK), list(range(14))
     # A window of 6 had passed by: positions below 7 were dropped while the sequence ran.
     assert save(store, values, start=7) == [(7, 8), (8, 12), (12, 14)]
     length, content, start = held(store, values, window=6)
@@ -154,7 +145,7 @@ def test_a_window_needs_what_it_reaches_and_no_more() -> None:
 
 
 def test_a_state_that_is_larger_than_the_store_is_not_kept() -> None:
-    store = PrefixStore(3, BLOCK)
+    store = HostCache(3, BLOCK)
     save(store, [1, 2, 3, 4, 5])
     assert store.used == 0
     assert held(store, [1, 2, 3, 4, 5])[0] == 0

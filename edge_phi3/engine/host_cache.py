@@ -1,8 +1,8 @@
 """Keys and values of finished sequences, kept in main memory for prompts that begin as they did.
 
 They leave llama.cpp's cache as soon as a sequence has finished. There, every decode step looks over all cells up to the
-highest one in use, row by row: on a CPU a cache full of finished sequences makes a step up to a sixth slower
-(`benchmarks.kv_layout`), and a GPU kernel that reads masked cells reads them all.
+highest one in use, row by row: on a CPU a cache full of finished sequences makes a step up to a sixth slower, and a GPU
+kernel that reads masked cells reads them all.
 
 A sequence is kept in blocks, so that a prefix that many share is kept once, and what is written after an answer grows
 with the new tokens, not with the length of the conversation. Blocks form a tree, which branches wherever sequences
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.prefix_tree import PrefixTree
+from edge_phi3.engine.prefix_tree import PrefixTree, Tokens
 
 State = NDArray[np.uint8]
 _NOTHING: State = np.empty(0, np.uint8)
@@ -48,19 +48,19 @@ class Block:
     children: int = 0
 
 
-class PrefixStore:
+class HostCache:
     """Blocks of finished sequences.
 
     Args:
         capacity: bytes of main memory that states may take.
-        block_size: tokens of a block; None keeps every sequence whole, in a block of its own.
+        block_size: tokens of a block: what is copied anew at most when a sequence goes on where another ended.
 
     Attributes:
         used: bytes that states take.
         tokens: how many tokens' keys and values are held.
     """
 
-    def __init__(self, capacity: int, block_size: int | None) -> None:
+    def __init__(self, capacity: int, block_size: int = 256) -> None:
         self.capacity = capacity
         self._block_size = block_size
         self.used = 0
@@ -69,7 +69,7 @@ class PrefixStore:
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._numbers = itertools.count()
 
-    def match(self, tokens: NDArray[np.int32], window: int | None = None) -> tuple[int, list[Block]]:
+    def match(self, tokens: Tokens, window: int | None = None) -> tuple[int, list[Block]]:
         """Find the longest prefix of `tokens` whose keys and values are held.
 
         Args:
@@ -92,7 +92,7 @@ class PrefixStore:
         self._touch(chain)
         return matched, blocks
 
-    def save(self, tokens: NDArray[np.int32], start: int, read: Callable[[int, int], State]) -> None:
+    def save(self, tokens: Tokens, start: int, read: Callable[[int, int], State]) -> None:
         """Keep a sequence.
 
         Args:
@@ -105,9 +105,8 @@ class PrefixStore:
         if matched == len(tokens):
             return
         parent, begin = self._going_on(chain, matched)
-        size = self._block_size or len(tokens)
-        for first in range(begin, len(tokens), size):
-            end = min(first + size, len(tokens))
+        for first in range(begin, len(tokens), self._block_size):
+            end = min(first + self._block_size, len(tokens))
             held = min(max(first, start), end)
             state = read(held, end) if held < end else _NOTHING
             if not self._make_room(len(state), parent):
@@ -120,10 +119,6 @@ class PrefixStore:
         if not chain:
             return None, 0
         last = chain[-1]
-        if self._block_size is None:
-            if last.end == matched:
-                self._drop(last)  # a longer one takes its place
-            return None, 0
         ended_here = last.end == matched and not last.children
         if ended_here and last.end - last.begin < self._block_size:
             self._drop(last)  # a longer one takes its place
@@ -133,7 +128,7 @@ class PrefixStore:
         # To restore a block of which little is wanted costs more than to keep that twice.
         return last.parent, last.begin
 
-    def _chain(self, tokens: NDArray[np.int32]) -> tuple[int, list[Block]]:
+    def _chain(self, tokens: Tokens) -> tuple[int, list[Block]]:
         """Give the length of the longest known prefix, and its blocks from the first."""
         matched, owners = self._tree.match(tokens)
         chain: list[Block] = []
@@ -148,7 +143,7 @@ class PrefixStore:
         for block in reversed(chain):
             self._blocks.move_to_end(block.number)
 
-    def _add(self, block: Block, tokens: NDArray[np.int32]) -> None:
+    def _add(self, block: Block, tokens: Tokens) -> None:
         self._blocks[block.number] = block
         self._tree.insert(block.number, tokens)
         self.used += len(block.state)

@@ -1,0 +1,279 @@
+"""All that the engine's thread does: take what arrives, and one step after the other.
+
+`EngineCore.step` is the whole story. A context that has work plans a batch, decodes it, chooses tokens for all its rows
+at once, and continues or ends their requests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from edge_phi3.engine.errors import (
+    DeadlineExceededError,
+    DecodeFailedError,
+    EngineStoppedError,
+    InternalError,
+    QueueFullError,
+)
+from edge_phi3.engine.events import EventBatcher
+from edge_phi3.engine.model_runner import Batch, ModelRunner
+from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
+from edge_phi3.generation import make_decoder
+from edge_phi3.generation.decoding import Step, advance
+
+logger = logging.getLogger(__name__)
+
+_INTERNAL = "The request met an error inside the service; its log tells more."
+
+
+class EngineCore:
+    """The engine without its thread. What stands first is for any thread, the rest for one.
+
+    Args:
+        scheduler: who runs.
+        outbox: what the requests' `send` functions fill; flushed here.
+        max_queue: how many requests may wait.
+        token_texts: returns the text of every token, which stop strings are compared with.
+        clock: seconds that only grow.
+
+    Attributes:
+        steps: batches decoded.
+        turns: calls of `step` that have returned.
+        prompt_tokens: tokens of all prompts accepted.
+        cached_tokens: those of them found in the prefix cache.
+        generated_tokens: tokens generated, over all finished requests.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        outbox: EventBatcher,
+        *,
+        max_queue: int = 256,
+        token_texts: Callable[[], Sequence[str | None]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self._outbox = outbox
+        self._max_queue = max_queue
+        self._token_texts = token_texts
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self._inbox: queue.SimpleQueue[RunningRequest | None] = queue.SimpleQueue()
+        self._in_flight: set[RunningRequest] = set()
+        self._lock = threading.Lock()
+        self._closed: str | None = None
+        self._aborted = False
+
+    # -- from any thread
+
+    @property
+    def in_flight(self) -> int:
+        """How many accepted requests have not ended."""
+        return len(self._in_flight)
+
+    @property
+    def waiting(self) -> int:
+        """How many accepted requests hold no cells."""
+        return max(0, len(self._in_flight) - sum(len(runner.running) for runner in self.scheduler.runners))
+
+    def submit(self, request: GenerationRequest, send: Callable[[Event], None]) -> RunningRequest:
+        """Queue a request. `send` gets its events, in the thread that calls `step`, and one of them ends it.
+
+        Raises:
+            RequestTooLargeError: it can never fit this engine.
+            QueueFullError: too many requests wait.
+            EngineStoppedError: the engine takes no more requests.
+        """
+        texts = self._token_texts() if self._token_texts and request.config.stop_strings else None
+        decoder = make_decoder(
+            request.config, request.prompt_ids, vocabulary=texts, constraint=request.constraint, clock=self._clock
+        )
+        running = RunningRequest(request, decoder, send, next(self._arrivals), self._clock())
+        running.exact = self.scheduler.is_exact(running)
+        self.scheduler.refuse_what_never_fits(running)
+        with self._lock:
+            if self._closed is not None:
+                raise EngineStoppedError(self._closed)
+            if self.waiting >= self._max_queue:
+                raise QueueFullError(f"The queue is full ({self._max_queue} requests wait); try again later.")
+            self._in_flight.add(running)
+            self._inbox.put(running)
+        return running
+
+    def cancel(self, request: RunningRequest) -> None:
+        """Give up a request; its sequences are freed in the next step."""
+        request.cancelled = True
+        self.wake()
+
+    def abandon(self, reason: str) -> None:
+        """End every request with an error although the thread that steps does not answer."""
+        for request in list(self._in_flight):
+            self._end(request, InternalError(reason))
+            request.cancelled = True
+        self._outbox.flush()
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+        self._inbox.put(None)
+
+    def abort(self) -> None:
+        """Let the running call of `step` or `wait` return soon; `stop` is to follow."""
+        self._aborted = True
+        for runner in self.scheduler.runners:
+            runner.context.abort()
+        self.wake()
+
+    # -- from the engine's thread
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._in_flight or self.scheduler.waiting or self.scheduler.running)
+
+    def wait(self) -> None:
+        """Wait until something arrives."""
+        self._take(self._inbox.get())
+
+    def step(self) -> None:
+        """Let every request that runs go on by one token, or by a part of its prompt.
+
+        Raises:
+            DecodeFailedError: a context does not work any more.
+        """
+        while not self._inbox.empty():
+            self._take(self._inbox.get_nowait())
+        self._drop_the_departed()
+        self.scheduler.admit()
+        for runner in self.scheduler.runners:
+            batch = self.scheduler.plan(runner)
+            if batch.count:
+                self._decode(runner, batch)
+            for stuck in [] if batch.count else runner.running[:]:
+                self._fail(stuck, "a request does not fit the cache that it was admitted to")
+        self._tidy_up()
+        self.turns += 1
+
+    def stop(self, detail: str) -> None:
+        """Take no more requests, and end those that are there."""
+        with self._lock:
+            self._closed = detail
+        for request in list(self._in_flight):
+            self._end(request, EngineStoppedError(detail))
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.retire(request)
+        self._outbox.flush()
+
+    def _take(self, request: RunningRequest | None) -> None:
+        if request is not None:
+            self.prompt_tokens += request.prompt_length
+            self.scheduler.enqueue(request)
+
+    def _drop_the_departed(self) -> None:
+        now = self._clock()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            deadline = request.deadline
+            if request.cancelled:
+                self.scheduler.retire(request)
+                self._end(request, None)
+            elif deadline is not None and now > deadline:
+                self.scheduler.retire(request)
+                limit = f"{request.request.timeout:g} s"
+                self._end(request, DeadlineExceededError(f"The request's time limit of {limit} has passed."))
+
+    def _decode(self, runner: ModelRunner, batch: Batch) -> None:
+        """Decode a batch, choose tokens for all its rows at once, and continue or end its requests."""
+        now = self._clock()
+        for request in batch.members:
+            if request.started is None:
+                request.started = now
+                self.cached_tokens += request.cached_tokens
+        # Only now: the event loop would take the interpreter lock from this thread while it plans. It works beside
+        # llama.cpp, which does not hold it.
+        self._outbox.flush_if_due()
+        try:
+            logits = runner.decode(batch)
+        except DecodeFailedError as error:
+            self._recover(runner, batch, error)
+            return
+        self.steps += 1
+        chosen = advance([request.decoder for request in batch.choosing], logits)
+        now = self._clock()
+        for request, step in zip(batch.choosing, chosen, strict=True):
+            try:
+                self._continue(runner, request, step, now)
+            except Exception:
+                logger.exception("Request %s cannot go on.", request.request.request_id)
+                self._fail(request, "it cannot go on")
+
+    def _continue(self, runner: ModelRunner, request: RunningRequest, step: Step, now: float) -> None:
+        """Send what a request's decoder chose, and continue or finish its sequences."""
+        decoder = request.decoder
+        if request.first_token is None:
+            request.first_token = now
+            self._outbox.urgent = True
+        if request.request.stream and step.emitted:
+            request.send(TokensEvent([*step.emitted], [*step.logprobs]))
+        if decoder.finished:
+            self.scheduler.retire(request)
+            self._end(request, decoder.error or self._finished(request, now))
+            return
+        runner.reorder(request, step.parents)
+        if runner.max_tokens is not None and request.length > runner.max_tokens:
+            # Beyond the original context every position is scaled by the long factors, so all is computed anew.
+            self.scheduler.retire(request)
+            self.scheduler.enqueue(request)
+
+    def _finished(self, request: RunningRequest, now: float) -> FinishedEvent:
+        result = request.decoder.result()
+        generated = sum(len(sequence) - request.prompt_length for sequence in result.sequences)
+        self.generated_tokens += generated
+        submitted, started, first = request.submitted, request.started or now, request.first_token or now
+        timing = Timing(queue=started - submitted, first_token=first - submitted, total=now - submitted)
+        return FinishedEvent(result, timing, request.cached_tokens, generated)
+
+    def _end(self, request: RunningRequest, event: Event | None) -> None:
+        """Send the last event of a request, unless somebody has."""
+        with self._lock:
+            if request not in self._in_flight:
+                return
+            self._in_flight.remove(request)
+        if event is not None:
+            try:
+                request.send(event)
+            except Exception:
+                logger.exception("The end of request %s cannot be sent.", request.request.request_id)
+
+    def _fail(self, request: RunningRequest, why: str) -> None:
+        """End a request for an error of ours."""
+        logger.error("Request %s fails: %s.", request.request.request_id, why)
+        self.scheduler.retire(request)
+        self._end(request, InternalError(_INTERNAL))
+
+    def _recover(self, runner: ModelRunner, batch: Batch, error: DecodeFailedError) -> None:
+        """Fail the requests of a batch that could not be decoded; the others go on in a clean context."""
+        if self._aborted:
+            return
+        logger.error("%s Its requests fail; the others are computed anew.", error)
+        for request in batch.members:
+            runner.running.remove(request)
+            self._end(request, DecodeFailedError(str(error)))
+        self.scheduler.forget(runner)
+        runner.context.warm_up()
+
+    def _tidy_up(self) -> None:
+        """Free the cells of those who have finished; they hear of it first."""
+        unsettled = [runner.kv for runner in self.scheduler.runners if runner.kv.unsettled]
+        if unsettled or not self.scheduler.running:
+            self._outbox.flush()
+        for kv in unsettled:
+            kv.settle()

@@ -1,0 +1,232 @@
+"""Batches of one context: which tokens of which sequences are decoded in one call, and what each of them looks back on.
+
+The order is llama-server's and vLLM's: first one token of every row that decodes, then prompts chunk by chunk while
+there is room, so that a long prompt delays the others by one chunk at most.
+
+llama.cpp does not know Phi-3's sliding window: what has left it is removed before a token is decoded. A token sees the
+last `window` ones, itself included. Those of a prompt are fed `window_chunk` at a time beyond the window, and all of a
+chunk see what its first one sees. Chunks begin at absolute positions, so that an answer does not depend on how a prompt
+was cut into batches.
+"""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.contexts import DecodeContext
+from edge_phi3.engine.host_cache import HostCache
+from edge_phi3.engine.kv_cache import KVCache
+from edge_phi3.engine.sequence import RunningRequest, Sequence
+
+_FEW_RUNS = 32
+"""Tokens that lie apart on a GPU and are still copied to main memory one by one."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch, already written into the context's arrays.
+
+    Attributes:
+        count: tokens in the batch.
+        choosing: the requests whose decoders get logits, in the order of the logits' rows.
+        members: the requests that have tokens in it.
+    """
+
+    count: int = 0
+    choosing: list[RunningRequest] = field(default_factory=list)
+    members: list[RunningRequest] = field(default_factory=list)
+
+
+class ModelRunner:
+    """One context, its cells, and the requests that run in it.
+
+    Args:
+        context: where batches are decoded.
+        max_tokens: the longest sequence that is computed here; None for what the cells allow.
+        window: how many tokens attention reaches back, the token itself included; None for all.
+        window_chunk: tokens of a prompt fed at a time beyond the window.
+        host_cache: where finished sequences are kept for later prompts; None for nowhere.
+
+    Attributes:
+        kv: whose cells are which.
+        running: the requests that hold cells, in the order of their admission.
+    """
+
+    def __init__(
+        self,
+        context: DecodeContext,
+        *,
+        max_tokens: int | None = None,
+        window: int | None = None,
+        window_chunk: int = 1,
+        host_cache: HostCache | None = None,
+    ) -> None:
+        self.context = context
+        self.max_tokens = max_tokens
+        self.kv = KVCache(context, window=window, host_cache=host_cache)
+        self.running: list[RunningRequest] = []
+        self._window = window
+        self._window_chunk = window_chunk
+
+    def cells_needed(self, prompt_length: int, length: int, rows: int) -> int:
+        """Return the most cells that a request holds from its prompt on until its rows have so many tokens.
+
+        Rows share what they have in common, which is the prompt at least.
+        """
+        window = length if self._window is None else self._window
+        gone = max(0, length - window)
+        shared, own = max(0, prompt_length - gone), min(length - prompt_length, window)
+        return max(min(prompt_length, window + self._window_chunk - 1), shared + rows * max(0, own))
+
+    # -- batches
+
+    def plan(self) -> Batch:
+        """Write the next batch of the running requests, and take the cells that it needs.
+
+        An empty batch means that none of them can go on before another one leaves.
+        """
+        batch = Batch()
+        for request in self.running:
+            self._part_rows(request)
+        decoding = [request for request in self.running if request.decoding]
+        if not self._add_rows(batch, decoding):
+            return batch
+        if len(decoding) < len(self.running):
+            for request in self.running:
+                if request not in decoding and batch.count < self.context.batch_size:
+                    self._add_prompt(batch, request)
+        return batch
+
+    def decode(self, batch: Batch) -> NDArray[np.float32]:
+        """Decode a batch.
+
+        Returns:
+            The logits for `batch.choosing`, as `DecodeContext.decode` returns them.
+
+        Raises:
+            DecodeFailedError: it failed.
+        """
+        return self.context.decode(batch.count, sum(request.decoder.rows for request in batch.choosing))
+
+    def _add_rows(self, batch: Batch, decoding: list[RunningRequest]) -> bool:
+        """Add the last token of each row of the requests that decode; False when there are too few cells."""
+        kv, context = self.kv, self.context
+        rows = [sequence for request in decoding for sequence in request.sequences]
+        if self._window is not None:
+            for request in decoding:
+                for sequence in request.sequences:
+                    kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
+        count = len(rows)
+        if count > kv.free:
+            return False
+        context.tokens[:count] = [token for request in decoding for token in request.decoder.last_tokens()]
+        context.positions[:count] = [sequence.computed for sequence in rows]
+        context.seq_ids[:count] = [sequence.seq_id for sequence in rows]
+        context.wants_logits[:count] = 1
+        for sequence in rows:
+            kv.append(sequence.seq_id, 1)
+            sequence.computed += 1
+            sequence.scattered += count > 1
+        batch.count = count
+        batch.choosing, batch.members = decoding[:], decoding[:]
+        return True
+
+    def _add_prompt(self, batch: Batch, request: RunningRequest) -> None:
+        """Add tokens of a request that is not computed yet, as far as there is room for them and cells are free."""
+        tokens, length, rows = request.decoder.row_tokens(), request.length, request.sequences
+        # Several rows leave their last tokens to be decoded together, since the decoder wants all logits at once.
+        whole = len(tokens) == 1
+        end = length if whole else request.stem if len(rows) == 1 else length - 1
+        if self._window is not None:
+            for sequence in rows:
+                self.kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
+            end = min(end, rows[0].computed + self._chunk(request, rows[0].computed))
+        # Rows go on side by side: only then do they need no more cells than when they were first computed.
+        room = min(self.context.batch_size - batch.count, self.kv.free) // len(rows)
+        count = min(end - rows[0].computed, room)
+        if count == 0:
+            return
+        for sequence, line in zip(rows, tokens, strict=False):
+            self._write(batch, sequence, line[sequence.computed : sequence.computed + count])
+            if count > 1 and not request.exact:
+                self.kv.computed(sequence, line[: sequence.computed])
+        batch.members.append(request)
+        if whole and rows[0].computed == length:
+            self.context.wants_logits[batch.count - 1] = 1
+            batch.choosing.append(request)
+
+    def _part_rows(self, request: RunningRequest) -> None:
+        """Give each row of a request that comes back a sequence of its own, once what they share is computed."""
+        stem, missing = request.sequences[0], request.decoder.rows - len(request.sequences)
+        if missing > 0 and stem.computed >= request.stem:
+            request.sequences += [self.kv.fork(stem) for _ in range(missing)]
+
+    def _write(self, batch: Batch, sequence: Sequence, tokens: NDArray[np.int32]) -> None:
+        context, count = self.context, len(tokens)
+        part = slice(batch.count, batch.count + count)
+        context.tokens[part] = tokens
+        context.positions[part] = np.arange(sequence.computed, sequence.computed + count, dtype=np.int32)
+        context.seq_ids[part] = sequence.seq_id
+        context.wants_logits[part] = 0
+        self.kv.append(sequence.seq_id, count)
+        sequence.computed += count
+        batch.count += count
+
+    # -- what becomes of sequences
+
+    def reorder(self, request: RunningRequest, parents: abc.Sequence[int]) -> None:
+        """Continue a request's sequences: new row i goes on with what row ``parents[i]`` holds."""
+        old = request.sequences
+        if [*parents] == [*range(len(old))]:
+            return
+        for row in set(range(len(old))).difference(parents):
+            self.kv.release(old[row].seq_id)
+        continued: set[int] = set()
+        request.sequences = []
+        for parent in parents:
+            request.sequences.append(self.kv.fork(old[parent]) if parent in continued else old[parent])
+            continued.add(parent)
+
+    def leave(self, request: RunningRequest) -> None:
+        """Take out a request that has ended, or waits again. Its cells are free after the next `KVCache.settle`."""
+        self.running.remove(request)
+        lines = request.decoder.history.tokens
+        for row, sequence in enumerate(request.sequences):
+            tokens = lines[row, : self._worth_keeping(request, sequence)]
+            # The rows of a beam search have changed places since their sequences were computed.
+            keep = not request.exact and (row == 0 or not request.request.config.is_beam_search)
+            self.kv.finish(sequence, tokens if keep else None)
+        request.sequences = []
+
+    def _worth_keeping(self, request: RunningRequest, sequence: Sequence) -> int:
+        """Return how many tokens of a leaving sequence are kept: all, or the prompt's where the rest is not worth it.
+
+        A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
+        others lie apart.
+        """
+        costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
+        prompt_only = costly or request.request.config.is_beam_search
+        return min(sequence.computed, request.prompt_length) if prompt_only else sequence.computed
+
+    # -- the window
+
+    def _chunk(self, request: RunningRequest, position: int) -> int:
+        """Return how many tokens from `position` on may be in one batch."""
+        assert self._window is not None
+        if position < self._window:
+            return self._window - position
+        if position >= request.prompt_length:
+            return 1
+        left = self._window_chunk - (position - self._window) % self._window_chunk
+        return min(left, request.prompt_length - position)
+
+    def _first_visible(self, request: RunningRequest, position: int) -> int:
+        """Return the first position that the token at `position` sees."""
+        assert self._window is not None
+        if self._window <= position < request.prompt_length:
+            position -= (position - self._window) % self._window_chunk
+        return max(0, position - self._window + 1)
