@@ -57,7 +57,7 @@ class EngineSettings:
     prefix_cache_mib: int = 0
     exact_seeds: bool = False
     stall_timeout: float = 60.0
-    exit_on_stall: bool = False
+    exit_on_stall: bool = True
 
 
 DEFAULT_CTX_SIZE = 8192

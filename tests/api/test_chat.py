@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.conftest import GREEDY, PROMPT, Running, loader, ready
+from tests import paced
+from tests.api.conftest import GREEDY, PROMPT, Clock, Running, loader, ready
 
 LONG = {"do_sample": False, "max_new_tokens": 1500, "eos_token_id": -1}
 
@@ -136,9 +137,10 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
 
 
 def test_a_stream_holds_the_pieces_and_then_the_plain_answer(api: Running) -> None:
-    body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": {**GREEDY, "max_new_tokens": 40}}
+    body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": {**GREEDY, "max_new_tokens": 20}}
     plain = api.chat(**body).json()
-    response = api.chat(stream=True, **body)
+    with paced.slowly():  # tokens wait for each other no longer than for --stream-interval
+        response = api.chat(stream=True, **body)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
     *pieces, last = events(response)
@@ -172,8 +174,9 @@ def test_a_stream_that_is_refused_keeps_its_status_code(api: Running) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
     api.wait_until(lambda: idle(api))
+    generated = api.service.pipeline.engine.stats().generated_tokens_total
     body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG}).encode()
-    with socket.create_connection(("127.0.0.1", api.port)) as connection:
+    with paced.slowly(), socket.create_connection(("127.0.0.1", api.port)) as connection:
         connection.sendall(
             b"POST /chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -181,8 +184,9 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> 
         api.wait_until(lambda: api.service.pipeline.engine.stats().running == 1)
         if stream:
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
-    generated = api.service.pipeline.engine.stats().generated_tokens_total
-    api.wait_until(lambda: idle(api), 1.0)
+        connection.close()
+        api.wait_until(lambda: idle(api))
+    # Whose tokens are counted when they finish.
     assert api.service.pipeline.engine.stats().generated_tokens_total == generated
 
 
@@ -202,31 +206,38 @@ def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
         assert "--max-body-size" in response.json()["detail"]
 
 
-def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path) -> None:
+def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path, clock: Clock) -> None:
     load = loader(model_path, parallel=1, max_queue=1, ctx_size=16384)
-    with ready(load, request_timeout=0.6, max_new_tokens=16000) as api:
+    with ready(load, request_timeout=60, max_new_tokens=16000) as api, paced.slowly():
         engine = api.service.pipeline.engine
         slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
         statuses: list[int] = []
         threads = [threading.Thread(target=lambda: statuses.append(api.chat(**slow).status_code)) for _ in range(2)]
-        for count, thread in enumerate(threads, start=1):
+        for count, thread in enumerate(threads):
             thread.start()
-            api.wait_until(lambda count=count: engine.stats().running + engine.stats().waiting == count)
+            # The first runs before the second waits.
+            api.wait_until(lambda count=count: (engine.stats().running, engine.stats().waiting) == (1, count))
         response = api.chat(**slow)
         assert response.status_code == 429
         assert response.headers["retry-after"] == "1"
         assert "queue is full" in response.json()["detail"]
         streamed = api.chat(stream=True, **slow)
         assert streamed.status_code == 429
+        clock.now += 61
         for thread in threads:
             thread.join()
         assert statuses == [504, 504]
 
 
-def test_a_stream_that_runs_out_of_time_ends_with_the_error(model_path: Path) -> None:
-    with ready(loader(model_path, ctx_size=16384), request_timeout=0.6, max_new_tokens=16000) as api:
-        response = api.chat(prompt=PROMPT, stream=True, generate_kwargs=LONG | {"max_new_tokens": 12000})
-        assert response.status_code == 200
-        name, body = events(response)[-1]
-        assert name == "error"
-        assert "time limit" in body["detail"]
+def test_a_stream_that_runs_out_of_time_ends_with_the_error(model_path: Path, clock: Clock) -> None:
+    body = {"prompt": PROMPT, "stream": True, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
+    load = loader(model_path, ctx_size=16384)
+    with ready(load, request_timeout=60, max_new_tokens=16000) as api, paced.slowly():
+        with api.client.stream("POST", "/chat", json=body) as response:
+            assert response.status_code == 200
+            pieces = response.iter_text()
+            text = next(pieces)
+            clock.now += 61
+            text += "".join(pieces)
+        assert "time limit" in json.loads(text.split("event: error\ndata: ")[1])["detail"]
+        assert text.endswith("\n\n")

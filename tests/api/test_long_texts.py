@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.api.conftest import Running
+from tests.api.conftest import PATIENCE, Running
 
 LONG = "a long story " * 4000
 SHORT = "a short story"
@@ -42,13 +42,13 @@ def test_others_are_answered_meanwhile(api: Running, monkeypatch: pytest.MonkeyP
 
     def slow(*args: Any, **kwargs: Any) -> Any:
         begun.set()
-        assert answered.wait(30)
+        assert answered.wait(PATIENCE)
         return works(*args, **kwargs)
 
     monkeypatch.setattr(type(pipeline), method, lambda _, *args, **kwargs: slow(*args, **kwargs))
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(api.client.post, path, json=asked(path, LONG))
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
         assert api.client.get("/healthz").status_code == 200
         answered.set()
         assert long.result().status_code in {200, 400}

@@ -10,7 +10,8 @@ import openai
 import pytest
 
 from edge_phi3.api.openai.stops import StopTrimmer, trim
-from tests.api.conftest import PROMPT, Running, loader, ready
+from tests import paced
+from tests.api.conftest import PROMPT, Clock, Running, loader, ready
 
 USER = [{"role": "user", "content": "What does json.dumps do?"}]
 
@@ -132,7 +133,8 @@ def test_an_answer_without_a_limit_takes_the_room_there_is(client: openai.OpenAI
         model="any", messages=USER, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
     )
     assert completion.usage is not None
-    assert completion.usage.total_tokens == 2048  # all cells: fewer than the model's context
+    # The model's context: 2,048 cells are enough for it, since the sliding window lets go of all but 2,047.
+    assert completion.usage.total_tokens == 4096
 
 
 def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: openai.OpenAI) -> None:
@@ -261,14 +263,17 @@ def test_errors_have_openai_s_shape_and_classes(model_path: Path) -> None:
                 client.chat.completions.create(model="any", messages=USER, max_tokens=6)
 
 
-def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path) -> None:
+def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path, clock: Clock) -> None:
     with (
-        ready(loader(model_path), request_timeout=0.3) as api,
+        ready(loader(model_path), request_timeout=60) as api,
         openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client,
+        paced.slowly(),
     ):
         stream = client.chat.completions.create(
             model="any", messages=USER, stream=True, extra_body={"generate_kwargs": {"eos_token_id": -1}}
         )
+        next(stream)
+        clock.now += 61
         with pytest.raises(openai.APIError, match="time limit"):
             list(stream)
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.api.conftest import loader, ready
+from tests.api.conftest import PATIENCE, loader, ready
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 EXAMPLES = 120
@@ -15,7 +15,7 @@ LEAST_REQUESTS = 2000
 
 
 def test_generated_requests_meet_the_document(model_path: Path, tmp_path: Path) -> None:
-    with ready(loader(model_path), max_new_tokens=200, request_timeout=30) as api:
+    with ready(loader(model_path), max_new_tokens=200, request_timeout=PATIENCE) as api:
         command = [
             sys.executable,
             "-c",
@@ -26,7 +26,8 @@ def test_generated_requests_meet_the_document(model_path: Path, tmp_path: Path) 
             f"--checks={CHECKS}",
             f"--max-examples={EXAMPLES}",
             "--seed=1",
-            "--request-timeout=60",
+            f"--request-timeout={PATIENCE}",
+            "--suppress-health-check=too_slow",
             "--no-color",
         ]
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -48,7 +48,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
     """Give a loaded engine with exact settings; audit its books at the end."""
     everywhere = json.loads(os.environ.get(OPTIONS, "{}"))
-    settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1} | everywhere | options
+    settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1, "exit_on_stall": False} | everywhere | options
     engine = Engine(EngineSettings(path, **settings))
     loaded = engine.load()
     try:

@@ -72,7 +72,7 @@ def test_presets_need_neither_weights_nor_network() -> None:
         f"edge-phi3 serve phi-3-mini-4k-instruct --quant {found['recommended']['type']}"
     ]
     both = answer("phi-3-mini-128k-instruct", "--memory", "24GiB", "--ctx-size", "16384", "--quant", "Q4_K_M")
-    assert both["contexts"] == [16384, 16384]
+    assert both["contexts"] == [8192, 16384]
 
 
 def test_a_gpu_that_is_not_here_gets_the_layers_that_fit() -> None:
