@@ -57,7 +57,7 @@ class Buffers(logging.Handler):
 
 def allocated(path: Path, case: dict[str, Any]) -> dict[str, int]:
     """Load a model and give the bytes that llama.cpp says it took."""
-    logger, buffers = logging.getLogger("edge_phi3.engine.runtime"), Buffers()
+    logger, buffers = logging.getLogger("edge_phi3.llama"), Buffers()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(buffers)

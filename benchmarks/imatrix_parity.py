@@ -28,7 +28,7 @@ from benchmarks.peers import Peers, add_arguments, build_peers
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import Imatrix, read_imatrix
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.llama.options import usable_cores
 
 LEAST = 0.9999
 

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.models import CACHE
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.llama.options import usable_cores
 
 PROGRAMS = (
     "llama-server",

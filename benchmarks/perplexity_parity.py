@@ -32,7 +32,7 @@ from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.llama.options import usable_cores
 
 RECORD = Path(__file__).parent / "results" / "perplexity_parity.json"
 

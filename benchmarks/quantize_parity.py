@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.models import model_path
 from benchmarks.peers import add_arguments, build_peers
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.llama.options import usable_cores
 from tests.golden.quantized import CASES, RECORD, digest, write_inputs, write_matrix
 
 RECORDS = {"demo": RECORD, "wide": Path(__file__).parent / "results" / "quantized-wide.json"}

@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.models import PHI3_VOCABULARY_ROWS
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantization_types import quantization_type
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.llama.options import usable_cores
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import phi3_vocabulary
 

@@ -22,8 +22,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.convert import convert
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.runtime import Model
 from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.llama.model import Model
 
 QUESTION = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
 pytestmark = pytest.mark.benchmark(timer=time.process_time)

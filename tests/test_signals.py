@@ -56,7 +56,7 @@ def running(code: str) -> Iterator[subprocess.Popen[str]]:
 def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str, number: int) -> None:
     with running(WAITING.format(patch=patch, arguments=["serve", "--port", "0"])) as popen:
         popen.send_signal(number)
-        assert popen.communicate(timeout=60)[1] == ""
+        assert popen.communicate(timeout=300)[1] == ""
     assert popen.returncode == 0
 
 
@@ -70,7 +70,7 @@ def test_a_service_that_is_told_to_stop_while_it_starts_exits_with_0() -> None:
             while popen.poll() is None and not _catches(popen.pid, signal.SIGTERM):
                 time.sleep(0.005)
             popen.send_signal(signal.SIGTERM)
-            popen.communicate(timeout=60)
+            popen.communicate(timeout=300)
         assert popen.returncode == 0
 
 
@@ -100,7 +100,7 @@ def test_verbs_that_write_leave_no_unfinished_file(tmp_path: Path, verb: str, nu
     with running(WAITING.format(patch=patch, arguments=arguments)) as popen:
         assert unfinished()
         popen.send_signal(number)
-        errors = popen.communicate(timeout=60)[1]
+        errors = popen.communicate(timeout=300)[1]
     assert popen.returncode == code, errors
     assert "Traceback" not in errors
     assert unfinished() == []

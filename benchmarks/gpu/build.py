@@ -86,7 +86,7 @@ def _link_bindings(options: Options) -> dict[str, object]:
 
 def _check_bindings() -> dict[str, object]:
     """Load the bindings in a process of their own, and ask whether they can use a GPU."""
-    code = "from edge_phi3.engine.runtime import supports_gpu_offload as s; print(int(s()))"
+    code = "from edge_phi3.llama.backend import supports_gpu_offload as s; print(int(s()))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"llama-cpp-python does not load: {finished.stderr.strip()[-500:]}")

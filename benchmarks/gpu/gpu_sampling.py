@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.worker import answer
-from edge_phi3.engine.runtime import Context, Model
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation import GenerationConfig, ModelDefaults, advance, make_decoder
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.model import Model
 
 _PROMPT = 32
 _TOP_K = 10

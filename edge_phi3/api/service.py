@@ -91,12 +91,12 @@ class Service:
         """Stop at once. Return whether everything has stopped: a step of the loading or the engine may still go on.
 
         Args:
-            patience: seconds to wait for the loading.
+            patience: seconds to wait for each of the loading and the engine.
         """
         self._stopping = True
         if self._loading.is_alive():
             self._loading.join(patience)
-        stopped = self._pipeline is None or self._pipeline.engine.close()
+        stopped = self._pipeline is None or self._pipeline.engine.close(patience)
         return stopped and not self._loading.is_alive()
 
     # -- how well it is

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, LogitsWriter, scored_positions
-from edge_phi3.engine.runtime import Context
+from edge_phi3.llama.context import Context
 
 ChunkDone = Callable[[int], None]
 

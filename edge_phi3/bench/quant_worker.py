@@ -25,10 +25,12 @@ from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.memory import gpu_bytes_in_use, peak_resident_bytes, resident_bytes
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
 from edge_phi3.child_process import child_command, child_environment
-from edge_phi3.engine.runtime import Context, Model, supports_gpu_offload
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.llama.backend import supports_gpu_offload
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.model import Model
 
 _BATCH = 512
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,13 +23,16 @@ from gguf import GGMLQuantizationType as GgmlType
 from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
-from edge_phi3.conversion.phi3 import Phi3, read_phi3
+from edge_phi3.conversion.phi3 import Phi3
 from edge_phi3.conversion.plan import OUTTYPES, Plan, plan_tensors
 from edge_phi3.conversion.stream import ConversionProgress, append_tensors
+from edge_phi3.conversion.tied import read_model
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.files import atomic_output
 
 __all__ = ["OUTTYPES", "ConversionProgress", "ConversionResult", "SourceInfo", "convert"]
+
+_logger = logging.getLogger(__name__)
 
 _FILE_TYPES = {
     GgmlType.F32: gguf.LlamaFileType.ALL_F32,
@@ -83,7 +87,9 @@ def convert(
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
-    model = read_phi3(opened.config)
+    model = read_model(opened)
+    for note in model.notes:
+        _logger.warning(note)
     plan = plan_tensors(opened.tensors, model, outtype)
     header = _header(opened, model, plan, source)
     _refuse_own_source(output, opened)

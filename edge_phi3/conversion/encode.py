@@ -72,7 +72,7 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
         end = start + len(block)
         out = encoded[encoded_size(start, target) : encoded_size(end, target)]
         if dtype == "F32" or target == GgmlType.Q8_0:
-            out[:] = _by_reference(_to_float32(block, dtype), target, name)
+            out[:] = _by_reference(to_float32(block, dtype), target, name)
         else:
             table = _table(dtype, target)
             # "wrap" never wraps here (the table has an entry for every index) and spares a pass of bounds checks.
@@ -80,6 +80,13 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
     if target == GgmlType.F16 and (encoded.view(np.uint16) & _MAGNITUDE).max() >= _EXPONENT["F16"]:
         raise _overflow(name, "f16")
     return encoded
+
+
+def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Give values, as `StoredTensor.read` gives them, in float32; nothing is rounded."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.view(np.float16).astype(np.float32) if dtype == "F16" else values
 
 
 def _by_reference(values: NDArray[np.float32], target: GgmlType, name: str) -> NDArray[np.uint8]:
@@ -101,15 +108,9 @@ def _refuse_non_finite(values: NDArray[Any], dtype: str, name: str) -> None:
         raise CheckpointError(f"{name} has NaN or infinite values; such a model cannot answer. Download it again.")
 
 
-def _to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return values.view(np.float16).astype(np.float32) if dtype == "F16" else values
-
-
 @functools.cache
 def _table(dtype: str, target: GgmlType) -> NDArray[Any]:
-    every = _to_float32(np.arange(1 << 16, dtype=np.uint16), dtype)
+    every = to_float32(np.arange(1 << 16, dtype=np.uint16), dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         table: NDArray[Any] = quants.quantize(every.reshape(1, -1), target)[0]
     return table.view(np.float32 if target == GgmlType.F32 else np.uint16)

@@ -21,10 +21,10 @@ from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import SourceInfo, convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
-from edge_phi3.conversion.phi3 import read_phi3
 from edge_phi3.conversion.plan import plan_tensors
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.tied import read_model
 from edge_phi3.conversion.tool_versions import tool_versions
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
@@ -143,7 +143,7 @@ class _Journey:
     def __init__(self, checkpoint: Path, folder: Path, name: str, progress: ProgressReporter) -> None:
         self._checkpoint, self._folder, self._name, self._progress = checkpoint, folder, name, progress
         self._opened = open_checkpoint(checkpoint)
-        self._plan = plan_tensors(self._opened.tensors, read_phi3(self._opened.config), "auto")
+        self._plan = plan_tensors(self._opened.tensors, read_model(self._opened), "auto")
         self._manifest = _read_manifest(folder)
         self._tools = tool_versions()
 

@@ -7,16 +7,17 @@ converter writes and its ``phi3`` architecture reads.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import gguf
-import numpy as np
-from numpy.typing import NDArray
 
+from edge_phi3.conversion.config_values import integer, number
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion.rope import LongRope, read_rope
 
 ARCHITECTURE = "Phi3ForCausalLM"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""The matrices that may be one, by the checkpoint's names."""
 
 _RELATIVES = {
     "Phi3SmallForCausalLM": "Phi-3-small has block-sparse attention and a tiktoken vocabulary",
@@ -29,8 +30,6 @@ _RELATIVES = {
 
 _MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
 
-_LONGROPE_SPELLINGS = ("longrope", "su", "yarn")
-
 # What Phi3Config assumes for an absent entry.
 _DEFAULTS: dict[str, Any] = {
     "vocab_size": 32064,
@@ -39,26 +38,8 @@ _DEFAULTS: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "max_position_embeddings": 4096,
-    "original_max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 1.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class LongRope:
-    """The rope scaling of the long-context models.
-
-    Attributes:
-        short_factor: divisors of the rotary frequencies up to the original context length, float32, (head size / 2,).
-        long_factor: the same beyond it.
-        attention_factor: by which cosines and sines are multiplied.
-    """
-
-    short_factor: NDArray[np.float32]
-    long_factor: NDArray[np.float32]
-    attention_factor: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +52,10 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Phi3:
-    """Checked hyper-parameters, under the names of ``config.json``."""
+    """Checked hyper-parameters, under the names of ``config.json``.
+
+    `notes` are sentences on what contradicts itself in the checkpoint, for whoever converts it.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -86,6 +70,7 @@ class Phi3:
     longrope: LongRope | None
     sliding_window: int | None
     tie_word_embeddings: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def head_size(self) -> int:
@@ -97,11 +82,11 @@ class Phi3:
         width, vocabulary = self.hidden_size, self.vocab_size
         qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size
         specs = {
-            "model.embed_tokens.weight": TensorSpec("token_embd.weight", (vocabulary, width)),
+            EMBEDDING: TensorSpec("token_embd.weight", (vocabulary, width)),
             "model.norm.weight": TensorSpec("output_norm.weight", (width,)),
         }
         if not self.tie_word_embeddings:
-            specs["lm_head.weight"] = TensorSpec("output.weight", (vocabulary, width))
+            specs[HEAD] = TensorSpec("output.weight", (vocabulary, width))
         block = {
             "input_layernorm": ("attn_norm", (width,)),
             "self_attn.qkv_proj": ("attn_qkv", (qkv, width)),
@@ -144,34 +129,35 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
         CheckpointError: an entry is absent or has an impossible value.
     """
     _refuse_other_models(config)
-    config = {**_DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
-    rope = _rope_parameters(config)
-    width, heads = _integer(config, "hidden_size"), _integer(config, "num_attention_heads")
-    kv_heads = _integer(config, "num_key_value_heads", heads)
+    stated = {name: value for name, value in config.items() if value is not None}
+    config = _DEFAULTS | stated
+    width, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
+    kv_heads = integer(config, "num_key_value_heads", heads)
     if width % heads or width // heads % 2:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share a hidden_size of {width}.")
     if heads % kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads.")
-    if _integer(config, "head_dim", width // heads) != width // heads:
+    if integer(config, "head_dim", width // heads) != width // heads:
         raise UnsupportedModelError(
             f"config.json: head_dim is {config['head_dim']}; hidden_size {width} has {heads} heads of {width // heads}."
         )
-    context = _integer(config, "max_position_embeddings")
-    original = _integer(rope, "original_max_position_embeddings", config["original_max_position_embeddings"], minimum=2)
+    context = integer(config, "max_position_embeddings")
+    rope = read_rope(stated, width // heads // 2, context)
     return Phi3(
-        vocab_size=_integer(config, "vocab_size"),
+        vocab_size=integer(config, "vocab_size"),
         hidden_size=width,
-        intermediate_size=_integer(config, "intermediate_size"),
-        num_hidden_layers=_integer(config, "num_hidden_layers", maximum=_MAX_LAYERS),
+        intermediate_size=integer(config, "intermediate_size"),
+        num_hidden_layers=integer(config, "num_hidden_layers", maximum=_MAX_LAYERS),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         max_position_embeddings=context,
-        original_max_position_embeddings=original,
-        rms_norm_eps=_number(config, "rms_norm_eps"),
-        rope_theta=_number(rope, "rope_theta", config["rope_theta"]),
-        longrope=_longrope(rope, width // heads // 2, context, original),
-        sliding_window=_integer(config, "sliding_window", 0, minimum=0) or None,
+        original_max_position_embeddings=rope.original_context,
+        rms_norm_eps=number(config, "rms_norm_eps"),
+        rope_theta=rope.theta,
+        longrope=rope.longrope,
+        sliding_window=integer(config, "sliding_window", 0, minimum=0) or None,
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        notes=rope.notes,
     )
 
 
@@ -189,72 +175,3 @@ def _refuse_other_models(config: dict[str, Any]) -> None:
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
             raise UnsupportedModelError(f"config.json: {name} is set; llama.cpp's Phi-3 has no biases.")
-
-
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes rope_parameters, with what used to lie beside rope_scaling inside it.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise CheckpointError("config.json: rope_scaling must be an object or null.")
-    partial = _number(rope, "partial_rotary_factor", config["partial_rotary_factor"])
-    if partial != 1.0:
-        raise UnsupportedModelError(
-            f"config.json: partial_rotary_factor is {partial}, as in Phi-4-mini; only models that rotate "
-            "whole heads can be converted."
-        )
-    return rope
-
-
-def _longrope(rope: dict[str, Any], pairs: int, context: int, original: int) -> LongRope | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in _LONGROPE_SPELLINGS:
-        raise UnsupportedModelError(
-            f"config.json: the rope scaling type is {kind!r}; Phi-3 has 'longrope' ('su' in older revisions) or none."
-        )
-    factors = {}
-    for name in ("short_factor", "long_factor"):
-        values = rope.get(name)
-        if not isinstance(values, list) or not all(_is_number(value) and value > 0 for value in values):
-            raise CheckpointError(f"config.json: the rope scaling's {name} must be a list of positive numbers.")
-        if len(values) != pairs:
-            raise CheckpointError(
-                f"config.json: the rope scaling's {name} has {len(values)} numbers; "
-                f"half of the head size, {pairs}, are needed."
-            )
-        factors[name] = np.array(values, np.float32)
-    scale = context / original
-    attention_factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
-    if rope.get("attention_factor") is not None:
-        attention_factor = _number(rope, "attention_factor")
-    return LongRope(factors["short_factor"], factors["long_factor"], attention_factor)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _integer(
-    config: dict[str, Any], name: str, default: int | None = None, *, minimum: int = 1, maximum: int = (1 << 31) - 1
-) -> int:
-    value = config.get(name, default)
-    if type(value) is not int or not minimum <= value <= maximum:
-        allowed = f"a whole number from {minimum:,} to {maximum:,}"
-        raise CheckpointError(f"config.json: {name} is {_shown(value)}; {allowed} is needed.")
-    return value
-
-
-def _number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    value: Any = config.get(name, default)
-    if not _is_number(value) or value <= 0:
-        raise CheckpointError(f"config.json: {name} is {_shown(value)}; a positive number is needed.")
-    return float(value)
-
-
-def _shown(value: object) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python prints
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type
 from edge_phi3.conversion.errors import CheckpointError, ConversionError
-from edge_phi3.conversion.phi3 import Phi3
+from edge_phi3.conversion.phi3 import HEAD, Phi3
 from edge_phi3.conversion.safetensors import StoredTensor
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
@@ -105,7 +105,7 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
 
 def _is_ignored(name: str, model: Phi3) -> bool:
     # Old revisions stored the rotary frequencies; a tied output matrix repeats the embedding.
-    return name.endswith(".rotary_emb.inv_freq") or (model.tie_word_embeddings and name == "lm_head.weight")
+    return name.endswith(".rotary_emb.inv_freq") or (model.tie_word_embeddings and name == HEAD)
 
 
 def _some(names: list[str]) -> str:

@@ -13,19 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from edge_phi3.engine.errors import (
-    DeadlineExceededError,
-    DecodeFailedError,
-    EngineStoppedError,
-    InternalError,
-    QueueFullError,
-)
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, InternalError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
+from edge_phi3.llama.errors import DecodeFailedError
 
 logger = logging.getLogger(__name__)
 

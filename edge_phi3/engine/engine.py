@@ -34,8 +34,10 @@ _SWITCH_INTERVAL = 0.0005
 """Seconds after which a waiting thread may take the interpreter lock (Python's default is 0.005): the engine's thread
 asks for it after every decode, and must not wait for the event loop's whole turn."""
 
-_PATIENCE = 2.0
+_PATIENCE = 30.0
 """Seconds that the engine's thread has to end once its decode call is aborted."""
+_LAST_SECONDS = 2.0
+"""What of a grace period is kept back for that, at most."""
 
 
 class Engine:
@@ -85,10 +87,11 @@ class Engine:
         """
         if self.status in {"ready", "loading"}:
             self._set_status("draining", "The service is stopping.")
-        end = time.monotonic() + grace - min(_PATIENCE, grace / 2)
+        last = min(_LAST_SECONDS, grace / 2)
+        end = time.monotonic() + grace - last
         while self._core is not None and self._core.in_flight and time.monotonic() < end:  # noqa: ASYNC110 - spares the hot path a signal
             await asyncio.sleep(0.02)
-        await asyncio.to_thread(self.close, min(_PATIENCE, grace / 2))
+        await asyncio.to_thread(self.close, last)
 
     def close(self, patience: float = _PATIENCE) -> bool:
         """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`.

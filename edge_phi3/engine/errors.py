@@ -9,14 +9,6 @@ class EngineError(EdgePhi3Error):
     """The root of the engine's errors."""
 
 
-class ModelLoadError(EngineError):
-    """The model file cannot be loaded, or is not one that this engine serves."""
-
-
-class GrammarError(EngineError):
-    """llama.cpp cannot use a grammar."""
-
-
 class RequestTooLargeError(EngineError):
     """The request can never fit the KV cache or the sequence limit of this engine, however idle it is."""
 
@@ -27,10 +19,6 @@ class QueueFullError(EngineError):
 
 class DeadlineExceededError(EngineError):
     """The request's time limit passed before it was finished."""
-
-
-class DecodeFailedError(EngineError):
-    """llama.cpp failed on a batch that held the request."""
 
 
 class InternalError(EngineError):

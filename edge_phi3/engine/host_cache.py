@@ -11,18 +11,23 @@ part, inside a block too; the least recently used leaf leaves first when the mem
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.prefix_tree import PrefixTree, Tokens
-
+Tokens = NDArray[np.int32]
 State = NDArray[np.uint8]
 _NOTHING: State = np.empty(0, np.uint8)
+
+
+def common_length(left: Tokens, right: Tokens) -> int:
+    """Return how many tokens two sequences share from their beginnings on."""
+    count = min(len(left), len(right))
+    differing = left[:count] != right[:count]
+    return int(differing.argmax()) if differing.any() else count
 
 
 @dataclass(slots=True, eq=False)
@@ -30,22 +35,25 @@ class Block:
     """The keys and values of some positions of a sequence.
 
     Attributes:
-        number: its number in the store.
         parent: the block of the positions before, which may hold some more than those; None for the first.
-        begin: its first position.
+        tokens: its tokens, shape ``(tokens,)``.
+        begin: the position of the first of them.
         start: the first position that is held: above `begin` when a sliding window had passed by.
-        end: the position after its last.
         state: what llama.cpp wrote for ``[start, end)``, shape ``(bytes,)``; empty when nothing is held.
-        children: how many blocks go on from here.
+        children: the blocks that go on from here.
     """
 
-    number: int
     parent: Block | None
+    tokens: Tokens
     begin: int
     start: int
-    end: int
     state: State
-    children: int = 0
+    children: list[Block] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The position after its last."""
+        return self.begin + len(self.tokens)
 
 
 class HostCache:
@@ -62,12 +70,12 @@ class HostCache:
 
     def __init__(self, capacity: int, block_size: int = 256) -> None:
         self.capacity = capacity
-        self._block_size = block_size
         self.used = 0
         self.tokens = 0
-        self._tree = PrefixTree()
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._numbers = itertools.count()
+        self._block_size = block_size
+        self._first: list[Block] = []
+        self._blocks: OrderedDict[Block, None] = OrderedDict()
+        """All blocks, the least recently used first."""
 
     def match(self, tokens: Tokens, window: int | None = None) -> tuple[int, list[Block]]:
         """Find the longest prefix of `tokens` whose keys and values are held.
@@ -98,7 +106,7 @@ class HostCache:
         Args:
             tokens: the tokens whose keys and values it holds, shape ``(tokens,)``.
             start: its first position that is still held.
-            read: gives the state of the positions ``[first, end)``; called for those that are not kept yet.
+            read: returns the state of the positions ``[first, end)``; called for those that are not kept yet.
         """
         matched, chain = self._chain(tokens)
         self._touch(chain)
@@ -111,16 +119,15 @@ class HostCache:
             state = read(held, end) if held < end else _NOTHING
             if not self._make_room(len(state), parent):
                 return
-            parent = Block(next(self._numbers), parent, first, held, end, state)
-            self._add(parent, tokens[:end])
+            parent = Block(parent, tokens[first:end].copy(), first, held, state)
+            self._add(parent)
 
     def _going_on(self, chain: list[Block], matched: int) -> tuple[Block | None, int]:
         """Say behind which of a chain's blocks, and from which position, a sequence is kept that shares `matched`."""
         if not chain:
             return None, 0
         last = chain[-1]
-        ended_here = last.end == matched and not last.children
-        if ended_here and last.end - last.begin < self._block_size:
+        if last.end == matched and not last.children and len(last.tokens) < self._block_size:
             self._drop(last)  # a longer one takes its place
             return last.parent, last.begin
         if matched - last.begin >= last.end - matched:
@@ -129,44 +136,52 @@ class HostCache:
         return last.parent, last.begin
 
     def _chain(self, tokens: Tokens) -> tuple[int, list[Block]]:
-        """Give the length of the longest known prefix, and its blocks from the first."""
-        matched, owners = self._tree.match(tokens)
-        chain: list[Block] = []
-        # The first that reaches as far; what branches off it begins later.
-        block = min((self._blocks[owner] for owner in owners), key=lambda block: (block.begin, block.end), default=None)
-        while block is not None:
-            chain.insert(0, block)
-            block = block.parent
-        return matched, chain
+        """Return the length of the longest known prefix, and its blocks from the first."""
+        matched, chain, followers = 0, list[Block](), self._first
+        while True:
+            reached, block = _best(followers, tokens, matched)
+            if block is None:
+                return matched, chain
+            matched, followers = reached, block.children
+            chain.append(block)
 
     def _touch(self, chain: list[Block]) -> None:
         for block in reversed(chain):
-            self._blocks.move_to_end(block.number)
+            self._blocks.move_to_end(block)
 
-    def _add(self, block: Block, tokens: Tokens) -> None:
-        self._blocks[block.number] = block
-        self._tree.insert(block.number, tokens)
+    def _siblings(self, block: Block) -> list[Block]:
+        return self._first if block.parent is None else block.parent.children
+
+    def _add(self, block: Block) -> None:
+        self._blocks[block] = None
+        self._siblings(block).append(block)
         self.used += len(block.state)
         self.tokens += block.end - block.start
-        if block.parent is not None:
-            block.parent.children += 1
 
     def _drop(self, block: Block) -> None:
-        del self._blocks[block.number]
-        self._tree.remove(block.number)
+        del self._blocks[block]
+        self._siblings(block).remove(block)
         self.used -= len(block.state)
         self.tokens -= block.end - block.start
-        if block.parent is not None:
-            block.parent.children -= 1
 
     def _make_room(self, size: int, keep: Block | None) -> bool:
         """Drop leaves, the least recently used first, but never `keep`, until `size` bytes are free."""
         if size > self.capacity:
             return False
         while self.used + size > self.capacity:
-            leaves = (block for block in self._blocks.values() if not block.children and block is not keep)
-            leaf = next(leaves, None)
+            leaf = next((block for block in self._blocks if not block.children and block is not keep), None)
             if leaf is None:
                 return False
             self._drop(leaf)
         return True
+
+
+def _best(blocks: Iterable[Block], tokens: Tokens, matched: int) -> tuple[int, Block | None]:
+    """Return how far `tokens` agree with the best of some blocks, and that block; None where none leads on."""
+    best: Block | None = None
+    for block in blocks:
+        if block.begin <= matched:
+            reached = block.begin + common_length(block.tokens, tokens[block.begin :])
+            if reached > matched:
+                matched, best = reached, block
+    return matched, best

@@ -18,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.contexts import DecodeContext
-from edge_phi3.engine.host_cache import Block, HostCache
-from edge_phi3.engine.prefix_tree import PrefixTree, Tokens
+from edge_phi3.engine.host_cache import Block, HostCache, Tokens, common_length
 from edge_phi3.engine.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -58,7 +57,8 @@ class KVCache:
         self.free = self.cells
         self._held = [np.empty(0, np.int32) for _ in range(self.sequences)]
         self._free_ids = list(range(self.sequences))
-        self._tree = PrefixTree()
+        self._prefixes: dict[int, Tokens] = {}
+        """What others may share of each running sequence."""
         self._finished: list[tuple[int, Tokens | None]] = []
 
     @property
@@ -107,7 +107,7 @@ class KVCache:
 
     def release(self, seq_id: int) -> None:
         """Free a sequence's id and cells."""
-        self._tree.remove(seq_id)
+        self._prefixes.pop(seq_id, None)
         self._context.remove(seq_id, -1, -1)
         self._let_go(self._held[seq_id][self.start[seq_id] : self.length[seq_id]])
         self.start[seq_id] = self.length[seq_id] = 0
@@ -174,14 +174,17 @@ class KVCache:
 
     def shared_prefix(self, tokens: Tokens) -> tuple[int, int | None]:
         """Return the longest beginning of `tokens` that a running sequence's cells hold, and that sequence."""
-        matched, owners = self._tree.match(tokens)
-        reach = 0 if self._window is None else max(0, matched - self._window + 1)
-        owner = next((owner for owner in owners if self.start[owner] <= reach), None)
-        return (0, None) if owner is None else (matched, owner)
+        longest, owner = 0, None
+        for seq_id, known in self._prefixes.items():
+            matched = common_length(known, tokens)
+            reach = 0 if self._window is None else max(0, matched - self._window + 1)
+            if matched > longest and self.start[seq_id] <= reach:
+                longest, owner = matched, seq_id
+        return longest, owner
 
     def computed(self, sequence: Sequence, tokens: Tokens) -> None:
         """Note that a sequence holds these tokens: others may begin with them from now on."""
-        self._tree.insert(sequence.seq_id, tokens)
+        self._prefixes[sequence.seq_id] = tokens.copy()
 
     def _restore(self, sequence: Sequence, tokens: Tokens, blocks: list[Block]) -> None:
         """Let a sequence go on with blocks of the host cache up to `tokens`; without them if they do not fit."""
@@ -204,7 +207,7 @@ class KVCache:
         self.append(seq_id, end - self.length[seq_id])
         self._truncate(seq_id, len(tokens))
         sequence.computed = len(tokens)
-        self._tree.insert(seq_id, tokens)
+        self._prefixes[seq_id] = tokens.copy()
 
     # -- finished sequences
 

@@ -10,14 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_phi3.engine.contexts import ContextShape, context_shapes
-from edge_phi3.engine.errors import ModelLoadError
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.model_runner import ModelRunner
-from edge_phi3.engine.runtime import Context, Model, read_metadata, supports_gpu_offload
-from edge_phi3.engine.settings import EngineSettings, usable_cores
+from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
 from edge_phi3.hardware import available_memory
+from edge_phi3.llama.backend import supports_gpu_offload
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.errors import ModelLoadError
+from edge_phi3.llama.model import Model, read_metadata
+from edge_phi3.llama.options import usable_cores
 
 logger = logging.getLogger(__name__)
 

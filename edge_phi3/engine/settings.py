@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import psutil
-
-KVCacheType = Literal["f32", "f16", "q8_0"]
-FlashAttention = Literal["auto", "on", "off"]
+from edge_phi3.llama.options import FlashAttention, KVCacheType
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +57,3 @@ class EngineSettings:
 
 DEFAULT_CTX_SIZE = 8192
 """KV cells of a model whose own context is longer, unless asked otherwise: 3 GiB at F16 for Phi-3-mini."""
-
-
-def usable_cores() -> int:
-    """Give the physical cores that this process may use: hyper-threads, CPU affinity and cgroup quota considered."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

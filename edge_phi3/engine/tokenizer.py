@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.added_tokens import AddedToken, AddedTokenSplitter, added_tokens
-from edge_phi3.engine.runtime import Model
-from edge_phi3.engine.word_encoder import WordEncoder
+from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL = 1 << 1, 1 << 3
@@ -59,7 +58,6 @@ class Tokenizer:
         self.special_ids = frozenset(token.id for token in added if token.special)
         self.plain_texts = self._plain_texts(frozenset()), self._plain_texts(self.special_ids)
         self._splitter = AddedTokenSplitter(added)
-        self._words = WordEncoder(model)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Encode a text.
@@ -76,7 +74,7 @@ class Tokenizer:
         if self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
         parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._words.encode(part)
+            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
             for part in (self._splitter.split(text) if parse_special else [text])
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
 from edge_phi3.conversion.quantize_plan import predict_sizes
-from edge_phi3.engine.settings import FlashAttention, KVCacheType
+from edge_phi3.llama.options import FlashAttention, KVCacheType
 from edge_phi3.planning.budget import Memory, Placement, host_pattern, place
 from edge_phi3.planning.errors import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.engine.settings import FlashAttention, KVCacheType
+from edge_phi3.llama.options import FlashAttention, KVCacheType
 from edge_phi3.planning.errors import PlanningError
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]

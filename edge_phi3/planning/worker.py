@@ -20,8 +20,8 @@ import msgspec
 from llama_cpp._ggml import libggml
 
 from edge_phi3.engine.contexts import context_shapes
-from edge_phi3.engine.runtime import context_parameters
 from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.llama.context import context_parameters
 from edge_phi3.planning.process import Answer, AskedContext, Device, Job, Question, Replies
 
 _ERROR_LEVEL = 4

@@ -119,6 +119,32 @@ def client_of(process: Process) -> Iterator[httpx.Client]:
         yield client
 
 
+def test_sigterm_ends_a_service_whose_engine_never_comes_back(model_path: Path, slow: Path) -> None:
+    with serving(str(model_path), "--grace-period", "2", "--stall-timeout", "0", slow=slow) as process:
+        with client_of(process) as client:
+            answers: list[httpx.Response] = []
+            request = threading.Thread(target=lambda: answers.append(client.post("/chat", json={"prompt": PROMPT})))
+            slow.write_text("36000")
+            request.start()
+            wait_until_running(client)
+            assert process.stop(signal.SIGTERM) == 0
+            request.join(PATIENCE)
+            assert answers[0].status_code in {500, 503}
+        assert group_is_gone(process)
+
+
+def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(model_path: Path, slow: Path) -> None:
+    with serving(str(model_path), "--stall-timeout", "4", slow=slow) as process, client_of(process) as client:
+        slow.write_text("36000")
+        answer = client.post("/chat", json={"prompt": PROMPT})
+        assert answer.status_code == 500
+        assert "completed no step" in answer.json()["detail"]
+        with contextlib.suppress(httpx.TransportError):  # it may have gone already
+            assert client.get("/livez").status_code == 500
+        assert process.popen.wait(PATIENCE) == 1
+        process.wait_for("The engine does not come back")
+
+
 def test_running_requests_finish_while_the_service_is_no_longer_ready(model_path: Path, slow: Path) -> None:
     with serving(str(model_path), *FOR_EVER, slow=slow) as process, client_of(process) as client:
         answers: list[httpx.Response] = []

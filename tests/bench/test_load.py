@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.load import Level, LevelRun, poisson_arrivals, run_level
 from edge_phi3.bench.targets import Ask, Target
 from edge_phi3.bench.workload import WORDS, RandomSessions, Ruler, Workload
+from tests.bench import virtual_time
 
 RULER = Ruler(WORDS, 1.0, 0, exact=True)
 
@@ -60,26 +61,37 @@ class Slow(Target):
         raise NotImplementedError
 
 
-def load(target: Target, level: Level, workload: Workload | None = None, **options: Any) -> LevelRun:
-    workload = workload or Workload(prompt_tokens="5")
-    return asyncio.run(run_level(target, RandomSessions(workload, RULER), workload, level, **options))
+Load = Callable[..., LevelRun]
 
 
-def test_a_closed_loop_keeps_exactly_its_clients_busy() -> None:
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Run a level on a target, in a time that passes while everybody waits."""
+
+    def run(target: Target, level: Level, workload: Workload | None = None, **options: Any) -> LevelRun:
+        workload = workload or Workload(prompt_tokens="5")
+        sessions = RandomSessions(workload, RULER)
+        return virtual_time.run(monkeypatch, run_level(target, sessions, workload, level, **options))
+
+    return run
+
+
+def test_a_closed_loop_keeps_exactly_its_clients_busy(load: Load) -> None:
     target = Slow(0.03)
     run = load(target, Level(clients=4, sessions=12))
     assert target.most_busy == 4
     assert len(run.records) == 12
     assert sorted(record.session for record in run.records) == list(range(12))
-    assert run.seconds >= 3 * 0.03
+    assert run.seconds == pytest.approx(3 * 0.03)
 
 
-def test_an_open_loop_does_not_wait_for_answers() -> None:
+def test_an_open_loop_does_not_wait_for_answers(load: Load) -> None:
     target = Slow(0.5)
     run = load(target, Level(rate=200, sessions=60))
-    assert target.most_busy > 10
-    *_, last = itertools.islice(poisson_arrivals(200, np.random.default_rng([Workload().seed, 0, 2])), 60)
-    assert run.seconds >= last + 0.5, "nobody arrives early"
+    arrivals = [*itertools.islice(poisson_arrivals(200, np.random.default_rng([Workload().seed, 0, 2])), 60)]
+    assert target.times == pytest.approx(arrivals)
+    assert target.most_busy == max(sum(0 <= time - other < 0.5 for other in arrivals) for time in arrivals) > 10
+    assert run.seconds == pytest.approx(arrivals[-1] + 0.5)
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -92,14 +104,16 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert (gaps > 1).mean() == pytest.approx(np.exp(-1), rel=0.03)
 
 
-def test_a_duration_ends_the_arrivals_and_waits_for_the_answers() -> None:
-    target = Slow(0.05)
+def test_a_duration_ends_the_arrivals_and_waits_for_the_answers(load: Load) -> None:
+    target = Slow(0.06)
     run = load(target, Level(clients=2, duration=0.2))
-    assert 2 <= len(run.records) <= 10
+    assert sorted(target.times) == pytest.approx([0, 0, 0.06, 0.06, 0.12, 0.12, 0.18, 0.18])
+    assert len(run.records) == 8
+    assert run.seconds == pytest.approx(0.24)
     assert target.busy == 0
 
 
-def test_turns_carry_the_answers_that_were_given() -> None:
+def test_turns_carry_the_answers_that_were_given(load: Load) -> None:
     target = Slow(0.0)
     run = load(target, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
     assert [record.turn for record in run.records] == [0, 1, 2]
@@ -107,7 +121,7 @@ def test_turns_carry_the_answers_that_were_given() -> None:
     assert [record.prompt_tokens for record in run.records] == [4, 11, 18]
 
 
-def test_a_failure_ends_its_session_and_nothing_else() -> None:
+def test_a_failure_ends_its_session_and_nothing_else(load: Load) -> None:
     workload = Workload(prompt_tokens="4", turns="2")
     victim = RandomSessions(workload, RULER)(1).users[0]
     run = load(Slow(0.0, fail=victim), Level(clients=2, sessions=4), workload)
@@ -118,7 +132,7 @@ def test_a_failure_ends_its_session_and_nothing_else() -> None:
     assert len(run.records) == 7
 
 
-def test_warm_up_is_not_counted_and_asks_something_else() -> None:
+def test_warm_up_is_not_counted_and_asks_something_else(load: Load) -> None:
     target = Slow(0.0)
     seen = []
     run = load(target, Level(clients=2, sessions=3, warmup=2), done=seen.append)
@@ -126,9 +140,8 @@ def test_warm_up_is_not_counted_and_asks_something_else() -> None:
     assert len({ask.turns[0] for ask in target.asked}) == 5
 
 
-def test_times_are_those_of_the_pieces() -> None:
+def test_times_are_those_of_the_pieces(load: Load) -> None:
     record = load(Slow(0.06), Level(clients=1, sessions=1)).records[0]
-    assert record.first == pytest.approx(0.02, abs=0.015)
-    assert len(record.gaps) == 2
-    assert record.first + sum(record.gaps) == pytest.approx(record.latency, abs=0.01)
-    assert record.latency >= 0.06
+    assert record.first == pytest.approx(0.02)
+    assert record.gaps == pytest.approx([0.02, 0.02])
+    assert record.latency == pytest.approx(0.06)

@@ -1,4 +1,4 @@
-"""Perplexity and divergence: against their definitions in float64, and against what llama-perplexity printed."""
+"""Perplexity and divergence: against their definitions in float64, and against llama-perplexity's arithmetic."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.perplexity_parity import RECORD, Record, agrees
+from benchmarks.perplexity_parity import RECORD, TYPES, Record, agrees
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, compress, scored_positions, writing
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
@@ -21,11 +21,15 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.runtime import Context, Model
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.model import Model
+from tests.bench import llama_perplexity
 
 SIZE = 128
+STEP = 16 / 65535
+"""Between two log-probabilities that a file tells apart, at most."""
 
 
 @dataclasses.dataclass
@@ -51,7 +55,7 @@ def loaded(files: dict[str, Path]) -> Iterator[dict[str, Loaded]]:
         # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With quantised
         # weights batches of other sizes round otherwise.
         settings = EngineSettings(path, threads=1, batch_size=80 if name == "F16" else SIZE)
-        result[name] = Loaded(model, Context(model, cells=SIZE, sequences=1, unified=True, settings=settings))
+        result[name] = Loaded(model, Context(model, cells=SIZE, sequences=1, settings=settings))
     yield result
     for one in result.values():
         one.context.close()
@@ -78,7 +82,7 @@ def measured(
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
     """Evaluate a chunk at once, and give float64 log-probabilities of all positions."""
     settings = EngineSettings(model.path, threads=1, batch_size=SIZE)
-    context = Context(model, cells=SIZE, sequences=1, unified=True, settings=settings)
+    context = Context(model, cells=SIZE, sequences=1, settings=settings)
     context.tokens[:], context.positions[:] = chunk, np.arange(SIZE)
     context.seq_ids[:], context.wants_logits[:] = 0, 1
     logits = context.decode(SIZE, SIZE).astype(np.float64)
@@ -106,17 +110,19 @@ def test_the_figures_are_those_of_their_definitions(
     assert base_quality.divergence is None
     assert quality.divergence is not None
     assert quality.positions == base_quality.positions == len(divergences) == 4 * 63
-    assert base_quality.perplexity == pytest.approx(np.exp(np.mean(losses["F16"])), rel=1e-3)
-    assert quality.perplexity == pytest.approx(np.exp(np.mean(losses["Q3_K_S"])), rel=1e-3)
+    # Batches of other sizes are computed by other kernels, which round otherwise, some of them in F16.
+    assert base_quality.perplexity == pytest.approx(np.exp(np.mean(losses["F16"])), rel=5e-3)
+    assert quality.perplexity == pytest.approx(np.exp(np.mean(losses["Q3_K_S"])), rel=5e-3)
     spread = np.std(losses["Q3_K_S"], ddof=1) / np.sqrt(len(divergences))
-    assert quality.perplexity_error == pytest.approx(quality.perplexity * spread, rel=1e-3)
+    assert quality.perplexity_error == pytest.approx(quality.perplexity * spread, rel=5e-3)
     ratios = np.subtract(losses["Q3_K_S"], clipped)
     found_divergence = quality.divergence
-    assert found_divergence.mean == pytest.approx(np.mean(divergences), rel=3e-3)
-    assert found_divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=3e-3)
+    # Each log-probability of the file is off by half a step at most, and so is their mean by any weights.
+    assert found_divergence.mean == pytest.approx(np.mean(divergences), rel=5e-3, abs=STEP)
+    assert found_divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=5e-3, abs=STEP)
     assert found_divergence.same_top == pytest.approx(np.mean(same), abs=2 / len(same))
-    assert found_divergence.log_ratio == pytest.approx(ratios.mean(), abs=1e-3)
-    assert found_divergence.log_ratio_error == pytest.approx(np.std(ratios, ddof=1) / np.sqrt(len(ratios)), rel=3e-3)
+    assert found_divergence.log_ratio == pytest.approx(ratios.mean(), abs=5e-3)
+    assert found_divergence.log_ratio_error == pytest.approx(np.std(ratios, ddof=1) / np.sqrt(len(ratios)), rel=5e-3)
     assert found_divergence.mean > 1e-3
 
 
@@ -132,10 +138,11 @@ def test_the_reference_is_as_far_from_itself_as_its_file_rounds(
 
 
 @pytest.mark.parametrize(("kind", "special"), [("Q8_0", False), ("Q4_K_M", True)])
-def test_the_figures_are_those_that_llama_perplexity_printed(
+def test_the_figures_are_those_that_llama_perplexity_computes(
     kind: str, special: bool, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    parity = msgspec.json.decode(RECORD.read_bytes(), type=Record)
+    """Both sides from logits of this machine: kernels of another processor round otherwise."""
+    recorded = msgspec.json.decode(RECORD.read_bytes(), type=Record)
     # As in the script that made the record: types of fewer than 8 bits have a matrix of the packaged text.
     matrix = tmp_path / "imatrix.gguf" if kind == "Q4_K_M" else None
     if matrix is not None:
@@ -143,18 +150,64 @@ def test_the_figures_are_those_that_llama_perplexity_printed(
     model = quantize(files["F16"], tmp_path / "model.gguf", type=kind, imatrix=matrix).path
     job = Job(
         model=str(files["F16"]), logits=str(tmp_path / "reference.logits"), text=evaluation_text(),
-        parse_special=special, ctx_size=parity.ctx_size, chunks=parity.chunks, threads=1, n_gpu_layers=0,
+        parse_special=special, ctx_size=recorded.ctx_size, chunks=recorded.chunks, threads=1, n_gpu_layers=0,
         prompt_tokens=1, generated_tokens=1, repetitions=1,
     )  # fmt: skip
-    measure(job)
+    reference = measure(job).quality
     found = measure(msgspec.structs.replace(job, model=str(model), text=None)).quality
-    rows = [row for row in parity.rows if (row.type, row.special_tokens) == (kind, special)]
-    assert {"perplexity", "mean", "p99", "same_top"} <= {row.figure for row in rows}
-    for row in rows:
+    base = llama_perplexity.Base(Path(job.logits))
+    assert (base.n_ctx, base.n_chunk) == (recorded.ctx_size, recorded.chunks)
+    assert found.positions == reference.positions == len(base.packed) == recorded.positions
+    expected = llama_perplexity.kl_divergence(base, [scored_logits(model, tokens) for tokens in base.tokens])
+    for name, theirs in expected.items():
+        holder = found if hasattr(found, name) else found.divergence
+        # Its sums run in another order: as in the record, three digits, as far as it prints them.
+        assert agrees(getattr(holder, name), theirs, 1e-6), (name, getattr(holder, name), theirs)
+    # What was evaluated is what the record is about: another text or other chunks would be off by a whole standard
+    # error, a seventh of the perplexity; kernels move every loss by a thousandth, and their mean by less.
+    (row,) = (r for r in recorded.rows if (r.type, r.special_tokens, r.figure) == (kind, special, "perplexity"))
+    assert found.perplexity == pytest.approx(row.theirs, abs=found.perplexity_error / 10)
+
+
+def scored_logits(path: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Evaluate a chunk at once; give the logits of the positions whose next tokens are scored."""
+    model = Model(path, n_gpu_layers=0)
+    assert not model.adds_bos
+    size, first = len(tokens), len(tokens) // 2
+    context = Context(model, cells=size, sequences=1, settings=EngineSettings(path, threads=1, batch_size=size))
+    context.tokens[:], context.positions[:], context.seq_ids[:] = tokens, np.arange(size), 0
+    context.wants_logits[:] = 0
+    context.wants_logits[first:-1] = 1
+    logits = context.decode(size, size - 1 - first).copy()
+    context.close()
+    model.close()
+    return logits
+
+
+def test_the_record_says_that_llama_perplexity_agrees() -> None:
+    """On one machine both programs printed the same; `python -m benchmarks.perplexity_parity` asks again."""
+    recorded = msgspec.json.decode(RECORD.read_bytes(), type=Record)
+    figures = {(row.type, row.special_tokens): set[str]() for row in recorded.rows}
+    for row in recorded.rows:
+        figures[row.type, row.special_tokens].add(row.figure)
         assert row.agrees, row
-        holder = found if hasattr(found, row.figure) else found.divergence
-        # Other processors have other kernels, which round otherwise.
-        assert agrees(getattr(holder, row.figure), row.theirs, max(2e-6, 4e-3 * abs(row.theirs))), row
+        assert agrees(row.ours, row.theirs, 1e-5), row
+    assert figures.keys() == {(kind, special) for kind in TYPES for special in (False, True)}
+    every = {"perplexity", "perplexity_error", "log_ratio", "log_ratio_error"}
+    every |= {"mean", "error", "median", "p99", "same_top"}
+    assert all(names == every for names in figures.values())
+
+
+def test_a_position_is_packed_as_llama_perplexity_packs_it() -> None:
+    random = np.random.default_rng(3)
+    logits = (random.standard_normal((40, 33)) * np.geomspace(0.01, 20, 40)[:, None]).astype(np.float32)
+    logits[7] = 2.5
+    packed = compress(logits)
+    for row, ours in zip(logits, packed, strict=True):
+        theirs = llama_perplexity.log_softmax(row)
+        assert theirs.shape == ours.shape
+        np.testing.assert_allclose(ours[:4].view(np.float32), theirs[:4].view(np.float32), rtol=1e-6)
+        assert np.abs(ours[4:].astype(int) - theirs[4:].astype(int)).max() <= 1
 
 
 def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(

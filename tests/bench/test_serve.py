@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.load import Level
+from edge_phi3.bench.load import Level, poisson_arrivals
 from edge_phi3.bench.plots import plot_sweep
 from edge_phi3.bench.serve import ServeBench, run
 from edge_phi3.bench.workload import Workload
@@ -62,8 +64,11 @@ def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) ->
 def test_an_open_loop_keeps_to_its_rate(service: Running) -> None:
     report = run(measured(service, Level(rate=50.0, sessions=25), prompt_tokens="4", output_tokens="2"))
     starts = sorted(record.started for record in report.requests[0])
+    due = [*itertools.islice(poisson_arrivals(50.0, np.random.default_rng([Workload().seed, 0, 2])), 25)]
     assert len(starts) == 25
-    assert 0.2 < starts[-1] < 1.5
+    # On a busy machine they are late (how exact they are, tests/bench/test_load.py tells), and uvloop's timers go by
+    # whole milliseconds.
+    assert all(start >= time - 0.002 for start, time in zip(starts, due, strict=True))
 
 
 def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:

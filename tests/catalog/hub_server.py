@@ -12,7 +12,6 @@ import http.server
 import json
 import re
 import threading
-import time
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +51,20 @@ class Request:
     sent: int = 0
 
 
+class Hold:
+    """Keep back the rest of a file, once `after` bytes are sent, until it is released."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+        self.reached = threading.Event()
+        self.released = threading.Event()
+
+    def pause(self) -> None:
+        """Wait, in the server's thread."""
+        self.reached.set()
+        self.released.wait()
+
+
 @dataclass
 class Fault:
     """Cut the body of a file after `after` bytes, `times` times; `consistent`: with a matching Content-Length."""
@@ -72,7 +85,7 @@ class HubServer:
         self.damaged: dict[str, int] = {}
         self.empty: set[str] = set()
         self.served: dict[str, bytes] = {}
-        self.chunk_delay = 0.0
+        self.holds: dict[str, Hold] = {}
         self.requests: list[Request] = []
         self._servers: list[http.server.ThreadingHTTPServer] = []
 
@@ -86,6 +99,8 @@ class HubServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for hold in self.holds.values():
+            hold.released.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -227,7 +242,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             body = b""
         fault = self.hub.faults.get(file)
         if fault is None or not fault.times or self.command != "GET":
-            self._send(status, headers, body)
+            self._send(status, headers, body, hold=self.hub.holds.get(file))
             return
         fault.times -= 1
         if fault.consistent:
@@ -239,7 +254,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self._send(status, headers, json.dumps({"error": message}).encode())
 
-    def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None) -> None:
+    def _send(
+        self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None, hold: Hold | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -249,11 +266,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return
         for start in range(0, len(body), 16384):
             chunk = body[start : start + 16384][: None if cut is None else max(0, cut - start)]
+            if hold is not None and self._sent >= hold.after:
+                hold.pause()
             self.wfile.write(chunk)
             self._sent += len(chunk)
-            if self.hub.chunk_delay:
-                self.wfile.flush()
-                time.sleep(self.hub.chunk_delay)
         if cut is not None:
             self.close_connection = True
 

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from edge_phi3.catalog import Catalog, CatalogError, HubError
 from tests.catalog.conftest import SHARD, Notes
-from tests.catalog.hub_server import Fault, HubServer
+from tests.catalog.hub_server import Fault, Hold, HubServer
 
 
 def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
@@ -81,23 +82,27 @@ def start_pull(store: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", PULL, str(store), "owner/tiny"], stdout=subprocess.PIPE, text=True)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait for something that becomes true soon, where the machine has nothing else to do."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_a_killed_pull_goes_on_where_it_stopped(hub: HubServer, catalog: Catalog) -> None:
-    hub.chunk_delay = 0.05
+    hold = hub.holds[SHARD] = Hold(after=60_000)
     with start_pull(catalog.store) as pull:
-        assert pull.stdout is not None
-        deadline = time.monotonic() + 30
-        partial = []
-        while not (partial and partial[0].stat().st_size > 60_000):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-            partial = list(catalog.store.rglob(f"{SHARD}.partial"))
+        wait_until(lambda: any(path.stat().st_size for path in catalog.store.rglob(f"{SHARD}.partial")))
+        assert hold.reached.wait(300)
         pull.send_signal(signal.SIGKILL)
     # The server notices at its next write, and notes the request then.
-    while not hub.gets(SHARD):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    arrived = partial[0].stat().st_size
-    hub.chunk_delay = 0.0
+    hold.released.set()
+    wait_until(lambda: bool(hub.gets(SHARD)))
+    [partial] = catalog.store.rglob(f"{SHARD}.partial")
+    arrived = partial.stat().st_size
+    assert 0 < arrived <= hub.bytes_sent(SHARD)
+    hub.holds.clear()
     hub.requests.clear()
     catalog.resolve("owner/tiny")
     assert [request.range for request in hub.gets(SHARD)] == [f"bytes={arrived}-"]
@@ -105,14 +110,17 @@ def test_a_killed_pull_goes_on_where_it_stopped(hub: HubServer, catalog: Catalog
 
 
 def test_two_pulls_at_once_do_the_work_once(hub: HubServer, catalog: Catalog) -> None:
-    hub.chunk_delay = 0.02
-    pulls = [start_pull(catalog.store) for _ in range(2)]
-    outputs = [pull.communicate(timeout=60)[0].splitlines() for pull in pulls]
-    assert [pull.returncode for pull in pulls] == [0, 0]
-    assert outputs[0][-1] == outputs[1][-1] == str(catalog.resolve("owner/tiny").path)
-    waited, worked = sorted(outputs, key=len)
-    assert waited[0] == "Another process is making owner--tiny@main; waiting for it."
-    assert len(waited) == 2
+    hold = hub.holds[SHARD] = Hold(after=0)
+    worker = start_pull(catalog.store)
+    assert hold.reached.wait(300)
+    waiter = start_pull(catalog.store)
+    assert waiter.stdout is not None
+    assert waiter.stdout.readline() == "Another process is making owner--tiny@main; waiting for it.\n"
+    hold.released.set()
+    worked, waited = (pull.communicate(timeout=300)[0].splitlines() for pull in (worker, waiter))
+    assert worker.returncode == waiter.returncode == 0
+    assert worked[-1] == waited[-1] == str(catalog.resolve("owner/tiny").path)
+    assert len(waited) == 1
     assert any(line.startswith("Quantising") for line in worked)
     for file in hub.repositories["owner/tiny"].files:
         assert len(hub.gets(file)) <= 1, file

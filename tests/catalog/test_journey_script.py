@@ -24,7 +24,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
 
 def run(output: Path) -> list[dict[str, object]]:
     command = [sys.executable, str(SCRIPT), "owner/tiny", "--quant", "Q8_0", "--output-dir", str(output), "--json"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr
     rows: list[dict[str, object]] = json.loads(finished.stdout)
     return rows

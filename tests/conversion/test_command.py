@@ -11,7 +11,7 @@ import pytest
 
 def edge_phi3(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "edge_phi3", *arguments], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "edge_phi3", *arguments], capture_output=True, text=True, check=False, timeout=300
     )
 
 

@@ -52,14 +52,6 @@ def test_auto_keeps_the_checkpoints_own_type(dtype: str, outtype: str, tmp_path:
     assert (tmp_path / "auto.gguf").read_bytes() == (tmp_path / "named.gguf").read_bytes()
 
 
-def test_a_tied_output_matrix_is_not_written(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1, config={"tie_word_embeddings": True})
-    convert(checkpoint, tmp_path / "out.gguf")
-    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
-    assert "token_embd.weight" in names
-    assert "output.weight" not in names
-
-
 def test_stored_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
     convert(checkpoint, tmp_path / "without.gguf")
@@ -114,8 +106,8 @@ def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
     program = (
         "import signal, sys, time; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
-        "def slowly(step): print(step.done, flush=True); time.sleep(0.2)\n"
-        "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=slowly)\n"
+        "def stay(step): print(step.done, flush=True); time.sleep(3600)\n"
+        "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=stay)\n"
     )
     arguments = [sys.executable, "-c", program, str(pristine), str(output)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -123,7 +115,7 @@ def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
         assert int(process.stdout.readline()) > 0
         assert len(list(output.parent.iterdir())) == 1, "the unfinished file is there, under its temporary name"
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
+        process.wait(timeout=300)
     assert process.returncode != 0
     assert list(output.parent.iterdir()) == []
 

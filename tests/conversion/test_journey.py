@@ -33,7 +33,7 @@ def command(output: Path, *more: str, checkpoint: str = "demo") -> list[str]:
 
 def run(output: Path, *more: str, checkpoint: str = "demo") -> subprocess.CompletedProcess[str]:
     arguments = command(output, *more, checkpoint=checkpoint)
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=600)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from edge_phi3.conversion import quantize as module
+from edge_phi3.conversion import quantize_process
 from edge_phi3.conversion.quantize import QuantizeError, QuantizeProgress, quantize
 from edge_phi3.conversion.quantize_process import (
     Job,
@@ -51,9 +53,9 @@ def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
     source = tmp_path / "model.gguf"
     write_random(source, layers=4, hidden=1024, feed_forward=4096)
     script = (
-        "import sys; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
-        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q4_K_M', threads=1,"
-        " progress=lambda step: print(step.index, flush=True))"
+        "import sys, time; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
+        "def stay(step): print(step.index, flush=True); time.sleep(3600)\n"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q4_K_M', threads=1, progress=stay)"
     )
     output = tmp_path / "out.gguf"
     with subprocess.Popen(
@@ -64,7 +66,7 @@ def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
         (worker,) = psutil.Process(parent.pid).children()
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    worker.wait(timeout=10)
+    worker.wait(timeout=300)
     assert not output.exists()
 
 
@@ -87,15 +89,21 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_crash_of_the_quantiser_becomes_a_sentence(source: Path, tmp_path: Path) -> None:
+def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # However fast the quantiser is: with its pipe full it has not said all, so it has not ended at the third tensor.
+    source = tmp_path / "source" / "model.gguf"
+    source.parent.mkdir()
+    write_random(source, layers=30, vocabulary=64, feed_forward=256)
+    monkeypatch.setattr(quantize_process.subprocess, "Popen", functools.partial(subprocess.Popen, pipesize=4096))
+
     def kill_the_child(step: QuantizeProgress) -> None:
         if step.index == 3:
             for child in quantisers():
                 os.kill(child.pid, signal.SIGKILL)
 
     with pytest.raises(QuantizeError, match=r"quantiser died at the tensor .*: exit code -9"):
-        quantize(source, tmp_path / "out.gguf", type="Q4_K_M", progress=kill_the_child)
-    assert list(tmp_path.iterdir()) == []
+        quantize(source, tmp_path / "output" / "out.gguf", type="Q4_K_M", progress=kill_the_child)
+    assert list((tmp_path / "output").iterdir()) == []
 
 
 def test_a_quantiser_that_died_before_it_was_asked_is_told(source: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -16,9 +15,8 @@ from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.added_tokens import WHITE_SPACE
-from edge_phi3.engine.runtime import Model
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.engine.word_encoder import WordEncoder
+from edge_phi3.llama.model import Model
 from tests.conversion import llama
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import VOCABULARY_GGUF, phi3_vocabulary
@@ -78,11 +76,6 @@ def model(folder: Path) -> Iterator[Model]:
 @pytest.fixture(scope="module")
 def ours(model: Model) -> Tokenizer:
     return Tokenizer(model)
-
-
-@pytest.fixture(scope="module")
-def words(model: Model) -> WordEncoder:
-    return WordEncoder(model)
 
 
 @pytest.fixture(scope="module")
@@ -166,57 +159,6 @@ def test_thousands_of_generated_texts(ours: Tokenizer, theirs: Library) -> None:
 def test_texts_that_hypothesis_finds(parts: list[str], ours: Tokenizer, theirs: Library) -> None:
     text = "".join(parts)
     assert ours.encode(text).tolist() == theirs.encode(text).ids
-
-
-WORDS = st.lists(
-    st.sampled_from(
-        [" ", "  ", "▁", "\n", "\n\n", "\t", " \n", "\n ", "the", "The", "é", "日本", "<|end|>", "\ud800", "x" * 70]
-    )
-    | st.text(max_size=6),
-    max_size=20,
-).map("".join)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(text=WORDS)
-def test_words_are_tokenised_as_the_whole_text(text: str, model: Model, words: WordEncoder) -> None:
-    """Known words and new ones, special tokens being the characters they are."""
-    assert words.cuts
-    for _ in range(2):
-        assert words.encode(text).tolist() == model.tokenize(text).tolist()
-
-
-def test_long_texts_and_long_words(model: Model, words: WordEncoder) -> None:
-    for text in ("word " * 5000, "a" * 5000, "\n" * 300 + " " * 300 + "日本語" * 300):
-        assert words.encode(text).tolist() == model.tokenize(text).tolist()
-
-
-def test_words_are_remembered_and_forgotten_by_many_threads(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_phi3.engine.word_encoder._REMEMBERED", 3000)
-    words = WordEncoder(model)
-    generator = random.Random(3)
-    texts = [" ".join(generator.choices(FRAGMENTS, k=40)) + "x" * generator.randrange(500) for _ in range(300)]
-    expected = [model.tokenize(text).tolist() for text in texts]
-    with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda text: words.encode(text).tolist(), texts * 4))
-    assert found == expected * 4
-    assert sum(map(len, words._known)) < 3000 + 8 * 1000
-
-
-@pytest.mark.parametrize("piece", ["of▁the", "\n▁", "\n\n", "a\n"])
-def test_a_vocabulary_with_tokens_across_words(piece: str, tmp_path: Path) -> None:
-    """Its texts are not cut, which would miss such tokens."""
-    plain = phi3_vocabulary(merges=300)
-    pieces = [*plain.pieces]
-    pieces[-1] = dataclasses.replace(pieces[-1], text=piece, score=0.0)
-    odd = dataclasses.replace(plain, pieces=tuple(pieces))
-    checkpoint = write_checkpoint(tmp_path / "phi-3", layers=1, vocabulary=odd)
-    model = Model(convert(checkpoint, tmp_path / "out.gguf").path)
-    words = WordEncoder(model)
-    assert not words.cuts
-    text = "x of the of the\n x\n\nx a\nx"
-    assert words.encode(text).tolist() == model.tokenize(text).tolist()
-    model.close()
 
 
 def test_llama_cpp_alone_differs_only_in_unicode_white_space_after_a_special_token(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -15,17 +17,11 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.errors import (
-    DeadlineExceededError,
-    DecodeFailedError,
-    EngineStoppedError,
-    ModelLoadError,
-    QueueFullError,
-    RequestTooLargeError,
-)
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.llama.errors import DecodeFailedError, ModelLoadError
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 
@@ -243,9 +239,31 @@ def test_closing_ends_what_runs(make_model: MakeModel) -> None:
         asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3000, **ENDLESS) for seed in range(2)]
         _wait_until(lambda: engine.stats().running == 1)
         engine.close()
-        for one in asked:
-            with pytest.raises(EngineStoppedError):
-                one.finished()
+        ends = [one.events.get(timeout=60) for one in asked]
+        assert all(isinstance(end, EngineStoppedError) for end in ends)
+        assert ends[0] is not ends[1], "each is raised in a task of its own"
+
+
+def test_a_request_is_refused_or_ends_whenever_the_engine_stops(make_model: MakeModel) -> None:
+    """Many threads submit while another one closes: who was not refused hears of the end."""
+    for _ in range(5):
+        with running_engine(make_model("4k"), parallel=2) as engine:
+            accepted: queue.SimpleQueue[Asked] = queue.SimpleQueue()
+
+            def send(engine: Engine = engine, accepted: queue.SimpleQueue[Asked] = accepted) -> None:
+                with contextlib.suppress(EngineStoppedError, QueueFullError):
+                    while True:
+                        accepted.put(Asked(engine, prompt(1, 5), max_new_tokens=3))
+
+            senders = [threading.Thread(target=send) for _ in range(4)]
+            for sender in senders:
+                sender.start()
+            engine.close()
+            for sender in senders:
+                sender.join(60)
+            while not accepted.empty():
+                with contextlib.suppress(EngineStoppedError):
+                    accepted.get().finished()
 
 
 def test_draining_finishes_what_runs(make_model: MakeModel) -> None:

@@ -69,7 +69,7 @@ def test_it_never_takes_more_than_its_capacity(kept: list[list[int]], capacity: 
     for values in kept:
         save(store, values)
         assert store.used <= capacity
-        assert store.used == store.tokens == sum(len(block.state) for block in store._blocks.values())
+        assert store.used == store.tokens == sum(len(block.state) for block in store._blocks)
         length, content, _ = held(store, values)
         assert content[:length] == state_of(values, 0, length).tolist()
         for block in store._blocks.values():

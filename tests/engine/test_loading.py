@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.engine.errors import ModelLoadError
-from edge_phi3.engine.runtime import Model
-from edge_phi3.engine.settings import usable_cores
+from edge_phi3.engine import loader
+from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.errors import ModelLoadError
+from edge_phi3.llama.model import Model
+from edge_phi3.llama.options import usable_cores
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
@@ -58,6 +61,42 @@ def test_start_is_told_in_one_line(make_model: MakeModel, caplog: pytest.LogCapt
 
 def test_cores_are_those_of_this_process() -> None:
     assert usable_cores() >= 1
+
+
+def test_a_context_that_cannot_be_made_leaves_nothing_behind(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first context of two is freed before the weights that it points to."""
+    freed: list[str] = []
+
+    class Second(Context):
+        def __init__(self, model: Model, **options: Any) -> None:
+            if options["cells"] == 8192:
+                raise ModelLoadError("llama.cpp cannot make a context of 8192 KV cells.")
+            super().__init__(model, **options)
+
+        def close(self) -> None:
+            freed.append("context")
+            super().close()
+
+    close = Model.close
+    monkeypatch.setattr(loader, "Context", Second)
+    monkeypatch.setattr(Model, "close", lambda model: (freed.append("model"), close(model)))
+    with pytest.raises(ModelLoadError, match="8192 KV cells"):
+        loader.load(EngineSettings(make_model("128k")))
+    assert freed == ["context", "model"]
+
+
+@pytest.mark.parametrize("ctx_size", [0, 512, 4096, 4097, 8192])
+def test_a_model_with_two_sets_of_rotary_factors_takes_all_sequences_in_both_contexts(
+    make_model: MakeModel, ctx_size: int
+) -> None:
+    with running_engine(make_model("128k"), ctx_size=ctx_size) as engine:
+        cells = {0: [4096, 8192], 512: [512], 4096: [4096], 4097: [4096, 4352], 8192: [4096, 8192]}[ctx_size]
+        assert [runner.kv.cells for runner in engine.model.runners] == cells
+        assert all(runner.context.sequences == 16 for runner in engine.model.runners)
+        beams = ask(engine, PROMPT, num_beams=8, num_return_sequences=8, **OPTIONS)
+        assert len(beams) == 8
 
 
 def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:

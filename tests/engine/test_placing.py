@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from edge_phi3.engine.placing import TokenPlacer
-from edge_phi3.engine.runtime import Model
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.llama.model import Model
 from tests.engine.conftest import MakeModel
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.runtime import Context
+from edge_phi3.llama.context import Context
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.engine.test_engine import _wait_until as wait_until

@@ -22,7 +22,7 @@ class Asked:
         self.request = GenerationRequest(np.asarray(prompt, np.int32), config, stream=stream)
         self.running = engine.submit(self.request, self.events.put)
 
-    def finished(self, timeout: float = 120.0) -> FinishedEvent:
+    def finished(self, timeout: float = 600.0) -> FinishedEvent:
         """Wait for the end; an error that the engine sent is raised."""
         while True:
             event = self.events.get(timeout=timeout)

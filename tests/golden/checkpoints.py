@@ -136,6 +136,9 @@ def write_checkpoint(
     tensors = list(
         phi3_tensors(hidden_size, intermediate_size, layers, heads=heads, kv_heads=kv_heads, rows=rows, gain=gain)
     )
+    if hf_config["tie_word_embeddings"]:
+        # As transformers saves it: the output matrix is the embedding, which is stored once.
+        tensors.pop()
     write_weights(folder, tensors, seed=seed, dtype=dtype, shards=shards)
     return folder
 

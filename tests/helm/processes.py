@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,10 @@ from typing import Any
 import httpx
 
 from tests.helm.chart import Object, deployment, environment, server
+from tests.ports import free_port
+
+PATIENCE = 600.0
+"""Seconds until what comes in a few on a quiet machine counts as lost."""
 
 NOWHERE = "http://127.0.0.1:9"
 """Where nobody listens: the Hub of a site without internet."""
@@ -34,17 +37,9 @@ def environment_of(container: Object, **more: str) -> dict[str, str]:
     return kept | environment(container) | more
 
 
-def free_port() -> int:
-    """Give a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
     """Wait until a URL answers 200, as a startup probe does."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
         assert process.poll() is None, "the service ended"
         try:
@@ -53,7 +48,7 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.05)
-    raise AssertionError(f"{url} did not answer in a minute")
+    raise AssertionError(f"{url} did not answer")
 
 
 def prepare(objects: list[Object], **env: str) -> str:
@@ -64,7 +59,7 @@ def prepare(objects: list[Object], **env: str) -> str:
         env=environment_of(container, **env),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -92,4 +87,4 @@ def served(objects: list[Object], keys: Path | None = None, **env: str) -> Itera
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE) == 0

@@ -16,11 +16,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
+from edge_phi3.catalog.reference import parse_reference
+from edge_phi3.catalog.store import _shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, deployment, render, render_texts, server
-from tests.helm.processes import NOWHERE, command_of, environment_of, free_port, prepare, served
+from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, served
+from tests.ports import free_port
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
@@ -51,7 +55,7 @@ def ask(command: str, address: str) -> Object:
         ["bash", "-c", command.replace("curl ", "curl --silent --show-error --fail --noproxy '*' ", 1)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -68,7 +72,7 @@ def test_the_default_release_downloads_once_and_the_curl_commands_work(hub: HubS
         subprocess.Popen(command_of(container), env=environment_of(container), stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    printed = {process.communicate(timeout=120)[0] for process in together}
+    printed = {process.communicate(timeout=PATIENCE)[0] for process in together}
     assert [process.returncode for process in together] == [0, 0]
     assert len(printed) == 1
     assert len(hub.gets("config.json")) == 1, "one downloads, the other waits"
@@ -87,7 +91,7 @@ def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (command,) = re.findall(r"docker run --rm -v \S+ edge-phi3:\S+ (pull .*)", TEXT)
     image = {"name": "pull", "command": ["edge-phi3", *shlex.split(command)]}
     env = environment_of(image, EDGE_PHI3_STORE=str(store), HF_ENDPOINT=hub.endpoint)
-    subprocess.run(command_of(image), env=env, check=True, timeout=120, capture_output=True)
+    subprocess.run(command_of(image), env=env, check=True, timeout=PATIENCE, capture_output=True)
     # What the page says of it: the GGUF and its manifest, without the checkpoint.
     assert {path.suffix for path in store.rglob("*") if path.is_file()} == {".gguf", ".json", ".lock"}
     return store
@@ -157,6 +161,12 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
     port = free_port()
     command = command_of(container)
     command[command.index("--port") + 1] = str(port)
+    # Until it has answered once, it waits for another process that makes the model.
+    store = Path(environment_of(container)["EDGE_PHI3_STORE"])
+    shelf = _shelf_name(parse_reference("demo"))
+    (store / ".locks").mkdir()
+    making = FileLock(store / ".locks" / f"{shelf}.lock")
+    making.acquire()
     process = subprocess.Popen(command, env=environment_of(container), stderr=subprocess.DEVNULL)
     try:
         said: list[Object] = []
@@ -169,9 +179,11 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
                 continue
             assert asked.returncode == 0, asked.stderr
             said.append(json.loads(asked.stdout))
+            making.release()
     finally:
+        making.release()
         process.terminate()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     assert "detail" in said[0], "it answers while it converts and loads"
 
 

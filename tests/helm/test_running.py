@@ -17,7 +17,8 @@ import httpx
 import pytest
 
 from tests.helm.chart import CHART, containers, deployment, of_kind, render, server
-from tests.helm.processes import command_of, environment_of, free_port, wait_for
+from tests.helm.processes import PATIENCE, command_of, environment_of, wait_for
+from tests.ports import free_port
 
 FETCH = CHART / "files" / "fetch_model.py"
 CONTENT = bytes(range(256)) * 40_000
@@ -45,7 +46,7 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in preparing]
+    outputs = [process.communicate(timeout=PATIENCE) for process in preparing]
     assert [process.returncode for process in preparing] == [0, 0], outputs
     assert outputs[0][0] == outputs[1][0], "both name one file"
     model = Path(outputs[0][0].strip())
@@ -70,22 +71,26 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
         for process, port in serving:
             wait_for(f"http://127.0.0.1:{port}{server(objects)['startupProbe']['httpGet']['path']}", process)
             for name in ("livenessProbe", "readinessProbe"):
-                assert (
-                    httpx.get(f"http://127.0.0.1:{port}{server(objects)[name]['httpGet']['path']}").status_code == 200
-                )
+                url = f"http://127.0.0.1:{port}{server(objects)[name]['httpGet']['path']}"
+                assert httpx.get(url, timeout=PATIENCE).status_code == 200
             # The test pod of `helm test` itself, with the service's address in place of the cluster's.
             command = [part.replace("http://edge-phi3.ai.svc", f"http://127.0.0.1:{port}") for part in command_of(ask)]
             assert command != command_of(ask)
             for env, status in (({"API_KEYS": keys.read_text()}, 0), ({"API_KEYS": "wrong"}, 1)):
                 result = subprocess.run(
-                    command, env=environment_of(ask, **env), capture_output=True, text=True, timeout=60, check=False
+                    command,
+                    env=environment_of(ask, **env),
+                    capture_output=True,
+                    text=True,
+                    timeout=PATIENCE,
+                    check=False,
                 )
                 assert result.returncode == status, result.stderr
                 assert (status == 0) == bool(result.stdout.strip())
     finally:
         for process, _ in serving:
             process.terminate()
-    assert [process.wait(timeout=30) for process, _ in serving] == [0, 0]
+    assert [process.wait(timeout=PATIENCE) for process, _ in serving] == [0, 0]
     after = {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.is_file()}
     assert after == made, "serving changed nothing on the volume"
 
@@ -155,7 +160,7 @@ def test_the_served_path_is_where_the_file_is_put() -> None:
 def test_a_file_is_downloaded_once(files: Any, tmp_path: Path) -> None:
     target = tmp_path / "url" / "m.gguf"
     together = [fetch(files.url, target) for _ in range(3)]
-    messages = [process.communicate(timeout=60)[1] for process in together]
+    messages = [process.communicate(timeout=PATIENCE)[1] for process in together]
     assert [process.returncode for process in together] == [0, 0, 0], messages
     assert sum("was downloaded and checked" in message for message in messages) == 1
     assert sum("is there already" in message for message in messages) == 2
@@ -169,7 +174,7 @@ def test_a_broken_download_goes_on(files: Any, tmp_path: Path, ranges: bool) -> 
     files.breaks_off = [3_000_000, 1_000_000]
     target = tmp_path / "m.gguf"
     process = fetch(files.url, target)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, message
     assert target.read_bytes() == CONTENT
     assert files.requests == ["", "bytes=3000000-", "bytes=4000000-" if ranges else "bytes=1000000-"]
@@ -179,14 +184,14 @@ def test_a_killed_download_goes_on(files: Any, tmp_path: Path) -> None:
     target = tmp_path / "m.gguf"
     target.with_name("m.gguf.partial").write_bytes(CONTENT)
     process = fetch(files.url, target)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0, message
     assert target.read_bytes() == CONTENT
 
 
 def test_another_content_is_refused_and_not_kept(files: Any, tmp_path: Path) -> None:
     process = fetch(files.url, tmp_path / "m.gguf", sha256="0" * 64)
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1
     assert f"has the SHA-256 {SHA256}, not 0000" in message
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]
@@ -194,7 +199,7 @@ def test_another_content_is_refused_and_not_kept(files: Any, tmp_path: Path) -> 
 
 def test_a_file_that_is_not_there_is_named(files: Any, tmp_path: Path) -> None:
     process = fetch(files.url.replace("model", "other"), tmp_path / "m.gguf")
-    message = process.communicate(timeout=60)[1]
+    message = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1
     assert "other.gguf cannot be downloaded: HTTP Error 404" in message
     assert not (tmp_path / "m.gguf").exists()

@@ -28,6 +28,7 @@ from filelock import FileLock
 from benchmarks.models import CACHE
 from benchmarks.peers import llama_cpp_source, wheel_libraries
 from tests.offload.site.rpc_plugin import ENDPOINT, PLUGIN
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
@@ -79,7 +80,7 @@ class Device:
     def run(
         self,
         *arguments: str | Path,
-        seconds: float = 120.0,
+        seconds: float = 600.0,
         given: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
@@ -151,8 +152,7 @@ def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Ite
         log: what its server is to write.
         memory: bytes that can be allocated on it, about; it claims to have as many as the machine all the same.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     endpoint = f"127.0.0.1:{port}"
     command = [sys.executable, SITE / "rpc_server.py", plugin, endpoint, str(THREADS)]
     command += [] if memory is None else [str(memory)]
@@ -170,7 +170,7 @@ def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Ite
 
 
 def _wait_until_it_listens(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 300
     while time.monotonic() < end:
         assert server.poll() is None, log.read_text()
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):

@@ -56,7 +56,7 @@ def run(device: Device, report: Path, tests: tuple[str, ...], **options: Any) ->
     """Run tests on the device, all of which must pass, and give what was seen of the buffers."""
     finished = device.run(
         *("-m", "pytest", "-q", "-p", "watch_device", "-p", "no:cacheprovider", *tests),
-        seconds=300,
+        seconds=1800,
         # The device computes; more threads here would only wait for it on its cores.
         environment={OPTIONS: json.dumps({"threads": 1} | options), "TEST_DEVICE_REPORT": str(report)},
     )

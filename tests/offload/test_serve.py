@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from edge_phi3.conversion.convert import convert
+from tests.api.conftest import PATIENCE
 from tests.api.test_server import serving
 from tests.golden.pipeline import cases, recorded, write_model
 from tests.offload.device import Device
@@ -28,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_chat_answers_as_transformers_does(device: Device, model: Path, layers: int) -> None:
     with (
         serving(str(model), "--n-gpu-layers", str(layers), environment=device.environment()) as process,
-        httpx.Client(base_url=process.url, timeout=60, trust_env=False) as client,
+        httpx.Client(base_url=process.url, timeout=PATIENCE, trust_env=False) as client,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
         # Two blocks and the output.

@@ -117,7 +117,7 @@ def parts(row: Row) -> dict[str, int]:
 def allocated(path: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> Mapping[str, int]:
     """Load; the bytes of each kind of buffer that llama.cpp says it allocated."""
     caplog.clear()
-    with caplog.at_level(logging.DEBUG, logger="edge_phi3.engine.runtime"):
+    with caplog.at_level(logging.DEBUG, logger="edge_phi3.llama"):
         load(EngineSettings(path, **options)).close()
     found: Counter[str] = Counter()
     for record in caplog.records:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 
-from tests.e2e.conftest import Server, serving
+from tests import paced
+from tests.e2e.conftest import PATIENCE, Server, serving
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-expect.set_options(timeout=60_000)  # machines may be busy; what is there is seen at once
+expect.set_options(timeout=1000 * PATIENCE)  # machines may be busy; what is there is seen at once
 
 OPTIONS = ("--threads", "1")
 """The browser takes the other core."""
@@ -37,10 +38,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
+def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the file that makes the server slow while it exists."""
+    return tmp_path_factory.mktemp("slow") / "slow"
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory, store: Path, slow_file: Path) -> Iterator[Server]:
     """Give the demo model, served with room for answers that take long."""
-    with serving(tmp_path_factory.mktemp("server"), *OPTIONS, "--ctx-size", "65536", store=store) as running:
+    options = (*OPTIONS, "--ctx-size", "65536")
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, *options, store=store, command=paced.command(slow_file)) as running:
         yield running
+
+
+@pytest.fixture
+def slow_answers(slow_file: Path) -> Iterator[None]:
+    """Let no answer of thousands of tokens end while the test goes on."""
+    slow_file.touch()
+    yield
+    slow_file.unlink()
 
 
 @pytest.fixture(scope="package")
@@ -127,6 +144,7 @@ class Playground:
 
 def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     """Open the playground in a context; at the end hold it to what a page must never do."""
+    context.set_default_timeout(1000 * PATIENCE)
     playground = Playground(context.new_page(), url)
     page = playground.page
     context.on("request", playground.note)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import PATIENCE, Server
 from tests.ui.conftest import Playground
 
 QUESTION = "What does json.dumps do?"
@@ -21,7 +21,7 @@ AWKWARD = """it's "$HOME" `id` \\ 'x' <b>ü</b> 🙂"""
 
 
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=60)
+    answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -38,7 +38,7 @@ def facts_of(playground: Playground) -> dict[str, str]:
 
 
 def metric(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.url}/metrics/prometheus").text
+    text = server.get("/metrics/prometheus").text
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"edge_phi3_{name}"))
 
 
@@ -51,9 +51,7 @@ def set_long(playground: Playground) -> None:
 
 def test_a_question_is_answered_with_what_the_service_says(playground: Playground, server: Server) -> None:
     expect(playground.page.get_by_role("heading", name="Ask the model")).to_be_visible()
-    expect(playground.page.locator("#model")).to_contain_text(
-        httpx.get(f"{server.url}/version").json()["model"]["name"]
-    )
+    expect(playground.page.locator("#model")).to_contain_text(server.get("/version").json()["model"]["name"])
     playground.put("do_sample", "false")
     playground.ask(QUESTION)
     playground.ended()
@@ -84,6 +82,7 @@ def test_a_conversation_goes_on_from_what_was_said(playground: Playground) -> No
     assert turns[1]["content"].strip() == playground.answers.first.text_content()
 
 
+@pytest.mark.usefixtures("slow_answers")
 @pytest.mark.parametrize("by_key", [True, False])
 def test_stopping_keeps_what_has_come_and_frees_the_sequence(
     playground: Playground, server: Server, by_key: bool
@@ -102,11 +101,10 @@ def test_stopping_keeps_what_has_come_and_frees_the_sequence(
     expect(playground.answers.first).not_to_be_empty()
     assert facts_of(playground)["reason"] == "stopped"
     expect(playground.page.get_by_role("button", name="Stop")).to_be_hidden()
-    end = time.monotonic() + 60
-    while metric(server, left) == before and time.monotonic() < end:
+    end = time.monotonic() + PATIENCE
+    while (metric(server, left), metric(server, "num_sequences_running")) != (before + 1, 0):
+        assert time.monotonic() < end
         playground.page.wait_for_timeout(50)
-    assert metric(server, left) == before + 1
-    assert metric(server, "num_sequences_running") == 0
     expect(playground.message).to_be_focused()
 
 
@@ -135,7 +133,7 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
         "stop_strings": "never said",
         "early_stopping": "never",
     }
-    run = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=60, text=True)
+    run = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=PATIENCE, text=True)
     last = run.stdout.strip().split("\n\n")[-1]
     assert last.startswith("event: result\ndata: ")
     assert json.loads(last.split("data: ", 1)[1]) == chat(server, body)
@@ -144,16 +142,18 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
 
 def test_the_command_is_copied_as_it_is_shown(playground: Playground) -> None:
     playground.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    playground.page.clock.install()  # what is shown for a moment stays until the test has seen it
     playground.message.fill(AWKWARD)
     playground.page.locator("#tab-request").click()
     playground.page.get_by_role("button", name="Copy the command").click()
     expect(playground.page.get_by_role("button", name="Copied")).to_be_visible()
     assert playground.page.evaluate("navigator.clipboard.readText()") == playground.curl
+    playground.page.clock.fast_forward(2000)
     expect(playground.page.get_by_role("button", name="Copy the command")).to_be_visible()
 
 
 def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()["components"]["schemas"]["GenerateKwargs"]["properties"]
+    document = server.get("/openapi.json").json()["components"]["schemas"]["GenerateKwargs"]["properties"]
     rows = playground.page.locator(".parameter")
     assert sorted(rows.locator("label").all_text_contents()) == sorted(document)
     for name, described in document.items():
@@ -200,7 +200,8 @@ def test_a_refusal_is_the_service_s_own_sentence(
     playground.put(name, value)
     playground.ask(QUESTION)
     playground.ended("failed")
-    refused = httpx.post(f"{server.url}/chat", json={"prompt": "a", "generate_kwargs": {name: sent}})
+    body = {"prompt": "a", "generate_kwargs": {name: sent}}
+    refused = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE)
     assert refused.status_code == 400
     expect(playground.page.get_by_role("alert")).to_have_text(refused.json()["detail"])
     playground.put(name, "")
@@ -261,6 +262,7 @@ def test_a_reload_changes_nothing(playground: Playground) -> None:
     assert seen() == before
 
 
+@pytest.mark.usefixtures("slow_answers")
 def test_leaving_in_the_middle_keeps_what_has_come(playground: Playground) -> None:
     set_long(playground)
     playground.ask(QUESTION)

@@ -8,22 +8,22 @@ import pytest
 from edge_phi3 import __version__
 from edge_phi3.api.ui import GROUPS, groups_of, prefers_html
 from edge_phi3.generation.parameters import PARAMETERS
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import PATIENCE, Server
 
 CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
 def test_a_browser_is_sent_to_the_playground_and_a_client_gets_its_json(server: Server) -> None:
-    sent = httpx.get(server.url, headers={"accept": CHROMIUM})
+    sent = server.get("", headers={"accept": CHROMIUM})
     assert (sent.status_code, sent.headers["location"], sent.headers["vary"]) == (307, "ui", "Accept")
-    page = httpx.get(server.url, headers={"accept": CHROMIUM}, follow_redirects=True)
+    page = server.get("", headers={"accept": CHROMIUM}, follow_redirects=True)
     assert str(page.url) == f"{server.url}/ui"
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     for accept in ("*/*", "application/json", "application/json, text/html;q=0.9"):
-        answer = httpx.get(server.url, headers={"accept": accept})
+        answer = server.get("", headers={"accept": accept})
         assert (answer.status_code, answer.json()) == (200, {"message": "Server is running"})
         assert answer.headers["vary"] == "Accept"
-    httpx_default_removed = httpx.Client()
+    httpx_default_removed = httpx.Client(timeout=PATIENCE)
     del httpx_default_removed.headers["accept"]
     with httpx_default_removed as client:
         assert client.get(server.url).json() == {"message": "Server is running"}
@@ -49,7 +49,7 @@ def test_html_is_preferred_only_by_those_who_say_so(accept: str, expected: bool)
 
 
 def test_the_page_may_load_its_own_files_and_nothing_else(server: Server) -> None:
-    page = httpx.get(f"{server.url}/ui")
+    page = server.get("/ui")
     policy = dict(part.strip().split(" ", 1) for part in page.headers["content-security-policy"].split(";"))
     assert policy.pop("default-src") == "'none'"
     assert policy.pop("require-trusted-types-for") == "'script'"
@@ -58,31 +58,31 @@ def test_the_page_may_load_its_own_files_and_nothing_else(server: Server) -> Non
 
 
 def test_a_file_is_sent_again_only_when_it_has_changed(server: Server) -> None:
-    first = httpx.get(f"{server.url}/ui/app.js")
+    first = server.get("/ui/app.js")
     assert first.headers["content-type"] == "text/javascript; charset=utf-8"
-    again = httpx.get(f"{server.url}/ui/app.js", headers={"if-none-match": first.headers["etag"]})
+    again = server.get("/ui/app.js", headers={"if-none-match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
 
 
 def test_the_page_with_a_slash_leads_to_the_one_without(server: Server) -> None:
-    page = httpx.get(f"{server.url}/ui/", follow_redirects=True)
+    page = server.get("/ui/", follow_redirects=True)
     assert (page.status_code, str(page.url)) == (200, f"{server.url}/ui")
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2fdocs.html", "%2e%2e%2fstart.js", "index"])
 def test_only_the_page_s_files_are_there(server: Server, name: str) -> None:
-    answer = httpx.get(f"{server.url}/ui/{name}")
+    answer = server.get(f"/ui/{name}")
     assert answer.status_code == 404
     assert "There is nothing at /ui/" in answer.json()["detail"]
 
 
 def test_the_page_learns_every_parameter_once(server: Server) -> None:
-    config = httpx.get(f"{server.url}/ui/config.json").json()
+    config = server.get("/ui/config.json").json()
     named = [name for group in config["groups"] for name in group["parameters"]]
     assert sorted(named) == sorted(config["parameters"]) == sorted(PARAMETERS)
     assert set(config["initial"]) <= set(PARAMETERS)
     assert config["needs_key"] is False
-    card = httpx.get(f"{server.url}/version").json()
+    card = server.get("/version").json()
     assert card["version"] == __version__
     assert config["end_token_ids"]
 

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, expect
 from edge_phi3.api.service import LoadCancelledError, Say
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import running
-from tests.e2e.conftest import Server, serving
+from tests.e2e.conftest import PATIENCE, Server, serving
 from tests.ui.conftest import OPTIONS, Playground, watched
 
 KEY = "correct-horse"
@@ -150,10 +150,11 @@ def test_how_far_the_loading_is_can_be_seen(browser: Browser) -> None:
 
     def load(say: Say) -> TextGenerationPipeline:
         say("Downloading the model: 34 %.")
-        go.wait(60)
+        go.wait(PATIENCE)
         raise LoadCancelledError("over")
 
     with running(load) as api, browser.new_context() as context:
+        context.set_default_timeout(1000 * PATIENCE)
         url = f"http://127.0.0.1:{api.port}"
         page = context.new_page()
         page.goto(url)

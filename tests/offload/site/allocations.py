@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from edge_phi3.engine.loader import load
-from edge_phi3.engine.runtime import Context
 from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.llama.context import Context
 from edge_phi3.planning.fit import Machine, Options, fit
 from edge_phi3.planning.gguf_layout import read_layout
 
@@ -70,7 +70,7 @@ def decode_prompt(context: Context) -> None:
 
 def allocated(case: dict[str, Any], layers: int) -> dict[str, Any]:
     """Load it with as many layers as planned."""
-    logger, buffers = logging.getLogger("edge_phi3.engine"), Buffers()
+    logger, buffers = logging.getLogger("edge_phi3"), Buffers()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     logger.addHandler(buffers)

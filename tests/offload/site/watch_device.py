@@ -37,8 +37,8 @@ _watch = Watch()
 
 def pytest_configure() -> None:
     """Begin."""
-    for name in ("runtime", "loader"):
-        logger = logging.getLogger(f"edge_phi3.engine.{name}")
+    for name in ("llama", "engine.loader"):
+        logger = logging.getLogger(f"edge_phi3.{name}")
         logger.setLevel(logging.DEBUG)
         logger.addHandler(_watch)
 

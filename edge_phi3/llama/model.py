@@ -13,8 +13,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.errors import GrammarError, ModelLoadError
-from edge_phi3.engine.runtime.backend import initialise_backend, reason
+from edge_phi3.llama.backend import initialise_backend, reason
+from edge_phi3.llama.errors import GrammarError, ModelLoadError
 
 CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """`llama_token_data`."""
@@ -140,7 +140,6 @@ class Model:
         # checkpoint says.
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
-        self.adds_space_prefix = self.metadata("tokenizer.ggml.add_space_prefix") != "false"
 
     def metadata(self, key: str) -> str | None:
         """Give the text of a metadata value that is not an array, or None when the file has none."""

@@ -9,10 +9,10 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.errors import DecodeFailedError, ModelLoadError
-from edge_phi3.engine.runtime.backend import reason, supports_gpu_offload
-from edge_phi3.engine.runtime.model import Model
-from edge_phi3.engine.settings import EngineSettings, FlashAttention, KVCacheType, usable_cores
+from edge_phi3.llama.backend import reason, supports_gpu_offload
+from edge_phi3.llama.errors import DecodeFailedError, ModelLoadError
+from edge_phi3.llama.model import Model
+from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType, usable_cores
 
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 _logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
@@ -27,7 +27,7 @@ _FLASH_ATTENTION = {
 
 
 class Context:
-    """A llama.cpp context: a KV cache that sequences share, and the decode call; a `DecodeContext`.
+    """A llama.cpp context: a KV cache that sequences share, and the decode call.
 
     Args:
         model: the weights.
@@ -44,7 +44,7 @@ class Context:
         ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
     """
 
-    def __init__(self, model: Model, *, cells: int, sequences: int, settings: EngineSettings) -> None:
+    def __init__(self, model: Model, *, cells: int, sequences: int, settings: ContextOptions) -> None:
         params = context_parameters(cells=cells, sequences=sequences, settings=settings)
         # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
         # time: strlen() of a flag that is "" or "\1" is the same question asked in C.
@@ -201,7 +201,7 @@ class Context:
             self._handle = None
 
 
-def context_parameters(*, cells: int, sequences: int, settings: EngineSettings) -> Any:
+def context_parameters(*, cells: int, sequences: int, settings: ContextOptions) -> Any:
     """Give the ``llama_context_params`` of a `Context`, all that decides on its memory."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells

@@ -1,0 +1,208 @@
+"""Random lives of the engine, on contexts that compute nothing (`tests.support.lives`).
+
+By the ten thousand: ``python -m tests.support.fuzz --scenarios 50000 --jobs 2``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_phi3.engine.core import EngineCore
+from edge_phi3.engine.kv_cache import KVCache
+from edge_phi3.engine.scheduler import Scheduler
+from tests.support.hash_context import HashContext
+from tests.support.lives import KINDS, live
+from tests.support.scenario_maker import random_scenario
+from tests.support.scenarios import Ask, Scenario
+from tests.support.threads import live_in_threads
+
+BATCH = 25
+
+
+def live_all(seeds: Iterable[int], way: Callable[[Scenario], Counter[str]] = live) -> Counter[str]:
+    """Live the scenarios of some numbers, and say which failed and how to see it again."""
+    met: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            met.update(way(random_scenario(seed)))
+        except Exception as error:
+            again = f"python -m tests.support.fuzz --scenarios 1 --seed {seed}"
+            raise AssertionError(f"scenario {seed} fails; `{again}` shrinks it") from error
+    return met
+
+
+@pytest.mark.parametrize("batch", range(8))
+def test_every_request_ends_as_the_reference_says(batch: int) -> None:
+    live_all(range(batch * BATCH, batch * BATCH + BATCH))
+
+
+def test_so_do_those_of_scenarios_that_nobody_has_seen() -> None:
+    first = secrets.randbits(40)
+    live_all(range(first, first + BATCH))
+
+
+def test_with_a_thread_for_the_engine() -> None:
+    live_all(range(10_000, 10_000 + 2 * BATCH), live_in_threads)
+
+
+def test_the_scenarios_meet_all_that_they_are_for() -> None:
+    met = live_all(range(20_000, 20_000 + 4 * BATCH))
+    rare = [kind for kind in KINDS if met[kind] == 0 and kind != "broken"]
+    assert not rare, f"100 scenarios never met {rare}"
+
+
+FAILED_ONCE = {
+    "an event cannot be sent after a row has ended": Scenario(
+        asks=tuple(
+            Ask(
+                prompt=(44, 40, 42, 31, 12),
+                kwargs={
+                    "do_sample": True,
+                    "temperature": 0.52,
+                    "seed": 3049811024108800615,
+                    "num_return_sequences": 3,
+                    "max_new_tokens": 30,
+                    "eos_token_id": [*range(2, 20)],
+                },
+                fault="send",
+                fault_at=at,
+            )
+            for at in range(8)
+        ),
+        host_cache=32000,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAILED_ONCE)
+def test_what_failed_once(name: str) -> None:
+    live(FAILED_ONCE[name])
+
+
+# -- the checks can fail
+
+
+class ShortCopy(HashContext):
+    """Shares one cell too few."""
+
+    def _cells_to_copy(self, source: int) -> NDArray[np.intp]:
+        return super()._cells_to_copy(source)[1:]
+
+
+class StaleRestore(HashContext):
+    """Takes cells for what is restored, and leaves in them what they held."""
+
+    def restore(self, seq_id: int, state: NDArray[np.uint8], *, behind: bool) -> bool:
+        before = self._data.copy()
+        restored = super().restore(seq_id, state, behind=behind)
+        self._data[:] = before
+        return restored
+
+
+class NothingFreed(HashContext):
+    """Forgets to take what has left the window."""
+
+    def remove(self, seq_id: int, start: int, end: int) -> None:
+        if start != 0:
+            super().remove(seq_id, start, end)
+
+
+class NothingZeroed(HashContext):
+    """Leaves what is no number after a failure."""
+
+    def clear(self, *, zero: bool = False) -> None:  # noqa: ARG002 - that is what is wrong
+        super().clear(zero=False)
+
+
+class OneRotarySet(HashContext):
+    """Has the same rotary factors in all contexts."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options | {"rotary": 0})
+
+
+class NoWindowCheck(HashContext):
+    """Leaves it to the answers whether tokens saw what they should."""
+
+    def _check_window(self, seq_id: int, begin: int, position: int) -> None:
+        pass
+
+
+class Slot(HashContext):
+    """Writes a token where another one is."""
+
+    def _free_slots(self, count: int) -> NDArray[np.intp] | None:
+        slots = super()._free_slots(count)
+        if slots is not None and self.used > 12:
+            self._data[(self._owners > 0).nonzero()[0][0]] += np.uint64(1)
+        return slots
+
+
+def caught_within(count: int, **options: Any) -> str:
+    """Return the first error of some scenarios."""
+    for seed in range(count):
+        try:
+            live(random_scenario(seed), **options)
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("context", "count"),
+    [(ShortCopy, 20), (StaleRestore, 60), (NothingFreed, 20), (NothingZeroed, 100), (OneRotarySet, 60), (Slot, 20)],
+)
+def test_a_wrong_context_is_found(context: type[HashContext], count: int) -> None:
+    assert caught_within(count, make_context=context)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+@pytest.mark.parametrize("context", [HashContext, NoWindowCheck])
+def test_a_wrong_window_is_found(wrong: int, context: type[HashContext]) -> None:
+    assert caught_within(40, wrong_window=wrong, make_context=context)
+
+
+def _at_the_end(scheduler: Scheduler, request: Any) -> None:
+    scheduler.waiting.append(request)
+
+
+def _one_too_many(original: Callable[..., Any]) -> Callable[..., Any]:
+    def shared_prefix(kv: KVCache, tokens: NDArray[np.int32]) -> tuple[int, int | None]:
+        length, owner = original(kv, tokens)
+        more = owner is not None and length < min(len(tokens), kv.length[owner])
+        return length + more, owner
+
+    return shared_prefix
+
+
+def _for_all(core: EngineCore, request: Any, why: str) -> None:
+    for each in [*core.scheduler.running]:
+        core.scheduler.retire(each)
+        core._end(each, RuntimeError(why))
+
+
+def _nothing(*_arguments: Any) -> None:
+    pass
+
+
+WRONG: dict[str, tuple[type, str, Callable[[Any], Any], int]] = {
+    "who comes back waits behind all others": (Scheduler, "enqueue", lambda _: _at_the_end, 60),
+    "one token too many is shared": (KVCache, "shared_prefix", _one_too_many, 60),
+    "one request's failure ends others": (EngineCore, "_fail", lambda _: _for_all, 60),
+    "finished sequences keep their cells": (KVCache, "settle", lambda _: _nothing, 20),
+    "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda _: _nothing, 40),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_engine_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, attribute, wrong, count = WRONG[name]
+    monkeypatch.setattr(owner, attribute, wrong(getattr(owner, attribute)))
+    assert caught_within(count)

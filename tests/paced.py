@@ -1,0 +1,67 @@
+"""llama.cpp as slow as a test needs it: what must still run while something else happens does, on any machine.
+
+In this process with `slowly`; in a process of its own with `command`, for as long as a file exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SECONDS = 0.05
+"""What each decode call takes more: a thousand tokens take the better part of a minute."""
+
+
+@contextlib.contextmanager
+def slowly(seconds: float = SECONDS) -> Iterator[None]:
+    """Let each decode call take so many seconds more until the block ends."""
+    # Where it is wanted only: most tests that import this start processes.
+    import llama_cpp
+
+    decode = llama_cpp.llama_decode
+    llama_cpp.llama_decode = _after(decode, lambda: time.sleep(seconds))
+    try:
+        yield
+    finally:
+        llama_cpp.llama_decode = decode
+
+
+def command(file: Path) -> list[str]:
+    """Give what stands for ``edge-phi3`` on a command line: the same, and slow as long as a file exists.
+
+    The file may say by how many seconds a decode call is slower.
+    """
+    return [sys.executable, str(Path(__file__).resolve()), str(file)]
+
+
+def _after(decode: Callable[..., int], wait: Callable[[], None]) -> Callable[..., int]:
+    def slow(*arguments: object) -> int:
+        wait()
+        return decode(*arguments)
+
+    return slow
+
+
+def _main() -> None:
+    # Not this folder, whose packages have the names of others.
+    sys.path[:] = [entry for entry in sys.path if Path(entry) != Path(__file__).parent]
+    file = Path(sys.argv.pop(1))
+    sys.argv[0] = "edge-phi3"
+
+    import llama_cpp
+
+    from edge_phi3.cli import main
+
+    def wait() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            time.sleep(float(file.read_text(encoding="ascii") or SECONDS))
+
+    llama_cpp.llama_decode = _after(llama_cpp.llama_decode, wait)
+    main()
+
+
+if __name__ == "__main__":
+    _main()

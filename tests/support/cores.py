@@ -1,0 +1,125 @@
+"""Engines on contexts that compute nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.core import EngineCore
+from edge_phi3.engine.events import EventBatcher
+from edge_phi3.engine.host_cache import Block, HostCache
+from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.scheduler import Scheduler
+from tests.support.hash_context import HashContext
+from tests.support.reference import Attention, contents_of
+from tests.support.scenarios import MODEL, TEXTS, Scenario
+
+MakeContext = Callable[..., HashContext]
+
+
+class CheckedHostCache(HostCache):
+    """A host cache that knows what the contents of a sequence must be, and checks what goes in and what comes out.
+
+    Args:
+        capacity: bytes of main memory.
+        block_size: tokens of a block.
+        attention: what tokens attend to.
+        rotary: the number of the set of rotary factors.
+
+    Attributes:
+        saves: sequences that it was given.
+    """
+
+    def __init__(self, capacity: int, block_size: int, attention: Attention, rotary: int) -> None:
+        super().__init__(capacity, block_size)
+        self.saves = 0
+        self._attention, self._rotary = attention, rotary
+        self._known = attention.window is None or attention.window_chunk == 1
+
+    def match(self, tokens: NDArray[np.int32], window: int | None = None) -> tuple[int, list[Block]]:
+        """Find the longest prefix that is held, and check it."""
+        length, blocks = super().match(tokens, window)
+        for place, block in enumerate(blocks):
+            # What a block holds beyond the beginning of the next one belongs to another branch.
+            end = blocks[place + 1].begin if place + 1 < len(blocks) else length
+            if block.start < end:
+                self._check(tokens[:end], block.start, block.state)
+        return length, blocks
+
+    def save(self, tokens: NDArray[np.int32], start: int, read: Callable[[int, int], NDArray[np.uint8]]) -> None:
+        """Keep a sequence, and check its contents."""
+
+        def checked(first: int, end: int) -> NDArray[np.uint8]:
+            state = read(first, end)
+            self._check(tokens[:end], first, state)
+            return state
+
+        self.saves += 1
+        super().save(tokens, start, checked)
+
+    def _check(self, tokens: NDArray[np.int32], start: int, state: NDArray[np.uint8]) -> None:
+        """Check the part of a state that belongs to some tokens."""
+        if self._known:
+            expected = contents_of(tokens.tolist(), self._attention, self._rotary)[start:]
+            positions, contents = state.view(np.uint64).reshape(-1, 2).T.tolist()
+            both = min(len(contents), len(expected))  # a block may hold more than what is wanted, or less
+            right = positions[0] == start and contents[:both] == expected[:both]
+            assert right, f"the host cache holds other contents than those of {tokens.tolist()} from {start} on"
+
+
+def make_core(
+    scenario: Scenario,
+    clock: Callable[[], float],
+    *,
+    make_context: MakeContext = HashContext,
+    wrong_window: int = 0,
+) -> tuple[EngineCore, list[HashContext]]:
+    """Return a scenario's engine and its contexts.
+
+    Args:
+        scenario: which.
+        clock: the engine's.
+        make_context: makes each context.
+        wrong_window: by how much the engine's window is too wide, for checks of the checks.
+    """
+    contexts, runners = [], []
+    for number, cells in enumerate(scenario.cells):
+        failures = [failure for failure in scenario.failures if failure.context == number]
+        contexts.append(
+            make_context(
+                MODEL,
+                cells=cells,
+                sequences=scenario.parallel,
+                batch_size=scenario.batch_size,
+                rotary=number,
+                window=scenario.window,
+                window_chunk=scenario.window_chunk,
+                offloaded=scenario.offloaded,
+                failures=failures,
+            )
+        )
+        host_cache = None
+        if scenario.host_cache is not None:
+            attention, capacity = scenario.attention, scenario.host_cache
+            host_cache = CheckedHostCache(capacity, scenario.block_size, attention, number)
+        runners.append(
+            ModelRunner(
+                contexts[-1],
+                max_tokens=scenario.max_tokens if number == 0 else None,
+                window=None if scenario.window is None else scenario.window + wrong_window,
+                window_chunk=scenario.window_chunk,
+                host_cache=host_cache,
+            )
+        )
+    scheduler = Scheduler(
+        runners,
+        parallel=scenario.parallel,
+        share_prefixes=scenario.share_prefixes,
+        exact_seeds=scenario.exact_seeds,
+    )
+    core = EngineCore(
+        scheduler, EventBatcher(0.0), max_queue=scenario.max_queue, token_texts=lambda: TEXTS, clock=clock
+    )
+    return core, contexts

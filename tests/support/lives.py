@@ -1,0 +1,282 @@
+"""Lives of an engine on contexts that compute nothing: one thread, an injected clock, and checks after every step."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, RequestTooLargeError
+from edge_phi3.engine.sequence import FinishedEvent
+from edge_phi3.llama.errors import DecodeFailedError
+from tests.support.clients import Client
+from tests.support.cores import CheckedHostCache, make_core
+from tests.support.scenarios import Scenario
+
+KINDS = (
+    "preemption", "trimming", "crossing", "restore", "shared prefix", "forks", "decode failure", "broken", "cancel",
+    "deadline", "exact seed", "stop", "refusal", "full queue", "fault", "generation error", "max time", "beams",
+)  # fmt: skip
+"""What a life may meet."""
+
+
+def live(scenario: Scenario, **options: object) -> Counter[str]:
+    """Live a scenario in one thread, checking after every step.
+
+    Args:
+        scenario: which.
+        options: as `make_core` takes them.
+
+    Returns:
+        What was met, of `KINDS`.
+
+    Raises:
+        AssertionError: the engine did what it must not do.
+    """
+    return Life(scenario, **options).run()
+
+
+class Life:
+    """One life.
+
+    Args:
+        scenario: which.
+        options: as `make_core` takes them.
+    """
+
+    def __init__(self, scenario: Scenario, **options: object) -> None:
+        logging.getLogger("edge_phi3").setLevel(logging.CRITICAL + 1)
+        self.scenario = scenario
+        self.now = 1.0
+        self.core, self.contexts = make_core(scenario, lambda: self.now, **options)  # type: ignore[arg-type]
+        self.scheduler = self.core.scheduler
+        self.clients: list[Client] = []
+        for number, ask in enumerate(scenario.asks):
+            self.clients.append(Client(number, ask, scenario, self.clients, lambda: self.now))
+        self.steps = 0
+        self.stopped = self.broken = False
+        self.met: Counter[str] = Counter()
+
+    def run(self) -> Counter[str]:
+        """Live to the end."""
+        asks = self.scenario.asks
+        last = max((ask.arrives for ask in asks), default=0)
+        number = 0
+        while not self.stopped and (self.core.in_flight or number <= last):
+            self._events(number)
+            if not self.stopped and self.core.in_flight:
+                self._step()
+            self.now += 1.0
+            number += 1
+        self._check_end()
+        self._count()
+        return self.met
+
+    def _events(self, number: int) -> None:
+        for client in self.clients:
+            if client.ask.arrives == number:
+                client.submit(self.core)
+            leaves = client.ask.leaves
+            if leaves is not None and client.in_flight and client.ask.arrives + leaves == number:
+                assert client.running is not None
+                client.cancelled = True
+                self.core.cancel(client.running)
+        if self.scenario.stop_at == number:
+            self._stop()
+
+    def _stop(self) -> None:
+        self.met["stop"] += self.core.in_flight > 0
+        self.core.stop("The service is stopping.")
+        self.stopped = True
+        for client in self.clients:
+            if not client.accepted and client.refusal is None:
+                client.submit(self.core)
+                refused = (EngineStoppedError, RequestTooLargeError)
+                assert isinstance(client.refusal, refused), f"{client.refusal!r} of a stopped engine"
+
+    # -- a step and its checks
+
+    def _step(self) -> None:
+        core, clients = self.core, self.clients
+        queues, running, progress = self._queues(), self._running(), self._progress()
+        failures = [len(context.failed) for context in self.contexts]
+        started = {client.number for client in clients if client.ended}
+        lengths, traces = self._lengths(), self._traces()
+        try:
+            core.step()
+        except DecodeFailedError:
+            assert any(context.broken for context in self.contexts), "a context works, but the engine is broken"
+            self.broken = True
+            self._stop()
+            return
+        self.steps += 1
+        assert self.steps <= self._most_steps(), "the engine takes no end of steps"
+        assert progress != self._progress(), "a step did nothing"
+        news = [client for client in clients if client.ended and client.number not in started]
+        for client in news:
+            client.check_events()
+        self._check_order(queues, running, news)
+        self._check_preempted(running, failures)
+        self._check_exact(running, traces, news)
+        if failures == [len(context.failed) for context in self.contexts]:
+            stuck = {arrival for arrival, length in self._lengths().items() if lengths.get(arrival) == length}
+            assert not stuck, f"{stuck} decode, but did not go on in a step"
+        self._check_failures(failures, news)
+        self._check_books()
+        waits = sum(client.in_flight for client in clients)
+        assert core.in_flight == waits, f"{core.in_flight} requests are in flight for the engine, {waits} for those"
+
+    def _progress(self) -> tuple[object, ...]:
+        computed = sum(context.decoded for context in self.contexts)
+        places = [len(runner.running) for runner in self.scheduler.runners]
+        lengths = [client.running.length for client in self.clients if client.running is not None]
+        failed = sum(len(context.failed) for context in self.contexts)
+        return (computed, self.core.in_flight, self.scheduler.preemptions, places, lengths, failed)
+
+    def _most_steps(self) -> int:
+        """Return more steps than these requests can take."""
+        alone = [2 * client.rows * client.length + 2 for client in self.clients if client.accepted]
+        return (1 + len(alone) + len(self.scenario.failures)) * sum(alone) + 10
+
+    def _place(self, client: Client) -> int:
+        assert client.running is not None
+        return min(self.scenario.attention.rotary(client.running.length), len(self.contexts) - 1)
+
+    def _running(self) -> list[set[int]]:
+        return [{request.arrival for request in runner.running} for runner in self.scheduler.runners]
+
+    def _queues(self) -> list[list[Client]]:
+        """Return who waits for each context."""
+        running = set(itertools.chain(*self._running()))
+        waiting = [each for each in self.clients if each.in_flight and each.running.arrival not in running]  # type: ignore[union-attr]
+        return [[each for each in waiting if self._place(each) == place] for place in range(len(self.contexts))]
+
+    def _check_order(self, queues: list[list[Client]], before: list[set[int]], news: list[Client]) -> None:
+        """Check that nobody was admitted before one who waits for the same context and came earlier."""
+        waiting_now = self._queues()
+        for place, (queue, running) in enumerate(zip(queues, self._running(), strict=True)):
+            arrivals = {client.number: client.running.arrival for client in queue if client.running is not None}
+            done = {arrivals[client.number] for client in news if client in queue and self._was_run(client)}
+            entered = (running - before[place]) & set(arrivals.values()) | done
+            left = [arrivals[client.number] for client in waiting_now[place] if client in queue]
+            assert not entered or not left or max(entered) < min(left), f"{max(entered)} overtakes {min(left)}"
+
+    def _lengths(self) -> dict[int, int]:
+        """Return how long the rows are that only wait for their next token, by arrival."""
+        return {request.arrival: request.length for request in self.scheduler.running if request.decoding}
+
+    def _traces(self) -> list[tuple[int, int]]:
+        """Return for each context how often it was emptied, and how many sequences its host cache was given."""
+        caches = [runner.kv.host_cache for runner in self.scheduler.runners]
+        saves = [cache.saves if isinstance(cache, CheckedHostCache) else 0 for cache in caches]
+        return [(context.clears, count) for context, count in zip(self.contexts, saves, strict=True)]
+
+    def _check_exact(self, before: list[set[int]], traces: list[tuple[int, int]], news: list[Client]) -> None:
+        """Check that requests that run alone do so in an emptied context, and leave nothing behind."""
+        ended_exact = all(client.running is None or client.running.exact for client in news)
+        for place, runner in enumerate(self.scheduler.runners):
+            exact = {request.arrival for request in runner.running if request.exact}
+            assert not exact or len(runner.running) == 1, "a request that wants a context to itself has none"
+            (clears, saves), (cleared, saved) = traces[place], self._traces()[place]
+            assert cleared > clears or not exact - before[place], "a request with a seed began in a used context"
+            alone = before[place] and before[place] <= self._exact and ended_exact
+            others = {request.arrival for request in runner.running} - self._exact
+            assert saved == saves or not alone or others, "a request with a seed left a prefix behind"
+
+    @property
+    def _exact(self) -> set[int]:
+        found = [client.running for client in self.clients if client.running is not None]
+        return {request.arrival for request in found if request.exact}
+
+    def _check_preempted(self, before: list[set[int]], failures: list[int]) -> None:
+        """Check that those who were sent back had come after all who stayed."""
+        bound = sum(client.rows * client.length for client in self.clients if client.accepted)
+        assert self.scheduler.preemptions <= bound, "the engine takes no end of preemptions"
+        queues = self._queues()
+        for place, running in enumerate(self._running()):
+            if len(self.contexts[place].failed) == failures[place]:
+                waiting = {each.running.arrival for each in queues[place] if each.running is not None}
+                back, stayed = before[place] & waiting, before[place] & running
+                assert not back or not stayed or min(back) > max(stayed), f"of {before[place]} {back} were sent back"
+
+    @staticmethod
+    def _was_run(client: Client) -> bool:
+        return not isinstance(client.final, DeadlineExceededError | EngineStoppedError)
+
+    def _check_failures(self, before: list[int], news: list[Client]) -> None:
+        """Check that a failed batch fails those who had tokens in it, and nobody else."""
+        failed = [client for client in news if isinstance(client.final, DecodeFailedError)]
+        batches = [context.failed[count:] for context, count in zip(self.contexts, before, strict=True)]
+        hit: set[int] = set()
+        for batch in itertools.chain(*batches):
+            for seq_id, entries in itertools.groupby(batch, key=lambda entry: entry[0]):
+                tokens = [(position, token) for _, position, token in entries]
+                who = [client.number for client in failed if all(client.holds(*each) for each in tokens)]
+                left = any(client.cancelled for client in self.clients)
+                assert who or left, f"sequence {seq_id} was in a batch that failed, but its request did not"
+                hit.update(who)
+        assert hit == {client.number for client in failed}, f"of {failed} only {hit} had tokens in a batch that failed"
+
+    def _check_books(self) -> None:
+        for context, runner in zip(self.contexts, self.scheduler.runners, strict=True):
+            kv = runner.kv
+            assert not context.violations, context.violations
+            assert not context.refused, "the books said that there are free cells"
+            kv.audit()
+            assert kv.used == context.used, f"{kv.used} cells are used in the books, {context.used} in the context"
+            ranges = list(zip(kv.start, kv.length, strict=True))
+            held = sum(end - start for start, end in ranges)
+            assert held == context.held, f"{held} positions are held in the books, {context.held} in the context"
+            taken = kv.sequences - kv.free_sequences
+            rows = sum(request.rows for request in runner.running)
+            assert taken <= rows, f"{taken} sequences are taken, by {rows} rows at most"
+
+    # -- the end
+
+    def _check_end(self) -> None:
+        core, scheduler = self.core, self.scheduler
+        for client in self.clients:
+            assert not client.in_flight, f"request {client.number} was never answered"
+            client.check_events()
+        errors = [client.final for client in self.clients if isinstance(client.final, BaseException)]
+        assert len({id(error) for error in errors}) == len(errors), "one exception is sent to several requests"
+        assert core.in_flight == 0, "requests are in flight for the engine alone"
+        assert not scheduler.waiting, "requests wait after the end"
+        assert not scheduler.running, "requests run after the end"
+        if not self.stopped:
+            self._check_books()
+            for context, runner in zip(self.contexts, scheduler.runners, strict=True):
+                assert runner.kv.free_sequences == runner.kv.sequences, "sequences are taken after the end"
+                assert context.used == 0, "cells are used after the end"
+
+    def _count(self) -> None:
+        """Note what the life has met."""
+        met, scenario, contexts = self.met, self.scenario, self.contexts
+        finished = [client for client in self.clients if isinstance(client.final, FinishedEvent)]
+        met["preemption"] += self.scheduler.preemptions > 0
+        met["trimming"] += any(context.trims for context in contexts)
+        met["restore"] += any(context.restored for context in contexts)
+        met["decode failure"] += any(context.failed for context in contexts)
+        met["broken"] += self.broken
+        for kind, found in self._kinds_of(finished):
+            met[kind] += found
+        met["exact seed"] += scenario.exact_seeds and any(client.config.seed is not None for client in finished)
+        for kind in [kind for kind in met if met[kind]]:
+            met[kind] = 1
+
+    def _kinds_of(self, finished: list[Client]) -> Iterator[tuple[str, bool]]:
+        for client in self.clients:
+            yield "cancel", client.cancelled
+            yield "deadline", isinstance(client.final, DeadlineExceededError)
+            yield "refusal", client.refusal is not None
+            yield "full queue", type(client.refusal).__name__ == "QueueFullError"
+            yield "fault", client.fired
+            yield "generation error", type(client.final).__name__ == "GenerationError"
+        for client in finished:
+            assert isinstance(client.final, FinishedEvent)
+            yield "crossing", client.expected.crosses
+            yield "forks", client.expected.forks
+            yield "shared prefix", client.final.cached_tokens > 0 and not any(each.restored for each in self.contexts)
+            yield "max time", "time" in client.final.result.finish_reasons
+            yield "beams", client.config.is_beam_search

@@ -1,0 +1,155 @@
+"""What an engine lives through: its contexts, what is asked of it, and what happens meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.generation import GenerationConfig, ModelDefaults
+from tests.support.hash_context import Failure
+from tests.support.hash_model import HashModel
+from tests.support.reference import Attention
+
+VOCABULARY = 72
+TEXTS = tuple("abcdefghijklmnopqr"[i % 18] + "stuv"[i // 18] for i in range(VOCABULARY))
+END, NAN, INFINITE = 2, 70, 71
+"""The end token, and the tokens after which a row of logits holds nothing but NaN or infinity."""
+MODEL = HashModel(VOCABULARY, {NAN: float("nan"), INFINITE: float("inf")})
+DEFAULTS = ModelDefaults(
+    vocab_size=VOCABULARY, bos_token_id=1, eos_token_ids=(END,), pad_token_id=None, context_length=4096
+)
+
+Fault = Literal["send", "choosing", "masking"]
+FAULTS: tuple[Fault, ...] = ("send", "choosing", "masking")
+
+
+class InjectedError(Exception):
+    """What a part of a request raises that is made to fail."""
+
+
+@dataclass
+class OddOrEven:
+    """A constraint: only every other token may come next, and end tokens. It may be made to fail.
+
+    Attributes:
+        taken: how many tokens were accepted.
+        fails_after: masks until it raises; None for never.
+    """
+
+    taken: int = 0
+    fails_after: list[int] = field(default_factory=list)
+
+    def permits(self, token: int) -> bool:
+        self._fail_if_due()
+        return token == END or token % 2 == self.taken % 2
+
+    def mask(self, scores: NDArray[np.float32]) -> None:
+        self._fail_if_due()
+        end = scores[END]
+        scores[1 - self.taken % 2 :: 2] = -np.inf
+        scores[END] = end
+
+    def accept(self, token: int) -> None:
+        assert self.permits(token)
+        self.taken += 1
+
+    def clone(self) -> Self:
+        return dataclasses.replace(self)  # the list is shared: all copies count down together
+
+    def _fail_if_due(self) -> None:
+        if self.fails_after:
+            self.fails_after[0] -= 1
+            if self.fails_after[0] < 0:
+                raise InjectedError("The constraint fails.")
+
+
+class _Short:
+    """Written with those fields only that differ from their defaults, as it can be read in again."""
+
+    def __repr__(self) -> str:
+        shown = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, each.name) != each.default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Ask(_Short):
+    """One request, and what happens to it.
+
+    Attributes:
+        prompt: token ids.
+        kwargs: as in the ``generate_kwargs`` of a request.
+        arrives: the step before which it is submitted.
+        after: the request whose first answer its prompt goes on from, or None.
+        stream: whether it wants tokens as they come.
+        timeout: seconds after which it fails, or None.
+        leaves: steps after its arrival before which it is cancelled, or None.
+        constrained: whether its tokens must be odd and even in turns.
+        logprobs: how many log-probabilities it wants beside each token, or None.
+        fault: which of its parts fails, or None.
+        fault_at: how often that part works before.
+        entropy: what it is drawn with when it has no seed.
+    """
+
+    prompt: tuple[int, ...]
+    kwargs: dict[str, Any]
+    arrives: int = 0
+    after: int | None = None
+    stream: bool = True
+    timeout: float | None = None
+    leaves: int | None = None
+    constrained: bool = False
+    logprobs: int | None = None
+    fault: Fault | None = None
+    fault_at: int = 0
+    entropy: int = 0
+
+    def config(self) -> GenerationConfig:
+        """Return what it asks for."""
+        config = GenerationConfig.resolve(self.kwargs, DEFAULTS)
+        return config if self.logprobs is None else dataclasses.replace(config, top_logprobs=self.logprobs)
+
+
+@dataclass(frozen=True, repr=False)
+class Scenario(_Short):
+    """An engine and its life. Sizes are in tokens, the host cache's in bytes (`TOKEN_BYTES` each), steps from 0.
+
+    Attributes:
+        cells: of each context, one or two.
+        max_tokens: the longest sequence of the first context, or None; where there is but one, none is longer.
+        failures: decodes that fail.
+        stop_at: the step before which the engine is stopped, or None.
+    """
+
+    asks: tuple[Ask, ...]
+    cells: tuple[int, ...] = (300,)
+    max_tokens: int | None = None
+    window: int | None = None
+    window_chunk: int = 1
+    parallel: int = 8
+    batch_size: int = 64
+    share_prefixes: bool = True
+    host_cache: int | None = None
+    block_size: int = 16
+    exact_seeds: bool = False
+    max_queue: int = 256
+    offloaded: bool = False
+    failures: tuple[Failure, ...] = ()
+    stop_at: int | None = None
+
+    @property
+    def attention(self) -> Attention:
+        """What tokens attend to."""
+        return Attention(self.window, self.window_chunk, self.max_tokens)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether answers do not depend on what else runs."""
+        return self.window is None or self.window_chunk == 1 or not (self.share_prefixes or self.host_cache)

@@ -1,0 +1,150 @@
+"""The installed command as a process: started on a free port, watched, and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+COMMAND = str(Path(sys.executable).with_name("edge-phi3"))
+HEALTH = ("/healthz", "/livez", "/readyz")
+_PATIENCE = 120.0
+"""Seconds to wait for what comes at once unless something is broken."""
+
+_GAUGE = re.compile(r"^edge_phi3_(\w+?)(?:\{.*\})? ([-+.0-9e]+)$", re.MULTILINE)
+
+
+@dataclass
+class Server:
+    """A running service.
+
+    Attributes:
+        url: where it listens.
+        process: the process.
+        log: the file that its stderr goes to.
+        seconds: from the start of the process to ready.
+    """
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    seconds: float = 0.0
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return int(self.url.rpartition(":")[2])
+
+    def stop(self, how: int = signal.SIGTERM, patience: float = 20.0) -> tuple[int, float]:
+        """Stop it with a signal; give its exit code and how many seconds that took."""
+        started = time.monotonic()
+        self.process.send_signal(how)
+        return self.process.wait(timeout=patience), time.monotonic() - started
+
+    def metrics(self) -> dict[str, float]:
+        """Give its metrics that have one value, by their names without the prefix."""
+        text = httpx.get(f"{self.url}/metrics/prometheus", timeout=_PATIENCE).text
+        return {name: float(value) for name, value in _GAUGE.findall(text)}
+
+    def is_idle(self) -> bool:
+        """Say whether no request runs or waits, and no cell of the KV cache is taken."""
+        metrics = self.metrics()
+        return not any(
+            metrics[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_cells_used")
+        )
+
+    def troubles(self, patience: float = _PATIENCE) -> list[str]:
+        """Wait until it is idle, and say what is not as it should be with a service at rest."""
+        found = []
+        try:
+            if not wait_for(self.is_idle, patience):
+                names = ("num_requests_running", "num_requests_waiting", "num_sequences_running", "kv_cache_cells_used")
+                metrics = self.metrics()
+                found.append("it does not come to rest: " + ", ".join(f"{name} {metrics[name]:g}" for name in names))
+            for route in HEALTH:
+                response = httpx.get(f"{self.url}{route}", timeout=_PATIENCE)
+                if response.status_code != 200:
+                    found.append(f"{route} gives {response.status_code}: {response.text}")
+        except httpx.HTTPError as error:
+            found.append(f"it does not answer any more: {error!r}")
+        return found
+
+    def logged_errors(self) -> list[str]:
+        """Give the lines of its log that tell of an error, of a log in JSON."""
+        return [line[:4000] for line in self.log.read_text(errors="replace").splitlines() if _is_error(line)]
+
+
+def _is_error(line: str) -> bool:
+    if "Traceback" in line:
+        return True
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return "ERROR" in line
+    return isinstance(entry, dict) and entry.get("level") in {"error", "critical"}
+
+
+def wait_for(condition: Callable[[], bool], patience: float = _PATIENCE) -> bool:
+    """Wait until a condition holds; False when it does not within so many seconds."""
+    end = time.monotonic() + patience
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *arguments: str, store: Path) -> Iterator[Server]:
+    """Start ``edge-phi3 serve`` and wait until it is ready.
+
+    Args:
+        folder: where its log goes.
+        arguments: further arguments.
+        store: the model store.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / f"serve-{port}.log"
+    started = time.monotonic()
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [COMMAND, "serve", *arguments, "--port", str(port)],
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"EDGE_PHI3_STORE": str(store)},
+        )
+    server = Server(f"http://127.0.0.1:{port}", process, log)
+    try:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{server.url}/readyz").status_code == 200:
+                    break
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() - started < _PATIENCE, log.read_text()
+            time.sleep(0.02)
+        server.seconds = time.monotonic() - started
+        yield server
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def known_options() -> frozenset[str]:
+    """Give the names of the options of ``edge-phi3 serve`` that have a value by default, such as "ctx-size"."""
+    printed = subprocess.run([COMMAND, "serve", "--print-config"], capture_output=True, check=True, text=True)
+    return frozenset(tomllib.loads(printed.stdout))
