@@ -219,6 +219,7 @@ class EngineCore:
         if request.request.stream and step.emitted:
             request.send(TokensEvent([*step.emitted], [*step.logprobs]))
         if decoder.finished:
+            request.failed = decoder.error is not None
             self.scheduler.retire(request)
             self._end(request, decoder.error or self._finished(request, now))
             return
@@ -251,6 +252,7 @@ class EngineCore:
     def _fail(self, request: RunningRequest, why: str) -> None:
         """End a request for an error of ours."""
         logger.error("Request %s fails: %s.", request.request.request_id, why)
+        request.failed = True
         self.scheduler.retire(request)
         self._end(request, InternalError(_INTERNAL))
 

@@ -162,10 +162,10 @@ class KVCache:
         if stored < shared + _LEAST_RESTORED:
             stored = 0
         if stored > shared:
-            # What lies in front of the first block that is wanted can be shared still, unless a sliding window has
-            # passed by.
+            # What lies in front of one of the blocks can be shared still, unless a sliding window has passed by.
             whole = shared if owner is not None and self.start[owner] == 0 else 0
-            shared = max((block.begin for block in blocks if block.begin <= whole), default=0)
+            ends = [block.begin for block in blocks if block.start == block.begin <= whole]
+            shared = max(ends, default=0)
             owner = owner if shared else None
         sequence = Sequence(self._acquire()) if owner is None else Sequence(self._fork(owner, shared), shared)
         if stored > shared:

@@ -195,11 +195,12 @@ class ModelRunner:
         """Take out a request that has ended, or waits again. Its cells are free after the next `KVCache.settle`."""
         self.running.remove(request)
         lines = request.decoder.history.tokens
+        # What has failed may have failed between its history and its sequences.
+        kept = 0 if request.exact or request.failed else len(request.sequences)
+        if request.request.config.is_beam_search:
+            kept = min(kept, 1)  # the rows have changed places since their sequences were computed
         for row, sequence in enumerate(request.sequences):
-            tokens = lines[row, : self._worth_keeping(request, sequence)]
-            # The rows of a beam search have changed places since their sequences were computed.
-            keep = not request.exact and (row == 0 or not request.request.config.is_beam_search)
-            self.kv.finish(sequence, tokens if keep else None)
+            self.kv.finish(sequence, lines[row, : self._worth_keeping(request, sequence)] if row < kept else None)
         request.sequences = []
 
     def _worth_keeping(self, request: RunningRequest, sequence: Sequence) -> int:

@@ -167,8 +167,8 @@ class Scheduler:
         runner.running.append(request)
 
     def _reuses(self, request: RunningRequest) -> bool:
-        """Say whether a request may begin with what was computed for others, or for itself before it was preempted."""
-        return not request.exact and (self._share or request.first_token is not None)
+        """Say whether a request may begin with what was computed before, for others or for itself."""
+        return self._share and not request.exact
 
     def is_exact(self, request: RunningRequest) -> bool:
         """Say whether a request has a context to itself."""

@@ -122,6 +122,7 @@ class RunningRequest:
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         cancelled: whether the owner has left.
+        failed: whether an error of ours, or of its parameters, has ended it.
     """
 
     request: GenerationRequest
@@ -136,6 +137,7 @@ class RunningRequest:
     first_token: float | None = None
     cached_tokens: int = 0
     cancelled: bool = False
+    failed: bool = False
 
     @property
     def prompt_length(self) -> int:

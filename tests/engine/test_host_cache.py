@@ -72,8 +72,8 @@ def test_it_never_takes_more_than_its_capacity(kept: list[list[int]], capacity: 
         assert store.used == store.tokens == sum(len(block.state) for block in store._blocks)
         length, content, _ = held(store, values)
         assert content[:length] == state_of(values, 0, length).tolist()
-        for block in store._blocks.values():
-            assert block.parent is None or block.parent in store._blocks.values(), "a block lost its beginning"
+        for block in store._blocks:
+            assert block.parent is None or block.parent in store._blocks, "a block lost its beginning"
 
 
 def test_what_is_kept_already_is_not_read_again() -> None:
