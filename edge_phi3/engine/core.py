@@ -151,8 +151,8 @@ class EngineCore:
             batch = self.scheduler.plan(runner)
             if batch.count:
                 self._decode(runner, batch)
-            for stuck in [] if batch.count else runner.running[:]:
-                self._fail(stuck, "a request does not fit the cache that it was admitted to")
+            elif runner.running:
+                self._fail(runner.running[0], "it does not fit the cache that it was admitted to")
         self._tidy_up()
         self.turns += 1
 
@@ -233,7 +233,9 @@ class EngineCore:
         result = request.decoder.result()
         generated = sum(len(sequence) - request.prompt_length for sequence in result.sequences)
         self.generated_tokens += generated
-        submitted, started, first = request.submitted, request.started or now, request.first_token or now
+        submitted, started, first = request.submitted, request.started, request.first_token
+        assert started is not None
+        assert first is not None
         timing = Timing(queue=started - submitted, first_token=first - submitted, total=now - submitted)
         return FinishedEvent(result, timing, request.cached_tokens, generated)
 

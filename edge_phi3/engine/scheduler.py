@@ -195,7 +195,7 @@ class Scheduler:
     def plan(self, runner: ModelRunner) -> Batch:
         """Write the next batch of a context, making room for it where cells run out.
 
-        It is empty where nothing runs. One request alone always fits, since `refuse_what_never_fits` has let it pass.
+        It is empty where nothing runs, for one request alone always fits: `refuse_what_never_fits` has let it pass.
         """
         while runner.running:
             batch = runner.plan()

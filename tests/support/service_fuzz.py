@@ -141,8 +141,7 @@ class Trial:
             done = self._send_all(server, deque(chain for block in blocks for chain in block))
             asked = [pair for pair in done if pair[0].repeats and self._is_repeated(pair, share)]
             repeated: list[Outcome] = []
-            if not self._lost.is_set():
-                self._note_all(server.troubles())
+            if not self._lost.is_set() and not self._note_all(server.troubles(self._deadline)):
                 repeated = [self._send_alone(server, ask) for ask, _ in asked]
             errors = server.logged_errors()
             self._note_all(errors)
@@ -157,9 +156,10 @@ class Trial:
     def _serving(self, options: list[str]) -> Any:
         return serving(self._folder, str(self._model), *options, store=self._folder)
 
-    def _note_all(self, whats: list[str]) -> None:
+    def _note_all(self, whats: list[str]) -> int:
         for what in whats:
             self._note(what)
+        return len(whats)
 
     def _note(self, what: str, ask: Ask | None = None) -> None:
         self.report.failures.append(Failure(what, self._setup, self._options, ask))
@@ -213,7 +213,7 @@ class Trial:
     # -- alone
 
     def _send_alone(self, server: Server, ask: Ask) -> Outcome:
-        wait_for(server.is_idle)
+        wait_for(server.is_idle, self._deadline)
         return send(server.port, ask, self._deadline)
 
     def _compare(self, fresh: Server, asked: list[tuple[Ask, Outcome]], repeated: list[Outcome]) -> None:

@@ -79,17 +79,19 @@ class AskMaker:
 
     def _named(self) -> list[list[Ask]]:
         beams = {"num_beams": 4, "max_length": 4100, "do_sample": False}
+        drawn = {"num_return_sequences": 4, "max_length": 4100, "do_sample": True, "seed": 3, "eos_token_id": []}
         long_prompt = {"prompt": self._fresh(3000)}
         pairs = [
             [self._of("odd scores", {"prompt": self._words(9), "generate_kwargs": _ODD_SCORES}, rows=1, length=14)]
         ]
         fits = self._setup.cells >= 4 * 4100
         if self._setup.kind == "128k" and self._longest >= 3000:
-            crossing = {"kind": "crossing beams", "path": CHAT, "repeats": True, "always": True}
+            crossing = {"kind": "crossing", "path": CHAT, "repeats": True, "always": True}
             crossing |= {"must": "answer" if fits else ""}
             pairs += [
                 [Ask(body=long_prompt | {"generate_kwargs": beams}, **crossing)],
                 [Ask(body=long_prompt | {"generate_kwargs": beams | {"seed": 1}}, **crossing)],
+                [Ask(body=long_prompt | {"generate_kwargs": drawn}, **crossing)],
             ]
         if self._setup.window == 2047 and self._longest >= 2000:
             one = {"do_sample": False, "max_new_tokens": 120, "eos_token_id": []}
