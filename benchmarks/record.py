@@ -59,11 +59,7 @@ SUITES = {
         Suite(
             "prefix_cache",
             "The prefix cache",
-            "Finding the cached sequence that shares the longest prefix with a prompt, in the radix tree and by"
-            " looking at"
-            " each sequence in turn; and the time to the first token behind 1,000 tokens that an earlier request"
-            " shared,"
-            " with the cache and without.",
+            "Time to the first token behind 1,000 tokens that an earlier request shared, with the cache and without.",
         ),
         Suite(
             "http_overhead",

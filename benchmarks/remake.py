@@ -80,15 +80,8 @@ PARTS = (
         peers=True,
     ),
     Part(
-        "engine_18m",
-        f"{_RATIOS} --models 18m --parts throughput,stream,prefix,health",
-        _ENGINE,
-        peers=True,
-    ),
-    # Each turn of the large model takes twenty times as long: fewer turns, and fewer requests in each.
-    Part(
-        "engine_0.65b",
-        f"{_RATIOS} --models 0.65b --rounds 3 --requests 2 --parts throughput,stream,prefix",
+        "engine",
+        f"{_RATIOS} --models 0.65b --rounds 3 --requests 2 --parts throughput,stream,prefix,health",
         _ENGINE,
         peers=True,
     ),
