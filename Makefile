@@ -7,16 +7,22 @@ PORT   ?= 8080
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types layers check bench measure report lock clean
+.PHONY: help serve test test-all lint types layers check bench measure report lock clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 serve: $(VENV)/serve.stamp ## convert, quantise and serve the demo model on port $(PORT)
 	@exec $(BIN)/edge-phi3 serve $(MODEL) --port $(PORT)
 
 test: $(VENV)/dev.stamp ## run the whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-all: test ## and what takes longer: random lives of the engine and requests to the service, by the thousand
+	$(BIN)/python -m tests.support.fuzz --scenarios 50000 --real-thread 500
+	$(BIN)/python -m tests.support.service_fuzz --requests 2000
+	$(BIN)/python -m benchmarks.churn
+	$(BIN)/python -m benchmarks.churn --sliding-window
 
 lint: $(VENV)/dev.stamp ## lint, and check the format
 	$(BIN)/ruff check .

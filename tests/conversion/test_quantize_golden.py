@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def test_every_case_is_recorded() -> None:
     assert len(set(RECORDED.values())) == len(CASES)
 
 
+# Where a processor's plain instructions include a fused multiplication and addition, compilers make use of it, and a
+# weight between two steps may be rounded to the other. x86-64 has none, whatever the processor.
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="recorded on x86-64")
 @pytest.mark.parametrize("kind", CASES)
 def test_the_tensors_are_llama_quantizes(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     model, matrix = inputs

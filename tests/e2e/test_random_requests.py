@@ -122,11 +122,11 @@ def test_beams_whose_clients_leave_do_not_touch_the_answers_beside_them(model: M
     # So many cells that a cache with a part for each sequence would have room for eight beams.
     setup = Setup("128k", ctx_size=65536, request_timeout=PATIENCE)
     maker = AskMaker(5, setup, longest=100)
-    blocks = [maker.crosstalk() for _ in range(6)]
+    blocks = [maker.crosstalk() for _ in range(4)]
     trial = Trial(setup, model("128k"), folder, known=known_options(), seed=5, threads=16, refusal=math.inf)
     report = trial.run(blocks, share=0)
     assert [failure.to_json() for failure in report.failures] == []
-    assert report.counts["greedy beside", "equal"] + report.counts["greedy beside", "by rounding"] == 6 * 12
+    assert report.counts["greedy beside", "equal"] + report.counts["greedy beside", "by rounding"] == 4 * 12
 
 
 @pytest.mark.parametrize("options", [(), ("--ctx-size", "8000")], ids=["defaults", "8,000 cells"])
@@ -161,7 +161,7 @@ def test_several_sequences_fit_beside_another_request_whose_window_has_moved(mod
 @pytest.mark.parametrize("window", ["window of 64", "window of 16", "window of 3"])
 def test_small_windows_break_nothing(model: Model, folder: Path, window: str) -> None:
     setup = Setup(window, ctx_size=4096, request_timeout=PATIENCE)
-    report = tried(setup, model, folder, seed=12, count=20, longest=500, threads=2, share=0.3)
+    report = tried(setup, model, folder, seed=12, count=15, longest=400, threads=2, share=0.3)
     assert [failure.to_json() for failure in report.failures] == []
 
 
@@ -171,6 +171,8 @@ def test_scores_that_leave_no_token_fail_that_request_alone(folder: Path, store:
     questions = [f"<|user|>\n{entry['question']}<|end|>\n<|assistant|>\n" for entry in QUESTIONS]
     asked = ask(questions[0], do_sample=False)
     with served(folder, store=store) as server:
+        alone = [send(server.port, ask(question, **odd), PATIENCE) for question in questions]
+        assert [outcome for outcome in alone if not is_answered_or_refused(outcome)] == []
         outcomes = send_together(server, [asked, *(ask(question, **odd) for question in questions * 2)])
         assert [outcome for outcome in outcomes if not is_answered_or_refused(outcome)] == []
         assert is_answered(outcomes[0])

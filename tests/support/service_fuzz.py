@@ -50,7 +50,6 @@ _SLACK = 30.0
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 _TOLERANCE = 1e-3
 _NOISES = (1e-5,) * 10 + (1e-4,) * 10
-
 _MOST_DOUBTS = 5
 """Differences of one service that are looked into; where there are more, it is not rounding."""
 
@@ -143,6 +142,7 @@ class Trial:
             repeated: list[Outcome] = []
             if not self._lost.is_set() and not self._note_all(server.troubles(self._deadline)):
                 repeated = [self._send_alone(server, ask) for ask, _ in asked]
+                self._note_all(server.troubles(self._deadline))
             errors = server.logged_errors()
             self._note_all(errors)
             self._stop_while_busy(server)
@@ -287,7 +287,7 @@ def _runs(thread: threading.Thread) -> bool:
 
 def _is_alive(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/livez", timeout=60).status_code == 200
+        return server.get("/livez").status_code == 200
     except httpx.HTTPError:
         return False
 

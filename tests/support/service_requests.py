@@ -81,9 +81,8 @@ class AskMaker:
         beams = {"num_beams": 4, "max_length": 4100, "do_sample": False}
         drawn = {"num_return_sequences": 4, "max_length": 4100, "do_sample": True, "seed": 3, "eos_token_id": []}
         long_prompt = {"prompt": self._fresh(3000)}
-        pairs = [
-            [self._of("odd scores", {"prompt": self._words(9), "generate_kwargs": _ODD_SCORES}, rows=1, length=14)]
-        ]
+        odd = {"prompt": self._words(9), "generate_kwargs": _ODD_SCORES | {"seed": 8}}
+        pairs = [[Ask("odd scores", CHAT, odd, repeats=True, always=True)]]
         fits = self._setup.cells >= 4 * 4100
         if self._setup.kind == "128k" and self._longest >= 3000:
             crossing = {"kind": "crossing", "path": CHAT, "repeats": True, "always": True}
@@ -241,6 +240,8 @@ class AskMaker:
         stream = self._chance.random() < 0.2
         body = {"prompt": self._words(prompt), "generate_kwargs": kwargs, "return_full_text": False}
         body |= {"stream": True} if stream else {}
+        if self._chance.random() < 0.05:
+            return Ask("hole", CHAT, body | {"handle_long_generation": "hole"}, repeats="seed" in kwargs)
         return self._of(f"{mode}, stream" if stream else mode, body, rows, prompt + new)
 
     def _openai(self, new: int) -> tuple[str, dict[str, Any], int]:

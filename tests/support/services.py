@@ -21,9 +21,13 @@ import httpx
 from tests.ports import free_port
 
 COMMAND = str(Path(sys.executable).with_name("edge-phi3"))
+_TAKEN = ("num_requests_running", "num_requests_waiting", "num_sequences_running", "kv_cache_cells_used")
 HEALTH = ("/healthz", "/livez", "/readyz")
 PATIENCE = 600.0
 """Seconds until what comes in a few on a quiet machine counts as lost."""
+
+_HTTP = httpx.Client(verify=False, trust_env=False, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
+"""Asks often; `httpx.get` would read the certificates of the machine each time."""
 
 _GAUGE = re.compile(r"^edge_phi3_(\w+?)(?:\{.*\})? ([-+.0-9e]+)$", re.MULTILINE)
 
@@ -55,7 +59,7 @@ class Server:
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         """Ask for a path."""
-        return httpx.get(f"{self.url}{path}", timeout=PATIENCE, **options)
+        return _HTTP.get(f"{self.url}{path}", **options)
 
     def metrics(self) -> dict[str, float]:
         """Give its metrics that have one value, by their names without the prefix."""
@@ -63,20 +67,17 @@ class Server:
         return {name: float(value) for name, value in _GAUGE.findall(text)}
 
     def is_idle(self) -> bool:
-        """Say whether no request runs or waits, and no cell of the KV cache is taken."""
+        """Say whether no request runs or waits, and no sequence and no cell of the KV cache is taken."""
         metrics = self.metrics()
-        return not any(
-            metrics[name] for name in ("num_requests_running", "num_requests_waiting", "kv_cache_cells_used")
-        )
+        return not any(metrics[name] for name in _TAKEN)
 
     def troubles(self, patience: float = PATIENCE) -> list[str]:
         """Wait until it is idle, and say what is not as it should be with a service at rest."""
         found = []
         try:
             if not wait_for(self.is_idle, patience):
-                names = ("num_requests_running", "num_requests_waiting", "num_sequences_running", "kv_cache_cells_used")
                 metrics = self.metrics()
-                found.append("it does not come to rest: " + ", ".join(f"{name} {metrics[name]:g}" for name in names))
+                found.append("it does not come to rest: " + ", ".join(f"{name} {metrics[name]:g}" for name in _TAKEN))
             for route in HEALTH:
                 response = self.get(route)
                 if response.status_code != 200:
@@ -134,7 +135,7 @@ def serving(folder: Path, *arguments: str, store: Path, command: Sequence[str] =
     try:
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{server.url}/readyz").status_code == 200:
+                if server.get("/readyz").status_code == 200:
                     break
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
