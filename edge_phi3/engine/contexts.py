@@ -23,6 +23,7 @@ class DecodeContext(Protocol):
     Attributes:
         cells: KV cells.
         sequences: how many sequence ids there are, from 0.
+        scratch: an id beyond them, empty between calls.
         batch_size: how many tokens one call takes at most.
         offloaded: whether the cells lie on a GPU.
         saves: whether `save` and `restore` are fast enough to be of use.
@@ -34,6 +35,7 @@ class DecodeContext(Protocol):
 
     cells: int
     sequences: int
+    scratch: int
     batch_size: int
     offloaded: bool
     saves: bool

@@ -62,6 +62,7 @@ class Engine:
         self._closing = threading.Lock()
         self._loaded: LoadedModel | None = None
         self._core: EngineCore | None = None
+        self._watchdog: Watchdog | None = None
 
     # -- life
 
@@ -234,7 +235,7 @@ class Engine:
             return
         if not self._stopping:
             self._set_status("ready", "")
-        watchdog = self._watch(core)
+        watchdog = self._watchdog = self._watch(core)
         self._loading.set_result(loaded)
         try:
             while not self._stopping:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from edge_phi3.engine.batch_sizes import measure
 from edge_phi3.engine.contexts import ContextShape, context_shapes
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.model_runner import ModelRunner
@@ -100,6 +101,7 @@ def _runner(
         window=_sliding_window(model),
         window_chunk=settings.window_chunk,
         host_cache=HostCache(capacity) if settings.prefix_cache and context.saves else None,
+        sizes=None if context.offloaded else measure(context),
     )
 
 

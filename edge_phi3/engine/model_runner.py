@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.contexts import DecodeContext
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
@@ -32,11 +33,13 @@ class Batch:
 
     Attributes:
         count: tokens in the batch.
+        padding: how many of them, at its end, nobody reads.
         choosing: the requests whose decoders get logits, in the order of the logits' rows.
         members: the requests that have tokens in it.
     """
 
     count: int = 0
+    padding: int = 0
     choosing: list[RunningRequest] = field(default_factory=list)
     members: list[RunningRequest] = field(default_factory=list)
 
@@ -50,6 +53,7 @@ class ModelRunner:
         window: how many tokens attention reaches back, the token itself included; None for all.
         window_chunk: tokens of a prompt fed at a time beyond the window.
         host_cache: where finished sequences are kept for later prompts; None for nowhere.
+        sizes: which numbers of rows are fast; None to decode all together.
 
     Attributes:
         kv: whose cells are which.
@@ -64,6 +68,7 @@ class ModelRunner:
         window: int | None = None,
         window_chunk: int = 1,
         host_cache: HostCache | None = None,
+        sizes: BatchSizes | None = None,
     ) -> None:
         self.context = context
         self.max_tokens = max_tokens
@@ -71,6 +76,8 @@ class ModelRunner:
         self.running: list[RunningRequest] = []
         self._window = window
         self._window_chunk = window_chunk
+        self._sizes = sizes
+        self._batches = 0
 
     def cells_needed(self, prompt_length: int, length: int, rows: int) -> int:
         """Return the most cells that a request holds from its prompt on until its rows have so many tokens.
@@ -93,9 +100,14 @@ class ModelRunner:
         for request in self.running:
             self._part_rows(request)
         decoding = [request for request in self.running if request.decoding]
+        alone = len(decoding) == len(self.running)
+        if alone and self._sizes is not None:
+            decoding = self._in_turn(decoding, self._sizes)
         if not self._add_rows(batch, decoding):
             return batch
-        if len(decoding) < len(self.running):
+        if alone and self._sizes is not None:
+            self._pad(batch, self._sizes.padding(batch.count))
+        if not alone:
             for request in self.running:
                 if request not in decoding and batch.count < self.context.batch_size:
                     self._add_prompt(batch, request)
@@ -110,7 +122,35 @@ class ModelRunner:
         Raises:
             DecodeFailedError: it failed.
         """
-        return self.context.decode(batch.count, sum(request.decoder.rows for request in batch.choosing))
+        rows = sum(request.decoder.rows for request in batch.choosing)
+        logits = self.context.decode(batch.count, rows + batch.padding)
+        if batch.padding:
+            self.context.remove(self.context.scratch, -1, -1)
+        return logits[:rows]
+
+    def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
+        """Return the requests that go on now: all, or those whose last token is the oldest."""
+        self._batches += 1
+        most = sizes.first(sum(len(request.sequences) for request in decoding))
+        chosen: list[RunningRequest] = []
+        for request in sorted(decoding, key=lambda request: request.batch):
+            if most > 0:
+                chosen.append(request)
+                most -= len(request.sequences)
+                request.batch = self._batches
+        return chosen
+
+    def _pad(self, batch: Batch, wanted: int) -> None:
+        """Add tokens that nobody reads, as far as there is room for them."""
+        context, start = self.context, batch.count
+        batch.padding = min(wanted, self.kv.free, context.batch_size - start)
+        part = slice(start, start + batch.padding)
+        context.tokens[part] = 0
+        context.positions[part] = np.arange(batch.padding, dtype=np.int32)
+        context.seq_ids[part] = context.scratch
+        # The output layer's batch is that of the rows with logits.
+        context.wants_logits[part] = 1
+        batch.count += batch.padding
 
     def _add_rows(self, batch: Batch, decoding: list[RunningRequest]) -> bool:
         """Add the last token of each row of the requests that decode; False when there are too few cells."""

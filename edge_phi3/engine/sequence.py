@@ -118,6 +118,7 @@ class RunningRequest:
         exact: whether it runs alone in a cleared context, so that its answer repeats to the bit.
         sequences: its sequences in the context where it runs; none while it waits.
         stem: how many of its first tokens are computed in one sequence, before its rows part.
+        batch: the number of the last batch in its context that took its rows, where they take turns.
         started: when it was first in a batch, or None.
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
@@ -133,6 +134,7 @@ class RunningRequest:
     exact: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     stem: int = 0
+    batch: int = 0
     started: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0

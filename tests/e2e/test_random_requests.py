@@ -129,7 +129,11 @@ def test_beams_whose_clients_leave_do_not_touch_the_answers_beside_them(model: M
     assert report.counts["greedy beside", "equal"] + report.counts["greedy beside", "by rounding"] == 4 * 12
 
 
-@pytest.mark.parametrize("options", [(), ("--ctx-size", "8000")], ids=["defaults", "8,000 cells"])
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--ctx-size", "8000"), ("--ctx-size", "20000")],
+    ids=["defaults", "8,000 cells", "enough cells for all of it"],
+)
 @pytest.mark.parametrize("seed", [{}, {"seed": 1}], ids=["no seed", "seed"])
 @pytest.mark.parametrize(
     "kwargs",
@@ -144,7 +148,7 @@ def test_sequences_that_outgrow_the_original_context_stop_nobody(
         crossing, beside, drawn = send_together(
             server, [ask(3000, **kwargs, **seed), short, ask(9, max_new_tokens=4, seed=2)]
         )
-        assert is_answered_or_refused(crossing), crossing
+        assert is_answered(crossing) or ("20000" not in options and is_answered_or_refused(crossing)), crossing
         assert is_answered(beside), beside
         assert is_answered(drawn), drawn
         assert is_answered(send(server.port, short, PATIENCE))

@@ -70,12 +70,12 @@ def engine_at_rest(engine: Engine) -> Iterator[None]:
 
     def rest() -> None:
         rests.set()
-        go.wait(60)
+        go.wait(600)
         step()
 
     core.step = rest
     core.wake()
-    assert rests.wait(60)
+    assert rests.wait(600)
     try:
         yield
     finally:

@@ -10,7 +10,8 @@ import pytest
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
 from edge_phi3.llama.context import Context
-from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests import paced
+from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.engine.test_engine import _wait_until as wait_until
 
@@ -61,14 +62,17 @@ def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: Mak
     with running_engine(make_model("4k"), ctx_size=4096) as engine:
         kept = ask(engine, np.concatenate([common, rest[0]]), max_new_tokens=8, **ENDLESS)
         settled(engine)
-        other = Asked(engine, np.concatenate([common, rest[1]]), stream=True, max_new_tokens=900, **ENDLESS)
-        other.events.get(timeout=30)
-        used = engine.stats().cells_used
-        again = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=8, **ENDLESS)
-        again.events.get(timeout=30)
-        # The whole blocks of the common beginning, two of 256, belong to both.
-        assert engine.stats().cells_used - used < 1000 - 512 + 64
-        event = again.finished()
+        with paced.slowly():
+            other = Asked(engine, np.concatenate([common, rest[1]]), stream=True, max_new_tokens=900, **ENDLESS)
+            other.events.get(timeout=300)
+            again = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=8, **ENDLESS)
+            again.events.get(timeout=300)
+            with engine_at_rest(engine):
+                (runner,) = engine.model.runners
+                lengths = sum(runner.kv.length)
+                # The whole blocks of the common beginning, two of 256, belong to both.
+                assert runner.kv.used == lengths - 512
+            event = again.finished()
         assert event.cached_tokens == 999
         assert generated(event) == kept
         engine.cancel(other.running)
@@ -81,9 +85,10 @@ def test_running_prompts_share_cells_where_nothing_can_be_kept(
     monkeypatch.setattr(Context, "saves", property(lambda _: False, lambda *_: None), raising=False)
     common, rest = prompt(1, 600), [prompt(seed, 40) for seed in (2, 3)]
     with running_engine(make_model("4k"), ctx_size=4096) as engine:
-        other = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=900, **ENDLESS)
-        other.events.get(timeout=30)
-        event = Asked(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS).finished()
+        with paced.slowly():
+            other = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=900, **ENDLESS)
+            other.events.get(timeout=300)
+            event = Asked(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS).finished()
         assert event.cached_tokens == 600
         engine.cancel(other.running)
         settled(engine)
@@ -146,10 +151,10 @@ def test_a_seed_repeats_exactly_on_a_quantised_model_wherever_its_cells_lie(
     beams = {"num_beams": 3, "max_new_tokens": 12, **ENDLESS, "do_sample": True, "seed": 8}
     with running_engine(quantised, kv_cache_type="f16", exact_seeds=True) as engine:
         expected, searched = ask(engine, prompt(1, 45), **options), ask(engine, prompt(2, 300), **beams)
-        others = [Asked(engine, prompt(seed, 50), max_new_tokens=200, **ENDLESS) for seed in range(2, 9)]
-        wait_until(lambda: engine.stats().running == len(others))
-        together = [Asked(engine, prompt(1, 45), **options) for _ in range(3)]
-        also = Asked(engine, prompt(2, 300), **beams)
+        with engine_at_rest(engine):
+            others = [Asked(engine, prompt(seed, 50), max_new_tokens=200, **ENDLESS) for seed in range(2, 9)]
+            together = [Asked(engine, prompt(1, 45), **options) for _ in range(3)]
+            also = Asked(engine, prompt(2, 300), **beams)
         assert [generated(one.finished()) for one in together] == [expected] * 3
         assert generated(also.finished()) == searched
         for other in others:

@@ -114,21 +114,40 @@ def _stuck(engine: Engine) -> threading.Event:
     decode = context.decode
 
     def never(count: int, rows: int) -> Any:
-        go.wait(120)
+        go.wait()
         return decode(count, rows)
 
     context.decode = never  # type: ignore[method-assign]
     return go
 
 
+def _hours(engine: Engine) -> Callable[[int], None]:
+    """Give what lets the engine's watchdog look now, and every ten minutes of so many hours, which pass at once."""
+    watchdog = engine._watchdog
+    assert watchdog is not None
+    now = [time.monotonic()]
+    watchdog._clock = lambda: now[0]
+
+    def look(hours: int) -> None:
+        watchdog.look()
+        for _ in range(6 * hours):
+            now[0] += 600
+            watchdog.look()
+
+    return look
+
+
 def test_requests_of_a_stalled_engine_fail_and_it_goes_on_when_the_step_comes(
     make_model: MakeModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with running_engine(make_model("4k"), stall_timeout=0.5) as engine:
+    with running_engine(make_model("4k"), stall_timeout=36_000.0) as engine:
         expected = ask(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS)
         go = _stuck(engine)
         with caplog.at_level(logging.CRITICAL):
             asked = Asked(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS)
+            wait_until(lambda: engine.stats().running == 1)
+            look = _hours(engine)
+            look(11)
             with pytest.raises(InternalError, match="completed no step"):
                 asked.finished()
         assert "in never" in caplog.text, "the log tells where the thread stands"
@@ -136,8 +155,9 @@ def test_requests_of_a_stalled_engine_fail_and_it_goes_on_when_the_step_comes(
         with pytest.raises(EngineStoppedError, match="completed no step"):
             Asked(engine, prompt(1, 20), max_new_tokens=5)
         go.set()
-        wait_until(lambda: engine.status == "ready")
         wait_until(lambda: engine.stats().running == 0)
+        look(0)
+        assert engine.status == "ready"
         assert ask(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS) == expected
 
 
@@ -145,14 +165,12 @@ def test_draining_ends_although_the_thread_never_comes_back(make_model: MakeMode
     with running_engine(make_model("4k"), stall_timeout=0.0) as engine:
         go = _stuck(engine)
         asked = Asked(engine, prompt(1, 20), max_new_tokens=5)
-        started = time.monotonic()
-        asyncio.run(engine.drain(2.0))
-        assert time.monotonic() - started < 60, "the thread would have waited for 120 seconds"
+        asyncio.run(engine.drain(2.0))  # the thread waits for ever
         with pytest.raises(InternalError, match="is stopping"):
             asked.finished()
         assert not engine.close(0.0)
         go.set()
-        engine._thread.join(60)
+        engine._thread.join(600)
         assert engine.close(), "what was left is freed once the thread has ended"
 
 
@@ -166,15 +184,15 @@ from tests.engine.conftest import Asked
 engine = Engine(EngineSettings(Path(sys.argv[1]), stall_timeout=0.5, exit_on_stall=True))
 engine.load()
 engine.model.runners[0].context.decode = lambda count, rows: threading.Event().wait()
-Asked(engine, [300, 301], max_new_tokens=5)
 print("asked", flush=True)
-threading.Event().wait(120)
+Asked(engine, [300, 301], max_new_tokens=5)
+threading.Event().wait()
 """
 
 
 def test_the_process_exits_with_1_when_the_stall_goes_on(make_model: MakeModel) -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", LOST, str(make_model("4k"))]
-    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert ended.stdout == "asked\n"
     assert ended.returncode == 1, ended.stderr

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.host_cache import Block, HostCache
@@ -111,6 +112,9 @@ def make_core(
                 window=None if scenario.window is None else scenario.window + wrong_window,
                 window_chunk=scenario.window_chunk,
                 host_cache=host_cache,
+                sizes=BatchSizes({rows: float(size) for rows, size in enumerate(scenario.sizes, 1)})
+                if scenario.sizes
+                else None,
             )
         )
     scheduler = Scheduler(

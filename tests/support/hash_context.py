@@ -135,7 +135,7 @@ class HashContext:
         seq_ids, wants = self.seq_ids[:count].tolist(), self.wants_logits[:count].nonzero()[0].tolist()
         self._check(len(wants) == rows, f"{rows} rows of logits are expected, {len(wants)} are asked for")
         self._check(min(tokens) >= 0 and max(tokens) < self.vocab_size, f"a token beyond the vocabulary: {tokens}")
-        self._check(min(seq_ids) >= 0 and max(seq_ids) < self.sequences, f"a sequence that is none: {seq_ids}")
+        self._check(min(seq_ids) >= 0 and max(seq_ids) <= self.scratch, f"a sequence that is none: {seq_ids}")
         failure = self._failure()
         self.decodes += 1
         attended = self._attended(seq_ids, positions)
@@ -203,7 +203,8 @@ class HashContext:
             end = ends.get(seq_id, position - 1)
             self._check(position == end + 1, f"sequence {seq_id} goes on with position {position} after {end}")
             ends[seq_id] = position
-            self._check_window(seq_id, begin, position)
+            if seq_id != self.scratch:  # what lies there only fills a batch up
+                self._check_window(seq_id, begin, position)
         return dict(zip(unique, sums.tolist(), strict=True))
 
     def _check_window(self, seq_id: int, begin: int, position: int) -> None:
@@ -340,7 +341,7 @@ class HashContext:
     def _check_ids(self, *seq_ids: int) -> None:
         self._check(not self._closed, "a closed context is used")
         for seq_id in seq_ids:
-            self._check(0 <= seq_id < self.sequences, f"there is no sequence {seq_id}")
+            self._check(0 <= seq_id <= self.scratch, f"there is no sequence {seq_id}")
 
     def _check(self, right: bool, message: str) -> None:
         if not right:

@@ -124,6 +124,7 @@ class Scenario(_Short):
     Attributes:
         cells: of each context, one or two.
         max_tokens: the longest sequence of the first context, or None; where there is but one, none is longer.
+        sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
         failures: decodes that fail.
         stop_at: the step before which the engine is stopped, or None.
     """
@@ -141,6 +142,7 @@ class Scenario(_Short):
     exact_seeds: bool = False
     max_queue: int = 256
     offloaded: bool = False
+    sizes: tuple[int, ...] = ()
     failures: tuple[Failure, ...] = ()
     stop_at: int | None = None
 

@@ -14,6 +14,7 @@ _SIMPLER: dict[str, object] = {
     "share_prefixes": False,
     "exact_seeds": False,
     "offloaded": False,
+    "sizes": (),
     "max_queue": 256,
     "window": None,
     "window_chunk": 1,
