@@ -158,7 +158,7 @@ def _sentence(body: dict[str, Any]) -> str:
 
 def _events(content: bytes) -> Iterator[tuple[str, str]]:
     for block in content.decode().split("\n\n"):
-        lines = [line.partition(": ") for line in block.splitlines() if not line.startswith(":")]
+        lines = [line.partition(": ") for line in block.split("\n") if not line.startswith(":")]
         fields = {name: value for name, _, value in lines}
         if "data" in fields:
             yield fields.get("event", ""), fields["data"]

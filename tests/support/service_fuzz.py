@@ -271,11 +271,11 @@ class Trial:
                 client.start()
             wait_for(lambda: bool(server.metrics()["num_requests_running"]) or not any(map(_runs, clients)))
         try:
-            code, _ = server.stop(patience=90)
+            code, _ = server.stop(patience=self._deadline)
             if code != 0:
                 self._note(f"SIGTERM ends it with exit code {code}")
         except subprocess.TimeoutExpired:
-            self._note("SIGTERM does not end it within 90 seconds")
+            self._note(f"SIGTERM does not end it within {self._deadline:g} seconds")
             server.process.kill()
         for client in filter(_runs, clients):
             client.join()
