@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.services import PATIENCE, Server, serving
-
-__all__ = ["PATIENCE", "Server", "serving"]
+from tests.support.services import Server, serving
 
 
 @pytest.fixture(scope="session")

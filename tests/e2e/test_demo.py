@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from edge_phi3.demo import DEMO_CHECKPOINT
-from tests.e2e.conftest import PATIENCE, Server, serving
+from tests.support.services import PATIENCE, Server, serving
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 
 from tests import paced
-from tests.e2e.conftest import PATIENCE, Server, serving
+from tests.support.services import PATIENCE, Server, serving
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=1000 * PATIENCE)  # machines may be busy; what is there is seen at once

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
-from tests.e2e.conftest import PATIENCE, Server
+from tests.support.services import PATIENCE, Server
 from tests.ui.conftest import Playground
 
 QUESTION = "What does json.dumps do?"

@@ -8,7 +8,7 @@ import pytest
 from edge_phi3 import __version__
 from edge_phi3.api.ui import GROUPS, groups_of, prefers_html
 from edge_phi3.generation.parameters import PARAMETERS
-from tests.e2e.conftest import PATIENCE, Server
+from tests.support.services import PATIENCE, Server
 
 CHROMIUM = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, expect
 from edge_phi3.api.service import LoadCancelledError, Say
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import running
-from tests.e2e.conftest import PATIENCE, Server, serving
+from tests.support.services import PATIENCE, Server, serving
 from tests.ui.conftest import OPTIONS, Playground, watched
 
 KEY = "correct-horse"
