@@ -36,7 +36,9 @@ class BatchSizes:
     @functools.cache  # noqa: B019 - there is one of these for each context, as long as the process lives
     def padding(self, rows: int) -> int:
         """Return how many tokens more make a batch of so many rows faster; 0 for none."""
-        best = min(range(rows, self._largest + 1), key=self._time, default=rows)
+        if rows >= self._largest:
+            return 0
+        best = min(range(rows, self._largest + 1), key=self._time)
         return best - rows if self._time(best) < _WORTHWHILE * self._time(rows) else 0
 
     @functools.cache  # noqa: B019 - see above
