@@ -130,14 +130,12 @@ class ModelRunner:
 
     def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
         """Return the requests that go on now: all, or those whose last token is the oldest."""
-        self._batches += 1
         most = sizes.first(sum(len(request.sequences) for request in decoding))
         chosen: list[RunningRequest] = []
         for request in sorted(decoding, key=lambda request: request.batch):
             if most > 0:
                 chosen.append(request)
                 most -= len(request.sequences)
-                request.batch = self._batches
         return chosen
 
     def _pad(self, batch: Batch, wanted: int) -> None:
@@ -167,6 +165,9 @@ class ModelRunner:
         context.positions[:count] = [sequence.computed for sequence in rows]
         context.seq_ids[:count] = [sequence.seq_id for sequence in rows]
         context.wants_logits[:count] = 1
+        self._batches += 1
+        for request in decoding:
+            request.batch = self._batches
         for sequence in rows:
             kv.append(sequence.seq_id, 1)
             sequence.computed += 1
