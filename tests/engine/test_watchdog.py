@@ -143,7 +143,7 @@ def test_requests_of_a_stalled_engine_fail_and_it_goes_on_when_the_step_comes(
     with running_engine(make_model("4k"), stall_timeout=36_000.0) as engine:
         expected = ask(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS)
         go = _stuck(engine)
-        with caplog.at_level(logging.CRITICAL):
+        with caplog.at_level(logging.CRITICAL, "edge_phi3"):
             asked = Asked(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS)
             wait_until(lambda: engine.stats().running == 1)
             look = _hours(engine)

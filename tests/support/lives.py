@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections import Counter
@@ -37,6 +38,18 @@ def live(scenario: Scenario, **options: object) -> Counter[str]:
     return Life(scenario, **options).run()
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what the engine logs to itself: lives meet thousands of errors on purpose."""
+    logger = logging.getLogger("edge_phi3")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class Life:
     """One life.
 
@@ -46,7 +59,6 @@ class Life:
     """
 
     def __init__(self, scenario: Scenario, **options: object) -> None:
-        logging.getLogger("edge_phi3").setLevel(logging.CRITICAL + 1)
         self.scenario = scenario
         self.now = 1.0
         self.core, self.contexts = make_core(scenario, lambda: self.now, **options)  # type: ignore[arg-type]
@@ -61,6 +73,10 @@ class Life:
 
     def run(self) -> Counter[str]:
         """Live to the end."""
+        with quiet():
+            return self._run()
+
+    def _run(self) -> Counter[str]:
         asks = self.scenario.asks
         last = max((ask.arrives for ask in asks), default=0)
         number = 0

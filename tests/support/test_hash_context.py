@@ -202,7 +202,7 @@ MISUSE: dict[str, Any] = {
     "a position is left out": lambda context: decode(context, 0, 4, [5]),
     "a position comes twice": lambda context: decode(context, 0, 2, [5]),
     "a sequence begins late": lambda context: decode(context, 1, 1, [5]),
-    "there is no such sequence": lambda context: decode(context, 4, 0, [5]),
+    "there is no such sequence": lambda context: decode(context, 5, 0, [5]),
     "there is no such token": lambda context: decode(context, 1, 0, [VOCABULARY]),
     "other logits are asked for": lambda context: (decode(context, 1, 0, [5]), context.decode(1, 0)),
     "an empty batch": lambda context: context.decode(0, 0),

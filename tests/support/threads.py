@@ -35,7 +35,7 @@ class ThreadedLife(Life):
         for client in self.clients:
             _ = client.expected  # so that nothing but asking is left for the threads
 
-    def run(self) -> Counter[str]:
+    def _run(self) -> Counter[str]:
         """Live to the end."""
         threads = [threading.Thread(target=self._guarded, args=(self._take_steps,), daemon=True)]
         threads += [
