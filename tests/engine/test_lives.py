@@ -19,7 +19,7 @@ from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.fuzz import time_limit
-from tests.support.hash_context import HashContext
+from tests.support.hash_context import Failure, HashContext
 from tests.support.lives import KINDS, live
 from tests.support.scenario_maker import random_scenario
 from tests.support.scenarios import Ask, Scenario
@@ -142,6 +142,17 @@ FAILED_ONCE = {
         window=5,
         window_chunk=5,
         share_prefixes=False,
+    ),
+    "a failed batch that holds the last of those who came together, but not the one before": Scenario(
+        (
+            Ask((36, 41, 11, 59, 42, 16, 38), {"do_sample": False, "max_new_tokens": 1}),
+            Ask((61, 47), {"do_sample": True, "max_length": 25}),
+            Ask((61,), {"do_sample": False, "max_new_tokens": 1}),
+        ),
+        cells=(174,),
+        batch_size=8,
+        share_prefixes=False,
+        failures=(Failure(0, 1, 1, False, 0),),
     ),
 }
 

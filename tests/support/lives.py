@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, RequestTooLargeError
-from edge_phi3.engine.sequence import FinishedEvent
+from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.sequence import FinishedEvent, RunningRequest
 from edge_phi3.llama.errors import DecodeFailedError
 from tests.support.clients import Client
 from tests.support.cores import CheckedHostCache, make_core
@@ -77,6 +78,7 @@ class Life:
             return self._run()
 
     def _run(self) -> Counter[str]:
+        self._watch_admissions()
         asks = self.scenario.asks
         last = max((ask.arrives for ask in asks), default=0)
         number = 0
@@ -116,7 +118,7 @@ class Life:
 
     def _step(self) -> None:
         core, clients = self.core, self.clients
-        queues, running, progress = self._queues(), self._running(), self._progress()
+        running, progress = self._running(), self._progress()
         failures = [len(context.failed) for context in self.contexts]
         started = {client.number for client in clients if client.ended}
         lengths, traces = self._lengths(), self._traces()
@@ -133,7 +135,6 @@ class Life:
         news = [client for client in clients if client.ended and client.number not in started]
         for client in news:
             client.check_events()
-        self._check_order(queues, running, news)
         self._check_preempted(running, failures)
         self._check_exact(running, traces, news)
         if failures == [len(context.failed) for context in self.contexts]:
@@ -172,15 +173,17 @@ class Life:
         waiting = [each for each in self.clients if each.in_flight and each.running.arrival not in running]  # type: ignore[union-attr]
         return [[each for each in waiting if self._place(each) == place] for place in range(len(self.contexts))]
 
-    def _check_order(self, queues: list[list[Client]], before: list[set[int]], news: list[Client]) -> None:
-        """Check that nobody was admitted before one who waits for the same context and came earlier."""
-        waiting_now = self._queues()
-        for place, (queue, running) in enumerate(zip(queues, self._running(), strict=True)):
-            arrivals = {client.number: client.running.arrival for client in queue if client.running is not None}
-            done = {arrivals[client.number] for client in news if client in queue and self._was_run(client)}
-            entered = (running - before[place]) & set(arrivals.values()) | done
-            left = [arrivals[client.number] for client in waiting_now[place] if client in queue]
-            assert not entered or not left or max(entered) < min(left), f"{max(entered)} overtakes {min(left)}"
+    def _watch_admissions(self) -> None:
+        """Check of each request that is admitted that nobody who came earlier waits for the same context."""
+        enter = self.scheduler._enter
+
+        def watched(request: RunningRequest, runner: ModelRunner) -> None:
+            queue = self._queues()[self.scheduler.runners.index(runner)]
+            first = min(client.running.arrival for client in queue if client.running is not None)
+            assert first == request.arrival, f"{request.arrival} overtakes {first}"
+            enter(request, runner)
+
+        self.scheduler._enter = watched  # type: ignore[method-assign]
 
     def _lengths(self) -> dict[int, int]:
         """Return how long the rows are that only wait for their next token, by arrival."""
@@ -219,10 +222,6 @@ class Life:
                 waiting = {each.running.arrival for each in queues[place] if each.running is not None}
                 back, stayed = before[place] & waiting, before[place] & running
                 assert not back or not stayed or min(back) > max(stayed), f"of {before[place]} {back} were sent back"
-
-    @staticmethod
-    def _was_run(client: Client) -> bool:
-        return not isinstance(client.final, DeadlineExceededError | EngineStoppedError)
 
     def _check_failures(self, before: list[int], news: list[Client]) -> None:
         """Check that a failed batch fails those who had tokens in it, and nobody else."""
