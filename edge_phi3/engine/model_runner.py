@@ -100,17 +100,18 @@ class ModelRunner:
         for request in self.running:
             self._part_rows(request)
         decoding = [request for request in self.running if request.decoding]
-        alone = len(decoding) == len(self.running)
-        if alone and self._sizes is not None:
-            decoding = self._in_turn(decoding, self._sizes)
+        prompts = [request for request in self.running if not request.decoding]
+        # What repeats to the bit does not depend on what was measured when the service started.
+        sizes = None if prompts or any(request.exact for request in decoding) else self._sizes
+        if sizes is not None:
+            decoding = self._in_turn(decoding, sizes)
         if not self._add_rows(batch, decoding):
             return batch
-        if alone and self._sizes is not None:
-            self._pad(batch, self._sizes.padding(batch.count))
-        if not alone:
-            for request in self.running:
-                if request not in decoding and batch.count < self.context.batch_size:
-                    self._add_prompt(batch, request)
+        if sizes is not None:
+            self._pad(batch, sizes.padding(batch.count))
+        for request in prompts:
+            if batch.count < self.context.batch_size:
+                self._add_prompt(batch, request)
         return batch
 
     def decode(self, batch: Batch) -> NDArray[np.float32]:
