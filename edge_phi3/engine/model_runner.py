@@ -97,10 +97,11 @@ class ModelRunner:
         An empty batch means that none of them can go on before another one leaves.
         """
         batch = Batch()
+        decoding: list[RunningRequest] = []
+        prompts: list[RunningRequest] = []
         for request in self.running:
             self._part_rows(request)
-        decoding = [request for request in self.running if request.decoding]
-        prompts = [request for request in self.running if not request.decoding]
+            (decoding if request.decoding else prompts).append(request)
         # What repeats to the bit does not depend on what was measured when the service started.
         sizes = None if prompts or any(request.exact for request in decoding) else self._sizes
         if sizes is not None:

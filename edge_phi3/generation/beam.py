@@ -16,6 +16,7 @@ from edge_phi3.generation.decoding import (
     Step,
     TokenScore,
     Turn,
+    isolated,
 )
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis, Path
@@ -338,8 +339,5 @@ def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, BeamDecoder)
-        try:
-            with np.errstate(all="ignore"):
-                steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
-        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
-            steps[turn.place] = decoder.break_off()
+        with isolated(turn, steps), np.errstate(all="ignore"):
+            steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])

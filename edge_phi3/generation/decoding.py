@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -126,7 +126,7 @@ class Chooser(Protocol):
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         """Choose for all rows of the given requests, and put each request's step into `steps`.
 
-        An exception that one request's parameters cause ends that request alone: see `Decoder.break_off`.
+        An exception that one request's parameters cause ends that request alone: see `isolated`.
         """
 
     def __hash__(self) -> int:
@@ -192,8 +192,7 @@ class Decoder(ABC):
         return self._end(GenerationError(message))
 
     def break_off(self) -> Step:
-        """End the request for the exception that is being handled, which is ours, and log it."""
-        logger.error("A request's tokens cannot be chosen.", exc_info=sys.exception())
+        """End the request for an error of ours."""
         return self._end(InternalGenerationError("The request met an error inside the service; its log tells more."))
 
     def _end(self, error: EdgePhi3Error) -> Step:
@@ -209,6 +208,16 @@ class Decoder(ABC):
         Raises:
             EdgePhi3Error: the request failed.
         """
+
+
+@contextlib.contextmanager
+def isolated(turn: Turn, steps: list[Step]) -> Iterator[None]:
+    """Let an exception inside end the request of this turn alone, and log it."""
+    try:
+        yield
+    except Exception:
+        logger.exception("A request's tokens cannot be chosen.")
+        steps[turn.place] = turn.decoder.break_off()
 
 
 def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.generation.decoding import Chooser, Step, TokenLogprobs, Turn
+from edge_phi3.generation.decoding import Chooser, Step, TokenLogprobs, Turn, isolated
 from edge_phi3.generation.logits import Scores
 from edge_phi3.generation.sampling import SequenceDecoder
 
@@ -38,14 +38,12 @@ class _Watcher:
         for turn, rows in zip(turns, read, strict=True):
             decoder = turn.decoder
             assert isinstance(decoder, SequenceDecoder)
-            try:
+            with isolated(turn, steps):
                 step = steps[turn.place]
                 step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
                 assert decoder.logprobs is not None
                 for (sequence, _), told in zip(step.emitted, step.logprobs, strict=True):
                     decoder.logprobs[sequence].append(told)
-            except Exception:  # noqa: BLE001 - the request's own failure, which is logged
-                steps[turn.place] = decoder.break_off()
 
 
 @cache

@@ -20,6 +20,7 @@ from edge_phi3.generation.decoding import (
     TokenLogprobs,
     TokenScore,
     Turn,
+    isolated,
     rows_of,
 )
 from edge_phi3.generation.drawing import Draws, draw
@@ -137,12 +138,10 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
     going: list[Turn] = []
     for turn in turns:
         decoder = turn.decoder
-        try:
+        with isolated(turn, steps):
             if decoder.processors:
                 decoder.process(logits[turn.row : turn.row + decoder.rows])
             going.append(turn)
-        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
-            steps[turn.place] = decoder.break_off()
     return going
 
 
@@ -159,13 +158,11 @@ def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) ->
         assert isinstance(decoder, SequenceDecoder)
         rows = slice(row, row + decoder.rows)
         row = rows.stop
-        try:
+        with isolated(turn, steps):
             if decoder.records_scores:
                 _record_greedy(decoder, scores[rows], best[rows].tolist())
             # Before the first step, the prompt's one row stands for all sequences.
             steps[turn.place] = decoder.accept_all(best[rows].repeat(len(decoder.live) // decoder.rows))
-        except Exception:  # noqa: BLE001 - as above
-            steps[turn.place] = decoder.break_off()
 
 
 def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) -> None:
@@ -202,18 +199,10 @@ class Sampler:
             draws = _draw_together(going, rows_of(going, logits), uniforms)
         except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
             for turn, drawn in zip(going, uniforms, strict=True):
-                _draw_alone(turn, logits, drawn, steps)
+                with isolated(turn, steps):
+                    _hand_out([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
             return
         _hand_out(going, draws, steps)
-
-
-def _draw_alone(turn: Turn, logits: Scores, uniforms: Sequence[float], steps: list[Step]) -> None:
-    try:
-        draws = _draw_together([turn], rows_of([turn], logits), [uniforms])
-    except Exception:  # noqa: BLE001 - the request's own failure, which is logged
-        steps[turn.place] = turn.decoder.break_off()
-        return
-    _hand_out([turn], draws, steps)
 
 
 @cache
@@ -247,7 +236,7 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         end = at + len(decoder.live)
-        try:
+        with isolated(turn, steps):
             if not all_possible and not draws.possible[at:end].all():
                 steps[turn.place] = decoder.fail(NO_CHOICE)
             else:
@@ -256,6 +245,4 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
                         score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
                         decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
                 steps[turn.place] = decoder.accept_all(tokens[at:end])
-        except Exception:  # noqa: BLE001 - the request's own failure, which is logged
-            steps[turn.place] = decoder.break_off()
         at = end
