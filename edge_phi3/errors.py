@@ -12,3 +12,14 @@ class EdgePhi3Error(Exception):
 
     ``str(error)`` is a whole sentence: what was wrong, what is allowed, and which field or file.
     """
+
+
+class InternalError(EdgePhi3Error):
+    """An error of ours that ended one request.
+
+    Args:
+        detail: what its owner may know.
+    """
+
+    def __init__(self, detail: str = "The request met an error inside the service; its log tells more.") -> None:
+        super().__init__(detail)

@@ -13,18 +13,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, InternalError, QueueFullError
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
+from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
 from edge_phi3.llama.errors import DecodeFailedError
 
 logger = logging.getLogger(__name__)
-
-_INTERNAL = "The request met an error inside the service; its log tells more."
 
 
 class EngineCore:
@@ -256,7 +255,7 @@ class EngineCore:
         logger.error("Request %s fails: %s.", request.request.request_id, why)
         request.failed = True
         self.scheduler.retire(request)
-        self._end(request, InternalError(_INTERNAL))
+        self._end(request, InternalError())
 
     def _recover(self, runner: ModelRunner, batch: Batch, error: DecodeFailedError) -> None:
         """Fail the requests of a batch that could not be decoded; the others go on in a clean context."""

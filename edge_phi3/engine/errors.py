@@ -21,9 +21,5 @@ class DeadlineExceededError(EngineError):
     """The request's time limit passed before it was finished."""
 
 
-class InternalError(EngineError):
-    """An error of the service's own ended the request; its log tells more."""
-
-
 class EngineStoppedError(EngineError):
     """The engine is stopping, or broken, and takes no requests."""

@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.errors import EdgePhi3Error, InternalError
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores
 
@@ -25,10 +25,6 @@ NO_TOKENS: Final = np.empty(0, dtype=np.int32)
 
 class GenerationError(EdgePhi3Error):
     """A request's scores left no token to choose: they held NaN or infinity, or all were banned."""
-
-
-class InternalGenerationError(EdgePhi3Error):
-    """An error of ours while a request's tokens were chosen; the log tells more."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -193,7 +189,7 @@ class Decoder(ABC):
 
     def break_off(self) -> Step:
         """End the request for an error of ours."""
-        return self._end(InternalGenerationError("The request met an error inside the service; its log tells more."))
+        return self._end(InternalError())
 
     def _end(self, error: EdgePhi3Error) -> Step:
         self.error = error

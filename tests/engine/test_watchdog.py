@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.errors import EngineStoppedError, InternalError
+from edge_phi3.engine.errors import EngineStoppedError
 from edge_phi3.engine.watchdog import Watchdog, stacks
+from edge_phi3.errors import InternalError
 from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.engine.test_engine import _wait_until as wait_until

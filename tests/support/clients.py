@@ -12,13 +12,12 @@ from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
     EngineStoppedError,
-    InternalError,
     QueueFullError,
     RequestTooLargeError,
 )
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
+from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
-from edge_phi3.generation.decoding import InternalGenerationError
 from edge_phi3.llama.errors import DecodeFailedError
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
@@ -213,9 +212,7 @@ class Client:
             assert self.events[-1][0] > self.submitted + timeout, f"{name} ends before its time limit"
         else:
             allowed = (DecodeFailedError, EngineStoppedError)
-            why = isinstance(error, allowed) or (
-                self.fired and isinstance(error, InternalError | InternalGenerationError)
-            )
+            why = isinstance(error, allowed) or (self.fired and isinstance(error, InternalError))
             assert why, f"{name} ends with {error!r} for no reason"
 
     def _check_finished(self, event: FinishedEvent) -> None:
