@@ -67,7 +67,7 @@ class Context:
         self.offloaded = settings.n_gpu_layers not in {0, 1} and supports_gpu_offload()
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
-        self.batch_size = max(settings.batch_size, sequences)  # every sequence's next token fits one batch
+        self.batch_size = params.n_batch
         self._allocate_batch(self.batch_size)
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
@@ -205,8 +205,9 @@ def context_parameters(*, cells: int, sequences: int, settings: ContextOptions) 
     """Give the ``llama_context_params`` of a `Context`, all that decides on its memory."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
-    params.n_batch = params.n_ubatch = params.n_outputs_max = max(settings.batch_size, sequences)
     params.n_seq_max = sequences + 1
+    # Each sequence's next token fits one batch; llama.cpp ends the process if there is no room for one output of each.
+    params.n_batch = params.n_ubatch = params.n_outputs_max = max(settings.batch_size, params.n_seq_max)
     params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
     params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
     params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]

@@ -86,6 +86,14 @@ def test_a_small_batch_splits_prompts(make_model: MakeModel) -> None:
         assert engine.stats().steps_total > 300 // 32
 
 
+@pytest.mark.parametrize(("batch_size", "parallel"), [(1, 16), (1, 1), (16, 16), (17, 255)])
+def test_a_batch_has_room_for_every_sequence(make_model: MakeModel, batch_size: int, parallel: int) -> None:
+    with running_engine(make_model("4k")) as engine:
+        expected = ask(engine, prompt(1, 30), max_new_tokens=8)
+    with running_engine(make_model("4k"), batch_size=batch_size, parallel=parallel) as engine:
+        assert ask(engine, prompt(1, 30), max_new_tokens=8) == expected
+
+
 def test_a_long_prompt_does_not_stall_the_others(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), batch_size=64) as engine:
         told: list[str] = []

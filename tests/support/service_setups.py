@@ -48,6 +48,7 @@ class Setup:
         kind: a key of `KINDS`.
         ctx_size: as in ``--ctx-size``, 0 for the default.
         parallel: as in ``--parallel``.
+        batch_size: as in ``--batch-size``.
         prefix_cache: whether finished prefixes are kept, or only one MiB of them.
         exact_seeds: whether a request with a seed repeats to the last bit.
         max_queue: as in ``--max-queue``.
@@ -58,6 +59,7 @@ class Setup:
     kind: str
     ctx_size: int = 0
     parallel: int = 16
+    batch_size: int = 512
     prefix_cache: Literal["on", "off", "tiny"] = "on"
     exact_seeds: bool = False
     max_queue: int = 256
@@ -96,7 +98,7 @@ class Setup:
         exact = ["--kv-cache-type", "f32", "--window-chunk", str(self.window_chunk), "--threads", "1"]
         limits = ["--request-timeout", f"{self.request_timeout:g}", "--max-body-size", "262144", "--grace-period", "2"]
         options = [*exact, *limits, "--log-format", "json", "--parallel", str(self.parallel)]
-        options += ["--max-queue", str(self.max_queue)]
+        options += ["--max-queue", str(self.max_queue), "--batch-size", str(self.batch_size)]
         if self.ctx_size:
             options += ["--ctx-size", str(self.ctx_size)]
         if self.prefix_cache == "off" or not prefix_cache:
@@ -116,7 +118,7 @@ def make_setups(seed: int, count: int, kinds: Sequence[str], request_timeout: fl
     sizes = {kind: [0, 8000, 512, *chance.sample(_CTX_SIZES, len(_CTX_SIZES))] for kind in kinds}
     if "128k" in sizes:
         sizes["128k"].insert(3, 20_000)  # several sequences outgrow the original context in this one
-    parallels, caches = ([16, 4], ["on", "tiny", "off"])
+    parallels, batches, caches = ([16, 4], [512, 64, 16, 1], ["on", "tiny", "off"])
     setups = []
     for number in range(count):
         turn, kind = number // len(kinds), kinds[number % len(kinds)]
@@ -126,6 +128,7 @@ def make_setups(seed: int, count: int, kinds: Sequence[str], request_timeout: fl
                 kind,
                 ctx_size=sizes[kind][turn % len(sizes[kind])],
                 parallel=16 if default else chance.choice(parallels),
+                batch_size=512 if default else chance.choice(batches),
                 prefix_cache="on" if default else chance.choice(caches),  # type: ignore[arg-type]
                 exact_seeds=turn == 1 or (turn > 1 and chance.random() < 0.5),
                 window_chunk=32 if turn > 1 and chance.random() < 0.3 else 1,
