@@ -160,6 +160,7 @@ class Scheduler:
             runner.kv.clear()
         stem = request.stem_tokens()
         request.stem = len(stem)
+        request.batch = 0  # contexts number their batches apart: who comes from another one has waited longest
         reuse = self._reuses(request)
         request.sequences = [runner.kv.begin(stem, share=reuse, restore=reuse)]
         if request.started is None:

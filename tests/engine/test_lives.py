@@ -154,6 +154,46 @@ FAILED_ONCE = {
         share_prefixes=False,
         failures=(Failure(0, 1, 1, False, 0),),
     ),
+    "a batch number of the other context makes a request wait": Scenario(
+        (
+            Ask((53, 68, 17, 19, 34, 3), {"do_sample": False, "max_length": 15}),
+            Ask(
+                (64, 56, 7, 69, 1, 67, 13, 56, 16, 21, 39),
+                {
+                    "do_sample": False,
+                    "max_new_tokens": 6,
+                    "num_beams": 6,
+                    "num_beam_groups": 3,
+                    "diversity_penalty": 1.176,
+                },
+                arrives=5,
+            ),
+        ),
+        cells=(217, 227),
+        max_tokens=12,
+        share_prefixes=False,
+        sizes=(8, 5, 2, 2, 3, 1, 3, 3),
+    ),
+    "another comes, crosses and leaves in the step in which a request with a seed leaves": Scenario(
+        (
+            Ask((64, 60, 19), {"do_sample": True, "max_new_tokens": 10, "seed": 205230327074452889}, leaves=9),
+            Ask(
+                tuple(range(1, 35)),
+                {
+                    "do_sample": False,
+                    "num_beams": 2,
+                    "num_beam_groups": 2,
+                    "diversity_penalty": 0.914,
+                    "max_length": 42,
+                },
+            ),
+        ),
+        cells=(70, 71),
+        max_tokens=34,
+        share_prefixes=False,
+        host_cache=32000,
+        exact_seeds=True,
+    ),
 }
 
 
