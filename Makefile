@@ -56,12 +56,24 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge-phi3 needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# The lock file constrains what the extras ask for, so that two machines get the same tree. The first
-# installation compiles llama.cpp (minutes); pip keeps the wheel for the next one.
+# The lock file constrains what the extras ask for, so that two machines get the same tree.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requirements.lock
+
+# Of llama.cpp only what llama-cpp-python loads is compiled; CMAKE_ARGS=-DGGML_CUDA=ON adds CUDA.
+define install_llama_cpp
+@echo "[1/2] llama.cpp: compiled once, about 4 minutes on 2 cores; pip keeps the wheel"
+@CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/scripts/llama_cpp.cmake" \
+  $(PIP) llama-cpp-python
+endef
+
 $(VENV)/serve.stamp: pyproject.toml requirements.lock | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -e .
+	$(install_llama_cpp)
+	@echo "[2/2] edge-phi3 and the packages that it needs"
+	@$(PIP) -e .
 	@touch $@
 
 $(VENV)/dev.stamp: pyproject.toml requirements.lock | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	$(install_llama_cpp)
+	@echo "[2/2] edge-phi3, the packages that it needs, and those of a developer"
+	@$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/serve.stamp

@@ -23,6 +23,7 @@ fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 argument() { sed -n "s/^ARG $1=\"\(.*\)\"\$/\1/p" "$repository/Dockerfile.cuda"; }
 architectures="$(sed -n "s/^ *\*) *default=\"\(.*\)\" ;;.*/\1/p" "$repository/Dockerfile.cuda")"
 common="$(argument CMAKE_ARGS_COMMON)" cpu="$(argument CMAKE_ARGS_CPU)" cuda="$(argument CMAKE_ARGS_CUDA)"
+common="${common/\/src\//$repository/scripts/}" # the file that the image's build copies to /src
 for value in "$common" "$cpu" "$cuda" "$architectures"; do [ -n "$value" ] || fail "Dockerfile.cuda has other arguments than this expects"; done
 
 "$PYTHON" -m venv "$WORK/tools"
