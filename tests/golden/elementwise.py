@@ -86,7 +86,7 @@ PROMPT = np.array([1, 2, 3, 1, 4, 1, 2, 5], dtype=np.int32)
 
 
 def inputs(name: str) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """Give the tokens, shape (rows, length), and scores, shape (rows, vocabulary), of a case."""
+    """Return the tokens, shape (rows, length), and scores, shape (rows, vocabulary), of a case."""
     random = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
     rows = 1 if name == "encoder_repetition_penalty" else ROWS
     tokens = random.integers(1, 6, (rows, LENGTH), dtype=np.int32)
