@@ -148,6 +148,8 @@ def test_every_name_of_transformers_is_known() -> None:
 def test_unknown_names_are_refused_with_a_hint() -> None:
     with pytest.raises(ParameterError, match="`max_token` is not a generation parameter"):
         resolve(max_token=3)
+    with pytest.raises(ParameterError, match="`presence_penalty` is not a generation parameter"):
+        resolve(presence_penalty=1.0)
     with pytest.raises(ParameterError, match="Did you mean `repetition_penalty`"):
         resolve(repitition_penalty=1.1)
 

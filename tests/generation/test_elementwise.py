@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults
 from edge_phi3.generation.logits import Candidates
-from edge_phi3.generation.processors import HammingDiversity, build_processors
+from edge_phi3.generation.processors import HammingDiversity, OccurrencePenalty, build_processors
 from edge_phi3.generation.warpers import Warping, warp
 from tests.golden import elementwise
 from tests.golden.elementwise import CASES, ENCODER_CASES, GROUP_CASE, LENGTH, PROMPT, VOCABULARY
@@ -121,6 +122,20 @@ def test_warpers_see_the_same_rows_whole_or_cut_to_candidates() -> None:
         agree(dense(cut, 6), dense(warp(whole, [Warping((name,), (value,), 1)] * 6), 6))
 
 
+def test_openais_penalties_are_those_of_its_formula_and_leave_the_prompt_out() -> None:
+    tokens = np.array([[1, 2, 7, 7, 9, 7], [1, 2, 8, 9, 9, 8]], np.int32)
+    scores = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
+    for start in (2, 6):  # with four tokens generated, and with none
+        expected = scores.copy()
+        for row, line in enumerate(tokens[:, start:].tolist()):
+            for token in range(12):
+                count = line.count(token)
+                expected[row, token] -= np.float32(count * 0.5) + np.float32(1.25 if count else 0)
+        found = scores.copy()
+        OccurrencePenalty(1.25, 0.5, start)(tokens, found)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_processors_follow_the_order_of_transformers() -> None:
     everything = {
         "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": False,
@@ -129,11 +144,12 @@ def test_processors_follow_the_order_of_transformers() -> None:
         "forced_eos_token_id": 6, "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 1.1],
         "suppress_tokens": [9], "begin_suppress_tokens": [9], "renormalize_logits": True,
     }  # fmt: skip
-    built = build_processors(GenerationConfig.resolve(everything, DEFAULTS), np.ones(1, dtype=np.int32))
+    config = dataclasses.replace(GenerationConfig.resolve(everything, DEFAULTS), presence_penalty=1.0)
+    built = build_processors(config, np.ones(1, dtype=np.int32))
     assert [type(processor).__name__ for processor in built] == [
-        "SequenceBias", "HammingDiversity", "RepetitionPenalty", "NoRepeatNGram", "EncoderNoRepeatNGram",
-        "SequenceBias", "MinLength", "ForcedTokens", "ForcedTokens", "FiniteScores", "ExponentialDecayLengthPenalty",
-        "SuppressTokens", "SuppressTokens", "Renormalize",
+        "SequenceBias", "HammingDiversity", "RepetitionPenalty", "OccurrencePenalty", "NoRepeatNGram",
+        "EncoderNoRepeatNGram", "SequenceBias", "MinLength", "ForcedTokens", "ForcedTokens", "FiniteScores",
+        "ExponentialDecayLengthPenalty", "SuppressTokens", "SuppressTokens", "Renormalize",
     ]  # fmt: skip
 
 

@@ -112,11 +112,12 @@ def test_whole_rows_are_summed_alike_alone_and_together(size: int) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.sampled_from(["top_p", "typical_p"]), st.floats(0, 0.999), st.integers(1, 4), st.sampled_from(KINDS),
-    st.floats(0.05, 30), st.sampled_from([5, 300, 5003]), st.integers(0, 2**32),
+    name=st.sampled_from(["top_p", "typical_p"]), mass=st.floats(0, 0.999), keep=st.integers(1, 4),
+    kind=st.sampled_from(KINDS), spread=st.floats(0.05, 30), size=st.sampled_from([5, 300, 5003]),
+    seed=st.integers(0, 2**32),
 )  # fmt: skip
 def test_tokens_are_kept_until_they_reach_the_mass(
-    name: str, mass: float, keep: int, kind: str, spread: float, size: int, seed: int
+    *, name: str, mass: float, keep: int, kind: str, spread: float, size: int, seed: int
 ) -> None:
     """Whole rows are sorted only where it matters; here they are compared with sorting all of them."""
     scores = random_scores(seed, 2, size, kind) * np.float32(spread)

@@ -1,8 +1,8 @@
 """Records what transformers computes, for the tests: all that lies beside this file but ``converter.json`` and
 ``quantized.json``.
 
-Run ``python -m tests.golden.make [PART ...]`` where torch and transformers 4.49.0 are installed; without a part it makes
-all of them.
+Run ``python -m tests.golden.make [PART ...]`` where torch and transformers 4.49.0 are installed; without a part it
+makes all of them.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def record_pipeline() -> None:
     for case in texts.cases():
         options = {name: value for name, value in case.items() if name not in ("prompt", "messages", "kwargs")}
         options.setdefault("clean_up_tokenization_spaces", False)
-        # The original always passes min_length, and max_length too, but that makes the pipeline cut the prompt's end off
+        # The original always passes min_length, and max_length too, but that makes the pipeline cut off prompts
         # at max_length tokens even where max_new_tokens is given: a trap that the service does not copy.
         kwargs = {"min_length": 0} | case["kwargs"]
         results = generate(case.get("prompt") or case["messages"], do_sample=False, **options, **kwargs)
