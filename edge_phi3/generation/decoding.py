@@ -199,7 +199,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def result(self) -> GenerationResult:
-        """Give what was generated.
+        """Return what was generated.
 
         Raises:
             EdgePhi3Error: the request failed.
@@ -247,7 +247,7 @@ def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
 
 
 def rows_of(turns: Sequence[Turn], logits: Scores) -> Scores:
-    """Give the rows of the given requests: a view where they lie side by side, else a copy."""
+    """Return the rows of the given requests: a view where they lie side by side, else a copy."""
     first, last = turns[0], turns[-1]
     end = last.row + last.decoder.rows
     wanted = sum([turn.decoder.rows for turn in turns])

@@ -48,12 +48,12 @@ class _Watcher:
 
 @cache
 def _watched(chooser: Chooser, top: int) -> _Watcher:
-    """Give the one watcher of a chooser, so that requests still share calls."""
+    """Return the one watcher of a chooser, so that requests still share calls."""
     return _Watcher(chooser, top)
 
 
 def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Give the log-probabilities of the chosen tokens.
+    """Return the log-probabilities of the chosen tokens.
 
     The logits are the model's float32; what is computed from them is float64.
 
@@ -80,7 +80,7 @@ def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _likeliest(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
-    """Give the likeliest tokens; of equal ones those with the lower id."""
+    """Return the likeliest tokens; of equal ones those with the lower id."""
     count = min(count, len(row))
     if count == 0:
         return ()

@@ -23,11 +23,10 @@ from edge_phi3.generation.decoding import (
     isolated,
     rows_of,
 )
-from edge_phi3.generation.drawing import Draws, draw
+from edge_phi3.generation.drawing import Draws, Uniforms, draw, fresh_seed
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
-from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
@@ -122,7 +121,7 @@ class SequenceDecoder(Decoder):
         return Step(parents.tolist(), tokens.tolist(), self._live, emitted)
 
     def result(self) -> GenerationResult:
-        """Give what was generated.
+        """Return what was generated.
 
         Raises:
             GenerationError: the request failed.

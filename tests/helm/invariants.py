@@ -119,7 +119,7 @@ def check_references(objects: list[Object]) -> None:
 
 @functools.cache
 def routes() -> frozenset[str]:
-    """Give the paths that the service answers."""
+    """Return the paths that the service answers."""
 
     def load(_: object) -> Any:
         raise NotImplementedError

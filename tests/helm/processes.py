@@ -24,7 +24,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def command_of(container: Object) -> list[str]:
-    """Give the command of a container as it is on this machine: the image's programs are those of this Python."""
+    """Return the command of a container as it is on this machine: the image's programs are those of this Python."""
     command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
     if command[0] == "edge-phi3":
         return [sys.executable, "-m", "edge_phi3", *command[1:]]
@@ -32,7 +32,7 @@ def command_of(container: Object) -> list[str]:
 
 
 def environment_of(container: Object, **more: str) -> dict[str, str]:
-    """Give the environment that a container has in its image."""
+    """Return the environment that a container has in its image."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
     return kept | environment(container) | more
 
@@ -64,6 +64,19 @@ def prepare(objects: list[Object], **env: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def prepare_together(objects: list[Object], **env: str) -> tuple[str, list[str]]:
+    """Run the init container twice at once, as two pods do; give what both printed, and what each logged."""
+    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command_of(container), env=environment_of(container, **env), **options) for _ in range(2)
+    ]
+    (printed, log), (other, other_log) = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], log + other_log
+    assert printed == other, "both name one file"
+    return printed.strip(), [log, other_log]
 
 
 @contextlib.contextmanager

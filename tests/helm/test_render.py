@@ -121,10 +121,6 @@ def test_image(image: Object, expected: str) -> None:
     assert {container["image"] for container in containers(pod)} == {expected}
 
 
-def test_versions_agree() -> None:
-    assert app_version() == __version__
-
-
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
