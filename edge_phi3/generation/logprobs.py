@@ -62,21 +62,16 @@ def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogpro
         tokens: one for each sequence; none when the request failed.
         top: how many of the likeliest to tell.
     """
-    told: list[TokenLogprobs] = []
+    exact = (rows if len(tokens) == len(rows) else rows[:1]).astype(np.float64)
     with np.errstate(all="ignore"):
-        normalized = [_log_softmax(row) for row in (rows if len(tokens) == len(rows) else rows[:1])]
-    best = [_likeliest(row, top) for row in normalized]
-    for place, token in enumerate(tokens):
-        at = place if len(normalized) > 1 else 0
-        told.append(TokenLogprobs(token, float(normalized[at][token]), best[at]))
-    return told
-
-
-def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
-    exact = row.astype(np.float64)
-    exact -= exact.max()
-    exact -= np.log(np.exp(exact).sum())
-    return exact
+        exact -= exact.max(axis=1, keepdims=True)
+        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    best = [_likeliest(row, top) for row in exact]
+    places = [place % len(exact) for place in range(len(tokens))]
+    return [
+        TokenLogprobs(token, float(exact[place, token]), best[place])
+        for place, token in zip(places, tokens, strict=True)
+    ]
 
 
 def _likeliest(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
