@@ -77,9 +77,21 @@ def deployment(objects: list[Object]) -> Object:
     return found
 
 
+def pod_of(objects: list[Object]) -> Object:
+    """Return the specification of the service's pods."""
+    found: Object = deployment(objects)["spec"]["template"]["spec"]
+    return found
+
+
 def server(objects: list[Object]) -> Object:
     """Return the container of the service."""
-    (found,) = [c for c in deployment(objects)["spec"]["template"]["spec"]["containers"] if c["name"] == "edge-phi3"]
+    (found,) = [container for container in pod_of(objects)["containers"] if container["name"] == "edge-phi3"]
+    return found
+
+
+def preparer(objects: list[Object]) -> Object:
+    """Return the init container that makes the model."""
+    (found,) = pod_of(objects)["initContainers"]
     return found
 
 

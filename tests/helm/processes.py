@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.helm.chart import Object, deployment, environment, server
+from tests.helm.chart import Object, environment, preparer, server
 from tests.ports import free_port
 
 PATIENCE = 600.0
@@ -53,7 +53,7 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
 
 def prepare(objects: list[Object], **env: str) -> str:
     """Run the init container that makes the model; give what it printed, the model's path when it was pulled."""
-    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    container = preparer(objects)
     result = subprocess.run(
         command_of(container),
         env=environment_of(container, **env),
@@ -68,7 +68,7 @@ def prepare(objects: list[Object], **env: str) -> str:
 
 def prepare_together(objects: list[Object], **env: str) -> tuple[str, list[str]]:
     """Run the init container twice at once, as two pods do; give what both printed, and what each logged."""
-    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    container = preparer(objects)
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [
         subprocess.Popen(command_of(container), env=environment_of(container, **env), **options) for _ in range(2)

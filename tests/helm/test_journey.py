@@ -22,7 +22,7 @@ from edge_phi3.catalog.reference import parse_reference
 from edge_phi3.catalog.store import _shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
-from tests.helm.chart import Object, deployment, render, render_texts, server
+from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
 from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, prepare_together, served
 from tests.ports import free_port
 
@@ -108,7 +108,7 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     values = SMALL | values_of_the_site("a claim with the store", {})
     values["storage"]["mountPath"] = str(volume)
     objects = render(values)
-    assert "initContainers" not in deployment(objects)["spec"]["template"]["spec"]
+    assert "initContainers" not in pod_of(objects)
     before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
     with served(objects, HF_ENDPOINT=NOWHERE) as address:
         assert set(ask(curl_of(TEXT), address)) == {"Result"}
@@ -137,7 +137,7 @@ def test_a_site_without_internet_with_a_file_server(carried: Path, tmp_path: Pat
         values = SMALL | values_of_the_site("a file server", replaced)
         values["storage"] = {"mountPath": str(tmp_path)}
         objects = render(values)
-        (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+        container = preparer(objects)
         script = tmp_path / "fetch_model.py"
         script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
         container["command"][1] = str(script)

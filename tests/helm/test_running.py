@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helm.chart import CHART, containers, deployment, of_kind, render, server
+from tests.helm.chart import CHART, containers, of_kind, preparer, render, server
 from tests.helm.processes import PATIENCE, command_of, environment_of, prepare_together, served
 
 FETCH = CHART / "files" / "fetch_model.py"
@@ -111,7 +111,7 @@ def fetch(url: str, target: Path, sha256: str = SHA256, count: int = 1) -> list[
         The exit code and the log of each of `count` runs at once.
     """
     values = {"model": {"url": "https://h.example/model.gguf", "sha256": SHA256}}
-    (prepare,) = deployment(render(values))["spec"]["template"]["spec"]["initContainers"]
+    prepare = preparer(render(values))
     command = [sys.executable, FETCH.as_posix(), *prepare["command"][2:]]
     assert command[2] == "--sha256"
     command[3:] = [sha256, url, target.as_posix()]
@@ -128,7 +128,7 @@ def test_the_program_in_the_config_map_is_the_file() -> None:
 
 def test_the_served_path_is_where_the_file_is_put() -> None:
     objects = render({"model": {"url": "https://h.example/a/m.gguf?x=/y.gguf", "sha256": SHA256}})
-    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    prepare = preparer(objects)
     assert prepare["command"][-1] == server(objects)["args"][1] == f"/models/url/{SHA256[:12]}-m.gguf"
 
 
