@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,35 +49,27 @@ class Uniforms:
         return self._ahead.pop()
 
 
-class Draws:
-    """Tokens drawn from candidates.
+class Draws(NamedTuple):
+    """Tokens drawn from candidates, each attribute of shape (draws,).
 
     Attributes:
-        tokens: shape (draws,), int32.
-        scores: processed score of each, shape (draws,).
-        possible: whether the row was a distribution at all, shape (draws,).
+        tokens: int32.
+        scores: the processed score of each.
+        possible: whether the row was a distribution at all.
+        highest: the highest score of the row.
+        totals: the sum of the row's weights, exp(score - highest).
     """
 
-    __slots__ = ("_highest", "_totals", "possible", "scores", "tokens")
-
-    def __init__(
-        self,
-        tokens: NDArray[np.int32],
-        scores: Scores,
-        possible: NDArray[np.bool_],
-        highest: Scores,
-        totals: NDArray[np.float64],
-    ) -> None:
-        self.tokens = tokens
-        self.scores = scores
-        self.possible = possible
-        self._highest = highest
-        self._totals = totals
+    tokens: NDArray[np.int32]
+    scores: Scores
+    possible: NDArray[np.bool_]
+    highest: Scores
+    totals: NDArray[np.float64]
 
     @property
     def logprobs(self) -> Scores:
         """Log-softmax of the processed scores at each draw, shape (draws,)."""
-        logprobs: Scores = self.scores - self._highest - np.log(self._totals).astype(np.float32)
+        logprobs: Scores = self.scores - self.highest - np.log(self.totals).astype(np.float32)
         return logprobs
 
 

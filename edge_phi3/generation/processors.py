@@ -6,6 +6,7 @@ tokens so far, shape (rows, length).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -173,19 +174,24 @@ class NoRepeatNGram:
 
 
 @dataclass(eq=False, slots=True)
-class MinLength:
-    """Bans end tokens below a length, prompt included.
+class BannedTokens:
+    """Bans tokens at certain lengths of the rows, prompt included.
 
-    Follows ``MinLengthLogitsProcessor`` and its "NewTokens" sibling.
+    Follows ``MinLengthLogitsProcessor`` with its "NewTokens" sibling, and ``SuppressTokensLogitsProcessor`` with its
+    "AtBegin" sibling.
+
+    Attributes:
+        tokens: what is banned.
+        lengths: when.
     """
 
-    least_length: int
-    ends: Rows
+    tokens: Rows
+    lengths: range = range(sys.maxsize)
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban the end tokens while the rows are too short."""
-        if tokens.shape[1] < self.least_length:
-            scores[:, self.ends] = -np.inf
+        """Ban the tokens."""
+        if tokens.shape[1] in self.lengths:
+            scores[:, self.tokens] = -np.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -242,22 +248,6 @@ class ExponentialDecayLengthPenalty:
             scores[:, self.ends] = found + np.abs(found) * growth
 
 
-@dataclass(eq=False, slots=True)
-class SuppressTokens:
-    """Bans tokens, always or at one length of the rows.
-
-    Follows ``SuppressTokensLogitsProcessor`` and its "AtBegin" sibling.
-    """
-
-    banned: Rows
-    length: int | None = None
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban the tokens."""
-        if self.length is None or tokens.shape[1] == self.length:
-            scores[:, self.banned] = -np.inf
-
-
 class Renormalize:
     """Turns scores into log-probabilities. Follows ``LogitNormalization``."""
 
@@ -298,7 +288,7 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
         ]
         built.append(SequenceBias([(phrase, -np.inf) for phrase in bannable]))
     if len(ends) and config.least_length(length) > length:
-        built.append(MinLength(config.least_length(length), ends))
+        built.append(BannedTokens(ends, range(config.least_length(length))))
     if config.forced_bos_token_id is not None and length == 1:
         built.append(ForcedTokens(1, [config.forced_bos_token_id]))
     if config.forced_eos_token_id:
@@ -309,10 +299,10 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
         start, factor = config.exponential_decay_length_penalty
         built.append(ExponentialDecayLengthPenalty(start + length, factor, ends))
     if config.suppress_tokens:
-        built.append(SuppressTokens(_inside(config.suppress_tokens, config)))
+        built.append(BannedTokens(_inside(config.suppress_tokens, config)))
     if config.begin_suppress_tokens:
         begin = length + 1 if length == 1 and config.forced_bos_token_id is not None else length
-        built.append(SuppressTokens(_inside(config.begin_suppress_tokens, config), begin))
+        built.append(BannedTokens(_inside(config.begin_suppress_tokens, config), range(begin, begin + 1)))
     if config.renormalize_logits and not config.do_sample:
         built.append(Renormalize())
     return tuple(built)

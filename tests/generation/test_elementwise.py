@@ -148,8 +148,8 @@ def test_processors_follow_the_order_of_transformers() -> None:
     built = build_processors(config, np.ones(1, dtype=np.int32))
     assert [type(processor).__name__ for processor in built] == [
         "SequenceBias", "HammingDiversity", "RepetitionPenalty", "OccurrencePenalty", "NoRepeatNGram",
-        "NoRepeatNGram", "SequenceBias", "MinLength", "ForcedTokens", "ForcedTokens", "FiniteScores",
-        "ExponentialDecayLengthPenalty", "SuppressTokens", "SuppressTokens", "Renormalize",
+        "NoRepeatNGram", "SequenceBias", "BannedTokens", "ForcedTokens", "ForcedTokens", "FiniteScores",
+        "ExponentialDecayLengthPenalty", "BannedTokens", "BannedTokens", "Renormalize",
     ]  # fmt: skip
 
 
