@@ -14,11 +14,11 @@ from edge_phi3.generation.sampling import SequenceDecoder
 
 
 def watch(decoder: SequenceDecoder, top: int) -> None:
-    """Let a decoder tell the log-probability of each token that it chooses.
+    """Have a decoder record the log-probability of each token that it chooses.
 
     Args:
         decoder: before its first step.
-        top: how many of the likeliest tokens are told beside each chosen one.
+        top: how many of the likeliest tokens to record beside each chosen one.
     """
     decoder.logprobs = [[] for _ in decoder.live]
     decoder.chooser = _watched(decoder.chooser, top)
@@ -32,7 +32,7 @@ class _Watcher:
         self._top = top
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Choose, and tell how likely the chosen tokens were."""
+        """Choose, and record how likely the chosen tokens were."""
         read = [logits[turn.row : turn.row + turn.decoder.rows].copy() for turn in turns]
         self._chooser(turns, logits, steps)
         for turn, rows in zip(turns, read, strict=True):
@@ -42,8 +42,8 @@ class _Watcher:
                 step = steps[turn.place]
                 step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
                 assert decoder.logprobs is not None
-                for (sequence, _), told in zip(step.emitted, step.logprobs, strict=True):
-                    decoder.logprobs[sequence].append(told)
+                for (sequence, _), logprobs in zip(step.emitted, step.logprobs, strict=True):
+                    decoder.logprobs[sequence].append(logprobs)
 
 
 @cache
@@ -60,7 +60,7 @@ def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogpro
     Args:
         rows: logits, shape (sequences, vocabulary), or one row that all sequences start from.
         tokens: one for each sequence; none when the request failed.
-        top: how many of the likeliest to tell.
+        top: how many of the likeliest tokens to return.
     """
     exact = (rows if len(tokens) == len(rows) else rows[:1]).astype(np.float64)
     with np.errstate(all="ignore"):

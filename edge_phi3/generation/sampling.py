@@ -178,7 +178,7 @@ class Sampler:
     """Draws the next tokens of all requests that have the same warpers switched on.
 
     Args:
-        active: the warpers, which tell samplers apart.
+        active: the warpers, by which requests are grouped.
     """
 
     def __init__(self, active: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ DEFAULTS = ModelDefaults(
 
 
 def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model:
-    """Give a model whose logits depend on the last two tokens."""
+    """Return a model whose logits depend on the last two tokens."""
     table = np.random.Generator(np.random.PCG64(seed)).standard_normal((2, size, size)).astype(np.float32)
 
     def logits(prefix: Prefix) -> NDArray[np.float32]:

@@ -37,7 +37,7 @@ class Remainders:
 
 
 def obedient(model: Model) -> Model:
-    """Give the model that says only what the language allows."""
+    """Return the model that says only what the language allows."""
 
     def logits(prefix: Prefix) -> NDArray[np.float32]:
         row = model(prefix).copy()

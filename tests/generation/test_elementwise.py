@@ -36,7 +36,7 @@ def agree(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
 
 
 def options(name: str) -> tuple[dict[str, Any], int]:
-    """Give the ``generate_kwargs`` of a case, and the length of the prompt among its tokens."""
+    """Return the ``generate_kwargs`` of a case, and the length of the prompt among its tokens."""
     parameter = name.split("-", maxsplit=1)[0]
     arguments = (CASES | ENCODER_CASES)[name][1]
     values = list(arguments.values())

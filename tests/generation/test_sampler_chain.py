@@ -37,7 +37,7 @@ CASES: tuple[dict[str, Any], ...] = (
 
 
 def ours(logits: NDArray[np.float32], kwargs: dict[str, Any]) -> dict[int, float]:
-    """Give the probability of each token that is left."""
+    """Return the probability of each token that is left."""
     defaults = ModelDefaults(
         vocab_size=SIZE, bos_token_id=1, eos_token_ids=(32000,), pad_token_id=32000, context_length=4096
     )

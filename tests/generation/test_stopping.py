@@ -18,7 +18,7 @@ TEXTS: list[str | None] = [None, "", "a", "b", "ab", "ba", "c", " ", "abc", "ca"
 
 
 def forced(*tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Give logits that allow one token in each row."""
+    """Return logits that allow one token in each row."""
     logits = np.full((len(tokens), VOCABULARY), -np.inf, dtype=np.float32)
     logits[range(len(tokens)), tokens] = 0
     return logits
