@@ -59,11 +59,11 @@ class SamplerChain:
         llama_cpp.llama_sampler_free(self._chain)
 
     def draw(self, logits: NDArray[np.float32]) -> int:
-        """Return the token that is drawn."""
+        """Give the token that is drawn."""
         return self(logits)[0]
 
     def __call__(self, logits: NDArray[np.float32]) -> tuple[int, NDArray[np.void]]:
-        """Return the token that is drawn, and what is left of the vocabulary: fields id, logit and p."""
+        """Give the token that is drawn, and what is left of the vocabulary: fields id, logit and p."""
         self._data["id"] = self._ids
         self._data["logit"] = logits
         pointer = self._data.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))

@@ -62,7 +62,7 @@ def options() -> st.SearchStrategy[Object]:
 def mixtures() -> Iterator[tuple[str, st.SearchStrategy[object]]]:
     """Yield, for each value that an example sets, what any of the examples has there."""
     examples = [values_of(path) for path in EXAMPLES.values()]
-    for key in sorted({key for example in examples for key in example}):
+    for key in sorted({key for example in examples for key in example if not key.startswith("extra")}):
         yield key, st.sampled_from([example[key] for example in examples if key in example])
 
 
@@ -89,7 +89,9 @@ further: dict[str, st.SearchStrategy[object]] = {
     "nodeSelector": labels,
     "tests": some(enabled=st.booleans()),
 }
-values = some(**mixed | further)
+everything_else = values_of(EXAMPLES["everything-else"])
+extra = {key: value for key, value in everything_else.items() if key.startswith("extra")}  # a volume with its mount
+values = st.tuples(some(**mixed | further), st.sampled_from([{}, extra])).map(lambda both: both[0] | both[1])
 
 
 def is_sentence(error: helm_python.HelmRenderError) -> bool:
