@@ -83,8 +83,9 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
     columns = [np.array(values)[:, None] for values in zip(*(warping.settings for warping in warpings), strict=True)]
     keep = [warping.keep for warping in warpings]
     if names[0] == "temperature":
-        names, temperature, *columns = names[1:], *columns
-        chosen = Candidates(scores / temperature.astype(np.float32))
+        temperature: Scores = columns[0].astype(np.float32)
+        names, columns = names[1:], columns[1:]
+        chosen = Candidates(scores / temperature)
     else:
         chosen = Candidates(scores if names[0] in ("top_k", "top_p") else scores.copy())
     for name, column in zip(names, columns, strict=True):

@@ -144,3 +144,9 @@ def test_tokens_are_kept_until_they_reach_the_mass(
             sure &= (key[order] < edges.min() - near) | (key[order] > edges.max() + near)
         assert np.array_equal(ours[keep:][sure[keep:]], expected[keep:][sure[keep:]])
         assert name == "typical_p" or ours[: min(keep, expected.sum() or 1)].all()
+
+
+def test_typical_p_leaves_out_a_likely_token_that_is_farther_from_the_entropy_than_unlikely_ones() -> None:
+    probabilities = np.concatenate(([0.3], np.full(3000, 0.63 / 3000), np.full(2002, 0.07 / 2002)))
+    left = warp(np.log(probabilities)[None].astype(np.float32), [Warping(("typical_p",), (0.65,), 1)])
+    assert np.array_equal(left.scores[0] > -np.inf, probabilities < 0.3)

@@ -5,7 +5,6 @@ Made by ``make.py``. In ``tests/golden/generation/``:
 - ``replay.json`` and ``replay.npz``: requests over a random Phi-3 of 96 tokens whose logits were rounded to float16,
   with transformers' answers, and those logits for every prefix that occurred.
 - ``engine.json``: requests over a random Phi-3 with a real tokenizer, with transformers' answers.
-- ``elementwise.npz``: scores before and after single logits processors.
 - ``validation.json``: ``generate_kwargs`` at the edge of what transformers accepts, each with the reason for which
   transformers refuses it or null; ``names.json``: the names that it has.
 """

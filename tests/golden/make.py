@@ -19,9 +19,8 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-from transformers.generation import logits_process
 
-from tests.golden import attention, elementwise
+from tests.golden import attention
 from tests.golden import pipeline as texts
 from tests.golden.cases import LOGITS, LOGITS_CASES, prompt_of, write_logits_case
 from tests.golden.generation_data import (
@@ -128,26 +127,6 @@ def _shortened(answer: Answer) -> Answer:
     )
 
 
-def record_elementwise() -> None:
-    """Record what each processor makes of scores."""
-    results = {}
-    for name, (kind, arguments) in (elementwise.CASES | elementwise.ENCODER_CASES).items():
-        tokens, scores = (torch.from_numpy(array) for array in elementwise.inputs(name))
-        extra: dict[str, Any] = {}
-        if name in elementwise.ENCODER_CASES:
-            extra["encoder_input_ids"] = torch.from_numpy(elementwise.PROMPT.astype(np.int64))[None]
-        if kind == "NoBadWordsLogitsProcessor":
-            extra["eos_token_id"] = torch.tensor([7])
-        processor = getattr(logits_process, kind)(**arguments, **extra)
-        results[name] = processor(tokens.long(), scores).numpy()
-    name, penalty, chosen = elementwise.GROUP_CASE
-    tokens, scores = (torch.from_numpy(array) for array in elementwise.inputs(name))
-    groups = logits_process.HammingDiversityLogitsProcessor(penalty, 2 * len(chosen), 2)
-    current = torch.tensor(chosen + [0] * len(chosen))
-    results[name] = groups(tokens.long(), scores, current_tokens=current, beam_group_idx=1).numpy()
-    np.savez_compressed(FOLDER / "elementwise.npz", **results)
-
-
 def record_validation() -> None:
     """Record which of the requests in ``validation.json`` transformers refuses; a new one has null for its reason."""
     with tempfile.TemporaryDirectory() as folder:
@@ -235,7 +214,6 @@ def _write_lines(path: Path, lines: list[str]) -> None:
 
 
 PARTS = {
-    "elementwise": record_elementwise,
     "validation": record_validation,
     "replay": record_replay,
     "engine": record_engine,
