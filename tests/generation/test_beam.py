@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from edge_phi3.generation import GenerationError, GenerationResult, ModelDefaults, advance
-from edge_phi3.generation.hypotheses import Hypotheses
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
 
 PROMPT = (5, 6, 7)
@@ -127,23 +126,6 @@ def test_banning_everything_fails_a_sampling_beam_search_and_not_its_neighbours(
     with pytest.raises(GenerationError):
         bad.result()
     assert not good.finished
-
-
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_when_no_better_beam_can_come(early_stopping: Any) -> None:
-    kept = Hypotheses(2, 1.0, early_stopping, 10)
-    tokens = np.array([1], dtype=np.int32)
-    kept.add(-1.0, 1, tokens, "stop", None)
-    assert not kept.are_final(-100.0, 2)
-    kept.add(-4.0, 2, tokens, "stop", None)
-    assert [hypothesis.score for hypothesis in kept.kept] == [-1.0, -2.0]
-    # The worst is -2. A beam at -5 after 2 tokens may still come to -0.5 over 10 tokens.
-    assert kept.are_final(-5.0, 2) == (early_stopping != "never")
-    assert kept.are_final(-3.0, 2) == (early_stopping is True)
-    assert kept.are_final(-21.0, 2)
-    assert not kept.wants(-4.1, 2)
-    kept.add(-3.0, 2, tokens, "length", None)
-    assert sorted(hypothesis.score for hypothesis in kept.kept) == [-1.5, -1.0]
 
 
 def test_extreme_length_penalties_do_not_overflow() -> None:
