@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from edge_phi3.cli import app
-from tests.helm.chart import NEWEST, Object, loaded, of_kind, oldest_kubernetes, schema_errors
+from tests.helm.chart import NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
 from tests.helm.restricted import violations
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
@@ -52,6 +52,13 @@ def test_the_claim_and_its_loader_are_valid_and_restricted() -> None:
     assert list(violations(loader)) == []
     (claim,) = of_kind(objects, "PersistentVolumeClaim")
     assert loader["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+@pytest.mark.parametrize("title", ["a claim with the store", "an OCI image", "a file server"])
+def test_the_values_of_an_air_gapped_site_render(title: str) -> None:
+    (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
+    text = block.replace("THE_SUM", "0" * 64)
+    assert render(yaml.safe_load(text))
 
 
 def test_the_figures_of_the_kv_cache_are_those_of_its_shape() -> None:
