@@ -132,7 +132,7 @@ class Parity:
     def _ask_transformers(self, requests: list[Request], *options: str) -> list[Any]:
         asked, answers = self._work / "requests.json", self._work / "answers.json"
         asked.write_text(json.dumps([dataclasses.asdict(request) for request in requests]), encoding="utf-8")
-        command = [self._python, "-m", "tests.golden.answer", self._checkpoint, asked, answers, *options]
+        command = [self._python, "-m", "tests.golden.reference", self._checkpoint, asked, answers, *options]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
         result: list[Any] = json.loads(answers.read_text(encoding="utf-8"))
         return result

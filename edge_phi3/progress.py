@@ -1,4 +1,4 @@
-"""How long work tells that it goes on: one protocol, drawn as bars, written as lines, or kept quiet."""
+"""How far long work is: one protocol, drawn as bars, written as lines, or kept quiet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Protocol, Self
+from typing import Protocol
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -22,15 +22,15 @@ from rich.progress import (
 
 
 class Step(Protocol):
-    """One step in work, such as the download of one file; counted in bytes."""
+    """One step of the work, such as the download of one file; counted in bytes."""
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        """Tell how far the step is.
+        """Report how far the step is.
 
         Args:
             done: bytes that are done, from the step's beginning; may fall when a part is done again.
             total: bytes of the whole step, when they are known only now.
-            detail: what is in work, such as the name of a tensor.
+            detail: what is being worked on, such as the name of a tensor.
         """
 
 
@@ -46,19 +46,7 @@ class ProgressReporter(Protocol):
         """
 
     def note(self, sentence: str) -> None:
-        """Tell something that is not a step."""
-
-
-class SilentProgress:
-    """Tells nobody."""
-
-    @contextlib.contextmanager
-    def step(self, title: str, total: int | None = None) -> Iterator[Step]:  # noqa: ARG002 (the protocol's)
-        """Begin a step that nobody sees."""
-        yield _SilentStep()
-
-    def note(self, sentence: str) -> None:
-        """Say nothing."""
+        """Report something that is not a step."""
 
 
 class LineProgress:
@@ -74,8 +62,7 @@ class LineProgress:
         """Begin a step: one line now, one at the end."""
         self._say(f"{title}{f' ({decimal(total)})' if total else ''}.")
         started = time.monotonic()
-        step = _LineStep(self._say, title, total, self._interval)
-        yield step
+        yield _LineStep(self._say, title, total, self._interval)
         self._say(f"{title}: done in {time.monotonic() - started:.1f} s.")
 
     def note(self, sentence: str) -> None:
@@ -83,7 +70,14 @@ class LineProgress:
         self._say(sentence)
 
 
-class RichProgress:
+class SilentProgress(LineProgress):
+    """Writes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _line: None)
+
+
+class RichProgress(Progress):
     """Draws one bar for each step; enter it as a context manager.
 
     On a stderr that is no terminal it draws nothing but the notes; use `LineProgress` there.
@@ -91,54 +85,41 @@ class RichProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console`, by default stderr."""
-        self._console = console or Console(stderr=True)
-        self._bars = Progress(
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[detail]}"),
-            console=self._console,
+            console=console or Console(stderr=True),
         )
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
 
     @contextlib.contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Step]:
         """Begin a step: a new bar, which stays when the step is done and is taken away when it fails."""
-        bar = self._bars.add_task(title, total=total, detail="")
+        bar = self.add_task(title, total=total, detail="")
         try:
-            yield _RichStep(self._bars, bar)
+            yield _RichStep(self, bar)
         except BaseException:
-            self._bars.remove_task(bar)
+            self.remove_task(bar)
             raise
-        self._bars.update(bar, detail="")
+        self.update(bar, detail="")
 
     def note(self, sentence: str) -> None:
         """Print the sentence above the bars."""
-        self._console.print(sentence, markup=False, highlight=False)
+        self.console.print(sentence, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def stderr_progress() -> Iterator[ProgressReporter]:
-    """Give bars when stderr is a terminal, and lines on stderr when it is not."""
+    """Yield bars when stderr is a terminal, and lines on stderr when it is not."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield LineProgress(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
         return
     with RichProgress(console) as bars:
         yield bars
-
-
-class _SilentStep:
-    def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        pass
 
 
 class _LineStep:
@@ -154,8 +135,9 @@ class _LineStep:
         now = time.monotonic()
         if now >= self._next and done != self._total:
             self._next = now + self._interval
+            of = "" if self._total is None else f" of {decimal(self._total)}"
             percent = f" ({100 * done // self._total} %)" if self._total else ""
-            self._say(f"{self._title}: {decimal(done)}{_of(self._total)}{percent}.")
+            self._say(f"{self._title}: {decimal(done)}{of}{percent}.")
 
 
 class _RichStep:
@@ -164,10 +146,4 @@ class _RichStep:
         self._bar = bar
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        if total is not None:
-            self._bars.update(self._bar, total=total)
-        self._bars.update(self._bar, completed=done, detail=detail)
-
-
-def _of(total: int | None) -> str:
-    return "" if total is None else f" of {decimal(total)}"
+        self._bars.update(self._bar, completed=done, total=total, detail=detail)

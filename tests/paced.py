@@ -30,7 +30,7 @@ def slowly(seconds: float = SECONDS) -> Iterator[None]:
 
 
 def command(file: Path) -> list[str]:
-    """Give what stands for ``edge-phi3`` on a command line: the same, and slow as long as a file exists.
+    """Return what stands for ``edge-phi3`` on a command line: the same, and slow as long as a file exists.
 
     The file may say by how many seconds a decode call is slower.
     """

@@ -10,7 +10,7 @@ _FIRST, _LAST = 20_000, 32_000
 
 
 def free_port() -> int:
-    """Give a port on loopback that nobody listens on."""
+    """Return a port on loopback that nobody listens on."""
     dice = random.SystemRandom()
     while True:
         port = dice.randrange(_FIRST, _LAST)

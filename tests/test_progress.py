@@ -44,37 +44,28 @@ def test_a_failed_step_is_not_told_as_done() -> None:
     assert lines == ["Converting x."]
 
 
-def terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=160)
-
-
-def text_of(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+def terminal() -> tuple[Console, io.StringIO]:
+    text = io.StringIO()
+    return Console(file=text, force_terminal=True, width=160), text
 
 
 def test_bars_show_title_amount_and_detail() -> None:
-    console = terminal()
+    console, written = terminal()
     with RichProgress(console) as bars:
         with bars.step("Quantising x", 2000) as step:
             step.update(500, detail="blk.0.ffn_up.weight")
-            bars._bars.refresh()
+            bars.refresh()
             step.update(1500, 3000)
         bars.note("Half [way] there.")
-    text = text_of(console)
-    assert "Quantising x" in text
-    assert "0.5/2.0 kB" in text
-    assert "1.5/3.0 kB" in text
-    assert "blk.0.ffn_up.weight" in text
-    assert "Half [way] there." in text
+    for text in ("Quantising x", "0.5/2.0 kB", "1.5/3.0 kB", "blk.0.ffn_up.weight", "Half [way] there."):
+        assert text in written.getvalue()
 
 
 def test_the_bar_of_a_failed_step_goes_away() -> None:
-    console = terminal()
-    with RichProgress(console) as bars:
+    with RichProgress(terminal()[0]) as bars:
         with pytest.raises(ValueError, match="no"), bars.step("Converting x", 10):
             raise ValueError("no")
-        assert bars._bars.tasks == []
+        assert bars.tasks == []
 
 
 def test_stderr_gets_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -90,12 +81,12 @@ def test_stderr_gets_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[
 
 
 def test_stderr_gets_bars_when_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = terminal()
+    console, written = terminal()
     monkeypatch.setattr(module, "Console", lambda **_: console)
     with stderr_progress() as reporter, reporter.step("Downloading y", 10) as step:
         assert isinstance(reporter, RichProgress)
         step.update(10)
-    assert "Downloading y" in text_of(console)
+    assert "Downloading y" in written.getvalue()
 
 
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def make_decoder(
 
     Raises:
         ParameterError: the prompt leaves no room for a token.
-        ValueError: the prompt is empty, the vocabulary is missing, or a beam search is asked for log-probabilities or
+        ValueError: the prompt is empty, the vocabulary is missing, or a beam search is to return log-probabilities or
             held to a constraint.
     """
     if len(prompt) == 0:

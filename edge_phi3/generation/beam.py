@@ -18,11 +18,11 @@ from edge_phi3.generation.decoding import (
     Turn,
     isolated,
 )
+from edge_phi3.generation.drawing import random_stream
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis, Path
 from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
 from edge_phi3.generation.processors import HammingDiversity, build_processors
-from edge_phi3.generation.randomness import random_stream
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
@@ -42,7 +42,7 @@ class Picks(NamedTuple):
         totals: beam scores after the continuation, shape (n,).
         beams: the beam of each within its group, shape (n,).
         tokens: shape (n,).
-        processed: the processed scores they were picked from; one row may stand for all beams.
+        processed: the processed scores they were picked from, a row for each beam.
     """
 
     totals: Scores
@@ -51,20 +51,17 @@ class Picks(NamedTuple):
     processed: Candidates
 
     def score(self, beam: int, token: int) -> float:
-        """Give the processed score of a token beside a beam."""
-        scores, tokens = self.processed.scores, self.processed.tokens
-        row = beam if len(scores) > 1 else 0
-        if tokens is None:
-            return float(scores[row, token])
+        """Return the processed score of a token beside a beam."""
+        scores, tokens = self.processed.scores[beam], self.processed.tokens
         # Padding holds token 0 with the score minus infinity.
-        return float(scores[row, tokens[row] == token].max(initial=-np.inf))
+        return float(scores[token] if tokens is None else scores[tokens[beam] == token].max(initial=-np.inf))
 
 
 class BeamDecoder(Decoder):
     """Beam search in all its forms. Follows ``GenerationMixin._beam_search``, ``_group_beam_search`` and their scorer.
 
     Beams are numbered through all groups. The history holds all of them; rows of logits are wanted only for the
-    groups that are not done.
+    groups that are not done, and at first for the prompt, whose row stands for all beams.
     """
 
     __slots__ = (
@@ -86,7 +83,7 @@ class BeamDecoder(Decoder):
     )
 
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
-        super().__init__(TokenHistory(prompt))
+        super().__init__(TokenHistory(prompt, rows=config.num_beams))
         groups, ends = config.num_beam_groups, config.eos_token_id
         self.prompt_length = len(prompt)
         self.processors = build_processors(config, prompt)
@@ -98,7 +95,7 @@ class BeamDecoder(Decoder):
         self._picked = max(2, 1 + len(ends)) * self._size
         self._pad = config.pad_token_id if config.pad_token_id is not None else max((*ends[:1], 0))
         self._done = [False] * groups
-        self._live = np.arange(config.num_beams)
+        self._live = np.zeros(1, dtype=np.intp)
         self._reason: FinishReason = "length"
         most_new = stopping.total_length - len(prompt)
         self._hypotheses = [
@@ -120,28 +117,26 @@ class BeamDecoder(Decoder):
         """
         log_softmax(logits)
         size, beams = self._size, self._config.num_beams
-        first = self.history.rows == 1
-        if first and len(self._done) > 1:
-            # Each group processes the prompt's row in its own way.
-            logits = np.repeat(logits, len(self._done), axis=0)
+        row_of_beam = np.zeros(beams, dtype=np.intp)
+        if self.history.length == self.prompt_length:
+            logits = np.repeat(logits, beams, axis=0)
+        else:
+            row_of_beam[self._live] = np.arange(len(self._live))
         parents = np.zeros(beams, dtype=np.intp)
         tokens = np.full(beams, self._pad, dtype=np.int32)
         paths: list[Path] = [None] * beams
-        row_of_beam = np.zeros(beams, dtype=np.intp)
         row = 0
         for group, done in enumerate(self._done):
             own = slice(group * size, group * size + size)
             if done:
                 parents[own] = own.start
                 continue
-            rows = slice(row, row + (1 if first else size))
-            row_of_beam[own] = 0 if first else np.arange(rows.start, rows.stop)
-            row = rows.stop
-            picks = self._pick(logits[rows], own, tokens)
+            picks = self._pick(logits[row : row + size], own, tokens)
+            row += size
             if picks is None or not self._continue(picks, group, parents, tokens, paths):
                 return self.fail(_NO_CHOICE)
         self._paths = paths
-        self.history.extend(np.zeros_like(parents) if first else parents, tokens)
+        self.history.extend(parents, tokens)
         if all(self._done) or self._is_stopped():
             self._finish()
             return Step()
@@ -158,51 +153,32 @@ class BeamDecoder(Decoder):
         """Find the best continuations of one group, or None when the scores allow no choice.
 
         Args:
-            scores: log-probabilities, shape (beams of the group, vocabulary), or one row that stands for all of them;
-                overwritten.
+            scores: log-probabilities, shape (beams of the group, vocabulary); overwritten.
             own: the group's beams.
             tokens: what the groups before chose in this step, shape (beams,).
         """
         if self._diversity is not None:
             self._diversity.chosen = tokens[: own.start]
-        history = self.history.tokens
-        history = history if len(history) == 1 else history[own]
         for processor in self.processors:
-            processor(history, scores)
+            processor(self.history.tokens[own], scores)
         offsets = self._beam_scores[own]
-        if self._config.do_sample:
-            return self._sampled(warp(scores, [self._warping] * len(scores)), offsets)
-        return self._best(scores, offsets)
-
-    def _best(self, scores: Scores, offsets: Scores) -> Picks:
-        rows, size = scores.shape
-        if rows < len(offsets) and self._picked <= size:
-            picks = Picks(*top_of_all(scores, offsets[:1], self._picked), Candidates(scores))
-            if picks.totals[-1] > _UNREACHED / 2:
-                return picks
-        if rows < len(offsets):
-            scores = np.repeat(scores, len(offsets), axis=0)
+        if self._generator is not None:
+            return self._sampled(warp(scores, [self._warping] * len(scores)), offsets, self._generator)
         return Picks(*top_of_all(scores, offsets, self._picked), Candidates(scores))
 
-    def _sampled(self, left: Candidates, offsets: Scores) -> Picks | None:
+    def _sampled(self, left: Candidates, offsets: Scores, generator: np.random.Generator) -> Picks | None:
         """Draw continuations without replacement from the distribution over all beams, best first.
 
         Adding Gumbel noise to log-probabilities and taking the highest draws without replacement, as
         ``torch.multinomial`` does. Where too few have a probability above 0, the best of the rest are taken.
         """
-        scores, count = left.scores, self._picked
-        if len(scores) < len(offsets) and np.count_nonzero(scores > -np.inf) < count:
-            # The first beam alone leaves too few, so the unreached ones count.
-            repeated = None if left.tokens is None else np.repeat(left.tokens, len(offsets), axis=0)
-            left = Candidates(np.repeat(scores, len(offsets), axis=0), repeated)
-            scores = left.scores
-        totals = (scores + offsets[: len(scores), None]).ravel()
+        count = self._picked
+        totals = (left.scores + offsets[:, None]).ravel()
         best = totals.max()
         if not np.isfinite(best):
             return None
-        assert self._generator is not None
         possible = np.flatnonzero(totals > best - _VANISHING)
-        keys = totals[possible] - np.log(self._generator.standard_exponential(len(possible)))
+        keys = totals[possible] - np.log(generator.standard_exponential(len(possible)))
         if len(keys) > count:
             highest = np.argpartition(keys, len(keys) - count)[len(keys) - count :]
             keys, possible = keys[highest], possible[highest]
@@ -211,7 +187,7 @@ class BeamDecoder(Decoder):
         if len(drawn) < count:
             others = np.flatnonzero((totals <= best - _VANISHING) & (totals > -np.inf))
             drawn = np.concatenate((drawn, others[np.argsort(-totals[others], kind="stable")]))[:count]
-        beams, columns = np.divmod(drawn, scores.shape[1])
+        beams, columns = np.divmod(drawn, left.scores.shape[1])
         tokens, sums = left.token_ids(beams, columns), totals[drawn]
         if len(drawn) < count:
             banned = np.setdiff1d(np.arange(self._config.vocab_size), tokens[beams == 0])[: count - len(drawn)]
@@ -247,8 +223,7 @@ class BeamDecoder(Decoder):
                 if rank < size and hypotheses.wants(total, new_tokens):
                     # transformers writes the first end token, whichever was generated.
                     path = self._extended(parent, picks, beam, self._config.eos_token_id[0])
-                    ended = history.tokens[parent if history.rows > 1 else 0].copy()
-                    hypotheses.add(total, new_tokens, ended, "stop", path)
+                    hypotheses.add(total, new_tokens, history.tokens[parent].copy(), "stop", path)
                 continue
             parents[going], tokens[going] = parent, token
             paths[going] = self._extended(parent, picks, beam, token)
@@ -269,7 +244,7 @@ class BeamDecoder(Decoder):
         return self._paths[parent], TokenScore(token, score, score)
 
     def _is_stopped(self) -> bool:
-        """Tell whether all beams meet a criterion that ends the search, and note which."""
+        """Return whether all beams meet a criterion that ends the search, and note which."""
         stopping, tokens = self._stopping, self.history.tokens
         if self.history.length >= stopping.total_length:
             self._reason = "length"
@@ -297,7 +272,7 @@ class BeamDecoder(Decoder):
                     hypotheses.add(total, new_tokens, tokens, self._reason, self._paths[beam])
 
     def result(self) -> GenerationResult:
-        """Give the best sequences. Follows ``BeamSearchScorer.finalize``.
+        """Return the best sequences. Follows ``BeamSearchScorer.finalize``.
 
         Raises:
             GenerationError: the request failed.

@@ -23,10 +23,10 @@ class TokenConstraint(Protocol):
     """Which tokens may come next in one sequence."""
 
     def permits(self, token: int) -> bool:
-        """Tell whether a token may come next; an end token may when what there is is whole."""
+        """Return whether a token may come next; an end token may when what there is is whole."""
 
     def mask(self, scores: NDArray[np.float32]) -> None:
-        """Give every token that may not come next the score minus infinity.
+        """Set the score of every token that may not come next to minus infinity.
 
         Args:
             scores: of one row, shape (vocabulary,); changed in place.
@@ -36,7 +36,7 @@ class TokenConstraint(Protocol):
         """Go on with a token that may come next and is no end token."""
 
     def clone(self) -> Self:
-        """Give a copy that goes its own way."""
+        """Return a copy that goes its own way."""
 
 
 class ConstraintProcessor:

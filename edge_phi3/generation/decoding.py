@@ -67,7 +67,7 @@ class Step:
         sequences: for row i, the index of the returned sequence that it belongs to (empty in beam modes).
         emitted: (sequence index, token) for every returned sequence that got a token, those that ended
             included. Always empty in beam modes, whose sequences are known only at the end.
-        logprobs: one for each of `emitted` where the request asked for them, else empty.
+        logprobs: one for each of `emitted` where the request wants them, else empty.
     """
 
     parents: Sequence[int] = ()
@@ -87,10 +87,10 @@ class GenerationResult:
         finish_reasons: why each ended: "stop" (a token of ``eos_token_id``), "stop_string", "length" or
             "time".
         sequences_scores: final beam score of each sequence; None outside beam modes.
-        scores: for each sequence, the scores of its generated tokens; None unless asked for. In beam modes,
+        scores: for each sequence, the scores of its generated tokens; None unless requested. In beam modes,
             the end token that transformers appends to beams which a stop string or ``max_time`` cut off has
             no score.
-        logprobs: for each sequence, the log-probabilities of its generated tokens; None unless asked for.
+        logprobs: for each sequence, the log-probabilities of its generated tokens; None unless requested.
     """
 
     prompt_length: int
@@ -126,7 +126,7 @@ class Chooser(Protocol):
         """
 
     def __hash__(self) -> int:
-        """Tell ways of choosing apart: requests are grouped by theirs."""
+        """Requests are grouped by their way of choosing."""
 
 
 class Turn(NamedTuple):
@@ -199,7 +199,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def result(self) -> GenerationResult:
-        """Give what was generated.
+        """Return what was generated.
 
         Raises:
             EdgePhi3Error: the request failed.
@@ -247,7 +247,7 @@ def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
 
 
 def rows_of(turns: Sequence[Turn], logits: Scores) -> Scores:
-    """Give the rows of the given requests: a view where they lie side by side, else a copy."""
+    """Return the rows of the given requests: a view where they lie side by side, else a copy."""
     first, last = turns[0], turns[-1]
     end = last.row + last.decoder.rows
     wanted = sum([turn.decoder.rows for turn in turns])

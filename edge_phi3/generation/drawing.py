@@ -1,8 +1,9 @@
-"""Draws from what the warpers have left, by inverting cumulative distributions."""
+"""Random numbers that depend on a request alone, and draws with them from what the warpers have left."""
 
 from __future__ import annotations
 
-from typing import Final
+import secrets
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,37 +11,65 @@ from numpy.typing import NDArray
 from edge_phi3.generation.logits import Candidates, Rows, Scores, running_totals, weights
 
 _BLOCK: Final = 256
+_DRAWN_AHEAD: Final = 64
 
 
-class Draws:
-    """Tokens drawn from candidates.
+def fresh_seed() -> int:
+    """Return a seed from the system's entropy."""
+    return secrets.randbits(64)
+
+
+def random_stream(seed: int | None, sequence: int) -> np.random.Generator:
+    """Make the stream of one sequence: Philox, a counter-based generator, keyed by seed and sequence.
+
+    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
+
+    Args:
+        seed: from 0 to 2**64 - 1; None for fresh entropy.
+        sequence: index of the sequence within the request.
+    """
+    key = np.array([fresh_seed() if seed is None else seed, sequence], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+class Uniforms:
+    """Uniform numbers in [0, 1) of one sequence, drawn ahead because single draws are slow."""
+
+    __slots__ = ("_ahead", "_stream")
+
+    def __init__(self, seed: int, sequence: int) -> None:
+        """Start a stream; see `random_stream`."""
+        self._stream = random_stream(seed, sequence)
+        self._ahead: list[float] = []
+
+    def next(self) -> float:
+        """Return the next number."""
+        if not self._ahead:
+            self._ahead = self._stream.random(_DRAWN_AHEAD)[::-1].tolist()
+        return self._ahead.pop()
+
+
+class Draws(NamedTuple):
+    """Tokens drawn from candidates, each attribute of shape (draws,).
 
     Attributes:
-        tokens: shape (draws,), int32.
-        scores: processed score of each, shape (draws,).
-        possible: whether the row was a distribution at all, shape (draws,).
+        tokens: int32.
+        scores: the processed score of each.
+        possible: whether the row was a distribution at all.
+        highest: the highest score of the row.
+        totals: the sum of the row's weights, exp(score - highest).
     """
 
-    __slots__ = ("_highest", "_totals", "possible", "scores", "tokens")
-
-    def __init__(
-        self,
-        tokens: NDArray[np.int32],
-        scores: Scores,
-        possible: NDArray[np.bool_],
-        highest: Scores,
-        totals: NDArray[np.float64],
-    ) -> None:
-        self.tokens = tokens
-        self.scores = scores
-        self.possible = possible
-        self._highest = highest
-        self._totals = totals
+    tokens: NDArray[np.int32]
+    scores: Scores
+    possible: NDArray[np.bool_]
+    highest: Scores
+    totals: NDArray[np.float64]
 
     @property
     def logprobs(self) -> Scores:
         """Log-softmax of the processed scores at each draw, shape (draws,)."""
-        logprobs: Scores = self.scores - self._highest - np.log(self._totals).astype(np.float32)
+        logprobs: Scores = self.scores - self.highest - np.log(self.totals).astype(np.float32)
         return logprobs
 
 

@@ -17,16 +17,17 @@ class TokenHistory:
 
     __slots__ = ("_buffer", "length", "rows")
 
-    def __init__(self, prompt: NDArray[np.int32]) -> None:
-        """Start with one row, the prompt.
+    def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:
+        """Start with rows that all hold the prompt.
 
         Args:
             prompt: token ids, shape (n,).
+            rows: how many.
         """
         self.length = len(prompt)
-        self.rows = 1
-        self._buffer = np.empty((1, self.length + _GROWTH), dtype=np.int32)
-        self._buffer[0, : self.length] = prompt
+        self.rows = rows
+        self._buffer = np.empty((rows, self.length + _GROWTH), dtype=np.int32)
+        self._buffer[:, : self.length] = prompt
 
     @property
     def tokens(self) -> NDArray[np.int32]:

@@ -60,7 +60,7 @@ class Hypotheses:
         self._worst = 1e9
 
     def wants(self, log_probability: float, new_tokens: int) -> bool:
-        """Tell whether a beam with this sum of log-probabilities and so many generated tokens would be kept."""
+        """Return whether a beam with this sum of log-probabilities and so many generated tokens would be kept."""
         return len(self.kept) < self._size or self._normalized(log_probability, new_tokens) > self._worst
 
     def add(
@@ -90,7 +90,7 @@ class Hypotheses:
             self._worst = min(score, self._worst)
 
     def are_final(self, best_log_probability: float, new_tokens: int) -> bool:
-        """Tell whether the search of this group may stop.
+        """Return whether the search of this group may stop.
 
         Args:
             best_log_probability: of the best candidate of this step.

@@ -21,11 +21,6 @@ BLOCK: Final = 64
 """Tokens whose maximum is taken together."""
 FEW: Final = 4
 """How many times more blocks than wanted tokens there must be for the maxima to be of use."""
-MILD: Final = (1e-3, 1e3)
-"""Temperatures that scores may be divided by after the top k are chosen: beyond, quotients of scores that are far apart
-may be equal."""
-SLACK: Final = 1e-5
-"""The fraction below the k-th highest score within which a score may be equal to it after such a division."""
 
 
 @dataclass(slots=True)
@@ -42,12 +37,12 @@ class Candidates:
     tokens: NDArray[np.int32] | None = None
 
     def token_ids(self, rows: Rows, columns: Rows) -> NDArray[np.int32]:
-        """Give the token ids at the given places, shape of `rows` and `columns`."""
+        """Return the token ids at the given places, shape of `rows` and `columns`."""
         return columns.astype(np.int32) if self.tokens is None else self.tokens[rows, columns]
 
 
-def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Candidates:
-    """Keep the tokens of each row that score at least as high as its k-th highest.
+def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
+    """Keep the tokens of each row that score at least as high as its k-th highest. Follows ``TopKLogitsWarper``.
 
     The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound are
     read again: a few passes of ``argmax`` where a partition costs a hundred.
@@ -55,7 +50,6 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
     Args:
         scores: shape (rows, vocabulary). A row with NaN keeps NaN alone.
         k: for each row at least 1; more than the vocabulary means all of it.
-        slack: keep also what lies below the k-th highest score by this fraction of it; the caller selects again.
 
     Returns:
         The candidates; every token that ties with the k-th highest is among them.
@@ -66,16 +60,16 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
     if widest * FEW > blocks:
         highest = scores.max(axis=1)
         bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
-        found = (scores >= _lowered(bound, slack)[:, None]).ravel().nonzero()[0]
+        found = (scores >= bound[:, None]).ravel().nonzero()[0]
         row = found // size
         chosen = pad_rows(rows, row, found - row * size, scores.ravel()[found])
     else:
         maxima = _block_maxima(scores)
         highest = maxima.max(axis=1)
         bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
-        chosen = pad_rows(rows, *_at_least(scores, maxima, _lowered(bound, slack)))
-    if slack == 0.0 and (chosen.scores.shape[1] > widest or min(k) < widest):
-        keep_top(chosen, k)
+        chosen = pad_rows(rows, *_at_least(scores, maxima, bound))
+    if chosen.scores.shape[1] > widest or min(k) < widest:
+        chosen.scores[chosen.scores < kth_highest(chosen.scores, k)] = -np.inf
     broken = np.isnan(highest)
     if broken.any():
         chosen.scores[broken] = -np.inf
@@ -83,21 +77,8 @@ def top_candidates(scores: Scores, k: Sequence[int], slack: float = 0.0) -> Cand
     return chosen
 
 
-def keep_top(candidates: Candidates, k: Sequence[int]) -> None:
-    """Remove, in place, the candidates of each row that score below its k-th highest.
-
-    Follows ``TopKLogitsWarper``: what ties with the k-th highest stays.
-
-    Args:
-        candidates: `scores` is changed.
-        k: for each row at least 1.
-    """
-    scores = candidates.scores
-    scores[scores < kth_highest(scores, k)] = -np.inf
-
-
 def kth_highest(scores: Scores, k: Sequence[int]) -> Scores:
-    """Give the k-th highest score of each row (the lowest when there are fewer), shape (rows, 1)."""
+    """Return the k-th highest score of each row (the lowest when there are fewer), shape (rows, 1)."""
     width = scores.shape[1]
     widest = max(k)
     if widest * FEW < width:
@@ -133,12 +114,6 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
     order = np.concatenate((missing, np.argsort(-flat, kind="stable")))[:k]
     row, token = np.divmod(order, size)
     return flat[order], row, token.astype(np.int32)
-
-
-def _lowered(bound: Scores, slack: float) -> Scores:
-    if slack == 0.0:
-        return bound
-    return np.where(np.isinf(bound), bound, bound - np.abs(bound) * np.float32(slack))
 
 
 def _cube(scores: Scores) -> Scores:
@@ -196,14 +171,14 @@ def pad_rows(rows: int, row: Rows, token: Rows, values: Scores) -> Candidates:
 
 
 def weights(scores: Scores) -> Scores:
-    """Give exp(score - highest of the row), in new memory."""
+    """Return exp(score - highest of the row), in new memory."""
     result: Scores = scores - scores.max(axis=1, keepdims=True)
     np.exp(result, out=result)
     return result
 
 
 def running_totals(values: Scores) -> NDArray[np.float64]:
-    """Give the sums of the first columns, column by column."""
+    """Return the sums of the first columns, column by column."""
     return values.cumsum(axis=1, dtype=np.float64)
 
 
@@ -220,7 +195,7 @@ def totals(values: Scores, *, whole: bool) -> NDArray[np.float64]:
 
 
 def softmax(scores: Scores, *, whole: bool) -> Scores:
-    """Give the softmax of each row, in new memory. See `totals`."""
+    """Return the softmax of each row, in new memory. See `totals`."""
     weighed = weights(scores)
     weighed /= totals(weighed, whole=whole).astype(np.float32)
     return weighed

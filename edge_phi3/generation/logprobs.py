@@ -14,11 +14,11 @@ from edge_phi3.generation.sampling import SequenceDecoder
 
 
 def watch(decoder: SequenceDecoder, top: int) -> None:
-    """Let a decoder tell the log-probability of each token that it chooses.
+    """Have a decoder record the log-probability of each token that it chooses.
 
     Args:
         decoder: before its first step.
-        top: how many of the likeliest tokens are told beside each chosen one.
+        top: how many of the likeliest tokens to record beside each chosen one.
     """
     decoder.logprobs = [[] for _ in decoder.live]
     decoder.chooser = _watched(decoder.chooser, top)
@@ -32,7 +32,7 @@ class _Watcher:
         self._top = top
 
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Choose, and tell how likely the chosen tokens were."""
+        """Choose, and record how likely the chosen tokens were."""
         read = [logits[turn.row : turn.row + turn.decoder.rows].copy() for turn in turns]
         self._chooser(turns, logits, steps)
         for turn, rows in zip(turns, read, strict=True):
@@ -42,45 +42,40 @@ class _Watcher:
                 step = steps[turn.place]
                 step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
                 assert decoder.logprobs is not None
-                for (sequence, _), told in zip(step.emitted, step.logprobs, strict=True):
-                    decoder.logprobs[sequence].append(told)
+                for (sequence, _), logprobs in zip(step.emitted, step.logprobs, strict=True):
+                    decoder.logprobs[sequence].append(logprobs)
 
 
 @cache
 def _watched(chooser: Chooser, top: int) -> _Watcher:
-    """Give the one watcher of a chooser, so that requests still share calls."""
+    """Return the one watcher of a chooser, so that requests still share calls."""
     return _Watcher(chooser, top)
 
 
 def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Give the log-probabilities of the chosen tokens.
+    """Return the log-probabilities of the chosen tokens.
 
     The logits are the model's float32; what is computed from them is float64.
 
     Args:
         rows: logits, shape (sequences, vocabulary), or one row that all sequences start from.
         tokens: one for each sequence; none when the request failed.
-        top: how many of the likeliest to tell.
+        top: how many of the likeliest tokens to return.
     """
-    told: list[TokenLogprobs] = []
+    exact = (rows if len(tokens) == len(rows) else rows[:1]).astype(np.float64)
     with np.errstate(all="ignore"):
-        normalized = [_log_softmax(row) for row in (rows if len(tokens) == len(rows) else rows[:1])]
-    best = [_likeliest(row, top) for row in normalized]
-    for place, token in enumerate(tokens):
-        at = place if len(normalized) > 1 else 0
-        told.append(TokenLogprobs(token, float(normalized[at][token]), best[at]))
-    return told
-
-
-def _log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
-    exact = row.astype(np.float64)
-    exact -= exact.max()
-    exact -= np.log(np.exp(exact).sum())
-    return exact
+        exact -= exact.max(axis=1, keepdims=True)
+        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    best = [_likeliest(row, top) for row in exact]
+    places = [place % len(exact) for place in range(len(tokens))]
+    return [
+        TokenLogprobs(token, float(exact[place, token]), best[place])
+        for place, token in zip(places, tokens, strict=True)
+    ]
 
 
 def _likeliest(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
-    """Give the likeliest tokens; of equal ones those with the lower id."""
+    """Return the likeliest tokens; of equal ones those with the lower id."""
     count = min(count, len(row))
     if count == 0:
         return ()

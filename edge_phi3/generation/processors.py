@@ -6,7 +6,9 @@ tokens so far, shape (rows, length).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -61,25 +63,25 @@ class SequenceBias:
         return found
 
 
+@dataclass(eq=False, slots=True)
 class HammingDiversity:
     """Penalises the tokens that earlier beam groups chose in this step. Follows ``HammingDiversityLogitsProcessor``.
 
     Vijayakumar et al., Diverse Beam Search, https://arxiv.org/abs/1610.02424.
 
     Attributes:
+        penalty: subtracted once for each beam that chose a token.
         chosen: tokens of the earlier groups in this step; the beam search sets it before each group.
     """
 
-    def __init__(self, penalty: float) -> None:
-        self.chosen: Tokens = np.empty(0, dtype=np.int32)
-        self._penalty = penalty
+    penalty: float
+    chosen: Tokens = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     def __call__(self, _tokens: Tokens, scores: Scores) -> None:
-        """Subtract the penalty once for each beam that chose a token."""
-        if not len(self.chosen):
-            return
-        chosen, counts = np.unique(self.chosen, return_counts=True)
-        scores[:, chosen] -= self._penalty * counts.astype(np.float32)
+        """Subtract the penalties."""
+        if len(self.chosen):
+            chosen, counts = np.unique(self.chosen, return_counts=True)
+            scores[:, chosen] -= self.penalty * counts.astype(np.float32)
 
 
 class RepetitionPenalty:
@@ -97,12 +99,29 @@ class RepetitionPenalty:
         """Divide positive scores by the penalty, and multiply negative ones with it."""
         for generated, line in zip(tokens[:, self._length :], scores, strict=True):
             # Both are worked out before either is written: a token may be in both.
-            after = _penalized(line, generated, self._penalty) if len(generated) else None
-            line[self._prompt] = _penalized(line, self._prompt, self._penalty)
+            after = self._penalized(line, generated) if len(generated) else None
+            line[self._prompt] = self._penalized(line, self._prompt)
             if after is not None:
                 line[generated] = after
 
+    def _penalized(self, line: Scores, tokens: Rows | Tokens) -> Scores:
+        found = line[tokens]
+        return np.where(found < 0, found * self._penalty, found / self._penalty)
 
+
+class EncoderRepetitionPenalty(RepetitionPenalty):
+    """Favours the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
+
+    def __init__(self, penalty: float, prompt: Tokens) -> None:
+        super().__init__(1 / penalty, prompt)
+
+    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
+        """Multiply positive scores of the prompt's tokens with the penalty, and divide negative ones by it."""
+        for line in scores:
+            line[self._prompt] = self._penalized(line, self._prompt)
+
+
+@dataclass(eq=False, slots=True)
 class OccurrencePenalty:
     """Penalises the tokens that have been generated, the prompt left out: OpenAI's presence and frequency penalties.
 
@@ -110,119 +129,86 @@ class OccurrencePenalty:
     penalty, and the presence penalty once.
     """
 
-    def __init__(self, presence: float, frequency: float, prompt_length: int) -> None:
-        self._presence = np.float32(presence)
-        self._frequency = np.float32(frequency)
-        self._length = prompt_length
+    presence: float
+    frequency: float
+    prompt_length: int
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
         """Subtract the penalties from the scores of each row's own tokens."""
-        for generated, line in zip(tokens[:, self._length :], scores, strict=True):
+        for generated, line in zip(tokens[:, self.prompt_length :], scores, strict=True):
             found, counts = np.unique(generated, return_counts=True)
-            line[found] -= counts.astype(np.float32) * self._frequency + self._presence
+            line[found] -= counts.astype(np.float32) * np.float32(self.frequency) + np.float32(self.presence)
 
 
-class EncoderRepetitionPenalty:
-    """Favours the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
-
-    def __init__(self, penalty: float, prompt: Tokens) -> None:
-        self._penalty = 1 / penalty
-        self._prompt = np.unique(prompt).astype(np.intp)
-
-    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
-        """Multiply positive scores of the prompt's tokens with the penalty, and divide negative ones by it."""
-        for line in scores:
-            line[self._prompt] = _penalized(line, self._prompt, self._penalty)
-
-
-def _penalized(line: Scores, tokens: Rows | Tokens, penalty: float) -> Scores:
-    found = line[tokens]
-    return np.where(found < 0, found * penalty, found / penalty)
-
-
+@dataclass(eq=False, slots=True)
 class NoRepeatNGram:
-    """Bans tokens that would repeat an n-gram of the row. Follows ``NoRepeatNGramLogitsProcessor``."""
+    """Bans tokens that would repeat an n-gram of the row, or of the prompt.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban what followed earlier occurrences of the last n - 1 tokens."""
-        _ban_repeats(tokens, tokens, self._size, scores)
-
-
-class EncoderNoRepeatNGram:
-    """Bans tokens that would repeat an n-gram of the prompt. Follows ``EncoderNoRepeatNGramLogitsProcessor``."""
-
-    def __init__(self, size: int, prompt: Tokens) -> None:
-        self._size = size
-        self._prompt = prompt[None]
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban what followed occurrences of the last n - 1 tokens in the prompt."""
-        _ban_repeats(self._prompt, tokens, self._size, scores)
-
-
-def _ban_repeats(texts: Tokens, tokens: Tokens, size: int, scores: Scores) -> None:
-    """Ban in each row what follows its last (size - 1) tokens anywhere in its text.
-
-    Args:
-        texts: where n-grams are looked for, shape (rows or 1, n).
-        tokens: tokens so far, shape (rows, length).
-        size: n of the n-grams.
-        scores: shape (rows, vocabulary).
-    """
-    starts = texts.shape[1] - size + 1
-    if starts <= 0 or tokens.shape[1] < size - 1:
-        return
-    if size == 1:
-        followers = np.broadcast_to(texts, (len(tokens), starts))
-        np.put_along_axis(scores, followers, -np.inf, axis=1)
-        return
-    found = (texts[:, size - 2 : -1] == tokens[:, -1:]).ravel().nonzero()[0]
-    if not len(found):
-        return
-    rows = found // starts
-    places = found - rows * starts
-    lines = rows if len(texts) > 1 else 0
-    for back in range(2, size):
-        same = texts[lines, places + (size - 1 - back)] == tokens[rows, -back]
-        rows, places = rows[same], places[same]
-        lines = rows if len(texts) > 1 else 0
-    scores[rows, texts[lines, places + size - 1]] = -np.inf
-
-
-class MinLength:
-    """Bans end tokens below a length. Follows ``MinLengthLogitsProcessor`` and its "NewTokens" sibling.
+    Follows ``NoRepeatNGramLogitsProcessor`` and ``EncoderNoRepeatNGramLogitsProcessor``.
 
     Attributes:
-        least_length: the least length of a sequence, prompt included.
-        ends: the end tokens.
+        size: n of the n-grams.
+        prompt: where n-grams are looked for, shape (1, n); None: in each row.
     """
 
-    def __init__(self, least_length: int, ends: Rows) -> None:
-        self.least_length = least_length
-        self.ends = ends
+    size: int
+    prompt: Tokens | None = None
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban the end tokens while the rows are too short."""
-        if tokens.shape[1] < self.least_length:
-            scores[:, self.ends] = -np.inf
+        """Ban what follows the last n - 1 tokens of each row anywhere in its text."""
+        texts, size = tokens if self.prompt is None else self.prompt, self.size
+        starts = texts.shape[1] - size + 1
+        if starts <= 0 or tokens.shape[1] < size - 1:
+            return
+        if size == 1:
+            followers = np.broadcast_to(texts, (len(tokens), starts))
+            np.put_along_axis(scores, followers, -np.inf, axis=1)
+            return
+        found = (texts[:, size - 2 : -1] == tokens[:, -1:]).ravel().nonzero()[0]
+        rows, places = np.divmod(found, starts)
+        lines = rows if len(texts) > 1 else np.zeros_like(rows)
+        for back in range(2, size):
+            same = texts[lines, places + (size - 1 - back)] == tokens[rows, -back]
+            rows, lines, places = rows[same], lines[same], places[same]
+        scores[rows, texts[lines, places + size - 1]] = -np.inf
 
 
+@dataclass(eq=False, slots=True)
+class BannedTokens:
+    """Bans tokens at certain lengths of the rows, prompt included.
+
+    Follows ``MinLengthLogitsProcessor`` with its "NewTokens" sibling, and ``SuppressTokensLogitsProcessor`` with its
+    "AtBegin" sibling.
+
+    Attributes:
+        tokens: what is banned.
+        lengths: when.
+    """
+
+    tokens: Rows
+    lengths: range = range(sys.maxsize)
+
+    def __call__(self, tokens: Tokens, scores: Scores) -> None:
+        """Ban the tokens."""
+        if tokens.shape[1] in self.lengths:
+            scores[:, self.tokens] = -np.inf
+
+
+@dataclass(eq=False, slots=True)
 class ForcedTokens:
-    """Leaves only certain tokens at one length. Follows ``ForcedBOSTokenLogitsProcessor`` and its EOS sibling."""
+    """Leaves only certain tokens at one length of the rows.
 
-    def __init__(self, length: int, forced: Sequence[int]) -> None:
-        """Take the length of the rows at which to act, and the tokens to leave."""
-        self._length = length
-        self._forced = list(forced)
+    Follows ``ForcedBOSTokenLogitsProcessor`` and its EOS sibling.
+    """
+
+    length: int
+    forced: Sequence[int]
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Give the forced tokens the score 0 and all others minus infinity, at the one length."""
-        if tokens.shape[1] == self._length:
+        """Set the scores of the forced tokens to 0 and all others to minus infinity, at the one length."""
+        if tokens.shape[1] == self.length:
             scores.fill(-np.inf)
-            scores[:, self._forced] = 0
+            scores[:, list(self.forced)] = 0
 
 
 class FiniteScores:
@@ -236,39 +222,30 @@ class FiniteScores:
             scores[np.isnan(scores)] = 0
 
 
+@dataclass(eq=False, slots=True)
 class ExponentialDecayLengthPenalty:
-    """Favours end tokens ever more past a length. Follows ``ExponentialDecayLengthPenalty``."""
+    """Favours end tokens ever more past a length. Follows ``ExponentialDecayLengthPenalty``.
 
-    def __init__(self, start: int, factor: float, ends: Rows) -> None:
-        """Take the length, prompt included, after which to act, the growth per token, and the end tokens."""
-        self._start = start
-        self._factor = factor
-        self._ends = ends
+    Attributes:
+        start: the length, prompt included, after which to act.
+        factor: the growth per token.
+        ends: the end tokens.
+    """
+
+    start: int
+    factor: float
+    ends: Rows
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:
         """Raise the scores of the end tokens by a growing multiple of their size."""
-        past = tokens.shape[1] - self._start
+        past = tokens.shape[1] - self.start
         if past > 0:
-            found = scores[:, self._ends]
+            found = scores[:, self.ends]
             try:
-                growth = self._factor**past - 1
+                growth = self.factor**past - 1
             except OverflowError:
                 growth = np.inf
-            scores[:, self._ends] = found + np.abs(found) * growth
-
-
-class SuppressTokens:
-    """Bans tokens, always or at one length. Follows ``SuppressTokensLogitsProcessor`` and its "AtBegin" sibling."""
-
-    def __init__(self, banned: Rows, length: int | None = None) -> None:
-        """Take the tokens, and the length of the rows at which to act (None: always)."""
-        self._banned = banned
-        self._length = length
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban the tokens."""
-        if self._length is None or tokens.shape[1] == self._length:
-            scores[:, self._banned] = -np.inf
+            scores[:, self.ends] = found + np.abs(found) * growth
 
 
 class Renormalize:
@@ -304,14 +281,14 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
     if config.no_repeat_ngram_size:
         built.append(NoRepeatNGram(config.no_repeat_ngram_size))
     if config.encoder_no_repeat_ngram_size:
-        built.append(EncoderNoRepeatNGram(config.encoder_no_repeat_ngram_size, prompt))
+        built.append(NoRepeatNGram(config.encoder_no_repeat_ngram_size, prompt[None]))
     if config.bad_words_ids:
         bannable = [
             phrase for phrase in config.bad_words_ids if len(phrase) > 1 or phrase[0] not in config.eos_token_id
         ]
         built.append(SequenceBias([(phrase, -np.inf) for phrase in bannable]))
     if len(ends) and config.least_length(length) > length:
-        built.append(MinLength(config.least_length(length), ends))
+        built.append(BannedTokens(ends, range(config.least_length(length))))
     if config.forced_bos_token_id is not None and length == 1:
         built.append(ForcedTokens(1, [config.forced_bos_token_id]))
     if config.forced_eos_token_id:
@@ -322,15 +299,15 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
         start, factor = config.exponential_decay_length_penalty
         built.append(ExponentialDecayLengthPenalty(start + length, factor, ends))
     if config.suppress_tokens:
-        built.append(SuppressTokens(_inside(config.suppress_tokens, config)))
+        built.append(BannedTokens(_inside(config.suppress_tokens, config)))
     if config.begin_suppress_tokens:
         begin = length + 1 if length == 1 and config.forced_bos_token_id is not None else length
-        built.append(SuppressTokens(_inside(config.begin_suppress_tokens, config), begin))
+        built.append(BannedTokens(_inside(config.begin_suppress_tokens, config), range(begin, begin + 1)))
     if config.renormalize_logits and not config.do_sample:
         built.append(Renormalize())
     return tuple(built)
 
 
 def _inside(tokens: Sequence[int], config: GenerationConfig) -> Rows:
-    """Give the token ids that exist; others name nothing, as in transformers."""
+    """Return the token ids that exist; others name nothing, as in transformers."""
     return np.array([token for token in dict.fromkeys(tokens) if 0 <= token < config.vocab_size], dtype=np.intp)

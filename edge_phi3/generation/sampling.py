@@ -23,11 +23,10 @@ from edge_phi3.generation.decoding import (
     isolated,
     rows_of,
 )
-from edge_phi3.generation.drawing import Draws, draw
+from edge_phi3.generation.drawing import Draws, Uniforms, draw, fresh_seed
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.processors import build_processors
-from edge_phi3.generation.randomness import Uniforms, fresh_seed
 from edge_phi3.generation.stopping import Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
@@ -38,12 +37,16 @@ NO_CHOICE: Final = (
 
 
 class SequenceDecoder(Decoder):
-    """Greedy decoding, or sampling of one or several sequences. Follows ``GenerationMixin._sample``."""
+    """Greedy decoding, or sampling of one or several sequences. Follows ``GenerationMixin._sample``.
+
+    Attributes:
+        live: indices of the sequences that go on.
+    """
 
     __slots__ = (
-        "_live",
         "_stopping",
         "_uniforms",
+        "live",
         "logprobs",
         "prompt_length",
         "reasons",
@@ -64,7 +67,7 @@ class SequenceDecoder(Decoder):
         self.sequences: list[NDArray[np.int32]] = [NO_TOKENS] * count
         self.reasons: list[FinishReason] = ["length"] * count
         self.warping = Warping.of(config)
-        self._live = list(range(count))
+        self.live = list(range(count))
         self._stopping = stopping
         self._uniforms: list[Uniforms] = []
         self.chooser: Chooser = choose_greedily
@@ -73,14 +76,9 @@ class SequenceDecoder(Decoder):
             self._uniforms = [Uniforms(seed, sequence) for sequence in range(count)]
             self.chooser = _sampler(self.warping.active)
 
-    @property
-    def live(self) -> Sequence[int]:
-        """Indices of the sequences that go on."""
-        return self._live
-
     def uniforms(self) -> list[float]:
         """Draw one number for each live sequence."""
-        return [self._uniforms[sequence].next() for sequence in self._live]
+        return [self._uniforms[sequence].next() for sequence in self.live]
 
     def accept_all(self, tokens: NDArray[np.int32]) -> Step:
         """Continue all live sequences, and let go of those that end.
@@ -88,7 +86,7 @@ class SequenceDecoder(Decoder):
         Args:
             tokens: one for each live sequence, shape (n,).
         """
-        history, stopping, live = self.history, self._stopping, self._live
+        history, stopping, live = self.history, self._stopping, self.live
         first = history.length == self.prompt_length
         parents = np.zeros(len(live), dtype=np.intp) if first else np.arange(len(live))
         history.extend(parents, tokens)
@@ -112,17 +110,17 @@ class SequenceDecoder(Decoder):
                 self.sequences[sequence] = history.tokens[row].copy()
         self.rows = len(going)
         self.finished = not going
-        self._live = [live[row] for row in going]
+        self.live = [live[row] for row in going]
         if self.finished:
             return Step(emitted=emitted)
         if len(going) < len(live):
             kept = np.array(going, dtype=np.intp)
             parents, tokens = parents[kept], tokens[kept]
             history.keep(kept)
-        return Step(parents.tolist(), tokens.tolist(), self._live, emitted)
+        return Step(parents.tolist(), tokens.tolist(), self.live, emitted)
 
     def result(self) -> GenerationResult:
-        """Give what was generated.
+        """Return what was generated.
 
         Raises:
             GenerationError: the request failed.
@@ -180,7 +178,7 @@ class Sampler:
     """Draws the next tokens of all requests that have the same warpers switched on.
 
     Args:
-        active: the warpers, which tell samplers apart.
+        active: the warpers, by which requests are grouped.
     """
 
     def __init__(self, active: tuple[str, ...]) -> None:

@@ -34,7 +34,7 @@ class StopStrings:
         self._window = max(map(len, self._strings))
 
     def matches(self, tokens: NDArray[np.int32]) -> bool:
-        """Tell whether the newest of the tokens, shape (length,), completes a stop string."""
+        """Return whether the newest of the tokens, shape (length,), completes a stop string."""
         vocabulary = self._vocabulary
         pieces: list[str] = []
         for token in tokens[-self._window :][::-1].tolist():
@@ -56,7 +56,6 @@ class Stopping:
     Attributes:
         ends: token ids that end a sequence.
         total_length: largest length of a sequence, prompt included.
-        checks_text: whether stop strings are looked for.
     """
 
     __slots__ = ("_clock", "_deadline", "_strings", "ends", "total_length")
@@ -84,9 +83,9 @@ class Stopping:
         return self._strings is not None
 
     def completes_string(self, tokens: NDArray[np.int32]) -> bool:
-        """Tell whether the newest of the tokens, shape (length,), completes a stop string."""
+        """Return whether the newest of the tokens, shape (length,), completes a stop string."""
         return self._strings is not None and self._strings.matches(tokens)
 
     def out_of_time(self) -> bool:
-        """Tell whether ``max_time`` has passed since the request was made."""
+        """Return whether ``max_time`` has passed since the request was made."""
         return self._deadline is not None and self._clock() > self._deadline

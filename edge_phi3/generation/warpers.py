@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.logits import (
-    MILD,
-    SLACK,
     Candidates,
     Rows,
     Scores,
-    keep_top,
     kth_highest,
     log_softmax,
     pad_rows,
@@ -29,12 +26,10 @@ from edge_phi3.generation.logits import (
     softmax,
     top_candidates,
     totals,
+    weights,
 )
 
 Settings = NDArray[np.float64]
-
-_NARROWINGS: Final = 12
-_BINS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,106 +80,79 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
     names = warpings[0].active
     if not names:
         return Candidates(scores)
-    settings = [warping.settings for warping in warpings]
+    columns = [np.array(values)[:, None] for values in zip(*(warping.settings for warping in warpings), strict=True)]
     keep = [warping.keep for warping in warpings]
-    first = 0
-    if "top_k" in names:
-        first = names.index("top_k") + 1
-        temperature = None if first == 1 else np.array([values[0] for values in settings])[:, None]
-        chosen = _warm_top_k(scores, temperature, [int(values[first - 1]) for values in settings])
+    if names[0] == "temperature":
+        temperature: Scores = columns[0].astype(np.float32)
+        names, columns = names[1:], columns[1:]
+        chosen = Candidates(scores / temperature)
     else:
-        if names[0] == "temperature":
-            scores = scores / np.array([values[0] for values in settings], dtype=np.float32)[:, None]
-            first = 1
-        if names[first:] and names[first] == "top_p":
-            chosen = _nucleus(scores, [values[first] for values in settings], keep)
-            first += 1
+        chosen = Candidates(scores if names[0] in ("top_k", "top_p") else scores.copy())
+    for name, column in zip(names, columns, strict=True):
+        if name == "top_k":
+            chosen = top_candidates(chosen.scores, column.ravel().astype(np.intp).tolist())
+        elif chosen.tokens is not None:
+            _WARPERS[name](chosen, column, keep)
+        elif name == "top_p":
+            chosen, tails = _heads(chosen.scores, column, keep)
+            _top_p(chosen, column, keep, tails)
         else:
-            chosen = Candidates(scores if first else scores.copy())
-    for at in range(first, len(names)):
-        column = np.array([values[at] for values in settings])[:, None]
-        if chosen.tokens is not None:
-            _WARPERS[names[at]](chosen, column, keep)
-            continue
-        # Whole rows one by one, so that what is made on the way stays in the processor's cache.
-        for row in range(len(scores)):
-            line = Candidates(chosen.scores[row : row + 1])
-            _WARPERS[names[at]](line, column[row : row + 1], keep[row : row + 1])
+            # Whole rows one by one, so that what is made on the way stays in the processor's cache.
+            for row in range(len(scores)):
+                line = Candidates(chosen.scores[row : row + 1])
+                _WARPERS[name](line, column[row : row + 1], keep[row : row + 1])
     return chosen
 
 
-def _warm_top_k(scores: Scores, temperature: Settings | None, k: Sequence[int]) -> Candidates:
-    """Divide by the temperature and keep the top k, dividing only what may be kept."""
-    if temperature is None:
-        return top_candidates(scores, k)
-    if temperature.min() < MILD[0] or temperature.max() > MILD[1]:
-        # So small or large a quotient may round scores that are far apart to the same value.
-        scaled: Scores = np.divide(scores, temperature, dtype=np.float32)
-        return top_candidates(scaled, k)
-    chosen = top_candidates(scores, k, slack=SLACK)
-    chosen.scores /= temperature.astype(np.float32)
-    keep_top(chosen, k)
-    return chosen
+def _heads(scores: Scores, mass: Settings, keep: Sequence[int]) -> tuple[Candidates, Settings]:
+    """Cut whole rows down to the tokens that top-p may keep.
+
+    What weighs less than an equal share of what may still be removed is surely removed, and need not be sorted.
+
+    Returns:
+        The candidates, and the weights of the others in units of the highest, shape (rows, 1).
+    """
+    heads: list[Rows] = []
+    tails = np.zeros((len(scores), 1))
+    for row, line in enumerate(scores):
+        weighed = line - line.max()
+        np.exp(weighed, out=weighed)
+        head, total = np.arange(len(line)), float(weighed.sum())
+        removable, tail = (1 - float(mass[row, 0])) * total, 0.0
+        narrower = np.flatnonzero(weighed > removable / len(head))
+        while keep[row] <= len(narrower) <= 0.8 * len(head):
+            head, weighed = head[narrower], weighed[narrower]
+            tail = max(total - float(weighed.sum()), 0.0)
+            narrower = np.flatnonzero(weighed > (removable - tail) / len(head))
+        tails[row] = tail
+        heads.append(head)
+    row_of = np.repeat(np.arange(len(heads)), [len(head) for head in heads])
+    values = np.concatenate([line[head] for line, head in zip(scores, heads, strict=True)])
+    return pad_rows(len(scores), row_of, np.concatenate(heads), values), tails
 
 
-def _nucleus(scores: Scores, mass: Sequence[float], keep: Sequence[int]) -> Candidates:
-    """Apply top-p to whole rows, and cut them down to what is left. Follows ``TopPLogitsWarper``."""
-    tokens = [_nucleus_of(line, share, kept) for line, share, kept in zip(scores, mass, keep, strict=True)]
-    row = np.repeat(np.arange(len(tokens)), [len(each) for each in tokens])
-    token = np.concatenate(tokens)
-    return pad_rows(len(scores), row, token, scores[row, token])
+def _top_p(candidates: Candidates, mass: Settings, keep: Sequence[int], tails: Settings | float = 0.0) -> None:
+    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``.
 
-
-def _nucleus_of(line: Scores, mass: float, keep: int) -> Rows:
-    """Give the tokens of one row that top-p keeps; all that are NaN when there are such."""
-    highest = line.max()
-    weighed = line - highest
-    np.exp(weighed, out=weighed)
-    total = float(weighed.sum())
-    if np.isnan(total):
-        return np.flatnonzero(np.isnan(line))
-    # Tokens that weigh less than an equal share of what may be removed are surely removed; only the rest is sorted.
-    budget = (1 - mass) * total
-    tokens: Rows | None = None
-    so_far = total
-    for _ in range(_NARROWINGS):
-        left = np.flatnonzero(weighed > budget / len(weighed))
-        if len(left) < keep or len(left) > 0.8 * len(weighed):
-            break
-        weighed = weighed[left]
-        tokens = left if tokens is None else tokens[left]
-        budget -= max(so_far - float(weighed.sum()), 0)
-        so_far = float(weighed.sum())
-    if tokens is None:
-        tokens = np.arange(len(line))
-    scores = line[tokens]
-    ascending = np.sort(scores)
-    probabilities = np.exp(ascending - highest) / np.float32(total)
-    reached = (1 - mass - budget / total + np.cumsum(probabilities, dtype=np.float64)).astype(np.float32)
-    removed = min(int(np.count_nonzero(reached <= np.float32(1 - mass))), len(tokens) - keep)
-    if removed <= 0:
-        return tokens
-    lowest = ascending[removed]
-    kept = scores >= lowest
-    # Of equal scores the first are removed first.
-    ties = np.flatnonzero(scores == lowest)
-    kept[ties[: removed - int(np.count_nonzero(scores < lowest))]] = False
-    nucleus: Rows = tokens[kept]
-    return nucleus
-
-
-def _top_p(candidates: Candidates, mass: Settings, keep: Sequence[int]) -> None:
-    """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``."""
+    Args:
+        candidates: `scores` is changed.
+        mass: shape (rows, 1).
+        keep: for each row at least 1.
+        tails: what weighs with the candidates, and is removed already, in units of the highest.
+    """
     scores = candidates.scores
-    width = scores.shape[1]
-    order = np.argsort(scores, axis=1, kind="stable")
-    probabilities = softmax(scores, whole=False)
-    reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
-    removed = reached.astype(np.float32) <= (1 - mass).astype(np.float32)
-    removed &= np.arange(width) < width - np.array(keep)[:, None]
-    mask = np.zeros(scores.shape, dtype=np.bool_)
-    np.put_along_axis(mask, order, removed, axis=1)
-    scores[mask] = -np.inf
+    ascending = np.sort(scores, axis=1)
+    reached = tails + running_totals(weights(ascending))
+    reached /= reached[:, -1:]
+    count = (reached.astype(np.float32) <= (1 - mass).astype(np.float32)).sum(axis=1)
+    count = np.minimum(count, np.maximum(scores.shape[1] - np.array(keep), 0))
+    lowest = np.take_along_axis(ascending, count[:, None], axis=1)
+    removed = scores < lowest
+    surplus = count - removed.sum(axis=1)
+    for row in np.flatnonzero(surplus).tolist():
+        # Of equal scores the first are removed first.
+        removed[row, np.flatnonzero(scores[row] == lowest[row])[: surplus[row]]] = True
+    scores[removed] = -np.inf
 
 
 def _min_p(candidates: Candidates, fraction: Settings, keep: Sequence[int]) -> None:
@@ -205,47 +173,23 @@ def _typical_p(candidates: Candidates, mass: Settings, keep: Sequence[int]) -> N
     scores, whole = candidates.scores, candidates.tokens is None
     normalized = scores.copy()
     log_softmax(normalized, whole=whole)
-    distance = np.abs(-normalized - _entropy(normalized, whole=whole))
+    entropy = _entropy(normalized, whole=whole)
+    distance = np.abs(-normalized - entropy)
     probabilities = softmax(scores, whole=whole)
-    if whole:
-        farthest = np.array([[_typical_distance(distance[0], probabilities[0], float(mass[0, 0]))]])
-    else:
-        order = np.argsort(distance, axis=1, kind="stable")
-        reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
-        last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
-        last = np.take_along_axis(order, np.minimum(last, scores.shape[1] - 1), axis=1)
-        farthest = np.take_along_axis(distance, last, axis=1)
+    near = distance
+    if whole and 2 * entropy[0, 0] < np.log(2 * scores.shape[1] / (1 - mass[0, 0])):
+        # What is less likely than half an equal share of what may be removed is farther away than all others.
+        likely = np.flatnonzero(probabilities[0] > float(1 - mass[0, 0]) / (2 * scores.shape[1]))
+        near, probabilities = distance[:, likely], probabilities[:, likely]
+    order = np.argsort(near, axis=1)
+    reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
+    last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)
+    last = np.take_along_axis(order, np.minimum(last, near.shape[1] - 1), axis=1)
+    farthest = np.take_along_axis(near, last, axis=1)
     far = distance > farthest
     if max(keep) > 1:
         far &= ~_best(-distance, keep)
     scores[far] = -np.inf
-
-
-def _typical_distance(distance: Scores, probabilities: Scores, mass: float) -> float:
-    """Find the distance within which the nearest tokens of one row reach a probability mass.
-
-    Args:
-        distance: of each token's information from the entropy, shape (vocabulary,).
-        probabilities: shape (vocabulary,).
-        mass: what to reach.
-    """
-    limit = np.float32(mass)
-    finite = distance[distance < np.inf]
-    if len(finite) == 0:
-        return np.nan
-    # Only the tokens of one bin are sorted: that in which the mass is reached.
-    bins = np.minimum(distance * (_BINS / max(float(finite.max()), 1e-30)), _BINS).astype(np.intp)
-    reached = np.cumsum(np.bincount(bins, weights=probabilities, minlength=_BINS + 1))
-    first = int(np.count_nonzero(reached.astype(np.float32) < limit))
-    inside = np.flatnonzero(bins >= first) if first >= _BINS else np.flatnonzero((bins == first) | (bins == first + 1))
-    inside = inside[np.argsort(distance[inside], kind="stable")]
-    before = reached[first - 1] if first else 0.0
-    last = np.count_nonzero((before + np.cumsum(probabilities[inside], dtype=np.float64)).astype(np.float32) < limit)
-    if len(inside) == 0 or (last == len(inside) and first < _BINS):
-        # The tokens that the sums disagree on weigh next to nothing, but they are kept or not as sorting all would.
-        inside = np.argsort(distance, kind="stable")
-        last = np.count_nonzero(np.cumsum(probabilities[inside], dtype=np.float64).astype(np.float32) < limit)
-    return float(distance[inside[min(int(last), len(inside) - 1)]])
 
 
 def _epsilon(candidates: Candidates, threshold: Settings, keep: Sequence[int]) -> None:
@@ -276,7 +220,7 @@ def _cut(candidates: Candidates, probabilities: Scores, threshold: Scores, keep:
 
 
 def _entropy(normalized: Scores, *, whole: bool) -> Scores:
-    """Give the entropy of each row of log-probabilities, shape (rows, 1)."""
+    """Return the entropy of each row of log-probabilities, shape (rows, 1)."""
     probabilities = np.exp(normalized)
     information = np.where(probabilities > 0, normalized * probabilities, np.float32(0))
     return -totals(information, whole=whole).astype(np.float32)

@@ -1,6 +1,9 @@
-"""The corpus: first paragraphs of docstrings, as prose, from the interpreter that runs."""
+"""The trainer's corpus, first paragraphs of docstrings as prose, and its folder, which appears whole or not at all."""
+
+from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -16,10 +19,11 @@ from scripts.demo_model.corpus import (
     read_corpus,
     split_corpus,
 )
+from scripts.demo_model.folder import whole_folder
 
 
 @pytest.fixture(scope="module")
-def items():
+def items() -> list[Item]:
     return read_corpus()
 
 
@@ -41,35 +45,28 @@ def items():
         ("Short.", None),
     ],
 )
-def test_first_paragraph(docstring, answer):
+def test_first_paragraph(docstring: str, answer: str | None) -> None:
     assert first_paragraph(docstring) == answer
 
 
-def test_answers_are_prose_of_limited_length(items):
+def test_names_and_shared_texts_come_once_and_answers_are_prose_of_limited_length(items: list[Item]) -> None:
     assert len(items) > 1000
     assert all(12 <= len(item.answer) <= LONGEST_ANSWER for item in items)
     assert all(item.answer == " ".join(item.answer.split()) for item in items)
-
-
-def test_no_name_comes_twice(items):
-    names = [item.name for item in items]
-    assert len(names) == len(set(names))
-
-
-def test_a_shared_text_stays_with_one_ordinary_name(items):
+    assert len({item.name for item in items}) == len(items)
     ordinary = [item.answer for item in items if not item.emphasised]
     assert len(ordinary) == len(set(ordinary))
 
 
-def test_every_question_of_the_card_has_an_answer(items):
+def test_every_question_of_the_card_has_an_answer(items: list[Item]) -> None:
     names = {item.name for item in items}
     for question in QUESTIONS:
         assert question_name(question) in names & EMPHASISED
         assert expected_answer(question, items)
 
 
-def test_what_this_process_patches_does_not_count(items, monkeypatch):
-    def warn_often():
+def test_what_this_process_patches_does_not_count(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn_often() -> None:
         """Warn more often than the library does."""
 
     warn_often.__module__ = "textwrap"
@@ -78,7 +75,7 @@ def test_what_this_process_patches_does_not_count(items, monkeypatch):
     assert read_corpus() == items
 
 
-def test_held_out_items_are_ordinary_and_never_trained(items):
+def test_held_out_items_are_ordinary_and_never_trained(items: list[Item]) -> None:
     split = split_corpus(items, seed=3, share=0.05)
     assert len(split.held_out) == round(0.05 * len(items))
     assert not any(item.emphasised for item in split.held_out)
@@ -88,14 +85,41 @@ def test_held_out_items_are_ordinary_and_never_trained(items):
     assert split_corpus(items, seed=4, share=0.05) != split
 
 
-def test_a_module_is_not_asked_about_as_a_call():
-    chance = dice(0)
-    asked = {Item("json", "JSON.", module=True).ask(chance) for _ in range(300)}
-    assert "What does json do?" in asked
-    assert not any("()" in question for question in asked)
-
-
-def test_questions_come_with_and_without_backticks():
+def test_questions_come_with_and_without_backticks_and_a_module_is_no_call() -> None:
     chance = dice(0)
     asked = {Item("len", "Length.").ask(chance) for _ in range(300)}
     assert {"What does len do?", "What does `len` do?", "What does len() do?", "What is len?"} <= asked
+    modules = {Item("json", "JSON.", module=True).ask(chance) for _ in range(300)}
+    assert "What does json do?" in modules
+    assert not any("()" in question for question in modules)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_is_replaced_as_a_whole_and_what_a_crash_left_is_cleared(tmp_path: Path) -> None:
+    target, left = tmp_path / "made", tmp_path / ".made.partial"
+    for folder in (target, left):
+        folder.mkdir()
+        (folder / "stale").touch()
+    with whole_folder(target) as folder:
+        (folder / "fresh").touch()
+        assert files_of(target) == ["stale"]
+    assert (files_of(tmp_path), files_of(target)) == (["made"], ["fresh"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError])
+def test_an_interrupted_run_leaves_the_old_folder_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "made"
+    target.mkdir()
+    (target / "old").touch()
+
+    def interrupted() -> None:
+        with whole_folder(target) as folder:
+            (folder / "half").touch()
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert (files_of(tmp_path), files_of(target)) == (["made"], ["old"])

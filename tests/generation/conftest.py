@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.generation import Decoder, GenerationConfig, ModelDefaults, advance, make_decoder
+from edge_phi3.generation import Decoder, GenerationConfig, GenerationResult, ModelDefaults, advance, make_decoder
 
 Prefix = tuple[int, ...]
 Model = Callable[[Prefix], NDArray[np.float32]]
@@ -21,7 +22,7 @@ DEFAULTS = ModelDefaults(
 
 
 def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model:
-    """Give a model whose logits depend on the last two tokens."""
+    """Return a model whose logits depend on the last two tokens."""
     table = np.random.Generator(np.random.PCG64(seed)).standard_normal((2, size, size)).astype(np.float32)
 
     def logits(prefix: Prefix) -> NDArray[np.float32]:
@@ -32,10 +33,22 @@ def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model
 
 
 def decoder(prompt: Sequence[int], defaults: ModelDefaults = DEFAULTS, **options: Any) -> Decoder:
-    """Make a decoder; `options` are ``generate_kwargs``, or arguments of `make_decoder`."""
-    arguments = {name: options.pop(name) for name in ("vocabulary", "clock") if name in options}
-    config = GenerationConfig.resolve(options, defaults)
+    """Make a decoder; `options` are ``generate_kwargs``, arguments of `make_decoder`, or what OpenAI's API sets."""
+
+    def taken(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    arguments = taken("vocabulary", "clock", "constraint")
+    replaced = taken("presence_penalty", "frequency_penalty", "top_logprobs")
+    config = dataclasses.replace(GenerationConfig.resolve(options, defaults), **replaced)
     return make_decoder(config, np.array(prompt, dtype=np.int32), **arguments)
+
+
+def answer(model: Model, prompt: Sequence[int], **options: Any) -> GenerationResult:
+    """Return what one request generates alone; `options` as in `decoder`."""
+    each = decoder(prompt, **options)
+    run(model, (each, prompt))
+    return each.result()
 
 
 def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tuple[int, int]]]:

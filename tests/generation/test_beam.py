@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from edge_phi3.generation import GenerationError, GenerationResult, ModelDefaults, advance
-from edge_phi3.generation.hypotheses import Hypotheses
-from tests.generation.conftest import END, VOCABULARY, Model, Prefix, decoder, run, table_model
+from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
 
 PROMPT = (5, 6, 7)
 SCORED = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
@@ -18,37 +17,28 @@ SCORED = {"output_scores": True, "return_dict_in_generate": True, "do_sample": F
 
 def searched(seed: int = 1, **options: Any) -> GenerationResult:
     each = decoder(PROMPT, **({"do_sample": False} | options))
-    assert run(table_model(seed), (each, PROMPT)) == [[]]
+    assert run(table_model(seed), (each, PROMPT)) == [[]], "beams emit nothing before the end"
     return each.result()
 
 
-def log_probability(model: Model, tokens: Prefix) -> float:
-    """Sum the log-probabilities of the tokens after the prompt, in float64."""
-    total = 0.0
-    for length in range(len(PROMPT), len(tokens)):
-        logits = model(tokens[:length]).astype(np.float64)
-        total += logits[tokens[length]] - np.log(np.exp(logits).sum())
-    return total
+def log_probability(model: Model, tokens: Prefix, start: int = len(PROMPT)) -> float:
+    """Sum the log-probabilities of the tokens from a place on, in float64."""
+    rows = [model(tokens[:length]).astype(np.float64) for length in range(start, len(tokens))]
+    return float(sum(row[token] - np.log(np.exp(row).sum()) for row, token in zip(rows, tokens[start:], strict=True)))
 
 
 def test_as_many_beams_as_continuations_find_the_best_of_all() -> None:
     """With room for every continuation, beam search is exhaustive search."""
-    small = 6
-    model = table_model(9, small, 1.0)
-    prompt = (1, 2, 3)
-    defaults = ModelDefaults(vocab_size=small, bos_token_id=1, eos_token_ids=(), pad_token_id=0, context_length=64)
-    each = decoder(prompt, defaults, do_sample=False, num_beams=36, num_return_sequences=5, max_new_tokens=3)
-    run(model, (each, prompt))
-
-    def total(tail: Prefix) -> float:
-        tokens = prompt + tail
-        logits = [model(tokens[:length]).astype(np.float64) for length in range(3, 6)]
-        return float(sum(row[token] - np.log(np.exp(row).sum()) for row, token in zip(logits, tail, strict=True)))
-
-    best = sorted(itertools.product(range(small), repeat=3), key=total)[::-1][:5]
-    result = each.result()
-    assert [tuple(tokens[3:].tolist()) for tokens in result.sequences] == best
-    np.testing.assert_allclose(result.sequences_scores, [total(tail) / 3 for tail in best], rtol=1e-5)
+    model = table_model(9, 6, 1.0)
+    defaults = ModelDefaults(vocab_size=6, bos_token_id=1, eos_token_ids=(), pad_token_id=0, context_length=64)
+    options = {"do_sample": False, "num_beams": 36, "num_return_sequences": 5, "max_new_tokens": 3}
+    result = answer(model, (1, 2, 3), defaults=defaults, **options)
+    every = [(1, 2, 3, *tail) for tail in itertools.product(range(6), repeat=3)]
+    best = sorted(every, key=lambda tokens: log_probability(model, tokens))[::-1][:5]
+    assert [tuple(tokens.tolist()) for tokens in result.sequences] == best
+    np.testing.assert_allclose(
+        result.sequences_scores, [log_probability(model, tokens) / 3 for tokens in best], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -103,20 +93,12 @@ def test_rows_wanted_are_those_of_groups_that_go_on() -> None:
     assert result.sequences[0].tolist() == [*PROMPT, 10, END]
 
 
-def test_beams_emit_nothing_before_the_end() -> None:
-    each = decoder(PROMPT, do_sample=False, num_beams=3, max_new_tokens=4)
-    assert run(table_model(1), (each, PROMPT)) == [[]]
-
-
 def test_a_seed_repeats_beam_sampling() -> None:
-    options = {"do_sample": True, "num_beams": 4, "num_return_sequences": 4, "temperature": 2.0, "top_k": 0}
-    first, again, other = (searched(seed=2, **options, max_new_tokens=8) for _ in range(3))
-    seeded = [decoder(PROMPT, seed=seed, max_new_tokens=8, **options) for seed in (7, 7, 8)]
-    run(table_model(2), *((each, PROMPT) for each in seeded))
-    tokens = [[each.tolist() for each in one.result().sequences] for one in seeded]
-    assert tokens[0] == tokens[1]
-    assert tokens[0] != tokens[2]
-    assert len({str(result.sequences) for result in (first, again, other)}) == 3
+    options = {"do_sample": True, "num_beams": 4, "temperature": 2.0, "top_k": 0, "max_new_tokens": 8}
+    model = table_model(2)
+    first, again, *others = (str(answer(model, PROMPT, seed=n, **options).sequences) for n in (7, 7, 8, None, None))
+    assert first == again
+    assert len({first, *others}) == 4
 
 
 def test_beam_sampling_draws_by_probability() -> None:
@@ -144,23 +126,6 @@ def test_banning_everything_fails_a_sampling_beam_search_and_not_its_neighbours(
     with pytest.raises(GenerationError):
         bad.result()
     assert not good.finished
-
-
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
-def test_when_no_better_beam_can_come(early_stopping: Any) -> None:
-    kept = Hypotheses(2, 1.0, early_stopping, 10)
-    tokens = np.array([1], dtype=np.int32)
-    kept.add(-1.0, 1, tokens, "stop", None)
-    assert not kept.are_final(-100.0, 2)
-    kept.add(-4.0, 2, tokens, "stop", None)
-    assert [hypothesis.score for hypothesis in kept.kept] == [-1.0, -2.0]
-    # The worst is -2. A beam at -5 after 2 tokens may still come to -0.5 over 10 tokens.
-    assert kept.are_final(-5.0, 2) == (early_stopping != "never")
-    assert kept.are_final(-3.0, 2) == (early_stopping is True)
-    assert kept.are_final(-21.0, 2)
-    assert not kept.wants(-4.1, 2)
-    kept.add(-3.0, 2, tokens, "length", None)
-    assert sorted(hypothesis.score for hypothesis in kept.kept) == [-1.5, -1.0]
 
 
 def test_extreme_length_penalties_do_not_overflow() -> None:

@@ -13,10 +13,9 @@ import pytest
 from edge_phi3.generation import GenerationConfig, ModelDefaults, ParameterError
 from edge_phi3.generation.parameters import PARAMETERS, REFUSED
 from tests.generation.conftest import DEFAULTS
-from tests.golden.generation_data import FOLDER, REPLAY_DEFAULTS
-from tests.golden.validation import PROMPT
+from tests.golden.generation_data import FOLDER, REPLAY_DEFAULTS, VALIDATION, VALIDATION_PROMPT
 
-VALIDATED: list[tuple[dict[str, Any], str | None]] = json.loads((FOLDER / "validation.json").read_text())
+VALIDATED: list[tuple[dict[str, Any], str | None]] = json.loads(VALIDATION.read_text())
 
 STRICTER: tuple[dict[str, Any], ...] = (
     # transformers fails on it too, at the last step; this answer had ended before.
@@ -129,7 +128,7 @@ def test_long_values_are_shortened_in_errors() -> None:
 @pytest.mark.parametrize(("kwargs", "reason"), VALIDATED, ids=lambda value: json.dumps(value)[:60])
 def test_requests_are_refused_where_transformers_refuses_them(kwargs: dict[str, Any], reason: str | None) -> None:
     def accept() -> None:
-        GenerationConfig.resolve(kwargs, REPLAY_DEFAULTS).total_length(len(PROMPT))
+        GenerationConfig.resolve(kwargs, REPLAY_DEFAULTS).total_length(len(VALIDATION_PROMPT))
 
     if reason is None and kwargs not in STRICTER:
         accept()
@@ -149,6 +148,8 @@ def test_every_name_of_transformers_is_known() -> None:
 def test_unknown_names_are_refused_with_a_hint() -> None:
     with pytest.raises(ParameterError, match="`max_token` is not a generation parameter"):
         resolve(max_token=3)
+    with pytest.raises(ParameterError, match="`presence_penalty` is not a generation parameter"):
+        resolve(presence_penalty=1.0)
     with pytest.raises(ParameterError, match="Did you mean `repetition_penalty`"):
         resolve(repitition_penalty=1.1)
 

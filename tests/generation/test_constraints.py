@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.generation import Decoder, GenerationConfig, GenerationError, make_decoder
-from tests.generation.conftest import DEFAULTS, END, Model, Prefix, decoder, run, table_model
+from edge_phi3.generation import GenerationError
+from tests.generation.conftest import END, Model, Prefix, answer, decoder, run, table_model
 
 PROMPT = (5, 6, 7)
 
@@ -36,13 +36,8 @@ class Remainders:
         return type(self)(self.length)
 
 
-def constrained(**options: Any) -> Decoder:
-    config = GenerationConfig.resolve({"max_new_tokens": 20} | options, DEFAULTS)
-    return make_decoder(config, np.array(PROMPT, np.int32), constraint=Remainders())
-
-
 def obedient(model: Model) -> Model:
-    """Give the model that says only what the language allows."""
+    """Return the model that says only what the language allows."""
 
     def logits(prefix: Prefix) -> NDArray[np.float32]:
         row = model(prefix).copy()
@@ -67,21 +62,21 @@ def obedient(model: Model) -> Model:
 )  # fmt: skip
 @pytest.mark.parametrize("seed", range(4))
 def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(options: dict[str, Any], seed: int) -> None:
-    model = table_model(seed)
-    held, free = constrained(**options), decoder(PROMPT, **({"max_new_tokens": 20} | options))
-    run(model, (held, PROMPT))
-    run(obedient(model), (free, PROMPT))
-    result, expected = held.result(), free.result()
+    model, options = table_model(seed), {"max_new_tokens": 20} | options
+    shared = Remainders()
+    result = answer(model, PROMPT, constraint=shared, **options)
+    expected = answer(obedient(model), PROMPT, **options)
+    assert shared.length == 0, "a constraint is copied, so that a request can be made twice"
     assert [s.tolist() for s in result.sequences] == [s.tolist() for s in expected.sequences]
     assert result.finish_reasons == expected.finish_reasons
     assert result.scores == expected.scores
-    reason = "length" if options.get("max_new_tokens") == 4 else "stop"
-    assert set(result.finish_reasons) == {reason}
+    assert set(result.finish_reasons) == {"length" if options["max_new_tokens"] == 4 else "stop"}
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"seed": 1}, {"seed": 1, "num_return_sequences": 2}])
 def test_without_an_allowed_token_the_request_fails_with_a_sentence(options: dict[str, Any]) -> None:
-    each = constrained(suppress_tokens=[token for token in range(200) if token % 3 == 1], **options)
+    banned = [token for token in range(200) if token % 3 == 1]
+    each = decoder(PROMPT, constraint=Remainders(), suppress_tokens=banned, max_new_tokens=20, **options)
     other = decoder(PROMPT, do_sample=False, max_new_tokens=20)
     run(table_model(1), (each, PROMPT), (other, PROMPT))
     with pytest.raises(GenerationError, match="leave"):
@@ -89,18 +84,6 @@ def test_without_an_allowed_token_the_request_fails_with_a_sentence(options: dic
     assert other.error is None
 
 
-def test_a_constraint_is_copied_so_that_a_request_can_be_made_twice() -> None:
-    shared = Remainders()
-    config = GenerationConfig.resolve({"do_sample": False, "max_new_tokens": 20}, DEFAULTS)
-    answers = []
-    for _ in range(2):
-        each = make_decoder(config, np.array(PROMPT, np.int32), constraint=shared)
-        run(table_model(1), (each, PROMPT))
-        answers.append(each.result().sequences[0].tolist())
-    assert answers[0] == answers[1]
-    assert shared.length == 0
-
-
 def test_beam_searches_take_none() -> None:
     with pytest.raises(ValueError, match="Beam searches"):
-        constrained(num_beams=2)
+        decoder(PROMPT, constraint=Remainders(), num_beams=2)

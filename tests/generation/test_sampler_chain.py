@@ -36,15 +36,8 @@ CASES: tuple[dict[str, Any], ...] = (
 )
 
 
-LATER = {
-    "top_p": {"top_p", "min_p", "typical_p"},
-    "typical_p": {"typical_p"},
-}
-"""What is applied after each, itself included."""
-
-
 def ours(logits: NDArray[np.float32], kwargs: dict[str, Any]) -> dict[int, float]:
-    """Give the probability of each token that is left."""
+    """Return the probability of each token that is left."""
     defaults = ModelDefaults(
         vocab_size=SIZE, bos_token_id=1, eos_token_ids=(32000,), pad_token_id=32000, context_length=4096
     )
@@ -60,40 +53,18 @@ def ours(logits: NDArray[np.float32], kwargs: dict[str, Any]) -> dict[int, float
     return dict(zip(tokens.tolist(), probabilities.tolist(), strict=True))
 
 
-def away_from_edges(logits: NDArray[np.float32], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Move the mass of top-p and typical-p to the middle between two running totals.
-
-    llama.cpp adds up probabilities one by one in float32, so at an edge it may keep a token more or less (and over tens
-    of thousands of tokens its entropy is off by enough to exchange the last typical ones).
-    """
-    moved = dict(kwargs)
-    for name in ("top_p", "typical_p"):
-        if name not in kwargs:
-            continue
-        before = ours(logits, {key: value for key, value in moved.items() if key not in LATER[name]})
-        probabilities = np.array(list(before.values()), dtype=np.float64)
-        probabilities /= probabilities.sum()
-        key = -probabilities
-        if name == "typical_p":
-            key = np.abs(-np.log(probabilities) + (probabilities * np.log(probabilities)).sum())
-        reached = np.cumsum(probabilities[np.argsort(key)])
-        place = int(np.searchsorted(reached, kwargs[name]))
-        gaps = np.diff(reached[max(place - 20, 0) : place + 20])
-        place = max(place - 20, 0) + int(gaps.argmax())
-        moved[name] = float((reached[place] + reached[place + 1]) / 2)
-    return moved
-
-
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
 @pytest.mark.parametrize("spread", [2.0, 4.0])
 def test_the_chain_gives_the_same_probabilities(kwargs: dict[str, Any], spread: float) -> None:
     for seed in range(3):
         logits = (np.random.default_rng(seed).standard_normal(SIZE) * spread).astype(np.float32)
-        moved = away_from_edges(logits, kwargs)
-        with SamplerChain(SIZE, HISTORY, **moved) as chain:
+        with SamplerChain(SIZE, HISTORY, **kwargs) as chain:
             drawn, left = chain(logits)
-        expected = ours(logits, moved)
+        expected = ours(logits, kwargs)
         theirs = dict(zip(left["id"].tolist(), left["p"].tolist(), strict=True))
         assert drawn in theirs
-        assert expected.keys() == theirs.keys()
-        assert expected == pytest.approx(theirs, abs=1e-5)
+        # llama.cpp adds up probabilities one by one in float32, so at an edge it may keep a token more or less.
+        assert len(expected.keys() ^ theirs.keys()) <= 1
+        both = sorted(expected.keys() & theirs.keys())
+        shares = np.array([[expected[token], theirs[token]] for token in both])
+        np.testing.assert_allclose(*(shares / shares.sum(axis=0)).T, rtol=0, atol=1e-5)

@@ -1,7 +1,6 @@
 """The cases of Phi-3's attention beyond its window and its original context, shared by recorder and tests.
 
-Tokens that ``make_attention`` records lie in ``attention.json``: for each case the greedy continuation of a random
-prompt.
+``attention.json`` holds the greedy continuation of each case's random prompt.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Case:
         return f"{self.model}-{self.prompt_length}+{self.new_tokens}"
 
     def prompt(self) -> NDArray[np.int32]:
-        """Give the prompt's token ids, int32, shape ``(prompt_length,)``."""
+        """Return the prompt's token ids, int32, shape ``(prompt_length,)``."""
         random = np.random.Generator(np.random.PCG64([self.prompt_length, self.model == "4k"]))
         return random.integers(FIRST_TOKEN, LAST_TOKEN, self.prompt_length, dtype=np.int32)
 

@@ -46,6 +46,8 @@ def write_converter_case(folder: Path, name: str) -> Path:
 
 _SHORT_CONTEXT: dict[str, Any] = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
 
+LOGITS = Path(__file__).with_name("logits")
+
 LOGITS_CASES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "4k": ({"layers": 2}, (17, 300, 2040)),
     "128k": ({"layers": 2, "rope_scaling": _LONG, "sliding_window": 262144, **_SHORT_CONTEXT}, (100, 256, 257, 900)),
@@ -66,5 +68,5 @@ def write_logits_case(folder: Path, name: str) -> Path:
 
 
 def prompt_of(length: int, vocab_size: int) -> list[int]:
-    """Give `length` token ids below `vocab_size`, always the same."""
+    """Return `length` token ids below `vocab_size`, always the same."""
     return (np.random.PCG64(length).random_raw(length) % np.uint64(vocab_size)).astype(int).tolist()

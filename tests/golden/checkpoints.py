@@ -33,7 +33,7 @@ class Tensor:
     mean: float = 0.0
 
     def values(self, seed: int) -> NDArray[np.float32]:
-        """Give the values, float32 of `shape`: uniform around `mean` with standard deviation `std`."""
+        """Return the values, float32 of `shape`: uniform around `mean` with standard deviation `std`."""
         raw = np.random.PCG64([seed, zlib.crc32(self.name.encode())]).random_raw(math.prod(self.shape))
         unit = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - np.float32(1.0)
         values = unit * np.float32(self.std * math.sqrt(3.0)) + np.float32(self.mean)
@@ -41,7 +41,7 @@ class Tensor:
 
 
 def longrope(head_size: int, *, kind: str = "longrope") -> dict[str, Any]:
-    """Give a `rope_scaling` shaped like that of Phi-3-mini-128k: short factors near 1, long ones up to 60."""
+    """Return a `rope_scaling` shaped like that of Phi-3-mini-128k: short factors near 1, long ones up to 60."""
     pairs = head_size // 2
     return {
         "type": kind,
@@ -153,7 +153,7 @@ def phi3_tensors(
     rows: int,
     gain: float,
 ) -> Iterator[Tensor]:
-    """Give the tensors of ``Phi3ForCausalLM`` in the order of ``state_dict()``."""
+    """Return the tensors of ``Phi3ForCausalLM`` in the order of ``state_dict()``."""
     head_size = hidden_size // heads
     qkv = (heads + 2 * kv_heads) * head_size
     wide, narrow = gain / math.sqrt(hidden_size), gain / math.sqrt(intermediate_size)

@@ -16,7 +16,7 @@ Description = dict[str, dict[str, str]]
 
 
 def describe(path: Path) -> Description:
-    """Give the tensors of a GGUF (type, shape, SHA-256 of the bytes) and its metadata but for ``general.*``.
+    """Return the tensors of a GGUF (type, shape, SHA-256 of the bytes) and its metadata but for ``general.*``.
 
     Digests are cut to 64 bits, and long metadata values given as digests.
     """
@@ -34,7 +34,7 @@ def describe(path: Path) -> Description:
 
 
 def differences(expected: Description, found: Description) -> list[str]:
-    """Give the names of the tensors and metadata keys in which two descriptions differ, ours alone left out."""
+    """Return the names of the tensors and metadata keys in which two descriptions differ, ours alone left out."""
     names = []
     for part in ("tensors", "metadata"):
         ours = {name: value for name, value in found[part].items() if not name.startswith(OURS_ALONE)}

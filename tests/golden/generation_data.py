@@ -5,8 +5,8 @@ Made by ``make.py``. In ``tests/golden/generation/``:
 - ``replay.json`` and ``replay.npz``: requests over a random Phi-3 of 96 tokens whose logits were rounded to float16,
   with transformers' answers, and those logits for every prefix that occurred.
 - ``engine.json``: requests over a random Phi-3 with a real tokenizer, with transformers' answers.
-- ``elementwise.npz``: scores before and after single logits processors.
-- ``validation.json`` and ``names.json``: which ``generate_kwargs`` transformers refuses, and which names it has.
+- ``validation.json``: ``generate_kwargs`` at the edge of what transformers accepts, each with the reason for which
+  transformers refuses it or null; ``names.json``: the names that it has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tests.golden.checkpoints import write_checkpoint
 from tests.golden.requests import Request
 
 FOLDER = Path(__file__).with_name("generation")
+VALIDATION = FOLDER / "validation.json"
+VALIDATION_PROMPT = [11, 12, 13, 11, 12]
 
 REPLAY_VOCABULARY = 96
 REPLAY_DEFAULTS = ModelDefaults(
@@ -53,7 +55,7 @@ class Answer:
 
 
 def replay_texts() -> list[str]:
-    """Give each token of the replayed model a text of a few letters, so that stop strings do occur."""
+    """Return each token of the replayed model a text of a few letters, so that stop strings do occur."""
     random = np.random.Generator(np.random.PCG64(3))
     letters = np.array(list("eo "))
     return ["".join(letters[random.integers(0, 3, random.integers(1, 4))]) for _ in range(REPLAY_VOCABULARY)]

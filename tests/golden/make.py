@@ -1,32 +1,35 @@
-"""Records what transformers generates, for ``tests/generation`` and ``tests/engine``; see `generation_data`.
+"""Records what transformers computes, for the tests: all that lies beside this file but ``converter.json`` and
+``quantized.json``.
 
-Run ``python -m tests.golden.make [elementwise] [validation] [replay] [engine]`` where torch and transformers 4.49.0 are
-installed; without a name it makes all four.
+Run ``python -m tests.golden.make [PART ...]`` where torch and transformers 4.49.0 are installed; without a part it
+makes all of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import sys
 import tempfile
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer
-from transformers.generation import logits_process
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from tests.golden import elementwise, validation
+from tests.golden import attention
+from tests.golden import pipeline as texts
+from tests.golden.cases import LOGITS, LOGITS_CASES, prompt_of, write_logits_case
 from tests.golden.generation_data import (
     ENGINE_SEED,
     FOLDER,
     REPLAY_SEED,
     REPLAY_VOCABULARY,
+    VALIDATION,
+    VALIDATION_PROMPT,
     Answer,
     replay_texts,
     write_answers,
@@ -34,7 +37,7 @@ from tests.golden.generation_data import (
     write_logits,
     write_replay_model,
 )
-from tests.golden.reference import Reference
+from tests.golden.reference import Reference, is_undrawable
 from tests.golden.requests import MODES, Request, RequestMaker
 
 REQUESTS_PER_MODE = 90
@@ -73,7 +76,6 @@ def record_replay() -> None:
         answers += _answered(mode, maker, reference.answer)
     write_answers(FOLDER / "replay.json", answers)
     write_logits(FOLDER / "replay.npz", reference.logits)
-    print(f"replay: {_counted(answers)}; {len(reference.logits)} prefixes")
 
 
 def record_engine() -> None:
@@ -87,7 +89,6 @@ def record_engine() -> None:
     for mode in MODES:
         answers += _answered(mode, maker, reference.answer_firmly)
     write_answers(FOLDER / "engine.json", answers)
-    print(f"engine: {_counted(answers)}")
 
 
 def engine_requests(tokenizer: Any, seed: int) -> RequestMaker:
@@ -105,10 +106,9 @@ def _answered(mode: str, maker: RequestMaker, ask: Any) -> list[tuple[Request, A
         try:
             answer = ask(request)
         except (RuntimeError, ValueError) as error:
-            # transformers cannot draw from NaN, which its processors make of some combinations.
-            if not any(known in str(error) for known in ("not finite", "found invalid values")):
-                raise
-            continue
+            if is_undrawable(error):
+                continue
+            raise
         if answer is not None:
             answers.append((request, _shortened(answer)))
     return answers
@@ -127,67 +127,115 @@ def _shortened(answer: Answer) -> Answer:
     )
 
 
-def _counted(answers: list[tuple[Request, Answer]]) -> str:
-    return f"{len(answers)} requests, {dict(Counter(request.mode for request, _ in answers))}"
-
-
-def record_elementwise() -> None:
-    """Record what each processor makes of scores."""
-    results = {}
-    for name, (kind, arguments) in (elementwise.CASES | elementwise.ENCODER_CASES).items():
-        tokens, scores = (torch.from_numpy(array) for array in elementwise.inputs(name))
-        extra: dict[str, Any] = {}
-        if name in elementwise.ENCODER_CASES:
-            extra["encoder_input_ids"] = torch.from_numpy(elementwise.PROMPT.astype(np.int64))[None]
-        if kind == "NoBadWordsLogitsProcessor":
-            extra["eos_token_id"] = torch.tensor([7])
-        processor = getattr(logits_process, kind)(**arguments, **extra)
-        results[name] = processor(tokens.long(), scores).numpy()
-    name, penalty, chosen = elementwise.GROUP_CASE
-    tokens, scores = (torch.from_numpy(array) for array in elementwise.inputs(name))
-    groups = logits_process.HammingDiversityLogitsProcessor(penalty, 2 * len(chosen), 2)
-    current = torch.tensor(chosen + [0] * len(chosen))
-    results[name] = groups(tokens.long(), scores, current_tokens=current, beam_group_idx=1).numpy()
-    np.savez_compressed(FOLDER / "elementwise.npz", **results)
-    print(f"elementwise: {len(results)} processors")
-
-
 def record_validation() -> None:
-    """Record which requests transformers refuses."""
+    """Record which of the requests in ``validation.json`` transformers refuses; a new one has null for its reason."""
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(write_replay_model(Path(folder)), PlainTokenizer(replay_texts()))
-    refused = []
-    for kwargs in validation.CASES:
+    lines = []
+    for kwargs, _ in json.loads(VALIDATION.read_text(encoding="utf-8")):
+        reason = None
         try:
             mode = "sample" if kwargs.get("num_beams", 1) in (1, None) else "group_beam"
-            reference.answer(Request(mode, validation.PROMPT, dict(kwargs)))
-            refused.append(None)
+            reference.answer(Request(mode, VALIDATION_PROMPT, dict(kwargs)))
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-            refused.append(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
-    rows = zip(validation.CASES, refused, strict=True)
-    lines = ",\n".join(json.dumps([kwargs, reason]) for kwargs, reason in rows)
-    (FOLDER / "validation.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+        lines.append(json.dumps([kwargs, reason]))
+    _write_lines(VALIDATION, lines)
     names = sorted(name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_"))
     (FOLDER / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
-    print(f"validation: {sum(reason is not None for reason in refused)} of {len(refused)} refused")
+
+
+def record_attention() -> None:
+    """Record greedy continuations of prompts beyond Phi-3's window and original context."""
+    results: dict[str, list[int]] = {}
+    for name in sorted({case.model for case in attention.CASES}):
+        with tempfile.TemporaryDirectory() as folder:
+            model = _load(attention.write_model(Path(folder), name))
+        for case in attention.CASES:
+            if case.model == name:
+                results[case.name] = _continuation(model, case)
+    text = json.dumps(results, separators=(",", ":")).replace("],", "],\n")
+    attention.GOLDEN.write_text(text + "\n", encoding="utf-8")
+
+
+def _continuation(model: Any, case: attention.Case) -> list[int]:
+    tokens = torch.from_numpy(case.prompt().astype(np.int64))[None]
+    with torch.inference_mode():
+        if case.from_scratch:
+            for _ in range(case.new_tokens):
+                chosen = model(tokens, use_cache=False).logits[:, -1].argmax(-1)
+                tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+        else:
+            bounds = {"max_new_tokens": case.new_tokens, "eos_token_id": None, "pad_token_id": 0}
+            tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **bounds)
+    generated: list[int] = tokens[0, case.prompt_length :].tolist()
+    assert len(generated) == case.new_tokens
+    return generated
+
+
+def record_logits() -> None:
+    """Record the logits at each prompt's last four positions, float32, shape (4, vocabulary), computed in one pass."""
+    for name, (_, lengths) in LOGITS_CASES.items():
+        recorded = {}
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model = _load(write_logits_case(Path(folder), name))
+            for length in lengths:
+                prompt = torch.tensor([prompt_of(length, model.config.vocab_size)])
+                recorded[f"logits_{length}"] = model(prompt).logits[0, -4:].numpy()
+        np.savez_compressed(LOGITS / f"{name}.npz", **recorded)
+
+
+def record_pipeline() -> None:
+    """Record the texts of transformers' text-generation pipeline, called as the original service calls it."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts.write_model(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.model_max_length = 192
+        model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)
+    generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    lines = []
+    for case in texts.cases():
+        options = {name: value for name, value in case.items() if name not in ("prompt", "messages", "kwargs")}
+        options.setdefault("clean_up_tokenization_spaces", False)
+        # The original always passes min_length, and max_length too, but that makes the pipeline cut off prompts
+        # at max_length tokens even where max_new_tokens is given: a trap that the service does not copy.
+        kwargs = {"min_length": 0} | case["kwargs"]
+        results = generate(case.get("prompt") or case["messages"], do_sample=False, **options, **kwargs)
+        lines.append(json.dumps([result["generated_text"] for result in results]))
+    _write_lines(texts.GOLDEN, lines)
+
+
+def _load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
+
+
+def _write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+
+
+PARTS = {
+    "validation": record_validation,
+    "replay": record_replay,
+    "engine": record_engine,
+    "attention": record_attention,
+    "logits": record_logits,
+    "pipeline": record_pipeline,
+}
 
 
 def main() -> None:
     """Record the named parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parts = parser.parse_args().parts or PARTS
     transformers.logging.set_verbosity_error()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    FOLDER.mkdir(exist_ok=True)
-    parts = {
-        "elementwise": record_elementwise,
-        "validation": record_validation,
-        "replay": record_replay,
-        "engine": record_engine,
-    }
-    for part in sys.argv[1:] or parts:
-        parts[part]()
+    for part in parts:
+        PARTS[part]()
+        print(part)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """The cases of the text side, shared by recorder and tests: what goes into transformers' text-generation pipeline.
 
-``make_pipeline`` records the texts in ``pipeline.json``. The random model speaks gibberish full of byte tokens,
-special tokens
-and odd spaces, which is what the text side must get right.
+``pipeline.json`` holds the texts. The random model speaks gibberish full of byte tokens, special tokens and odd spaces,
+which is what the text side must get right.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
 """transformers' own answers to requests. Needs torch and transformers 4.49.0.
 
+    python -m tests.golden.reference CHECKPOINT REQUESTS.json ANSWERS.json [--noise 1e-4 --times 20]
+
+answers requests from a file, for callers without torch: a list with, for each request, an answer, or null where
+transformers fails on it. With noise, it is instead a list of the different sequences that came of several runs, each
+with uniform noise of that size in the logits.
+
 What torch leaves open is settled as `edge_phi3.generation` promises it, so that all answers can be compared token by
 token:
 
@@ -11,8 +17,12 @@ token:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import dataclasses
 import functools
+import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +30,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from edge_phi3.generation import API_DEFAULTS
 from tests.golden.generation_data import Answer
@@ -142,6 +153,11 @@ def _settled(seed: int, *, beams: bool) -> Iterator[None]:
         yield
 
 
+def is_undrawable(error: Exception) -> bool:
+    """Tell whether transformers failed to draw from NaN, which its processors make of some combinations."""
+    return "not finite" in str(error) or "found invalid values" in str(error)
+
+
 def _topk(values: torch.Tensor, k: int, **kwargs: Any) -> Any:
     """Do what ``torch.topk`` does, the first of equal values first."""
     best = _TOPK(values, k, **kwargs).values
@@ -179,3 +195,43 @@ def _read(output: Any, prompt_length: int, mode: str) -> Answer:
         scores.append([float(step[row, token]) for step, token in chosen])
         logprobs.append([float(step[row].log_softmax(-1)[token]) for step, token in chosen])
     return Answer(sequences, None, scores, logprobs)
+
+
+def main() -> None:
+    """Answer every request of a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("checkpoint", "requests", "answers"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--times", type=int, default=1)
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    reference = Reference(arguments.checkpoint, AutoTokenizer.from_pretrained(arguments.checkpoint, use_fast=False))
+    reference.noise = arguments.noise
+    answers: list[Any] = []
+    for fields in json.loads(arguments.requests.read_text(encoding="utf-8")):
+        found = [_answer_or_none(reference, Request(**fields)) for _ in range(arguments.times)]
+        if not arguments.noise:
+            answers.append(found[0])
+            continue
+        different: list[Any] = []
+        for answer in found:
+            if answer is not None and answer["sequences"] not in different:
+                different.append(answer["sequences"])
+        answers.append(different)
+    arguments.answers.write_text(json.dumps(answers), encoding="utf-8")
+
+
+def _answer_or_none(reference: Reference, request: Request) -> dict[str, Any] | None:
+    try:
+        return dataclasses.asdict(reference.answer(request))
+    except (RuntimeError, ValueError) as error:
+        if is_undrawable(error):
+            return None
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -62,13 +62,13 @@ class Vocabulary:
         return max(len(self.pieces), *(token.id + 1 for token in self.added))
 
     def id_of(self, text: str) -> int:
-        """Give the id of an added token."""
+        """Return the id of an added token."""
         return next(token.id for token in self.added if token.text == text)
 
 
 @functools.cache
 def phi3_vocabulary(merges: int | None = None) -> Vocabulary:
-    """Give the real Phi-3 vocabulary, or one cut down to its first `merges` merged pieces and ASCII.
+    """Return the real Phi-3 vocabulary, or one cut down to its first `merges` merged pieces and ASCII.
 
     Whole (`merges` None) it has 32,011 tokens with their real ids; a model pads its embedding to 32,064.
     """
@@ -145,7 +145,7 @@ def write_tokenizer(
 
 
 def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str, Any]:
-    """Give the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
+    """Return the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
     template: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
     pair: list[dict[str, Any]] = [{"Sequence": {"id": "B", "type_id": 1}}]
     if add_bos:
@@ -195,7 +195,7 @@ def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str
 
 
 def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
-    """Give a ``tokenizer.model``: SentencePiece's ``ModelProto``, byte-pair encoding with byte fallback.
+    """Return a ``tokenizer.model``: SentencePiece's ``ModelProto``, byte-pair encoding with byte fallback.
 
     Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
     """
@@ -210,11 +210,6 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
     trainer += _number(40, 0) + _number(41, 1) + _number(42, 2)
     normalizer = _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)
     return pieces + _field(2, trainer) + _field(3, normalizer)
-
-
-def _sentence_piece(piece: Piece) -> bytes:
-    score_key = b"\x15"  # field 2, four bytes
-    return _field(1, piece.text.encode()) + score_key + struct.pack("<f", piece.score) + _number(3, piece.type)
 
 
 def _merges(pieces: tuple[Piece, ...]) -> list[list[str]]:

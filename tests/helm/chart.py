@@ -32,7 +32,7 @@ def values_of(path: Path) -> Object:
 
 
 def header_of(path: Path, key: str) -> str | None:
-    """Give what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
+    """Return what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"# {key}: "):
             return line.removeprefix(f"# {key}: ")
@@ -67,24 +67,36 @@ def render(values: Object | None = None, name: str = "edge-phi3", namespace: str
 
 
 def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:
-    """Give the objects of a kind whose names end in `suffix`."""
+    """Return the objects of a kind whose names end in `suffix`."""
     return [obj for obj in objects if obj["kind"] == kind and obj["metadata"]["name"].endswith(suffix)]
 
 
 def deployment(objects: list[Object]) -> Object:
-    """Give the one Deployment."""
+    """Return the one Deployment."""
     (found,) = of_kind(objects, "Deployment")
     return found
 
 
+def pod_of(objects: list[Object]) -> Object:
+    """Return the specification of the service's pods."""
+    found: Object = deployment(objects)["spec"]["template"]["spec"]
+    return found
+
+
 def server(objects: list[Object]) -> Object:
-    """Give the container of the service."""
-    (found,) = [c for c in deployment(objects)["spec"]["template"]["spec"]["containers"] if c["name"] == "edge-phi3"]
+    """Return the container of the service."""
+    (found,) = [container for container in pod_of(objects)["containers"] if container["name"] == "edge-phi3"]
+    return found
+
+
+def preparer(objects: list[Object]) -> Object:
+    """Return the init container that makes the model."""
+    (found,) = pod_of(objects)["initContainers"]
     return found
 
 
 def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
-    """Give each pod or pod template with its object's name."""
+    """Return each pod or pod template with its object's name."""
     for obj in objects:
         if obj["kind"] == "Pod":
             yield obj["metadata"]["name"], obj
@@ -93,12 +105,12 @@ def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def containers(pod: Object) -> list[Object]:
-    """Give all containers of a pod, init containers first."""
+    """Return all containers of a pod, init containers first."""
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
 def environment(container: Object) -> dict[str, str]:
-    """Give the plain environment of a container."""
+    """Return the plain environment of a container."""
     return {item["name"]: item["value"] for item in container.get("env", []) if "value" in item}
 
 
@@ -133,13 +145,13 @@ def schema_errors(obj: Object, kubernetes: str) -> list[str]:
 
 
 def oldest_kubernetes() -> str:
-    """Give the oldest version that Chart.yaml allows, as "1.27"."""
+    """Return the oldest version that Chart.yaml allows, as "1.27"."""
     constraint = str(loaded().metadata["kubeVersion"])
     return ".".join(constraint.removeprefix(">=").split(".")[:2])
 
 
 def app_version() -> str:
-    """Give the version of the service that the chart installs."""
+    """Return the version of the service that the chart installs."""
     return str(loaded().metadata["appVersion"])
 
 

@@ -25,7 +25,7 @@ GATEWAY_DURATION: Schema = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms
 
 
 def fields(required: str = "", **properties: Schema) -> Schema:
-    """Give the schema of an object with these fields and no other; `required` names some, with spaces between."""
+    """Return the schema of an object with these fields and no other; `required` names some, with spaces between."""
     return {
         "type": "object",
         "properties": properties,
@@ -35,7 +35,7 @@ def fields(required: str = "", **properties: Schema) -> Schema:
 
 
 def list_of(items: Schema, at_least: int = 0, at_most: int = 16) -> Schema:
-    """Give the schema of a list."""
+    """Return the schema of a list."""
     return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
 
 
@@ -135,7 +135,7 @@ PROMETHEUS_RULE = fields(
 
 
 def resource(spec: Schema) -> Schema:
-    """Give the schema of a whole custom resource."""
+    """Return the schema of a whole custom resource."""
     metadata = fields("name namespace", name=NAME, namespace=NAME, labels=TEXTS, annotations=TEXTS)
     return fields("apiVersion kind metadata spec", apiVersion=TEXT, kind=TEXT, metadata=metadata, spec=spec)
 

@@ -15,7 +15,7 @@ from edge_phi3.api.app import create_app
 from edge_phi3.cli import app
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of
-from tests.helm.chart import Object, containers, deployment, environment, of_kind, pods, server
+from tests.helm.chart import Object, containers, deployment, environment, of_kind, pod_of, pods, server
 from tests.helm.restricted import violations
 
 DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -74,7 +74,7 @@ def check_selectors(objects: list[Object]) -> None:
 
 def _selectors(objects: list[Object]) -> Iterator[dict[str, str]]:
     yield deployment(objects)["spec"]["selector"]["matchLabels"]
-    for constraint in deployment(objects)["spec"]["template"]["spec"].get("topologySpreadConstraints", []):
+    for constraint in pod_of(objects).get("topologySpreadConstraints", []):
         yield constraint["labelSelector"]["matchLabels"]
     for obj in objects:
         if obj["kind"] == "Service":
@@ -119,7 +119,7 @@ def check_references(objects: list[Object]) -> None:
 
 @functools.cache
 def routes() -> frozenset[str]:
-    """Give the paths that the service answers."""
+    """Return the paths that the service answers."""
 
     def load(_: object) -> Any:
         raise NotImplementedError
@@ -171,7 +171,7 @@ def check_no_credentials(objects: list[Object]) -> None:
     for _, pod in pods(objects):
         assert pod["spec"]["automountServiceAccountToken"] is False
         assert pod["spec"]["enableServiceLinks"] is False
-    spec = deployment(objects)["spec"]["template"]["spec"]
+    spec = pod_of(objects)
     prepared = any(c["name"] == "prepare" for c in spec.get("initContainers", [])) or of_kind(objects, "Job")
     if prepared:
         container = server(objects)

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tests.helm.chart import Object, deployment, environment, server
+from tests.helm.chart import Object, environment, preparer, server
 from tests.ports import free_port
 
 PATIENCE = 600.0
@@ -24,7 +24,7 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def command_of(container: Object) -> list[str]:
-    """Give the command of a container as it is on this machine: the image's programs are those of this Python."""
+    """Return the command of a container as it is on this machine: the image's programs are those of this Python."""
     command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
     if command[0] == "edge-phi3":
         return [sys.executable, "-m", "edge_phi3", *command[1:]]
@@ -32,7 +32,7 @@ def command_of(container: Object) -> list[str]:
 
 
 def environment_of(container: Object, **more: str) -> dict[str, str]:
-    """Give the environment that a container has in its image."""
+    """Return the environment that a container has in its image."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
     return kept | environment(container) | more
 
@@ -53,7 +53,7 @@ def wait_for(url: str, process: subprocess.Popen[Any]) -> None:
 
 def prepare(objects: list[Object], **env: str) -> str:
     """Run the init container that makes the model; give what it printed, the model's path when it was pulled."""
-    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    container = preparer(objects)
     result = subprocess.run(
         command_of(container),
         env=environment_of(container, **env),
@@ -64,6 +64,19 @@ def prepare(objects: list[Object], **env: str) -> str:
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def prepare_together(objects: list[Object], **env: str) -> tuple[str, list[str]]:
+    """Run the init container twice at once, as two pods do; give what both printed, and what each logged."""
+    container = preparer(objects)
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(command_of(container), env=environment_of(container, **env), **options) for _ in range(2)
+    ]
+    (printed, log), (other, other_log) = [process.communicate(timeout=PATIENCE) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], log + other_log
+    assert printed == other, "both name one file"
+    return printed.strip(), [log, other_log]
 
 
 @contextlib.contextmanager

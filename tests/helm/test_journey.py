@@ -22,8 +22,8 @@ from edge_phi3.catalog.reference import parse_reference
 from edge_phi3.catalog.store import _shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
-from tests.helm.chart import Object, deployment, render, render_texts, server
-from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, served
+from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
+from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, prepare_together, served
 from tests.ports import free_port
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
 
 
 def curl_of(text: str) -> str:
-    """Give the one command that posts to /chat, its continued lines with it."""
+    """Return the one command that posts to /chat, its continued lines with it."""
     (command,) = re.findall(r"^ *(curl (?:.*\\\n)*.*/chat(?:.*\\\n)*.*)$", text, re.MULTILINE)
     return str(command)
 
@@ -67,14 +67,7 @@ def test_the_default_release_downloads_once_and_the_curl_commands_work(hub: HubS
     values = SMALL | {"model": {"endpoint": hub.endpoint}, "storage": {"mountPath": str(tmp_path)}}
     objects = render(values)
     assert server(objects)["args"][1] == server(render())["args"][1], "the model of a release without values"
-    (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
-    together = [
-        subprocess.Popen(command_of(container), env=environment_of(container), stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    printed = {process.communicate(timeout=PATIENCE)[0] for process in together}
-    assert [process.returncode for process in together] == [0, 0]
-    assert len(printed) == 1
+    prepare_together(objects)
     assert len(hub.gets("config.json")) == 1, "one downloads, the other waits"
     asked = len(hub.requests)
     with served(objects, HF_ENDPOINT=hub.endpoint) as first, served(objects, HF_ENDPOINT=hub.endpoint) as second:
@@ -98,7 +91,7 @@ def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def values_of_the_site(title: str, replaced: dict[str, str]) -> Object:
-    """Give one of the blocks for `site.yaml`, with what an operator fills in."""
+    """Return one of the blocks for `site.yaml`, with what an operator fills in."""
     (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
     for name, value in replaced.items():
         assert name in block
@@ -115,7 +108,7 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     values = SMALL | values_of_the_site("a claim with the store", {})
     values["storage"]["mountPath"] = str(volume)
     objects = render(values)
-    assert "initContainers" not in deployment(objects)["spec"]["template"]["spec"]
+    assert "initContainers" not in pod_of(objects)
     before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
     with served(objects, HF_ENDPOINT=NOWHERE) as address:
         assert set(ask(curl_of(TEXT), address)) == {"Result"}
@@ -144,7 +137,7 @@ def test_a_site_without_internet_with_a_file_server(carried: Path, tmp_path: Pat
         values = SMALL | values_of_the_site("a file server", replaced)
         values["storage"] = {"mountPath": str(tmp_path)}
         objects = render(values)
-        (container,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+        container = preparer(objects)
         script = tmp_path / "fetch_model.py"
         script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
         container["command"][1] = str(script)

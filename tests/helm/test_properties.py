@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import helm_python
@@ -9,19 +10,17 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from tests.helm.chart import NEWEST, Object, loaded, of_kind, render, schema_errors
+from tests.helm.chart import EXAMPLES, NEWEST, Object, loaded, of_kind, render, schema_errors, values_of
 from tests.helm.invariants import check_all, check_service_options
 
 names = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
-foreign = names.map("foreign.{}".format)  # never the name of an object of the chart: those have no dot
 label_values = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,40}[A-Za-z0-9])?", fullmatch=True)
 labels = st.dictionaries(names.map("example.com/{}".format), label_values, max_size=2)
 texts = st.dictionaries(names.map("example.com/{}".format), st.text(max_size=20), max_size=2)
-booleans = st.booleans()
 
 
 def some(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[Object]:
-    """Give dictionaries with any of these fields."""
+    """Return dictionaries with any of these fields."""
     return st.fixed_dictionaries({}, optional=fields)
 
 
@@ -38,14 +37,14 @@ READ_FURTHER = {
 
 
 def option(key: str, schema: Object) -> st.SearchStrategy[object]:
-    """Give values of an option of the service that its schema allows."""
+    """Return values of an option of the service that its schema allows."""
     if key in READ_FURTHER:
         return READ_FURTHER[key]
     if "enum" in schema:
         return st.sampled_from(schema["enum"])
     least, most = schema.get("minimum", 0), schema.get("maximum", 1 << 40)
     kinds = {
-        "boolean": booleans,
+        "boolean": st.booleans(),
         "integer": st.integers(least, most),
         "number": st.one_of(st.integers(least, most), st.floats(least, most).map(lambda value: round(value, 3))),
     }
@@ -53,87 +52,46 @@ def option(key: str, schema: Object) -> st.SearchStrategy[object]:
 
 
 def options() -> st.SearchStrategy[Object]:
-    """Give any of the options that the chart's schema has: a new one is tried as soon as it is there."""
+    """Return any of the options that the chart's schema has: a new one is tried as soon as it is there."""
     schema = loaded().schema
     assert schema is not None
     described = schema["properties"]["serve"]["properties"]["options"]["properties"]
     return some(**{key: option(key, described[key]) for key in described})
 
 
-storage = st.one_of(
-    some(
-        type=st.sampled_from(["pvc", "ephemeral", "emptyDir"]),
-        size=st.sampled_from(["10Gi", "500G"]),
-        storageClassName=st.one_of(st.just("-"), names),
-        accessMode=st.sampled_from(["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"]),
-        keep=booleans,
-        annotations=texts,
-        mountPath=st.sampled_from(["/models", "/var/lib/models"]),
-    ),
-    st.fixed_dictionaries(
-        {"type": st.just("existingClaim"), "existingClaim": foreign},
-        optional={"readOnly": booleans, "subPath": names},
-    ),
-    st.fixed_dictionaries({"type": st.just("image"), "imageReference": names}),
-)
-models = st.one_of(
-    some(name=st.sampled_from(["demo", "phi-3-mini-128k-instruct"]), quant=st.sampled_from(["Q8_0", "IQ4_XS", "F16"])),
-    st.fixed_dictionaries({"name": st.just("owner/name")}, optional={"revision": names, "offline": booleans}),
-    st.fixed_dictionaries({"name": names.map("/models/{}.gguf".format)}),
-    st.fixed_dictionaries({"url": names.map("https://h.example/{}.gguf?a=b".format), "sha256": st.just("ab" * 32)}),
-).flatmap(lambda model: prepares.map(lambda prepare: model | {"prepare": prepare}))
-prepares = some(
-    mode=st.sampled_from(["initContainer", "job", "none"]), resources=st.just({"limits": {"memory": "4Gi"}})
-)
-spread = st.fixed_dictionaries(
-    {
-        "maxSkew": st.integers(1, 3),
-        "topologyKey": st.just("kubernetes.io/hostname"),
-        "whenUnsatisfiable": st.sampled_from(["ScheduleAnyway", "DoNotSchedule"]),
-    }
-)
-values = some(
-    nameOverride=names,
-    fullnameOverride=names,
-    commonLabels=labels,
-    commonAnnotations=texts,
-    podLabels=labels,
-    podAnnotations=texts,
-    image=some(registry=names, tag=names, pullPolicy=st.sampled_from(["Always", "Never"])),
-    model=models,
-    serve=st.fixed_dictionaries({"options": options()}),
-    auth=st.one_of(
-        some(keys=st.lists(names, max_size=3, unique=True)), st.fixed_dictionaries({"existingSecret": foreign})
-    ),
-    gpu=some(
-        enabled=booleans,
-        count=st.integers(1, 8),
-        resourceName=st.sampled_from(["nvidia.com/gpu.shared", "nvidia.com/mig-1g.10gb"]),
-        runtimeClassName=names,
-        dra=some(enabled=booleans, selectors=st.lists(st.just("true"), max_size=2)),
-    ),
-    storage=storage,
-    replicas=st.integers(0, 5),
-    shutdown=some(graceSeconds=st.integers(0, 3600), delaySeconds=st.integers(0, 60)),
-    autoscaling=some(enabled=booleans, minReplicas=st.integers(1, 6)),
-    keda=some(enabled=booleans, minReplicas=st.integers(0, 6), threshold=st.floats(0.5, 100)),
-    podDisruptionBudget=some(enabled=booleans, maxUnavailable=st.sampled_from([1, "50%"])),
-    service=some(type=st.sampled_from(["NodePort", "LoadBalancer"]), port=st.integers(1, 65535), annotations=texts),
-    ingress=some(enabled=booleans, hosts=st.lists(st.fixed_dictionaries({"host": names}), max_size=2)),
-    httpRoute=some(enabled=booleans, parentRefs=st.lists(st.fixed_dictionaries({"name": names}), max_size=2)),
-    inferencePool=some(enabled=booleans, endpointPicker=names),
-    networkPolicy=some(enabled=booleans, ports=st.lists(st.integers(1, 65535), min_size=1, max_size=3, unique=True)),
-    serviceMonitor=some(enabled=booleans, labels=labels),
-    prometheusRule=some(enabled=booleans, queueLength=st.integers(0, 100), errorRate=st.floats(0, 1)),
-    dashboard=some(enabled=booleans),
-    serviceAccount=some(create=booleans, name=foreign),
-    resources=some(requests=st.just({"cpu": "2"}), limits=st.just({"memory": "8Gi"})),
-    tolerations=st.lists(st.just({"key": "a", "operator": "Exists"}), max_size=1),
-    nodeSelector=labels,
-    topologySpreadConstraints=st.lists(spread, max_size=1),
-    extraEnv=st.lists(st.just({"name": "A", "value": "b"}), max_size=1),
-    tests=some(enabled=booleans),
-)
+def mixtures() -> Iterator[tuple[str, st.SearchStrategy[object]]]:
+    """Yield, for each value that an example sets, what any of the examples has there."""
+    examples = [values_of(path) for path in EXAMPLES.values()]
+    for key in sorted({key for example in examples for key in example if not key.startswith("extra")}):
+        yield key, st.sampled_from([example[key] for example in examples if key in example])
+
+
+def with_preparation(model: Object) -> st.SearchStrategy[Object]:
+    """Return a model with any way to prepare it."""
+    modes = st.sampled_from(["initContainer", "job", "none"])
+    return some(mode=modes).map(lambda prepare: model | {"prepare": prepare} if prepare else model)
+
+
+mixed = dict(mixtures())
+further: dict[str, st.SearchStrategy[object]] = {
+    "nameOverride": names,
+    "fullnameOverride": names,
+    "commonLabels": labels,
+    "commonAnnotations": texts,
+    "podLabels": labels,
+    "podAnnotations": texts,
+    "image": some(registry=names, tag=names, pullPolicy=st.sampled_from(["Always", "Never"])),
+    "model": st.one_of(mixed["model"], st.just({"name": "owner/name"})).flatmap(with_preparation),
+    "serve": st.fixed_dictionaries({"options": options()}),
+    "storage": st.one_of(mixed["storage"], some(keep=st.booleans(), annotations=texts, mountPath=st.just("/var/m"))),
+    "replicas": st.integers(0, 5),
+    "shutdown": some(graceSeconds=st.integers(0, 3600), delaySeconds=st.integers(0, 60)),
+    "nodeSelector": labels,
+    "tests": some(enabled=st.booleans()),
+}
+everything_else = values_of(EXAMPLES["everything-else"])
+extra = {key: value for key, value in everything_else.items() if key.startswith("extra")}  # a volume with its mount
+values = st.tuples(some(**mixed | further), st.sampled_from([{}, extra])).map(lambda both: both[0] | both[1])
 
 
 def is_sentence(error: helm_python.HelmRenderError) -> bool:
@@ -162,7 +120,7 @@ def test_any_values_make_a_sound_release_or_a_sentence(
             raise
         return
     event("rendered")
-    check_all(objects)
+    check_all(objects, is_restricted=values.get("storage", {}).get("type") != "hostPath")
     assert [error for obj in objects for error in schema_errors(obj, NEWEST)] == []
     keys = tmp_path_factory.getbasetemp() / "keys"
     keys.write_text("key\n")

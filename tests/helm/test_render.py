@@ -24,6 +24,8 @@ from tests.helm.chart import (
     loaded,
     of_kind,
     oldest_kubernetes,
+    pod_of,
+    preparer,
     render,
     render_texts,
     schema_errors,
@@ -32,52 +34,30 @@ from tests.helm.chart import (
 )
 from tests.helm.invariants import check_all, check_service_options, routes
 
-examples = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 
-
-@pytest.fixture
-def keys(tmp_path: Path) -> Path:
-    """A file of API keys, where the Secret's would be."""
-    path = tmp_path / "api-keys"
-    path.write_text("key\n")
-    return path
-
-
-@examples
-def test_lint_finds_nothing(example: Path) -> None:
-    report = helm_python.lint(CHART, values_of(example), strict=True)
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_makes_a_sound_release_under_any_name(example: Path, tmp_path: Path) -> None:
+    values, keys = values_of(example), tmp_path / "api-keys"
+    keys.write_text("key\n")
+    report = helm_python.lint(CHART, values, strict=True)
     assert report["errors"] == []
     # Severity 1 is information: a chart without an icon.
     assert [message for message in report["messages"] if message["severity"] > 1] == []
-
-
-@examples
-def test_objects_are_valid_in_the_oldest_and_the_newest_kubernetes(example: Path) -> None:
     oldest = header_of(example, "kubernetes")
     assert oldest is not None, "an example says from which Kubernetes on it works"
-    objects = render(values_of(example))
-    for version in (oldest, NEWEST):
-        assert [error for obj in objects for error in schema_errors(obj, version)] == []
+    for release in ("edge-phi3", "r", "a-release-name-of-the-53-characters-that-helm-allows-x"):
+        objects = render(values, name=release)
+        check_all(objects, is_restricted=header_of(example, "restricted") != "false")
+        for version in (oldest, NEWEST):
+            assert [error for obj in objects for error in schema_errors(obj, version)] == []
+    options = values.get("serve", {}).get("options", {})
+    check_service_options(objects, {"log-format": "json", **options}, keys)
 
 
 def test_examples_span_the_supported_versions() -> None:
     assert header_of(EXAMPLES["defaults"], "kubernetes") == oldest_kubernetes()
     objects = render(values_of(EXAMPLES["dra"]))
     assert [error for obj in objects for error in schema_errors(obj, "1.33")], "the checks see what is too new"
-
-
-@examples
-@pytest.mark.parametrize("release", ["edge-phi3", "r", "a-release-name-of-the-53-characters-that-helm-allows-x"])
-def test_what_must_hold(example: Path, release: str) -> None:
-    is_restricted = header_of(example, "restricted") != "false"
-    check_all(render(values_of(example), name=release), is_restricted=is_restricted)
-
-
-@examples
-def test_the_service_understands_its_arguments(example: Path, keys: Path) -> None:
-    values = values_of(example)
-    options = values.get("serve", {}).get("options", {})
-    check_service_options(render(values), {"log-format": "json", **options}, keys)
 
 
 def test_defaults_serve_phi_3_mini_on_one_gpu() -> None:
@@ -95,16 +75,15 @@ def test_defaults_serve_phi_3_mini_on_one_gpu() -> None:
 
 
 def test_defaults_for_the_gpu_operator_can_be_taken_away() -> None:
-    pod = deployment(render({"gpu": {"nodeSelector": None, "tolerations": None}}))["spec"]["template"]["spec"]
-    assert "nodeSelector" not in pod
-    assert "tolerations" not in pod
+    pod = pod_of(render({"gpu": {"nodeSelector": None, "tolerations": None}}))
+    assert not pod.keys() & {"nodeSelector", "tolerations"}
 
 
 def test_cpu_pods_ask_for_no_gpu_and_take_the_cpu_image() -> None:
     objects = render({"gpu": {"enabled": False}})
     assert "resources" not in server(objects)
     assert server(objects)["image"] == f"edge-phi3:{app_version()}-cpu"
-    assert "nodeSelector" not in deployment(objects)["spec"]["template"]["spec"]
+    assert "nodeSelector" not in pod_of(objects)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +100,6 @@ def test_image(image: Object, expected: str) -> None:
     assert {container["image"] for container in containers(pod)} == {expected}
 
 
-def test_versions_agree() -> None:
-    assert app_version() == __version__
-
-
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
@@ -137,9 +112,8 @@ def test_versions_agree() -> None:
 def test_model_references_are_those_of_the_catalog(model: Object, expected: str) -> None:
     objects = render({"model": model})
     args = server(objects)["args"]
-    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
     assert args[1] == expected
-    assert prepare["command"][:3] == ["edge-phi3", "pull", expected]
+    assert preparer(objects)["command"][:3] == ["edge-phi3", "pull", expected]
     parse_reference(expected)
 
 
@@ -187,13 +161,12 @@ def test_the_job_comes_before_the_pods_and_takes_no_gpu() -> None:
     }
     assert weights["ConfigMap"] < weights["Job"]
     assert weights["NetworkPolicy"] < weights["Job"]
-    assert "initContainers" not in deployment(objects)["spec"]["template"]["spec"]
+    assert "initContainers" not in pod_of(objects)
 
 
 def test_the_token_reaches_only_the_container_that_fetches() -> None:
-    (prepare,) = deployment(objects := render(values_of(EXAMPLES["mirror-token"])))["spec"]["template"]["spec"][
-        "initContainers"
-    ]
+    objects = render(values_of(EXAMPLES["mirror-token"]))
+    prepare = preparer(objects)
     token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub-token", "key": "HF_TOKEN"}}}
     assert token in prepare["env"]
     assert environment(prepare)["HF_ENDPOINT"] == "https://hub.site.example"

@@ -16,9 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.helm.chart import CHART, containers, deployment, of_kind, render, server
-from tests.helm.processes import PATIENCE, command_of, environment_of, wait_for
-from tests.ports import free_port
+from tests.helm.chart import CHART, containers, of_kind, preparer, render, server
+from tests.helm.processes import PATIENCE, command_of, environment_of, prepare_together, served
 
 FETCH = CHART / "files" / "fetch_model.py"
 CONTENT = bytes(range(256)) * 40_000
@@ -39,58 +38,28 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
         "serve": {"options": {"parallel": 2, "ctx-size": 512, "log-format": "json"}},
     }
     objects = render(values)
-    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
-    preparing = [
-        subprocess.Popen(
-            command_of(prepare), env=environment_of(prepare), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=PATIENCE) for process in preparing]
-    assert [process.returncode for process in preparing] == [0, 0], outputs
-    assert outputs[0][0] == outputs[1][0], "both name one file"
-    model = Path(outputs[0][0].strip())
+    printed, logs = prepare_together(objects)
+    model = Path(printed)
     assert model.is_relative_to(volume)
-    worked = [stderr for _, stderr in outputs if re.search("quantis|convert", stderr, re.IGNORECASE)]
+    worked = [log for log in logs if re.search("quantis|convert", log, re.IGNORECASE)]
     assert len(worked) == 1, "one of them made the model, the other waited"
     made = {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.is_file()}
 
     (test_pod,) = of_kind(objects, "Pod", "-test")
     (ask,) = containers(test_pod)
-    serving = []
-    try:
-        for _ in range(2):
-            port = free_port()
-            command = [
-                keys.as_posix() if part.startswith("/etc/edge-phi3/keys/") else part
-                for part in command_of(server(objects))
-            ]
-            command[command.index("--port") + 1] = str(port)
-            process = subprocess.Popen(command, env=environment_of(server(objects)), stderr=subprocess.DEVNULL)
-            serving.append((process, port))
-        for process, port in serving:
-            wait_for(f"http://127.0.0.1:{port}{server(objects)['startupProbe']['httpGet']['path']}", process)
+    with served(objects, keys) as first, served(objects, keys) as second:
+        for address in (first, second):
             for name in ("livenessProbe", "readinessProbe"):
-                url = f"http://127.0.0.1:{port}{server(objects)[name]['httpGet']['path']}"
+                url = address + server(objects)[name]["httpGet"]["path"]
                 assert httpx.get(url, timeout=PATIENCE).status_code == 200
             # The test pod of `helm test` itself, with the service's address in place of the cluster's.
-            command = [part.replace("http://edge-phi3.ai.svc", f"http://127.0.0.1:{port}") for part in command_of(ask)]
+            command = [part.replace("http://edge-phi3.ai.svc", address) for part in command_of(ask)]
             assert command != command_of(ask)
-            for env, status in (({"API_KEYS": keys.read_text()}, 0), ({"API_KEYS": "wrong"}, 1)):
-                result = subprocess.run(
-                    command,
-                    env=environment_of(ask, **env),
-                    capture_output=True,
-                    text=True,
-                    timeout=PATIENCE,
-                    check=False,
-                )
+            for api_keys, status in ((keys.read_text(), 0), ("wrong", 1)):
+                env = environment_of(ask, API_KEYS=api_keys)
+                result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
                 assert result.returncode == status, result.stderr
                 assert (status == 0) == bool(result.stdout.strip())
-    finally:
-        for process, _ in serving:
-            process.terminate()
-    assert [process.wait(timeout=PATIENCE) for process, _ in serving] == [0, 0]
     after = {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.is_file()}
     assert after == made, "serving changed nothing on the volume"
 
@@ -135,15 +104,21 @@ def files() -> Iterator[type[Files]]:
         thread.join()
 
 
-def fetch(url: str, target: Path, sha256: str = SHA256) -> subprocess.Popen[str]:
-    """Start the chart's program as its container does, but without its patience between attempts."""
+def fetch(url: str, target: Path, sha256: str = SHA256, count: int = 1) -> list[tuple[int, str]]:
+    """Run the chart's program as its container does, but without its patience between attempts.
+
+    Returns:
+        The exit code and the log of each of `count` runs at once.
+    """
     values = {"model": {"url": "https://h.example/model.gguf", "sha256": SHA256}}
-    (prepare,) = deployment(render(values))["spec"]["template"]["spec"]["initContainers"]
+    prepare = preparer(render(values))
     command = [sys.executable, FETCH.as_posix(), *prepare["command"][2:]]
     assert command[2] == "--sha256"
     command[3:] = [sha256, url, target.as_posix()]
     env = os.environ | {"FETCH_PATIENCE": "0"}
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(count)]
+    logs = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    return [(process.returncode, log) for process, log in zip(processes, logs, strict=True)]
 
 
 def test_the_program_in_the_config_map_is_the_file() -> None:
@@ -153,53 +128,45 @@ def test_the_program_in_the_config_map_is_the_file() -> None:
 
 def test_the_served_path_is_where_the_file_is_put() -> None:
     objects = render({"model": {"url": "https://h.example/a/m.gguf?x=/y.gguf", "sha256": SHA256}})
-    (prepare,) = deployment(objects)["spec"]["template"]["spec"]["initContainers"]
+    prepare = preparer(objects)
     assert prepare["command"][-1] == server(objects)["args"][1] == f"/models/url/{SHA256[:12]}-m.gguf"
 
 
 def test_a_file_is_downloaded_once(files: Any, tmp_path: Path) -> None:
     target = tmp_path / "url" / "m.gguf"
-    together = [fetch(files.url, target) for _ in range(3)]
-    messages = [process.communicate(timeout=PATIENCE)[1] for process in together]
-    assert [process.returncode for process in together] == [0, 0, 0], messages
-    assert sum("was downloaded and checked" in message for message in messages) == 1
-    assert sum("is there already" in message for message in messages) == 2
+    together = fetch(files.url, target, count=3)
+    assert [code for code, _ in together] == [0, 0, 0], together
+    assert sum("was downloaded and checked" in log for _, log in together) == 1
+    assert sum("is there already" in log for _, log in together) == 2
     assert target.read_bytes() == CONTENT
     assert len(files.requests) == 1
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on(files: Any, tmp_path: Path, ranges: bool) -> None:
+@pytest.mark.parametrize(("ranges", "there"), [(True, 0), (False, 0), (True, len(CONTENT))])
+def test_a_download_that_was_cut_off_goes_on(files: Any, tmp_path: Path, ranges: bool, there: int) -> None:
     files.ranges = ranges
-    files.breaks_off = [3_000_000, 1_000_000]
+    files.breaks_off = [] if there else [3_000_000, 1_000_000]
     target = tmp_path / "m.gguf"
-    process = fetch(files.url, target)
-    message = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, message
+    if there:
+        target.with_name("m.gguf.partial").write_bytes(CONTENT[:there])
+    ((code, log),) = fetch(files.url, target)
+    assert code == 0, log
     assert target.read_bytes() == CONTENT
-    assert files.requests == ["", "bytes=3000000-", "bytes=4000000-" if ranges else "bytes=1000000-"]
+    rest = "bytes=4000000-" if ranges else "bytes=1000000-"
+    assert files.requests == ([f"bytes={there}-"] if there else ["", "bytes=3000000-", rest])
 
 
-def test_a_killed_download_goes_on(files: Any, tmp_path: Path) -> None:
-    target = tmp_path / "m.gguf"
-    target.with_name("m.gguf.partial").write_bytes(CONTENT)
-    process = fetch(files.url, target)
-    message = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 0, message
-    assert target.read_bytes() == CONTENT
-
-
-def test_another_content_is_refused_and_not_kept(files: Any, tmp_path: Path) -> None:
-    process = fetch(files.url, tmp_path / "m.gguf", sha256="0" * 64)
-    message = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 1
-    assert f"has the SHA-256 {SHA256}, not 0000" in message
+@pytest.mark.parametrize(
+    ("name", "sha256", "sentence"),
+    [
+        ("model", "0" * 64, f"has the SHA-256 {SHA256}, not 0000"),
+        ("other", SHA256, "other.gguf cannot be downloaded: HTTP Error 404"),
+    ],
+)
+def test_another_content_or_none_is_refused_and_not_kept(
+    files: Any, tmp_path: Path, name: str, sha256: str, sentence: str
+) -> None:
+    ((code, log),) = fetch(files.url.replace("model", name), tmp_path / "m.gguf", sha256)
+    assert code == 1
+    assert sentence in log
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]
-
-
-def test_a_file_that_is_not_there_is_named(files: Any, tmp_path: Path) -> None:
-    process = fetch(files.url.replace("model", "other"), tmp_path / "m.gguf")
-    message = process.communicate(timeout=PATIENCE)[1]
-    assert process.returncode == 1
-    assert "other.gguf cannot be downloaded: HTTP Error 404" in message
-    assert not (tmp_path / "m.gguf").exists()

@@ -18,7 +18,7 @@ FROM_PROMETHEUS = {"up"}
 
 
 def metrics_of_the_service(prefix: str) -> set[str]:
-    """Give the names of the samples that a scrape brings."""
+    """Return the names of the samples that a scrape brings."""
     stats = EngineStats(*[0] * len(EngineStats.__dataclass_fields__))
     metrics = ServiceMetrics(prefix, lambda: stats)
     families = list(metrics.registry.collect())
@@ -27,7 +27,7 @@ def metrics_of_the_service(prefix: str) -> set[str]:
 
 
 def queries_of(objects: list[Object]) -> Iterator[str]:
-    """Give the PromQL of alerts and autoscalers."""
+    """Return the PromQL of alerts and autoscalers."""
     for rule in of_kind(objects, "PrometheusRule"):
         yield from (entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"])
     for scaler in of_kind(objects, "ScaledObject"):
@@ -35,7 +35,7 @@ def queries_of(objects: list[Object]) -> Iterator[str]:
 
 
 def queries_of_the_dashboard() -> Iterator[str]:
-    """Give the PromQL of the dashboard."""
+    """Return the PromQL of the dashboard."""
     for panel in dashboard()["panels"]:
         yield from (target["expr"] for target in panel["targets"])
 

@@ -20,14 +20,14 @@ DOCKERFILE = ROOT / "Dockerfile.cuda"
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Give the instructions with their arguments, continued lines joined and comments left out."""
+    """Return the instructions with their arguments, continued lines joined and comments left out."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.lstrip().startswith("#")]
     text = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in text.splitlines() if line)]
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """Give the instructions of each stage by its name; what stands before the first is under the empty name."""
+    """Return the instructions of each stage by its name; what stands before the first is under the empty name."""
     found: dict[str, list[tuple[str, str]]] = {"": []}
     name = ""
     for instruction, rest in instructions():
@@ -39,12 +39,12 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def arguments(stage: str, instruction: str) -> list[str]:
-    """Give the arguments of one kind of instruction in a stage."""
+    """Return the arguments of one kind of instruction in a stage."""
     return [rest for name, rest in stages()[stage] if name == instruction]
 
 
 def environment() -> dict[str, str]:
-    """Give the environment of the finished image."""
+    """Return the environment of the finished image."""
     return dict(item.split("=", 1) for line in arguments("runtime", "ENV") for item in line.split())
 
 

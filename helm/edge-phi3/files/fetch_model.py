@@ -19,7 +19,7 @@ ATTEMPTS = 5
 
 
 def digest_of(path):
-    """Give the SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
