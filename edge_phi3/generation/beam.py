@@ -13,10 +13,10 @@ from edge_phi3.generation.decoding import (
     Decoder,
     FinishReason,
     GenerationResult,
+    Isolated,
     Step,
     TokenScore,
     Turn,
-    isolated,
 )
 from edge_phi3.generation.drawing import random_stream
 from edge_phi3.generation.history import TokenHistory
@@ -314,5 +314,5 @@ def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, BeamDecoder)
-        with isolated(turn, steps), np.errstate(all="ignore"):
+        with Isolated(turn, steps), np.errstate(all="ignore"):
             steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])

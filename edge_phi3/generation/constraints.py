@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol, Self
 
 import numpy as np
@@ -71,14 +72,14 @@ class ConstrainedDecoder(SequenceDecoder):
         self._processor = ConstraintProcessor(constraint.clone(), best_only=best_only)
         self.processors = (*self.processors, self._processor)
 
-    def accept_all(self, tokens: NDArray[np.int32]) -> Step:
+    def accept_all(self, tokens: Sequence[int]) -> Step:
         """Continue all live sequences and their constraints.
 
         Args:
-            tokens: one for each live sequence, shape (n,).
+            tokens: one for each live sequence.
         """
         before = self._processor.constraints
-        for place, token in enumerate(tokens.tolist()):
+        for place, token in enumerate(tokens):
             # Greedy decoding takes some token, also where all are banned.
             if not before[place if len(before) > 1 else 0].permits(token):
                 self._processor.constraints = []

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol
 
@@ -64,7 +63,6 @@ class Step:
         parents: the next step wants as many rows of logits; row i continues row ``parents[i]`` of this step. Empty
             when the request is finished.
         tokens: for row i, the token that it is continued with.
-        sequences: for row i, the index of the returned sequence that it belongs to (empty in beam modes).
         emitted: (sequence index, token) for every returned sequence that got a token, those that ended
             included. Always empty in beam modes, whose sequences are known only at the end.
         logprobs: one for each of `emitted` where the request wants them, else empty.
@@ -72,7 +70,6 @@ class Step:
 
     parents: Sequence[int] = ()
     tokens: Sequence[int] = ()
-    sequences: Sequence[int] = ()
     emitted: Sequence[tuple[int, int]] = ()
     logprobs: Sequence[TokenLogprobs] = ()
 
@@ -122,7 +119,7 @@ class Chooser(Protocol):
     def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         """Choose for all rows of the given requests, and put each request's step into `steps`.
 
-        An exception that one request's parameters cause ends that request alone: see `isolated`.
+        An exception that one request's parameters cause ends that request alone: see `Isolated`.
         """
 
     def __hash__(self) -> int:
@@ -206,14 +203,24 @@ class Decoder(ABC):
         """
 
 
-@contextlib.contextmanager
-def isolated(turn: Turn, steps: list[Step]) -> Iterator[None]:
-    """Let an exception inside end the request of this turn alone, and log it."""
-    try:
-        yield
-    except Exception:
-        logger.exception("A request's tokens cannot be chosen.")
-        steps[turn.place] = turn.decoder.break_off()
+class Isolated:
+    """A context manager inside which an exception ends the request of one turn alone, and is logged."""
+
+    __slots__ = ("_steps", "_turn")
+
+    def __init__(self, turn: Turn, steps: list[Step]) -> None:
+        self._turn = turn
+        self._steps = steps
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        logger.error("A request's tokens cannot be chosen.", exc_info=error)
+        self._steps[self._turn.place] = self._turn.decoder.break_off()
+        return True
 
 
 def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:

@@ -66,11 +66,9 @@ class Draws(NamedTuple):
     highest: Scores
     totals: NDArray[np.float64]
 
-    @property
-    def logprobs(self) -> Scores:
-        """Log-softmax of the processed scores at each draw, shape (draws,)."""
-        logprobs: Scores = self.scores - self.highest - np.log(self.totals).astype(np.float32)
-        return logprobs
+    def logprob(self, place: int) -> float:
+        """Return the log-softmax of the processed scores at a draw from a row that was a distribution."""
+        return float(self.scores[place] - self.highest[place] - np.float32(np.log(self.totals[place])))
 
 
 def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.float64]) -> Draws:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,17 +43,27 @@ class TokenHistory:
             parents: shape (n,), rows before the call.
             tokens: shape (n,).
         """
+        rows = len(parents)
+        # Advanced indexing copies before the assignment, so the rows may overlap.
+        reordered = self._buffer[parents, : self.length]
+        if rows > len(self._buffer):
+            self._buffer = np.empty((rows, self._buffer.shape[1]), dtype=np.int32)
+        self._buffer[:rows, : self.length] = reordered
+        self.rows = rows
+        self.append(tokens.tolist())
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Continue each row in place.
+
+        Args:
+            tokens: one for each row.
+        """
         if self.length == self._buffer.shape[1]:
             self._grow()
-        rows = len(parents)
-        if rows != self.rows or not np.array_equal(parents, np.arange(rows)):
-            # Advanced indexing copies before the assignment, so the rows may overlap.
-            reordered = self._buffer[parents, : self.length]
-            if rows > len(self._buffer):
-                self._buffer = np.empty((rows, self._buffer.shape[1]), dtype=np.int32)
-            self._buffer[:rows, : self.length] = reordered
-            self.rows = rows
-        self._buffer[:rows, self.length] = tokens
+        if self.rows == 1:
+            self._buffer[0, self.length] = tokens[0]
+        else:
+            self._buffer[: self.rows, self.length] = tokens
         self.length += 1
 
     def keep(self, rows: NDArray[np.intp]) -> None:

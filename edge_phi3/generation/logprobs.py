@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.generation.decoding import Chooser, Step, TokenLogprobs, Turn, isolated
+from edge_phi3.generation.decoding import Chooser, Isolated, Step, TokenLogprobs, Turn
 from edge_phi3.generation.logits import Scores
 from edge_phi3.generation.sampling import SequenceDecoder
 
@@ -38,7 +38,7 @@ class _Watcher:
         for turn, rows in zip(turns, read, strict=True):
             decoder = turn.decoder
             assert isinstance(decoder, SequenceDecoder)
-            with isolated(turn, steps):
+            with Isolated(turn, steps):
                 step = steps[turn.place]
                 step.logprobs = _logprobs(rows, [token for _, token in step.emitted], self._top)
                 assert decoder.logprobs is not None

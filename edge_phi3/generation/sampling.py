@@ -16,11 +16,11 @@ from edge_phi3.generation.decoding import (
     Decoder,
     FinishReason,
     GenerationResult,
+    Isolated,
     Step,
     TokenLogprobs,
     TokenScore,
     Turn,
-    isolated,
     rows_of,
 )
 from edge_phi3.generation.drawing import Draws, Uniforms, draw, fresh_seed
@@ -80,17 +80,21 @@ class SequenceDecoder(Decoder):
         """Draw one number for each live sequence."""
         return [self._uniforms[sequence].next() for sequence in self.live]
 
-    def accept_all(self, tokens: NDArray[np.int32]) -> Step:
+    def accept_all(self, tokens: Sequence[int]) -> Step:
         """Continue all live sequences, and let go of those that end.
 
         Args:
-            tokens: one for each live sequence, shape (n,).
+            tokens: one for each live sequence.
         """
         history, stopping, live = self.history, self._stopping, self.live
-        first = history.length == self.prompt_length
-        parents = np.zeros(len(live), dtype=np.intp) if first else np.arange(len(live))
-        history.extend(parents, tokens)
-        emitted = list(zip(live, tokens.tolist(), strict=True))
+        parents: Sequence[int] = range(len(live))
+        if history.rows == len(live):
+            history.append(tokens)
+        else:
+            # Before the first step, the prompt's one row stands for all sequences.
+            parents = [0] * len(live)
+            history.extend(np.array(parents), np.array(tokens, dtype=np.int32))
+        emitted = list(zip(live, tokens, strict=True))
         last: FinishReason | None = None
         if history.length >= stopping.total_length:
             last = "length"
@@ -110,14 +114,13 @@ class SequenceDecoder(Decoder):
                 self.sequences[sequence] = history.tokens[row].copy()
         self.rows = len(going)
         self.finished = not going
+        if len(going) == len(live):
+            return Step(parents, tokens, emitted)
         self.live = [live[row] for row in going]
         if self.finished:
             return Step(emitted=emitted)
-        if len(going) < len(live):
-            kept = np.array(going, dtype=np.intp)
-            parents, tokens = parents[kept], tokens[kept]
-            history.keep(kept)
-        return Step(parents.tolist(), tokens.tolist(), self.live, emitted)
+        history.keep(np.array(going, dtype=np.intp))
+        return Step([parents[row] for row in going], [tokens[row] for row in going], emitted)
 
     def result(self) -> GenerationResult:
         """Return what was generated.
@@ -136,7 +139,7 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
     going: list[Turn] = []
     for turn in turns:
         decoder = turn.decoder
-        with isolated(turn, steps):
+        with Isolated(turn, steps):
             if decoder.processors:
                 decoder.process(logits[turn.row : turn.row + decoder.rows])
             going.append(turn)
@@ -149,18 +152,18 @@ def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) ->
     if not going:
         return
     scores = rows_of(going, logits)
-    best = scores.argmax(axis=1).astype(np.int32)
+    best = scores.argmax(axis=1).tolist()
     row = 0
     for turn in going:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
-        rows = slice(row, row + decoder.rows)
-        row = rows.stop
-        with isolated(turn, steps):
+        first, row = row, row + decoder.rows
+        with Isolated(turn, steps):
+            tokens = best[first:row]
             if decoder.records_scores:
-                _record_greedy(decoder, scores[rows], best[rows].tolist())
+                _record_greedy(decoder, scores[first:row], tokens)
             # Before the first step, the prompt's one row stands for all sequences.
-            steps[turn.place] = decoder.accept_all(best[rows].repeat(len(decoder.live) // decoder.rows))
+            steps[turn.place] = decoder.accept_all(tokens * (len(decoder.live) // len(tokens)))
 
 
 def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) -> None:
@@ -197,7 +200,7 @@ class Sampler:
             draws = _draw_together(going, rows_of(going, logits), uniforms)
         except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
             for turn, drawn in zip(going, uniforms, strict=True):
-                with isolated(turn, steps):
+                with Isolated(turn, steps):
                     _hand_out([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
             return
         _hand_out(going, draws, steps)
@@ -226,21 +229,20 @@ def _draw_together(turns: Sequence[Turn], scores: Scores, uniforms: Sequence[Seq
 
 
 def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
-    tokens = draws.tokens
-    listed = tokens.tolist()
+    tokens = draws.tokens.tolist()
     all_possible = bool(draws.possible.all())
     at = 0
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         end = at + len(decoder.live)
-        with isolated(turn, steps):
+        with Isolated(turn, steps):
             if not all_possible and not draws.possible[at:end].all():
                 steps[turn.place] = decoder.fail(NO_CHOICE)
             else:
                 if decoder.records_scores:
                     for sequence, place in zip(decoder.live, range(at, end), strict=True):
-                        score, logprob = float(draws.scores[place]), float(draws.logprobs[place])
-                        decoder.scores[sequence].append(TokenScore(listed[place], score, logprob))
+                        score = TokenScore(tokens[place], float(draws.scores[place]), draws.logprob(place))
+                        decoder.scores[sequence].append(score)
                 steps[turn.place] = decoder.accept_all(tokens[at:end])
         at = end

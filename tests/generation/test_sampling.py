@@ -133,13 +133,13 @@ def test_rows_that_end_leave_the_others_in_order() -> None:
     logits = np.full((1, VOCABULARY), -np.inf, dtype=np.float32)
     logits[0, 50] = 0
     (step,) = advance([each], logits)
-    assert (list(step.parents), list(step.tokens), list(step.sequences)) == ([0, 0, 0], [50, 50, 50], [0, 1, 2])
+    assert (list(step.parents), list(step.tokens)) == ([0, 0, 0], [50, 50, 50])
     logits = np.full((3, VOCABULARY), -np.inf, dtype=np.float32)
     logits[[0, 1, 2], [60, END, 62]] = 0
     (step,) = advance([each], logits)
-    assert (list(step.parents), list(step.tokens), list(step.sequences)) == ([0, 2], [60, 62], [0, 2])
+    assert (list(step.parents), list(step.tokens)) == ([0, 2], [60, 62])
     assert step.emitted == [(0, 60), (1, END), (2, 62)]
-    assert each.rows == 2
+    assert (each.rows, each.live) == (2, [0, 2])
 
 
 def test_a_request_without_a_possible_token_fails_alone() -> None:
