@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edge_phi3.llama.memory import ContextMemory
 from edge_phi3.planning.gguf_layout import EMBEDDING, Layout
-from edge_phi3.planning.process import ContextMemory
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _DEVICE_ALIGNMENT = 128
