@@ -29,7 +29,7 @@ class Grammar:
         weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
 
     def apply(self, candidates: NDArray[np.void]) -> None:
-        """Give candidates that cannot come next the logit minus infinity; their order stays.
+        """Return candidates that cannot come next the logit minus infinity; their order stays.
 
         Args:
             candidates: of the type `CANDIDATE`, shape (n,).

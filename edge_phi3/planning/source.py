@@ -42,7 +42,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
-    """Give a model's GGUF, or a skeleton of its checkpoint in F16.
+    """Return a model's GGUF, or a skeleton of its checkpoint in F16.
 
     Args:
         reference: see `edge_phi3.catalog.reference.parse_reference`.
