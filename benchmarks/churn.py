@@ -29,9 +29,9 @@ from rich.table import Table
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
 from tests.golden.checkpoints import write_checkpoint
 

@@ -24,8 +24,8 @@ import msgspec
 from benchmarks.models import CACHE, PHI3_VOCABULARY_ROWS, RANDOM_MODELS, model_path
 from edge_phi3.bench.machine import Machine as Here
 from edge_phi3.conversion.phi3 import read_phi3
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.loader import load
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.planning.fit import Machine, Options, fit
 from edge_phi3.planning.gguf_layout import write_base
 

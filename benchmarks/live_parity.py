@@ -33,8 +33,8 @@ from rich.table import Table
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation import GenerationConfig, GenerationResult
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.golden.generation_data import Answer, differences

@@ -28,7 +28,7 @@ from benchmarks.models import CACHE, model_path
 from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.llama.context import Context

@@ -25,7 +25,7 @@ from benchmarks.request_rate import Record as RateRecord
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.quant_plots import digest_of, plot_quality, plot_speed
 from edge_phi3.bench.quant_report import QuantReport
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.files import atomic_output
 
 ROOT = Path(__file__).parents[1]

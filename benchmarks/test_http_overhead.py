@@ -29,7 +29,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import Running, ready
 

@@ -19,8 +19,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
 
 Tokens = NDArray[np.int32]

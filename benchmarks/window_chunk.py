@@ -32,10 +32,10 @@ from benchmarks.engine_ratios import public_options
 from benchmarks.models import CACHE, model_path
 from edge_phi3.bench.machine import Machine
 from edge_phi3.engine import loader
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.loader import LoadedModel, load
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import GenerationRequest, RunningRequest
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import Decoder, GenerationResult, Step, Turn, advance
 from edge_phi3.generation.history import TokenHistory

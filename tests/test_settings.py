@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import to_toml
 

@@ -21,7 +21,7 @@ import msgspec
 from benchmarks.gpu.worker import answer
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.generation import API_DEFAULTS
 from edge_phi3.llama.backend import supports_gpu_offload
 from tests.golden import attention

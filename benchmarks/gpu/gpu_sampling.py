@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.gpu.worker import answer
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.generation import GenerationConfig, ModelDefaults, advance, make_decoder
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model

@@ -30,8 +30,8 @@ import uvloop
 from benchmarks.gpu.worker import answer
 from edge_phi3.engine import core
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation import GenerationConfig
 
 _CELLS_PER_ROW = 256

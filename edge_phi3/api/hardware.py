@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 
 from edge_phi3.api.schemas import CPUInfo, GPUInfo, MemoryInfo, MetricsResponse
-from edge_phi3.hardware import Gpu, gpus
+from edge_phi3.system_resources import Gpu, gpus
 
 _GIB = 1024**3
 _CPU_SAMPLE_SECONDS = 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from edge_phi3.hardware import gpus
+from edge_phi3.system_resources import gpus
 
 
 def peak_resident_bytes() -> int:

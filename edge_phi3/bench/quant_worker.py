@@ -1,16 +1,11 @@
 """Measures one GGUF in a process of its own, so that load time and peak memory are that file's alone.
 
-Reads a `Job` from stdin and writes events to stdout, one JSON object a line; `measure` is the parent's side.
+`measure` is the parent's side.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +19,10 @@ from edge_phi3.bench.logits_file import LogitsFile, writing
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.memory import gpu_bytes_in_use, peak_resident_bytes, resident_bytes
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
-from edge_phi3.child_process import child_command, child_environment
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.llama.backend import supports_gpu_offload
+from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError, WorkerError, serve_jobs
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 
@@ -134,55 +128,27 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     total: int
 
 
-class Failed(msgspec.Struct, frozen=True, tag=True):
-    """Why it cannot be measured."""
-
-    sentence: str
-
-
-Event = Progress | Measured | Failed
-
-
 def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Measured:
     """Measure a file in a fresh process, which ends with this call whatever happens.
 
     Raises:
         BenchError: it cannot be loaded or evaluated, or the process died, for want of memory most often.
     """
-    with (
-        tempfile.TemporaryFile() as log,
-        subprocess.Popen(
-            child_command("edge_phi3.bench.quant_worker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=child_environment(),
-        ) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
+    with ChildProcess("edge_phi3.bench.quant_worker", Progress | Measured) as child:
+        child.send(job)
         try:
-            # A process that died already reads nothing; what it said last is told below.
-            with contextlib.suppress(BrokenPipeError), contextlib.closing(process.stdin) as stdin:
-                stdin.write(msgspec.json.encode(job))
-            for line in process.stdout:
-                event = msgspec.json.decode(line, type=Event)
-                if isinstance(event, Measured):
-                    return event
-                if isinstance(event, Failed):
-                    raise BenchError(event.sentence)
+            while isinstance(event := child.receive(), Progress):
                 if progress is not None:
                     progress(event)
-        finally:
-            process.kill()
-            process.wait()
-        log.seek(0)
-        last = log.read().decode("utf-8", "replace").strip().splitlines()[-1:]
-    reason = f": {last[0]}" if last else ", most likely because memory ran out."
-    raise BenchError(f"The process that measured {Path(job.model).name} died{reason}")
+        except WorkerDiedError as error:
+            raise BenchError(f"The process that measured {Path(job.model).name} died: {error}.") from error
+        except WorkerError as error:
+            raise BenchError(str(error)) from error
+    measured: Measured = event
+    return measured
 
 
-def work(job: Job, tell: Callable[[Event], None]) -> Measured:
+def work(job: Job, tell: Callable[[Progress], None]) -> Measured:
     """Measure a file in this process.
 
     Args:
@@ -278,21 +244,5 @@ def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[floa
     return first - started, count / (time.perf_counter() - first)
 
 
-def main() -> None:
-    """Do the job that stdin gives."""
-    job = msgspec.json.decode(sys.stdin.buffer.read(), type=Job)
-    # What a library prints must not fall between the events.
-    events = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)
-
-    def tell(event: Event) -> None:
-        events.write(msgspec.json.encode(event) + b"\n")
-
-    try:
-        tell(work(job, tell))
-    except EdgePhi3Error as error:
-        tell(Failed(str(error)))
-
-
 if __name__ == "__main__":
-    main()
+    serve_jobs(Job, lambda job, emit: emit(work(job, emit)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,28 @@ from rich.table import Table
 
 from edge_phi3.catalog.reference import LocalGguf, parse_reference
 from edge_phi3.commands.errors import WrongUsageError
-from edge_phi3.hardware import available_memory, gpus
-from edge_phi3.planning.errors import PlanningError
-from edge_phi3.planning.fit import Fit, Machine, Options, Row, fit, memory_fields
-from edge_phi3.planning.process import Device, devices
+from edge_phi3.llama import PlanningError
+from edge_phi3.llama.memory import devices
+from edge_phi3.planning.budget import Memory
+from edge_phi3.planning.fit import Fit, Machine, Options, Row, fit
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import stderr_progress
 from edge_phi3.settings import Settings, SettingsError
 from edge_phi3.settings_text import choices_of, flag_of
+from edge_phi3.system_resources import available_memory, gpus
 
 _MIB = 1 << 20
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 
 
-def _option(name: str) -> click.Parameter:
-    """Make the flag of an option that `serve` has too; `Settings` reads its value, from wherever it comes."""
-    field = Settings.model_fields[name]
-    metavar = "|".join(choices_of(field)) or "INTEGER"
-    return click.RichOption(
-        [flag_of(name)], metavar=metavar, help=f"{field.description} [default: {field.default}]", panel="As for serve"
-    )
+def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `serve` has too; `Settings` reads their values, from wherever they come."""
+    for name in reversed(_OPTIONS):
+        field = Settings.model_fields[name]
+        metavar = "|".join(choices_of(field)) or "INTEGER"
+        text = f"{field.description} [default: {field.default}]"
+        command = click.option(flag_of(name), metavar=metavar, help=text, panel="As for serve")(command)
+    return command
 
 
 def _size(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -50,7 +53,7 @@ def _size(_ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 
 def _machine(device: str, memory: int | None, reserve: int) -> Machine:
-    """Say where the model is to run.
+    """Return the machine that the model is to run on.
 
     Raises:
         WrongUsageError: a GPU is asked for, but there is none, and none is described.
@@ -61,28 +64,19 @@ def _machine(device: str, memory: int | None, reserve: int) -> Machine:
     gpu = device == "gpu" or (device == "auto" and bool(found or others))
     if memory is not None:
         name = "a GPU" if gpu else "a machine without a GPU"
-        return Machine(gpu, f"{name} with {_mib(memory)} MiB free", memory, reserve, visible=None)
+        return Machine(gpu, f"{name} with {_mib(memory)} MiB free", memory, reserve)
     if not gpu:
         free = available_memory()
         return Machine(False, f"this machine's CPU, {_mib(free)} MiB free", free, reserve)
-    if others:
-        return _other_machine(others, reserve)
-    if not found:
+    if not (found or others):
         raise WrongUsageError("--device gpu: there is no GPU here; describe one with --memory, as in --memory 8GiB.")
-    first = found[0]
-    name = f"{first.name}, {_mib(first.free)} of {_mib(first.total)} MiB free"
-    # With several GPUs llama.cpp would spread the layers; one is planned for, and the command names it.
-    visible = str(first.index) if len(found) > 1 else None
-    return Machine(True, name, first.free, reserve, main_memory=available_memory(), visible=visible)
-
-
-def _other_machine(found: list[Device], reserve: int) -> Machine:
-    """Describe GPUs that only llama.cpp knows; it spreads the layers over all of them."""
-    free = sum(device.free for device in found)
-    name = f"{' and '.join(device.name for device in found)}, {_mib(free)} of"
-    name += f" {_mib(sum(device.total for device in found))} MiB free"
-    shared = any(device.shares_main_memory for device in found)
-    return Machine(True, name, free, reserve, main_memory=None if shared else available_memory())
+    # NVIDIA's first GPU is planned for, and the command names it; llama.cpp spreads the layers over all of the others.
+    chosen = found[:1] or others
+    free, total = sum(one.free for one in chosen), sum(one.total for one in chosen)
+    name = f"{' and '.join(one.name for one in chosen)}, {_mib(free)} of {_mib(total)} MiB free"
+    shared = any(one.shares_main_memory for one in others)
+    visible = str(found[0].index) if len(found) > 1 else None
+    return Machine(True, name, free, reserve, main_memory=None if shared else available_memory(), visible=visible)
 
 
 def _mib(count: int) -> str:
@@ -90,31 +84,31 @@ def _mib(count: int) -> str:
 
 
 def _short(count: int) -> str:
-    """Give MiB for a column: tenths only of small ones, of which they are more than a thousandth."""
+    """Return MiB for a column: tenths only of small ones, of which they are more than a thousandth."""
     return f"{count / _MIB:,.1f}" if count < 100 * _MIB else f"{count / _MIB:,.0f}"
 
 
 def _table(answer: Fit, rows: list[Row]) -> Table:
-    on_gpu = answer.machine.gpu
-    heads = ["type", "bits", "weights", "KV cache", "compute", *([] if on_gpu else ["output"]), "total"]
-    heads += ["layers", "host"] if on_gpu else []
+    on_gpu, all_fit = answer.machine.gpu, all(row.fits for row in rows)
     table = Table(box=None)
-    for head in [*heads, "matrix", *([] if all(row.fits for row in rows) else ["fits"])]:
+    heads = ["type", "bits", "weights", "KV cache", "compute", *([] if on_gpu else ["output"]), "total"]
+    heads += [*(["layers", "host"] if on_gpu else []), "matrix", *([] if all_fit else ["fits"])]
+    for head in heads:
         table.add_column(head, justify="left" if head in {"type", "matrix", "fits"} else "right", no_wrap=True)
     for row in rows:
         memory = row.placement.device if on_gpu else row.placement.host
-        cells = [memory.weights, memory.kv_cache, memory.compute, *([] if on_gpu else [memory.output]), memory.total]
-        shown = [row.type, f"{row.bits_per_weight:.2f}", *map(_short, cells)]
+        sizes = [memory.weights, memory.kv_cache, memory.compute, *([] if on_gpu else [memory.output]), memory.total]
+        cells = [row.type, f"{row.bits_per_weight:.2f}", *map(_short, sizes)]
         if on_gpu:
-            shown += [f"{row.placement.layers} of {answer.layers}", _short(row.placement.host.total)]
-        shown.append("needed" if row.needs_imatrix else "")
-        shown += [] if all(other.fits for other in rows) else ["yes" if row.fits else "no"]
-        table.add_row(*shown, style="bold" if row is answer.best else None)
+            cells += [f"{row.placement.layers} of {answer.layers}", _short(row.placement.host.total)]
+        cells.append("needed" if row.needs_imatrix else "")
+        cells += [] if all_fit else ["yes" if row.fits else "no"]
+        table.add_row(*cells, style="bold" if row is answer.best else None)
     return table
 
 
 def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
-    """Give the commands that serve the recommended quantisation as it was planned."""
+    """Return the commands that serve the recommended quantisation as it was planned."""
     best = answer.best
     if best is None:
         return []
@@ -146,6 +140,10 @@ def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
 
 def _json(model: str, answer: Fit, commands: list[str]) -> bytes:
     machine = answer.machine
+
+    def parts(memory: Memory) -> dict[str, int]:
+        return dataclasses.asdict(memory) | {"total": memory.total}
+
     rows = [
         {
             "type": row.type,
@@ -153,17 +151,17 @@ def _json(model: str, answer: Fit, commands: list[str]) -> bytes:
             "needs_imatrix": row.needs_imatrix,
             "fits": row.fits,
             "layers_on_gpu": row.placement.layers,
-            "gpu": memory_fields(row.placement.device) if machine.gpu else None,
-            "main_memory": memory_fields(row.placement.host),
+            "gpu": parts(row.placement.device) if machine.gpu else None,
+            "main_memory": parts(row.placement.host),
         }
         for row in answer.rows
     ]
     whole = {
         "model": model,
-        "options": dataclasses.asdict(answer.options),
+        "options": answer.options,
         "machine": {"gpu": machine.gpu, "name": machine.name, "free": machine.free, "reserve": machine.reserve},
         "layers": answer.layers,
-        "contexts": list(answer.cells),
+        "contexts": answer.cells,
         "gpu_buffers_from_gpu": answer.gpu_asked,
         "types": rows,
         "recommended": {"type": answer.best.type, "commands": commands} if answer.best else None,
@@ -175,24 +173,59 @@ def _explain(answer: Fit, *, all_rows: bool) -> None:
     """Say what the table does not show."""
     machine = answer.machine
     cells = " + ".join(f"{count:,}" for count in answer.cells)
-    click.echo(
+    lines = [
         f"For {machine.name}, of which {_mib(machine.reserve)} are kept free (--reserve); context of {cells} tokens"
-        f" for up to {answer.options.parallel} sequences at once. All sizes in MiB;"
-        " bits are those of a weight.",
-        err=True,
-    )
+        f" for up to {answer.options.parallel} sequences at once. All sizes in MiB; bits are those of a weight."
+    ]
     if machine.gpu and not answer.gpu_asked:
-        click.echo(
-            "llama.cpp here has no GPU to ask: compute buffers are those of its CPU backend, as an estimate.", err=True
-        )
+        lines.append("llama.cpp here has no GPU to ask: compute buffers are those of its CPU backend, as an estimate.")
     if machine.gpu:
-        click.echo("layers are those on the GPU; host is what the rest takes of main memory.", err=True)
+        lines.append("layers are those on the GPU; host is what the rest takes of main memory.")
     hidden = sum(not row.fits for row in answer.rows)
     if hidden and not all_rows:
-        click.echo(f"{hidden} of {len(answer.rows)} do not fit; --all shows them too.", err=True)
+        lines.append(f"{hidden} of {len(answer.rows)} do not fit; --all shows them too.")
+    click.echo("\n".join(lines), err=True)
 
 
-def _run(
+@click.command("fit", context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", help="What serve takes: a preset, a Hub repository, a checkpoint, a GGUF file.")
+@_serve_options
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "gpu", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Plan for a GPU, or without one; auto takes the GPU that this machine has.",
+    panel="Machine",
+)
+@click.option(
+    "--memory",
+    callback=_size,
+    metavar="SIZE",
+    help="Plan for another machine with this much free memory (of its GPU, or main memory), as in 8GiB.",
+    panel="Machine",
+)
+@click.option(
+    "--reserve",
+    callback=_size,
+    default="512MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory to leave for what is not planned: Python, the driver's own, working space of kernels.",
+    panel="Machine",
+)
+@click.option("--quant", multiple=True, metavar="TYPE", help="Plan for this type only; repeatable.", panel="Output")
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="EDGE_PHI3_STORE",
+    metavar="DIR",
+    help="The folder of converted models; by default in the user's cache folder.",
+    panel="Machine",
+)
+@click.option("--all", "all_rows", is_flag=True, help="Show what does not fit, too.", panel="Output")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.", panel="Output")
+def command(
     model: str,
     *,
     quant: tuple[str, ...],
@@ -204,6 +237,14 @@ def _run(
     as_json: bool,
     **flags: Any,
 ) -> None:
+    """Show which quantisations of a model fit a machine's memory, and how to serve the best.
+
+    Weights are not needed: presets are known, of a Hub repository only its config.json is downloaded.
+
+    Example: `edge-phi3 fit phi-3-mini-4k-instruct --ctx-size 8192`
+
+    Another: `edge-phi3 fit phi-3-mini-128k-instruct --device gpu --memory 8GiB --ctx-size 32768 --kv-cache-type q8_0`
+    """
     try:
         settings = Settings.load({name: value for name, value in flags.items() if value is not None})
     except SettingsError as error:
@@ -233,60 +274,3 @@ def _run(
             f"Nothing fits into {_mib(machine.budget)} MiB; lower --ctx-size or --batch-size, or choose"
             " --kv-cache-type q8_0."
         )
-
-
-command = click.RichCommand(
-    name="fit",
-    params=[
-        click.RichArgument(["model"], help="What serve takes: a preset, a Hub repository, a checkpoint, a GGUF file."),
-        *(_option(name) for name in _OPTIONS),
-        click.RichOption(
-            ["--device"],
-            type=click.Choice(["auto", "gpu", "cpu"]),
-            default="auto",
-            show_default=True,
-            help="Plan for a GPU or without; auto takes the GPU that this machine has.",
-            panel="Machine",
-        ),
-        click.RichOption(
-            ["--memory"],
-            callback=_size,
-            metavar="SIZE",
-            help="Plan for another machine with so much free memory (of its GPU, or main memory), as in 8GiB.",
-            panel="Machine",
-        ),
-        click.RichOption(
-            ["--reserve"],
-            callback=_size,
-            default="512MiB",
-            show_default=True,
-            metavar="SIZE",
-            help="Memory to leave for what is not planned: Python, the driver's own, working space of kernels.",
-            panel="Machine",
-        ),
-        click.RichOption(
-            ["--quant"], multiple=True, metavar="TYPE", help="Plan for this type only; repeatable.", panel="Output"
-        ),
-        click.RichOption(
-            ["--store"],
-            type=click.Path(path_type=Path),
-            envvar="EDGE_PHI3_STORE",
-            metavar="DIR",
-            help="The folder of converted models; the user's cache folder when not given.",
-            panel="Machine",
-        ),
-        click.RichOption(["--all", "all_rows"], is_flag=True, help="Show what does not fit, too.", panel="Output"),
-        click.RichOption(["--json", "as_json"], is_flag=True, help="Print everything as JSON.", panel="Output"),
-    ],
-    callback=_run,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Tell which quantisations of a model fit a machine's memory, and how to serve the best.
-
-Weights are not needed: presets are known, of a Hub repository only its config.json is downloaded.
-
-Example: `edge-phi3 fit phi-3-mini-4k-instruct --ctx-size 8192`
-
-Another: `edge-phi3 fit phi-3-mini-128k-instruct --device gpu --memory 8GiB --ctx-size 32768 --kv-cache-type q8_0`
-""",
-)
-"""The verb."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from edge_phi3.api.service import Say
 from edge_phi3.catalog import Catalog
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.progress import LineProgress, ProgressReporter, RichProgress, Step
 from edge_phi3.settings import Settings

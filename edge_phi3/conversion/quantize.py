@@ -25,14 +25,9 @@ from edge_phi3.conversion.quantize_plan import (
     predict_size,
     predict_sizes,
 )
-from edge_phi3.conversion.quantize_process import (
-    Job,
-    LogReader,
-    QuantizerError,
-    QuantizerProcess,
-    TensorStarted,
-)
 from edge_phi3.files import atomic_output
+from edge_phi3.llama import QuantizerError
+from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorStarted
 
 __all__ = [
     "QUANTIZATION_TYPES",

@@ -14,15 +14,9 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type, tensor_type_number
-from edge_phi3.conversion.quantize_process import (
-    Job,
-    LogReader,
-    QuantizerError,
-    QuantizerProcess,
-    TensorFinished,
-    TensorStarted,
-)
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.llama import QuantizerError
+from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorFinished, TensorStarted
 
 _ALIGNMENT = 32
 _UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
@@ -72,6 +66,7 @@ class Options:
 
     Attributes:
         importance: what `imatrix` holds, read when the options are made; empty without one.
+        metadata: what the file is to say of the matrix, under the keys of llama-quantize.
 
     Raises:
         ImatrixFileError: `imatrix` cannot be read.
@@ -83,10 +78,20 @@ class Options:
     token_embedding_type: str | None = None
     pure: bool = False
     threads: int | None = None
-    importance: Mapping[str, NDArray[np.float32]] = field(init=False)
+    importance: Mapping[str, NDArray[np.float32]] = field(init=False, default_factory=dict)
+    metadata: dict[str, str | int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.importance = {} if self.imatrix is None else read_imatrix(self.imatrix).importance()
+        if self.imatrix is None:
+            return
+        matrix = read_imatrix(self.imatrix)
+        self.importance = matrix.importance()
+        self.metadata["quantize.imatrix.file"] = self.imatrix.name
+        if matrix.datasets:
+            self.metadata["quantize.imatrix.dataset"] = matrix.datasets[0]
+        self.metadata["quantize.imatrix.entries_count"] = len(matrix.entries)
+        if matrix.chunk_count > 0:
+            self.metadata["quantize.imatrix.chunks_count"] = matrix.chunk_count
 
 
 def predict_size(
@@ -164,7 +169,8 @@ def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, 
         output=None,
         ftype=chosen.ftype,
         threads=options.threads or len(os.sched_getaffinity(0)),
-        imatrix=None if options.imatrix is None else str(options.imatrix.absolute()),
+        importance={name: values.tobytes() for name, values in options.importance.items()},
+        metadata=options.metadata,
         tensor_types=overrides,
         output_tensor_type=number(options.output_tensor_type, "--output-tensor-type"),
         token_embedding_type=number(options.token_embedding_type, "--token-embedding-type"),
@@ -197,7 +203,8 @@ def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> 
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
     data = sum(_padded(tensor.target_bytes) for tensor in tensors)
     # All that is not tensors is copied from the source, but for a key or two.
-    metadata = _source_bytes(Path(job.source)) - sum(_padded(tensor.source_bytes) for tensor in tensors)
+    metadata = sum(part.stat().st_size for part in split_files(Path(job.source)))
+    metadata -= sum(_padded(tensor.source_bytes) for tensor in tensors)
     return SizePrediction(
         type=chosen,
         bytes=metadata + data,
@@ -310,12 +317,10 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _source_bytes(source: Path) -> int:
-    """Give the bytes of a GGUF, all the files of a split one together."""
+def split_files(source: Path) -> list[Path]:
+    """Return the files of a GGUF, one unless its name is that of the first part of a split one."""
     match = _SPLIT.search(source.name)
     if match is None:
-        return source.stat().st_size
-    count = int(match[1])
-    stem = source.name[: match.start()]
-    parts = [source.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]
-    return sum(part.stat().st_size for part in parts)
+        return [source]
+    stem, count = source.name[: match.start()], int(match[1])
+    return [source.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.llama.errors import GrammarError
+from edge_phi3.llama import GrammarError
 from edge_phi3.llama.model import CANDIDATE, Grammar, Model
 
 _NEVER_IN_UTF8: Final = (0xC0, 0xC1, *range(0xF5, 0x100))

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.settings import DEFAULT_CTX_SIZE, EngineSettings
+from edge_phi3.engine.engine_settings import DEFAULT_CTX_SIZE, EngineSettings
 
 MAX_PARALLEL = 255
 """Sequences that one llama.cpp context decodes together at most: it has 256 ids (LLAMA_MAX_SEQ), one is kept back."""

@@ -21,7 +21,7 @@ from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, R
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 
 logger = logging.getLogger(__name__)
 

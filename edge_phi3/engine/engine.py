@@ -17,12 +17,12 @@ from concurrent.futures import Future
 from typing import Literal
 
 from edge_phi3.engine.core import EngineCore
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.errors import EngineStoppedError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.loader import LoadedModel, load
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.stats import EngineStats
 from edge_phi3.engine.watchdog import Watchdog, stacks
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NoReturn
 
 from edge_phi3.engine.json_exclusion import exclude_each_other
 from edge_phi3.engine.json_rules import FORMATS, between, one_of, quoted, with_shared_rules
-from edge_phi3.llama.errors import GrammarError
+from edge_phi3.llama import GrammarError
 
 MOST_REPETITIONS: Final = 2000
 """How often llama.cpp lets a rule repeat; it takes any larger number for no limit at all."""

@@ -11,17 +11,17 @@ from dataclasses import dataclass
 
 from edge_phi3.engine.batch_sizes import measure
 from edge_phi3.engine.contexts import ContextShape, context_shapes
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.model_runner import ModelRunner
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
-from edge_phi3.hardware import available_memory
+from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import supports_gpu_offload
 from edge_phi3.llama.context import Context
-from edge_phi3.llama.errors import ModelLoadError
 from edge_phi3.llama.model import Model, read_metadata
 from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import available_memory
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ import logging
 import llama_cpp
 
 logger = logging.getLogger(__package__)
+logger.addHandler(logging.NullHandler())  # without a log of the program's own, nothing is printed
 
 _ERROR_LEVEL = 4
 _errors: collections.deque[str] = collections.deque(maxlen=4)
@@ -38,7 +39,7 @@ _LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)
 
 
 def reason() -> str:
-    """Give llama.cpp's own last complaint that tells something, as the end of a sentence."""
+    """Return llama.cpp's own last complaint that tells something, as the end of a sentence."""
     told = [line for line in _errors if not line.endswith(_SAYS_NOTHING)]
     _errors.clear()
     return f" ({told[-1]})" if told else ""

@@ -9,8 +9,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.llama import DecodeFailedError, ModelLoadError
 from edge_phi3.llama.backend import reason, supports_gpu_offload
-from edge_phi3.llama.errors import DecodeFailedError, ModelLoadError
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType, usable_cores
 
@@ -138,7 +138,7 @@ class Context:
         llama_cpp.llama_memory_seq_rm(self._memory, seq_id, start, end)
 
     def position_range(self, seq_id: int) -> tuple[int, int]:
-        """Give the smallest and the largest position that llama.cpp holds for a sequence, or (-1, -1)."""
+        """Return the smallest and the largest position that llama.cpp holds for a sequence, or (-1, -1)."""
         memory = self._memory
         return (
             int(llama_cpp.llama_memory_seq_pos_min(memory, seq_id)),
@@ -146,7 +146,7 @@ class Context:
         )
 
     def save(self, seq_id: int, start: int, end: int) -> NDArray[np.uint8]:
-        """Give the keys and values of the positions ``[start, end)`` of a sequence, as llama.cpp writes them.
+        """Return the keys and values of the positions ``[start, end)`` of a sequence, as llama.cpp writes them.
 
         Returns:
             A copy in main memory, shape ``(bytes,)``.
@@ -174,10 +174,6 @@ class Context:
             self.remove(target, -1, -1)
         return int(read) == len(state)
 
-    def state_size(self) -> int:
-        """Give the bytes that llama.cpp would save for all sequences: grows with the cells in use."""
-        return int(llama_cpp.llama_state_get_size(self._handle))
-
     def clear(self, *, zero: bool = False) -> None:
         """Empty the KV cache; with `zero` also overwrite it, as after a failure that may have left NaN there."""
         llama_cpp.llama_memory_clear(self._memory, zero)
@@ -202,7 +198,7 @@ class Context:
 
 
 def context_parameters(*, cells: int, sequences: int, settings: ContextOptions) -> Any:
-    """Give the ``llama_context_params`` of a `Context`, all that decides on its memory."""
+    """Return the ``llama_context_params`` of a `Context`, all that decides on its memory."""
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
     params.n_seq_max = sequences + 1

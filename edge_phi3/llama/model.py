@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.llama import GrammarError, ModelLoadError
 from edge_phi3.llama.backend import initialise_backend, reason
-from edge_phi3.llama.errors import GrammarError, ModelLoadError
 
 CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 """`llama_token_data`."""
@@ -28,7 +29,7 @@ class Grammar:
         weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
 
     def apply(self, candidates: NDArray[np.void]) -> None:
-        """Give candidates that cannot come next the logit minus infinity; their order stays.
+        """Return candidates that cannot come next the logit minus infinity; their order stays.
 
         Args:
             candidates: of the type `CANDIDATE`, shape (n,).
@@ -42,11 +43,11 @@ class Grammar:
         llama_cpp.llama_sampler_accept(self._handle, token)
 
     def clone(self) -> Grammar:
-        """Give a copy of the state."""
+        """Return a copy of the state."""
         return Grammar(llama_cpp.llama_sampler_clone(self._handle))
 
 
-def _load(path: Path, params: Any) -> Any:
+def load_file(path: Path, params: Any) -> Any:
     """Return llama.cpp's handle of a model file.
 
     Raises:
@@ -55,7 +56,7 @@ def _load(path: Path, params: Any) -> Any:
     initialise_backend()
     if not path.is_file():
         raise ModelLoadError(f"There is no model file {path}.")
-    handle = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+    handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if handle:
         return handle
     why = reason()
@@ -67,12 +68,39 @@ def _load(path: Path, params: Any) -> Any:
     raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}.")
 
 
-def _kv_overrides(values: Mapping[str, int]) -> Any:
+def metadata_overrides(values: Mapping[str, str | int]) -> Any:
     """Return llama.cpp's array of metadata that takes the place of a file's; an empty key ends it."""
-    overrides = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
-    for entry, (key, value) in zip(overrides, values.items(), strict=False):
-        entry.key, entry.tag, entry.value.val_i64 = key.encode(), llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
-    return overrides
+    array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
+    for entry, (key, value) in zip(array, values.items(), strict=False):
+        entry.key = key.encode()
+        if isinstance(value, int):
+            entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
+        else:
+            entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:127]
+    return array
+
+
+def tokenize(
+    vocabulary: Any, text: str, *, add_special: bool = False, parse_special: bool = False
+) -> NDArray[np.int32]:
+    """Encode a text with llama.cpp's handle of a vocabulary.
+
+    Args:
+        vocabulary: the handle.
+        text: what to encode.
+        add_special: add the tokens that the vocabulary puts around a text.
+        parse_special: read ``<|user|>`` as the token, and not as the characters.
+
+    Returns:
+        Token ids, int32, shape ``(tokens,)``.
+    """
+    data = text.encode("utf-8", errors="replace")
+    count = -(len(data) + 8)
+    while count < 0:
+        tokens = np.empty(-count, np.int32)
+        pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
+        count = llama_cpp.llama_tokenize(vocabulary, data, len(data), pointer, len(tokens), add_special, parse_special)
+    return tokens[:count].copy()
 
 
 def _metadata(handle: Any, key: str) -> str | None:
@@ -92,7 +120,7 @@ def read_metadata(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """
     params = llama_cpp.llama_model_default_params()
     params.vocab_only = True
-    handle = _load(path, params)
+    handle = load_file(path, params)
     try:
         return {key: value for key in keys if (value := _metadata(handle, key)) is not None}
     finally:
@@ -118,9 +146,9 @@ class Model:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
         if overrides:
-            params.kv_overrides = _kv_overrides(overrides)
+            params.kv_overrides = metadata_overrides(overrides)
         self.path = path
-        self._handle = _load(path, params)
+        self._handle = load_file(path, params)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
         architecture = self.metadata("general.architecture")
@@ -142,7 +170,7 @@ class Model:
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
     def metadata(self, key: str) -> str | None:
-        """Give the text of a metadata value that is not an array, or None when the file has none."""
+        """Return the text of a metadata value that is not an array, or None when the file has none."""
         return _metadata(self._handle, key)
 
     @property
@@ -196,13 +224,7 @@ class Model:
         Returns:
             Token ids, int32, shape ``(tokens,)``.
         """
-        data = text.encode("utf-8", errors="replace")
-        count = -(len(data) + 8)
-        while count < 0:
-            tokens = np.empty(-count, np.int32)
-            pointer = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token))
-            count = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(tokens), False, False)
-        return tokens[:count].copy()
+        return tokenize(self._vocab, text, add_special=False, parse_special=False)
 
     def grammar(self, text: str) -> Grammar:
         """Parse a grammar in llama.cpp's language, GBNF; its start symbol is ``root``. From any thread.

@@ -1,10 +1,11 @@
-"""What a context of llama.cpp can be told."""
+"""The options of a context of llama.cpp."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import psutil
 
@@ -12,28 +13,23 @@ KVCacheType = Literal["f32", "f16", "q8_0"]
 FlashAttention = Literal["auto", "on", "off"]
 
 
-class ContextOptions(Protocol):
-    """The options of a context; `edge_phi3.engine.settings.EngineSettings` has them, and says what they mean."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextOptions:
+    """How a context is made.
 
-    @property
-    def batch_size(self) -> int:
-        """How many tokens one decode call takes at most."""
+    Attributes:
+        batch_size: how many tokens one decode call takes at most.
+        threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
+        n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
+        kv_cache_type: element type of keys and values.
+        flash_attn: flash attention; "auto" lets llama.cpp decide, but leaves it off for f32 (exactness).
+    """
 
-    @property
-    def threads(self) -> int:
-        """Threads of the CPU backend; 0 takes `usable_cores`."""
-
-    @property
-    def n_gpu_layers(self) -> int:
-        """Layers kept on the GPU; negative for all."""
-
-    @property
-    def kv_cache_type(self) -> KVCacheType:
-        """Element type of keys and values."""
-
-    @property
-    def flash_attn(self) -> FlashAttention:
-        """Flash attention."""
+    batch_size: int = 512
+    threads: int = 0
+    n_gpu_layers: int = -1
+    kv_cache_type: KVCacheType = "f16"
+    flash_attn: FlashAttention = "auto"
 
 
 def usable_cores() -> int:

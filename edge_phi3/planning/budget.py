@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edge_phi3.llama.memory import ContextMemory
 from edge_phi3.planning.gguf_layout import EMBEDDING, Layout
-from edge_phi3.planning.process import ContextMemory
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _DEVICE_ALIGNMENT = 128
@@ -52,12 +52,12 @@ class Placement:
 
 
 def first_on_device(layout: Layout, offloaded: int) -> int:
-    """Give the number of the first block on the GPU; llama.cpp offloads the output first, then blocks from the end."""
+    """Return the first block on the GPU; llama.cpp offloads the output first, then blocks from the end."""
     return max(layout.layers + 1 - offloaded, 0)
 
 
 def host_pattern(layout: Layout, offloaded: int) -> str:
-    """Give a regular expression for the tensors that stay where the CPU computes."""
+    """Return a regular expression for the tensors that stay where the CPU computes."""
     if offloaded <= 0:
         return ".*"
     blocks = "|".join(str(number) for number in range(min(first_on_device(layout, offloaded), layout.layers)))
@@ -114,7 +114,7 @@ def _device_weights(layout: Layout, offloaded: int) -> int:
 
 
 def _host_weights(layout: Layout, buffers: set[tuple[str, str]], offloaded: int) -> int:
-    """Give the bytes of the mapped part of the file, from its first to its last tensor in it, and of repacked ones."""
+    """Return the bytes of the mapped part of the file, from its first tensor to its last, and of repacked ones."""
     kept = [tensor for tensor in layout.tensors if not _on_device(layout, tensor.name, offloaded)]
     repacked = {name for name, buffer in buffers if not _is_plain(buffer)}
     plain = {name for name, buffer in buffers if _is_plain(buffer)}

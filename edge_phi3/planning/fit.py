@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +9,13 @@ from pathlib import Path
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
 from edge_phi3.conversion.quantize_plan import predict_sizes
-from edge_phi3.llama.options import FlashAttention, KVCacheType
-from edge_phi3.planning.budget import Memory, Placement, host_pattern, place
-from edge_phi3.planning.errors import PlanningError
+from edge_phi3.engine.contexts import context_shapes
+from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.llama import PlanningError
+from edge_phi3.llama.memory import ContextMemory, Job, plan_memory
+from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType
+from edge_phi3.planning.budget import Placement, host_pattern, place
 from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton
-from edge_phi3.planning.process import Answer, AskedContext, ContextMemory, Job, ask, context_memory, placements
 
 BEST_FIRST = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XS", "IQ1_M")
 """What is recommended: the first that fits. What the advice of the other types says speaks against them."""
@@ -144,7 +145,7 @@ def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candi
     if base.quantised and types:
         raise PlanningError(f"{base.path} is quantised already and is planned as it is; leave out --quant.")
     if base.quantised:
-        return [_Candidate(_name_of(base), False, base)]
+        return [_Candidate(base.path.stem, False, base)]
     names = [quantization_type(name).name for name in types]
     names = names or [type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.special]
     plans = {
@@ -165,10 +166,6 @@ def _same_types(one: Layout, other: Layout) -> bool:
     return {(tensor.name, tensor.type) for tensor in one.tensors} == {(each.name, each.type) for each in other.tensors}
 
 
-def _name_of(base: Layout) -> str:
-    return base.path.stem
-
-
 class _Planner:
     """Asks llama.cpp, and where a model does not fit the GPU asks again with fewer layers there."""
 
@@ -176,17 +173,14 @@ class _Planner:
         self._options = options
         self._machine = machine
         self._all = base.layers + 1
-        original = base.hyper_parameter("rope.scaling.original_context_length")
-        context_length = base.hyper_parameter("context_length")
-        self._contexts = AskedContext(
-            options.ctx_size,
-            options.parallel,
-            options.batch_size,
-            options.kv_cache_type,
-            options.flash_attn,
-            context_length,
-            original if 0 < original < context_length else None,
+        self._context_options = ContextOptions(
+            batch_size=options.batch_size, kv_cache_type=options.kv_cache_type, flash_attn=options.flash_attn
         )
+        length = base.hyper_parameter("context_length")
+        original = base.hyper_parameter("rope.scaling.original_context_length")
+        settings = EngineSettings(base.path, ctx_size=options.ctx_size, parallel=options.parallel)
+        shapes = context_shapes(settings, length, original if 0 < original < length else None)
+        self._contexts = [(shape.cells, shape.sequences) for shape in shapes]
         self.gpu_asked = False
         self.cells: tuple[int, ...] = ()
 
@@ -196,10 +190,8 @@ class _Planner:
         counts: list[int | None] = [layers if self._machine.gpu else None] * len(candidates)
         found = self._ask(candidates, counts)
         while wanted < 0 and (missing := [i for i, place in enumerate(found) if self._too_large(place)]):
-            for i in missing:
-                counts[i] = self._fewer(candidates[i], found[i])
-            again = self._ask([candidates[i] for i in missing], [counts[i] for i in missing])
-            for i, placement in zip(missing, again, strict=True):
+            fewer = [self._fewer(candidates[i], found[i]) for i in missing]
+            for i, placement in zip(missing, self._ask([candidates[i] for i in missing], fewer), strict=True):
                 found[i] = placement
         return found
 
@@ -216,44 +208,44 @@ class _Planner:
         return bool(placement.layers) and placement.device.total > self._machine.budget
 
     def _fewer(self, candidate: _Candidate, placement: Placement) -> int:
-        """Give the number of layers that would fit if the compute buffers stayed as they are, one fewer at least."""
+        """Return the number of layers that would fit if the compute buffers stayed as they are, one fewer at least."""
         assert placement.layers is not None
         device = placement.device
         # The cache of one block, whichever is counted, from what all take together.
-        kv_cache = device.kv_cache + placement.host.kv_cache
+        contexts = [ContextMemory(0, device.kv_cache + placement.host.kv_cache, {}, 0)]
         for count in range(placement.layers - 1, 0, -1):
-            contexts = [ContextMemory(0, kv_cache, {}, 0)]
             planned = place(candidate.layout, contexts, set(), offloaded=count, gpu_asked=True)
             if planned.device.total + device.compute <= self._machine.budget:
                 return count
         return 0
 
     def _ask(self, candidates: Sequence[_Candidate], counts: Sequence[int | None]) -> list[Placement]:
-        jobs = []
-        for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True)):
-            # Without a GPU what the contexts take does not depend on the weights' type.
-            contexts = self._contexts if self._machine.gpu or number == 0 else None
-            pattern = host_pattern(candidate.layout, count or 0)
-            jobs.append(Job(str(candidate.layout.path), count or 0, pattern, contexts))
-        replies = ask(jobs, gpu=self._machine.visible if self._machine.gpu else "")
-        self.gpu_asked = self._machine.gpu and replies.gpu_offload
-        shared = _memories(replies.answers[0])
+        # Without a GPU the contexts of all candidates are the same.
+        jobs = [
+            Job(
+                str(candidate.layout.path),
+                count or 0,
+                host_pattern(candidate.layout, count or 0),
+                self._contexts if self._machine.gpu or number == 0 else [],
+                self._context_options,
+            )
+            for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True))
+        ]
+        ready, answers = plan_memory(jobs, gpu=self._machine.visible if self._machine.gpu else "")
+        self.gpu_asked = self._machine.gpu and ready.gpu_offload
+        shared = answers[0].contexts
         self.cells = tuple(memory.cells for memory in shared)
         return [
             place(
                 candidate.layout,
-                _memories(answer) or shared,
+                answer.contexts or shared,
                 # A CPU without a GPU beside it repacks weights, with one it does not.
-                placements(answer.placed) if self.gpu_asked or not self._machine.gpu else set(),
+                answer.buffers if self.gpu_asked or not self._machine.gpu else set(),
                 offloaded=count,
                 gpu_asked=self.gpu_asked,
             )
-            for candidate, answer, count in zip(candidates, replies.answers, counts, strict=True)
+            for candidate, answer, count in zip(candidates, answers, counts, strict=True)
         ]
-
-
-def _memories(answer: Answer) -> list[ContextMemory]:
-    return [context_memory(log) for log in answer.contexts]
 
 
 def _best(rows: Sequence[Row], layers: int) -> Row | None:
@@ -266,8 +258,3 @@ def _best(rows: Sequence[Row], layers: int) -> Row | None:
     partly = fitting.get(PARTLY)
     guided = next((whole[name] for name in order if name in whole), None)
     return ready or partly or guided or next(iter(fitting.values()), None)
-
-
-def memory_fields(memory: Memory) -> dict[str, int]:
-    """Give the parts of a memory by name, with their total."""
-    return dataclasses.asdict(memory) | {"total": memory.total}

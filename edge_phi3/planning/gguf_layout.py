@@ -7,9 +7,8 @@ plans the memory of the model from it as from the real one.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from edge_phi3.conversion.encode import encoded_size, tensor_type
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.quantize_plan import SizePrediction
-from edge_phi3.planning.errors import PlanningError
+from edge_phi3.conversion.quantize_plan import SizePrediction, split_files
+from edge_phi3.llama import PlanningError
 
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
-_ALIGNMENT = 32
-_SPLIT = re.compile(r"-00001-of-(\d{5})\.gguf$")
 _UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -61,7 +58,7 @@ class Layout:
     tensors: tuple[Tensor, ...]
 
     def hyper_parameter(self, name: str) -> int:
-        """Give a whole number among the hyper-parameters, 0 when it is absent; ``phi3.`` is left out of its name."""
+        """Return a whole number among the hyper-parameters, 0 when it is absent; ``phi3.`` is left out of its name."""
         found = (value for key, value, _ in self.hyper_parameters if key == f"{_ARCHITECTURE}.{name}")
         return int(next(found, 0))
 
@@ -95,7 +92,7 @@ def read_layout(path: Path) -> Layout:
     """
     hyper_parameters: tuple[HyperParameter, ...] = ()
     tensors = []
-    for number, part in enumerate(_parts(path)):
+    for number, part in enumerate(split_files(path)):
         try:
             reader = gguf.GGUFReader(part)
         except (OSError, ValueError, IndexError, KeyError) as error:
@@ -114,14 +111,6 @@ def read_layout(path: Path) -> Layout:
             for tensor in reader.tensors
         ]
     return Layout(path, hyper_parameters, tuple(tensors))
-
-
-def _parts(path: Path) -> list[Path]:
-    match = _SPLIT.search(path.name)
-    if match is None:
-        return [path]
-    stem = path.name[: match.start()]
-    return [path.with_name(f"{stem}-{index:05}-of-{match[1]}.gguf") for index in range(1, int(match[1]) + 1)]
 
 
 def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParameter, ...]:
@@ -158,16 +147,11 @@ def write_skeleton(path: Path, base: Layout, plan: SizePrediction) -> Layout:
         (tensor.name, _rows_first(tensor.shape), GGMLQuantizationType[tensor.target_type.upper()])
         for tensor in plan.tensors
     ]
-    start = _write(writer, path, tensors)
-    placed = []
-    for (name, shape, kind), planned in zip(tensors, plan.tensors, strict=True):
-        placed.append(Tensor(name, shape, kind, planned.target_bytes, start))
-        start += _padded(planned.target_bytes)
-    return Layout(path, base.hyper_parameters, tuple(placed))
+    return Layout(path, base.hyper_parameters, _write(writer, path, tensors))
 
 
 def write_blank_imatrix(path: Path, base: Layout) -> Path:
-    """Write an importance matrix in which nothing matters more than the rest: enough for a plan; give its path."""
+    """Write an importance matrix in which nothing matters more than the rest: enough for a plan; return its path."""
     entries = {
         tensor.name: ImatrixEntry(np.ones((1, tensor.shape[-1]), np.float32), np.ones(1, np.float32))
         for tensor in base.tensors
@@ -179,14 +163,15 @@ def write_blank_imatrix(path: Path, base: Layout) -> Path:
 
 def _write(
     writer: gguf.GGUFWriter, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]
-) -> int:
-    """Write header and tensor infos, and make the file as long as with its weights; give where they would begin."""
-    total = 0
+) -> tuple[Tensor, ...]:
+    """Write header and tensor infos, make the file as long as with its weights, and return where those would lie."""
+    placed, end = [], 0
     for name, shape, kind in tensors:
         size = encoded_size(math.prod(shape), kind)
         assert shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-        total += _padded(size)
+        placed.append(Tensor(name, shape, kind, size, end))
+        end += writer.ggml_pad(size, writer.data_alignment)
         if name == EMBEDDING and f"{_ARCHITECTURE}.vocab_size" not in writer.kv_data[0]:
             writer.add_vocab_size(shape[0])
     # The texts of the tokens take no part in the plan.
@@ -195,10 +180,10 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    start = _padded(path.stat().st_size)
+    start = writer.ggml_pad(path.stat().st_size, writer.data_alignment)
     with path.open("r+b") as file:
-        file.truncate(start + total)
-    return start
+        file.truncate(start + end)
+    return tuple(replace(tensor, offset=start + tensor.offset) for tensor in placed)
 
 
 def _rows_first(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -207,7 +192,3 @@ def _rows_first(shape: tuple[int, ...]) -> tuple[int, ...]:
     while len(sizes) > 1 and sizes[-1] == 1:
         sizes.pop()
     return tuple(reversed(sizes))
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

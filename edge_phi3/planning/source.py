@@ -14,7 +14,7 @@ from edge_phi3.conversion.checkpoint import open_checkpoint, read_json
 from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.tied import read_model
-from edge_phi3.planning.errors import PlanningError
+from edge_phi3.llama import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
 from edge_phi3.progress import ProgressReporter
 
@@ -42,7 +42,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
-    """Give a model's GGUF, or a skeleton of its checkpoint in F16.
+    """Return a model's GGUF, or a skeleton of its checkpoint in F16.
 
     Args:
         reference: see `edge_phi3.catalog.reference.parse_reference`.

@@ -26,7 +26,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine import engine as engine_module
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.settings import Settings
 from tests.golden import attention

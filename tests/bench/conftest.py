@@ -12,7 +12,7 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import Running, ready
 from tests.golden.checkpoints import write_checkpoint

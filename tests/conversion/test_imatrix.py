@@ -16,7 +16,6 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import (
     CALIBRATION_NAME,
-    ImatrixError,
     ImatrixProgress,
     calibration_text,
     collect_imatrix,
@@ -32,9 +31,10 @@ from edge_phi3.conversion.imatrix_file import (
 )
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.files import OutputExistsError
+from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 
@@ -145,10 +145,10 @@ def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path
 def test_bad_input_is_a_sentence(demo: Path, tmp_path: Path) -> None:
     with pytest.raises(ImatrixError, match=r"The text has \d+ tokens, and 1 chunks of 4096 are needed"):
         collect_imatrix(demo, TEXT, ctx_size=4096)
-    with pytest.raises(ImatrixError, match="is not a file"):
+    with pytest.raises(ModelLoadError, match="There is no model file"):
         collect_imatrix(tmp_path / "absent.gguf", TEXT)
     (tmp_path / "cut.gguf").write_bytes(demo.read_bytes()[:100_000])
-    with pytest.raises(ImatrixError, match=r"llama\.cpp cannot load"):
+    with pytest.raises(ModelLoadError, match=r"llama\.cpp cannot load"):
         collect_imatrix(tmp_path / "cut.gguf", TEXT)
     (tmp_path / "latin1.txt").write_bytes("Käse ".encode("latin-1") * 100)
     with pytest.raises(ImatrixError, match="is not UTF-8"):

@@ -15,7 +15,8 @@ from edge_phi3.conversion.quantization_types import (
     quantization_type,
 )
 from edge_phi3.conversion.quantize import predict_sizes
-from edge_phi3.conversion.quantize_process import Job, LogReader, QuantizerError, QuantizerProcess
+from edge_phi3.llama import QuantizerError
+from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess
 from tests.conversion.random_gguf import write_phi3_mini_shapes, write_random
 
 

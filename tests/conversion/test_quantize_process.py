@@ -13,16 +13,9 @@ import psutil
 import pytest
 
 from edge_phi3.conversion import quantize as module
-from edge_phi3.conversion import quantize_process
 from edge_phi3.conversion.quantize import QuantizeError, QuantizeProgress, quantize
-from edge_phi3.conversion.quantize_process import (
-    Job,
-    LogReader,
-    QuantizerError,
-    QuantizerProcess,
-    TensorFinished,
-    TensorStarted,
-)
+from edge_phi3.llama import QuantizerError, child_process
+from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorFinished, TensorStarted
 from tests.conversion.random_gguf import write_random
 
 
@@ -94,7 +87,7 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
     source = tmp_path / "source" / "model.gguf"
     source.parent.mkdir()
     write_random(source, layers=30, vocabulary=64, feed_forward=256)
-    monkeypatch.setattr(quantize_process.subprocess, "Popen", functools.partial(subprocess.Popen, pipesize=4096))
+    monkeypatch.setattr(child_process.subprocess, "Popen", functools.partial(subprocess.Popen, pipesize=4096))
 
     def kill_the_child(step: QuantizeProgress) -> None:
         if step.index == 3:
@@ -109,7 +102,6 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
 def test_a_quantiser_that_died_before_it_was_asked_is_told(source: Path, tmp_path: Path) -> None:
     job = Job(source=str(source), output=str(tmp_path / "out.gguf"), ftype=7, threads=1)
     with QuantizerProcess() as process:
-        assert process._process is not None
         process._process.kill()
         process._process.wait()
         with pytest.raises(QuantizerError, match=r"quantiser died before the first tensor: exit code -9"):

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import FinishedEvent
-from edge_phi3.engine.settings import EngineSettings
 from tests.golden import attention
 from tests.golden.asked import Asked
 

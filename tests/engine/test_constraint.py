@@ -15,7 +15,7 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.json_schema import json_grammar
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.llama.errors import GrammarError
+from edge_phi3.llama import GrammarError
 from edge_phi3.llama.model import Grammar
 from tests.engine.conftest import Asked, MakeModel, running_engine
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
-from edge_phi3.engine.settings import EngineSettings
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.llama.errors import DecodeFailedError, ModelLoadError
+from edge_phi3.llama import DecodeFailedError, ModelLoadError
 from tests import paced
 from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN

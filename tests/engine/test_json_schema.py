@@ -15,7 +15,7 @@ from edge_phi3.engine.constraint import GrammarConstraint, constrain
 from edge_phi3.engine.json_rules import between
 from edge_phi3.engine.json_schema import json_grammar
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.llama.errors import GrammarError
+from edge_phi3.llama import GrammarError
 from edge_phi3.llama.model import Model
 from tests.engine.conftest import MakeModel
 

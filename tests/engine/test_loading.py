@@ -12,10 +12,10 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine import loader
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.context import Context
-from edge_phi3.llama.errors import ModelLoadError
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import usable_cores
 from tests.engine.conftest import MakeModel, ask, running_engine

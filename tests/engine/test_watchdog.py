@@ -179,7 +179,7 @@ LOST = """
 import sys, threading
 from pathlib import Path
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings
 from tests.engine.conftest import Asked
 
 engine = Engine(EngineSettings(Path(sys.argv[1]), stall_timeout=0.5, exit_on_stall=True))

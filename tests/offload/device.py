@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,14 +36,8 @@ THREADS = 1
 
 _SOURCES = ("ggml-rpc.cpp", "transport.cpp")
 _FLAGS = (
-    "-std=c++17",
-    "-O2",
-    "-fPIC",
-    "-DNDEBUG",
-    "-DGGML_SHARED",
-    "-DGGML_BACKEND_DL",
-    "-DGGML_BACKEND_SHARED",
-    "-DGGML_BACKEND_BUILD",
+    *("-std=c++17", "-O2", "-fPIC", "-DNDEBUG", "-DGGML_SHARED"),
+    *("-DGGML_BACKEND_DL", "-DGGML_BACKEND_SHARED", "-DGGML_BACKEND_BUILD"),
 )
 
 
@@ -67,7 +61,7 @@ class Device:
         return f"RPC0[{self.endpoint}]"
 
     def environment(self) -> dict[str, str]:
-        """Give the environment in which Python, and what it starts, has the device, and no option of edge-phi3."""
+        """Return the environment in which Python, and what it starts, has the device, and no option of edge-phi3."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("EDGE_PHI3_")}
         path = os.pathsep.join(filter(None, [str(SITE), str(ROOT), clean.get("PYTHONPATH")]))
         return clean | {"PYTHONPATH": path, PLUGIN: str(self.plugin), ENDPOINT: self.endpoint, "COLUMNS": "200"}
@@ -78,24 +72,13 @@ class Device:
         return Counter(int(size) for size in re.findall(pattern, self.log.read_text(), re.MULTILINE))
 
     def run(
-        self,
-        *arguments: str | Path,
-        seconds: float = 600.0,
-        given: str | None = None,
-        environment: Mapping[str, str] | None = None,
+        self, *arguments: str | Path, seconds: float = 600.0, given: str | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run Python with the device, in the repository's folder.
-
-        Args:
-            arguments: of Python.
-            seconds: it may take.
-            given: its stdin.
-            environment: more variables.
-        """
+        """Run Python with the device, in the repository's folder; `given` is its stdin."""
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=ROOT,
-            env=self.environment() | (environment or {}),
+            env=self.environment() | environment,
             input=given,
             capture_output=True,
             text=True,
@@ -105,11 +88,7 @@ class Device:
 
 
 def build_plugin(cache: Path = CACHE) -> Path:
-    """Give the backend's shared library, compiled the first time.
-
-    Args:
-        cache: where source and library are kept.
-    """
+    """Return the backend's shared library, compiled the first time and kept with its source in `cache`."""
     compiler = os.environ.get("CXX") or shutil.which("c++")
     if compiler is None:
         pytest.fail("The tests with a device need a C++ compiler, as llama-cpp-python does: apt-get install g++")
@@ -127,34 +106,22 @@ def build_plugin(cache: Path = CACHE) -> Path:
 def _compile(compiler: str, ggml: Path, libraries: Path, output: Path) -> None:
     backend = ggml / "src" / "ggml-rpc"
     folders = [f"-I{folder}" for folder in (ggml / "include", ggml / "src", backend)]
-    unfinished = output.with_suffix(".unfinished.so")
-    objects = [unfinished.with_name(f"{unfinished.stem}-{Path(name).stem}.o") for name in _SOURCES]
-    running = [
-        subprocess.Popen([compiler, *_FLAGS, *folders, "-c", backend / name, "-o", file], stderr=subprocess.PIPE)
-        for name, file in zip(_SOURCES, objects, strict=True)
-    ]
-    for process in running:
-        errors = process.communicate()[1]
-        assert process.returncode == 0, errors.decode()
     linked = [f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-pthread"]
-    subprocess.run([compiler, "-shared", "-o", unfinished, *objects, *linked], check=True)
-    for file in objects:
-        file.unlink()
+    unfinished = output.with_suffix(".unfinished.so")
+    sources = [backend / name for name in _SOURCES]
+    subprocess.run([compiler, "-shared", *_FLAGS, *folders, *sources, "-o", unfinished, *linked], check=True)
     unfinished.rename(output)
 
 
 @contextlib.contextmanager
 def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Iterator[Device]:
-    """Give a device of its own.
+    """Start a device of its own, whose server writes `log`.
 
-    Args:
-        plugin: see `build_plugin`.
-        log: what its server is to write.
-        memory: bytes that can be allocated on it, about; it claims to have as many as the machine all the same.
+    About `memory` bytes can be allocated on it; it claims to have as many as the machine all the same.
     """
     port = free_port()
     endpoint = f"127.0.0.1:{port}"
-    command = [sys.executable, SITE / "rpc_server.py", plugin, endpoint, str(THREADS)]
+    command = [sys.executable, SITE / "rpc_plugin.py", plugin, endpoint, str(THREADS)]
     command += [] if memory is None else [str(memory)]
     told = os.environ | {"GGML_RPC_DEBUG": "1"}
     with (

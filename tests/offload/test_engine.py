@@ -58,7 +58,7 @@ def run(device: Device, report: Path, tests: tuple[str, ...], **options: Any) ->
         *("-m", "pytest", "-q", "-p", "watch_device", "-p", "no:cacheprovider", *tests),
         seconds=1800,
         # The device computes; more threads here would only wait for it on its cores.
-        environment={OPTIONS: json.dumps({"threads": 1} | options), "TEST_DEVICE_REPORT": str(report)},
+        **{OPTIONS: json.dumps({"threads": 1} | options), "TEST_DEVICE_REPORT": str(report)},
     )
     assert finished.returncode == 0, finished.stdout[-6000:]
     assert re.fullmatch(r"\d+ passed in .*", finished.stdout.splitlines()[-1]), finished.stdout[-1000:]

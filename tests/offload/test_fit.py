@@ -9,14 +9,12 @@ from typing import Any
 
 import pytest
 
-from edge_phi3.conversion.convert import convert
-from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.api.test_server import serving
-from tests.offload.device import SITE, Device
-from tests.planning.test_allocations import ROUNDING, TOLERANCE, Made
+from tests.offload.device import Device
+from tests.planning.buffers import TOLERANCE, check
+from tests.planning.test_allocations import Made
 
-GIB, MIB = 1 << 30, 1 << 20
-KINDS = ("model", "KV", "compute", "output")
+GIB = 1 << 30
 ALL = -1
 
 GRID: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -44,10 +42,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def compared(device: Device, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plan each case and load it, in a process with the device; see `site/allocations.py`."""
-    finished = device.run(SITE / "allocations.py", given=json.dumps(cases))
+    """Plan each case and load it, in a process with the device, and compare."""
+    finished = device.run("-m", "tests.planning.buffers", given=json.dumps(cases))
     assert finished.returncode == 0, finished.stderr[-4000:]
     answers: list[dict[str, Any]] = json.loads(finished.stdout)
+    for answer in answers:
+        assert answer["asked"], "the device told its compute buffers"
+        check(answer["planned"], answer["allocated"])
     return answers
 
 
@@ -56,26 +57,13 @@ def case_of(made: Made, model: str, kind: str, options: dict[str, Any], free: in
     return {"model": str(made.gguf(model, kind)), "types": types, "options": options, "free": free}
 
 
-def check(answer: dict[str, Any]) -> None:
-    """Compare each kind of buffer in each place, and the sums."""
-    plan, truth = answer["planned"], answer["allocated"]
-    assert plan["asked"], "the device told its compute buffers"
-    for place in ("device", "host"):
-        for kind in KINDS:
-            size = truth[place].get(kind, 0)
-            assert plan[place][kind] == pytest.approx(size, rel=TOLERANCE, abs=2 * ROUNDING), (place, kind)
-        total = sum(truth[place].values())
-        assert sum(plan[place].values()) == pytest.approx(total, rel=TOLERANCE), place
-
-
 def test_types_contexts_parallelism_and_layers(device: Device, made: Made) -> None:
     answers = compared(device, [case_of(made, *case) for case in GRID])
     for (_, _, options), answer in zip(GRID, answers, strict=True):
-        check(answer)
         asked = options["n_gpu_layers"]
         layers = 4 if asked == ALL else asked
-        assert answer["planned"]["layers"] == layers
-        assert f"{layers} of 4 layers on the GPU" in answer["allocated"]["said"]
+        assert answer["layers"] == layers
+        assert f"{layers} of 4 layers on the GPU" in answer["said"]
         # Layers lie where they are said to: the device has weights with the first, and KV cache with the second.
         on_device = answer["allocated"]["device"]
         assert bool(on_device.get("model")) is (layers > 0)
@@ -86,17 +74,12 @@ def test_as_many_layers_as_fit_are_loaded_and_do_fit(device: Device, made: Made)
     options = {"ctx_size": 8192, "parallel": 4}
     (whole,) = compared(device, [case_of(made, "4k", "F16", options)])
     total = sum(whole["allocated"]["device"].values())
-    answers = compared(device, [case_of(made, "4k", "F16", options, free=total * part // 10) for part in (9, 7)])
-    for part, answer in zip((9, 7), answers, strict=True):
-        check(answer)
-        assert 0 < answer["planned"]["layers"] < 4
-        assert sum(answer["allocated"]["device"].values()) <= total * part / 10 * (1 + TOLERANCE)
-    assert answers[1]["planned"]["layers"] < answers[0]["planned"]["layers"]
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(DEMO_CHECKPOINT, tmp_path_factory.mktemp("demo") / "demo-f16.gguf", outtype="f16").path
+    budgets = [total * part // 10 for part in (9, 7)]
+    answers = compared(device, [case_of(made, "4k", "F16", options, free=free) for free in budgets])
+    for free, answer in zip(budgets, answers, strict=True):
+        assert 0 < answer["layers"] < 4
+        assert sum(answer["allocated"]["device"].values()) <= free * (1 + TOLERANCE)
+    assert answers[1]["layers"] < answers[0]["layers"]
 
 
 def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
@@ -121,8 +104,8 @@ def serve_as_recommended(device: Device, found: dict[str, Any]) -> None:
     assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
 
 
-def test_the_recommended_command_serves_as_planned(device: Device, demo: Path) -> None:
-    found = answer(device, demo, "--quant", "F16")
+def test_the_recommended_command_serves_as_planned(device: Device, demo_f16: Path) -> None:
+    found = answer(device, demo_f16, "--quant", "F16")
     # NVML knows of no GPU here; llama.cpp told of this one, and how much of its memory is free.
     assert found["machine"]["name"].startswith(device.endpoint)
     assert found["machine"]["free"] > GIB
@@ -130,8 +113,8 @@ def test_the_recommended_command_serves_as_planned(device: Device, demo: Path) -
     serve_as_recommended(device, found)
 
 
-def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo: Path) -> None:
-    options = (demo, "--quant", "F16", "--ctx-size", "2048")
+def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f16: Path) -> None:
+    options = (demo_f16, "--quant", "F16", "--ctx-size", "2048")
     needed = answer(device, *options)["types"][0]["gpu"]["total"]
     found = answer(device, *options, "--device", "gpu", "--memory", str(needed * 3 // 4), "--reserve", "0")
     assert 0 < found["types"][0]["layers_on_gpu"] < 7

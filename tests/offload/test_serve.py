@@ -1,4 +1,4 @@
-"""``edge-phi3 serve`` with its layers on a device: the answers are those of transformers, text for text."""
+"""``edge-phi3 serve`` on a device: transformers' answers, text for text; what does not fit is told in a sentence."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from edge_phi3.conversion.convert import convert
 from tests.api.conftest import PATIENCE
 from tests.api.test_server import serving
 from tests.golden.pipeline import cases, recorded, write_model
-from tests.offload.device import Device
+from tests.offload.device import Device, running_device
 
 AT_ONCE = 8
+MIB = 1 << 20
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +47,28 @@ def test_chat_answers_as_transformers_does(device: Device, model: Path, layers: 
         assert list(pool.map(text, cases())) == ["".join(texts) for texts in recorded()]
         # The device was asked, unless it has no layer.
         assert bool(device.calls("get_tensor")) is (layers != 0)
+
+
+@pytest.mark.parametrize("verb", ["serve", "imatrix"])
+def test_weights_that_do_not_fit(plugin: Path, demo_f16: Path, tmp_path: Path, verb: str) -> None:
+    rest = {"serve": ("--port", "0", "--log-level", "error"), "imatrix": ("-o", tmp_path / "m.gguf", "--chunks", "1")}
+    with running_device(plugin, tmp_path / "device.log", memory=8 * MIB) as device:
+        refused = device.run("-m", "edge_phi3", verb, demo_f16, *rest[verb])
+        assert refused.returncode == 1
+        sentence = refused.stderr.splitlines()[-1]
+        assert sentence.startswith(f"edge-phi3: There is not enough memory for {demo_f16} (")
+        assert f"unable to allocate {device.buffer} buffer" in sentence
+        assert "ower --n-gpu-layers" in sentence
+        # Which helps.
+        if verb == "imatrix":
+            assert device.run("-m", "edge_phi3", verb, demo_f16, *rest[verb], "--n-gpu-layers", "0").returncode == 0
+
+
+def test_a_cache_that_does_not_fit(plugin: Path, demo_f16: Path, tmp_path: Path) -> None:
+    with running_device(plugin, tmp_path / "device.log", memory=200 * MIB) as device:
+        arguments = ("--port", "0", "--log-level", "error", "--ctx-size", "65536")
+        refused = device.run("-m", "edge_phi3", "serve", demo_f16, *arguments)
+    assert refused.returncode == 1
+    sentence = refused.stderr.splitlines()[-1]
+    assert sentence.startswith("edge-phi3: llama.cpp cannot make a context of 65536 KV cells of type f16 (")
+    assert "Lower --ctx-size" in sentence

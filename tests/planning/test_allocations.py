@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +10,12 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
-from edge_phi3.engine.loader import load
-from edge_phi3.engine.settings import EngineSettings
-from edge_phi3.planning.fit import Machine, Options, Row, fit
+from edge_phi3.planning.fit import Machine, Options, fit
 from edge_phi3.planning.gguf_layout import read_layout
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.golden.checkpoints import longrope, write_checkpoint
-
-MIB = 1 << 20
-TOLERANCE = 0.05
-ROUNDING = 0.011 * MIB
-"""llama.cpp logs hundredths of a MiB, of which the smallest buffers here have a few."""
+from tests.planning.buffers import Places, allocated, check, planned
 
 MACHINE = Machine(gpu=False, name="a machine", free=64 << 30, reserve=0)
 
@@ -38,19 +28,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 TYPES = (
-    "F32",
-    "F16",
-    "Q8_0",
-    "Q6_K",
-    "Q5_K_M",
-    "Q4_K_M",
-    "Q4_0",
-    "IQ4_NL",
-    "IQ4_XS",
-    "Q3_K_M",
-    "Q2_K",
-    "IQ3_XXS",
-    "IQ2_XS",
+    *("F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"),
+    *("IQ3_XXS", "IQ2_XS"),
 )
 FEW_TYPES = ("F16", "Q4_K_M", "Q4_0")
 
@@ -101,61 +80,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("models"))
 
 
-def planned(checkpoint: Path, folder: Path, types: tuple[str, ...], **options: Any) -> dict[str, dict[str, int]]:
-    """Plan; bytes by type and kind of buffer."""
+def plans_of(checkpoint: Path, folder: Path, types: tuple[str, ...], **options: Any) -> dict[str, Places]:
+    """Plan each type of a checkpoint."""
     base = find_base(str(checkpoint), folder, store=None, progress=SilentProgress())
-    found = fit(base, Options(**options), MACHINE, types)
-    return {row.type: parts(row) for row in found.rows}
-
-
-def parts(row: Row) -> dict[str, int]:
-    """Bytes by kind of buffer, in llama.cpp's words."""
-    memory = row.placement.host
-    return {"model": memory.weights, "KV": memory.kv_cache, "compute": memory.compute, "output": memory.output}
-
-
-def allocated(path: Path, caplog: pytest.LogCaptureFixture, **options: Any) -> Mapping[str, int]:
-    """Load; the bytes of each kind of buffer that llama.cpp says it allocated."""
-    caplog.clear()
-    with caplog.at_level(logging.DEBUG, logger="edge_phi3.llama"):
-        load(EngineSettings(path, **options)).close()
-    found: Counter[str] = Counter()
-    for record in caplog.records:
-        if match := re.search(r"(\w+) buffer size = +([\d.]+) MiB", record.getMessage()):
-            found[match[1]] += round(float(match[2]) * MIB)
-    return found
-
-
-def check(plan: Mapping[str, int], truth: Mapping[str, int]) -> None:
-    assert plan.keys() == truth.keys()
-    for kind, size in truth.items():
-        assert plan[kind] == pytest.approx(size, rel=TOLERANCE, abs=2 * ROUNDING), kind
-    assert sum(plan.values()) == pytest.approx(sum(truth.values()), rel=TOLERANCE)
+    return {row.type: planned(row) for row in fit(base, Options(**options), MACHINE, types).rows}
 
 
 @pytest.mark.parametrize("case", GRID)
 @pytest.mark.parametrize("model", ["4k", "128k"])
-def test_contexts_and_parallelism(made: Made, caplog: pytest.LogCaptureFixture, model: str, case: str) -> None:
+def test_contexts_and_parallelism(made: Made, model: str, case: str) -> None:
     path = made.gguf(model, "Q4_K_M")
     (row,) = fit(read_layout(path), Options(**GRID[case]), MACHINE).rows
     assert row.type == path.stem
-    check(parts(row), allocated(path, caplog, **GRID[case]))
+    check(planned(row), allocated(path, **GRID[case]))
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_types(made: Made, tmp_path: Path, caplog: pytest.LogCaptureFixture, model: str) -> None:
+def test_types(made: Made, tmp_path: Path, model: str) -> None:
     options = {"ctx_size": 8192, "parallel": 2} if model == "128k" else {"ctx_size": 512}
-    plans = planned(made.checkpoint(model), tmp_path, () if model == "4k" else FEW_TYPES, **options)
+    plans = plans_of(made.checkpoint(model), tmp_path, () if model == "4k" else FEW_TYPES, **options)
     if model == "4k":
         assert plans.keys() == {type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.special}
     for name in TYPES if model == "4k" else FEW_TYPES:
-        check(plans[name], allocated(made.gguf(model, name), caplog, **options))
+        check(plans[name], allocated(made.gguf(model, name), **options))
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16"])
 def test_a_file_is_planned_as_its_checkpoint(made: Made, tmp_path: Path, kind: str) -> None:
     found = fit(read_layout(made.gguf("128k", kind)), Options(), MACHINE, FEW_TYPES)
-    assert {row.type: parts(row) for row in found.rows} == planned(made.checkpoint("128k"), tmp_path, FEW_TYPES)
+    assert {row.type: planned(row) for row in found.rows} == plans_of(made.checkpoint("128k"), tmp_path, FEW_TYPES)
 
 
 def test_two_contexts_are_counted_for_a_model_with_two_sets_of_rotary_factors(made: Made, tmp_path: Path) -> None:

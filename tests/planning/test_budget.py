@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from edge_phi3.llama.memory import ContextMemory, context_memory
 from edge_phi3.planning.budget import Placement, host_pattern, place
 from edge_phi3.planning.fit import Fit, Machine, Options, fit
 from edge_phi3.planning.gguf_layout import Layout
-from edge_phi3.planning.process import ContextMemory, context_memory
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 

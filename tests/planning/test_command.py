@@ -15,7 +15,7 @@ from edge_phi3.commands import fit as module
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.hardware import Gpu
+from edge_phi3.system_resources import Gpu
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.test_cli import Result, edge_phi3
@@ -180,14 +180,14 @@ def test_a_file_that_is_no_phi_3_is_refused(tmp_path: Path) -> None:
 
 
 def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_phi3 import hardware
+    from edge_phi3 import system_resources
 
-    monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
-    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
-    assert hardware.available_memory() == 8 * GIB
+    monkeypatch.setattr(system_resources, "_CGROUP", tmp_path)
+    monkeypatch.setattr(system_resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    assert system_resources.available_memory() == 8 * GIB
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {GIB}\n")
-    assert hardware.available_memory() == 8 * GIB
+    assert system_resources.available_memory() == 8 * GIB
     (tmp_path / "memory.max").write_text(f"{4 * GIB}\n")
-    assert hardware.available_memory() == 2 * GIB
+    assert system_resources.available_memory() == 2 * GIB

@@ -18,7 +18,7 @@ from edge_phi3.engine.errors import (
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 from tests.support.hash_model import MASK, HashModel, content, term
 
 TOKEN_BYTES = 16

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, RequestTooLargeError
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.sequence import FinishedEvent, RunningRequest
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 from tests.support.clients import Client
 from tests.support.cores import CheckedHostCache, make_core
 from tests.support.scenarios import Scenario

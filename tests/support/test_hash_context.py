@@ -12,7 +12,7 @@ import pytest
 
 from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.generation import GenerationConfig, GenerationResult, advance, make_decoder
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 from tests.golden.requests import MODES, RequestMaker
 from tests.support.hash_context import Failure, HashContext
 from tests.support.reference import Attention, answer, contents_of

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from edge_phi3.llama.errors import DecodeFailedError
+from edge_phi3.llama import DecodeFailedError
 from tests.support.clients import Client
 from tests.support.lives import Life
 from tests.support.scenarios import Scenario

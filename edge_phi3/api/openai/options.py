@@ -8,7 +8,7 @@ from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.openai.schemas import ChatCompletionRequest, CompletionRequest, ResponseFormat
 from edge_phi3.api.service import Service
 from edge_phi3.engine.json_schema import json_grammar
-from edge_phi3.llama.errors import GrammarError
+from edge_phi3.llama import GrammarError
 from edge_phi3.pipeline import PreparedPrompt
 
 _SCHEMA = "response_format.json_schema.schema"

@@ -1,10 +1,15 @@
-"""ggml's RPC backend, loaded into the ggml of the installed llama-cpp-python. Only the standard library."""
+"""ggml's RPC backend, loaded into the ggml of the installed llama-cpp-python. Only the standard library.
+
+As a program it is the device: ``python rpc_plugin.py PLUGIN HOST:PORT THREADS [BYTES]``, with so much memory at most.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
 import os
+import resource
+import sys
 from pathlib import Path
 
 PLUGIN, ENDPOINT = "TEST_RPC_PLUGIN", "TEST_RPC_ENDPOINT"
@@ -46,16 +51,9 @@ class RpcBackend:
         device = self._ggml.ggml_backend_dev_by_type
         device.argtypes, device.restype = [ctypes.c_int], ctypes.c_void_p
         devices = (ctypes.c_void_p * 1)(device(_CPU))
-        start = self._function(
-            "ggml_backend_rpc_start_server",
-            None,
-            ctypes.c_char_p,
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-            ctypes.c_size_t,
-            ctypes.c_void_p,
-        )
-        start(endpoint.encode(), None, threads, 1, ctypes.cast(devices, ctypes.c_void_p))
+        text, size, pointer = ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p
+        start = self._function("ggml_backend_rpc_start_server", None, text, text, size, size, pointer)
+        start(endpoint.encode(), None, threads, 1, ctypes.cast(devices, pointer))
 
     def register(self, endpoint: str) -> None:
         """Make the server's device one of this process's GPUs."""
@@ -65,3 +63,18 @@ class RpcBackend:
         register = self._ggml.ggml_backend_register
         register.argtypes, register.restype = [ctypes.c_void_p], None
         register(added)
+
+
+def limit_memory(size: int) -> None:
+    """Let this process take so many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    most = pages * resource.getpagesize() + size
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+if __name__ == "__main__":
+    plugin, endpoint, threads, *memory = sys.argv[1:]
+    backend = RpcBackend(plugin)
+    if memory:
+        limit_memory(int(memory[0]))
+    backend.serve(endpoint, int(threads))

@@ -7,43 +7,20 @@ engine that was loaded, and the buffers of each kind ("model", "KV", "compute") 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import re
 from pathlib import Path
 
-_BUFFER = re.compile(r": +(\S+) +(model|KV|compute) buffer size = ")
+from tests.planning.buffers import KINDS, Buffers
 
-
-class Watch(logging.Handler):
-    """Reads the log of the engine."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.starts: list[str] = []
-        self.buffers: dict[str, set[str]] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Take a line."""
-        line = record.getMessage()
-        if match := _BUFFER.search(line):
-            self.buffers.setdefault(match[2], set()).add(match[1])
-        elif record.name == "edge_phi3.engine.loader":
-            self.starts.append(line)
-
-
-_watch = Watch()
+_watch = Buffers()
 
 
 def pytest_configure() -> None:
     """Begin."""
-    for name in ("llama", "engine.loader"):
-        logger = logging.getLogger(f"edge_phi3.{name}")
-        logger.setLevel(logging.DEBUG)
-        logger.addHandler(_watch)
+    _watch.listen()
 
 
 def pytest_unconfigure() -> None:
     """Write."""
-    buffers = {kind: sorted(names) for kind, names in _watch.buffers.items()}
+    buffers = {kind: sorted(name for name, its_kind in _watch.sizes if its_kind == kind) for kind in KINDS}
     Path(os.environ["TEST_DEVICE_REPORT"]).write_text(json.dumps({"starts": _watch.starts, "buffers": buffers}))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_phi3.llama.options import FlashAttention, KVCacheType
+from edge_phi3.llama.options import ContextOptions
 
 
 @dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """The engine's options.
+class EngineSettings(ContextOptions):
+    """The engine's options, those of its contexts included.
 
     Attributes:
         model_path: the GGUF file.
@@ -18,11 +18,6 @@ class EngineSettings:
             model with two sets of rotary factors has a second context beside them: see
             `edge_phi3.engine.contexts.context_shapes`.
         parallel: how many sequences are decoded together at most.
-        batch_size: how many tokens one decode call takes at most.
-        threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
-        n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
-        kv_cache_type: element type of keys and values.
-        flash_attn: flash attention; "auto" lets llama.cpp decide, but leaves it off for f32 (exactness).
         window_chunk: how many tokens of a prompt are fed at a time beyond the sliding window; 1 is exact.
         lora: LoRA adapters and their scales.
         stream_interval: seconds that a streamed token may wait for those after it, to be delivered with them; a first
@@ -39,11 +34,6 @@ class EngineSettings:
     model_path: Path
     ctx_size: int = 0
     parallel: int = 16
-    batch_size: int = 512
-    threads: int = 0
-    n_gpu_layers: int = -1
-    kv_cache_type: KVCacheType = "f16"
-    flash_attn: FlashAttention = "auto"
     window_chunk: int = 32
     lora: tuple[tuple[Path, float], ...] = ()
     stream_interval: float = 0.1

@@ -1,4 +1,4 @@
-"""What this machine has: its GPUs through NVML, and the memory that a process may still take."""
+"""What this process may use of the machine: its GPUs, through NVML, and its main memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Describe NVIDIA's GPUs; none without a GPU or its driver."""
+    """Return NVIDIA's GPUs; none without a GPU or its driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -70,7 +70,7 @@ def _if_supported(read: Callable[[], int]) -> int | None:
 
 
 def available_memory() -> int:
-    """Give the bytes of main memory that this process may still take: the machine's, within its cgroup's limit."""
+    """Return the bytes of main memory that this process may still take: the machine's, within its cgroup's limit."""
     available = int(psutil.virtual_memory().available)
     try:
         limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))

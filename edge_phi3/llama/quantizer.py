@@ -1,31 +1,31 @@
-"""The quantiser's child process, seen from the parent: jobs go in, what happens to each tensor comes out."""
+"""The quantiser, which runs in a child process: jobs go in, what happens to each tensor comes out."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from edge_phi3.child_process import child_command, child_environment
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.llama import QuantizerError
+from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One call of ``llama_model_quantize``; without `output` a dry run."""
+    """One call of ``llama_model_quantize``; without `output` a dry run.
+
+    `importance` has float32 values for each column of a tensor, as bytes; `metadata` is added to the file.
+    """
 
     source: str
     output: str | None
     ftype: int
     threads: int
-    imatrix: str | None = None
+    importance: dict[str, bytes] = {}
+    metadata: dict[str, str | int] = {}
     tensor_types: list[tuple[str, int]] = []
     output_tensor_type: int | None = None
     token_embedding_type: int | None = None
@@ -85,10 +85,6 @@ class TensorFinished:
     target_type: str
 
 
-class QuantizerError(EdgePhi3Error):
-    """llama.cpp's quantiser failed; the message ends with its own last words."""
-
-
 class LogReader:
     """Finds the quantiser's steps in the pieces of llama.cpp's log; what it does not know it skips.
 
@@ -112,7 +108,7 @@ class LogReader:
         self._tensor: TensorStarted | None = None
 
     def feed(self, text: str) -> Iterator[TensorStarted | TensorFinished]:
-        """Take the next piece of the log, and give the steps that it completes."""
+        """Take the next piece of the log, and yield the steps that it completes."""
         self._line += text
         while True:
             if self._tensor is None and (match := self._START.search(self._line)):
@@ -137,49 +133,33 @@ class LogReader:
                 self.wants_imatrix = True
 
 
-class QuantizerProcess:
+class QuantizerProcess(ChildProcess):
     """A child process that runs one job after another; a context manager that leaves no process behind.
 
     Attributes:
         types: the tensor types of its llama.cpp, by lower-case name.
+
+    Raises:
+        QuantizerError: it does not start.
     """
 
     def __init__(self) -> None:
+        # The quantiser runs on the CPU: a GPU build must not take GPU memory for it.
+        super().__init__("edge_phi3.llama.quantize_worker", Ready | LogText | Finished, gpu="")
         self.types: dict[str, TensorType] = {}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            child_command("edge_phi3.conversion.quantize_worker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            # The quantiser runs on the CPU: a GPU build must not take GPU memory for it.
-            env=child_environment() | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        ready = self._next_event()
-        if not isinstance(ready, Ready):
-            raise self._crashed("before it started")
+        super().__enter__()
+        try:
+            ready: Ready = self.receive()
+        except WorkerDiedError as error:
+            self.__exit__(type(error), error, None)
+            raise QuantizerError(f"llama.cpp's quantiser died before it started: {error}") from error
         self.types = {type_.name.lower(): type_ for type_ in ready.types}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        process = self._process
-        if process is not None:
-            process.kill()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    # A job that the dead process did not take is still in the buffer, and cannot be flushed.
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
-            process.wait()
-        self._stderr.close()
-
     def run(self, job: Job, log: LogReader) -> Iterator[TensorStarted | TensorFinished]:
-        """Run a job and give its steps as they happen.
+        """Run a job and yield its steps as they happen.
 
         Args:
             job: the call to make.
@@ -188,44 +168,23 @@ class QuantizerProcess:
         Raises:
             QuantizerError: llama.cpp refused or failed, or its process died.
         """
-        assert self._process is not None
-        assert self._process.stdin is not None
-        # A process that died already reads nothing; that it did shows at its next event.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(msgspec.json.encode(job) + b"\n")
-            self._process.stdin.flush()
+        self.send(job)
         tensor = "before the first tensor"
         while True:
-            event = self._next_event()
-            if isinstance(event, LogText):
-                for step in log.feed(event.text):
-                    if isinstance(step, TensorStarted):
-                        tensor = f"at the tensor {step.name}, {step.shape[0]} columns of {step.source_type}"
-                    yield step
-            elif isinstance(event, Finished):
+            try:
+                event: LogText | Finished = self.receive()
+            except WorkerDiedError as error:
+                raise QuantizerError(f"llama.cpp's quantiser died {tensor}: {error}") from error
+            if isinstance(event, Finished):
                 if event.code != 0:
                     raise QuantizerError(log.error or f"llama_model_quantize returned {event.code} and no reason")
                 return
-            else:
-                raise self._crashed(tensor)
+            for step in log.feed(event.text):
+                if isinstance(step, TensorStarted):
+                    tensor = f"at the tensor {step.name}, {step.shape[0]} columns of {step.source_type}"
+                yield step
 
     def bytes_of(self, type_name: str, shape: tuple[int, ...]) -> int:
-        """Give the bytes of a tensor of a type; its columns (`shape[0]`) are rounded up to whole blocks."""
+        """Return the bytes of a tensor of a type; its columns (`shape[0]`) are rounded up to whole blocks."""
         type_ = self.types[type_name.lower()]
         return -(-shape[0] // type_.block_size) * type_.block_bytes * math.prod(shape[1:])
-
-    def _next_event(self) -> Ready | LogText | Finished | None:
-        assert self._process is not None
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return msgspec.json.decode(line, type=Ready | LogText | Finished) if line.endswith(b"\n") else None
-
-    def _crashed(self, where: str) -> QuantizerError:
-        assert self._process is not None
-        code = self._process.wait()
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
-        # An assertion of ggml prints its text, then a stack of addresses that helps nobody.
-        words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
-        words = words or f"exit code {code}{f', {lines[-1].strip()}' if lines else ''}"
-        return QuantizerError(f"llama.cpp's quantiser died {where}: {words}")

@@ -1,0 +1,151 @@
+"""What a model takes of the memory: asked of llama.cpp in a child process, and read from its log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from edge_phi3.llama import PlanningError
+from edge_phi3.llama.child_process import ChildProcess, WorkerError
+from edge_phi3.llama.options import ContextOptions
+
+_MIB = 1 << 20
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One question.
+
+    Attributes:
+        model: a GGUF or a skeleton of one.
+        n_gpu_layers: layers on the GPU.
+        host_tensors: a pattern of tensors that stay where the CPU computes.
+        contexts: KV cells and sequences of each context to plan.
+        options: those of all contexts.
+    """
+
+    model: str
+    n_gpu_layers: int
+    host_tensors: str
+    contexts: list[tuple[int, int]]
+    options: ContextOptions
+
+
+class ContextMemory(msgspec.Struct, frozen=True):
+    """Bytes that one context takes.
+
+    Attributes:
+        cells: its KV cells, those of all its streams.
+        kv: its KV cache, wherever its layers lie.
+        compute: its compute buffers, by llama.cpp's name of the buffer: ``CPU``, ``CUDA0``, ``CUDA_Host``.
+        output: its output buffer.
+    """
+
+    cells: int
+    kv: int
+    compute: dict[str, int]
+    output: int
+
+
+class Answer(msgspec.Struct, tag=True, frozen=True):
+    """What one job found.
+
+    Attributes:
+        buffers: tensors that stay where the CPU computes, and llama.cpp's buffer for each; a tensor with two uses
+            (tied embeddings) may be in two.
+        contexts: what each context takes.
+    """
+
+    buffers: set[tuple[str, str]]
+    contexts: list[ContextMemory]
+
+
+class Device(msgspec.Struct, frozen=True):
+    """A GPU as llama.cpp sees it; `free` and `total` are bytes of its memory."""
+
+    name: str
+    free: int
+    total: int
+    shares_main_memory: bool
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The child's first event: whether its llama.cpp found a GPU, which it would use."""
+
+    gpu_offload: bool
+    devices: list[Device]
+
+
+_KV = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers, +\d+/(\d+) seqs\)")
+_COMPUTE = re.compile(r": +(\S+) compute buffer size = +([\d.]+) MiB")
+_OUTPUT = re.compile(r": +\S+ +output buffer size = +([\d.]+) MiB")
+_PLACED = re.compile(r"tensor (\S+) \(\d+ MiB \S+\) buffer type overridden to (\S+)")
+
+
+def context_memory(log: Iterable[str]) -> ContextMemory:
+    """Read what llama.cpp logs while it makes a context; made for batches of several sizes, the largest buffers count.
+
+    Raises:
+        PlanningError: it logs in a way not known here.
+    """
+    cells = kv = output = 0
+    compute: dict[str, int] = {}
+    for line in log:
+        if match := _KV.search(line):
+            kv, cells = _bytes(match[1]), int(match[2]) * int(match[3])
+        elif match := _COMPUTE.search(line):
+            compute[match[1]] = max(compute.get(match[1], 0), _bytes(match[2]))
+        elif match := _OUTPUT.search(line):
+            output = _bytes(match[1])
+    if not (kv and compute and output):
+        raise PlanningError(
+            "its log does not say what a context takes; install the version of llama-cpp-python that edge-phi3 asks for"
+        )
+    return ContextMemory(cells, kv, compute, output)
+
+
+def tensor_buffers(log: Iterable[str]) -> set[tuple[str, str]]:
+    """Read which tensor goes into which buffer."""
+    return {(match[1], match[2]) for line in log if (match := _PLACED.search(line))}
+
+
+def devices() -> list[Device]:
+    """Return the GPUs that llama.cpp would lay layers on, of whatever kind its backends know.
+
+    Raises:
+        PlanningError: llama.cpp failed.
+    """
+    return plan_memory([], gpu=None)[0].devices
+
+
+def plan_memory(jobs: Sequence[Job], *, gpu: str | None) -> tuple[Ready, list[Answer]]:
+    """Ask llama.cpp what it would allocate.
+
+    Args:
+        jobs: the questions.
+        gpu: see `ChildProcess`.
+
+    Returns:
+        What it knows of GPUs, and an answer for each job.
+
+    Raises:
+        PlanningError: llama.cpp refused or failed.
+    """
+    answers: list[Answer] = []
+    with ChildProcess("edge_phi3.llama.memory_worker", Ready | Answer, gpu=gpu) as child:
+        for job in jobs:
+            child.send(job)
+        try:
+            ready: Ready = child.receive()
+            while len(answers) < len(jobs):
+                answers.append(child.receive())
+        except WorkerError as error:
+            what = f"what {Path(jobs[len(answers)].model).name} would take" if jobs else "which GPUs there are"
+            raise PlanningError(f"llama.cpp cannot tell {what}: {error}.") from error
+    return ready, answers
+
+
+def _bytes(mebibytes: str) -> int:
+    return round(float(mebibytes) * _MIB)
