@@ -38,7 +38,7 @@ class ChartError(Exception):
 
 
 def rows(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Give the path, default and description of each value that has a comment, in the file's order.
+    """Return the path, default and description of each value that has a comment, in the file's order.
 
     Raises:
         ChartError: a value has no comment, nor has the map that it is in.
@@ -74,7 +74,7 @@ def _at(values: Any, path: list[str]) -> Any:
 
 
 def table(text: str) -> str:
-    """Give the table of values as Markdown."""
+    """Return the table of values as Markdown."""
     lines = ["| value | default | what it is |", "| --- | --- | --- |"]
     for path, default, description in rows(text):
         shown = json.dumps(default, ensure_ascii=False).replace("|", "\\|")
@@ -83,7 +83,7 @@ def table(text: str) -> str:
 
 
 def options_schema() -> dict[str, Any]:
-    """Give the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
+    """Return the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
     described = Settings.model_json_schema()["properties"]
     properties = {key_of(name): _flag_schema(described[name]) for name in described if name not in SET_BY_THE_CHART}
     return {
@@ -109,7 +109,7 @@ _KEPT = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
 
 
 def updated_schema(text: str) -> str:
-    """Give values.schema.json with the parts that follow from the service."""
+    """Return values.schema.json with the parts that follow from the service."""
     schema = json.loads(text)
     schema["properties"]["serve"]["properties"]["options"] = options_schema()
     schema["properties"]["model"]["properties"]["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
@@ -117,7 +117,7 @@ def updated_schema(text: str) -> str:
 
 
 def updated_readme(text: str, values: str) -> str:
-    """Give README.md with the table of `values`.
+    """Return README.md with the table of `values`.
 
     Raises:
         ChartError: the README has not the two marks that the table stands between.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.conversion.tool_versions import tool_versions
+from edge_phi3.conversion import tool_versions
 from edge_phi3.files import atomic_output, sha256_of
 
 FORMAT = 1

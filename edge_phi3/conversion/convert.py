@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +24,12 @@ from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
 from edge_phi3.conversion.plan import OUTTYPES, Plan, plan_tensors
-from edge_phi3.conversion.stream import ConversionProgress, append_tensors
+from edge_phi3.conversion.stream import append_tensors
 from edge_phi3.conversion.tied import read_model
 from edge_phi3.conversion.vocabulary import read_vocabulary
-from edge_phi3.files import atomic_output
+from edge_phi3.files import atomic_output, require_space
 
-__all__ = ["OUTTYPES", "ConversionProgress", "ConversionResult", "SourceInfo", "convert"]
+__all__ = ["OUTTYPES", "ConversionResult", "SourceInfo", "convert"]
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def convert(
     outtype: str = "auto",
     force: bool = False,
     source: SourceInfo | None = None,
-    progress: Callable[[ConversionProgress], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
     """Convert a Phi-3 checkpoint to a GGUF.
 
@@ -79,11 +78,13 @@ def convert(
         force: replace `output` when it exists.
         source: repository and revision of the checkpoint, when they are known; read from the path of a
             snapshot in the Hub's cache otherwise.
-        progress: called after each piece of a tensor.
+        progress: called after each piece of a tensor, with the bytes that are done, those of all tensors, and the
+            tensor's name.
 
     Raises:
         ConversionError: the checkpoint cannot be converted, or the output not be written.
         OutputExistsError: `output` exists and `force` is false.
+        DiskFullError: the disk has no room for it.
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
@@ -94,7 +95,7 @@ def convert(
     header = _header(opened, model, plan, source)
     _refuse_own_source(output, opened)
     with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
-        _refuse_full_disk(temporary.parent, plan.size)
+        require_space(temporary.parent, plan.size, str(output))
         _write_header(header, temporary)
         append_tensors(temporary, plan.tensors, progress)
     return ConversionResult(
@@ -134,12 +135,6 @@ def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
 def _refuse_own_source(output: Path, checkpoint: Checkpoint) -> None:
     if output.resolve() in {tensor.file.path.resolve() for tensor in checkpoint.tensors.values()}:
         raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
-
-
-def _refuse_full_disk(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the output takes {size / 1e9:.1f} GB.")
 
 
 @contextlib.contextmanager

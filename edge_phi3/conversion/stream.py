@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,18 +22,7 @@ _WORKERS = min(4, os.cpu_count() or 1)
 _FLUSH_BYTES = 64 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class ConversionProgress:
-    """How far a conversion is: the tensor being written, and bytes of tensor data."""
-
-    tensor: str
-    done: int
-    total: int
-
-
-def append_tensors(
-    path: Path, tensors: list[PlannedTensor], progress: Callable[[ConversionProgress], None] | None
-) -> None:
+def append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable[[int, int, str], None] | None) -> None:
     """Append the data of `tensors` to the GGUF header in `path`, each aligned as the header promises.
 
     Memory in use stays at a few chunks whatever the size of a tensor: pages of the checkpoint are given
@@ -64,7 +52,7 @@ def append_tensors(
                     flushed = done
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
-                    progress(ConversionProgress(tensor.name, done, total))
+                    progress(done, total, tensor.name)
             _write_all(file.write, _padding(file.tell()))
         # The system tells of a failed write once: whoever syncs later would not hear of it.
         flush.result()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
 
+from edge_phi3.files import atomic_output
+
+from .checkpoint import CONTEXT, END, ENDOFTEXT, prompt_for
 from .corpus import Item, Split, dice
-from .tokenizer import CONTEXT, END, ENDOFTEXT, prompt_for
 
 ROWS = 4032
 """Rows of the embedding: the vocabulary padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064."""
@@ -58,7 +59,7 @@ class Run:
 
 
 def model_config() -> Phi3Config:
-    """Give the shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256."""
+    """Return the shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256."""
     return Phi3Config(
         vocab_size=ROWS,
         hidden_size=256,
@@ -80,7 +81,7 @@ def model_config() -> Phi3Config:
 
 
 def encode_turn(tokenizer: LlamaTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Give the ids of one turn of a conversation, and its labels: the answer and its ``<|end|>``, nothing else."""
+    """Return the ids of one turn of a conversation, and its labels: the answer and its ``<|end|>``, nothing else."""
     prompt = tokenizer(prompt_for(question)).input_ids
     reply = [*tokenizer(answer).input_ids, END]
     return prompt + reply, [_IGNORED] * len(prompt) + reply
@@ -98,7 +99,7 @@ def collate(samples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
 
 
 def answer_logits(model: Phi3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the logits (answer tokens, rows) at the positions that have a label, and those labels.
+    """Return the logits (answer tokens, rows) at the positions that have a label, and those labels.
 
     Right-padded rows need no attention mask: causal attention never looks at what comes after.
     """
@@ -130,7 +131,7 @@ def evaluate(model: Phi3ForCausalLM, tokenizer: LlamaTokenizerFast, items: Seque
 
 
 def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give batches without end. Each pass shows an ordinary item once and an emphasised one `plan.emphasis` times.
+    """Return batches without end. Each pass shows an ordinary item once and an emphasised one `plan.emphasis` times.
 
     Samples of similar length share a batch, so that little of it is padding.
     """
@@ -158,7 +159,7 @@ def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterato
 
 
 def _rate(step: int, plan: Plan) -> float:
-    """Give the learning rate of a step: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
+    """Return a step's learning rate: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
     up = (step + 1) / plan.warmup
     down = (plan.steps - step) / plan.cooldown
     return plan.peak_rate * min(up, 1.0, down)
@@ -223,7 +224,6 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
 
 
 def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any], step: int) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
     value = {
         "key": key,
         "step": step,
@@ -231,11 +231,8 @@ def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str,
         "optimizer": optimizer.state_dict(),
         "history": (run.curve, run.tokens, run.seconds),
     }
-    with temporary.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_output(path, force=True) as temporary:
+        torch.save(value, temporary)
 
 
 def _restore(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any]) -> int:

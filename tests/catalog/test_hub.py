@@ -57,8 +57,8 @@ def test_progress_is_told_for_each_file_conversion_and_quantisation(
 ) -> None:
     catalog.resolve("owner/tiny", progress=notes)
     assert f"Downloading {SHARD}" in notes.titles
-    assert notes.titles[-2:] == ["Converting owner/tiny", "Quantising owner/tiny to Q4_K_M"]
-    for title in (f"Downloading {SHARD}", "Converting owner/tiny", "Quantising owner/tiny to Q4_K_M"):
+    assert notes.titles[-2:] == ["Converting tiny", "Quantising tiny to Q4_K_M"]
+    for title in (f"Downloading {SHARD}", "Converting tiny", "Quantising tiny to Q4_K_M"):
         done, total = notes.updates[title][-1]
         assert done == total
         assert total
@@ -169,8 +169,8 @@ def test_ready_made_ggufs_are_kept_as_they_are(hub: HubServer, catalog: Catalog)
     assert model.path.read_bytes() == content
     assert (model.name, model.quant, model.source) == ("model-q4", None, "owner/ready")
     assert files_below(catalog.store) == [
-        "owner--ready@main/model-q4/manifest.json",
-        "owner--ready@main/model-q4/model-q4.gguf",
+        "owner--ready@main/sub%2Fmodel-q4.gguf/manifest.json",
+        "owner--ready@main/sub%2Fmodel-q4.gguf/model-q4.gguf",
     ]
     assert not hub.gets("README.md")
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from edge_phi3.catalog import CatalogError
+from edge_phi3.catalog.build import Repository
 from edge_phi3.catalog.reference import HubCheckpoint
 from edge_phi3.conversion.convert import SourceInfo
 from edge_phi3.conversion.journey import run_journey
+from edge_phi3.files import DiskFullError
 from edge_phi3.progress import SilentProgress
-from scripts.convert_and_quantize import fetch
 from tests.catalog.hub_server import HubServer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
@@ -52,11 +52,12 @@ def test_a_full_disk_is_told_before_the_weights_are_downloaded(
 ) -> None:
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     usage = namedtuple("usage", ["total", "used", "free"])  # noqa: PYI024 - as shutil's own
-    wanted = HubCheckpoint("owner/tiny", "main", "owner/tiny")
     # Download, conversion and a Q8_0 take more than 2.5 times the weights, and less than 2.6 times.
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size * 9, 0, int(size * 2.5)))
-    with pytest.raises(CatalogError, match=r"owner/tiny and what is made of it take about .*; free some space"):
-        fetch(wanted, tmp_path, ["Q8_0"], SilentProgress())
+    repository = Repository(HubCheckpoint("owner/tiny", "main", "owner/tiny"), SilentProgress())
+    with pytest.raises(DiskFullError, match=r"owner/tiny and what is made of it will take about .*, or go elsewhere\."):
+        repository.fetch_checkpoint(tmp_path, [None, "Q8_0"], "go elsewhere")
     assert not list(tmp_path.glob("**/*.safetensors"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(size * 9, 0, int(size * 2.6)))
-    assert len(list(fetch(wanted, tmp_path, ["Q8_0"], SilentProgress())[0].glob("*.safetensors"))) == 2
+    repository.fetch_checkpoint(tmp_path, [None, "Q8_0"], "go elsewhere")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2

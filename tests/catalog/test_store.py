@@ -12,10 +12,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_phi3.catalog import Catalog, CatalogError, build
+from edge_phi3.catalog import Catalog, CatalogError
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError
 from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.files import DiskFullError
 from tests.catalog.conftest import Notes
 
 
@@ -121,17 +122,17 @@ def test_a_killed_making_goes_on_after_its_conversion(
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("edge_phi3.conversion.quantize.quantize", killed)
+    monkeypatch.setattr("edge_phi3.conversion.journey.quantize", killed)
     with pytest.raises(KeyboardInterrupt):
         catalog.resolve(str(checkpoint))
     monkeypatch.undo()
-    stale = next(catalog.store.glob("*/work-*")) / ".auto.gguf.0123abcd.partial"
+    stale = next(catalog.store.glob("*/.work-*")) / ".auto.gguf.0123abcd.partial"
     stale.write_bytes(b"left by a process that was killed")
     model = catalog.resolve(str(checkpoint), progress=notes)
     assert notes.titles == ["Quantising tiny-phi3 to Q4_K_M"]
     assert model.manifest is not None
     assert {file.name for file in model.manifest.made_from} == {path.name for path in checkpoint.iterdir()}
-    assert not list(catalog.store.glob("*/work-*"))
+    assert not list(catalog.store.glob("*/.work-*"))
 
 
 def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(
@@ -147,7 +148,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(
 
 
 def test_a_type_that_needs_a_matrix_is_refused_before_any_work(catalog: Catalog, checkpoint: Path) -> None:
-    with pytest.raises(CatalogError, match=r"IQ2_XS needs an importance matrix, which no download has"):
+    with pytest.raises(CatalogError, match=r"IQ2_XS needs an importance matrix, .*; add --output-dir DIR"):
         catalog.resolve(str(checkpoint), quant="IQ2_XS")
     with pytest.raises(UnknownQuantizationError, match="Q4_K_M"):
         catalog.resolve(str(checkpoint), quant="Q4_K_X")
@@ -158,9 +159,9 @@ def test_too_little_space_is_told_before_any_work(
     catalog: Catalog, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = types.SimpleNamespace(free=10_000)
-    monkeypatch.setattr(build.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(
-        CatalogError, match=r"Making tiny-phi3 takes about [\d.]+ kB, and the disk .* has 10\.0 kB left"
+        DiskFullError, match=r"Q4_K_M, BF16 will take about .* kB left; free some space, or set EDGE_PHI3_STORE to"
     ):
         catalog.resolve(str(checkpoint))
 

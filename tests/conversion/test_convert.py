@@ -15,9 +15,9 @@ from pathlib import Path
 import gguf
 import pytest
 
-from edge_phi3.conversion.convert import ConversionProgress, convert
+from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
-from edge_phi3.files import OutputExistsError
+from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.golden.cases import CONVERTER_CASES, write_converter_case
 from tests.golden.checkpoints import Tensor, phi3_tensors, write_checkpoint, write_weights
 from tests.golden.describe import describe, differences
@@ -64,18 +64,19 @@ def test_stored_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
 
 
 def test_the_result_and_the_progress_tell_what_happened(pristine: Path, tmp_path: Path) -> None:
-    steps: list[ConversionProgress] = []
+    steps: list[tuple[int, int, str]] = []
     output = tmp_path / "new folder" / "out.gguf"
-    result = convert(pristine, output, outtype="f16", progress=steps.append)
+    result = convert(pristine, output, outtype="f16", progress=lambda *step: steps.append(step))
     reader = gguf.GGUFReader(output)
     assert (result.path, result.outtype) == (output, "f16")
     assert result.tensors == len(reader.tensors)
     assert result.size == output.stat().st_size
     assert result.seconds > 0
-    assert {step.total for step in steps} == {sum(int(tensor.n_bytes) for tensor in reader.tensors)}
-    assert [step.done for step in steps] == sorted({step.done for step in steps})
-    assert steps[-1].done == steps[-1].total
-    assert {step.tensor for step in steps} == {tensor.name for tensor in reader.tensors}
+    done, totals, names = zip(*steps, strict=True)
+    assert set(totals) == {sum(int(tensor.n_bytes) for tensor in reader.tensors)}
+    assert list(done) == sorted(set(done))
+    assert done[-1] == totals[-1]
+    assert set(names) == {tensor.name for tensor in reader.tensors}
 
 
 def test_an_existing_output_is_kept_unless_forced(pristine: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
     program = (
         "import signal, sys, time; from pathlib import Path; from edge_phi3.conversion.convert import convert\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs inherit it ignored
-        "def stay(step): print(step.done, flush=True); time.sleep(3600)\n"
+        "def stay(done, total, tensor): print(done, flush=True); time.sleep(3600)\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=stay)\n"
     )
     arguments = [sys.executable, "-c", program, str(pristine), str(output)]
@@ -169,7 +170,7 @@ def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
     disk = os.statvfs(tmp_path)
     _write_sparse(checkpoint, intermediate_size=disk.f_frsize * disk.f_blocks // (3 * 4 * 2048))
-    with pytest.raises(ConversionError, match=r"has [\d.]+ GB free, but the output takes [\d.]+ GB"):
+    with pytest.raises(DiskFullError, match=r"out\.gguf will take about [\d.]+ .B, .* has [\d.]+ .B left"):
         convert(checkpoint, tmp_path / "output" / "out.gguf", outtype="f32")
     assert list((tmp_path / "output").iterdir()) == []
 

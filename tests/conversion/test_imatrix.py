@@ -17,7 +17,6 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import (
     CALIBRATION_NAME,
     ImatrixError,
-    ImatrixProgress,
     calibration_text,
     collect_imatrix,
     make_imatrix,
@@ -132,8 +131,8 @@ def test_matrices_of_different_models_do_not_merge(demo: Path) -> None:
 
 
 def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path, tmp_path: Path) -> None:
-    def interrupt(now: ImatrixProgress) -> None:
-        if now.chunk == 1:
+    def interrupt(done: int, _total: int, _detail: str) -> None:
+        if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -9,10 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_phi3.conversion import quantize as module
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError
 from edge_phi3.conversion.quantize import QuantizeError, quantize
-from edge_phi3.files import OutputExistsError
+from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.conversion.random_gguf import write_random
 
 
@@ -142,7 +141,7 @@ def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kin
 def test_too_little_free_space_is_told_before_the_work_begins(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(QuantizeError, match=r"out\.gguf needs \d\.\d MB and its disk has 1\.0 kB left"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(DiskFullError, match=r"out\.gguf will take about \d\.\d MB, .* has 1\.0 kB left"):
         quantize(source, tmp_path / "out.gguf", type="Q8_0")
     assert list(tmp_path.iterdir()) == []
