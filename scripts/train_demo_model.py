@@ -62,9 +62,8 @@ def main(output: Path, steps: int, seed: int, threads: int, state: Path | None) 
             raise SystemExit(f"Fewer than {FEWEST_RIGHT} right: nothing was written. Train for more --steps.")
 
         facts = training_facts(plan, run, split, exact=exact, answers=answers, pieces=PIECES)
-        expected = [{"question": answer["question"], "answer": answer["expected"]} for answer in answers]
         write_json(folder / "training.json", facts)
-        write_json(folder / "questions.json", expected)
+        write_json(folder / "questions.json", [{"question": a["question"], "answer": a["expected"]} for a in answers])
         draw_curves(folder / "loss.svg", run)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         (folder / "README.md").write_text(render_card(facts, config, size_of(folder)), encoding="utf-8")

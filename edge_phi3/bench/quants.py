@@ -38,7 +38,7 @@ _PLAIN_TYPES = {"F32", "F16", "BF16"}
 
 
 def evaluation_text() -> str:
-    """Give the packaged evaluation text: conversations in Phi-3's chat format, none of them in the calibration text."""
+    """Return the packaged evaluation text: conversations in Phi-3's chat format, none of them calibration text."""
     return files("edge_phi3.bench").joinpath("evaluation.txt").read_text("utf-8")
 
 
@@ -227,7 +227,7 @@ class _Run:
 
 
 def _type_of(path: Path) -> str:
-    """Give the name of a GGUF's file type."""
+    """Return the name of a GGUF's file type."""
     try:
         field = gguf.GGUFReader(path).fields.get("general.file_type")
     except (OSError, ValueError) as error:

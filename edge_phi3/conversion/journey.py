@@ -21,10 +21,9 @@ from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import SourceInfo, convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
-from edge_phi3.conversion.plan import Plan, plan_tensors
+from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.tied import read_model
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, locked, require_space, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
@@ -180,9 +179,11 @@ class Journey:
         imatrix_chunks: int | None = None,
     ) -> list[Stop]:
         """Convert a checkpoint to `outtype` and quantise it to each type; see `run_journey`."""
+        matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
+        if matrix is not None:
+            self._input(matrix)
         base = self.convert(checkpoint, types, outtype=outtype, source=source)
         stops = [base]
-        matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
         if imatrix == "auto" and any(type_.uses_imatrix for type_ in types):
             stops.append(self.collect(base, imatrix_chunks))
             matrix = stops[-1].path

@@ -141,7 +141,7 @@ def check_source(source: Path) -> None:
 
 
 def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, options: Options) -> Job:
-    """Give the dry run of a quantisation, its names turned into llama.cpp's numbers.
+    """Return the dry run of a quantisation, its names turned into llama.cpp's numbers.
 
     Raises:
         UnknownQuantizationError: a tensor type that llama.cpp does not write.
@@ -311,7 +311,7 @@ def _padded(size: int) -> int:
 
 
 def _source_bytes(source: Path) -> int:
-    """Give the bytes of a GGUF, all the files of a split one together."""
+    """Return the bytes of a GGUF, all the files of a split one together."""
     match = _SPLIT.search(source.name)
     if match is None:
         return source.stat().st_size

@@ -13,7 +13,7 @@ from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGgu
 from edge_phi3.conversion.checkpoint import open_checkpoint, read_json
 from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
-from edge_phi3.conversion.tied import read_model
+from edge_phi3.conversion.plan import read_model
 from edge_phi3.planning.errors import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
 from edge_phi3.progress import ProgressReporter

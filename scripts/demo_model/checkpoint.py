@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,14 +22,10 @@ PIECES = 4000
 SPECIALS = (
     "<|endoftext|>",
     "<|assistant|>",
-    "<|placeholder1|>",
-    "<|placeholder2|>",
-    "<|placeholder3|>",
-    "<|placeholder4|>",
+    *(f"<|placeholder{number}|>" for number in (1, 2, 3, 4)),
     "<|system|>",
     "<|end|>",
-    "<|placeholder5|>",
-    "<|placeholder6|>",
+    *(f"<|placeholder{number}|>" for number in (5, 6)),
     "<|user|>",
 )
 """Phi-3's special tokens in the order of their ids, the first being `PIECES`."""
@@ -45,9 +42,11 @@ CHAT_TEMPLATE = (
 )
 """Phi-3-mini's conversation format: ``<|role|>``, a line feed, the text, ``<|end|>`` and a line feed."""
 
-CONTEXT = 4096
+CONFIG = json.loads(Path(__file__).with_name("config.json").read_text("utf-8"))
+"""The shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256.
 
-_CONFIG_KEYS = Path(__file__).with_name("config_keys.txt").read_text("utf-8").split()
+The vocabulary is padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064.
+"""
 
 
 def prompt_for(question: str) -> str:
@@ -131,7 +130,7 @@ def write_tokenizer(folder: Path, vocabulary: bytes) -> LlamaTokenizerFast:
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
-        "model_max_length": CONTEXT,
+        "model_max_length": CONFIG["max_position_embeddings"],
         "padding_side": "left",
         "sp_model_kwargs": {},
         "tokenizer_class": "LlamaTokenizer",
@@ -164,9 +163,8 @@ def write_model(folder: Path, model: Phi3ForCausalLM) -> None:
     weights = {name: tensor.bfloat16().contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     versions = {"transformers_version": transformers.__version__}
-    config = {key: getattr(model.config, key) for key in _CONFIG_KEYS}
     about = {"architectures": ["Phi3ForCausalLM"], "torch_dtype": "bfloat16"}
-    write_json(folder / "config.json", config | about | versions)
+    write_json(folder / "config.json", CONFIG | about | versions)
     ends = {"bos_token_id": 1, "eos_token_id": STOPS, "pad_token_id": ENDOFTEXT}
     write_json(folder / "generation_config.json", ends | versions)
 

@@ -195,8 +195,7 @@ def question_name(question: str) -> str:
 
 def expected_answer(question: str, items: Sequence[Item]) -> str:
     """Return the answer that training teaches for one of `QUESTIONS`."""
-    name = question_name(question)
-    return next(item.answer for item in items if item.name == name)
+    return next(item.answer for item in items if item.name == question_name(question))
 
 
 if __name__ == "__main__":

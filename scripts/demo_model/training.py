@@ -18,11 +18,8 @@ from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
 
 from edge_phi3.files import atomic_output
 
-from .checkpoint import CONTEXT, END, ENDOFTEXT, prompt_for
+from .checkpoint import CONFIG, END, ENDOFTEXT, prompt_for
 from .corpus import Item, Split, dice
-
-ROWS = 4032
-"""Rows of the embedding: the vocabulary padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064."""
 
 _IGNORED = -100
 
@@ -56,28 +53,6 @@ class Run:
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
-
-
-def model_config() -> Phi3Config:
-    """Return the shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256."""
-    return Phi3Config(
-        vocab_size=ROWS,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        original_max_position_embeddings=CONTEXT,
-        rope_theta=10000.0,
-        sliding_window=2047,
-        bos_token_id=1,
-        eos_token_id=ENDOFTEXT,
-        pad_token_id=ENDOFTEXT,
-        tie_word_embeddings=False,
-        attention_bias=False,
-        torch_dtype="bfloat16",
-    )
 
 
 def encode_turn(tokenizer: LlamaTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
@@ -179,13 +154,10 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
     """
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
-    run = Run(Phi3ForCausalLM(model_config()).float())
+    run = Run(Phi3ForCausalLM(Phi3Config(**CONFIG, torch_dtype="bfloat16")).float())
     matrices = [p for p in run.model.parameters() if p.dim() > 1]
     vectors = [p for p in run.model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
     inputs = repr(split) + tokenizer.backend_tokenizer.to_str()
     key = asdict(plan) | {"inputs": hashlib.sha256(inputs.encode()).hexdigest()}

@@ -1,4 +1,4 @@
-"""`convert` writes what llama.cpp's converter writes, or nothing at all."""
+"""`convert` writes what llama.cpp's converter writes, which answers as the checkpoint does, or nothing at all."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.files import DiskFullError, OutputExistsError
-from tests.golden.cases import CONVERTER_CASES, write_converter_case
+from tests.conversion import llama
+from tests.golden.cases import CONVERTER_CASES, LOGITS_CASES, prompt_of, write_converter_case, write_logits_case
 from tests.golden.checkpoints import Tensor, phi3_tensors, write_checkpoint, write_weights
 from tests.golden.describe import describe, differences
 
-RECORD = json.loads((Path(__file__).parent.parent / "golden" / "converter.json").read_text(encoding="utf-8"))
+GOLDEN = Path(__file__).parent.parent / "golden"
+RECORD = json.loads((GOLDEN / "converter.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", CONVERTER_CASES)
@@ -34,13 +37,21 @@ def test_every_byte_and_key_is_that_of_llama_cpps_converter(name: str, tmp_path:
         assert differences(RECORD[name][outtype], describe(output)) == []
 
 
-def test_every_spelling_of_longrope_means_the_same(tmp_path: Path) -> None:
-    described = []
-    for name in ("128k", "128k-su", "128k-yarn", "128k-rope_parameters"):
-        convert(write_converter_case(tmp_path, name), tmp_path / f"{name}.gguf")
-        described.append(describe(tmp_path / f"{name}.gguf"))
-    assert all(other == described[0] for other in described)
-    assert {"rope_factors_long.weight", "rope_factors_short.weight"} <= described[0]["tensors"].keys()
+@pytest.mark.parametrize("name", LOGITS_CASES)
+def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
+    convert(write_logits_case(tmp_path, name), tmp_path / "model.gguf", outtype="f32")
+    recorded = np.load(GOLDEN / "logits" / f"{name}.npz")
+    _, lengths = LOGITS_CASES[name]
+    with llama.loaded(tmp_path / "model.gguf") as model:
+        for length in lengths:
+            expected = recorded[f"logits_{length}"]
+            # llama.cpp takes the short rope factors in a context of at most the original length, 256 in these cases.
+            cells = 256 if length <= 256 else 1024 if length <= 1024 else 2048
+            prompt = prompt_of(length, expected.shape[1])
+            found = llama.logits(model, prompt, context_length=cells, last=len(expected))
+            assert expected.std() > 1, "flat logits would prove nothing"
+            # Processors sum in different orders: 2e-5 apart where it was tried, and a wrong factor is off by 1 or more.
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "outtype"), [("bfloat16", "bf16"), ("float16", "f16"), ("float32", "f32")])
@@ -79,27 +90,19 @@ def test_the_result_and_the_progress_tell_what_happened(pristine: Path, tmp_path
     assert set(names) == {tensor.name for tensor in reader.tensors}
 
 
-def test_an_existing_output_is_kept_unless_forced(pristine: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.gguf"
-    output.write_text("precious")
-    with pytest.raises(OutputExistsError, match=r"out\.gguf exists; give --force"):
-        convert(pristine, output)
-    assert output.read_text() == "precious"
-    convert(pristine, output, force=True)
-    assert output.read_bytes()[:4] == b"GGUF"
-
-
-def test_the_checkpoint_itself_is_never_overwritten(checkpoint: Path) -> None:
+def test_an_output_that_cannot_be_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     shard = checkpoint / "model-00001-of-00002.safetensors"
     before = shard.read_bytes()
     with pytest.raises(ConversionError, match="is a file of the checkpoint itself"):
         convert(checkpoint, shard, force=True)
     assert shard.read_bytes() == before
-
-
-def test_an_unknown_output_type_is_refused(pristine: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="'q4_0' does not exist; choose one of f32, f16, bf16, q8_0, auto"):
-        convert(pristine, tmp_path / "out.gguf", outtype="q4_0")
+        convert(checkpoint, tmp_path / "out.gguf", outtype="q4_0")
+    with pytest.raises(OutputExistsError, match="is a folder; give the name of a file to write"):
+        convert(checkpoint, tmp_path, force=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConversionError, match=r"file/out.gguf cannot be written: "):
+        convert(checkpoint, tmp_path / "file" / "out.gguf")
 
 
 def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
@@ -143,7 +146,8 @@ def test_a_write_that_fails_leaves_nothing(pristine: Path, tmp_path: Path) -> No
 def test_a_disk_that_fills_up_meanwhile_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
     mount = tmp_path / "small disk"
     mount.mkdir()
-    data = sum(tensor.n_bytes for tensor in _reader(pristine, tmp_path / "sized.gguf").tensors)
+    sized = convert(pristine, tmp_path / "sized.gguf").path
+    data = sum(tensor.n_bytes for tensor in gguf.GGUFReader(sized).tensors)
     program = (
         "import sys; from pathlib import Path; from edge_phi3.conversion.convert import *\n"
         "from edge_phi3.conversion.errors import ConversionError\n"
@@ -158,11 +162,6 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(pristine: Path, tmp_path:
         pytest.skip(f"a small disk cannot be mounted here: {finished.stderr}")
     sentence = "cannot be written: No space left on device. Free some space or choose another folder."
     assert finished.stdout == f"{mount / 'out.gguf'} {sentence}\n"
-
-
-def _reader(checkpoint: Path, output: Path) -> gguf.GGUFReader:
-    convert(checkpoint, output)
-    return gguf.GGUFReader(output)
 
 
 def test_a_disk_without_room_is_refused_before_writing(tmp_path: Path) -> None:

@@ -30,14 +30,8 @@ PROMPTS = (
     "<|user|> How to explain Internet for a medieval knight?<|end|><|assistant|>",
     "YOUR_PROMPT_HERE",
     "<|user|>\nI am going to Paris, what should I see?<|end|>\n<|assistant|>\nParis, the capital of France, is known "
-    "for its stunning architecture, art museums, historical landmarks, and romantic atmosphere. Here are some of the "
-    "top attractions to see in Paris:\n\n1. The Eiffel Tower: The iconic Eiffel Tower is one of the most recognizable "
-    "landmarks in the world and offers breathtaking views of the city.\n2. The Louvre Museum: The Louvre is one of the "
-    "world's largest and most famous museums, housing an impressive collection of art and artifacts, including the "
-    "Mona Lisa.\n3. Notre-Dame Cathedral: This beautiful cathedral is one of the most famous landmarks in Paris and is "
-    "known for its Gothic architecture and stunning stained glass windows.\n\nThese are just a few of the many "
-    "attractions that Paris has to offer. With so much to see and do, it's no wonder that Paris is one of the most "
-    'popular tourist destinations in the world."<|end|>\n<|user|>\nWhat is so great about #1?<|end|>\n<|assistant|>\n',
+    "for its art museums. Here are some:\n\n1. The Eiffel Tower: The iconic Eiffel Tower\n2. The Louvre Museum, the "
+    "world's largest\n\nIt's no wonder<|end|>\n<|user|>\nWhat is so great about #1?<|end|>\n<|assistant|>\n",
 )
 
 SPECIAL = [token.text for token in phi3_vocabulary().added]
