@@ -231,7 +231,9 @@ def make_files(
     from edge_phi3.conversion.journey import ELSEWHERE, LOCK_NAME, Journey, choose_types  # noqa: PLC0415 (see above)
 
     types = choose_types(quants, imatrix)
-    with locked(output_dir / LOCK_NAME):
+    with locked(
+        output_dir / LOCK_NAME, lambda: progress.note(f"Another process works in {output_dir}; waiting for it.")
+    ):
         repository = Repository(wanted, progress) if isinstance(wanted, HubCheckpoint) else None
         folder = output_dir / f"checkpoint-{repository.snapshot.commit[:12] if repository else ''}"
         outputs = [None, *(type_.name for type_ in types)]
