@@ -311,7 +311,7 @@ def _padded(size: int) -> int:
 
 
 def _source_bytes(source: Path) -> int:
-    """Return the bytes of a GGUF, all the files of a split one together."""
+    """Give the bytes of a GGUF, all the files of a split one together."""
     match = _SPLIT.search(source.name)
     if match is None:
         return source.stat().st_size
