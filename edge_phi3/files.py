@@ -6,8 +6,12 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import filelock
+from rich.filesize import decimal
 
 from edge_phi3.errors import EdgePhi3Error
 
@@ -19,6 +23,10 @@ _CHUNK = 1 << 20
 
 class OutputExistsError(EdgePhi3Error):
     """The output path exists and overwriting was not asked for."""
+
+
+class DiskFullError(EdgePhi3Error):
+    """A disk has no room for what is going to be written."""
 
 
 @contextlib.contextmanager
@@ -50,6 +58,47 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock file while the block runs; the system frees it when the process ends, however it ends.
+
+    Args:
+        path: the lock file; its folder is made when absent.
+        waiting: called before it waits for another process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        waiting()
+        lock.acquire(poll_interval=0.5)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_space(folder: Path, needed: int, what: str, elsewhere: str = "choose another folder") -> None:
+    """Refuse what a disk cannot hold, before it is begun.
+
+    Args:
+        folder: on the disk.
+        needed: bytes, about.
+        what: what takes them.
+        elsewhere: what to do beside freeing space.
+
+    Raises:
+        DiskFullError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskFullError(
+            f"{what} will take about {decimal(needed)}, and the disk of {folder} has {decimal(free)} left;"
+            f" free some space, or {elsewhere}."
+        )
 
 
 def sha256_of(path: Path) -> str:

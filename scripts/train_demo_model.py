@@ -5,51 +5,40 @@ Needs the `train` and `bench` dependency groups and about 4 GB of memory. The ca
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
+import rich_click as click
 from demo_model.card import draw_curves, render_card, training_facts
-from demo_model.checkpoint import greedy_answer, write_model
+from demo_model.checkpoint import PIECES, check_agreement, greedy_answer, train_vocabulary, write_model, write_tokenizer
 from demo_model.corpus import QUESTIONS, expected_answer, read_corpus, split_corpus
 from demo_model.folder import MOST_BYTES, size_of, whole_folder, write_json
-from demo_model.tokenizer import PIECES, check_agreement, train_vocabulary, write_tokenizer
 from demo_model.training import Plan, evaluate, train
 
 OUTPUT = Path(__file__).resolve().parent.parent / "edge_phi3" / "demo" / "phi-3-demo"
 FEWEST_RIGHT = 8
+PLAN = Plan()
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    plan = Plan()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the checkpoint; replaced when complete")
-    parser.add_argument(
-        "--steps", type=int, default=plan.steps, help="training steps; the learning rate decays over them"
-    )
-    parser.add_argument("--seed", type=int, default=plan.seed, help="seed of the split, the weights and the order")
-    parser.add_argument("--threads", type=int, default=plan.threads, help="CPU threads")
-    parser.add_argument("--state", type=Path, help="file in which progress is kept, to go on from after a stop")
-    return parser.parse_args()
-
-
-def main() -> None:
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--output", type=Path, default=OUTPUT, help="Folder of the checkpoint; replaced when complete.")
+@click.option("--steps", default=PLAN.steps, help="Training steps; the learning rate decays over them.")
+@click.option("--seed", default=PLAN.seed, help="Seed of the split, the weights and the order.")
+@click.option("--threads", default=PLAN.threads, help="CPU threads.")
+@click.option("--state", type=Path, help="File in which progress is kept, to go on from after a stop.")
+def main(output: Path, steps: int, seed: int, threads: int, state: Path | None) -> None:
     """Make the checkpoint, or leave the old one untouched."""
-    options = parse_arguments()
-    plan = Plan(steps=options.steps, seed=options.seed, threads=options.threads)
+    plan = Plan(steps=steps, seed=seed, threads=threads)
     items = read_corpus()
     split = split_corpus(items, plan.seed, plan.held_out_share)
     print(f"{len(split.trained)} texts to train on, {len(split.held_out)} held out", file=sys.stderr)
 
-    with whole_folder(options.output) as folder:
+    with whole_folder(output) as folder:
         texts = [t for i in items for t in (f"What does {i.name} do?", f"What does `{i.name}` do?", i.answer)]
         tokenizer = write_tokenizer(folder, train_vocabulary(texts))
         check_agreement(folder, tokenizer, texts)
-        run = train(split, tokenizer, plan, options.state)
+        run = train(split, tokenizer, plan, state)
         write_model(folder, run.model)
 
         answers = [
@@ -73,15 +62,14 @@ def main() -> None:
             raise SystemExit(f"Fewer than {FEWEST_RIGHT} right: nothing was written. Train for more --steps.")
 
         facts = training_facts(plan, run, split, exact=exact, answers=answers, pieces=PIECES)
-        expected = [{"question": answer["question"], "answer": answer["expected"]} for answer in answers]
         write_json(folder / "training.json", facts)
-        write_json(folder / "questions.json", expected)
+        write_json(folder / "questions.json", [{"question": a["question"], "answer": a["expected"]} for a in answers])
         draw_curves(folder / "loss.svg", run)
         config = json.loads((folder / "config.json").read_text("utf-8"))
         (folder / "README.md").write_text(render_card(facts, config, size_of(folder)), encoding="utf-8")
         if size_of(folder) > MOST_BYTES:
             raise SystemExit(f"The folder has {size_of(folder)} bytes; at most {MOST_BYTES} are allowed.")
-    print(f"wrote {options.output}", file=sys.stderr)
+    print(f"wrote {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,20 @@
 The table is made from values.yaml, whose comments stand above the values that they describe. The schema of the
 service's options is made from `edge_phi3.settings`, and that of quantisations from the list that `edge-phi3 quantize`
 knows, so that a wrong option fails when a release is installed.
-
-Usage: python scripts/update_chart.py [--check]
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
+import operator
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rich_click as click
 import yaml
 
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
@@ -33,15 +33,11 @@ SET_BY_THE_CHART = frozenset({"model", "quant", "store", "port", "grace_period",
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?P<rest>.*)")
 
 
-class ChartError(Exception):
-    """values.yaml cannot be turned into a table."""
-
-
 def rows(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Give the path, default and description of each value that has a comment, in the file's order.
+    """Return the path, default and description of each value that has a comment, in the file's order.
 
     Raises:
-        ChartError: a value has no comment, nor has the map that it is in.
+        SystemExit: a value has no comment, nor has the map that it is in.
     """
     values = yaml.safe_load(text)
     comment: list[str] = []
@@ -57,24 +53,19 @@ def rows(text: str) -> Iterator[tuple[str, Any, str]]:
             if described is not None and path.startswith(described + "."):
                 continue
             described = None
+            value = functools.reduce(operator.getitem, parents, values)
             if comment:
                 described = path
-                yield path, _at(values, parents), " ".join(comment)
-            elif not isinstance(_at(values, parents), dict) or match["rest"]:
-                raise ChartError(f"{path} in values.yaml has no comment above it.")
+                yield path, value, " ".join(comment)
+            elif not isinstance(value, dict) or match["rest"]:
+                raise SystemExit(f"{path} in values.yaml has no comment above it.")
             comment = []
         elif not line.strip():
             comment = []
 
 
-def _at(values: Any, path: list[str]) -> Any:
-    for key in path:
-        values = values[key]
-    return values
-
-
 def table(text: str) -> str:
-    """Give the table of values as Markdown."""
+    """Return the table of values as Markdown."""
     lines = ["| value | default | what it is |", "| --- | --- | --- |"]
     for path, default, description in rows(text):
         shown = json.dumps(default, ensure_ascii=False).replace("|", "\\|")
@@ -83,7 +74,7 @@ def table(text: str) -> str:
 
 
 def options_schema() -> dict[str, Any]:
-    """Give the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
+    """Return the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
     described = Settings.model_json_schema()["properties"]
     properties = {key_of(name): _flag_schema(described[name]) for name in described if name not in SET_BY_THE_CHART}
     return {
@@ -109,7 +100,7 @@ _KEPT = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
 
 
 def updated_schema(text: str) -> str:
-    """Give values.schema.json with the parts that follow from the service."""
+    """Return values.schema.json with the parts that follow from the service."""
     schema = json.loads(text)
     schema["properties"]["serve"]["properties"]["options"] = options_schema()
     schema["properties"]["model"]["properties"]["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
@@ -117,23 +108,22 @@ def updated_schema(text: str) -> str:
 
 
 def updated_readme(text: str, values: str) -> str:
-    """Give README.md with the table of `values`.
+    """Return README.md with the table of `values`.
 
     Raises:
-        ChartError: the README has not the two marks that the table stands between.
+        SystemExit: the README has not the two marks that the table stands between.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ChartError(f"README.md lacks the marks {BEGIN} and {END}.")
+        raise SystemExit(f"README.md lacks the marks {BEGIN} and {END}.")
     return f"{before}{BEGIN}\n\n{table(values)}\n\n{END}{after}"
 
 
-def main() -> int:
-    """Write the files, or with ``--check`` only say whether they are up to date."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when something would change")
-    check = parser.parse_args().check
+@click.command(help=__doc__)
+@click.option("--check", is_flag=True, help="Write nothing; fail when something would change.")
+def main(check: bool) -> None:
+    """Write the files, or only say whether they are up to date."""
     readme, schema = CHART / "README.md", CHART / "values.schema.json"
     values = (CHART / "values.yaml").read_text(encoding="utf-8")
     wanted = {
@@ -146,8 +136,8 @@ def main() -> int:
         if not check:
             with atomic_output(path, force=True) as temporary:
                 temporary.write_text(wanted[path], encoding="utf-8")
-    return 1 if check and stale else 0
+    sys.exit(1 if check and stale else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

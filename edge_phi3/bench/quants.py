@@ -1,32 +1,28 @@
 """Measure several quantisations of one model: how large, how good, how fast.
 
-All is compared with one reference, the F16 model. What takes long is kept in the output folder and used again: a made
-file's name ends in a digest of what it was made from, and each figure carries one of all that it depends on.
+All is compared with one reference, the F16 model. What takes long is kept in the output folder and used again: files
+are made by `edge_phi3.conversion.journey`, and each figure carries a digest of all that it depends on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 
 import gguf
 import msgspec
-from filelock import FileLock
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.quant_report import FORMAT, Measurement, QuantReport, read_report
 from edge_phi3.bench.quant_worker import Conditions, Job, Measured, measure
-from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.imatrix import make_imatrix
-from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType, quantization_type
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.tool_versions import tool_versions
-from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
+from edge_phi3.conversion import tool_versions
+from edge_phi3.conversion.journey import LOCK_NAME, Journey, Stop, choose_types
+from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType
+from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 EVALUATION_NAME = "edge-phi3 evaluation.txt"
@@ -42,7 +38,7 @@ _PLAIN_TYPES = {"F32", "F16", "BF16"}
 
 
 def evaluation_text() -> str:
-    """Give the packaged evaluation text: conversations in Phi-3's chat format, none of them in the calibration text."""
+    """Return the packaged evaluation text: conversations in Phi-3's chat format, none of them calibration text."""
     return files("edge_phi3.bench").joinpath("evaluation.txt").read_text("utf-8")
 
 
@@ -91,23 +87,11 @@ def run(
         BenchError: the model or the text cannot be measured.
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step before it cannot be done.
     """
-    types = _chosen(bench)
-    bench.output_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(bench.output_dir / ".lock"):
-        for left in bench.output_dir.glob(f".*{PARTIAL_SUFFIX}"):
-            left.unlink(missing_ok=True)
+    every = [kind.name for kind in QUANTIZATION_TYPES.values() if not kind.special]
+    names = [name for given in bench.types for name in (every if given.lower() == "all" else [given])]
+    types = choose_types(names, bench.imatrix)
+    with locked(bench.output_dir / LOCK_NAME):
         return _Run(bench, progress or SilentProgress(), measured).run(types)
-
-
-def _chosen(bench: QuantBench) -> list[QuantizationType]:
-    names: list[str] = []
-    for name in bench.types:
-        every = [kind.name for kind in QUANTIZATION_TYPES.values() if not kind.special]
-        names += every if name.lower() == "all" else [quantization_type(name).name]
-    types = [quantization_type(name) for name in dict.fromkeys(names)]
-    if bench.imatrix == "none" and (needy := [kind.name for kind in types if kind.needs_imatrix]):
-        raise BenchError(f"{needy[0]} needs an importance matrix; give --imatrix auto, or the path of one made before.")
-    return types
 
 
 class _Run:
@@ -117,13 +101,16 @@ class _Run:
         self._name = bench.model.resolve().name.removesuffix(".gguf")
         self._text = evaluation_text() if bench.text is None else _read(bench.text)
         self._machine = Machine.here()
+        self._journey = Journey(
+            self._folder, self._name, progress, threads=bench.threads, n_gpu_layers=bench.n_gpu_layers
+        )
         self._found: dict[str, Measurement] = {}
 
     def run(self, types: Sequence[QuantizationType]) -> QuantReport:
         base = self._base()
-        base_type, digest = _type_of(base), sha256_of(base)
+        base_type, digest = base.made.type, base.made.seen.sha256
         types = [kind for kind in types if kind.name != base_type]
-        matrix = self._matrix(base, digest, types)
+        matrix = self._matrix(base, types)
         guide = None if matrix is None else _matrix_digest(matrix)
 
         def key(name: str) -> str:
@@ -135,14 +122,13 @@ class _Run:
             other.unlink()
         self._take_over({kind.name for kind in types} | {base_type}, key)
         if base_type not in self._found or not _whole(logits):
-            done = self._measure(base, logits, base_type, text=self._text)
-            self._add(self._entry(base_type, key(base_type), base, done, guided=False, seconds=None))
+            done = self._measure(base.path, logits, base_type, text=self._text)
+            self._add(self._entry(base_type, key(base_type), base.path, done, guided=False, seconds=None))
         for kind in types:
             if kind.name in self._found:
                 self._progress.note(f"{kind.name} is measured already.")
                 continue
-            guided = matrix if kind.uses_imatrix else None
-            self._add(self._quantised(base, logits, kind, guided, key(kind.name)))
+            self._add(self._quantised(base, logits, kind, matrix, key(kind.name)))
         return self._report()
 
     def _take_over(self, asked: set[str], key: Callable[[str], str]) -> None:
@@ -153,71 +139,40 @@ class _Run:
             if item.type in QUANTIZATION_TYPES and item.made_from == key(item.type) and not wanted_anew:
                 self._found[item.type] = item
 
-    def _base(self) -> Path:
-        """Give the reference's file, converted when a checkpoint was given."""
+    def _base(self) -> Stop:
+        """Return the reference's file, converted when a checkpoint was given."""
         model = self._bench.model
         if model.is_file():
-            if _type_of(model) not in _PLAIN_TYPES:
+            kind = _type_of(model)
+            if kind not in _PLAIN_TYPES:
                 raise BenchError(
-                    f"{model} is quantised to {_type_of(model)} already; give the model in F16, BF16 or F32, or its"
-                    " checkpoint."
+                    f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
                 )
-            return model
+            return self._journey.begin_with(model, kind)
         if not (model / "config.json").is_file():
             raise BenchError(f"{model} is neither a GGUF file nor a checkpoint folder with a config.json.")
-        paths = sorted(path for path in model.iterdir() if path.is_file())
-        digest = _digest([self._versions(), [(path.name, sha256_of(path)) for path in paths]])
-        path = self._folder / f"{self._name}-F16-{digest[:12]}.gguf"
-        if not path.is_file():
-            with self._progress.step(f"Converting {self._name}") as step:
-                convert(model, path, outtype="f16", progress=lambda now: step.update(now.done, now.total, now.tensor))
-        return path
+        return self._journey.convert(model, outtype="f16")
 
-    def _matrix(self, base: Path, digest: str, types: Sequence[QuantizationType]) -> Path | None:
+    def _matrix(self, base: Stop, types: Sequence[QuantizationType]) -> Path | None:
         chosen = self._bench.imatrix
-        if chosen == "none":
-            return None
         if chosen != "auto":
-            return Path(chosen)
-        path = self._folder / f"{self._name}-imatrix-{_digest([self._versions(), digest])[:12]}.gguf"
-        if path.is_file():
-            return path
-        if not any(kind.uses_imatrix for kind in types):
-            return None
-        with self._progress.step(f"Calibrating {self._name}") as step:
-            make_imatrix(
-                base,
-                path,
-                threads=self._bench.threads,
-                n_gpu_layers=self._bench.n_gpu_layers,
-                progress=lambda now: step.update(now.done, now.total, f"chunk {now.chunk} of {now.chunks}"),
-            )
-        return path
+            return None if chosen == "none" else Path(chosen)
+        # What was measured with a matrix before is known by it, whatever is asked for now.
+        if self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types):
+            return self._journey.collect(base).path
+        return None
 
     def _quantised(
-        self, base: Path, logits: Path, kind: QuantizationType, matrix: Path | None, key: str
+        self, base: Stop, logits: Path, kind: QuantizationType, matrix: Path | None, key: str
     ) -> Measurement:
-        path = self._folder / f"{self._name}-{kind.name}.gguf"
-        if path.exists() and path.samefile(base):
-            raise BenchError(f"{path} is the model itself; give another --output-dir.")
-        started = time.monotonic()
-        with self._progress.step(f"Quantising {self._name} to {kind.name}") as step:
-            quantize(
-                base,
-                path,
-                type=kind.name,
-                imatrix=matrix,
-                threads=self._bench.threads,
-                force=True,
-                progress=lambda now: step.update(now.done_bytes, now.total_bytes, now.tensor),
-            )
-        seconds = time.monotonic() - started
+        stop = self._journey.quantize(base, kind, matrix)
+        guided = matrix is not None and kind.uses_imatrix
         try:
-            done = self._measure(path, logits, kind.name, text=None)
-            return self._entry(kind.name, key, path, done, guided=matrix is not None, seconds=seconds)
+            done = self._measure(stop.path, logits, kind.name, text=None)
+            return self._entry(kind.name, key, stop.path, done, guided=guided, seconds=stop.made.seconds)
         finally:
-            if not self._bench.keep_models:
-                path.unlink(missing_ok=True)
+            if stop.fresh and not self._bench.keep_models:
+                stop.path.unlink(missing_ok=True)
 
     def _measure(self, path: Path, logits: Path, kind: str, *, text: str | None) -> Measured:
         conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
@@ -255,11 +210,8 @@ class _Run:
         inputs = [FORMAT, base, kind, matrix]
         text = [_text_digest(self._text), bench.parse_special, bench.ctx_size, bench.chunks]
         speed = [bench.threads, bench.n_gpu_layers, bench.prompt_tokens, bench.generated_tokens, bench.repetitions]
-        machine = [self._machine.cpu, self._machine.cores, self._versions()]
+        machine = [self._machine.cpu, self._machine.cores, list(tool_versions().values())]
         return _digest([inputs, text, speed, machine])
-
-    def _versions(self) -> list[str]:
-        return list(tool_versions().values())
 
     def _report(self) -> QuantReport:
         ordered = sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes))
@@ -275,7 +227,7 @@ class _Run:
 
 
 def _type_of(path: Path) -> str:
-    """Give the name of a GGUF's file type."""
+    """Return the name of a GGUF's file type."""
     try:
         field = gguf.GGUFReader(path).fields.get("general.file_type")
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Makes one model of the store: download, convert, quantise, and last the manifest. Each finished step is kept.
+"""Makes models: downloads what is missing, and sends a checkpoint through `edge_phi3.conversion.journey`.
 
-A killed run leaves finished downloads, the beginning of an unfinished one, and a finished conversion in a work folder
-beside the model; the next run goes on from there.
+A killed run leaves finished downloads, the beginning of an unfinished one, and what the journey has finished; the next
+run goes on from there.
 """
 
 from __future__ import annotations
@@ -9,22 +9,12 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-from rich.filesize import decimal
-
 from edge_phi3 import __version__
-from edge_phi3.catalog.listing import (
-    CHECKPOINT_FILES,
-    RemoteFile,
-    Snapshot,
-    gguf_files,
-    small_files,
-    weight_files,
-)
+from edge_phi3.catalog.listing import RemoteFile, Snapshot, gguf_files, small_files, weight_files
 from edge_phi3.catalog.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -37,207 +27,249 @@ from edge_phi3.catalog.manifest import (
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import PARTIAL_SUFFIX, atomic_output
+from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space
 from edge_phi3.progress import ProgressReporter
 
+# These take longer to import than all the rest of a start that finds its model in the store.
 if TYPE_CHECKING:
-    from edge_phi3.catalog.hub import Hub
+    from edge_phi3.conversion.convert import SourceInfo
+    from edge_phi3.conversion.journey import Stop
 
 STORE_VARIABLE = "EDGE_PHI3_STORE"
 
-_CONVERTED = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "q8_0"}
-"""File types that the converter writes by itself, to its names for them."""
+WORK_PREFIX = ".work-"
+"""How the names of work folders begin; no model's folder is called so."""
 
-_MADE_FROM = "made-from.json"
-_WORK = "work"
+_DIRECT = frozenset({"F32", "F16", "BF16", "Q8_0"})
+"""Types that the converter writes by itself."""
+
+_ELSEWHERE = f"set {STORE_VARIABLE} to a folder on another disk"
 
 
 class CatalogError(EdgePhi3Error):
-    """A model that cannot be had: no network, no space, a store that cannot be written."""
+    """A model that cannot be had: no network, a store that cannot be written, a type that needs a matrix."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What a model is called and where it comes from; the fields of its manifest."""
+class Repository:
+    """A repository of the Hub at one commit.
 
-    name: str
-    source: str
-    revision: str | None = None
-    requested_revision: str | None = None
+    Raises:
+        UnreachableError: the Hub cannot be asked.
+        HubError: there is no such repository or revision, or it may not be seen.
+    """
+
+    def __init__(self, wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> None:
+        from edge_phi3.catalog.hub import Hub  # noqa: PLC0415 (see above)
+
+        self._hub = Hub(progress)
+        self.snapshot: Snapshot = self._hub.snapshot(wanted.repository, wanted.revision)
+
+    def fetch(self, files: Sequence[RemoteFile], folder: Path) -> list[FileRecord]:
+        """Download files, but for those that are there: they get their names once they have been checked."""
+        targets = [(file, folder / Path(file.name).name) for file in files]
+        return [
+            record(target) if target.exists() else self._hub.download(self.snapshot, file, target)
+            for file, target in targets
+        ]
+
+    def fetch_checkpoint(self, folder: Path, outputs: Sequence[str | None], elsewhere: str) -> SourceInfo:
+        """Download what is missing of a checkpoint.
+
+        Args:
+            folder: where the files go.
+            outputs: the types of the files that will be made of it, None for its own: the disk must hold them all.
+            elsewhere: what to do when it does not, beside freeing space.
+
+        Raises:
+            HubError: the repository holds no checkpoint, or the Hub does not give it.
+            DiskFullError: the disk has no room.
+        """
+        from edge_phi3.conversion.convert import SourceInfo  # noqa: PLC0415 (see above)
+
+        self.fetch(small_files(self.snapshot), folder)
+        files = weight_files(self.snapshot, folder)
+        missing = [file for file in files if not (folder / file.name).exists()]
+        if missing:
+            weights, bits = sum(file.size or 0 for file in files), _bits_of(folder)
+            made = sum(weights * (QUANTIZATION_TYPES[kind].bits_per_weight if kind else bits) for kind in outputs)
+            arrived = sum(path.stat().st_size for path in folder.glob(f"*.safetensors{PARTIAL_SUFFIX}"))
+            needed = sum(file.size or 0 for file in missing) - arrived + int(made / bits)
+            require_space(folder, needed, f"{self.snapshot.repository} and what is made of it", elsewhere)
+        self.fetch(missing, folder)
+        return SourceInfo(self.snapshot.repository, self.snapshot.commit)
 
 
 class Build:
-    """One making of a model, with its folder locked by the caller."""
+    """One making of the models of one reference, whose shelf the caller has locked.
 
-    def __init__(self, shelf: Path, folder: Path, quant: str | None, progress: ProgressReporter, *, keep: bool) -> None:
-        """Make the model in `folder`, with work folders in `shelf`; `keep` the latter at the end."""
-        self.progress = progress
-        self._shelf = shelf
-        self._folder = folder
-        self._quant = quant or ""
-        self._keep = keep
+    Args:
+        shelf: the folder of all quantisations of the model.
+        wanted: what to make.
+        progress: told of each step.
+        keep: keep the checkpoint and the unquantised file.
 
-    def from_folder(self, wanted: LocalCheckpoint) -> Manifest:
-        """Convert and quantise a checkpoint on this machine."""
-        work = self._work("local")
-        if not self._is_converted(work):
-            names = {*CHECKPOINT_FILES, *(path.name for path in wanted.path.glob("*.safetensors*"))}
-            files = [path for name in sorted(names) if (path := wanted.path / name).is_file()]
-            weights = sum(path.stat().st_size for path in files if path.suffix == ".safetensors")
-            self._require_space(wanted.name, weights, weights, wanted.path)
-            self._convert(wanted.path, [record(path) for path in files], work, wanted.name, None)
-        return self._finish(work, _Origin(wanted.name, wanted.path.name))
+    Raises:
+        UnreachableError, HubError: see `Repository`.
+    """
 
-    def from_hub(self, wanted: HubCheckpoint, present: Manifest | None) -> Manifest:
-        """Download, convert and quantise a checkpoint of the Hub, unless `present` is of its commit already."""
-        hub = self._hub()
-        snapshot = hub.snapshot(wanted.repository, wanted.revision)
-        if present is not None and present.revision == snapshot.commit:
-            return present
-        work = self._work(snapshot.commit[:12])
-        if not self._is_converted(work):
-            checkpoint = work / "checkpoint"
-            records = [self._download(hub, snapshot, file, checkpoint) for file in small_files(snapshot)]
-            files = weight_files(snapshot, checkpoint)
-            weights = sum(file.size or 0 for file in files)
-            arrived = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors*"))
-            self._require_space(wanted.text, max(0, weights - arrived) + weights, weights, checkpoint)
-            records += [self._download(hub, snapshot, file, checkpoint) for file in files]
-            self._convert(checkpoint, records, work, wanted.name, snapshot)
-            if not self._keep:
-                shutil.rmtree(checkpoint)
-        return self._finish(work, _Origin(wanted.name, wanted.repository, snapshot.commit, wanted.revision))
-
-    def ready_made(self, wanted: HubGguf, present: Manifest | None) -> Manifest:
-        """Download GGUF files of the Hub, unless `present` is of its commit already."""
-        hub = self._hub()
-        snapshot = hub.snapshot(wanted.repository, wanted.revision)
-        if present is not None and present.revision == snapshot.commit:
-            return present
-        files = gguf_files(snapshot, wanted.files)
-        work = self._work(snapshot.commit[:12])
-        arrived = sum(path.stat().st_size for path in work.glob("*.gguf*"))
-        self._check_space(wanted.text, sum(file.size or 0 for file in files) - arrived)
-        records = [self._download(hub, snapshot, file, work) for file in files]
-        self._clear()
-        for file in records:
-            (work / file.name).replace(self._folder / file.name)
-        origin = _Origin(wanted.name, wanted.repository, snapshot.commit, wanted.revision)
-        return self._write(origin, records, records)
-
-    def _hub(self) -> Hub:
-        # Takes longer to import than all the rest of a start that finds its model in the store.
-        from edge_phi3.catalog.hub import Hub  # noqa: PLC0415 (see above)
-
-        return Hub(self.progress)
-
-    def _work(self, source: str) -> Path:
-        """Give the work folder; another version of the converter gets another one."""
-        work = self._shelf / f"{_WORK}-{source}-{__version__}-{FORMAT}"
-        work.mkdir(parents=True, exist_ok=True)
-        for path in work.glob(f".*{PARTIAL_SUFFIX}"):
-            path.unlink()
-        return work
-
-    def _is_converted(self, work: Path) -> bool:
-        return self._converted(work).exists() and (work / _MADE_FROM).exists()
-
-    def _converted(self, work: Path) -> Path:
-        """Give the path of the conversion. It is renamed into place, and so is whole if it is there."""
-        return work / f"{_CONVERTED.get(self._quant, 'auto')}.gguf"
-
-    def _download(self, hub: Hub, snapshot: Snapshot, file: RemoteFile, folder: Path) -> FileRecord:
-        target = folder / Path(file.name).name
-        # Files get this name once they have been checked.
-        return record(target) if target.exists() else hub.download(snapshot, file, target)
-
-    def _convert(
-        self, checkpoint: Path, files: list[FileRecord], work: Path, name: str, snapshot: Snapshot | None
+    def __init__(
+        self, shelf: Path, wanted: LocalCheckpoint | HubCheckpoint | HubGguf, progress: ProgressReporter, *, keep: bool
     ) -> None:
-        from edge_phi3.conversion.convert import SourceInfo, convert  # noqa: PLC0415 (slow to import)
+        self._shelf, self._wanted, self._progress, self._keep = shelf, wanted, progress, keep
+        self._repository = None if isinstance(wanted, LocalCheckpoint) else Repository(wanted, progress)
+        self._commit = self._repository.snapshot.commit if self._repository else None
 
-        with self.progress.step(f"Converting {name}") as step:
-            convert(
-                checkpoint,
-                self._converted(work),
-                outtype=_CONVERTED.get(self._quant, "auto"),
-                force=True,
-                source=SourceInfo(snapshot.repository, snapshot.commit) if snapshot else None,
-                progress=lambda now: step.update(now.done, now.total, now.tensor),
-            )
-        with atomic_output(work / _MADE_FROM, force=True) as temporary:
-            temporary.write_bytes(msgspec.json.encode(files))
+    def make(self, found: Mapping[Path, Manifest | None], *, refresh: bool) -> dict[Path, Manifest]:
+        """Make the models that are not there.
 
-    def _finish(self, work: Path, origin: _Origin) -> Manifest:
-        """Quantise, and write the manifest."""
-        converted = self._converted(work)
-        output = self._folder / f"{origin.name.rsplit('/', 1)[-1]}-{self._quant}.gguf"
-        made_from = msgspec.json.decode((work / _MADE_FROM).read_bytes(), type=list[FileRecord])
-        self._clear()
-        if self._quant not in _CONVERTED:
-            self._quantize(converted, output, origin.name)
-        elif self._keep:
-            shutil.copyfile(converted, output)
+        Args:
+            found: each model's folder, called as its quantisation if it has one, and its manifest if it is there.
+            refresh: also make again what is of another commit than the revision is now.
+
+        Returns:
+            The manifests of all.
+        """
+        whole = {
+            folder: manifest
+            for folder, manifest in found.items()
+            if manifest is not None and not (refresh and manifest.revision != self._commit)
+        }
+        missing = [folder for folder in found if folder not in whole]
+        if missing:
+            source = self._commit[:12] if self._commit else "local"
+            work = self._shelf / f"{WORK_PREFIX}{source}-{__version__}-{FORMAT}"
+            work.mkdir(parents=True, exist_ok=True)
+            if isinstance(self._wanted, HubGguf):
+                whole |= {folder: self._take(self._wanted, folder, work / folder.name) for folder in missing}
+            else:
+                whole |= self._quantise(self._wanted, missing, work)
+            for left in [] if self._keep else self._shelf.glob(f"{WORK_PREFIX}*"):
+                shutil.rmtree(left)
+        return {folder: whole[folder] for folder in found}
+
+    def _take(self, wanted: HubGguf, folder: Path, work: Path) -> Manifest:
+        """Download ready-made files."""
+        assert self._repository is not None
+        files = gguf_files(self._repository.snapshot, wanted.files)
+        work.mkdir(exist_ok=True)
+        arrived = sum(path.stat().st_size for path in work.iterdir())
+        require_space(work, sum(file.size or 0 for file in files) - arrived, wanted.text, _ELSEWHERE)
+        records = self._repository.fetch(files, work)
+        _clear(folder)
+        for file in records:
+            (work / file.name).replace(folder / file.name)
+        return self._write(folder, records, records, None)
+
+    def _quantise(
+        self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
+    ) -> dict[Path, Manifest]:
+        """Convert and quantise a checkpoint."""
+        from edge_phi3.conversion.journey import Journey  # noqa: PLC0415 (see above)
+
+        groups: dict[str, list[Path]] = {}
+        # What the converter writes by itself comes last: the others may be made from the same file.
+        for folder in sorted(folders, key=lambda folder: folder.name in _DIRECT):
+            groups.setdefault(folder.name.lower() if folder.name in _DIRECT else "auto", []).append(folder)
+        outputs = [*(folder.name for folder in folders), *([None] if "auto" in groups else [])]
+        checkpoint, source = _checkpoint(wanted, self._repository, work / "checkpoint", outputs, _ELSEWHERE)
+        journey = Journey(work, _short(wanted), self._progress, elsewhere=_ELSEWHERE)
+        made: dict[Path, Manifest] = {}
+        for outtype, group in groups.items():
+            types = [QUANTIZATION_TYPES[folder.name] for folder in group]
+            stops = journey.run(checkpoint, types, outtype=outtype, source=source, imatrix="none")
+            made_from = [FileRecord(name, seen.size, seen.sha256) for name, seen in journey.sources.items()]
+            for folder, stop in zip(group, stops[-len(group) :], strict=True):
+                made[folder] = self._write(folder, [self._move(stop, folder)], made_from, folder.name)
+        return made
+
+    def _move(self, stop: Stop, folder: Path) -> FileRecord:
+        _clear(folder)
+        target = folder / stop.path.name
+        if self._keep and folder.name in _DIRECT:
+            shutil.copyfile(stop.path, target)
         else:
-            converted.replace(output)
-        return self._write(origin, [record(output)], made_from)
+            stop.path.replace(target)
+        return FileRecord(target.name, stop.made.seen.size, stop.made.seen.sha256)
 
-    def _quantize(self, converted: Path, output: Path, name: str) -> None:
-        from edge_phi3.conversion.quantize import quantize  # noqa: PLC0415 (slow to import)
-
-        with self.progress.step(f"Quantising {name} to {self._quant}") as step:
-            quantize(
-                converted,
-                output,
-                type=self._quant,
-                progress=lambda now: step.update(now.done_bytes, now.total_bytes, now.tensor),
-            )
-
-    def _clear(self) -> None:
-        """Take away an older model, its manifest first, and what killed runs left."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for path in [*self._folder.glob("*.gguf"), *self._folder.glob(f".*{PARTIAL_SUFFIX}")]:
-            path.unlink()
-
-    def _write(self, origin: _Origin, files: list[FileRecord], made_from: list[FileRecord]) -> Manifest:
+    def _write(self, folder: Path, files: list[FileRecord], made_from: list[FileRecord], quant: str | None) -> Manifest:
+        wanted = self._wanted
         manifest = Manifest(
             format=FORMAT,
-            name=origin.name,
-            source=origin.source,
-            revision=origin.revision,
-            requested_revision=origin.requested_revision,
-            quant=self._quant or None,
+            name=wanted.name,
+            source=wanted.path.name if isinstance(wanted, LocalCheckpoint) else wanted.repository,
+            revision=self._commit,
+            requested_revision=None if isinstance(wanted, LocalCheckpoint) else wanted.revision,
+            quant=quant,
             files=files,
             made_from=made_from,
             tools=all_tool_versions(),
             created=dt.datetime.now(dt.UTC),
         )
-        write_manifest(self._folder, manifest)
-        if not self._keep:
-            for work in self._shelf.glob(f"{_WORK}-*"):
-                shutil.rmtree(work)
+        write_manifest(folder, manifest)
         return manifest
 
-    def _require_space(self, what: str, before: int, weights: int, checkpoint: Path) -> None:
-        """Refuse what the disk cannot hold: downloads and conversion (`before`), then the quantised file."""
-        output = 0
-        if self._quant not in _CONVERTED:
-            bits = QUANTIZATION_TYPES[self._quant].bits_per_weight
-            output = int(weights * bits / _bits_of(checkpoint))
-        self._check_space(what, before + output)
 
-    def _check_space(self, what: str, needed: int) -> None:
-        free = shutil.disk_usage(self._shelf).free
-        if free < needed:
-            raise CatalogError(
-                f"Making {what} takes about {decimal(needed)}, and the disk of the store {self._shelf.parent} has"
-                f" {decimal(free)} left; free some space, or set {STORE_VARIABLE} to a folder on another disk."
-            )
+def make_files(
+    wanted: LocalCheckpoint | HubCheckpoint,
+    quants: Sequence[str],
+    output_dir: Path,
+    progress: ProgressReporter,
+    *,
+    imatrix: Path | str = "auto",
+    imatrix_chunks: int | None = None,
+    threads: int | None = None,
+) -> list[Stop]:
+    """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too.
+
+    See `edge_phi3.conversion.journey.run_journey`.
+
+    Raises:
+        HubError: the Hub does not give what is asked for.
+        DiskFullError: the disk has no room for all files.
+        ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
+    """
+    from edge_phi3.conversion.journey import ELSEWHERE, LOCK_NAME, Journey, choose_types  # noqa: PLC0415 (see above)
+
+    types = choose_types(quants, imatrix)
+    with locked(
+        output_dir / LOCK_NAME, lambda: progress.note(f"Another process works in {output_dir}; waiting for it.")
+    ):
+        repository = Repository(wanted, progress) if isinstance(wanted, HubCheckpoint) else None
+        folder = output_dir / f"checkpoint-{repository.snapshot.commit[:12] if repository else ''}"
+        outputs = [None, *(type_.name for type_ in types)]
+        checkpoint, source = _checkpoint(wanted, repository, folder, outputs, ELSEWHERE)
+        journey = Journey(output_dir, _short(wanted), progress, threads=threads)
+        return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
+
+
+def _checkpoint(
+    wanted: LocalCheckpoint | HubCheckpoint,
+    repository: Repository | None,
+    folder: Path,
+    outputs: Sequence[str | None],
+    elsewhere: str,
+) -> tuple[Path, SourceInfo | None]:
+    """Return where a checkpoint is on this machine, and where it is from; one of the Hub comes into `folder`."""
+    if isinstance(wanted, LocalCheckpoint):
+        return wanted.path, None
+    assert repository is not None
+    return folder, repository.fetch_checkpoint(folder, outputs, elsewhere)
+
+
+def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:
+    return wanted.name.rsplit("/", 1)[-1]
+
+
+def _clear(folder: Path) -> None:
+    """Take away an older model, its manifest first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    for path in [*folder.glob("*.gguf"), *folder.glob(f".*{PARTIAL_SUFFIX}")]:
+        path.unlink()
 
 
 def _bits_of(checkpoint: Path) -> int:
-    """Give the bits of a weight in a checkpoint; a damaged config.json is the converter's to complain about."""
+    """Return the bits of a weight in a checkpoint; a damaged config.json is the converter's to complain about."""
     try:
         config = json.loads((checkpoint / "config.json").read_bytes())
         return 32 if "float32" in {config.get("torch_dtype"), config.get("dtype")} else 16

@@ -115,7 +115,7 @@ class Hub:
         return FileRecord(target.name, target.stat().st_size, digest)
 
     def _complete(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> str:
-        """Fetch until `partial` is whole; give its SHA-256."""
+        """Fetch until `partial` is whole; return its SHA-256."""
         farthest, fruitless = _size(partial), 0
         while True:
             try:
@@ -241,7 +241,7 @@ def _size(path: Path) -> int:
 
 
 def _check(partial: Path, file: RemoteFile) -> str:
-    """Compare a download with the listing; give its SHA-256, or delete it when it differs."""
+    """Compare a download with the listing; return its SHA-256, or delete it when it differs."""
     digest = sha256_of(partial)
     size = partial.stat().st_size
     intact = file.size in {None, size}

@@ -60,7 +60,7 @@ class Snapshot:
 
 
 def small_files(snapshot: Snapshot) -> list[RemoteFile]:
-    """Give the files of a checkpoint without its weights, the index of its shards included.
+    """Return the files of a checkpoint without its weights, the index of its shards included.
 
     Raises:
         HubError: the repository holds no Phi-3 checkpoint in safetensors; the message says what it does hold.
@@ -78,7 +78,7 @@ def small_files(snapshot: Snapshot) -> list[RemoteFile]:
 
 
 def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
-    """Give the files of the weights, once the index lies in `folder`.
+    """Return the files of the weights, once the index lies in `folder`.
 
     Raises:
         HubError: the index is damaged, or names files that the repository does not have.
@@ -89,7 +89,7 @@ def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
 
 
 def gguf_files(snapshot: Snapshot, names: tuple[str, ...]) -> list[RemoteFile]:
-    """Give ready-made GGUF files by their names.
+    """Return ready-made GGUF files by their names.
 
     Raises:
         HubError: the repository does not have one of them; the message lists those it has.

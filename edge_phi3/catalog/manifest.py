@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.conversion.tool_versions import tool_versions
+from edge_phi3.conversion import tool_versions
 from edge_phi3.files import atomic_output, sha256_of
 
 FORMAT = 1
@@ -59,12 +59,12 @@ def record(path: Path) -> FileRecord:
 
 
 def all_tool_versions() -> dict[str, str]:
-    """Give the versions of the packages that models are downloaded and made with."""
+    """Return the versions of the packages that models are downloaded and made with."""
     return tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Give the manifest of a folder whose files are all there with the right sizes; None for any other.
+    """Return the manifest of a folder whose files are all there with the right sizes; None for any other.
 
     Contents are not read again: that would take seconds for each gigabyte at every start.
     """

@@ -156,8 +156,8 @@ def _hub(text: str, match: re.Match[str]) -> HubCheckpoint | HubGguf:
     if any(part in {"", ".", ".."} for part in file.split("/")) or "\\" in file:
         raise ModelReferenceError(f"{text!r}: {file!r} is not a path within a repository.")
     split = _SPLIT_FILE.search(file)
-    if split is None:
+    count = int(split[2]) if split else 0
+    if split is None or not 1 <= int(split[1]) <= count:
         return HubGguf(repository, revision, (file,))
-    count = int(split[2])
     stem = file[: split.start()]
     return HubGguf(repository, revision, tuple(f"{stem}-{i:05}-of-{count:05}.gguf" for i in range(1, count + 1)))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-import filelock
 import platformdirs
 
 from edge_phi3.catalog.build import STORE_VARIABLE, Build, CatalogError
@@ -21,17 +20,21 @@ from edge_phi3.catalog.reference import (
     HubGguf,
     LocalCheckpoint,
     LocalGguf,
-    Reference,
     parse_reference,
 )
 from edge_phi3.conversion.quantization_types import quantization_type
-from edge_phi3.files import sha256_of
+from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 _WHOLE_FILE = 32 << 20
 """Files up to this many bytes are told apart by their content, larger ones by size, time, head and tail."""
 
 _HEAD = 64 << 10
+
+_LONGEST_NAME = 180
+"""Characters of a folder's name; a file system takes 255 bytes, some of which the names of locks add."""
+
+_Wanted = HubCheckpoint | HubGguf | LocalCheckpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,41 +78,67 @@ class Catalog:
         refresh: bool = False,
         keep_intermediate: bool = False,
     ) -> StoredModel:
-        """Give the model of a reference; download, convert and quantise what is missing.
+        """Return the model of a reference, as `pull` does with one quantisation."""
+        return self.pull(reference, [quant], progress=progress, refresh=refresh, keep_intermediate=keep_intermediate)[0]
+
+    def pull(
+        self,
+        reference: str | None,
+        quants: Sequence[str],
+        *,
+        progress: ProgressReporter | None = None,
+        refresh: bool = False,
+        keep_intermediate: bool = False,
+    ) -> list[StoredModel]:
+        """Return the models of a reference; download, convert and quantise what is missing.
 
         What is in the store whole is given at once, and the network is not asked. Two processes that want the same
         model make it once: the second waits.
 
         Args:
             reference: see `edge_phi3.catalog.reference.parse_reference`.
-            quant: file type for a checkpoint, a name of ``QUANTIZATION_TYPES``; ready-made GGUFs stay as they are.
+            quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``; ready-made GGUFs stay as they are.
             progress: told of downloads, conversion and quantisation.
-            refresh: ask the Hub whether the revision has moved, and make the model again when it has.
+            refresh: ask the Hub whether the revision has moved, and make the models again when it has.
             keep_intermediate: keep the downloaded checkpoint and the unquantised GGUF, for other quantisations.
+
+        Returns:
+            A model for each type, or the one that is ready-made.
 
         Raises:
             ModelReferenceError: the reference means nothing.
-            UnknownQuantizationError: `quant` is not a file type.
+            UnknownQuantizationError: one of `quants` is not a file type.
             HubError: the Hub does not give what is asked for.
-            CatalogError: it cannot be made here: no network, no space, a type that needs an importance matrix.
-            ConversionError, QuantizeError: the checkpoint cannot be converted or quantised.
+            CatalogError: it cannot be made here: no network, a type that needs an importance matrix.
+            DiskFullError, ConversionError, QuantizeError: the checkpoint cannot be converted or quantised.
         """
         wanted = parse_reference(reference)
         progress = progress or SilentProgress()
         if isinstance(wanted, LocalGguf):
-            return StoredModel(wanted.path, wanted.name, str(wanted.path), None, None, None)
-        chosen = None if isinstance(wanted, HubGguf) else _quantisation(quant)
-        shelf = self.store / _shelf_name(wanted)
-        folder = shelf / (chosen or _slug(wanted.name))
-        manifest = read_manifest(folder)
-        if manifest is None or (refresh and not isinstance(wanted, LocalCheckpoint)):
+            return [StoredModel(wanted.path, wanted.name, str(wanted.path), None, None, None)]
+        ready = isinstance(wanted, HubGguf)
+        types = [""] if ready else list(dict.fromkeys(_quantisation(quant) for quant in quants))
+        shelf = self.store / shelf_name(wanted)
+        found = {folder: read_manifest(folder) for folder in (shelf / folder_name(wanted, kind) for kind in types)}
+        if None in found.values() or (refresh and not isinstance(wanted, LocalCheckpoint)):
             with _system_errors(self.store), self._locked(shelf, progress):
-                # Another process may have made it in the meantime.
-                manifest = read_manifest(folder)
-                if manifest is None or refresh:
-                    build = Build(shelf, folder, chosen, progress, keep=keep_intermediate)
-                    manifest = self._build(build, wanted, chosen, manifest)
-        return _stored(folder, manifest, wanted.name)
+                # Another process may have made them in the meantime.
+                found = {folder: read_manifest(folder) for folder in found}
+                if None in found.values() or refresh:
+                    try:
+                        build = Build(shelf, wanted, progress, keep=keep_intermediate)
+                        found |= build.make(found, refresh=refresh)
+                    except UnreachableError as error:
+                        if None in found.values():
+                            raise CatalogError(self._without_network(wanted, [] if ready else types, error)) from error
+                        progress.note(f"{error}; the model stays as it is in the store.")
+        return [_stored(folder, manifest, wanted.name) for folder, manifest in found.items() if manifest is not None]
+
+    def find(self, wanted: HubGguf) -> StoredModel | None:
+        """Return a ready-made model if the store holds it; the network is not asked."""
+        folder = self.store / shelf_name(wanted) / folder_name(wanted)
+        manifest = read_manifest(folder)
+        return None if manifest is None else _stored(folder, manifest, wanted.name)
 
     def stored(self) -> list[StoredModel]:
         """List the whole models of the store."""
@@ -127,45 +156,28 @@ class Catalog:
             if sha256_of(path) != file.sha256:
                 raise CatalogError(f"{path} is damaged; delete its folder and pull {model.source} again.")
 
-    def _build(self, build: Build, wanted: Reference, quant: str | None, present: Manifest | None) -> Manifest:
-        try:
-            if isinstance(wanted, HubGguf):
-                return build.ready_made(wanted, present)
-            if isinstance(wanted, HubCheckpoint):
-                return build.from_hub(wanted, present)
-            assert isinstance(wanted, LocalCheckpoint)
-            return present or build.from_folder(wanted)
-        except UnreachableError as error:
-            if present is not None:
-                build.progress.note(f"{error}; the model stays as it is in the store.")
-                return present
-            raise CatalogError(self._without_network(wanted, quant, error)) from error
-
     @contextlib.contextmanager
     def _locked(self, shelf: Path, progress: ProgressReporter) -> Iterator[None]:
-        """Hold the lock of a model's folder; the system frees it when the process ends, however it ends."""
-        locks = self.store / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(locks / f"{shelf.name}.lock", poll_interval=0.5)
-        try:
-            lock.acquire(blocking=False)
-        except filelock.Timeout:
-            progress.note(f"Another process is making {shelf.name}; waiting for it.")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            _prune(shelf)
-            lock.release()
+        """Hold the lock of a model's folder."""
 
-    def _without_network(self, wanted: Reference, quant: str | None, error: UnreachableError) -> str:
-        assert isinstance(wanted, HubCheckpoint | HubGguf)
-        command = f"edge-phi3 pull {wanted.text}" + (f" --quant {quant}" if quant else "")
+        def say() -> None:
+            progress.note(f"Another process is making {shelf.name}; waiting for it.")
+
+        with locked(self.store / ".locks" / f"{shelf.name}.lock", say):
+            try:
+                yield
+            finally:
+                _prune(shelf)
+
+    def _without_network(self, wanted: _Wanted, quants: Sequence[str], error: UnreachableError) -> str:
+        assert not isinstance(wanted, LocalCheckpoint)
+        command = " ".join([f"edge-phi3 pull {wanted.text}", *(f"--quant {quant}" for quant in quants)])
         models = [f"{model.source} ({model.quant or model.path.name})" for model in self.stored()]
         holds = f" It holds {', '.join(models)}." if models else ""
+        kinds = f" as {', '.join(quants)}" if quants else ""
         return (
-            f"{wanted.text}{f' as {quant}' if quant else ''} is not in the store {self.store}, and {error}. On a"
-            f" machine with a network run `{command}` and copy the folder {_shelf_name(wanted)} of its store into"
+            f"{wanted.text}{kinds} is not in the store {self.store}, and {error}. On a"
+            f" machine with a network run `{command}` and copy the folder {shelf_name(wanted)} of its store into"
             f" this one; or name a file or folder that is here.{holds}"
         )
 
@@ -179,22 +191,39 @@ def _quantisation(quant: str) -> str:
     chosen = quantization_type(quant)
     if chosen.needs_imatrix:
         raise CatalogError(
-            f"{chosen.name} needs an importance matrix, which no download has; make the model with"
-            " scripts/convert_and_quantize.py --imatrix auto, and name the GGUF that it writes."
+            f"{chosen.name} needs an importance matrix, which the store's models are made without; add"
+            " --output-dir DIR to `edge-phi3 pull`, and name the GGUF that it makes there."
         )
     return chosen.name
 
 
-def _slug(text: str) -> str:
-    """Give a name for a folder."""
-    return re.sub(r"[^\w.-]", "_", text.replace("/", "--"), flags=re.ASCII).strip(".") or "model"
-
-
-def _shelf_name(wanted: HubCheckpoint | HubGguf | LocalCheckpoint) -> str:
-    """Name the folder that holds all quantisations of a model."""
+def shelf_name(wanted: _Wanted) -> str:
+    """Return the name of the folder that holds all quantisations of a model, or all GGUF files of a revision."""
     if isinstance(wanted, LocalCheckpoint):
-        return f"{_slug(wanted.name)}-{_fingerprint(wanted.path)[:16]}"
-    return f"{_slug(wanted.repository)}@{_slug(wanted.revision)}"
+        return _file_name(f"{_quoted(wanted.name)}-{_fingerprint(wanted.path)[:16]}")
+    # No repository has "--" in its name.
+    return _file_name(f"{wanted.repository.replace('/', '--')}@{_quoted(wanted.revision)}")
+
+
+def folder_name(wanted: _Wanted, quant: str = "") -> str:
+    """Return the name of a model's folder on its shelf: its quantisation, or the path of a file in its repository."""
+    return _file_name(_quoted(wanted.files[0])) if isinstance(wanted, HubGguf) else quant
+
+
+def _quoted(text: str) -> str:
+    return quote(text, safe="", errors="surrogateescape")
+
+
+def _file_name(quoted: str) -> str:
+    """Return a name that a file may have and that is not hidden, another one for every other text.
+
+    Args:
+        quoted: the text, in which ``%`` and ``+`` stand only where `urllib.parse.quote` puts them.
+    """
+    name = f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:100]}+{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def _fingerprint(folder: Path) -> str:
@@ -222,7 +251,7 @@ def _fingerprint(folder: Path) -> str:
 
 def _prune(shelf: Path) -> None:
     """Delete the folders that hold nothing, which is what a failure leaves."""
-    for folder in [*shelf.glob("*/checkpoint"), *shelf.glob("*/"), shelf]:
+    for folder in [*shelf.glob("*/*/"), *shelf.glob("*/"), shelf]:
         with contextlib.suppress(OSError):
             folder.rmdir()
 

@@ -28,13 +28,7 @@ def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
     Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
     """
     with stderr_progress() as progress, progress.step(f"Converting {checkpoint.name}") as step:
-        result = convert(
-            checkpoint,
-            output,
-            outtype=outtype,
-            force=force,
-            progress=lambda now: step.update(now.done, now.total, now.tensor),
-        )
+        result = convert(checkpoint, output, outtype=outtype, force=force, progress=step.update)
     click.echo(result.path)
     click.echo(
         f"{result.tensors} tensors, {result.outtype}, {decimal(result.size)} in {result.seconds:.1f} s", err=True

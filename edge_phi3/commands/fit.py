@@ -116,8 +116,8 @@ def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
     before = []
     reference = parse_reference(model)
     if best.needs_imatrix:
-        script = ["python", "scripts/convert_and_quantize.py", model, "--quant", best.type, "--imatrix", "auto"]
-        before = [shlex.join([*script, "--output-dir", "models"])]
+        pull = ["edge-phi3", "pull", model, "--quant", best.type, "--imatrix", "auto", "--output-dir", "models"]
+        before = [shlex.join(pull)]
         name = getattr(reference, "name", model).rsplit("/", 1)[-1]
         parts.append(f"models/{name}-{best.type}.gguf")
     elif isinstance(reference, LocalGguf) and not best.made:

@@ -8,7 +8,7 @@ from typing import Any
 import rich_click as click
 
 from edge_phi3.commands.errors import WrongUsageError
-from edge_phi3.conversion.imatrix import DEFAULT_CHUNK, ImatrixProgress, calibration_text, make_imatrix
+from edge_phi3.conversion.imatrix import DEFAULT_CHUNK, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.progress import stderr_progress
 
@@ -45,13 +45,7 @@ def command(model: Path, output: Path, text: Path | None, in_files: tuple[Path, 
     if options["from_chunk"] and not in_files:
         raise WrongUsageError("--from-chunk: give the matrix of the chunks that it skips with --in-file.")
     earlier = [read_imatrix(path) for path in in_files]
-    # Counted in bytes of text, as every step is counted in bytes.
-    size = len(calibration_text().encode()) if text is None else text.stat().st_size if text.is_file() else 0
-    with stderr_progress() as progress, progress.step(f"Calibrating {model.name}", size) as step:
-
-        def tell(now: ImatrixProgress) -> None:
-            step.update(size * now.done // now.total, size, f"chunk {now.chunk} of {now.chunks}")
-
-        matrix = make_imatrix(model, output, text=text, earlier=earlier, progress=tell, **options)
+    with stderr_progress() as progress, progress.step(f"Calibrating {model.name}") as step:
+        matrix = make_imatrix(model, output, text=text, earlier=earlier, progress=step.update, **options)
     click.echo(output)
     click.echo(f"{len(matrix.entries)} matrices, {matrix.chunk_count} chunks of {matrix.chunk_size} tokens", err=True)

@@ -70,14 +70,7 @@ def command(
     if output is None:
         raise WrongUsageError("-o: give the GGUF file to write, or --dry-run to learn its size.")
     with stderr_progress() as progress, progress.step(f"Quantising {source.name}") as step:
-        result = quantize(
-            source,
-            output,
-            type=kind,
-            tensor_types=types,
-            **options,
-            progress=lambda now: step.update(now.done_bytes, now.total_bytes, now.tensor),
-        )
+        result = quantize(source, output, type=kind, tensor_types=types, progress=step.update, **options)
     click.echo(result.path)
     click.echo(
         f"{result.type.name}, {result.bits_per_weight:.2f} bits per weight, {decimal(result.bytes)}"

@@ -1,9 +1,10 @@
-"""A Hugging Face checkpoint folder: its JSON files, and its tensors, read lazily from safetensors files."""
+"""A Hugging Face checkpoint folder: its JSON files, whose entries are checked, and its tensors, read lazily."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a file that holds a JSON object; give None when there is no such file.
+    """Read a file that holds a JSON object; return None when there is no such file.
 
     Raises:
         CheckpointError: the file cannot be read or holds something else.
@@ -66,6 +67,50 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return content
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value of a JSON file is a finite number."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+def integer(
+    config: dict[str, Any], name: str, default: int | None = None, *, minimum: int = 1, maximum: int = (1 << 31) - 1
+) -> int:
+    """Return a whole number between two bounds.
+
+    Raises:
+        CheckpointError: the entry is something else.
+    """
+    value = config.get(name, default)
+    if type(value) is not int or not minimum <= value <= maximum:
+        allowed = f"a whole number from {minimum:,} to {maximum:,}"
+        raise CheckpointError(f"config.json: {name} is {shown(value)}; {allowed} is needed.")
+    return value
+
+
+def number(config: dict[str, Any], name: str, default: float | None = None) -> float:
+    """Return a positive number.
+
+    Raises:
+        CheckpointError: the entry is something else.
+    """
+    value: Any = config.get(name, default)
+    if not is_number(value) or value <= 0:
+        raise CheckpointError(f"config.json: {name} is {shown(value)}; a positive number is needed.")
+    return float(value)
+
+
+def shown(value: object) -> str:
+    """Return a value as a sentence names it: in Python's spelling, and not too long."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python prints
+        return "a huge number"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _open_tensors(folder: Path) -> dict[str, StoredTensor]:

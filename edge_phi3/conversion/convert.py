@@ -1,4 +1,4 @@
-"""Streams a checkpoint into a GGUF, one piece of one tensor at a time.
+"""Streams a checkpoint into a GGUF: pieces of tensors are converted while one is written and the disk is kept busy.
 
 The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf.py``; so is its metadata, but for
 ``general.*`` and the keys described in `edge_phi3.conversion.metadata` and `edge_phi3.conversion.vocabulary`. With
@@ -7,32 +7,41 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
 import logging
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
+from numpy.typing import NDArray
 
 from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
+from edge_phi3.conversion.encode import encode
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.plan import OUTTYPES, Plan, plan_tensors
-from edge_phi3.conversion.stream import ConversionProgress, append_tensors
-from edge_phi3.conversion.tied import read_model
+from edge_phi3.conversion.plan import OUTTYPES, Plan, PlannedTensor, plan_tensors, read_model
+from edge_phi3.conversion.safetensors import StoredTensor
 from edge_phi3.conversion.vocabulary import read_vocabulary
-from edge_phi3.files import atomic_output
+from edge_phi3.files import atomic_output, require_space
 
-__all__ = ["OUTTYPES", "ConversionProgress", "ConversionResult", "SourceInfo", "convert"]
+__all__ = ["OUTTYPES", "ConversionResult", "SourceInfo", "convert"]
 
 _logger = logging.getLogger(__name__)
+
+# Values that are converted by one task and written at once.
+_CHUNK = 1 << 20
+_WORKERS = min(4, os.cpu_count() or 1)
+_FLUSH_BYTES = 64 << 20
 
 _FILE_TYPES = {
     GgmlType.F32: gguf.LlamaFileType.ALL_F32,
@@ -68,7 +77,7 @@ def convert(
     outtype: str = "auto",
     force: bool = False,
     source: SourceInfo | None = None,
-    progress: Callable[[ConversionProgress], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
     """Convert a Phi-3 checkpoint to a GGUF.
 
@@ -79,11 +88,13 @@ def convert(
         force: replace `output` when it exists.
         source: repository and revision of the checkpoint, when they are known; read from the path of a
             snapshot in the Hub's cache otherwise.
-        progress: called after each piece of a tensor.
+        progress: called after each piece of a tensor, with the bytes that are done, those of all tensors, and the
+            tensor's name.
 
     Raises:
         ConversionError: the checkpoint cannot be converted, or the output not be written.
         OutputExistsError: `output` exists and `force` is false.
+        DiskFullError: the disk has no room for it.
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
@@ -94,9 +105,9 @@ def convert(
     header = _header(opened, model, plan, source)
     _refuse_own_source(output, opened)
     with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
-        _refuse_full_disk(temporary.parent, plan.size)
+        require_space(temporary.parent, plan.size, str(output))
         _write_header(header, temporary)
-        append_tensors(temporary, plan.tensors, progress)
+        _append_tensors(temporary, plan.tensors, progress)
     return ConversionResult(
         output,
         plan.matrices.name.lower(),
@@ -131,15 +142,74 @@ def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
         writer.close()
 
 
+def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable[[int, int, str], None] | None) -> None:
+    """Append the data of `tensors` to the GGUF header in `path`, each aligned as the header promises.
+
+    Memory in use stays at a few chunks whatever the size of a tensor: pages of the checkpoint are given
+    back once they are written.
+
+    Raises:
+        CheckpointError: a value is NaN or infinite.
+        ConversionError: a value is too large for its type.
+        OSError: the disk is full, or broken.
+    """
+    total = sum(tensor.size for tensor in tensors)
+    done = flushed = 0
+    with (
+        path.open("ab", buffering=0) as file,
+        concurrent.futures.ThreadPoolExecutor(_WORKERS) as workers,
+        concurrent.futures.ThreadPoolExecutor(1) as flusher,
+    ):
+        flush = flusher.submit(os.fdatasync, file.fileno())
+        _write_all(file.write, _padding(file.tell()))
+        for tensor in tensors:
+            for chunk in _chunks(tensor, workers):
+                _write_all(file.write, chunk.data.cast("B"))
+                done += chunk.nbytes
+                # The disk works while later chunks are converted; else it would begin when the last one is there.
+                if done - flushed >= _FLUSH_BYTES and flush.done():
+                    flush.result()
+                    flushed = done
+                    flush = flusher.submit(os.fdatasync, file.fileno())
+                if progress is not None:
+                    progress(done, total, tensor.name)
+            _write_all(file.write, _padding(file.tell()))
+        # The system tells of a failed write once: whoever syncs later would not hear of it.
+        flush.result()
+
+
+def _chunks(tensor: PlannedTensor, workers: concurrent.futures.Executor) -> Iterator[NDArray[Any]]:
+    values = tensor.values
+    if not isinstance(values, StoredTensor):
+        yield values
+        return
+    pending: collections.deque[concurrent.futures.Future[NDArray[Any]]] = collections.deque()
+    starts = iter(range(0, values.size, _CHUNK))
+    try:
+        for written in range(0, values.size, _CHUNK):
+            while len(pending) <= 2 * _WORKERS and (start := next(starts, None)) is not None:
+                chunk = values.read(start, min(start + _CHUNK, values.size))
+                pending.append(workers.submit(encode, chunk, values.dtype, tensor.type, name=values.name))
+            yield pending.popleft().result()
+            values.drop(written, min(written + _CHUNK, values.size))
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
+    # A raw file may take a part only, such as the last bytes that fit on the disk.
+    while data:
+        data = data[write(data) or 0 :]
+
+
+def _padding(position: int) -> memoryview:
+    return memoryview(bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+
 def _refuse_own_source(output: Path, checkpoint: Checkpoint) -> None:
     if output.resolve() in {tensor.file.path.resolve() for tensor in checkpoint.tensors.values()}:
         raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
-
-
-def _refuse_full_disk(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise ConversionError(f"{folder} has {free / 1e9:.1f} GB free, but the output takes {size / 1e9:.1f} GB.")
 
 
 @contextlib.contextmanager

@@ -30,13 +30,13 @@ _BLOCK = 1 << 16
 
 
 def encoded_size(size: int, target: GgmlType) -> int:
-    """Give the bytes that `size` values take in the type `target`."""
+    """Return the bytes that `size` values take in the type `target`."""
     block, block_bytes = GGML_QUANT_SIZES[target]
     return int(size // block * block_bytes)
 
 
 def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType:
-    """Give the type that a tensor is written in, by the rules of llama.cpp's converter.
+    """Return the type that a tensor is written in, by the rules of llama.cpp's converter.
 
     Vectors and norms stay F32; a matrix whose rows are no multiple of the block size of `wanted` falls back to F16.
     """
@@ -83,7 +83,7 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
 
 
 def to_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Give values, as `StoredTensor.read` gives them, in float32; nothing is rounded."""
+    """Return values, as `StoredTensor.read` gives them, in float32; nothing is rounded."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return values.view(np.float16).astype(np.float32) if dtype == "F16" else values

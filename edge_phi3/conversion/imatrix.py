@@ -123,6 +123,7 @@ def make_imatrix(
     force: bool = False,
     save_every: int | None = None,
     parse_special: bool | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> Imatrix:
     """Collect an importance matrix and write it, whole or not at all.
@@ -135,6 +136,8 @@ def make_imatrix(
         save_every: after so many chunks each, also write what there is so far, as ``NAME-at-CHUNKS.gguf``.
         parse_special: as in `collect_imatrix`; None reads special tokens in the packaged text only, as
             llama-imatrix reads none in a text of a person's own unless told to.
+        progress: called before the first and after each chunk, with the bytes of the text that are done, those of the
+            whole text, and the number of the chunk.
         options: the other options of `collect_imatrix`.
 
     Raises:
@@ -148,12 +151,20 @@ def make_imatrix(
         if save_every and done % save_every == 0:
             write_imatrix(output.with_name(f"{output.stem}-at-{done}{output.suffix}"), matrix, force=True)
 
+    content = calibration_text() if text is None else _read(text)
+    size = len(content.encode())
+
+    def tell(now: ImatrixProgress) -> None:
+        if progress is not None:
+            progress(size * now.done // now.total, size, f"chunk {now.chunk} of {now.chunks}")
+
     matrix = collect_imatrix(
         model,
-        calibration_text() if text is None else _read(text),
+        content,
         dataset=CALIBRATION_NAME if text is None else text.name,
         parse_special=text is None if parse_special is None else parse_special,
         snapshot=snapshot if save_every else None,
+        progress=tell,
         **options,
     )
     write_imatrix(output, matrix, force=force)

@@ -54,7 +54,7 @@ class Imatrix:
     chunk_size: int = 0
 
     def importance(self) -> dict[str, NDArray[np.float32]]:
-        """Give the mean squared activation of each column, as the quantiser takes it.
+        """Return the mean squared activation of each column, as the quantiser takes it.
 
         Follows llama.cpp's ``tools/quantize``: sums over counts, in float32; an expert never seen weighs 1 everywhere.
 

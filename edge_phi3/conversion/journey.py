@@ -1,38 +1,39 @@
-"""From a checkpoint to quantised files in one go; what is whole and made from the same input is not made again.
+"""The one way from a checkpoint to quantised files: conversion, importance matrix, quantisation.
 
-A manifest in the output folder says of each file from what it was made. It is written after the file has its final
-name, so that a killed run makes at most one file again, and the same one: every step gives the same bytes each time.
+What is whole and made from the same input is not made again. A manifest in the folder says of each file from what it
+was made. It is written after the file has its final name, so that a killed run makes at most one file again, and the
+same one: every step gives the same bytes each time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
-from filelock import FileLock
-from rich.filesize import decimal
 
+from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import SourceInfo, convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
-from edge_phi3.conversion.plan import plan_tensors
+from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.tied import read_model
-from edge_phi3.conversion.tool_versions import tool_versions
-from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, sha256_of
+from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, locked, require_space, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 MANIFEST_NAME = "manifest.json"
-_LOCK_NAME = ".lock"
+LOCK_NAME = ".lock"
+ELSEWHERE = "choose another --output-dir"
 _FORMAT = 1
 _MATRIX = "imatrix"
+_INPUTS = {".json", ".jinja", ".md", ".model", ".safetensors"}
+"""How the names of those files of a checkpoint end that a conversion may read."""
 
 
 class Seen(msgspec.Struct, frozen=True):
@@ -64,7 +65,7 @@ class MadeFile(msgspec.Struct, frozen=True):
 
 
 class JourneyManifest(msgspec.Struct):
-    """What is in an output folder: made files by name, and the checkpoint's files by path."""
+    """What is in a folder: made files by name, and the files that they were made from by path."""
 
     format: int = _FORMAT
     files: dict[str, MadeFile] = {}
@@ -73,11 +74,26 @@ class JourneyManifest(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """A file at the journey's end; `fresh` when this run made it."""
+    """A file on the way; `fresh` when this run made it."""
 
     path: Path
     made: MadeFile
     fresh: bool
+
+
+def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[QuantizationType]:
+    """Return the quantisation types of some names, each once.
+
+    Raises:
+        UnknownQuantizationError: a name means no type.
+        ConversionError: `imatrix` is ``none``, and a type needs one.
+    """
+    types = list(dict.fromkeys(quantization_type(quant) for quant in quants))
+    if imatrix == "none" and (needy := [type_.name for type_ in types if type_.needs_imatrix]):
+        raise ConversionError(
+            f"{needy[0]} needs an importance matrix; give --imatrix auto, or the path of one made before."
+        )
+    return types
 
 
 def run_journey(
@@ -97,7 +113,7 @@ def run_journey(
     Args:
         checkpoint: a folder in the Hugging Face layout.
         quants: names of quantisation types.
-        output_dir: where the files go, called ``NAME-TYPE.gguf``; made when absent.
+        output_dir: where the files go, called ``NAME-TYPE.gguf``; made when absent, and locked meanwhile.
         name: what the files are called after; by default the checkpoint's folder.
         imatrix: ``auto`` collects a matrix with the packaged text when a type of fewer than 8 bits is wanted,
             ``none`` does without, a path is a matrix made before.
@@ -110,120 +126,136 @@ def run_journey(
         The conversion, the matrix if one was collected, and each quantisation, in this order.
 
     Raises:
+        DiskFullError: the disk has no room for all files.
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
     """
-    types = [quantization_type(quant) for quant in dict.fromkeys(quants)]
-    if imatrix == "none" and (needy := [type_.name for type_ in types if type_.needs_imatrix]):
-        raise ConversionError(
-            f"{needy[0]} needs an importance matrix; give --imatrix auto, or the path of one made before."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(output_dir / _LOCK_NAME):
-        for left in output_dir.glob(f".*{PARTIAL_SUFFIX}"):
+    types = choose_types(quants, imatrix)
+    with locked(output_dir / LOCK_NAME):
+        journey = Journey(output_dir, name or checkpoint.resolve().name, progress, threads=threads)
+        return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
+
+
+class Journey:
+    """The files made of one model in one folder. Whoever uses it holds a lock on the folder.
+
+    Args:
+        folder: where the files are.
+        name: what they are called after.
+        progress: told of each step.
+        threads: CPU threads.
+        n_gpu_layers: layers on the GPU while the matrix is collected; -1 for all.
+        elsewhere: what to do when the disk is full, beside freeing space.
+
+    Attributes:
+        sources: the files of the checkpoint that was converted, by name.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        progress: ProgressReporter | None = None,
+        *,
+        threads: int | None = None,
+        n_gpu_layers: int = -1,
+        elsewhere: str = ELSEWHERE,
+    ) -> None:
+        self._folder, self._name, self._progress = folder, name, progress or SilentProgress()
+        self._threads, self._n_gpu_layers, self._elsewhere = threads, n_gpu_layers, elsewhere
+        for left in folder.glob(f".*{PARTIAL_SUFFIX}"):
             left.unlink(missing_ok=True)
-        journey = _Journey(checkpoint, output_dir, name or checkpoint.resolve().name, progress or SilentProgress())
-        journey.require_space(types)
-        base = journey.convert(source)
-        stops = [base]
-        matrix: Path | None = None
-        if imatrix == "auto":
-            if any(type_.uses_imatrix for type_ in types):
-                stops.append(journey.collect(base, imatrix_chunks, threads))
-                matrix = stops[-1].path
-        elif imatrix != "none":
-            matrix = Path(imatrix)
-        return stops + [
-            journey.quantize(base, type_, matrix if type_.uses_imatrix else None, threads)
-            for type_ in types
-            if type_.name != base.made.type
-        ]
-
-
-class _Journey:
-    def __init__(self, checkpoint: Path, folder: Path, name: str, progress: ProgressReporter) -> None:
-        self._checkpoint, self._folder, self._name, self._progress = checkpoint, folder, name, progress
-        self._opened = open_checkpoint(checkpoint)
-        self._plan = plan_tensors(self._opened.tensors, read_model(self._opened), "auto")
         self._manifest = _read_manifest(folder)
         self._tools = tool_versions()
+        self.sources: dict[str, Seen] = {}
 
-    def require_space(self, types: Sequence[QuantizationType]) -> None:
-        """Refuse what the disk cannot hold, before hours of work."""
-        sizes = {type_.name: int(self._plan.weights * type_.bits_per_weight / 8) for type_ in types}
-        sizes[self._plan.matrices.name] = self._plan.size
-        missing = {name: size for name, size in sizes.items() if not self._path(name).exists()}
-        free = shutil.disk_usage(self._folder).free
-        if free < sum(missing.values()):
-            raise ConversionError(
-                f"{', '.join(missing)} take about {decimal(sum(missing.values()))}, and the disk of {self._folder} has"
-                f" {decimal(free)} left; free some space, or choose another --output-dir."
-            )
+    def run(
+        self,
+        checkpoint: Path,
+        types: Sequence[QuantizationType],
+        *,
+        outtype: str = "auto",
+        source: SourceInfo | None = None,
+        imatrix: Path | str = "auto",
+        imatrix_chunks: int | None = None,
+    ) -> list[Stop]:
+        """Convert a checkpoint to `outtype` and quantise it to each type; see `run_journey`."""
+        matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
+        if matrix is not None:
+            self._input(matrix)
+        base = self.convert(checkpoint, types, outtype=outtype, source=source)
+        stops = [base]
+        if imatrix == "auto" and any(type_.uses_imatrix for type_ in types):
+            stops.append(self.collect(base, imatrix_chunks))
+            matrix = stops[-1].path
+        return stops + [self.quantize(base, type_, matrix) for type_ in types if type_.name != base.made.type]
 
-    def convert(self, source: SourceInfo | None) -> Stop:
-        """Make the unquantised GGUF."""
-        paths = sorted(
-            path
-            for path in self._checkpoint.iterdir()
-            if path.is_file() and path.suffix in {".json", ".jinja", ".md", ".model", ".safetensors"}
-        )
-        hashes = {path.name: self._input(path) for path in paths}
-        kind = self._plan.matrices.name
+    def convert(
+        self,
+        checkpoint: Path,
+        types: Sequence[QuantizationType] = (),
+        *,
+        outtype: str = "auto",
+        source: SourceInfo | None = None,
+    ) -> Stop:
+        """Make the unquantised GGUF, once the disk has room for it and for quantisations to `types`."""
+        opened = open_checkpoint(checkpoint)
+        plan = plan_tensors(opened.tensors, read_model(opened), outtype)
+        self._require_space(plan, types)
+        paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _INPUTS)
+        self.sources = {path.name: self._input(path) for path in paths}
+        hashes = {name: seen.sha256 for name, seen in self.sources.items()}
+        kind = plan.matrices.name
 
         def make(path: Path) -> float:
             with self._progress.step(f"Converting {self._name}") as step:
-                convert(
-                    self._checkpoint,
-                    path,
-                    force=True,
-                    source=source,
-                    progress=lambda now: step.update(now.done, now.total, now.tensor),
-                )
-            return 8 * self._plan.size / self._plan.weights
+                convert(checkpoint, path, outtype=outtype, force=True, source=source, progress=step.update)
+            return 8 * plan.size / plan.weights
 
-        return self._make(self._path(kind), kind, ["convert", hashes, source and str(source)], make)
+        return self._make(self.path(kind), kind, ["convert", hashes, source and str(source)], make)
 
-    def collect(self, base: Stop, chunks: int | None, threads: int | None) -> Stop:
-        """Make the importance matrix."""
-        text = calibration_text()
-        size = len(text.encode())
+    def begin_with(self, model: Path, kind: str) -> Stop:
+        """Take a GGUF of type `kind`, wherever it is, for the conversion."""
+        return Stop(model, MadeFile(model.name, kind, 0.0, 0.0, "", self._input(model)), fresh=False)
+
+    def collect(self, base: Stop, chunks: int | None = None) -> Stop:
+        """Make the importance matrix, with at most so many chunks of the packaged text."""
 
         def make(path: Path) -> float:
-            with self._progress.step(f"Calibrating {self._name}", size) as step:
-                make_imatrix(
-                    base.path,
-                    path,
-                    force=True,
-                    chunks=chunks,
-                    threads=threads,
-                    progress=lambda now: step.update(
-                        size * now.done // now.total, size, f"chunk {now.chunk} of {now.chunks}"
-                    ),
-                )
+            options: dict[str, Any] = {"chunks": chunks, "threads": self._threads, "n_gpu_layers": self._n_gpu_layers}
+            with self._progress.step(f"Calibrating {self._name}") as step:
+                make_imatrix(base.path, path, force=True, progress=step.update, **options)
             return 0.0
 
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        return self._make(self._path(_MATRIX), _MATRIX, [_MATRIX, base.made.seen.sha256, digest, chunks], make)
+        text = hashlib.sha256(calibration_text().encode()).hexdigest()
+        return self._make(self.path(_MATRIX), _MATRIX, [_MATRIX, base.made.seen.sha256, text, chunks], make)
 
-    def quantize(self, base: Stop, type_: QuantizationType, matrix: Path | None, threads: int | None) -> Stop:
-        """Make one quantised file."""
+    def quantize(self, base: Stop, type_: QuantizationType, matrix: Path | None) -> Stop:
+        """Make one quantised file, with the matrix when the type uses one."""
+        path = self.path(type_.name)
+        if path.exists() and path.samefile(base.path):
+            raise ConversionError(f"{path} is the model itself; {self._elsewhere}.")
+        guide = matrix if type_.uses_imatrix else None
 
         def make(path: Path) -> float:
+            options: dict[str, Any] = {"type": type_.name, "imatrix": guide, "threads": self._threads}
             with self._progress.step(f"Quantising {self._name} to {type_.name}") as step:
-                result = quantize(
-                    base.path,
-                    path,
-                    type=type_.name,
-                    imatrix=matrix,
-                    threads=threads,
-                    force=True,
-                    progress=lambda now: step.update(now.done_bytes, now.total_bytes, now.tensor),
-                )
+                result = quantize(base.path, path, force=True, progress=step.update, **options)
             return result.bits_per_weight
 
         # The matrix's name is written into the file, and so counts as its content does.
-        guide = None if matrix is None else [matrix.name, self._input(matrix)]
-        made_from = ["quantize", base.made.seen.sha256, type_.name, guide]
-        return self._make(self._path(type_.name), type_.name, made_from, make)
+        guided_by = None if guide is None else [guide.name, self._input(guide).sha256]
+        return self._make(path, type_.name, ["quantize", base.made.seen.sha256, type_.name, guided_by], make)
+
+    def path(self, kind: str) -> Path:
+        """Return where the file of a type is, or will be; ``imatrix`` is the matrix."""
+        return self._folder / f"{self._name}-{kind}.gguf"
+
+    def _require_space(self, plan: Plan, types: Sequence[QuantizationType]) -> None:
+        """Refuse what the disk cannot hold, before hours of work."""
+        sizes = {type_.name: int(plan.weights * type_.bits_per_weight / 8) for type_ in types}
+        sizes[plan.matrices.name] = plan.size
+        missing = {name: size for name, size in sizes.items() if not self.path(name).exists()}
+        require_space(self._folder, sum(missing.values()), ", ".join(missing), self._elsewhere)
 
     def _make(self, path: Path, kind: str, made_from: object, make: Callable[[Path], float]) -> Stop:
         key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, self._tools], order="sorted")).hexdigest()
@@ -238,24 +270,20 @@ class _Journey:
         seconds = time.monotonic() - started
         made = MadeFile(path.name, kind, bits, seconds, key, _see(path, None))
         self._manifest.files[path.name] = made
-        self._save()
-        return Stop(path, made, fresh=True)
-
-    def _input(self, path: Path) -> str:
-        """Give a file's hash; one whose size and time are those of the last run is not read again."""
-        key = str(path.resolve())
-        seen = _see(path, self._manifest.inputs.get(key))
-        if seen != self._manifest.inputs.get(key):
-            self._manifest.inputs[key] = seen
-            self._save()
-        return seen.sha256
-
-    def _save(self) -> None:
         with atomic_output(self._folder / MANIFEST_NAME, force=True) as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self._manifest, order="sorted")) + b"\n")
+        return Stop(path, made, fresh=True)
 
-    def _path(self, kind: str) -> Path:
-        return self._folder / f"{self._name}-{kind}.gguf"
+    def _input(self, path: Path) -> Seen:
+        """Look at a file; one whose size and time are those of the last run is not read again."""
+        key = str(path.resolve())
+        before = self._manifest.inputs.get(key)
+        try:
+            seen = _see(path, before)
+        except OSError as error:
+            raise ConversionError(f"{path} cannot be read: {error.strerror}.") from error
+        self._manifest.inputs[key] = seen
+        return seen
 
 
 def _see(path: Path, before: Seen | None) -> Seen:
@@ -266,7 +294,7 @@ def _see(path: Path, before: Seen | None) -> Seen:
 
 
 def _read_manifest(folder: Path) -> JourneyManifest:
-    """Give the folder's manifest; an absent, damaged or older one counts as empty, so that all is made again."""
+    """Return the folder's manifest; an absent, damaged or older one counts as empty, so that all is made again."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=JourneyManifest)
     except (OSError, msgspec.MsgspecError):

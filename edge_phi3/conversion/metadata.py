@@ -88,7 +88,7 @@ def write_general_metadata(
 
 
 def model_name(checkpoint: Checkpoint, source: SourceInfo | None) -> str:
-    """Give the model's name: of its repository, else of ``config.json``, else of its folder."""
+    """Return the model's name: of its repository, else of ``config.json``, else of its folder."""
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
     name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name

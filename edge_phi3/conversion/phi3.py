@@ -11,7 +11,7 @@ from typing import Any
 
 import gguf
 
-from edge_phi3.conversion.config_values import integer, number
+from edge_phi3.conversion.checkpoint import integer, number
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.rope import LongRope, read_rope
 
@@ -78,7 +78,7 @@ class Phi3:
         return self.hidden_size // self.num_attention_heads
 
     def tensors(self) -> dict[str, TensorSpec]:
-        """Give the tensors that a checkpoint of this model has, by name."""
+        """Return the tensors that a checkpoint of this model has, by name."""
         width, vocabulary = self.hidden_size, self.vocab_size
         qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size
         specs = {

@@ -1,4 +1,8 @@
-"""Which tensors the output will have, of which types: the checkpoint's tensors against those of the model."""
+"""Which tensors the output will have, of which types: the checkpoint's tensors against those of the model.
+
+As in transformers 5, an ``lm_head.weight`` that is stored beside the embedding and differs from it is a matrix of its
+own, whatever ``tie_word_embeddings`` says; transformers 4 put the embedding in its place.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +14,17 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type
+from edge_phi3.conversion.checkpoint import Checkpoint
+from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type, to_float32
 from edge_phi3.conversion.errors import CheckpointError, ConversionError
-from edge_phi3.conversion.phi3 import HEAD, Phi3
+from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, Phi3, read_phi3
 from edge_phi3.conversion.safetensors import StoredTensor
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 """The output types: of the matrices; ``auto`` is the checkpoint's own."""
+
+# Values that are compared at once.
+_CHUNK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +65,26 @@ class Plan:
     def weights(self) -> int:
         """Number of values in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+
+def read_model(checkpoint: Checkpoint) -> Phi3:
+    """Return the hyper-parameters of a checkpoint, untied where its output matrix is not the embedding.
+
+    The two matrices are read, a chunk at a time, when the checkpoint says that they are one and stores both.
+
+    Raises:
+        UnsupportedModelError: the model is another one, or has a part that cannot be converted.
+        CheckpointError: an entry of ``config.json`` is absent or has an impossible value.
+    """
+    model = read_phi3(checkpoint.config)
+    embedding, head = checkpoint.tensors.get(EMBEDDING), checkpoint.tensors.get(HEAD)
+    if not model.tie_word_embeddings or embedding is None or head is None or _are_equal(embedding, head):
+        return model
+    note = (
+        f"config.json: tie_word_embeddings is true, but {HEAD} is stored and differs from {EMBEDDING}; "
+        "both are kept, as in transformers 5."
+    )
+    return dataclasses.replace(model, tie_word_embeddings=False, notes=(*model.notes, note))
 
 
 def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
@@ -101,6 +129,22 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
         kind = tensor_type(spec.name, spec.shape, wanted)
         planned.append(PlannedTensor(spec.name, spec.shape, kind, tensor))
     return Plan(wanted, planned)
+
+
+def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
+    """Compare the values, which two element types may hold alike."""
+    if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED_TYPES.keys():
+        return False
+    for start in range(0, one.size, _CHUNK):
+        stop = min(start + _CHUNK, one.size)
+        left, right = one.read(start, stop), other.read(start, stop)
+        if one.dtype != other.dtype or left.tobytes() != right.tobytes():
+            same = to_float32(left, one.dtype) == to_float32(right, other.dtype)
+            if not same.all():
+                return False
+        for tensor in (one, other):
+            tensor.drop(start, stop)
+    return True
 
 
 def _is_ignored(name: str, model: Phi3) -> bool:

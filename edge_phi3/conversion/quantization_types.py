@@ -106,7 +106,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
 def quantization_type(name: str) -> QuantizationType:
-    """Give the file type of a name, whatever its case.
+    """Return the file type of a name, whatever its case.
 
     Raises:
         UnknownQuantizationError: no file type has this name; the message lists those with a similar one.
@@ -122,7 +122,7 @@ def quantization_type(name: str) -> QuantizationType:
 
 
 def tensor_type_number(name: str, numbers: dict[str, int], option: str) -> int:
-    """Give the number of a tensor type (``enum ggml_type``) from its name, whatever its case.
+    """Return the number of a tensor type (``enum ggml_type``) from its name, whatever its case.
 
     Args:
         name: as the person wrote it.

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from rich.filesize import decimal
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType, quantization_type
 from edge_phi3.conversion.quantize_plan import (
@@ -25,7 +23,7 @@ from edge_phi3.conversion.quantize_plan import (
     predict_size,
     predict_sizes,
 )
-from edge_phi3.files import atomic_output
+from edge_phi3.files import atomic_output, require_space
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorStarted
 
@@ -33,7 +31,6 @@ __all__ = [
     "QUANTIZATION_TYPES",
     "QuantizationType",
     "QuantizeError",
-    "QuantizeProgress",
     "QuantizeResult",
     "SizePrediction",
     "TensorPlan",
@@ -46,27 +43,6 @@ __all__ = [
 _METADATA_SLACK = 4096
 _TENSOR_SLACK = 64
 """Bytes by which the real size may differ: keys added to the metadata, a source with another alignment."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeProgress:
-    """How far a quantisation is; told when a tensor begins, and once at the end.
-
-    Attributes:
-        tensor: the name of the tensor in work; the last one's at the end.
-        index: its place, from 1 to `count`.
-        count: how many tensors there are.
-        target_type: what it becomes.
-        done_bytes: bytes of the source's tensors that are done.
-        total_bytes: bytes of all the source's tensors.
-    """
-
-    tensor: str
-    index: int
-    count: int
-    target_type: str
-    done_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +79,7 @@ def quantize(
     threads: int | None = None,
     allow_requantize: bool = False,
     force: bool = False,
-    progress: Callable[[QuantizeProgress], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> QuantizeResult:
     """Quantise a GGUF model, with the tensors that ``llama-quantize`` gives for the same arguments.
 
@@ -123,12 +99,14 @@ def quantize(
         threads: how many to use; by default as many as the process may run on.
         allow_requantize: quantise tensors that are quantised already, at a loss.
         force: replace `output` when it exists.
-        progress: called when each tensor begins and once at the end.
+        progress: called when each tensor begins and once at the end, with the bytes of the source's tensors that are
+            done, those of all, and the tensor's name.
 
     Raises:
         OutputExistsError: `output` exists and `force` is false.
         UnknownQuantizationError: a type that llama.cpp does not have.
         ImatrixFileError: `imatrix` cannot be read.
+        DiskFullError: the disk has no room for `output`.
         QuantizeError: anything else; the message says what to do.
     """
     chosen = quantization_type(type)
@@ -140,12 +118,7 @@ def quantize(
         plan = make_plan(process, job, chosen)
         _check_permission(process, plan, source, imatrix=imatrix, allow_requantize=allow_requantize)
         check_plan(process, plan, options)
-        free = shutil.disk_usage(output.parent).free
-        if free < plan.bytes:
-            raise QuantizeError(
-                f"{output} needs {decimal(plan.bytes)} and its disk has {decimal(free)} left;"
-                " free some space or write elsewhere."
-            )
+        require_space(temporary.parent, plan.bytes, str(output))
         job = msgspec.structs.replace(job, output=str(temporary.absolute()), allow_requantize=allow_requantize)
         _execute(process, job, plan, progress)
         size = temporary.stat().st_size
@@ -190,10 +163,9 @@ def _execute(
     process: QuantizerProcess,
     job: Job,
     plan: SizePrediction,
-    progress: Callable[[QuantizeProgress], None] | None,
+    progress: Callable[[int, int, str], None] | None,
 ) -> None:
     total = sum(tensor.source_bytes for tensor in plan.tensors)
-    count = len(plan.tensors)
     done = 0
     # llama.cpp makes the tensors in the order in which its dry run told of them.
     remaining = iter(plan.tensors)
@@ -201,10 +173,9 @@ def _execute(
         for step in process.run(job, LogReader()):
             if isinstance(step, TensorStarted) and (tensor := next(remaining, None)) is not None:
                 if progress is not None:
-                    progress(QuantizeProgress(step.name, step.index, count, tensor.target_type, done, total))
+                    progress(done, total, step.name)
                 done += tensor.source_bytes
     except QuantizerError as error:
         raise explain(error, Path(job.source)) from error
     if progress is not None:
-        last = plan.tensors[-1]
-        progress(QuantizeProgress(last.name, count, count, last.target_type, total, total))
+        progress(total, total, plan.tensors[-1].name)

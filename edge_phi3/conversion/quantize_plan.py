@@ -146,7 +146,7 @@ def check_source(source: Path) -> None:
 
 
 def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, options: Options) -> Job:
-    """Give the dry run of a quantisation, its names turned into llama.cpp's numbers.
+    """Return the dry run of a quantisation, its names turned into llama.cpp's numbers.
 
     Raises:
         UnknownQuantizationError: a tensor type that llama.cpp does not write.

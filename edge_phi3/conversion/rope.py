@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.config_values import integer, is_number, number, shown
+from edge_phi3.conversion.checkpoint import integer, is_number, number, shown
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 
 _FIELDS = ("rope_scaling", "rope_parameters")

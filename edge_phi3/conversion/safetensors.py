@@ -50,7 +50,7 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Give values `start` to `stop` of the flattened tensor, as they lie in the memory-mapped file.
+        """Return values `start` to `stop` of the flattened tensor, as they lie in the memory-mapped file.
 
         Returns:
             A read-only view, shape (stop - start,): float32 for F32, else unsigned integers holding the bits.
@@ -60,7 +60,7 @@ class StoredTensor:
         return np.frombuffer(self.file.map(), dtype, stop - start, offset)
 
     def drop(self, start: int, stop: int) -> None:
-        """Give the memory of values `start` to `stop` back to the system; they can still be read again."""
+        """Return the memory of values `start` to `stop` back to the system; they can still be read again."""
         item_size = ITEM_SIZES[self.dtype]
         begin = (self.begin + start * item_size) // mmap.PAGESIZE * mmap.PAGESIZE
         self.file.map().madvise(mmap.MADV_DONTNEED, begin, self.begin + stop * item_size - begin)
@@ -99,7 +99,7 @@ class SafetensorsFile:
         self.tensors = self._parse(header, data_start=8 + length, file_size=size)
 
     def map(self) -> mmap.mmap:
-        """Give the whole file, mapped read-only."""
+        """Return the whole file, mapped read-only."""
         if self._map is None:
             with self.path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

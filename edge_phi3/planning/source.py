@@ -13,7 +13,7 @@ from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGgu
 from edge_phi3.conversion.checkpoint import open_checkpoint, read_json
 from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
-from edge_phi3.conversion.tied import read_model
+from edge_phi3.conversion.plan import read_model
 from edge_phi3.llama import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
 from edge_phi3.progress import ProgressReporter
@@ -65,9 +65,8 @@ def find_base(reference: str, folder: Path, *, store: Path | None, progress: Pro
         known = _CONFIGS.get(wanted.repository) if wanted.revision == "main" else None
         model = read_phi3(known) if known else _download_config(wanted, progress)
         return write_base(folder / "base.gguf", model)
-    for stored in Catalog(store).stored():
-        if stored.source == wanted.repository and stored.path.name == Path(wanted.files[0]).name:
-            return read_layout(stored.path)
+    if stored := Catalog(store).find(wanted):
+        return read_layout(stored.path)
     raise PlanningError(
         f"{wanted.text} is not in the store, and what it takes stands in the file itself: `edge-phi3 pull"
         f" {wanted.text}` first, or plan for the checkpoint that it was made from."

@@ -16,6 +16,7 @@ from .corpus import LONGEST_ANSWER, Split
 if TYPE_CHECKING:
     from .training import Plan, Run
 
+_TABLES = ("plan", "corpus", "versions")
 _TEMPLATE = Path(__file__).with_name("card.md")
 
 
@@ -80,7 +81,7 @@ def training_facts(
 
 
 def render_card(facts: dict[str, Any], config: dict[str, Any], size: int) -> str:
-    """Give the text of the model card.
+    """Return the text of the model card.
 
     Args:
         facts: what `training_facts` gave.
@@ -90,26 +91,21 @@ def render_card(facts: dict[str, Any], config: dict[str, Any], size: int) -> str
     answers = facts["answers"]
     rows = [f"| {a['question']} | {a['expected']} | {'yes' if _right(a) else 'no'} |" for a in answers]
     curve = [f"| {step} | {trained:.3f} | {held_out:.3f} |" for step, trained, held_out in facts["curve"]]
+    said = {name: fact for name, fact in facts.items() if name not in _TABLES}
+    for table in _TABLES:
+        said |= facts[table]
     return _TEMPLATE.read_text("utf-8").format(
-        **facts["plan"],
-        **facts["corpus"],
-        **facts["versions"],
+        **said,
         **{f"exact_{group}": share for group, share in facts["exact"].items()},
         **{key: value for key, value in config.items() if isinstance(value, int)},
-        source=facts["source"],
-        schedule=facts["schedule"],
-        remade=facts["remade"],
-        pieces=facts["pieces"],
-        parameters=facts["parameters"],
         parameters_m=facts["parameters"] / 1e6,
-        passes=facts["passes"],
         tokens_m=facts["tokens"] / 1e6,
         minutes=facts["seconds"] / 60,
         megabytes=size / 1e6,
         right=sum(map(_right, answers)),
         asked=len(answers),
         questions="\n".join(rows),
-        curve="\n".join(curve),
+        points="\n".join(curve),
     )
 
 

@@ -15,69 +15,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-SKIPPED_MODULES = frozenset(
-    {
-        "antigravity",
-        "idlelib",
-        "lib2to3",
-        "ntpath",
-        "nturl2path",
-        "posix",
-        "posixpath",
-        "genericpath",
-        "pydoc_data",
-        "sre_compile",
-        "sre_constants",
-        "sre_parse",
-        "test",
-        "this",
-        "tkinter",
-        "turtle",
-        "turtledemo",
-    }
-)
+_LISTS = Path(__file__).parent
+
+SKIPPED_MODULES = frozenset((_LISTS / "skipped_modules.txt").read_text("utf-8").split())
 """Importing these opens windows or prints, or they repeat what another module says under its documented name."""
 
-SUBMODULES = (
-    "collections.abc",
-    "concurrent.futures",
-    "email.message",
-    "http.client",
-    "http.cookies",
-    "http.server",
-    "importlib.metadata",
-    "importlib.resources",
-    "importlib.util",
-    "json.tool",
-    "logging.config",
-    "logging.handlers",
-    "multiprocessing.pool",
-    "os.path",
-    "unittest.mock",
-    "urllib.error",
-    "urllib.parse",
-    "urllib.request",
-    "wsgiref.util",
-    "xml.dom.minidom",
-    "xml.etree.ElementTree",
-)
+SUBMODULES = frozenset((_LISTS / "submodules.txt").read_text("utf-8").split())
 """Submodules that the library's documentation treats as modules of their own."""
 
-EMPHASISED = frozenset(Path(__file__).with_name("well_known_names.txt").read_text("utf-8").split())
+EMPHASISED = frozenset((_LISTS / "well_known_names.txt").read_text("utf-8").split())
 """Names that newcomers are likely to ask about. Training shows them more often than the rest; the card says so."""
 
-QUESTIONS = (
-    "What does json.dumps do?",
-    "What does os.path.join do?",
-    "What does `re.compile` do?",
-    "What does len do?",
-    "What does sorted do?",
-    "What does `random.shuffle` do?",
-    "What does math.sqrt do?",
-    "What does itertools.chain do?",
-    "What does shutil.rmtree do?",
-    "What does `str.split` do?",
-)
+QUESTIONS = tuple((_LISTS / "questions.txt").read_text("utf-8").splitlines())
 """The card's ten questions, fixed before the first training run."""
 
 LONGEST_ANSWER = 240
@@ -101,7 +50,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`'\"(])")
 
 
 def dice(seed: int | str) -> random.Random:
-    """Give the random numbers of a seed."""
+    """Return the random numbers of a seed."""
     return random.Random(seed)  # noqa: S311 - shuffles data, guards nothing
 
 
@@ -119,7 +68,7 @@ class Item:
         return self.name in EMPHASISED
 
     def ask(self, chance: random.Random) -> str:
-        """Give one of the phrasings of the question about this item."""
+        """Return one of the phrasings of the question about this item."""
         forms, weights = zip(*_PHRASINGS, strict=True)
         form = chance.choices(forms, weights)[0]
         return str(form).replace("()", "").format(self.name) if self.module else str(form).format(self.name)
@@ -134,7 +83,7 @@ class Split:
 
 
 def first_paragraph(docstring: str) -> str | None:
-    """Give a docstring's first paragraph as one line, cut to the whole sentences within `LONGEST_ANSWER` characters.
+    """Return a docstring's first paragraph as one line, cut to the whole sentences within `LONGEST_ANSWER` characters.
 
     A signature that C functions carry in front of their text is left out, unless what follows its arrow is all the
     text there is. None when nothing fits.
@@ -153,7 +102,7 @@ def first_paragraph(docstring: str) -> str | None:
 
 
 def _first_sentences(text: str) -> str | None:
-    """Give the leading sentences that fit, none that announces a list or an example; None where it is no prose."""
+    """Return the leading sentences that fit, none that announces a list or an example; None where it is no prose."""
     kept = ""
     for sentence in _SENTENCE_END.split(text):
         longer = f"{kept} {sentence}".strip()
@@ -165,7 +114,7 @@ def _first_sentences(text: str) -> str | None:
 
 def _modules() -> Iterator[tuple[str, types.ModuleType]]:
     names = {name for name in sys.stdlib_module_names if not name.startswith("_")} - SKIPPED_MODULES
-    for name in ["builtins", *sorted((names - {"builtins"}) | set(SUBMODULES))]:
+    for name in ["builtins", *sorted((names - {"builtins"}) | SUBMODULES)]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -240,14 +189,13 @@ def split_corpus(items: Sequence[Item], seed: int, share: float) -> Split:
 
 
 def question_name(question: str) -> str:
-    """Give the name that one of `QUESTIONS` asks about."""
+    """Return the name that one of `QUESTIONS` asks about."""
     return question.removeprefix("What does ").removesuffix(" do?").strip("`")
 
 
 def expected_answer(question: str, items: Sequence[Item]) -> str:
-    """Give the answer that training teaches for one of `QUESTIONS`."""
-    name = question_name(question)
-    return next(item.answer for item in items if item.name == name)
+    """Return the answer that training teaches for one of `QUESTIONS`."""
+    return next(item.answer for item in items if item.name == question_name(question))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ MOST_BYTES = 16_000_000
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `path`, and put it in the place of `path` when the block ends without an error."""
+    """Yield a temporary folder beside `path`, and put it in its place when the block ends without an error."""
     partial = path.with_name(f".{path.name}.partial")
     old = path.with_name(f".{path.name}.old")
     for folder in (partial, old):
@@ -38,7 +38,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def size_of(folder: Path) -> int:
-    """Give the bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
 
-from .corpus import Item, Split, dice
-from .tokenizer import CONTEXT, END, ENDOFTEXT, prompt_for
+from edge_phi3.files import atomic_output
 
-ROWS = 4032
-"""Rows of the embedding: the vocabulary padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064."""
+from .checkpoint import CONFIG, END, ENDOFTEXT, prompt_for
+from .corpus import Item, Split, dice
 
 _IGNORED = -100
 
@@ -57,30 +55,8 @@ class Run:
     seconds: float = 0.0
 
 
-def model_config() -> Phi3Config:
-    """Give the shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256."""
-    return Phi3Config(
-        vocab_size=ROWS,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        original_max_position_embeddings=CONTEXT,
-        rope_theta=10000.0,
-        sliding_window=2047,
-        bos_token_id=1,
-        eos_token_id=ENDOFTEXT,
-        pad_token_id=ENDOFTEXT,
-        tie_word_embeddings=False,
-        attention_bias=False,
-        torch_dtype="bfloat16",
-    )
-
-
 def encode_turn(tokenizer: LlamaTokenizerFast, question: str, answer: str) -> tuple[list[int], list[int]]:
-    """Give the ids of one turn of a conversation, and its labels: the answer and its ``<|end|>``, nothing else."""
+    """Return the ids of one turn of a conversation, and its labels: the answer and its ``<|end|>``, nothing else."""
     prompt = tokenizer(prompt_for(question)).input_ids
     reply = [*tokenizer(answer).input_ids, END]
     return prompt + reply, [_IGNORED] * len(prompt) + reply
@@ -98,7 +74,7 @@ def collate(samples: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Ten
 
 
 def answer_logits(model: Phi3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the logits (answer tokens, rows) at the positions that have a label, and those labels.
+    """Return the logits (answer tokens, rows) at the positions that have a label, and those labels.
 
     Right-padded rows need no attention mask: causal attention never looks at what comes after.
     """
@@ -130,7 +106,7 @@ def evaluate(model: Phi3ForCausalLM, tokenizer: LlamaTokenizerFast, items: Seque
 
 
 def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give batches without end. Each pass shows an ordinary item once and an emphasised one `plan.emphasis` times.
+    """Return batches without end. Each pass shows an ordinary item once and an emphasised one `plan.emphasis` times.
 
     Samples of similar length share a batch, so that little of it is padding.
     """
@@ -158,7 +134,7 @@ def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterato
 
 
 def _rate(step: int, plan: Plan) -> float:
-    """Give the learning rate of a step: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
+    """Return a step's learning rate: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
     up = (step + 1) / plan.warmup
     down = (plan.steps - step) / plan.cooldown
     return plan.peak_rate * min(up, 1.0, down)
@@ -178,13 +154,10 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
     """
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
-    run = Run(Phi3ForCausalLM(model_config()).float())
+    run = Run(Phi3ForCausalLM(Phi3Config(**CONFIG, torch_dtype="bfloat16")).float())
     matrices = [p for p in run.model.parameters() if p.dim() > 1]
     vectors = [p for p in run.model.parameters() if p.dim() < 2]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
     inputs = repr(split) + tokenizer.backend_tokenizer.to_str()
     key = asdict(plan) | {"inputs": hashlib.sha256(inputs.encode()).hexdigest()}
@@ -223,7 +196,6 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
 
 
 def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any], step: int) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
     value = {
         "key": key,
         "step": step,
@@ -231,11 +203,8 @@ def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str,
         "optimizer": optimizer.state_dict(),
         "history": (run.curve, run.tokens, run.seconds),
     }
-    with temporary.open("wb") as file:
-        torch.save(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with atomic_output(path, force=True) as temporary:
+        torch.save(value, temporary)
 
 
 def _restore(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any]) -> int:

@@ -144,7 +144,7 @@ def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> N
     assert report.text == "text.txt"
     assert report.model == "phi-3-demo"
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
-    assert [name.split("-")[-2] for name in names if name.endswith(".gguf")] == ["F16", "imatrix"]
+    assert [name for name in names if name.endswith(".gguf")] == ["phi-3-demo-F16.gguf", "phi-3-demo-imatrix.gguf"]
     for name in ("quality.svg", "speed.svg"):
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
     table = bench("demo", *options)

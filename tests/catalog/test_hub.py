@@ -23,10 +23,10 @@ def test_a_pull_gives_what_convert_and_quantize_give(
     hub: HubServer, catalog: Catalog, checkpoint: Path, tmp_path: Path, notes: Notes
 ) -> None:
     model = catalog.resolve("owner/tiny", quant="q4_k_m", progress=notes)
-    commit = hub.repositories["owner/tiny"].commit
+    commit, content = hub.repositories["owner/tiny"].commit, hub.repositories["owner/tiny"].files
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
-    (copy / "README.md").write_bytes(hub.repositories["owner/tiny"].files["README.md"])
+    (copy / "README.md").write_bytes(content["README.md"])
     convert(copy, tmp_path / "auto.gguf", source=SourceInfo("owner/tiny", commit))
     quantize(tmp_path / "auto.gguf", tmp_path / "expected.gguf", type="Q4_K_M")
     assert model.path.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
@@ -35,30 +35,19 @@ def test_a_pull_gives_what_convert_and_quantize_give(
         "owner--tiny@main/Q4_K_M/manifest.json",
         "owner--tiny@main/Q4_K_M/tiny-Q4_K_M.gguf",
     ]
-
-
-def test_only_the_files_that_are_needed_are_downloaded(hub: HubServer, catalog: Catalog, checkpoint: Path) -> None:
-    manifest = catalog.resolve("owner/tiny", quant="F16").manifest
-    assert manifest is not None
-    wanted = {path.name for path in checkpoint.iterdir()} | {"README.md"}
-    assert {
-        request.path.rsplit("/", 1)[-1] for request in hub.requests if request.sent and "/api/" not in request.path
-    } == wanted
-    content = hub.repositories["owner/tiny"].files
-    assert {file.name: (file.size, file.sha256) for file in manifest.made_from} == {
+    # No other files are downloaded, and of each the manifest tells.
+    wanted = {path.name for path in copy.iterdir()}
+    sent = {request.path for request in hub.requests if request.sent and "/api/" not in request.path}
+    assert {path.rsplit("/", 1)[-1] for path in sent} == wanted
+    assert model.manifest is not None
+    assert {file.name: (file.size, file.sha256) for file in model.manifest.made_from} == {
         name: (len(content[name]), hashlib.sha256(content[name]).hexdigest()) for name in wanted
     }
-    assert manifest.tools.keys() == {"edge-phi3", "llama-cpp-python", "gguf", "huggingface-hub"}
-    assert manifest.requested_revision == "main"
-
-
-def test_progress_is_told_for_each_file_conversion_and_quantisation(
-    hub: HubServer, catalog: Catalog, notes: Notes
-) -> None:
-    catalog.resolve("owner/tiny", progress=notes)
-    assert f"Downloading {SHARD}" in notes.titles
-    assert notes.titles[-2:] == ["Converting owner/tiny", "Quantising owner/tiny to Q4_K_M"]
-    for title in (f"Downloading {SHARD}", "Converting owner/tiny", "Quantising owner/tiny to Q4_K_M"):
+    assert model.manifest.tools.keys() == {"edge-phi3", "llama-cpp-python", "gguf", "huggingface-hub"}
+    assert model.manifest.requested_revision == "main"
+    # Each step tells how far it is.
+    assert notes.titles[-2:] == ["Converting tiny", "Quantising tiny to Q4_K_M"]
+    for title in (f"Downloading {SHARD}", *notes.titles[-2:]):
         done, total = notes.updates[title][-1]
         assert done == total
         assert total
@@ -89,15 +78,6 @@ def test_a_full_store_works_when_it_is_read_only_and_copied(hub: HubServer, cata
     assert not (moved / ".locks").exists()
 
 
-def test_another_quantisation_shares_nothing_but_the_shelf(hub: HubServer, catalog: Catalog) -> None:
-    small, large = catalog.resolve("owner/tiny", quant="Q4_0"), catalog.resolve("owner/tiny", quant="F16")
-    assert small.path.stat().st_size < large.path.stat().st_size
-    assert [(model.source, model.quant) for model in catalog.stored()] == [
-        ("owner/tiny", "F16"),
-        ("owner/tiny", "Q4_0"),
-    ]
-
-
 def test_the_intermediate_files_can_be_kept_for_the_next_quantisation(hub: HubServer, catalog: Catalog) -> None:
     catalog.resolve("owner/tiny", quant="Q4_0", keep_intermediate=True)
     asked = len(hub.gets(SHARD))
@@ -107,6 +87,11 @@ def test_the_intermediate_files_can_be_kept_for_the_next_quantisation(hub: HubSe
     assert SHARD in {file.name for file in other.manifest.made_from}
     catalog.resolve("owner/tiny", quant="F16", keep_intermediate=True)
     assert len(hub.gets(SHARD)) == 1
+    assert [(model.source, model.quant) for model in catalog.stored()] == [
+        ("owner/tiny", "F16"),
+        ("owner/tiny", "Q4_0"),
+        ("owner/tiny", "Q5_0"),
+    ]
 
 
 def test_a_direct_q8_0_conversion_has_the_tensors_of_the_quantiser(
@@ -169,18 +154,10 @@ def test_ready_made_ggufs_are_kept_as_they_are(hub: HubServer, catalog: Catalog)
     assert model.path.read_bytes() == content
     assert (model.name, model.quant, model.source) == ("model-q4", None, "owner/ready")
     assert files_below(catalog.store) == [
-        "owner--ready@main/model-q4/manifest.json",
-        "owner--ready@main/model-q4/model-q4.gguf",
+        "owner--ready@main/sub%2Fmodel-q4.gguf/manifest.json",
+        "owner--ready@main/sub%2Fmodel-q4.gguf/model-q4.gguf",
     ]
     assert not hub.gets("README.md")
-
-
-def test_split_ggufs_are_pulled_with_all_their_parts(hub: HubServer, catalog: Catalog) -> None:
-    parts = {f"big-0000{i}-of-00002.gguf": b"GGUF" + bytes([i]) * 9000 for i in (1, 2)}
-    hub.repositories["owner/ready"] = Repository(dict(parts))
-    model = catalog.resolve("owner/ready/big-00001-of-00002.gguf")
-    assert model.path.name == "big-00001-of-00002.gguf"
-    assert {path.name: path.read_bytes() for path in model.path.parent.glob("*.gguf")} == parts
 
 
 def test_the_endpoint_is_read_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

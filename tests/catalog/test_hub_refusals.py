@@ -11,66 +11,40 @@ from edge_phi3.catalog import Catalog, HubError
 from tests.catalog.conftest import SHARD, files_below
 from tests.catalog.hub_server import HubServer, Repository
 
-
-def _refuse(hub: HubServer, monkeypatch: pytest.MonkeyPatch, case: str) -> str:
-    repository = hub.repositories["owner/tiny"]
-    if case == "gated":
-        repository.gated = True
-    elif case == "gated-other-account":
-        repository.gated, repository.granted = True, False
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-    elif case == "bad-token":
-        monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    elif case == "private":
-        repository.private = True
-    elif case == "absent-with-token":
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-        return "owner/absent"
-    elif case == "absent":
-        return "owner/absent"
-    elif case == "revision":
-        return "owner/tiny@v9"
-    elif case == "forbidden":
-        repository.forbidden = True
-    elif case == "gguf-file":
-        repository.files["model-q4.gguf"] = b"GGUF"
-        return "owner/tiny/model-q5.gguf"
-    elif case == "no-gguf":
-        return "owner/tiny/model.gguf"
-    elif case == "only-gguf":
-        hub.repositories["owner/ready"] = Repository({"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"})
-        return "owner/ready"
-    elif case == "only-pickle":
-        hub.repositories["owner/old"] = Repository({"config.json": b"{}", "pytorch_model.bin": b"x"})
-        return "owner/old"
-    elif case == "data":
-        hub.repositories["owner/data"] = Repository({"train.csv": b"1,2"})
-        return "owner/data"
-    return "owner/tiny"
+OTHERS = {
+    "owner/ready": {"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"},
+    "owner/old": {"config.json": b"{}", "pytorch_model.bin": b"x"},
+    "owner/data": {"train.csv": b"1,2"},
+}
 
 
 @pytest.mark.parametrize(
-    ("case", "words"),
+    "case",
     [
-        ("gated", r"owner/tiny is gated: accept its terms on http\S+/owner/tiny with your account; then set HF_TOKEN"),
-        ("gated-other-account", r"with your account; the account of your token \(HF_TOKEN\) has not been let in yet"),
-        ("bad-token", r"The Hub does not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
-        ("private", r"has no repository owner/tiny, or it is private, which takes a token in HF_TOKEN; check the name"),
-        ("absent", r"has no repository owner/absent, or it is private"),
-        ("absent-with-token", r"has no repository owner/absent, or the token may not see it; check the name"),
-        ("revision", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
-        ("forbidden", r"The Hub forbids reading config\.json; the token in HF_TOKEN lacks the permission"),
-        ("gguf-file", r"owner/tiny has no file model-q5\.gguf at c0ffeec0ffee; it holds model-q4\.gguf"),
-        ("no-gguf", r"owner/tiny has no file model\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
-        ("only-gguf", r"but GGUF files \(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
-        ("only-pickle", r"holds only pickled weights \(\.bin\)"),
-        ("data", r"owner/data holds no config\.json with safetensors beside it"),
+        ("owner/tiny", {"gated": True}, "", r"is gated: accept its terms on http\S+/owner/tiny .*; then set HF_TOKEN"),
+        ("owner/tiny", {"gated": True, "granted": False}, HubServer.token, r"\(HF_TOKEN\) has not been let in yet"),
+        ("owner/tiny", {}, "hf_wrong", r"does not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
+        ("owner/tiny", {"private": True}, "", r"no repository owner/tiny, or it is private, which takes a token in"),
+        ("owner/tiny", {"forbidden": True}, "", r"forbids reading config\.json; the token in HF_TOKEN lacks the"),
+        ("owner/absent", {}, "", r"has no repository owner/absent, or it is private"),
+        ("owner/absent", {}, HubServer.token, r"owner/absent, or the token may not see it; check the name"),
+        ("owner/tiny@v9", {}, "", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
+        ("owner/ready/c.gguf", {}, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
+        ("owner/tiny/m.gguf", {}, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
+        ("owner/ready", {}, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
+        ("owner/old", {}, "", r"holds only pickled weights \(\.bin\)"),
+        ("owner/data", {}, "", r"owner/data holds no config\.json with safetensors beside it"),
     ],
 )
 def test_a_refusal_is_a_sentence_and_leaves_nothing(
-    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, case: str, words: str
+    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, case: tuple[str, dict[str, bool], str, str]
 ) -> None:
-    reference = _refuse(hub, monkeypatch, case)
+    reference, traits, token, words = case
+    hub.repositories |= {name: Repository(files) for name, files in OTHERS.items()}
+    for name, value in traits.items():
+        setattr(hub.repositories["owner/tiny"], name, value)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=words):
         catalog.resolve(reference)
     assert not catalog.store.exists() or files_below(catalog.store) == []

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 
+from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import (
     CALIBRATION_NAME,
-    ImatrixProgress,
     calibration_text,
     collect_imatrix,
     make_imatrix,
@@ -31,11 +32,8 @@ from edge_phi3.conversion.imatrix_file import (
 )
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.files import OutputExistsError
 from edge_phi3.llama import ImatrixError, ModelLoadError
-from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 
 LAYERS, HIDDEN, FEED_FORWARD = 6, 256, 768
@@ -105,17 +103,6 @@ def test_a_collection_goes_on_from_another(demo: Path, matrix: Imatrix, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-at-2.gguf", "m-at-4.gguf", "m.gguf"]
 
 
-def test_what_is_written_is_read(matrix: Imatrix, tmp_path: Path) -> None:
-    write_imatrix(tmp_path / "m.gguf", matrix)
-    found = read_imatrix(tmp_path / "m.gguf")
-    assert (found.datasets, found.chunk_count, found.chunk_size) == (matrix.datasets, 4, 64)
-    for name, entry in matrix.entries.items():
-        np.testing.assert_array_equal(found.entries[name].sums, entry.sums)
-        np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
-    with pytest.raises(OutputExistsError, match="--force"):
-        write_imatrix(tmp_path / "m.gguf", matrix)
-
-
 def test_older_files_count_chunks_and_merge_as_tokens() -> None:
     new = Imatrix({"w": ImatrixEntry(np.full((1, 2), 640, np.float32), np.array([64], np.float32))}, ["a"], 1, 64)
     old = Imatrix({"w": ImatrixEntry(np.full((1, 2), 30, np.float32), np.array([3], np.float32))}, ["b"], 3)
@@ -132,14 +119,16 @@ def test_matrices_of_different_models_do_not_merge(demo: Path) -> None:
 
 
 def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path, tmp_path: Path) -> None:
-    def interrupt(now: ImatrixProgress) -> None:
-        if now.chunk == 1:
+    def interrupt(done: int, _total: int, _detail: str) -> None:
+        if done:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=3, progress=interrupt)
     assert not list(tmp_path.iterdir())
     assert make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=1).chunk_count == 1
+    with pytest.raises(OutputExistsError, match="--force"):
+        make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=1)
 
 
 def test_bad_input_is_a_sentence(demo: Path, tmp_path: Path) -> None:
@@ -186,34 +175,17 @@ def _questions() -> list[str]:
     return texts
 
 
-def _perplexity(path: Path, texts: list[str]) -> float:
-    """Give exp of the mean negative log-likelihood of the answers' tokens."""
-    model = Model(path)
-    tokenizer = Tokenizer(model)
-    context = Context(model, cells=256, sequences=1, settings=EngineSettings(path, flash_attn="off"))
-    losses = []
-    for text in texts:
-        asked = len(tokenizer.encode(text[: text.index("<|assistant|>\n") + len("<|assistant|>\n")]))
-        tokens = tokenizer.encode(text)[:256]
-        count = len(tokens)
-        context.tokens[:count], context.positions[:count] = tokens, np.arange(count)
-        context.seq_ids[:count], context.wants_logits[:count] = 0, 1
-        context.clear()
-        rows = context.decode(count, count)[asked - 1 : -1].astype(np.float64)
-        top = rows.max(axis=1)
-        normaliser = top + np.log(np.exp(rows - top[:, None]).sum(axis=1))
-        losses.append(normaliser - rows[np.arange(len(rows)), tokens[asked:]])
-    context.close()
-    model.close()
-    return float(np.exp(np.concatenate(losses).mean()))
-
-
 def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(demo: Path, tmp_path: Path) -> None:
     texts = _questions()
-    held_out, calibration = texts[:30], "\n".join(texts[30:])
+    held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
     write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
     plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
     guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
     assert plain.bits_per_weight == guided.bits_per_weight < 3
-    original, without, with_matrix = (_perplexity(path, held_out) for path in (demo, plain.path, guided.path))
+    job = Job(
+        model=str(demo), logits=str(tmp_path / "logits"), text=held_out, parse_special=True, ctx_size=128, chunks=None,
+        threads=None, n_gpu_layers=0, prompt_tokens=1, generated_tokens=1, repetitions=1,
+    )  # fmt: skip
+    others = [msgspec.structs.replace(job, model=str(made.path), text=None) for made in (guided, plain)]
+    original, with_matrix, without = (measure(one).quality.perplexity for one in (job, *others))
     assert original < with_matrix < without

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.journey import MANIFEST_NAME, run_journey
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.files import sha256_of
+from edge_phi3.files import DiskFullError, sha256_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
 OPTIONS = ("--quant", "Q4_K_M", "--quant", "Q2_K", "--quant", "Q8_0", "--imatrix-chunks", "1", "--threads", "1")
@@ -106,7 +105,7 @@ def test_what_changed_is_made_again(whole: tuple[Path, float], tmp_path: Path) -
 def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", ["total", "used", "free"])  # noqa: PYI024 - as shutil's own
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(ConversionError, match=r"BF16 take about .* MB, and the disk of .* has 1\.0 MB left"):
+    with pytest.raises(DiskFullError, match=r"BF16 will take about .* MB, and the disk of .* has 1\.0 MB left"):
         run_journey(DEMO_CHECKPOINT, ["Q4_K_M"], tmp_path)
     assert not list(tmp_path.glob("*.gguf"))
 

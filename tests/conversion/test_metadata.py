@@ -85,21 +85,22 @@ def test_a_model_card_that_says_nothing_is_no_error(card: str, checkpoint: Path)
     assert "general.license" not in converted(checkpoint)
 
 
-def test_the_source_is_named(checkpoint: Path) -> None:
-    keys = converted(checkpoint, SourceInfo("owner/phi-3-name", "0123abcd"))
-    assert keys["general.organization"] == "owner"
-    assert keys["general.source.repo_url"] == "https://huggingface.co/owner/phi-3-name"
-    assert keys["general.source.huggingface.repository"] == "owner/phi-3-name"
-    assert keys["general.source.huggingface.revision"] == "0123abcd"
-    assert not any(key.startswith("general.source") for key in converted(checkpoint))
-
-
-def test_a_snapshot_in_the_hubs_cache_names_its_source(pristine: Path, tmp_path: Path) -> None:
+def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--microsoft--Phi-3-mini-4k-instruct" / "snapshots" / "0a67737c"
-    keys = converted(Path(shutil.copytree(pristine, snapshot)))
-    assert keys["general.name"] == "Phi-3-mini-4k-instruct"
-    assert keys["general.source.huggingface.repository"] == "microsoft/Phi-3-mini-4k-instruct"
-    assert keys["general.source.huggingface.revision"] == "0a67737c"
+    shutil.copytree(pristine, snapshot)
+    told = SourceInfo("owner/phi-3-name", "0123abcd")
+    for source, repository, revision in (
+        (told, told.repository, told.revision),
+        (None, "microsoft/Phi-3-mini-4k-instruct", "0a67737c"),
+    ):
+        keys = converted(snapshot, source)
+        assert keys["general.name"] == repository.split("/")[1]
+        assert keys["general.organization"] == repository.split("/")[0]
+        assert keys["general.source.repo_url"] == f"https://huggingface.co/{repository}"
+        assert keys["general.source.huggingface.repository"] == repository
+        assert keys["general.source.huggingface.revision"] == revision
+    elsewhere = Path(shutil.copytree(pristine, tmp_path / "phi-3"))
+    assert not any(key.startswith("general.source") for key in converted(elsewhere))
 
 
 def test_the_sliding_window_and_the_rope_are_the_checkpoints(checkpoint: Path, edit: Edit) -> None:

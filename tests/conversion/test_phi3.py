@@ -64,17 +64,14 @@ def test_phi3_mini_128k() -> None:
     np.testing.assert_array_equal(model.longrope.short_factor, np.float32(MINI_128K["rope_scaling"]["short_factor"]))
 
 
-def test_a_stated_attention_factor_counts() -> None:
-    rope = longrope(96) | {"attention_factor": 1.5}
-    model = read_phi3(MINI_128K | {"rope_scaling": rope})
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [({"rope_scaling": longrope(96) | {"attention_factor": 1.5}}, 1.5), ({"max_position_embeddings": 4096}, 1.0)],
+)
+def test_an_attention_factor_is_stated_or_follows_from_the_context(changes: dict[str, Any], factor: float) -> None:
+    model = read_phi3(MINI_128K | changes)
     assert model.longrope is not None
-    assert model.longrope.attention_factor == 1.5
-
-
-def test_no_longer_context_means_an_attention_factor_of_one() -> None:
-    model = read_phi3(MINI_128K | {"max_position_embeddings": 4096})
-    assert model.longrope is not None
-    assert model.longrope.attention_factor == 1.0
+    assert model.longrope.attention_factor == factor
 
 
 @pytest.mark.parametrize("config", [MINI_4K, MEDIUM, MINI_4K | {"tie_word_embeddings": True}])

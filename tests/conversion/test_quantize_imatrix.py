@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_phi3.conversion.imatrix_file import ImatrixFileError, read_imatrix
+from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, ImatrixFileError, read_imatrix, write_imatrix
 from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, QuantizeError, predict_size, quantize
 from tests.conversion.random_gguf import tensor_shapes, write_random
 
@@ -34,19 +34,10 @@ def random_sums(seed: int = 0, **changes: int) -> dict[str, np.ndarray]:
     }
 
 
-def write_gguf(path: Path, sums: dict[str, np.ndarray], *, kind: str = "imatrix") -> Path:
-    writer = gguf.GGUFWriter(path, None)
-    writer.add_type(kind)
-    writer.add_array("imatrix.datasets", ["calibration.txt"])
-    writer.add_uint32("imatrix.chunk_count", 3)
-    writer.add_uint32("imatrix.chunk_size", 512)
-    for name, values in sums.items():
-        writer.add_tensor(f"{name}.in_sum2", values.reshape(1, -1))
-        writer.add_tensor(f"{name}.counts", np.array([[CALLS]], dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def write_gguf(path: Path, sums: dict[str, np.ndarray]) -> Path:
+    counts = np.array([CALLS], dtype=np.float32)
+    entries = {name: ImatrixEntry(values.reshape(1, -1), counts) for name, values in sums.items()}
+    write_imatrix(path, Imatrix(entries, ["calibration.txt"], 3, 512))
     return path
 
 
@@ -101,17 +92,9 @@ def test_both_formats_give_the_same_model_and_its_origin_is_recorded(source: Pat
     assert fields["quantize.imatrix.chunks_count"] == 3
 
 
-def test_sums_become_means_and_unseen_experts_weigh_one(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "experts.gguf", None)
-    writer.add_tensor("ffn.in_sum2", np.array([[2, 4], [9, 9]], dtype=np.float32))
-    writer.add_tensor("ffn.counts", np.array([[2], [0]], dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    matrix = read_imatrix(tmp_path / "experts.gguf")
-    assert matrix.entries["ffn"].sums.shape == (2, 2)
-    np.testing.assert_array_equal(matrix.importance()["ffn"], [1, 2, 1, 1])
+def test_sums_become_means_and_unseen_experts_weigh_one() -> None:
+    entry = ImatrixEntry(np.array([[2, 4], [9, 9]], dtype=np.float32), np.array([2, 0], dtype=np.float32))
+    np.testing.assert_array_equal(Imatrix({"ffn": entry}).importance()["ffn"], [1, 2, 1, 1])
 
 
 @pytest.mark.parametrize("write", [write_gguf, write_legacy])
@@ -153,7 +136,7 @@ def _bad_matrix(kind: str, path: Path) -> None:
     if kind == "other-gguf":
         write_random(path)
     elif kind == "wrong-type":
-        write_gguf(path, sums, kind="adapter")
+        path.write_bytes(write_gguf(path, sums).read_bytes().replace(b"\0imatrix", b"\0adapter", 1))
     elif kind == "nan":
         sums["blk.0.ffn_up.weight"][4] = np.nan
         write_gguf(path, sums)

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from edge_phi3.conversion import quantize as module
-from edge_phi3.conversion.quantize import QuantizeError, QuantizeProgress, quantize
+from edge_phi3.conversion.quantize import QuantizeError, quantize
 from edge_phi3.llama import QuantizerError, child_process
 from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorFinished, TensorStarted
 from tests.conversion.random_gguf import write_random
@@ -32,8 +32,8 @@ def test_nothing_of_llama_cpps_log_is_printed(source: Path, tmp_path: Path, capf
 
 
 def test_ctrl_c_leaves_no_file_and_no_process(source: Path, tmp_path: Path) -> None:
-    def interrupt(step: QuantizeProgress) -> None:
-        if step.index == 5:
+    def interrupt(done: int, total: int, _: str) -> None:
+        if done > total / 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -47,7 +47,7 @@ def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
     write_random(source, layers=4, hidden=1024, feed_forward=4096)
     script = (
         "import sys, time; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
-        "def stay(step): print(step.index, flush=True); time.sleep(3600)\n"
+        "def stay(done, total, tensor): print(done, flush=True); time.sleep(3600)\n"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q4_K_M', threads=1, progress=stay)"
     )
     output = tmp_path / "out.gguf"
@@ -55,7 +55,7 @@ def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(source), str(output)], stdout=subprocess.PIPE, text=True
     ) as parent:
         assert parent.stdout is not None
-        assert parent.stdout.readline() == "1\n"
+        assert parent.stdout.readline() == "0\n"
         (worker,) = psutil.Process(parent.pid).children()
         parent.send_signal(signal.SIGKILL)
         parent.wait()
@@ -89,8 +89,11 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
     write_random(source, layers=30, vocabulary=64, feed_forward=256)
     monkeypatch.setattr(child_process.subprocess, "Popen", functools.partial(subprocess.Popen, pipesize=4096))
 
-    def kill_the_child(step: QuantizeProgress) -> None:
-        if step.index == 3:
+    told: list[str] = []
+
+    def kill_the_child(_done: int, _total: int, tensor: str) -> None:
+        told.append(tensor)
+        if len(told) == 3:
             for child in quantisers():
                 os.kill(child.pid, signal.SIGKILL)
 

@@ -9,10 +9,9 @@ import gguf
 import numpy as np
 import pytest
 
-from edge_phi3.conversion import quantize as module
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError
 from edge_phi3.conversion.quantize import QuantizeError, quantize
-from edge_phi3.files import OutputExistsError
+from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.conversion.random_gguf import write_random
 
 
@@ -35,58 +34,37 @@ def test_an_output_that_exists_is_kept_without_force(source: Path, tmp_path: Pat
     assert gguf.GGUFReader(output).tensors
 
 
+UNKNOWN = [
+    ({"type": "Q4"}, r"'Q4' is not a quantisation type; close to it are"),
+    (
+        {"tensor_types": {"ffn_down": "q8"}},
+        r"--tensor-type ffn_down: 'q8' is not .*; close to it are.*q8_0",
+    ),
+    ({"output_tensor_type": "q8_1"}, r"--output-tensor-type: 'q8_1' is not"),
+    ({"token_embedding_type": "i32"}, r"--token-embedding-type: 'i32' is not"),
+]
+UNFIT = [
+    ({"type": "IQ2_XS"}, r"IQ2_XS needs an importance matrix.*--imatrix.* such as Q2_K\."),
+    (
+        {"tensor_types": {"ffn_gate": "q8_0"}},
+        r"matches 'ffn_gate'; its tensors are attn_norm.*ffn_up\.weight",
+    ),
+    ({"tensor_types": {"attn_norm": "q8_0"}}, r"llama\.cpp never quantises blk\.0\.attn_norm\.weight"),
+    ({"tensor_types": {"ffn_(": "q8_0"}}, r"'ffn_\(' is not a regular expression"),
+    ({"type": "F16", "tensor_types": {"ffn_down": "q8_0"}}, r"--tensor-type has no effect with --type F16"),
+    ({"token_embedding_type": "iq2_xxs"}, r"token_embd\.weight cannot become iq2_xxs without an importance matrix"),
+]
+
+
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
-    [
-        ({"type": "Q4"}, UnknownQuantizationError, r"'Q4' is not a quantisation type; close to it are"),
-        ({"type": "IQ2_XS"}, QuantizeError, r"IQ2_XS needs an importance matrix.*--imatrix.* such as Q2_K\."),
-        (
-            {"type": "Q4_K_M", "tensor_types": {"ffn_down": "q8"}},
-            UnknownQuantizationError,
-            r"--tensor-type ffn_down: 'q8' is not a tensor type that llama.cpp writes; close to it are.*q8_0",
-        ),
-        (
-            {"type": "Q4_K_M", "output_tensor_type": "q8_1"},
-            UnknownQuantizationError,
-            r"--output-tensor-type: 'q8_1' is not",
-        ),
-        (
-            {"type": "Q4_K_M", "token_embedding_type": "i32"},
-            UnknownQuantizationError,
-            r"--token-embedding-type: 'i32' is not",
-        ),
-        (
-            {"type": "Q4_K_M", "tensor_types": {"ffn_gate": "q8_0"}},
-            QuantizeError,
-            r"no tensor of this model matches 'ffn_gate'; its tensors are attn_norm\.weight, .*ffn_up\.weight",
-        ),
-        (
-            {"type": "Q4_K_M", "tensor_types": {"attn_norm": "q8_0"}},
-            QuantizeError,
-            r"llama\.cpp never quantises blk\.0\.attn_norm\.weight",
-        ),
-        (
-            {"type": "Q4_K_M", "tensor_types": {"ffn_(": "q8_0"}},
-            QuantizeError,
-            r"'ffn_\(' is not a regular expression",
-        ),
-        (
-            {"type": "F16", "tensor_types": {"ffn_down": "q8_0"}},
-            QuantizeError,
-            r"--tensor-type has no effect with --type F16",
-        ),
-        (
-            {"type": "Q4_K_M", "token_embedding_type": "iq2_xxs"},
-            QuantizeError,
-            r"token_embd\.weight cannot become iq2_xxs without an importance matrix",
-        ),
-    ],
+    ("error", "options", "words"),
+    [(UnknownQuantizationError, *case) for case in UNKNOWN] + [(QuantizeError, *case) for case in UNFIT],
 )
 def test_what_cannot_be_made_is_refused_in_a_sentence(
-    source: Path, tmp_path: Path, options: dict, error: type[Exception], words: str
+    source: Path, tmp_path: Path, error: type[Exception], options: dict, words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        quantize(source, tmp_path / "out.gguf", **options)
+        quantize(source, tmp_path / "out.gguf", **({"type": "Q4_K_M"} | options))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -142,7 +120,7 @@ def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kin
 def test_too_little_free_space_is_told_before_the_work_begins(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(QuantizeError, match=r"out\.gguf needs \d\.\d MB and its disk has 1\.0 kB left"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(DiskFullError, match=r"out\.gguf will take about \d\.\d MB, .* has 1\.0 kB left"):
         quantize(source, tmp_path / "out.gguf", type="Q8_0")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.conversion import tied
+from edge_phi3.conversion import plan
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.journey import run_journey
@@ -86,7 +86,7 @@ def test_a_head_of_its_own_is_kept_and_told(
 def test_one_value_is_difference_enough_wherever_it_lies(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tied, "_CHUNK", 1000)  # the matrix is compared in many pieces, the last of them short
+    monkeypatch.setattr(plan, "_CHUNK", 1000)  # the matrix is compared in many pieces, the last of them short
     dtype, bits = read(checkpoint, EMBEDDING)
     changed = bits.copy()
     changed[-1, -1] ^= 1

@@ -30,14 +30,8 @@ PROMPTS = (
     "<|user|> How to explain Internet for a medieval knight?<|end|><|assistant|>",
     "YOUR_PROMPT_HERE",
     "<|user|>\nI am going to Paris, what should I see?<|end|>\n<|assistant|>\nParis, the capital of France, is known "
-    "for its stunning architecture, art museums, historical landmarks, and romantic atmosphere. Here are some of the "
-    "top attractions to see in Paris:\n\n1. The Eiffel Tower: The iconic Eiffel Tower is one of the most recognizable "
-    "landmarks in the world and offers breathtaking views of the city.\n2. The Louvre Museum: The Louvre is one of the "
-    "world's largest and most famous museums, housing an impressive collection of art and artifacts, including the "
-    "Mona Lisa.\n3. Notre-Dame Cathedral: This beautiful cathedral is one of the most famous landmarks in Paris and is "
-    "known for its Gothic architecture and stunning stained glass windows.\n\nThese are just a few of the many "
-    "attractions that Paris has to offer. With so much to see and do, it's no wonder that Paris is one of the most "
-    'popular tourist destinations in the world."<|end|>\n<|user|>\nWhat is so great about #1?<|end|>\n<|assistant|>\n',
+    "for its art museums. Here are some:\n\n1. The Eiffel Tower: The iconic Eiffel Tower\n2. The Louvre Museum, the "
+    "world's largest\n\nIt's no wonder<|end|>\n<|user|>\nWhat is so great about #1?<|end|>\n<|assistant|>\n",
 )
 
 SPECIAL = [token.text for token in phi3_vocabulary().added]
@@ -46,6 +40,7 @@ FRAGMENTS = [
     "<|", "|>", "<", ">", "Hello", " world", "the", "1234", "don't", "\u00e9\u00e0", "\u65e5\u672c\u8a9e",
     "\u0645\u0631\u062d\u0628\u0627", "\U0001f600", "e\u0301", "\U0001f468\u200d\U0001f469", "<0x0A>", "[PAD32012]",
     "aaa", "aaaaaaa", "nnn", "....", "=====", "\n\n\n", "\r\n",
+    *(space * length for space in " \u2581" for length in (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 257)),
 ]  # fmt: skip
 
 
@@ -105,30 +100,12 @@ def test_llama_cpps_own_vectors(ours: Tokenizer, alone: llama.Vocabulary, theirs
         assert theirs.encode(text).ids == expected
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_prompts_of_the_documentation(prompt: str, ours: Tokenizer, alone: llama.Vocabulary, theirs: Library) -> None:
-    assert ours.encode(prompt).tolist() == alone.tokenize(prompt) == theirs.encode(prompt).ids
-
-
-def test_the_knights_prompt_has_no_stray_tokens(alone: llama.Vocabulary) -> None:
+def test_prompts_of_the_documentation(ours: Tokenizer, alone: llama.Vocabulary, theirs: Library) -> None:
+    for prompt in PROMPTS:
+        assert ours.encode(prompt).tolist() == alone.tokenize(prompt) == theirs.encode(prompt).ids
+    # No stray tokens.
     expected = [32010, 1128, 304, 5649, 4685, 363, 263, 27690, 889, 523, 29973, 32007, 32001]
     assert alone.tokenize(PROMPTS[1], add_special=True) == expected
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 257])
-def test_runs_of_spaces(length: int, ours: Tokenizer, theirs: Library) -> None:
-    run = " " * length
-    for text in (
-        run,
-        f"a{run}",
-        f"{run}a",
-        f"a{run}b",
-        f"<|user|>{run}x",
-        f"<s>{run}x",
-        f"\n{run}\n",
-        run.replace(" ", "▁"),
-    ):
-        assert ours.encode(text).tolist() == theirs.encode(text).ids
 
 
 def random_text(generator: random.Random) -> str:

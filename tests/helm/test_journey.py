@@ -19,7 +19,7 @@ import yaml
 from filelock import FileLock
 
 from edge_phi3.catalog.reference import parse_reference
-from edge_phi3.catalog.store import _shelf_name
+from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
@@ -156,7 +156,7 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
     command[command.index("--port") + 1] = str(port)
     # Until it has answered once, it waits for another process that makes the model.
     store = Path(environment_of(container)["EDGE_PHI3_STORE"])
-    shelf = _shelf_name(parse_reference("demo"))
+    shelf = shelf_name(parse_reference("demo"))
     (store / ".locks").mkdir()
     making = FileLock(store / ".locks" / f"{shelf}.lock")
     making.acquire()

@@ -1,1 +1,0 @@
-"""Makes the demo model: its corpus, its tokenizer, its weights and its card."""
