@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.filesize import decimal
 
-from edge_phi3 import __version__
 from edge_phi3.catalog.listing import (
     CHECKPOINT_FILES,
     RemoteFile,
@@ -39,6 +38,7 @@ from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output
 from edge_phi3.progress import ProgressReporter
+from edge_phi3.version import __version__
 
 if TYPE_CHECKING:
     from edge_phi3.catalog.hub import Hub
