@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import edge_phi3
 from tests.support.documents import (
     LANGUAGES,
     NEEDS,
@@ -116,6 +119,20 @@ def test_a_mistake_in_a_command_is_found(command: str, mistake: str) -> None:
 
 def test_broken_syntax_is_found() -> None:
     assert "unexpected EOF" in " ".join(mistakes("curl 'http://127.0.0.1"))
+
+
+def test_the_public_names_are_there_and_importing_them_is_cheap() -> None:
+    program = "import sys, edge_phi3; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"numpy", "llama_cpp", "pydantic", "litestar"} & set(loaded.stdout.split())
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    for name in edge_phi3.__all__:
+        assert getattr(edge_phi3, name) is not None
+        assert f"`{name}`" in page
+    assert set(dir(edge_phi3)) == set(edge_phi3.__all__)
+    private = "TokenPlacer"
+    with pytest.raises(AttributeError, match=f"no attribute '{private}'"):
+        getattr(edge_phi3, private)
 
 
 def test_the_troubleshooting_page_quotes_sentences_of_the_code() -> None:

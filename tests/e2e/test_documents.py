@@ -16,7 +16,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from edge_phi3.catalog import Catalog
@@ -106,3 +108,33 @@ def test_a_command_that_fails_is_found(folder: Path, server: Server) -> None:
         run_command("edge-phi3 pull ./nothing", folder, server)
     with pytest.raises(AssertionError, match="404"):
         run_command("curl http://127.0.0.1:8080/nothing", folder, server)
+
+
+MESSAGES = [{"role": "user", "content": "What does len do?"}]
+TOOL = {"type": "function", "function": {"name": "look_up"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "sentence"),
+    [
+        ("/chat", {"prompt": "a", "promptt": "b"}, 400, "`promptt` is not a field of this request"),
+        ("/chat", {"prompt": "a", "generate_kwargs": {"max_length": "200"}}, 400, "must be an integer"),
+        ("/chat", {"prompt": "a", "generate_kwargs": {"penalty_alpha": 0.6}}, 400, "`penalty_alpha` is not supported"),
+        ("/v1/chat/completions", {"model": "phi-3-mini-4k-instruct", "messages": MESSAGES, "max_tokens": 2}, 200, ""),
+        ("/v1/chat/completions", {"messages": MESSAGES, "top_k": 5}, 400, "`top_k` belongs inside `generate_kwargs`"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tools": [TOOL]}, 400, "`tools` is not supported"),
+        ("/v1/responses", {"input": "a"}, 404, "There is nothing at /v1/responses"),
+    ],
+)
+def test_what_the_page_on_migrating_says_of_requests(
+    server: Server, path: str, body: dict[str, Any], status: int, sentence: str
+) -> None:
+    response = httpx.post(server.url + path, json=body, timeout=PATIENCE)
+    assert response.status_code == status, response.text
+    assert sentence in response.text
+
+
+def test_what_the_page_on_migrating_says_of_routes(server: Server) -> None:
+    assert server.get("/health").status_code == 404
+    assert server.get("/metrics").json().keys() == {"gpu_info", "cpu_info"}
+    assert "edge_phi3_num_requests_running" in server.get("/metrics", headers={"Accept": "text/plain"}).text

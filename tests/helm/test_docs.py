@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from edge_phi3.cli import app
 from tests.helm.chart import CHART, NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
 from tests.helm.restricted import violations
-from tests.support.documents import PAGES, ROOT, blocks, parts_of
+from tests.support.documents import PAGES, ROOT, blocks, parts_of, unfenced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -36,7 +36,8 @@ def test_every_value_named_is_one_of_the_charts(page: Path) -> None:
     schema = loaded().schema
     assert schema is not None
     text = page.read_text(encoding="utf-8")
-    named = {name for name in _DOTTED.findall(text) if name.split(".")[0] in schema["properties"]}
+    prose = unfenced(text)
+    named = {name for name in _DOTTED.findall(prose) if name.split(".")[0] in schema["properties"]}
     for block in blocks(text):
         for command in block.commands():
             for words in parts_of(command):
