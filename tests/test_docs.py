@@ -102,7 +102,8 @@ def test_every_command_names_what_there_is(page: Path) -> None:
 def test_every_target_and_module_named_for_developers_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = [f"make {target}" for target in re.findall(r"(?:`|^ +)make ([\w-]+)", text, re.MULTILINE)]
-    named += [f"python -m {module}" for module in re.findall(r"python -m ((?:benchmarks|tests)\.(?!NAME)[\w.]*\w)", text)]
+    modules = re.findall(r"python -m ((?:benchmarks|tests)\.(?!NAME)[\w.]*\w)", text)
+    named += [f"python -m {module}" for module in modules]
     assert [mistake for command in named for mistake in mistakes(command)] == []
 
 
