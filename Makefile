@@ -1,4 +1,4 @@
-# Two commands matter: `make serve` answers questions from the bundled demo model, `make test` runs every test.
+# The two main commands: `make serve` serves the bundled demo model, `make test` runs every test.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -9,7 +9,7 @@ MODEL  ?=
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-all lint types layers check bench measure report lock clean
 
-help: ## show this list
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 serve: $(VENV)/serve.stamp ## convert, quantise and serve the demo model on port $(PORT)
@@ -18,34 +18,34 @@ serve: $(VENV)/serve.stamp ## convert, quantise and serve the demo model on port
 test: $(VENV)/dev.stamp ## run the whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-test-all: test ## and what takes longer: random lives of the engine and requests to the service, by the thousand
+test-all: test ## run the suite and the long tests: thousands of random engine runs and service requests
 	$(BIN)/python -m tests.support.fuzz --scenarios 50000 --real-thread 500
 	$(BIN)/python -m tests.support.service_fuzz --requests 2000
 	$(BIN)/python -m benchmarks.churn
 	$(BIN)/python -m benchmarks.churn --sliding-window
 
-lint: $(VENV)/dev.stamp ## lint, and check the format
+lint: $(VENV)/dev.stamp ## lint and check the formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev.stamp ## type-check the package
 	$(BIN)/mypy
 
-layers: $(VENV)/dev.stamp ## check which module may import which
+layers: $(VENV)/dev.stamp ## check which modules import which
 	$(BIN)/lint-imports
 
-check: lint types layers ## everything but the tests
+check: lint types layers ## run lint, types and layers
 
 bench: $(VENV)/dev.stamp ## run the benchmark suites
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
 
-measure: $(VENV)/dev.stamp ## measure all that docs/benchmarks.md shows again, and make it
+measure: $(VENV)/dev.stamp ## repeat every measurement in docs/benchmarks.md and rebuild it
 	$(BIN)/python -m benchmarks.remake $(MEASURE_ARGS)
 
-report: $(VENV)/dev.stamp ## make docs/benchmarks.md from the recorded results
+report: $(VENV)/dev.stamp ## rebuild docs/benchmarks.md from the recorded results
 	$(BIN)/python -m benchmarks.report
 
-lock: ## pin anew every version of a development machine (needs uv)
+lock: ## update the pinned versions in requirements.lock (needs uv)
 	uv pip compile --universal --python-version 3.11 --extra dev --extra bench --no-emit-index-url \
 	  --no-header --no-annotate --upgrade --quiet pyproject.toml -o requirements.lock
 
@@ -53,7 +53,7 @@ clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks dist
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge-phi3 needs Python 3.11 or newer; say make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edge-phi3 needs Python 3.11, 3.12 or 3.13; run make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
 # The lock file constrains what the extras ask for, so that two machines get the same tree.

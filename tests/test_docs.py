@@ -1,14 +1,31 @@
-"""The pages that people read lead nowhere that is not there."""
+"""The pages that people read lead nowhere that is not there, and their commands name what there is."""
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [
+import edge_phi3
+from tests.support.documents import (
+    LANGUAGES,
+    NEEDS,
+    PAGES,
+    PROGRAMS,
+    ROOT,
+    blocks,
+    edge_phi3_mistakes,
+    inline_commands,
+    mistakes,
+    parts_of,
+    unfenced,
+)
+
+LINKED = [
     *ROOT.glob("*.md"),
     *ROOT.glob("docs/*.md"),
     *ROOT.glob("benchmarks/**/*.md"),
@@ -16,23 +33,122 @@ PAGES = [
     ROOT / "tests/golden/README.md",
 ]
 
-_FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_QUOTED = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def anchors(page: Path) -> set[str]:
-    """Give the anchors of a page's headings, as GitHub makes them."""
-    lines = _FENCED.sub("", page.read_text(encoding="utf-8")).splitlines()
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    lines = unfenced(page.read_text(encoding="utf-8")).splitlines()
     headings = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
     return {re.sub(r"[^\w -]", "", heading).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", LINKED, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
-    for link in _LINK.findall(_FENCED.sub("", page.read_text(encoding="utf-8"))):
+    for link in _LINK.findall(unfenced(page.read_text(encoding="utf-8"))):
         if re.match(r"https?://|mailto:", link):
             continue
         name, _, anchor = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_links_every_page() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in _LINK.findall(text) if "://" not in link}
+    assert {*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")} - {ROOT / "README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    """A block has a language, so that it is run or checked; no command hides in an indented one."""
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(blocks(text)), "a fence that is not closed, or has an unknown form"
+    assert {block.language for block in blocks(text)} <= LANGUAGES
+    hidden = re.compile(rf"^ {{4,}}(?:\$ )?(?:{'|'.join(sorted(PROGRAMS))}) ")
+    assert [line for line in unfenced(text).splitlines() if hidden.match(line)] == []
+    for block in blocks(text, "json"):
+        json.loads(block.text)
+    for block in blocks(text):
+        first = block.text.partition("\n")[0]
+        assert not first.startswith("# Needs") or NEEDS.match(first), f"{first} is not a reason that the tests know"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_command_names_what_there_is(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    wrong = [
+        f"{command}: {mistake}"
+        for block in blocks(text)
+        for command in block.commands()
+        for mistake in mistakes(command)
+    ]
+    wrong += [
+        f"{command}: {mistake}"
+        for command in inline_commands(text)
+        for words in parts_of(command)
+        for mistake in edge_phi3_mistakes(words[1:])
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", sorted({*LINKED} - {*PAGES}), ids=name_of)
+def test_every_target_and_module_named_for_developers_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = [f"make {target}" for target in re.findall(r"(?:`|^ +)make ([\w-]+)", text, re.MULTILINE)]
+    modules = re.findall(r"python -m ((?:benchmarks|tests)\.(?!NAME)[\w.]*\w)", text)
+    named += [f"python -m {module}" for module in modules]
+    assert [mistake for command in named for mistake in mistakes(command)] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "mistake"),
+    [
+        ("edge-phi3 serve --prot 1", "edge-phi3 serve has no flag --prot"),
+        ("edge-phi3 serf", "edge-phi3 has no verb 'serf'"),
+        ("edge-phi3 bench quants demo --tpye Q4_0", "edge-phi3 bench has no flag --tpye"),
+        ("docker run --rm edge-phi3:0.1.0-cpu serve --prot 1", "edge-phi3 serve has no flag --prot"),
+        ("docker build --build-arg CUDA_ARCHITECTURE=86 .", "Dockerfile.cuda has no argument CUDA_ARCHITECTURE"),
+        ("make tset", "make has no target tset"),
+        ("python -m benchmarks.nothing", "there is no module benchmarks.nothing"),
+        ("python scripts/nothing.py", "there is no script scripts/nothing.py"),
+        ("pip install 'edge-phi3[benches]'", "edge-phi3 has no extra benches"),
+        ("wget http://127.0.0.1", "'wget' is not one of the programs that the pages use"),
+    ],
+)
+def test_a_mistake_in_a_command_is_found(command: str, mistake: str) -> None:
+    assert mistakes(command) == [mistake]
+
+
+def test_broken_syntax_is_found() -> None:
+    assert "unexpected EOF" in " ".join(mistakes("curl 'http://127.0.0.1"))
+
+
+def test_the_public_names_are_there_and_importing_them_is_cheap() -> None:
+    program = "import sys, edge_phi3; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"numpy", "llama_cpp", "pydantic", "litestar"} & set(loaded.stdout.split())
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    for name in edge_phi3.__all__:
+        assert getattr(edge_phi3, name) is not None
+        assert f"`{name}`" in page
+    assert set(dir(edge_phi3)) == set(edge_phi3.__all__)
+    private = "TokenPlacer"
+    with pytest.raises(AttributeError, match=f"no attribute '{private}'"):
+        getattr(edge_phi3, private)
+
+
+def test_the_troubleshooting_page_quotes_sentences_of_the_code() -> None:
+    """Each symptom is text that the code prints; three dots stand for what differs."""
+    sources = "".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("edge_phi3/**/*.py")))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    quoted = _QUOTED.findall((ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"))
+    assert len(quoted) >= 20
+    pieces = [piece.strip() for quote in quoted for piece in quote.split("...")]
+    assert [piece for piece in pieces if piece not in joined] == []

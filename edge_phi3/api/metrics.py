@@ -12,9 +12,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from edge_phi3 import __version__
 from edge_phi3.engine.stats import EngineStats
 from edge_phi3.pipeline import GenerationOutput, ModelCard
+from edge_phi3.version import __version__
 
 GENERATION_PATHS = frozenset({"/chat", "/v1/chat/completions", "/v1/completions"})
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from edge_phi3 import __version__
 from edge_phi3.api import schemas
 from edge_phi3.api.openai import schemas as openai_schemas
 from edge_phi3.api.parameter_docs import generate_kwargs_schema
+from edge_phi3.version import __version__
 
 JSON = dict[str, Any]
 

@@ -11,7 +11,6 @@ from litestar.di import NamedDependency
 from litestar.params import RawBody
 from litestar.response import Redirect
 
-from edge_phi3 import __version__
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.hardware import machine_metrics
@@ -29,6 +28,7 @@ from edge_phi3.api.schemas import (
 )
 from edge_phi3.api.service import Service
 from edge_phi3.api.ui import prefers_html
+from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 

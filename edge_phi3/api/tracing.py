@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from litestar.types import HTTPScope
 
-from edge_phi3 import __version__
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.version import __version__
 
 if TYPE_CHECKING:
     from edge_phi3.api.exchange import Exchange

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
-from edge_phi3 import __version__
+from edge_phi3.version import __version__
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_phi3 import __version__
 from edge_phi3.catalog.listing import RemoteFile, Snapshot, gguf_files, small_files, weight_files
 from edge_phi3.catalog.manifest import (
     FORMAT,
@@ -29,6 +28,7 @@ from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space
 from edge_phi3.progress import ProgressReporter
+from edge_phi3.version import __version__
 
 # These take longer to import than all the rest of a start that finds its model in the store.
 if TYPE_CHECKING:

@@ -31,11 +31,11 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
     http_stream_backoff,
 )
 
-from edge_phi3 import __version__
 from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
 from edge_phi3.catalog.manifest import FileRecord
 from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
 from edge_phi3.progress import ProgressReporter, Step
+from edge_phi3.version import __version__
 
 _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if base is not OSError)
 """The base error of the HTTP library under huggingface_hub, whichever this version uses (httpx, httpx2)."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,9 +77,9 @@ class TextGenerationPipeline:
     def prepare(
         self,
         *,
-        prompt: str | None,
-        messages: Sequence[Mapping[str, str]] | None,
-        generate_kwargs: Mapping[str, object],
+        prompt: str | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        generate_kwargs: Mapping[str, object] = MappingProxyType({}),
         prefix: str | None = None,
         return_full_text: bool = True,
         clean_up_tokenization_spaces: bool = False,

@@ -1,9 +1,10 @@
-"""docs/deployment.md names values, files and objects that there are."""
+"""What the pages say of the chart: values, commands and objects exist, and figures are right."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import yaml
 from click.testing import CliRunner
 
 from edge_phi3.cli import app
-from tests.helm.chart import NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
+from tests.helm.chart import CHART, NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
 from tests.helm.restricted import violations
+from tests.support.documents import PAGES, ROOT, blocks, parts_of, unfenced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -21,13 +23,63 @@ TEXT = PAGE.read_text(encoding="utf-8")
 _DOTTED = re.compile(r"(?<![\w./-])([a-z][A-Za-z]+(?:\.[A-Za-z-]+)+)(?==|`|[ ,;)])")
 
 
-def test_every_value_named_is_one_of_the_charts() -> None:
+def assigned(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the values that a helm command or a table sets with ``NAME=VALUE``."""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and not name.startswith("-"):
+            yield name, value
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_value_named_is_one_of_the_charts(page: Path) -> None:
     schema = loaded().schema
     assert schema is not None
-    named = {name for name in _DOTTED.findall(TEXT) if name.split(".")[0] in schema["properties"]}
-    assert len(named) > 20
+    text = page.read_text(encoding="utf-8")
+    prose = unfenced(text)
+    named = {name for name in _DOTTED.findall(prose) if name.split(".")[0] in schema["properties"]}
+    for block in blocks(text):
+        for command in block.commands():
+            for words in parts_of(command):
+                if words[0] == "helm":
+                    named |= {name for name, _ in assigned(words)}
+    if page == PAGE:
+        assert len(named) > 20
     unknown = [name for name in sorted(named) if not _knows(schema, name.split("."))]
     assert unknown == []
+
+
+def test_every_yaml_block_of_a_page_is_values_that_render_or_objects() -> None:
+    found = 0
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8"), "yaml"):
+            found += 1
+            documents = list(yaml.safe_load_all(block.text.replace("THE_SUM", "0" * 64)))
+            if "kind" in documents[0]:
+                versions = (oldest_kubernetes(), NEWEST)
+                assert [e for obj in documents for version in versions for e in schema_errors(obj, version)] == []
+            else:
+                assert render(documents[0])
+    assert found >= 5
+
+
+def test_the_helm_commands_of_the_pages_render() -> None:
+    rendered = 0
+    for page in PAGES:
+        for command in (command for block in blocks(page.read_text(encoding="utf-8")) for command in block.commands()):
+            for words in parts_of(command):
+                if words[:2] in (["helm", "install"], ["helm", "upgrade"]):
+                    values: Object = {}
+                    for name, value in assigned(words):
+                        *path, last = name.split(".")
+                        target = values
+                        for key in path:
+                            target = target.setdefault(key, {})
+                        target[last] = yaml.safe_load(value)
+                    assert render(values)
+                    assert words[3].endswith(".tgz") or ROOT / words[3] == CHART
+                    rendered += 1
+    assert rendered >= 5
 
 
 def _knows(schema: Object, path: list[str]) -> bool:
@@ -43,22 +95,13 @@ def _knows(schema: Object, path: list[str]) -> bool:
     return path[0] in properties and _knows(properties[path[0]], path[1:])
 
 
-def test_the_claim_and_its_loader_are_valid_and_restricted() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
-    objects = list(yaml.safe_load_all(block))
-    for version in (oldest_kubernetes(), NEWEST):
-        assert [error for obj in objects for error in schema_errors(obj, version)] == []
+def test_the_claim_and_its_loader_are_restricted() -> None:
+    (block,) = [block for block in blocks(TEXT, "yaml") if "PersistentVolumeClaim" in block.text]
+    objects = list(yaml.safe_load_all(block.text))
     (loader,) = of_kind(objects, "Pod")
     assert list(violations(loader)) == []
     (claim,) = of_kind(objects, "PersistentVolumeClaim")
     assert loader["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
-
-
-@pytest.mark.parametrize("title", ["a claim with the store", "an OCI image", "a file server"])
-def test_the_values_of_an_air_gapped_site_render(title: str) -> None:
-    (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
-    text = block.replace("THE_SUM", "0" * 64)
-    assert render(yaml.safe_load(text))
 
 
 def test_the_figures_of_the_kv_cache_are_those_of_its_shape() -> None:
@@ -69,7 +112,7 @@ def test_the_figures_of_the_kv_cache_are_those_of_its_shape() -> None:
     for tokens, f16, q8_0 in rows:
         assert f16 == f"{int(tokens) * elements * 2 / 2**30:.1f}"
         assert q8_0 == f"{int(tokens) * elements * 34 / 32 / 2**30:.1f}"
-    assert f"{elements * 2 // 1024} KiB a token" in TEXT
+    assert f"{elements * 2 // 1024} KiB per token" in TEXT
     kept = [(1 << 30) // (elements * size // 32) for size in (64, 34)]
     assert "1024 MiB keep about {:,} tokens, or {:,} with".format(*kept) in TEXT
 

@@ -25,6 +25,7 @@ from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
 from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, prepare_together, served
 from tests.ports import free_port
+from tests.support.documents import blocks
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
@@ -90,13 +91,13 @@ def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def values_of_the_site(title: str, replaced: dict[str, str]) -> Object:
+def values_of_the_site(kind: str, replaced: dict[str, str]) -> Object:
     """Return one of the blocks for `site.yaml`, with what an operator fills in."""
-    (block,) = re.findall(rf"\n       # {title}.*?\n((?:       .+\n)+?)\n", TEXT)
+    (text,) = [block.text for block in blocks(TEXT, "yaml") if kind in block.text and "kind:" not in block.text]
     for name, value in replaced.items():
-        assert name in block
-        block = block.replace(name, value)
-    values: Object = yaml.safe_load(block)
+        assert name in text
+        text = text.replace(name, value)
+    values: Object = yaml.safe_load(text)
     return values
 
 
@@ -105,7 +106,7 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     # What `kubectl cp models/. loader:/models` does: tar on this side, tar in the pod.
     archive = subprocess.run(["tar", "-cf", "-", "models"], cwd=carried.parent, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-xmf", "-", "-C", tmp_path], input=archive, check=True)
-    values = SMALL | values_of_the_site("a claim with the store", {})
+    values = SMALL | values_of_the_site("existingClaim", {})
     values["storage"]["mountPath"] = str(volume)
     objects = render(values)
     assert "initContainers" not in pod_of(objects)
@@ -119,7 +120,7 @@ def test_a_site_without_internet_with_an_image(carried: Path) -> None:
     (file,) = carried.rglob("*.gguf")
     path = file.relative_to(carried).as_posix()
     assert re.fullmatch(r"[^/]+/Q4_K_M/[^/]+\.gguf", path), "the shape that the page gives"
-    values = SMALL | values_of_the_site("an OCI image", {"FOLDER/Q4_K_M/FILE.gguf": path})
+    values = SMALL | values_of_the_site("imageReference", {"FOLDER/Q4_K_M/FILE.gguf": path})
     values["storage"]["mountPath"] = str(carried)
     values["model"]["name"] = values["model"]["name"].replace("/models", str(carried), 1)
     with served(render(values), HF_ENDPOINT=NOWHERE) as address:
@@ -134,7 +135,7 @@ def test_a_site_without_internet_with_a_file_server(carried: Path, tmp_path: Pat
         url = f"http://127.0.0.1:{files.server_port}/{file.name}"
         checksum = hashlib.sha256(file.read_bytes()).hexdigest()
         replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
-        values = SMALL | values_of_the_site("a file server", replaced)
+        values = SMALL | values_of_the_site("sha256", replaced)
         values["storage"] = {"mountPath": str(tmp_path)}
         objects = render(values)
         container = preparer(objects)
@@ -178,15 +179,3 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
         process.terminate()
     assert process.wait(timeout=PATIENCE) == 0
     assert "detail" in said[0], "it answers while it converts and loads"
-
-
-def test_the_shell_commands_of_the_page_are_whole() -> None:
-    """Every indented command is one that bash reads, and names a program that the page asks for."""
-    text = re.sub(r"^```.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
-    blocks = re.findall(r"(?:^ {4,}(?! *#| *[\w-]+:).+\n)+", text, re.MULTILINE)
-    programs = {"docker", "helm", "kubectl", "curl", "edge-phi3", "mkdir", "gunzip", "printf"}
-    commands = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    assert len(commands) > 20
-    for command in commands:
-        assert command.split()[0] in programs, command
-        subprocess.run(["bash", "-n", "-c", command], check=True)
