@@ -34,6 +34,10 @@ ROUNDS = 60
 Yardstick = Callable[[NDArray[np.float32]], object]
 
 
+def _ignore(_event: object) -> None:
+    pass
+
+
 def _best(logits: NDArray[np.float32]) -> object:
     return logits.argmax(axis=1)
 
@@ -88,7 +92,7 @@ def _engine(rows: int, vocabulary: int, parameters: dict[str, Any]) -> tuple[Eng
     for _ in range(rows):
         config = GenerationConfig.resolve({"max_new_tokens": 900, "eos_token_id": []} | parameters, defaults)
         prompt = generator.integers(0, vocabulary, PROMPT_LENGTH, dtype=np.int32)
-        core.submit(GenerationRequest(prompt, config, stream=True), lambda event: None)
+        core.submit(GenerationRequest(prompt, config, stream=True), _ignore)
     while not (len(runner.running) == rows and all(request.decoding for request in runner.running)):
         core.step()
     for _ in range(WARM_UP):
@@ -100,6 +104,7 @@ def _engine(rows: int, vocabulary: int, parameters: dict[str, Any]) -> tuple[Eng
 @pytest.mark.parametrize("vocabulary", [32064, 200064])
 @pytest.mark.parametrize("rows", [1, 16, 128])
 def test_step(benchmark: BenchmarkFixture, rows: int, vocabulary: int, mode: str) -> None:
+    """Time steps in which every row decodes, and the yardstick between them."""
     parameters, yardstick = MODES[mode]
     core, context = _engine(rows, vocabulary, parameters)
     passes: list[float] = []

@@ -14,8 +14,8 @@ from edge_phi3.version import __version__
 if TYPE_CHECKING:
     from edge_phi3.catalog import Catalog, StoredModel
     from edge_phi3.engine.engine import Engine
+    from edge_phi3.engine.engine_settings import EngineSettings
     from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
-    from edge_phi3.engine.settings import EngineSettings
     from edge_phi3.errors import EdgePhi3Error
     from edge_phi3.generation import GenerationConfig
     from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
@@ -41,7 +41,7 @@ _HOMES = {
     "edge_phi3.catalog": ("Catalog", "StoredModel"),
     "edge_phi3.engine.engine": ("Engine",),
     "edge_phi3.engine.sequence": ("FinishedEvent", "GenerationRequest", "TokensEvent"),
-    "edge_phi3.engine.settings": ("EngineSettings",),
+    "edge_phi3.engine.engine_settings": ("EngineSettings",),
     "edge_phi3.errors": ("EdgePhi3Error",),
     "edge_phi3.generation": ("GenerationConfig",),
     "edge_phi3.pipeline": ("GenerationOutput", "PreparedPrompt", "TextDelta", "TextGenerationPipeline"),
