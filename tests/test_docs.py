@@ -1,4 +1,4 @@
-"""The pages that people read lead nowhere that is not there."""
+"""The pages that people read lead nowhere that is not there, and describe the code as it is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from scripts import update_docs
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -36,3 +38,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", update_docs.PAGES)
+def test_what_is_made_from_the_code_is_up_to_date(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == update_docs.updated(name), "run python scripts/update_docs.py"

@@ -11,11 +11,9 @@ from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 
-from edge_phi3.api.body import decode_body
-from edge_phi3.api.disconnect import cancelled_when_client_leaves
+from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.errors import detail_of
-from edge_phi3.api.exchange import Exchange, exchange_of
-from edge_phi3.api.long_texts import work_on
+from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, ErrorResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event

@@ -18,7 +18,7 @@ from edge_phi3.engine.errors import (
 )
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.decoding import GenerationError
-from edge_phi3.generation.parameters import ParameterError
+from edge_phi3.generation.values import ParameterError
 from edge_phi3.pipeline import PromptError
 
 logger = structlog.get_logger(__name__)

@@ -11,7 +11,7 @@ import msgspec
 from edge_phi3 import __version__
 from edge_phi3.api import schemas
 from edge_phi3.api.openai import schemas as openai_schemas
-from edge_phi3.api.parameter_docs import generate_kwargs_schema
+from edge_phi3.generation.reference import generate_kwargs_schema
 
 JSON = dict[str, Any]
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from importlib.metadata import version
 from typing import Any
 
-import anyio.to_thread
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 from litestar.response import Redirect
 
 from edge_phi3 import __version__
-from edge_phi3.api.body import decode_body
+from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.errors import InvalidRequestError
-from edge_phi3.api.hardware import machine_metrics
-from edge_phi3.api.long_texts import work_on
+from edge_phi3.api.machine_metrics import machine_metrics
 from edge_phi3.api.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -28,7 +27,7 @@ from edge_phi3.api.schemas import (
     VersionResponse,
 )
 from edge_phi3.api.service import Service
-from edge_phi3.api.ui import prefers_html
+from edge_phi3.api.static_files import prefers_html
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 
@@ -90,7 +89,7 @@ async def metrics(
     accept = request.headers.get("accept", "")
     if any(kind in accept for kind in _PROMETHEUS_TYPES):
         return _exposed(service, accept)
-    return Response(await anyio.to_thread.run_sync(machine_metrics), media_type=MediaType.JSON)
+    return Response(await asyncio.to_thread(machine_metrics), media_type=MediaType.JSON)
 
 
 @get("/metrics/prometheus", sync_to_thread=False)

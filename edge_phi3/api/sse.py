@@ -11,9 +11,8 @@ from typing import Any
 from litestar.response.base import ASGIResponse, Response
 from litestar.types import Receive, Scope, Send
 
-from edge_phi3.api.disconnect import cancelled_when_client_leaves
 from edge_phi3.api.errors import ClientDisconnectedError
-from edge_phi3.api.exchange import exchange_of
+from edge_phi3.api.exchange import cancelled_when_client_leaves, exchange_of
 
 FIRST_EVENT_PATIENCE = 1.0
 """Seconds to wait for the first event before the status line is sent: refusals come at once and keep their own status,

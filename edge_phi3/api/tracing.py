@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import structlog
 from litestar.types import HTTPScope
 
 from edge_phi3 import __version__
+from edge_phi3.api.exchange import Exchange
 from edge_phi3.errors import EdgePhi3Error
-
-if TYPE_CHECKING:
-    from edge_phi3.api.exchange import Exchange
-    from edge_phi3.settings import Settings
+from edge_phi3.settings import Settings
 
 logger = structlog.get_logger(__name__)
 

@@ -19,8 +19,8 @@ import pytest
 import structlog
 import uvicorn
 
+from edge_phi3.api.access_log import AccessLog
 from edge_phi3.api.app import create_service
-from edge_phi3.api.exchange import ExchangeLog
 from edge_phi3.api.service import Loader, Say, Service
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine import engine as engine_module
@@ -55,7 +55,7 @@ class Running:
     client: httpx.Client
     service: Service
     port: int
-    app: ExchangeLog
+    app: AccessLog
 
     def chat(self, **body: Any) -> httpx.Response:
         """Ask ``/chat``."""
