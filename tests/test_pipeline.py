@@ -78,7 +78,7 @@ def test_usage_counts_tokens(pipeline: TextGenerationPipeline) -> None:
         ({"prompt": "a", "handle_long_generation": "cut"}, "null or 'hole', not 'cut'"),
         (
             {"prompt": "a", "handle_long_generation": "hole", "kwargs": {"max_new_tokens": 400}},
-            "400 new tokens are asked of a context of 192",
+            "400 new tokens are wanted in a context of 192",
         ),
     ],
 )

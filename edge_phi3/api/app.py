@@ -36,37 +36,24 @@ def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service
         load: makes the pipeline, in a thread, once the application has started.
 
     Raises:
-        TracingError: traces are asked for, and the extra ``otel`` is not installed.
+        TracingError: traces are configured, and the extra ``otel`` is not installed.
     """
     service = Service(settings, load)
     tracing = tracing_of(settings)
-    open_routes = Router(
-        "/",
-        route_handlers=[
-            ops.home,
-            ops.healthz,
-            ops.livez,
-            ops.readyz,
-            ops.metrics,
-            ops.prometheus,
-            ops.show_version,
-            *static_files.HANDLERS,
-        ],
-    )
-    guarded_routes = Router(
-        "/",
-        route_handlers=[chat, ops.tokenize, ops.detokenize],
-        guards=service.keys.guards(),
-        middleware=_rate_limit(settings.rate_limit, service.keys),
-    )
-
-    openai_routes = Router(
-        "/",
-        route_handlers=[chat_completions, completions, list_models, show_model],
-        guards=service.keys.guards(),
-        middleware=_rate_limit(settings.rate_limit, service.keys),
-        exception_handlers=OPENAI_EXCEPTION_HANDLERS,
-    )
+    guarded: dict[str, Any] = {
+        "guards": service.keys.guards(),
+        "middleware": _rate_limit(settings.rate_limit, service.keys),
+    }
+    routers = [
+        Router("/", route_handlers=[*ops.HANDLERS, *static_files.HANDLERS]),
+        Router("/", route_handlers=[chat, ops.tokenize, ops.detokenize], **guarded),
+        Router(
+            "/",
+            route_handlers=[chat_completions, completions, list_models, show_model],
+            exception_handlers=OPENAI_EXCEPTION_HANDLERS,
+            **guarded,
+        ),
+    ]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -77,7 +64,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service
             await asyncio.to_thread(tracing.close)
 
     app = Litestar(
-        route_handlers=[open_routes, guarded_routes, openai_routes],
+        route_handlers=routers,
         dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],

@@ -28,9 +28,9 @@ class KeyRing:
         return bool(self._digests)
 
     def find(self, connection: ASGIConnection[Any, Any, Any, Any]) -> int | None:
-        """Give the number of the known key that a request carries, or None.
+        """Return the number of the known key that a request carries, or None.
 
-        Every key is compared, each in constant time, so that the time taken tells nothing about them.
+        Every key is compared, each in constant time, so that the time taken reveals nothing about them.
         """
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
@@ -50,7 +50,7 @@ class KeyRing:
             )
 
     def guards(self) -> Sequence[Guard]:
-        """Give the guards for the routes that need a key: none when there are no keys."""
+        """Return the guards for the routes that need a key: none when there are no keys."""
         return [self.guard] if self else []
 
 

@@ -24,7 +24,7 @@ from edge_phi3.pipeline import PromptError
 logger = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-"""What a client is told to wait when the queue is full: about the time in which a slot becomes free."""
+"""Seconds that a client should wait when the queue is full: about the time in which a slot becomes free."""
 
 CLIENT_GONE = 499
 """The status that logs and metrics show when the client left before the answer; nobody receives it."""
@@ -78,7 +78,7 @@ _HEADERS: dict[int, dict[str, str]] = {
 
 
 def status_code_of(error: BaseException) -> int:
-    """Give the status code of an error."""
+    """Return the status code of an error."""
     for class_ in type(error).__mro__:
         if class_ in STATUS_CODES:
             return STATUS_CODES[class_]
@@ -86,14 +86,14 @@ def status_code_of(error: BaseException) -> int:
 
 
 def detail_of(error: BaseException) -> str:
-    """Give the sentence that a client reads. An error that nobody foresaw keeps its text to the logs."""
+    """Return the sentence that a client reads. An error that nobody foresaw keeps its text to the logs."""
     if isinstance(error, EdgePhi3Error):
         return str(error)
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
 def headers_of(status: int) -> dict[str, str]:
-    """Give the headers that an error with this status carries."""
+    """Return the headers that an error with this status carries."""
     return _HEADERS.get(status, {})
 
 

@@ -29,7 +29,7 @@ _HEADERS = [
 
 
 def event(data: bytes, name: str = "") -> bytes:
-    """Give one event; `data` is JSON, so it holds no line break."""
+    """Return one event; `data` is JSON, so it holds no line break."""
     return b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: %s\n\n" % data
 
 
@@ -47,7 +47,7 @@ class EventStream(Response[bytes]):
         self._failed = failed
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
-        """Give the ASGI application that sends the events."""
+        """Return the ASGI application that sends the events."""
         return _ASGIEventStream(self._events, self._failed)
 
 

@@ -35,7 +35,7 @@ _OPERATIONS: Final = {
 
 
 class TracingError(EdgePhi3Error):
-    """Traces were asked for, and the packages that send them are not installed."""
+    """Traces are configured, and the packages that send them are not installed."""
 
 
 class Tracing:
@@ -101,7 +101,7 @@ class Tracing:
 
 
 def tracing_of(settings: Settings) -> Tracing | None:
-    """Give what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
+    """Return what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
 
     Raises:
         TracingError: the options do, and the extra is not installed.

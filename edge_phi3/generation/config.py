@@ -1,4 +1,4 @@
-"""`GenerationConfig`: what one request asks of ``generate()``, merged, typed and validated."""
+"""`GenerationConfig`: the parameters of one request, merged, typed and validated."""
 
 from __future__ import annotations
 

@@ -23,13 +23,13 @@ class Refused:
     changes_tokens: bool = True
 
     def accepts(self, value: object) -> bool:
-        """Tell whether `value` asks for nothing."""
+        """Return whether `value` changes nothing."""
         return value is None or any(type(value) is type(known) and value == known for known in self.harmless)
 
 
 _ASSISTED = "assisted generation needs a second model or a draft; every token here comes from the one model"
 _ENCODER = "Phi-3 has no encoder; the decoder starts from the prompt"
-_HIDDEN = "it needs the hidden states of the model, which llama.cpp does not give"
+_HIDDEN = "it needs the hidden states of the model, which llama.cpp does not return"
 _CACHE = "the engine has one KV cache, shared by all requests and set by the service's own options"
 _OBJECT = "it takes a Python object, which JSON cannot hold"
 
@@ -59,20 +59,20 @@ REFUSED: Final[Mapping[str, Refused]] = {
     "negative_prompt_ids": Refused("it belongs to `guidance_scale`, which is not supported"),
     "num_assistant_tokens": Refused(_ASSISTED, (20,), changes_tokens=False),
     "num_assistant_tokens_schedule": Refused(_ASSISTED, ("constant",), changes_tokens=False),
-    "output_attentions": Refused("llama.cpp does not give attention weights", (False,), changes_tokens=False),
+    "output_attentions": Refused("llama.cpp does not return attention weights", (False,), changes_tokens=False),
     "output_hidden_states": Refused(_HIDDEN, (False,), changes_tokens=False),
     "output_logits": Refused("a reply holds processed scores only (`output_scores`)", (False,), changes_tokens=False),
-    "penalty_alpha": Refused("contrastive search compares hidden states, which llama.cpp does not give", (0, 0.0)),
+    "penalty_alpha": Refused("contrastive search compares hidden states, which llama.cpp does not return", (0, 0.0)),
     "prefix_allowed_tokens_fn": Refused(_OBJECT),
     "prompt_lookup_num_tokens": Refused(_ASSISTED),
     "return_legacy_cache": Refused("a reply does not hold the KV cache", (False,), changes_tokens=False),
     "stopping_criteria": Refused(_OBJECT),
-    "streamer": Refused('ask for `"stream": true` beside the prompt instead'),
+    "streamer": Refused('set `"stream": true` beside the prompt instead'),
     "synced_gpus": Refused("a model runs in one process", (False,), changes_tokens=False),
     "target_lookbehind": Refused(_ASSISTED, (10,), changes_tokens=False),
     "token_healing": Refused("the prompt's tokens are taken as they are", (False,)),
     "tokenizer": Refused(_OBJECT),
     "use_cache": Refused("the KV cache is always used; it does not change the tokens", (True,), changes_tokens=False),
-    "watermarking_config": Refused("its choice of tokens hangs on torch's random numbers"),
+    "watermarking_config": Refused("its choice of tokens depends on torch's random numbers"),
 }
-"""Every name of transformers that is refused unless its value asks for nothing."""
+"""Every name of transformers that is refused unless its value changes nothing."""

@@ -122,7 +122,7 @@ class TextGenerationPipeline:
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
 
     def with_tokens(self, prepared: PreparedPrompt, tokens: Sequence[int]) -> PreparedPrompt:
-        """Give a prepared request these prompt tokens, instead of those that their text is encoded to.
+        """Return a prepared request these prompt tokens, instead of those that their text is encoded to.
 
         Raises:
             ParameterError: they leave no room for an answer.
@@ -151,7 +151,7 @@ class TextGenerationPipeline:
             return prompt_ids
         if new_tokens >= longest:
             raise PromptError(
-                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are asked of a context of "
+                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are wanted in a context of "
                 f"{longest}."
             )
         return prompt_ids[new_tokens - longest :]
@@ -262,7 +262,7 @@ class TextGenerationPipeline:
             whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
         return whole[len(prompt) :]
 
-    # -- tokens, for whoever asks
+    # -- tokens
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Encode a text."""
@@ -270,7 +270,7 @@ class TextGenerationPipeline:
         return tokens
 
     def token_bytes(self, token: int) -> bytes:
-        """Give what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
+        """Return what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
         return self._tokenizer.bytes_of(token)
 
     def constrain(self, prepared: PreparedPrompt, grammar: str) -> PreparedPrompt:

@@ -113,7 +113,7 @@ class Answer(abc.ABC):
         return self.body(choices, _usage_of(outputs))
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Give the answer in chunks, those of several prompts as they come."""
+        """Yield the answer in chunks, those of several prompts as they come."""
         streams, first = [], 0
         for prepared in self._prepared:
             streams.append(self._stream(prepared, first))
@@ -126,7 +126,7 @@ class Answer(abc.ABC):
         yield event(b"[DONE]")
 
     async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
-        """Give the chunks of one prompt; `first` is the index of its first choice."""
+        """Yield the chunks of one prompt; `first` is the index of its first choice."""
         trimmers = [StopTrimmer(self._stops) for _ in range(prepared.config.num_return_sequences)]
         tokens = [ShownTokens() for _ in trimmers]
 
@@ -180,7 +180,7 @@ def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:
 
 
 async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
-    """Give what several streams yield, as it comes."""
+    """Yield what several streams yield, as it comes."""
     mailbox: asyncio.Queue[bytes | asyncio.Task[None]] = asyncio.Queue()
 
     async def forward(stream: AsyncGenerator[bytes, None]) -> None:

@@ -42,7 +42,7 @@ def _prepare(service: Service, wanted: CompletionRequest, prompt: str | list[int
     translate.refuse_unsupported(wanted)
     if wanted.best_of not in {None, wanted.n or 1}:
         raise InvalidRequestError("`best_of` is not supported beside `n`: every completion is returned.")
-    text = prompt if isinstance(prompt, str) else service.text_of(prompt)
+    text = prompt if isinstance(prompt, str) else service.text_of(prompt, "prompt") or " "
     prepared = service.prepare_within(
         lambda new_tokens: {
             "prompt": text,

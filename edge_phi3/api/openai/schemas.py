@@ -103,7 +103,9 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     response_format: Annotated[
         ResponseFormat | None, Meta(description="Holds the answer to JSON, or to JSON that follows a schema.")
     ] = None
-    logprobs: Annotated[bool | None, Meta(description="Tell the log-probability of each token of the answer.")] = False
+    logprobs: Annotated[bool | None, Meta(description="Return the log-probability of each token of the answer.")] = (
+        False
+    )
     top_logprobs: Annotated[int, _described("top_logprobs")] | None = None
     metadata: Any = None
     store: Any = None
@@ -135,7 +137,11 @@ class CompletionRequest(SamplingFields, kw_only=True):
     logprobs: (
         Annotated[
             int,
-            Meta(ge=0, le=5, description="Tell log-probabilities: of the chosen token, and of so many likeliest ones."),
+            Meta(
+                ge=0,
+                le=5,
+                description="Return log-probabilities: of the chosen token, and of this many likeliest ones.",
+            ),
         ]
         | None
     ) = None
