@@ -95,13 +95,10 @@ def test_a_prompt_that_leaves_no_room_names_both_numbers(pipeline: TextGeneratio
         prepare(pipeline, {"prompt": QUESTION * 5, "kwargs": {"max_length": 30}})
 
 
-def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline) -> None:
+def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ChatTemplate(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    pipeline._template, kept = hostile, pipeline._template
-    try:
-        with pytest.raises(PromptError, match="chat template"):
-            pipeline.apply_chat_template([{"role": "user", "content": "hi"}])
-    finally:
-        pipeline._template = kept
+    monkeypatch.setattr(pipeline, "_template", hostile)
+    with pytest.raises(PromptError, match="chat template"):
+        prepare(pipeline, {"messages": [{"role": "user", "content": "hi"}], "kwargs": {}})

@@ -92,23 +92,18 @@ def detail_of(error: BaseException) -> str:
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
-def headers_of(status: int) -> dict[str, str]:
-    """Return the headers that an error with this status carries."""
-    return _HEADERS.get(status, {})
-
-
 def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
     status = status_code_of(error)
-    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=headers_of(status))
+    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=_HEADERS.get(status, {}))
 
 
-def answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+def _answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
     """Log an error that is none of ours, and answer without its text."""
     logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     return _answer(request, error)
 
 
-def answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
     """Answer what Litestar itself refuses: no such route, body too large, too many requests."""
     headers = dict(error.headers or {})
     detail = error.detail
@@ -127,6 +122,6 @@ def answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respon
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     EdgePhi3Error: _answer,
-    HTTPException: answer_http,
-    Exception: answer_unforeseen,
+    HTTPException: _answer_http,
+    Exception: _answer_unforeseen,
 }
