@@ -67,16 +67,12 @@ class Answer(abc.ABC):
         """Return a whole choice; `tokens` are those of its text, or None when log-probabilities are not wanted."""
 
     @abc.abstractmethod
-    def first_piece(self, index: int, lead: str) -> Struct | None:
-        """Return what a choice begins with in a stream, if anything; `lead` is its prompt when that is echoed."""
+    def piece(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
+        """Return a piece of a choice in a stream; the last one has the finish reason, and no text."""
 
-    @abc.abstractmethod
-    def piece(self, index: int, text: str, tokens: Tokens) -> Struct:
-        """Return a piece of a choice."""
-
-    @abc.abstractmethod
-    def last_piece(self, index: int, reason: Reason) -> Struct:
-        """Return what ends a choice in a stream."""
+    def opening(self, index: int) -> Struct | None:  # noqa: ARG002 - for subclasses
+        """Return what a choice begins with in a stream, if anything."""
+        return None
 
     @abc.abstractmethod
     def body(self, choices: list[Any], usage: CompletionUsage) -> Struct:
@@ -139,7 +135,7 @@ class Answer(abc.ABC):
             for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
                 whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
                 yield from shown(index, trimmer.push(whole) + trimmer.finish())
-                yield self.last_piece(first + index, _finish_reason(reason, stopped=trimmer.stopped))
+                yield self.piece(first + index, "", _finish_reason(reason, stopped=trimmer.stopped))
             self._outputs.append(item)
             if len(self._outputs) == len(self._prepared):
                 self._exchange.output = self._outputs[0]
@@ -147,9 +143,11 @@ class Answer(abc.ABC):
         def shown(index: int, text: str) -> Iterator[Struct]:
             if text:
                 placed = None if prepared.config.top_logprobs is None else tokens[index].show(text)
-                yield self.piece(first + index, text, placed)
+                yield self.piece(first + index, text, tokens=placed)
 
-        waiting = [self.first_piece(first + index, prepared.lead) for index in range(len(trimmers))]
+        waiting: list[Struct | None] = []
+        for index in range(first, first + len(trimmers)):
+            waiting += [self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None]
         async with self._service.stream(prepared, self._exchange.request_id) as steps:
             async for items in steps:
                 pieces = [*filter(None, waiting), *itertools.chain.from_iterable(map(pieces_of, items))]

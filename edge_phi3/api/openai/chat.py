@@ -65,14 +65,11 @@ class _ChatAnswer(Answer):
     def choice(self, index: int, text: str, reason: Reason, tokens: Tokens) -> ChatChoice:
         return ChatChoice(index, AnswerMessage(text), reason, self._logprobs(tokens))
 
-    def first_piece(self, index: int, lead: str) -> ChunkChoice:  # noqa: ARG002 - conversations are never echoed
+    def opening(self, index: int) -> ChunkChoice:
         return ChunkChoice(index, Delta(role="assistant", content=""))
 
-    def piece(self, index: int, text: str, tokens: Tokens) -> ChunkChoice:
-        return ChunkChoice(index, Delta(content=text), logprobs=self._logprobs(tokens))
-
-    def last_piece(self, index: int, reason: Reason) -> ChunkChoice:
-        return ChunkChoice(index, Delta(), reason)
+    def piece(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> ChunkChoice:
+        return ChunkChoice(index, Delta(content=text or msgspec.UNSET), reason, self._logprobs(tokens))
 
     def body(self, choices: list[ChatChoice], usage: CompletionUsage) -> ChatCompletion:
         return ChatCompletion(*self.head, choices, usage)

@@ -61,18 +61,11 @@ class _CompletionAnswer(Answer):
 
     ID_PREFIX = "cmpl"
 
-    def choice(self, index: int, text: str, reason: Reason | None, tokens: Tokens) -> CompletionChoice:
+    def choice(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> CompletionChoice:
         logprobs = None if tokens is None else completion_logprobs(self.pipeline, tokens)
         return CompletionChoice(index, text, reason, logprobs)
 
-    def first_piece(self, index: int, lead: str) -> CompletionChoice | None:
-        return self.choice(index, lead, None, None) if lead else None
-
-    def piece(self, index: int, text: str, tokens: Tokens) -> CompletionChoice:
-        return self.choice(index, text, None, tokens)
-
-    def last_piece(self, index: int, reason: Reason) -> CompletionChoice:
-        return self.choice(index, "", reason, None)
+    piece = choice
 
     def body(self, choices: list[CompletionChoice], usage: CompletionUsage) -> Completion:
         return self.chunk(choices, usage)
