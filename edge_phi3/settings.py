@@ -50,129 +50,143 @@ class Settings(BaseModel):
     model: str = option(
         "demo",
         "Model",
-        "What to serve: a preset's name, a Hub repository, a checkpoint folder or a GGUF file.",
+        "Model to serve: a preset's name, a Hub repository, a checkpoint folder or a GGUF file.",
     )
-    quant: str = option("Q4_K_M", "Model", "The type that a checkpoint is quantised to.", metavar="TYPE")
+    quant: str = option("Q4_K_M", "Model", "Type that a checkpoint is quantised to.", metavar="TYPE")
     store: Path | None = option(
         None,
         "Model",
-        "The folder of converted models; the user's cache folder when not given.",
+        "Folder where converted models are stored; the user's cache folder by default.",
         metavar="DIR",
     )
     lora: tuple[tuple[Path, float], ...] = option(
         (),
         "Model",
-        "A LoRA adapter (GGUF) and its scale, 1 when not given; repeatable.",
+        "LoRA adapter (GGUF) to apply, with its scale (1 by default); repeatable.",
         metavar="FILE[=SCALE]",
     )
 
     ctx_size: int = option(
         0,
         "Engine",
-        "Tokens in the KV cache, shared by all sequences; 0 takes the model's context, at most 8192. A model with long"
-        " and short rotary factors (Phi-3-128k) has a second cache, half as large, for its short sequences.",
+        "Size of the KV cache in tokens, shared by all sequences; 0 takes the model's context length, at most 8192. A"
+        " model with long and short rotary factors (Phi-3-128k) has a second one, half as large, for short sequences.",
         ge=0,
         le=1 << 20,
     )
-    parallel: int = option(16, "Engine", "How many sequences are decoded together at most.", ge=1, le=255)
-    batch_size: int = option(512, "Engine", "How many tokens one decode call takes at most.", ge=1, le=65536)
+    parallel: int = option(16, "Engine", "Maximum number of sequences that are decoded together.", ge=1, le=255)
+    batch_size: int = option(512, "Engine", "Maximum number of tokens in one decoding step.", ge=1, le=65536)
     threads: int = option(
         0,
         "Engine",
-        "The model's CPU threads; 0 takes the physical cores that the process may use.",
+        "Number of CPU threads for the model; 0 takes one for each physical core that the process may use.",
         ge=0,
         le=1024,
     )
     n_gpu_layers: int = option(
-        -1, "Engine", "Layers on the GPU; -1 takes all of them when there is a GPU.", ge=-1, le=1000
+        -1, "Engine", "Number of layers on the GPU; -1 puts all of them there when there is a GPU.", ge=-1, le=1000
     )
     kv_cache_type: Literal["f32", "f16", "q8_0"] = option(
-        "f16", "Engine", "Element type of the KV cache: f32 is exact, q8_0 takes half of f16's memory."
+        "f16", "Engine", "Element type of the KV cache: f32 is exact, q8_0 takes half the memory of f16."
     )
-    flash_attn: Literal["auto", "on", "off"] = option("auto", "Engine", "Flash attention.")
+    flash_attn: Literal["auto", "on", "off"] = option(
+        "auto", "Engine", "Whether flash attention is used; auto leaves the choice to llama.cpp."
+    )
     window_chunk: int = option(
-        32, "Engine", "Tokens of a prompt fed at a time beyond the sliding window; 1 is exact.", ge=1, le=2047
+        32,
+        "Engine",
+        "Number of prompt tokens that are computed at a time beyond the sliding window; 1 is exact.",
+        ge=1,
+        le=2047,
     )
-    prefix_cache: bool = option(True, "Engine", "Keep finished sequences in main memory for later prompts.")
+    prefix_cache: bool = option(
+        True,
+        "Engine",
+        "Keep finished sequences in main memory, so that later prompts with the same beginning start sooner.",
+    )
     prefix_cache_mib: int = option(
-        0, "Engine", "MiB of main memory that they may take; 0 takes an eighth of what is free at start.", ge=0
+        0, "Engine", "Main memory for the prefix cache in MiB; 0 takes an eighth of what is free at the start.", ge=0
     )
     exact_seeds: bool = option(
         False,
         "Engine",
-        "Run each request with a seed alone, in a cleared KV cache, so that its answer repeats to the bit; the others"
-        " wait meanwhile. Without it, its random draws repeat, and the model's numbers to rounding.",
+        "Run each request with a seed alone, in a cleared KV cache, so that its answer repeats to the bit while other"
+        " requests wait. Without it, the random draws repeat, and the model's numbers up to rounding.",
     )
     stall_timeout: float = option(
         60.0,
         "Engine",
         "Seconds without a completed step, while requests run, after which the engine counts as stalled: its requests"
-        " fail, and /livez answers 500. At least ten times the longest step so far; 0 never.",
+        " fail, and /livez answers 500. Never less than ten times the longest step so far; 0 switches this off.",
         ge=0,
         le=86400,
     )
     exit_on_stall: bool = option(
-        True, "Engine", "Exit with code 1 when the engine stays stalled for the same time again."
+        True, "Engine", "Exit with code 1 when the engine stays stalled for --stall-timeout once more."
     )
 
     stream_interval: float = option(
         0.1,
         "Engine",
-        "Seconds that a streamed token may wait for those after it, to be sent with them; the first never waits, and 0"
-        " sends each by itself.",
+        "Seconds that a streamed token may wait to be sent together with the next ones; the first token never waits,"
+        " and 0 sends each token by itself.",
         ge=0,
         le=10,
     )
 
-    host: str = option("127.0.0.1", "Server", "The address to listen on; 0.0.0.0 listens on all.", min_length=1)
-    port: int = option(8080, "Server", "The TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
+    host: str = option("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 listens on all.", min_length=1)
+    port: int = option(8080, "Server", "TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
     grace_period: float = option(
-        25.0, "Server", "Seconds that running requests have to finish after SIGTERM.", ge=0, le=86400
+        25.0, "Server", "Seconds that running requests have to finish after SIGTERM or Ctrl-C.", ge=0, le=86400
     )
     cors_origin: tuple[str, ...] = option(
         (),
         "Server",
-        "A web origin whose pages may call this, * for any; repeatable.",
+        "Web origin whose pages may call the service, * for any; repeatable.",
         metavar="ORIGIN",
     )
     metrics_prefix: str = option(
         "edge_phi3_",
         "Server",
-        "What the names of Prometheus metrics start with; vllm: makes them those of vLLM's dashboards.",
+        "Prefix of the names of Prometheus metrics; vllm: makes them fit vLLM's dashboards.",
         pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]*$",
     )
 
     api_key: tuple[SecretStr, ...] = option(
         (),
         "Access",
-        "A key that clients must send; repeatable. Without keys the service is open.",
+        "API key that clients may send; repeatable. Without any key the service is open to all.",
         metavar="KEY",
     )
-    api_key_file: Path | None = option(None, "Access", "A file with one key a line.", metavar="FILE")
+    api_key_file: Path | None = option(None, "Access", "File of API keys, one per line.", metavar="FILE")
     rate_limit: str | None = option(
         None,
         "Access",
-        "Requests that one key, or one address without keys, may make: 60/minute, 5/second, 1000/hour.",
+        "Maximum rate of requests for each API key, or for each address without keys: 60/minute, 5/second, 1000/hour.",
         metavar="N/UNIT",
         pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
     )
 
     max_queue: int = option(
-        256, "Limits", "Requests that may wait; one more is answered 429 with Retry-After.", ge=0, le=100_000
+        256,
+        "Limits",
+        "Maximum number of waiting requests; any more are answered 429 with Retry-After.",
+        ge=0,
+        le=100_000,
     )
     request_timeout: float = option(
-        600.0, "Limits", "Seconds that a request may take, waiting included; 0 sets no limit.", ge=0, le=86400
+        600.0, "Limits", "Maximum time of a request in seconds, waiting included; 0 sets no limit.", ge=0, le=86400
     )
     max_new_tokens: int = option(
-        4096, "Limits", "Tokens that a request may ask for in each sequence; 0 sets no limit.", ge=0
+        4096, "Limits", "Maximum number of new tokens per sequence that a request may set; 0 sets no limit.", ge=0
     )
     max_sequences: int = option(
-        64, "Limits", "What num_beams x num_return_sequences of a request may be.", ge=1, le=65536
+        64, "Limits", "Maximum of num_beams x num_return_sequences in a request.", ge=1, le=65536
     )
     max_body_size: ByteSize = option(
         ByteSize(4 << 20),
         "Limits",
-        "Bytes that the body of a request may have.",
+        "Maximum size of a request's body in bytes.",
         metavar="SIZE",
         ge=1024,
         le=1 << 30,
@@ -181,19 +195,21 @@ class Settings(BaseModel):
     otel_endpoint: str | None = option(
         None,
         "Logs",
-        "The URL of an OpenTelemetry collector that takes traces over OTLP/HTTP, such as http://127.0.0.1:4318;"
-        " OTEL_EXPORTER_OTLP_ENDPOINT when not given.",
+        "URL of an OpenTelemetry collector that receives traces over OTLP/HTTP, such as http://127.0.0.1:4318;"
+        " OTEL_EXPORTER_OTLP_ENDPOINT by default.",
         metavar="URL",
         pattern=r"^https?://[^\s]+$",
     )
-    log_format: Literal["text", "json"] = option("text", "Logs", "Log lines for people or for machines.")
-    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Logs", "The least that is logged.")
-    log_prompts: bool = option(False, "Logs", "Also log prompts and answers.")
+    log_format: Literal["text", "json"] = option(
+        "text", "Logs", "Format of log lines: text for people, json for machines."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = option("info", "Logs", "Lowest level that is logged.")
+    log_prompts: bool = option(False, "Logs", "Log prompts and answers too.")
 
     @field_validator("api_key", "cors_origin", "lora", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        """Take the comma-separated form that an environment variable has."""
+        """Split the comma-separated form of an environment variable."""
         return _parts(value) if isinstance(value, str) else value
 
     @field_validator("lora", mode="before")
@@ -215,7 +231,6 @@ class Settings(BaseModel):
     @field_validator("quant")
     @classmethod
     def _known_quantization(cls, value: str) -> str:
-
         try:
             return quantization_type(value).name
         except UnknownQuantizationError as error:
@@ -258,7 +273,7 @@ class Settings(BaseModel):
         return settings
 
     def api_keys(self) -> list[str]:
-        """Give the keys that clients may send, those of `api_key_file` too; none when the service is open.
+        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open.
 
         Raises:
             SettingsError: the file cannot be read, or holds no key.
@@ -277,7 +292,7 @@ class Settings(BaseModel):
 
 
 def _environment() -> dict[str, object]:
-    """Give the options in the environment; an empty variable counts as not set.
+    """Return the options in the environment; an empty variable counts as not set.
 
     Kubernetes sets ``EDGE_PHI3_PORT=tcp://10.0.0.1:80`` in every pod beside a Service of the name edge-phi3.
     That is the Service's address and not our option.

@@ -5,38 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import ByteSize
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
-
-if TYPE_CHECKING:
-    from edge_phi3.settings import Settings
 
 
 def flag_of(name: str) -> str:
-    """Give what a field is called on the command line: ``--ctx-size``, but ``MODEL`` for the argument."""
+    """Return what a field is called on the command line: ``--ctx-size``, but ``MODEL`` for the argument."""
     return "MODEL" if name == "model" else f"--{key_of(name)}"
 
 
 def key_of(name: str) -> str:
-    """Give what a field is called in a TOML file: ``ctx_size`` -> ``ctx-size``."""
+    """Return what a field is called in a TOML file: ``ctx_size`` -> ``ctx-size``."""
     return name.replace("_", "-")
 
 
 def group_of(field: FieldInfo) -> str:
-    """Give the heading under which ``--help`` shows a field."""
+    """Return the heading under which ``--help`` shows a field."""
     return str(_extra(field)["group"])
 
 
 def metavar_of(field: FieldInfo) -> str | None:
-    """Give the placeholder of a field's value in ``--help``, or None to show its type."""
+    """Return the placeholder of a field's value in ``--help``, or None to show its type."""
     metavar = _extra(field)["metavar"]
     return None if metavar is None else str(metavar)
 
 
 def choices_of(field: FieldInfo) -> tuple[str, ...]:
-    """Give the words that a field may be, empty when it is not a choice of words."""
+    """Return the words that a field may be, empty when it is not a choice of words."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
@@ -57,15 +54,15 @@ def allowed_values(field: FieldInfo) -> str:
     return example.get(metavar or "", f"{metavar}" if metavar else "a text that is not empty")
 
 
-def to_toml(settings: Settings) -> str:
-    """Write all options as a TOML file that `Settings.load` reads back, each with its meaning as a comment.
+def to_toml(settings: BaseModel) -> str:
+    """Return all options as a TOML file that `Settings.load` reads back, each with its meaning as a comment.
 
     Keys of clients are not written: they belong in a file of their own or in the environment.
     """
     return "\n".join(_toml_lines(settings)) + "\n"
 
 
-def _toml_lines(settings: Settings) -> Iterator[str]:
+def _toml_lines(settings: BaseModel) -> Iterator[str]:
     values = settings.model_dump()
     group = ""
     for name, field in type(settings).model_fields.items():
@@ -104,8 +101,8 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     return extra
 
 
-def to_markdown(settings_class: type[Settings]) -> str:
-    """Write all options as Markdown tables, one a group: the part of ``docs/cli.md`` that a test holds to the code."""
+def to_markdown(settings_class: type[BaseModel]) -> str:
+    """Return all options as Markdown tables, one for each group."""
     groups: dict[str, list[str]] = {}
     for name, field in settings_class.model_fields.items():
         row = f"| `{flag_of(name)}` | {_values(field)} | {_default(field)} | {field.description} |"

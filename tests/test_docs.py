@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import edge_phi3
+from scripts import update_docs
 from tests.support.documents import (
     LANGUAGES,
     NEEDS,
@@ -152,3 +153,9 @@ def test_the_troubleshooting_page_quotes_sentences_of_the_code() -> None:
     assert len(quoted) >= 20
     pieces = [piece.strip() for quote in quoted for piece in quote.split("...")]
     assert [piece for piece in pieces if piece not in joined] == []
+
+
+@pytest.mark.parametrize("name", update_docs.PAGES)
+def test_what_is_made_from_the_code_is_up_to_date(name: str) -> None:
+    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert page == update_docs.updated(name), "run python scripts/update_docs.py"

@@ -78,7 +78,7 @@ def test_usage_counts_tokens(pipeline: TextGenerationPipeline) -> None:
         ({"prompt": "a", "handle_long_generation": "cut"}, "null or 'hole', not 'cut'"),
         (
             {"prompt": "a", "handle_long_generation": "hole", "kwargs": {"max_new_tokens": 400}},
-            "400 new tokens are asked of a context of 192",
+            "400 new tokens are wanted in a context of 192",
         ),
     ],
 )
@@ -95,13 +95,10 @@ def test_a_prompt_that_leaves_no_room_names_both_numbers(pipeline: TextGeneratio
         prepare(pipeline, {"prompt": QUESTION * 5, "kwargs": {"max_length": 30}})
 
 
-def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline) -> None:
+def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     hostile = ChatTemplate(
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    pipeline._template, kept = hostile, pipeline._template
-    try:
-        with pytest.raises(PromptError, match="chat template"):
-            pipeline.apply_chat_template([{"role": "user", "content": "hi"}])
-    finally:
-        pipeline._template = kept
+    monkeypatch.setattr(pipeline, "_template", hostile)
+    with pytest.raises(PromptError, match="chat template"):
+        prepare(pipeline, {"messages": [{"role": "user", "content": "hi"}], "kwargs": {}})

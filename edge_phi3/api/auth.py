@@ -1,17 +1,14 @@
-"""Who may use the service: API keys, and how often."""
+"""Who may use the service: API keys."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
-from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
-from litestar.middleware import DefineMiddleware
-from litestar.middleware.rate_limit import DurationUnit, RateLimitConfig
 from litestar.types import Guard
 
 from edge_phi3.api.errors import UnauthorizedError
@@ -31,9 +28,9 @@ class KeyRing:
         return bool(self._digests)
 
     def find(self, connection: ASGIConnection[Any, Any, Any, Any]) -> int | None:
-        """Give the number of the known key that a request carries, or None.
+        """Return the number of the known key that a request carries, or None.
 
-        Every key is compared, each in constant time, so that the time taken tells nothing about them.
+        Every key is compared, each in constant time, so that the time taken reveals nothing about them.
         """
         scheme, _, bearer = connection.headers.get("authorization", "").partition(" ")
         key = bearer.strip() if scheme.lower() == "bearer" else connection.headers.get("x-api-key", "")
@@ -53,26 +50,8 @@ class KeyRing:
             )
 
     def guards(self) -> Sequence[Guard]:
-        """Give the guards for the routes that need a key: none when there are no keys."""
+        """Return the guards for the routes that need a key: none when there are no keys."""
         return [self.guard] if self else []
-
-
-def rate_limits(limit: str | None, keys: KeyRing) -> list[DefineMiddleware]:
-    """Give the middleware that holds each key, or each address without keys, to ``N/UNIT`` requests."""
-    if limit is None:
-        return []
-    count, unit = limit.split("/")
-
-    def identify(request: Request[Any, Any, Any]) -> str:
-        number = keys.find(request) if keys else None
-        # A wrong key counts for the address, or guessing keys would be free of the limit.
-        return f"key:{number}" if number is not None else f"address:{request.client.host if request.client else ''}"
-
-    config = RateLimitConfig(
-        rate_limit=(cast("DurationUnit", unit), int(count)),
-        identifier_for_request=identify,
-    )
-    return [config.middleware]
 
 
 def _digest(key: str) -> bytes:

@@ -1,9 +1,14 @@
-"""Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit."""
+"""Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit.
+
+Long texts are turned into tokens, or back, beside the event loop, which meanwhile answers others.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +18,11 @@ from edge_phi3.api.errors import InvalidRequestError, UnsupportedMediaTypeError
 from edge_phi3.generation.parameters import PARAMETERS
 
 RequestType = TypeVar("RequestType", bound=msgspec.Struct)
+Result = TypeVar("Result")
+
+_LONG = 32 * 1024
+"""Bytes of a body that are prepared in ten to twenty milliseconds on two cores of an EPYC. Short texts are spared the
+fraction of a millisecond that it takes to reach a thread."""
 
 _JSON_NAMES = {
     "str": "a text",
@@ -60,6 +70,16 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
     except (RecursionError, ValueError):
         raise InvalidRequestError("The body is nested too deeply, or holds a number that is too long.") from None
     return decoded
+
+
+async def work_on(body: bytes, work: Callable[[], Result]) -> Result:
+    """Return what `work` returns, called at once, or in a thread when the body is long.
+
+    Args:
+        body: of the request.
+        work: what takes longer the longer the body is.
+    """
+    return work() if len(body) < _LONG else await asyncio.to_thread(work)
 
 
 def _explain(message: str, type_: type[msgspec.Struct]) -> str:

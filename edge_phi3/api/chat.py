@@ -11,11 +11,9 @@ from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 
-from edge_phi3.api.body import decode_body
-from edge_phi3.api.disconnect import cancelled_when_client_leaves
+from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.errors import detail_of
-from edge_phi3.api.exchange import Exchange, exchange_of
-from edge_phi3.api.long_texts import work_on
+from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, ErrorResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
@@ -28,12 +26,12 @@ _encode = msgspec.json.Encoder().encode
 @post("/chat", status_code=200)
 async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]) -> Response[Any]:
     """Continue a prompt or a conversation."""
-    asked = decode_body(request, body, ChatRequest)
+    wanted = decode_body(request, body, ChatRequest)
     exchange = exchange_of(request.scope)
     if service.settings.log_prompts:
-        exchange.prompt = asked.prompt or _encode(asked.messages).decode()
-    prepared = await work_on(body, lambda: service.prepare(asked))
-    if asked.stream:
+        exchange.prompt = wanted.prompt or _encode(wanted.messages).decode()
+    prepared = await work_on(body, lambda: service.prepare(wanted))
+    if wanted.stream:
         return EventStream(_events(service, prepared, exchange), _failure_event)
     async with cancelled_when_client_leaves(request.receive):
         exchange.output = output = await service.generate(prepared, exchange.request_id)
@@ -41,7 +39,7 @@ async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDep
 
 
 async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:
-    """Give the text as it comes, as ``{"index", "text"}``, and at last the plain response as the event "result"."""
+    """Yield the text as it comes, as ``{"index", "text"}``, and at last the plain response as the event "result"."""
 
     def encoded(item: TextDelta | GenerationOutput) -> bytes:
         if isinstance(item, TextDelta):
@@ -78,5 +76,5 @@ def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatRes
 
 
 def _finite(number: float) -> float | None:
-    """Give a number as JSON can hold it: null stands for what is infinite."""
+    """Return a number as JSON can hold it: null stands for what is infinite."""
     return number if math.isfinite(number) else None

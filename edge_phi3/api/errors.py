@@ -18,13 +18,13 @@ from edge_phi3.engine.errors import (
 )
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.decoding import GenerationError
-from edge_phi3.generation.parameters import ParameterError
+from edge_phi3.generation.values import ParameterError
 from edge_phi3.pipeline import PromptError
 
 logger = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-"""What a client is told to wait when the queue is full: about the time in which a slot becomes free."""
+"""Seconds that a client should wait when the queue is full: about the time in which a slot becomes free."""
 
 CLIENT_GONE = 499
 """The status that logs and metrics show when the client left before the answer; nobody receives it."""
@@ -78,7 +78,7 @@ _HEADERS: dict[int, dict[str, str]] = {
 
 
 def status_code_of(error: BaseException) -> int:
-    """Give the status code of an error."""
+    """Return the status code of an error."""
     for class_ in type(error).__mro__:
         if class_ in STATUS_CODES:
             return STATUS_CODES[class_]
@@ -86,29 +86,24 @@ def status_code_of(error: BaseException) -> int:
 
 
 def detail_of(error: BaseException) -> str:
-    """Give the sentence that a client reads. An error that nobody foresaw keeps its text to the logs."""
+    """Return the sentence that a client reads. An error that nobody foresaw keeps its text to the logs."""
     if isinstance(error, EdgePhi3Error):
         return str(error)
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
-def headers_of(status: int) -> dict[str, str]:
-    """Give the headers that an error with this status carries."""
-    return _HEADERS.get(status, {})
-
-
 def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
     status = status_code_of(error)
-    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=headers_of(status))
+    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=_HEADERS.get(status, {}))
 
 
-def answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+def _answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
     """Log an error that is none of ours, and answer without its text."""
     logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     return _answer(request, error)
 
 
-def answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
     """Answer what Litestar itself refuses: no such route, body too large, too many requests."""
     headers = dict(error.headers or {})
     detail = error.detail
@@ -127,6 +122,6 @@ def answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respon
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
     EdgePhi3Error: _answer,
-    HTTPException: answer_http,
-    Exception: answer_unforeseen,
+    HTTPException: _answer_http,
+    Exception: _answer_unforeseen,
 }

@@ -40,7 +40,7 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=least, force=True)
-    # uvicorn tells of each start and stop what the service itself says better.
+    # uvicorn logs each start and stop, which the service itself does better.
     logging.getLogger("uvicorn.error").setLevel(max(least, logging.WARNING))
     for chatty in ("httpx", "gguf"):
         logging.getLogger(chatty).setLevel(max(least, logging.WARNING))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -128,13 +129,36 @@ class ServiceMetrics:
             self._per_token.labels(model).observe((timing.total - timing.first_token) / steps)
 
     def expose(self, accept: str) -> tuple[bytes, str]:
-        """Give the metrics in the format that an ``Accept`` header asks for, and its content type."""
+        """Return the metrics in the format that an ``Accept`` header asks for, and its content type."""
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
 
+_GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
+    "num_requests_running": ("Requests being decoded.", lambda stats: stats.running),
+    "num_requests_waiting": ("Requests in the queue.", lambda stats: stats.waiting),
+    "num_sequences_running": ("Sequences being decoded.", lambda stats: stats.sequences),
+    "prefix_cache_tokens": ("Tokens of finished sequences kept in main memory.", lambda stats: stats.stored_tokens),
+    "prefix_cache_bytes": ("Main memory that they take.", lambda stats: stats.stored_bytes),
+    "kv_cache_cells_used": ("KV cells that hold a token.", lambda stats: stats.cells_used),
+    "kv_cache_cells_total": ("KV cells there are.", lambda stats: stats.cells_total),
+    "kv_cache_usage_perc": (
+        "KV cells in use, from 0 to 1.",
+        lambda stats: stats.cells_used / max(1, stats.cells_total),
+    ),
+}
+_COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
+    "prompt_tokens": ("Tokens of prompts.", lambda stats: stats.prompt_tokens_total),
+    "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens_total),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens_total),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.cached_tokens_total),
+    "num_preemptions": ("Requests sent back to the queue for want of KV cells.", lambda stats: stats.preemptions_total),
+    "engine_steps": ("Batches decoded.", lambda stats: stats.steps_total),
+}
+
+
 class _EngineCollector(Collector):
-    """Reads the engine's counters and gauges when Prometheus asks, so that requests need not keep them."""
+    """Reads the engine's counters and gauges at each scrape, so that requests need not keep them."""
 
     def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
         self._prefix = prefix
@@ -143,57 +167,28 @@ class _EngineCollector(Collector):
         self.description = ""
 
     def collect(self) -> Iterator[Metric]:
-        """Give the engine's state as Prometheus metrics."""
-        yield self._info("build_info", "Versions.", {
+        """Yield the engine's state as Prometheus metrics."""
+        versions = {
             "version": __version__,
             "llama_cpp": version("llama-cpp-python"),
             "python": platform.python_version(),
-        })  # fmt: skip
+        }
+        yield self._gauge("build_info", "Versions.", versions)
         stats = self._stats()
         if stats is None:
             return
-        yield self._info(
-            "model_info", "The model served.", {"model_name": self.model_name, "description": self.description}
-        )
-        yield self._info(
-            "cache_config_info",
-            "The KV cache in blocks, here single cells.",
-            {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)},
-        )
-        yield self._gauge("num_requests_running", "Requests being decoded.", stats.running)
-        yield self._gauge("num_requests_waiting", "Requests in the queue.", stats.waiting)
-        yield self._gauge("num_sequences_running", "Sequences being decoded.", stats.sequences)
-        yield self._gauge(
-            "prefix_cache_tokens", "Tokens of finished sequences kept in main memory.", stats.stored_tokens
-        )
-        yield self._gauge("prefix_cache_bytes", "Main memory that they take.", stats.stored_bytes)
-        yield self._gauge("kv_cache_cells_used", "KV cells that hold a token.", stats.cells_used)
-        yield self._gauge("kv_cache_cells_total", "KV cells there are.", stats.cells_total)
-        yield self._gauge(
-            "kv_cache_usage_perc", "KV cells in use, from 0 to 1.", stats.cells_used / max(1, stats.cells_total)
-        )
-        yield self._counter("prompt_tokens", "Tokens of prompts.", stats.prompt_tokens_total)
-        yield self._counter("generation_tokens", "Tokens generated.", stats.generated_tokens_total)
-        yield self._counter(
-            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prompt_tokens_total
-        )
-        yield self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_tokens_total)
-        yield self._counter(
-            "num_preemptions", "Requests sent back to the queue for want of KV cells.", stats.preemptions_total
-        )
-        yield self._counter("engine_steps", "Batches decoded.", stats.steps_total)
+        model = {"model_name": self.model_name}
+        yield self._gauge("model_info", "The model served.", model | {"description": self.description})
+        cells = {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)}
+        yield self._gauge("cache_config_info", "The KV cache in blocks, here single cells.", cells)
+        for name, (text, value) in _GAUGES.items():
+            yield self._gauge(name, text, model, value(stats))
+        for name, (text, value) in _COUNTERS.items():
+            counter = CounterMetricFamily(self._prefix + name, text, labels=list(model))
+            counter.add_metric(list(model.values()), value(stats))
+            yield counter
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        metric = GaugeMetricFamily(self._prefix + name, text, labels=["model_name"])
-        metric.add_metric([self.model_name], value)
-        return metric
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        metric = CounterMetricFamily(self._prefix + name, text, labels=["model_name"])
-        metric.add_metric([self.model_name], value)
-        return metric
-
-    def _info(self, name: str, text: str, labels: dict[str, str]) -> Metric:
-        metric = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
-        metric.add_metric(list(labels.values()), 1)
-        return metric
+    def _gauge(self, name: str, text: str, labels: Mapping[str, str], value: float = 1) -> Metric:
+        gauge = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
+        gauge.add_metric(list(labels.values()), value)
+        return gauge

@@ -10,24 +10,25 @@ import msgspec
 
 from edge_phi3.api import schemas
 from edge_phi3.api.openai import schemas as openai_schemas
-from edge_phi3.api.parameter_docs import generate_kwargs_schema
+from edge_phi3.generation.reference import generate_kwargs_schema
 from edge_phi3.version import __version__
 
 JSON = dict[str, Any]
 
+_NOT_LOADED = "The model is not loaded yet"
 _ERRORS = {
     400: "The request is wrong; the sentence names the field and what is allowed.",
     401: "The service needs an API key (only where keys are set).",
     404: "No model of this name is served.",
     413: "The body is larger than --max-body-size.",
     415: "The body is not said to be JSON.",
-    429: "The queue is full, or the rate limit is reached; Retry-After tells when to try again.",
+    429: "The queue is full, or the rate limit is reached; Retry-After says when to try again.",
     500: "llama.cpp failed on the request, or the service met an error of its own.",
-    503: "The model is not loaded yet, or the service is stopping.",
+    503: f"{_NOT_LOADED}, or the service is stopping.",
     504: "The request took longer than --request-timeout.",
 }
-_GENERATION_ERRORS = (400, 401, 413, 415, 429, 500, 503, 504)
-_TOKEN_ERRORS = (400, 401, 413, 415, 429, 503)
+_GENERATION = (400, 401, 413, 415, 429, 500, 503, 504)
+_TOKENS = (400, 401, 413, 415, 429, 503)
 
 _CHAT_EXAMPLES: JSON = {
     "basic": {
@@ -75,7 +76,7 @@ connection alive."""
 
 @functools.cache
 def openapi_document() -> bytes:
-    """Give the document as JSON."""
+    """Return the document as JSON."""
     return msgspec.json.encode(_document())
 
 
@@ -117,122 +118,100 @@ def _structs(module: ModuleType) -> list[type[msgspec.Struct]]:
 
 
 def _paths() -> JSON:
-    chat = _post("chat", "Continue a prompt or a conversation.", "ChatRequest", "ChatResponse", _GENERATION_ERRORS)
+    chat = _operation(
+        "chat", "Continue a prompt or a conversation.", "ChatResponse", _GENERATION, request="ChatRequest"
+    )
     chat["requestBody"]["content"]["application/json"]["examples"] = _CHAT_EXAMPLES
-    answer = chat["responses"]["200"]
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    answer["description"] = f"The answer. {_STREAM_TEXT}"
-    return {
-        "/chat": {"post": chat},
-        "/v1/chat/completions": {
-            "post": _openai_post(
-                "chatCompletions", "Continue a conversation (OpenAI's API).", "ChatCompletionRequest", "ChatCompletion"
-            )
-        },
-        "/v1/completions": {
-            "post": _openai_post(
-                "completions", "Continue prompts (OpenAI's API).", "CompletionRequest", "Completion"
-            )
-        },
-        "/v1/models": {
-            "get": _openai_get("listModels", "Which models are served? (OpenAI's API)", "ModelList", (401, 503))
-        },
-        "/v1/models/{name}": {
-            "get": _openai_get("showModel", "Describe the model (OpenAI's API).", "Model", (401, 404, 503), "name")
-        },
-        "/tokenize": {
-            "post": _post(
-                "tokenize", "Split a text into tokens.", "TokenizeRequest", "TokenizeResponse", _TOKEN_ERRORS
-            )
-        },
-        "/detokenize": {
-            "post": _post(
-                "detokenize", "Turn tokens into text.", "DetokenizeRequest", "DetokenizeResponse", _TOKEN_ERRORS
-            )
-        },
-        "/": {"get": _home()},
-        "/healthz": {
-            "get": _get("healthz", "Is the model loaded, and does the engine work?", "HealthResponse", {
-                500: "The model is not loaded yet, or the engine is broken.",
-            })
-        },
-        "/livez": {
-            "get": _get("livez", "Does the process work, if only to load the model?", "HealthResponse", {
-                500: "The engine is broken; only a restart helps.",
-            })
-        },
-        "/readyz": {
-            "get": _get("readyz", "Are requests taken?", "HealthResponse", {
-                503: "The model is not loaded yet, or the service is stopping.",
-            })
-        },
-        "/version": {"get": _get("version", "What runs here?", "VersionResponse")},
-        "/metrics": {"get": _with_prometheus(_get("metrics", "How does the machine do?", "MetricsResponse"))},
-        "/metrics/prometheus": {"get": _prometheus_only()},
-    }  # fmt: skip
-
-
-def _post(name: str, summary: str, request: str, response: str, errors: tuple[int, ...]) -> JSON:
-    return {
-        "operationId": name,
-        "summary": summary,
-        "tags": ["text"],
-        "security": _SECURITY,
-        "parameters": [_REQUEST_ID],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
-        "responses": {"200": _response("The answer.", response)} | _errors({code: _ERRORS[code] for code in errors}),
-    }
-
-
-def _get(name: str, summary: str, response: str, errors: dict[int, str] | None = None) -> JSON:
-    return {
-        "operationId": name,
-        "summary": summary,
-        "tags": ["operations"],
-        "parameters": [_REQUEST_ID],
-        "responses": {"200": _response("Yes." if errors else "The answer.", response)} | _errors(errors or {}),
-    }
-
-
-def _home() -> JSON:
-    operation = _get("home", "Is the service there?", "RunningResponse")
-    operation["responses"]["307"] = {"description": "A browser, which prefers HTML, is sent to the playground."}
-    return operation
-
-
-def _openai_post(name: str, summary: str, request: str, response: str) -> JSON:
-    operation = _post(name, summary, request, response, _GENERATION_ERRORS)
-    for code in _GENERATION_ERRORS:
-        operation["responses"][str(code)]["content"]["application/json"]["schema"] = _ref("OpenAIError")
-    operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
-    return operation
-
-
-def _openai_get(name: str, summary: str, response: str, errors: tuple[int, ...], parameter: str = "") -> JSON:
-    operation = _get(name, summary, response, {code: _ERRORS[code] for code in errors})
-    operation |= {"tags": ["text"], "security": _SECURITY}
-    for code in errors:
-        operation["responses"][str(code)]["content"]["application/json"]["schema"] = _ref("OpenAIError")
-    if parameter:
-        schema = {"type": "string", "minLength": 1}
-        named = {"name": parameter, "in": "path", "required": True, "schema": schema}
-        operation["parameters"] = [*operation["parameters"], named]
-    return operation
-
-
-def _with_prometheus(operation: JSON) -> JSON:
-    operation["description"] = (
+    chat["responses"]["200"]["description"] = f"The answer. {_STREAM_TEXT}"
+    conversation = _openai(
+        "chatCompletions", "Continue a conversation", "ChatCompletion", _GENERATION, request="ChatCompletionRequest"
+    )
+    completion = _openai("completions", "Continue prompts", "Completion", _GENERATION, request="CompletionRequest")
+    for operation in (chat, conversation, completion):
+        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    model = _openai("showModel", "Describe the model", "Model", (401, 404, 503))
+    model["parameters"].append(
+        {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    )
+    home = _operation("home", "Check that the service is there.", "RunningResponse")
+    home["responses"]["307"] = {"description": "A browser, which prefers HTML, is sent to the playground."}
+    metrics = _operation("metrics", "Show the state of the machine.", "MetricsResponse")
+    metrics["description"] = (
         "GPUs, or CPUs without any, as JSON. A client that accepts `text/plain` or `application/openmetrics-text` gets "
         "the metrics of requests and engine in Prometheus's format."
     )
-    operation["responses"]["200"]["content"] |= _PROMETHEUS_CONTENT
+    metrics["responses"]["200"]["content"] |= _PROMETHEUS
+    prometheus = _operation("prometheus", "Show the metrics of requests and engine.", "MetricsResponse")
+    prometheus["description"] = "Prometheus's format, whatever the client accepts."
+    prometheus["responses"]["200"]["content"] = _PROMETHEUS
+    tokenize = _operation(
+        "tokenize", "Split a text into tokens.", "TokenizeResponse", _TOKENS, request="TokenizeRequest"
+    )
+    detokenize = _operation(
+        "detokenize", "Turn tokens into text.", "DetokenizeResponse", _TOKENS, request="DetokenizeRequest"
+    )
+    posts = {
+        "/chat": chat,
+        "/v1/chat/completions": conversation,
+        "/v1/completions": completion,
+        "/tokenize": tokenize,
+        "/detokenize": detokenize,
+    }
+    gets = {
+        "/v1/models": _openai("listModels", "List the models that are served", "ModelList", (401, 503)),
+        "/v1/models/{name}": model,
+        "/": home,
+        "/healthz": _health(
+            "healthz",
+            "Check that the model is loaded and the engine works.",
+            500,
+            f"{_NOT_LOADED}, or the engine is broken.",
+        ),
+        "/livez": _health("livez", "Check that the process works.", 500, "The engine is broken; only a restart helps."),
+        "/readyz": _health("readyz", "Check that requests are accepted.", 503, _ERRORS[503]),
+        "/version": _operation("version", "Show the versions and the model.", "VersionResponse"),
+        "/metrics": metrics,
+        "/metrics/prometheus": prometheus,
+    }
+    return {path: {"post": operation} for path, operation in posts.items()} | {
+        path: {"get": operation} for path, operation in gets.items()
+    }
+
+
+def _operation(
+    name: str, summary: str, response: str, errors: tuple[int, ...] = (), *, request: str = "", error: str = ""
+) -> JSON:
+    """Return an operation, which needs a key where it has errors."""
+    operation: JSON = {
+        "operationId": name,
+        "summary": summary,
+        "tags": ["text" if errors else "operations"],
+        "parameters": [_REQUEST_ID],
+        "responses": {"200": _response("The answer.", response)},
+    }
+    for code in errors:
+        operation["responses"][str(code)] = _response(_ERRORS[code], error or "ErrorResponse")
+    if errors:
+        operation["security"] = [{}, {"bearer": []}, {"key": []}]
+    if 429 in errors:
+        headers = operation["responses"]["429"]["headers"]
+        headers["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds."}
+    if request:
+        content = {"application/json": {"schema": _ref(request)}}
+        operation["requestBody"] = {"required": True, "content": content}
     return operation
 
 
-def _prometheus_only() -> JSON:
-    operation = _get("prometheus", "How do requests and engine do?", "MetricsResponse")
-    operation["description"] = "Prometheus's format, whatever the client accepts."
-    operation["responses"]["200"]["content"] = _PROMETHEUS_CONTENT
+def _openai(name: str, summary: str, response: str, errors: tuple[int, ...], *, request: str = "") -> JSON:
+    return _operation(name, f"{summary} (OpenAI's API).", response, errors, request=request, error="OpenAIError")
+
+
+def _health(name: str, summary: str, code: int, otherwise: str) -> JSON:
+    operation = _operation(name, summary, "HealthResponse")
+    operation["responses"] = {
+        "200": _response("Yes.", "HealthResponse"),
+        str(code): _response(otherwise, "ErrorResponse"),
+    }
     return operation
 
 
@@ -244,18 +223,10 @@ def _response(description: str, schema: str) -> JSON:
     }
 
 
-def _errors(errors: dict[int, str]) -> JSON:
-    responses = {str(code): _response(text, "ErrorResponse") for code, text in errors.items()}
-    if "429" in responses:
-        responses["429"]["headers"]["Retry-After"] = {"schema": {"type": "integer"}, "description": "Seconds."}
-    return responses
-
-
 def _ref(name: str) -> JSON:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-_SECURITY: list[JSON] = [{}, {"bearer": []}, {"key": []}]
 _REQUEST_ID: JSON = {
     "name": "X-Request-Id",
     "in": "header",
@@ -264,7 +235,7 @@ _REQUEST_ID: JSON = {
     "when it is absent or anything else, and returned.",
     "schema": {"type": "string"},
 }
-_PROMETHEUS_CONTENT: JSON = {
+_PROMETHEUS: JSON = {
     "text/plain": {"schema": {"type": "string"}},
     "application/openmetrics-text": {"schema": {"type": "string"}},
 }

@@ -1,20 +1,19 @@
-"""What operators and probes ask: is it there, is it well, is it ready, what is it, how does it do."""
+"""What operators and probes need: health, readiness, versions and metrics; tokens for whoever debugs a prompt."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 from importlib.metadata import version
 from typing import Any
 
-import anyio.to_thread
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 from litestar.response import Redirect
 
-from edge_phi3.api.body import decode_body
-from edge_phi3.api.errors import InvalidRequestError
-from edge_phi3.api.hardware import machine_metrics
-from edge_phi3.api.long_texts import work_on
+from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.machine_metrics import machine_metrics
 from edge_phi3.api.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -27,7 +26,7 @@ from edge_phi3.api.schemas import (
     VersionResponse,
 )
 from edge_phi3.api.service import Service
-from edge_phi3.api.ui import prefers_html
+from edge_phi3.api.static_files import prefers_html
 from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
@@ -65,20 +64,9 @@ def readyz(service: NamedDependency[Service]) -> HealthResponse:
 
 @get("/version", sync_to_thread=False)
 def show_version(service: NamedDependency[Service]) -> VersionResponse:
-    """Tell which edge-phi3, which llama.cpp and which model this is."""
+    """Return the versions of edge-phi3 and llama.cpp, and the model."""
     pipeline = service.loaded
-    card = None if pipeline is None else pipeline.model
-    model = None
-    if card is not None:
-        model = ModelInfo(
-            name=card.name,
-            description=card.description,
-            file=card.file,
-            parameters=card.parameters,
-            size=card.size,
-            context_length=card.context_length,
-            vocab_size=card.vocab_size,
-        )
+    model = None if pipeline is None else ModelInfo(**dataclasses.asdict(pipeline.model))
     return VersionResponse(version=__version__, llama_cpp=version("llama-cpp-python"), model=model)
 
 
@@ -90,12 +78,12 @@ async def metrics(
     accept = request.headers.get("accept", "")
     if any(kind in accept for kind in _PROMETHEUS_TYPES):
         return _exposed(service, accept)
-    return Response(await anyio.to_thread.run_sync(machine_metrics), media_type=MediaType.JSON)
+    return Response(await asyncio.to_thread(machine_metrics), media_type=MediaType.JSON)
 
 
 @get("/metrics/prometheus", sync_to_thread=False)
 def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> Response[bytes]:
-    """Give the metrics of requests and engine, for scrapers that send no ``Accept``."""
+    """Return the metrics of requests and engine, for scrapers that send no ``Accept``."""
     return _exposed(service, request.headers.get("accept", ""))
 
 
@@ -104,9 +92,9 @@ async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
-    asked = decode_body(request, body, TokenizeRequest)
+    wanted = decode_body(request, body, TokenizeRequest)
     pipeline = service.pipeline
-    tokens = await work_on(body, lambda: pipeline.tokenize(asked.text, parse_special=asked.parse_special_tokens))
+    tokens = await work_on(body, lambda: pipeline.tokenize(wanted.text, parse_special=wanted.parse_special_tokens))
     return TokenizeResponse(tokens)
 
 
@@ -115,15 +103,14 @@ async def detokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> DetokenizeResponse:
     """Turn tokens into text."""
-    asked = decode_body(request, body, DetokenizeRequest)
-    pipeline = service.pipeline
-    size = pipeline.model.vocab_size
-    for index, token in enumerate(asked.tokens):
-        if not 0 <= token < size:
-            raise InvalidRequestError(f"`tokens[{index}]` must be a token id from 0 to {size - 1}, but is {token}.")
-    skip = asked.skip_special_tokens
-    text = await work_on(body, lambda: pipeline.detokenize(asked.tokens, skip_special_tokens=skip))
+    wanted = decode_body(request, body, DetokenizeRequest)
+    skip = wanted.skip_special_tokens
+    text = await work_on(body, lambda: service.text_of(wanted.tokens, "tokens", skip_special_tokens=skip))
     return DetokenizeResponse(text)
+
+
+HANDLERS = [home, healthz, livez, readyz, show_version, metrics, prometheus]
+"""What needs no key."""
 
 
 def _exposed(service: Service, accept: str) -> Response[bytes]:

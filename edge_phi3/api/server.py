@@ -40,7 +40,7 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
     Args:
         settings: the options.
         load: makes the pipeline.
-        announce: told once, when requests are taken; its second argument is the service's address.
+        announce: called once, when requests are taken; its second argument is the service's address.
 
     Raises:
         ServerError: the address cannot be bound.
@@ -67,20 +67,20 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
         raise service.failure
     logger.info("stopped")
     if not stopped:
-        # A step of the loading goes on in C++ and cannot be told to stop; to tear down the interpreter under it could
+        # A step of the loading goes on in C++ and cannot be stopped; to tear down the interpreter under it could
         # crash, and what it writes is unfinished and known as such.
         sys.stderr.flush()
         os._exit(0)
 
 
 def address_of(listener: socket.socket) -> str:
-    """Give the URL of a listening socket."""
+    """Return the URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def example_command(url: str) -> str:
-    """Give a curl command that asks the service at `url` a question."""
+    """Return a curl command that asks the service at `url` a question."""
     body = json.dumps(
         {"prompt": _QUESTION, "return_full_text": False, "generate_kwargs": {"do_sample": False}},
         separators=(",", ":"),
@@ -112,7 +112,7 @@ class _Server(uvicorn.Server):
     """uvicorn, with a first signal that drains and a second that does not wait.
 
     While requests finish, the port stays open: probes learn that the service is no longer ready, and new requests are
-    told so.
+    refused with a sentence that says so.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:

@@ -196,8 +196,8 @@ class Service:
         self.check_limits(prepared)
         return prepared
 
-    def text_of(self, tokens: list[int]) -> str:
-        """Give the text of a prompt that comes as token ids.
+    def text_of(self, tokens: list[int], field: str, *, skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids that come in a field of a request.
 
         Raises:
             InvalidRequestError: there is no such token.
@@ -205,17 +205,19 @@ class Service:
         size = self.pipeline.model.vocab_size
         for index, token in enumerate(tokens):
             if not 0 <= token < size:
-                raise InvalidRequestError(f"`prompt[{index}]` must be a token id from 0 to {size - 1}, but is {token}.")
-        return self.pipeline.detokenize(tokens) or " "
+                raise InvalidRequestError(
+                    f"`{field}[{index}]` must be a token id from 0 to {size - 1}, but is {token}."
+                )
+        return self.pipeline.detokenize(tokens, skip_special_tokens=skip_special_tokens)
 
     def with_tokens(self, prepared: PreparedPrompt, tokens: list[int]) -> PreparedPrompt:
-        """Give a prepared request these prompt tokens, instead of those that their text is encoded to."""
+        """Return a prepared request these prompt tokens, instead of those that their text is encoded to."""
         exact = self.pipeline.with_tokens(prepared, tokens)
         self.check_limits(exact)
         return exact
 
     def check_limits(self, prepared: PreparedPrompt) -> None:
-        """Raise `InvalidRequestError` for a request that asks for more than the service's limits."""
+        """Raise `InvalidRequestError` for a request that exceeds the service's limits."""
         config, settings = prepared.config, self.settings
         sequences = config.num_beams * config.num_return_sequences
         if sequences > settings.max_sequences:
@@ -227,7 +229,7 @@ class Service:
         new_tokens = config.total_length(prompt_tokens) - prompt_tokens
         if settings.max_new_tokens and new_tokens > settings.max_new_tokens:
             raise InvalidRequestError(
-                f"The request asks for up to {new_tokens} new tokens; this service generates at most"
+                f"The request allows up to {new_tokens} new tokens; this service generates at most"
                 f" {settings.max_new_tokens} (--max-new-tokens). Lower `max_new_tokens` or `max_length`."
             )
 

@@ -11,9 +11,8 @@ from typing import Any
 from litestar.response.base import ASGIResponse, Response
 from litestar.types import Receive, Scope, Send
 
-from edge_phi3.api.disconnect import cancelled_when_client_leaves
 from edge_phi3.api.errors import ClientDisconnectedError
-from edge_phi3.api.exchange import exchange_of
+from edge_phi3.api.exchange import cancelled_when_client_leaves, exchange_of
 
 FIRST_EVENT_PATIENCE = 1.0
 """Seconds to wait for the first event before the status line is sent: refusals come at once and keep their own status,
@@ -30,7 +29,7 @@ _HEADERS = [
 
 
 def event(data: bytes, name: str = "") -> bytes:
-    """Give one event; `data` is JSON, so it holds no line break."""
+    """Return one event; `data` is JSON, so it holds no line break."""
     return b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: %s\n\n" % data
 
 
@@ -48,7 +47,7 @@ class EventStream(Response[bytes]):
         self._failed = failed
 
     def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
-        """Give the ASGI application that sends the events."""
+        """Return the ASGI application that sends the events."""
         return _ASGIEventStream(self._events, self._failed)
 
 

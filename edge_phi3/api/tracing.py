@@ -9,17 +9,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import structlog
 from litestar.types import HTTPScope
 
+from edge_phi3.api.exchange import Exchange
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.settings import Settings
 from edge_phi3.version import __version__
-
-if TYPE_CHECKING:
-    from edge_phi3.api.exchange import Exchange
-    from edge_phi3.settings import Settings
 
 logger = structlog.get_logger(__name__)
 
@@ -37,7 +35,7 @@ _OPERATIONS: Final = {
 
 
 class TracingError(EdgePhi3Error):
-    """Traces were asked for, and the packages that send them are not installed."""
+    """Traces are configured, and the packages that send them are not installed."""
 
 
 class Tracing:
@@ -103,7 +101,7 @@ class Tracing:
 
 
 def tracing_of(settings: Settings) -> Tracing | None:
-    """Give what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
+    """Return what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
 
     Raises:
         TracingError: the options do, and the extra is not installed.

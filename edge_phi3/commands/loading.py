@@ -1,4 +1,4 @@
-"""From a model's name to a pipeline that answers, telling on the way how far it is."""
+"""From a model's name to a pipeline that answers, reporting progress on the way."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
 
     Args:
         settings: which model, and how to run it.
-        say: told each step, for those who ask `/readyz`; what it raises ends the work.
+        say: called with each step, for `/readyz`; what it raises ends the work.
 
     Raises:
         EdgePhi3Error: any step failed.
@@ -81,7 +81,7 @@ class _SaidStep:
         self._total = total
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        """Tell how far the step is."""
+        """Pass on how far the step is."""
         self._total = self._total if total is None else total
         self._say(f"{self._title}: {100 * done // self._total} %." if self._total else f"{self._title}.")
         self._inner.update(done, total, detail)

@@ -87,7 +87,7 @@ def _serve(config: Path | None, print_config: bool, **flags: Any) -> None:
 
 
 def _announce(service: Service, url: str) -> None:
-    """Tell people where the service is, what it serves, and how to ask; machines read it from the log."""
+    """Print where the service is, what it serves and an example for people; machines read the log."""
     from edge_phi3.api.server import example_command  # noqa: PLC0415 - as in _serve
 
     model = service.pipeline.model

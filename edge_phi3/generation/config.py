@@ -1,29 +1,18 @@
-"""`GenerationConfig`: what one request asks of ``generate()``, merged, typed and validated."""
+"""`GenerationConfig`: the parameters of one request, merged, typed and validated."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, NoReturn
 
-from edge_phi3.generation.parameters import PARAMETERS, REFUSED, Null, ParameterError
+from edge_phi3.generation.parameter import Source
+from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
+from edge_phi3.generation.refused import REFUSED
+from edge_phi3.generation.values import ParameterError
 
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
-
-API_DEFAULTS: Final[Mapping[str, object]] = {
-    "max_length": 200,
-    "min_length": 0,
-    "do_sample": True,
-    "early_stopping": False,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 10,
-    "top_p": 1.0,
-    "typical_p": 1.0,
-    "repetition_penalty": 1.0,
-}
-"""What a request means where it is silent. These win over the model's ``generation_config.json``."""
 
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the
@@ -55,73 +44,25 @@ class ModelDefaults:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationConfig:
+class GenerationConfig(Parameters):
     """Every parameter of one request, merged and validated. Follows the class of the same name in transformers.
 
-    Parameters that are off hold the value that switches them off (`temperature` 1, `top_k` 0, `min_p` None,
-    an empty tuple, ...). Attributes are described in ``docs/parameters.md`` under their names.
-
-    The last three are OpenAI's. `resolve` leaves them off: whoever speaks OpenAI's API replaces them.
+    `resolve` leaves OpenAI's own parameters off: whoever speaks OpenAI's API replaces them.
 
     Attributes:
-        presence_penalty: subtracted from the scores of tokens that were generated before.
-        frequency_penalty: subtracted from them once for each time.
-        top_logprobs: how many of the likeliest tokens are told beside each chosen one, with log-probabilities of the
-            model's own logits; None for nothing at all.
+        vocab_size: rows of the output matrix; token ids lie below it.
+        context_length: tokens that the model was trained for.
     """
 
     vocab_size: int
     context_length: int
-    max_length: int | None
-    max_new_tokens: int | None
-    min_length: int
-    min_new_tokens: int | None
-    early_stopping: bool | Literal["never"]
-    max_time: float | None
-    stop_strings: tuple[str, ...]
-    do_sample: bool
-    num_beams: int
-    num_beam_groups: int
-    num_return_sequences: int
-    diversity_penalty: float | None
-    length_penalty: float
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float | None
-    typical_p: float
-    epsilon_cutoff: float
-    eta_cutoff: float
-    repetition_penalty: float
-    encoder_repetition_penalty: float
-    no_repeat_ngram_size: int
-    encoder_no_repeat_ngram_size: int
-    bad_words_ids: tuple[tuple[int, ...], ...]
-    sequence_bias: tuple[tuple[tuple[int, ...], float], ...]
-    renormalize_logits: bool
-    forced_bos_token_id: int | None
-    forced_eos_token_id: tuple[int, ...]
-    remove_invalid_values: bool
-    exponential_decay_length_penalty: tuple[int, float] | None
-    suppress_tokens: tuple[int, ...]
-    begin_suppress_tokens: tuple[int, ...]
-    output_scores: bool
-    return_dict_in_generate: bool
-    bos_token_id: int | None
-    eos_token_id: tuple[int, ...]
-    pad_token_id: int | None
-    seed: int | None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    top_logprobs: int | None = None
 
     @classmethod
     def resolve(cls, requested: Mapping[str, object], defaults: ModelDefaults) -> GenerationConfig:
         """Merge a request over the API's defaults, the model's file and transformers' defaults.
 
         The order is the original service's: a name in the request wins, then the API's default, then the
-        model's file, then transformers. A null in the request stands for "not set", as ``docs/parameters.md``
-        tells for each.
+        model's file, then transformers. A null in the request stands for "not set".
 
         Args:
             requested: the ``generate_kwargs`` of a request, as parsed from JSON.
@@ -160,7 +101,7 @@ class GenerationConfig:
         return self.return_dict_in_generate and self.output_scores
 
     def total_length(self, prompt_length: int) -> int:
-        """Give the largest length of a sequence, prompt included.
+        """Return the largest length of a sequence, prompt included.
 
         ``max_new_tokens`` wins over ``max_length``. With neither set, `DEFAULT_NEW_TOKENS` are added to the
         prompt, up to the context length.
@@ -191,7 +132,7 @@ class GenerationConfig:
         return total
 
     def least_length(self, prompt_length: int) -> int:
-        """Give the length, prompt included, below which no sequence may end."""
+        """Return the length, prompt included, below which no sequence may end."""
         if self.min_new_tokens is not None:
             return prompt_length + self.min_new_tokens
         return self.min_length
@@ -213,7 +154,7 @@ def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults)
         value = requested[name]
         if value is not None:
             return parameter.read(name, value)
-        if parameter.null is not Null.INHERIT:
+        if parameter.null is not Source.INHERIT:
             return parameter.null
     elif name in API_DEFAULTS:
         return API_DEFAULTS[name]
@@ -227,27 +168,31 @@ def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults)
     if name in defaults.generation:
         value = defaults.generation[name]
         if value is None:
-            return parameter.default if parameter.null is Null.INHERIT else parameter.null
+            return parameter.value.default if parameter.null is Source.INHERIT else parameter.null
         try:
             return parameter.read(name, value)
         except ParameterError as error:
             raise ParameterError(name, f"In the model's generation_config.json: {error}") from error
-    return parameter.default
+    return parameter.value.default
 
 
 def _validate(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
     _validate_strategy(config, requested, defaults)
-    if config.do_sample:
-        _validate_warpers(config)
-    for name in ("repetition_penalty", "encoder_repetition_penalty"):
-        if getattr(config, name) <= 0:
-            _fail(name, "must be above 0", getattr(config, name))
+    for name, parameter in PARAMETERS.items():
+        value = getattr(config, name)
+        if parameter.value.with_sampling and config.do_sample:
+            parameter.value.kind.check(name, value)
+        for token in () if value is None else parameter.value.kind.token_ids(value):
+            if token >= config.vocab_size:
+                _fail(name, f"must hold token ids below {config.vocab_size}, the size of the vocabulary", token)
     if config.encoder_repetition_penalty != 1 and max(config.num_beams, config.num_return_sequences) > 1:
         # transformers 4.49.0 means all rows, but reaches only the first.
         _fail(
             "encoder_repetition_penalty", "must be 1 with several beams or sequences", config.encoder_repetition_penalty
         )
-    _validate_tokens(config)
+    if config.exponential_decay_length_penalty and (not config.eos_token_id or min(config.eos_token_id) < 0):
+        message = "`exponential_decay_length_penalty` needs an `eos_token_id` to favour."
+        raise ParameterError("exponential_decay_length_penalty", message)
 
 
 def _validate_strategy(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
@@ -292,42 +237,6 @@ def _validate_strategy(config: GenerationConfig, requested: Mapping[str, object]
                 "must be 1 for greedy decoding: set `do_sample` or `num_beams`",
                 returned,
             )
-
-
-def _validate_warpers(config: GenerationConfig) -> None:
-    # transformers checks these only when it samples: `temperature` 0 is fine with `do_sample` false.
-    if config.temperature <= 0:
-        _fail("temperature", "must be above 0; set `do_sample` to false for greedy decoding", config.temperature)
-    if config.top_k < 0:
-        _fail("top_k", "must be at least 0 (0: off)", config.top_k)
-    if not 0 <= config.top_p <= 1:
-        _fail("top_p", "must lie in [0, 1]", config.top_p)
-    if config.min_p is not None and not 0 <= config.min_p <= 1:
-        _fail("min_p", "must lie in [0, 1]", config.min_p)
-    if not 0 < config.typical_p <= 1:
-        _fail("typical_p", "must lie in (0, 1]", config.typical_p)
-    for name in ("epsilon_cutoff", "eta_cutoff"):
-        if not 0 <= getattr(config, name) < 1:
-            _fail(name, "must lie in [0, 1) (0: off)", getattr(config, name))
-
-
-def _validate_tokens(config: GenerationConfig) -> None:
-    named: list[tuple[str, tuple[int, ...]]] = [
-        ("eos_token_id", config.eos_token_id),
-        ("forced_eos_token_id", config.forced_eos_token_id),
-        ("sequence_bias", tuple(token for phrase, _ in config.sequence_bias for token in phrase)),
-        ("bad_words_ids", tuple(token for phrase in config.bad_words_ids for token in phrase)),
-    ]
-    for name in ("bos_token_id", "pad_token_id", "forced_bos_token_id"):
-        token = getattr(config, name)
-        named.append((name, () if token is None else (token,)))
-    for name, tokens in named:
-        for token in tokens:
-            if token >= config.vocab_size:
-                _fail(name, f"must hold token ids below {config.vocab_size}, the size of the vocabulary", token)
-    if config.exponential_decay_length_penalty and (not config.eos_token_id or min(config.eos_token_id) < 0):
-        message = "`exponential_decay_length_penalty` needs an `eos_token_id` to favour."
-        raise ParameterError("exponential_decay_length_penalty", message)
 
 
 def _fail(name: str, rule: str, value: object) -> NoReturn:

@@ -1,290 +1,271 @@
-"""The names that ``generate_kwargs`` may hold: types, defaults, what null means, or why one is refused.
+"""Every generation parameter, once: its type and range, defaults, meaning, and how it is computed.
 
-The names, types and defaults are those of ``transformers.GenerationConfig`` 4.49.0, with `seed` added. What
-each does is told in ``docs/parameters.md``; rules between parameters are in `edge_phi3.generation.config`.
+The names, types and defaults are those of ``transformers.GenerationConfig`` 4.49.0, with `seed` and OpenAI's own added.
+Validation, the OpenAPI document, ``docs/parameters.md`` and the playground's panel are made from this table: a new
+parameter is one entry here, and the code that honours it. Rules between parameters are in
+`edge_phi3.generation.config`, and the names that are refused in `edge_phi3.generation.refused`.
 """
 
 from __future__ import annotations
 
-import enum
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Final, Literal
 
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.generation.parameter import Parameter, Source, Value, parameter
+from edge_phi3.generation.values import (
+    BIASES,
+    BOOLEAN,
+    EARLY_STOPPING,
+    END_TOKENS,
+    PHRASES,
+    START_AND_FACTOR,
+    TEXTS,
+    TOKEN,
+    TOKEN_OR_TOKENS,
+    TOKENS,
+    integer,
+    number,
+)
+
+_essential = partial(parameter, "Essentials")
+_length = partial(parameter, "Length and time")
+_sampling = partial(parameter, "Sampling")
+_beams = partial(parameter, "Beam search")
+_repetition = partial(parameter, "Repetition")
+_tokens = partial(parameter, "Tokens")
+_response = partial(parameter, "Response")
+_openai = partial(parameter, "OpenAI's API", openai=True)
+
+_POSITIVE = number(exclusiveMinimum=0)
+_PROBABILITY = number(minimum=0, maximum=1)
+_CUTOFF = number(minimum=0, exclusiveMaximum=1, hint="0 switches it off")
 
 
-class ParameterError(EdgePhi3Error):
-    """A parameter is unknown, unsupported, of the wrong type, out of range, or at odds with another.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """The table; each attribute is the parameter of its name.
 
-    Attributes:
-        parameter: the name as the request gave it.
+    A parameter that is off holds the value that switches it off (`temperature` 1, `top_k` 0, `min_p` None, an empty
+    tuple, ...).
     """
 
-    def __init__(self, parameter: str, message: str) -> None:
-        super().__init__(message)
-        self.parameter = parameter
+    max_new_tokens: int | None = _essential(
+        Value(integer(1), None, example=64),
+        "The most tokens generated for a sequence, the prompt not included.",
+        "Takes precedence over `max_length`.",
+    )
+    do_sample: bool = _essential(
+        Value(BOOLEAN, False, api=True, example=False),
+        "true draws each token from its distribution; false takes the likeliest.",
+        "With `num_beams` above 1, true samples the beams.",
+    )
+    temperature: float = _essential(
+        Value(
+            number(exclusiveMinimum=0, hint="set `do_sample` to false for greedy decoding"),
+            1.0,
+            api=1.0,
+            with_sampling=True,
+        ),
+        "Divides the logits before sampling: below 1 favours likely tokens, above 1 evens the distribution out.",
+    )
+    top_k: int = _essential(
+        Value(integer(0, hint="0 switches it off"), 50, api=10, null=0, with_sampling=True),
+        "Samples from the k likeliest tokens; 0 switches it off.",
+        "Tokens whose score equals that of the last one kept stay too.",
+    )
+    top_p: float = _essential(
+        Value(_PROBABILITY, 1.0, api=1.0, with_sampling=True),
+        "Samples from the smallest set of likeliest tokens whose probabilities add up to this (nucleus sampling).",
+        "1 switches it off.",
+    )
+    min_p: float | None = _essential(
+        Value(_PROBABILITY, None, example=0.05, with_sampling=True),
+        "Samples from the tokens whose probability is at least this fraction of the likeliest token's.",
+    )
+    repetition_penalty: float = _essential(
+        Value(_POSITIVE, 1.0, api=1.0, example=1.1),
+        "Above 1 makes tokens that have already occurred, in the prompt or the answer, less likely; 1 switches it off.",
+        "Divides their positive scores and multiplies their negative ones.",
+    )
+    stop_strings: tuple[str, ...] = _essential(
+        Value(TEXTS, (), example=["\n\n"]),
+        "Ends a sequence as soon as one of these strings appears in it.",
+        "The token that completes it is kept whole. Strings are matched against the texts of single tokens, so a"
+        " character that is spelt in byte tokens never matches. A beam search stops when every beam ends with one.",
+    )
+    seed: int | None = _essential(
+        Value(integer(0, 2**64 - 1), None, example=42),
+        "Random seed; the same request with the same seed gives the same answer. null draws a new one.",
+        "Up to the model's rounding; see [Random draws](#random-draws).",
+    )
+    max_length: int | None = _length(
+        Value(integer(1), None, api=200, null=Source.INHERIT),
+        "The most tokens of a sequence, prompt included. `max_new_tokens` takes precedence.",
+        "A prompt that reaches it is refused. Set nowhere, it allows 20 new tokens.",
+    )
+    min_new_tokens: int | None = _length(
+        Value(integer(0), None, example=8),
+        "The fewest tokens generated for a sequence before it may end.",
+        "Takes precedence over `min_length`.",
+    )
+    min_length: int = _length(
+        Value(integer(0), 0, api=0),
+        "The fewest tokens of a sequence, prompt included, before it may end.",
+    )
+    max_time: float | None = _length(
+        Value(number("a number of seconds", minimum=0), None, example=30.0),
+        "Seconds after which no further token is generated.",
+        "Counted from the moment the request is queued.",
+    )
+    num_return_sequences: int = _sampling(
+        Value(integer(1), 1, null=Source.INHERIT),
+        "How many sequences are returned.",
+        "1 with greedy decoding, and at most `num_beams` with beams.",
+    )
+    typical_p: float = _sampling(
+        Value(number(exclusiveMinimum=0, maximum=1), 1.0, api=1.0, with_sampling=True),
+        "Samples from the tokens whose information is closest to the entropy, up to this total probability.",
+        "1 switches it off ([paper](https://arxiv.org/abs/2202.00666)).",
+    )
+    epsilon_cutoff: float = _sampling(
+        Value(_CUTOFF, 0.0, example=0.0003, with_sampling=True),
+        "Samples from the tokens with at least this probability; 0 switches it off.",
+        "[Paper](https://arxiv.org/abs/2210.15191).",
+    )
+    eta_cutoff: float = _sampling(
+        Value(_CUTOFF, 0.0, example=0.0006, with_sampling=True),
+        "Like `epsilon_cutoff`, with a threshold that falls as the entropy grows; 0 switches it off.",
+    )
+    renormalize_logits: bool = _sampling(
+        Value(BOOLEAN, False),
+        "Normalises the scores (log-softmax) after all other processing.",
+    )
+    num_beams: int = _beams(
+        Value(integer(1), 1, api=1),
+        "The number of beams; 1 switches beam search off.",
+    )
+    num_beam_groups: int = _beams(
+        Value(integer(1), 1, null=Source.INHERIT),
+        "Divides the beams into groups that are penalised for choosing the same tokens.",
+        "Must divide `num_beams`, and needs `do_sample` false.",
+    )
+    diversity_penalty: float | None = _beams(
+        Value(number(), 0.0, null=None),
+        "Subtracted from the score of a token for each beam of an earlier group that chose it in the same step.",
+        "Must not be 0 with groups; below 0 it has no effect.",
+    )
+    length_penalty: float = _beams(
+        Value(number(), 1.0, null=Source.INHERIT),
+        "The power of the length by which a beam's score is divided: above 0 favours long answers, below 0 short ones.",
+        "The score is the sum of the log-probabilities, the length the number of new tokens.",
+    )
+    early_stopping: bool | Literal["never"] = _beams(
+        Value(EARLY_STOPPING, False, api=False, null=Source.INHERIT),
+        "When a beam search ends: true, with `num_beams` finished candidates; false, when better ones are unlikely;"
+        ' "never", when better ones are impossible.',
+        "With false, it ends when the best open beam, at its present length, is no better than the worst finished one.",
+    )
+    no_repeat_ngram_size: int = _repetition(
+        Value(integer(0), 0, example=3),
+        "No run of this many tokens occurs twice in a sequence, prompt included; 0 switches it off.",
+    )
+    encoder_repetition_penalty: float = _repetition(
+        Value(_POSITIVE, 1.0),
+        "Above 1 makes the prompt's tokens likelier; 1 switches it off.",
+        "For one sequence only: with several, transformers 4.49.0 applies it to the first alone.",
+    )
+    encoder_no_repeat_ngram_size: int = _repetition(
+        Value(integer(0), 0),
+        "No run of this many tokens of the prompt occurs in the answer; 0 switches it off.",
+    )
+    bad_words_ids: tuple[tuple[int, ...], ...] = _tokens(
+        Value(PHRASES, (), example=[[1234], [56, 78]]),
+        "Sequences of token ids that are never generated.",
+        "Bans the last token of each where the others precede it. An end token by itself is not banned.",
+    )
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = _tokens(
+        Value(BIASES, (), example=[[[1234], -2.5]]),
+        "Pairs of token ids and a number that is added to the score of the last token where the others precede it.",
+    )
+    suppress_tokens: tuple[int, ...] = _tokens(
+        Value(TOKENS, (), example=[1234]),
+        "Tokens that are never generated.",
+        "Ids outside the vocabulary have no effect.",
+    )
+    begin_suppress_tokens: tuple[int, ...] = _tokens(
+        Value(TOKENS, (), example=[1234]),
+        "Tokens that the answer does not begin with.",
+        "Ids outside the vocabulary have no effect.",
+    )
+    forced_bos_token_id: int | None = _tokens(
+        Value(TOKEN, None, example=1234),
+        "The first token of the answer to a prompt of one token.",
+    )
+    forced_eos_token_id: tuple[int, ...] = _tokens(
+        Value(TOKEN_OR_TOKENS, (), example=32007),
+        "The token (or one of the tokens) that a sequence ends with when it reaches its maximum length.",
+    )
+    exponential_decay_length_penalty: tuple[int, float] | None = _tokens(
+        Value(START_AND_FACTOR, None, example=[50, 1.05]),
+        "`[start, factor]`: after `start` new tokens, ending becomes likelier with every token.",
+        "The scores of end tokens grow by `factor` to the power of the tokens since. Needs an end token.",
+    )
+    bos_token_id: int | None = _tokens(
+        Value(TOKEN, Source.MODEL, null=Source.INHERIT, example=1),
+        "The token that an empty prompt starts with; the model's unless set.",
+    )
+    eos_token_id: tuple[int, ...] = _tokens(
+        Value(END_TOKENS, Source.MODEL, null=Source.INHERIT, example=32007),
+        "The token (or tokens) that end a sequence; -1 for none; the model's unless set.",
+        "`[]` means none too.",
+    )
+    pad_token_id: int | None = _tokens(
+        Value(TOKEN, Source.MODEL, null=Source.INHERIT, example=32000),
+        "The token that finished sequences are padded with; the model's unless set.",
+        "Responses hold no padding; in group beam search, groups that have finished count as choosing it.",
+    )
+    return_dict_in_generate: bool = _response(
+        Value(BOOLEAN, False),
+        "Also returns token ids, beam scores and token counts.",
+        "See [the API](api.md).",
+    )
+    output_scores: bool = _response(
+        Value(BOOLEAN, False),
+        "With `return_dict_in_generate`, also returns the score and log-probability of each token.",
+        "The processed score and its log-softmax; in beam searches the transition score, twice. An end token that is"
+        " appended to a beam which `stop_strings` or `max_time` cut off has none.",
+    )
+    remove_invalid_values: bool = _response(
+        Value(BOOLEAN, False),
+        "Replaces NaN and infinite logits before a token is chosen.",
+        "NaN becomes 0, infinities become the largest finite numbers.",
+    )
+    presence_penalty: float = _openai(
+        Value(number(minimum=-2, maximum=2), 0.0),
+        "Subtracted from the logits of tokens that have been generated before.",
+    )
+    frequency_penalty: float = _openai(
+        Value(number(minimum=-2, maximum=2), 0.0),
+        "Subtracted from the logit of a token once for each time that it has been generated.",
+    )
+    top_logprobs: int | None = _openai(
+        Value(integer(0, 20), None, example=3),
+        "The number of likeliest tokens that are returned at each position, with their log-probabilities.",
+        "Those of the model's own logits, before any processing.",
+    )
 
 
-class Null(enum.Enum):
-    """What an explicit null stands for where it is no value of its own."""
+_ALL: Final[Mapping[str, Parameter]] = {each.name: each.metadata["parameter"] for each in fields(Parameters)}
 
-    INHERIT = "the model's generation_config.json, or else the default of transformers"
+PARAMETERS: Final = {name: each for name, each in _ALL.items() if not each.openai}
+"""What ``generate_kwargs`` may hold, by name."""
 
+OPENAI_PARAMETERS: Final = {name: each for name, each in _ALL.items() if each.openai}
+"""What belongs to OpenAI's API alone, by name."""
 
-Reader = Callable[[str, object], object]
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One supported name.
-
-    Attributes:
-        default: the value when neither request, API, nor ``generation_config.json`` gives one.
-        read: checks the JSON type of a value and converts it; raises `ParameterError`.
-        null: the value that an explicit null stands for.
-    """
-
-    default: object
-    read: Reader
-    null: object = Null.INHERIT
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """One name of transformers that cannot be had here.
-
-    Attributes:
-        reason: completes the sentence "`name` is not supported: ...".
-        harmless: values (beside null) that change nothing, and are accepted.
-        changes_tokens: whether another value would change which tokens are chosen. Where it would not, a
-            model's ``generation_config.json`` may hold it without harm.
-    """
-
-    reason: str
-    harmless: tuple[object, ...] = ()
-    changes_tokens: bool = True
-
-    def accepts(self, value: object) -> bool:
-        """Tell whether `value` asks for nothing."""
-        return value is None or any(type(value) is type(known) and value == known for known in self.harmless)
-
-
-def _wrong(name: str, value: object, allowed: str) -> ParameterError:
-    shown = repr(value)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return ParameterError(name, f"`{name}` must be {allowed}, but is {shown}.")
-
-
-def _boolean(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, value, "true or false")
-    return value
-
-
-def _integer(minimum: int | None = None, maximum: int | None = None) -> Callable[[str, object], int]:
-    allowed = "an integer"
-    if minimum is not None and maximum is not None:
-        allowed += f" from {minimum} to {maximum}"
-    elif minimum is not None:
-        allowed += f" of at least {minimum}"
-
-    def read(name: str, value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(name, value, allowed)
-        if (minimum is not None and value < minimum) or (maximum is not None and value > maximum):
-            raise _wrong(name, value, allowed)
-        return value
-
-    return read
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong(name, value, "a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise _wrong(name, value, "a finite number")
-    return number
-
-
-def _seconds(name: str, value: object) -> float:
-    number = _number(name, value)
-    if number < 0:
-        raise _wrong(name, value, "a number of seconds of at least 0")
-    return number
-
-
-def _early_stopping(name: str, value: object) -> bool | str:
-    if isinstance(value, bool) or value == "never":
-        return value
-    raise _wrong(name, value, 'true, false or "never"')
-
-
-def _stop_strings(name: str, value: object) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) and t for t in texts):
-        raise _wrong(name, value, "a non-empty string or a non-empty list of them")
-    return tuple(texts)
-
-
-def _integers(name: str, value: object, allowed: str, minimum: int | None = None) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(name, value, allowed)
-    for item in value:
-        if not isinstance(item, int) or isinstance(item, bool) or (minimum is not None and item < minimum):
-            raise _wrong(name, value, allowed)
-    return tuple(value)
-
-
-def _token_list(name: str, value: object) -> tuple[int, ...]:
-    return _integers(name, value, "a list of token ids")
-
-
-def _one_or_many_tokens(minimum: int) -> Reader:
-    allowed = "a token id or a list of token ids" + (" (-1: none)" if minimum < 0 else "")
-
-    def read(name: str, value: object) -> tuple[int, ...]:
-        return _integers(name, value if isinstance(value, list | tuple) else [value], allowed, minimum)
-
-    return read
-
-
-def _phrases(name: str, value: object) -> tuple[tuple[int, ...], ...]:
-    allowed = "a non-empty list of non-empty lists of token ids"
-    if not isinstance(value, list | tuple) or not value:
-        raise _wrong(name, value, allowed)
-    phrases = tuple(_integers(name, phrase, allowed, 0) for phrase in value)
-    if not all(phrases):
-        raise _wrong(name, value, allowed)
-    return phrases
-
-
-def _sequence_bias(name: str, value: object) -> tuple[tuple[tuple[int, ...], float], ...]:
-    allowed = "a non-empty list of pairs [[positive token ids], number]"
-    if not isinstance(value, list | tuple) or not value:
-        raise _wrong(name, value, allowed)
-    biases: dict[tuple[int, ...], float] = {}
-    for pair in value:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise _wrong(name, value, allowed)
-        tokens = _integers(name, pair[0], allowed, 1)
-        if not tokens:
-            raise _wrong(name, value, allowed)
-        biases[tokens] = _number(name, pair[1])
-    return tuple(biases.items())
-
-
-def _start_and_factor(name: str, value: object) -> tuple[int, float]:
-    allowed = "a pair [start, factor] of an integer and a number"
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise _wrong(name, value, allowed)
-    start = value[0]
-    if not isinstance(start, int) or isinstance(start, bool):
-        raise _wrong(name, value, allowed)
-    return start, _number(name, value[1])
-
-
-PARAMETERS: Final[Mapping[str, Parameter]] = {
-    # Length
-    "max_length": Parameter(None, _integer(1)),
-    "max_new_tokens": Parameter(None, _integer(1), null=None),
-    "min_length": Parameter(0, _integer(0), null=0),
-    "min_new_tokens": Parameter(None, _integer(0), null=None),
-    "early_stopping": Parameter(False, _early_stopping),
-    "max_time": Parameter(None, _seconds, null=None),
-    "stop_strings": Parameter((), _stop_strings, null=()),
-    # Strategy
-    "do_sample": Parameter(False, _boolean, null=False),
-    "num_beams": Parameter(1, _integer(1), null=1),
-    "num_beam_groups": Parameter(1, _integer(1)),
-    "num_return_sequences": Parameter(1, _integer(1)),
-    "diversity_penalty": Parameter(0.0, _number, null=None),
-    "length_penalty": Parameter(1.0, _number),
-    # Logits
-    "temperature": Parameter(1.0, _number, null=1.0),
-    "top_k": Parameter(50, _integer(), null=0),
-    "top_p": Parameter(1.0, _number, null=1.0),
-    "min_p": Parameter(None, _number, null=None),
-    "typical_p": Parameter(1.0, _number, null=1.0),
-    "epsilon_cutoff": Parameter(0.0, _number, null=0.0),
-    "eta_cutoff": Parameter(0.0, _number, null=0.0),
-    "repetition_penalty": Parameter(1.0, _number, null=1.0),
-    "encoder_repetition_penalty": Parameter(1.0, _number, null=1.0),
-    "no_repeat_ngram_size": Parameter(0, _integer(0), null=0),
-    "encoder_no_repeat_ngram_size": Parameter(0, _integer(0), null=0),
-    "bad_words_ids": Parameter((), _phrases, null=()),
-    "sequence_bias": Parameter((), _sequence_bias, null=()),
-    "renormalize_logits": Parameter(False, _boolean, null=False),
-    "forced_bos_token_id": Parameter(None, _integer(0), null=None),
-    "forced_eos_token_id": Parameter((), _one_or_many_tokens(0), null=()),
-    "remove_invalid_values": Parameter(False, _boolean, null=False),
-    "exponential_decay_length_penalty": Parameter(None, _start_and_factor, null=None),
-    "suppress_tokens": Parameter((), _token_list, null=()),
-    "begin_suppress_tokens": Parameter((), _token_list, null=()),
-    # Output
-    "output_scores": Parameter(False, _boolean, null=False),
-    "return_dict_in_generate": Parameter(False, _boolean, null=False),
-    # Special tokens: their defaults are the model's
-    "bos_token_id": Parameter(None, _integer(0)),
-    "eos_token_id": Parameter(None, _one_or_many_tokens(-1)),
-    "pad_token_id": Parameter(None, _integer(0)),
-    # Ours
-    "seed": Parameter(None, _integer(0, 2**64 - 1), null=None),
+API_DEFAULTS: Final[Mapping[str, object]] = {
+    name: each.value.api for name, each in PARAMETERS.items() if each.value.api is not Source.UNSET
 }
-"""Every supported name."""
-
-_ASSISTED = "assisted generation needs a second model or a draft; every token here comes from the one model"
-_ENCODER = "Phi-3 has no encoder; the decoder starts from the prompt"
-_HIDDEN = "it needs the hidden states of the model, which llama.cpp does not give"
-_CACHE = "the engine has one KV cache, shared by all requests and set by the service's own options"
-_OBJECT = "it takes a Python object, which JSON cannot hold"
-
-REFUSED: Final[Mapping[str, Refused]] = {
-    "assistant_confidence_threshold": Refused(_ASSISTED, (0.4,), changes_tokens=False),
-    "assistant_early_exit": Refused(_ASSISTED),
-    "assistant_lookbehind": Refused(_ASSISTED, (10,), changes_tokens=False),
-    "assistant_model": Refused(_ASSISTED),
-    "assistant_tokenizer": Refused(_ASSISTED),
-    "cache_config": Refused(_CACHE, changes_tokens=False),
-    "cache_implementation": Refused(_CACHE, changes_tokens=False),
-    "compile_config": Refused("nothing is compiled while requests run", changes_tokens=False),
-    "constraints": Refused(_OBJECT),
-    "decoder_start_token_id": Refused(_ENCODER, changes_tokens=False),
-    "disable_compile": Refused("nothing is compiled while requests run", (False,), changes_tokens=False),
-    "dola_layers": Refused(_HIDDEN),
-    "force_words_ids": Refused("constrained beam search is not implemented; `sequence_bias` favours phrases"),
-    "forced_decoder_ids": Refused("transformers 4.49.0 refuses it too; put the tokens into the prompt"),
-    "generation_config": Refused("give its fields one by one"),
-    "generation_kwargs": Refused("give its fields one by one", ({},)),
-    "guidance_scale": Refused("it needs a second, unconditional pass of the model per token", (1, 1.0)),
-    "is_assistant": Refused(_ASSISTED, (False,)),
-    "logits_processor": Refused(_OBJECT),
-    "low_memory": Refused("beams share their KV cache already", (False,), changes_tokens=False),
-    "max_matching_ngram_size": Refused(_ASSISTED, changes_tokens=False),
-    "negative_prompt_attention_mask": Refused("it belongs to `guidance_scale`, which is not supported"),
-    "negative_prompt_ids": Refused("it belongs to `guidance_scale`, which is not supported"),
-    "num_assistant_tokens": Refused(_ASSISTED, (20,), changes_tokens=False),
-    "num_assistant_tokens_schedule": Refused(_ASSISTED, ("constant",), changes_tokens=False),
-    "output_attentions": Refused("llama.cpp does not give attention weights", (False,), changes_tokens=False),
-    "output_hidden_states": Refused(_HIDDEN, (False,), changes_tokens=False),
-    "output_logits": Refused("a reply holds processed scores only (`output_scores`)", (False,), changes_tokens=False),
-    "penalty_alpha": Refused("contrastive search compares hidden states, which llama.cpp does not give", (0, 0.0)),
-    "prefix_allowed_tokens_fn": Refused(_OBJECT),
-    "prompt_lookup_num_tokens": Refused(_ASSISTED),
-    "return_legacy_cache": Refused("a reply does not hold the KV cache", (False,), changes_tokens=False),
-    "stopping_criteria": Refused(_OBJECT),
-    "streamer": Refused('ask for `"stream": true` beside the prompt instead'),
-    "synced_gpus": Refused("a model runs in one process", (False,), changes_tokens=False),
-    "target_lookbehind": Refused(_ASSISTED, (10,), changes_tokens=False),
-    "token_healing": Refused("the prompt's tokens are taken as they are", (False,)),
-    "tokenizer": Refused(_OBJECT),
-    "use_cache": Refused("the KV cache is always used; it does not change the tokens", (True,), changes_tokens=False),
-    "watermarking_config": Refused("its choice of tokens hangs on torch's random numbers"),
-}
-"""Every name of transformers that is refused unless its value asks for nothing."""
+"""What a request means where it is silent. These win over the model's ``generation_config.json``."""

@@ -25,7 +25,7 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class TokenDelta(TextDelta):
-    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are asked for.
+    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are wanted.
 
     Attributes:
         placed: the tokens, in order.
@@ -44,12 +44,12 @@ class GenerationOutput:
         finish_reasons: why each ended.
         sequences: token ids of each, prompt included.
         sequences_scores: beam scores, or None outside beam modes.
-        scores: score and log-probability of each generated token of each sequence, or None when not asked for.
+        scores: score and log-probability of each generated token of each sequence, or None when not wanted.
         prompt_tokens: tokens of the prompt.
         completion_tokens: tokens generated, over all sequences.
         cached_tokens: tokens of the prompt that came from the prefix cache.
         timing: when things happened.
-        logprobs: of each token of each sequence that is part of its text, or None when not asked for.
+        logprobs: of each token of each sequence that is part of its text, or None when not wanted.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Text in, text out: what transformers' text-generation pipeline does around ``generate``.
+"""The way of a request from text to text.
 
 A request's prompt becomes tokens (prefix, chat template, truncation), the engine continues them, and the tokens become
 the text that the original service answers with.
@@ -6,6 +6,7 @@ the text that the original service answers with.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.constraint import constrain
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.placing import PlacedLogprobs, TokenPlacer
-from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
+from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
@@ -49,7 +50,7 @@ class ModelCard:
 
 
 class TextGenerationPipeline:
-    """The way of a request from text to text.
+    """Turns requests into answers.
 
     Args:
         engine: a loaded engine.
@@ -106,7 +107,7 @@ class TextGenerationPipeline:
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
-            text, lead = self.apply_chat_template(messages), ""
+            text, lead = self._template.render(messages), ""
         elif prompt:
             text, lead = prompt, prompt if return_full_text else ""
         else:
@@ -123,7 +124,7 @@ class TextGenerationPipeline:
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
 
     def with_tokens(self, prepared: PreparedPrompt, tokens: Sequence[int]) -> PreparedPrompt:
-        """Give a prepared request these prompt tokens, instead of those that their text is encoded to.
+        """Return a prepared request these prompt tokens, instead of those that their text is encoded to.
 
         Raises:
             ParameterError: they leave no room for an answer.
@@ -131,10 +132,6 @@ class TextGenerationPipeline:
         prepared.config.total_length(len(tokens))
         prompt_ids = np.array(tokens, dtype=np.int32)
         return dataclasses.replace(prepared, prompt_ids=prompt_ids, text=self._tokenizer.decode_prompt(prompt_ids))
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render a conversation as the model's prompt; raises as `ChatTemplate.render` does."""
-        return self._template.render(messages)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -152,7 +149,7 @@ class TextGenerationPipeline:
             return prompt_ids
         if new_tokens >= longest:
             raise PromptError(
-                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are asked of a context of "
+                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are wanted in a context of "
                 f"{longest}."
             )
         return prompt_ids[new_tokens - longest :]
@@ -167,14 +164,7 @@ class TextGenerationPipeline:
         Raises:
             EngineError: the engine refused or failed it.
         """
-        request = GenerationRequest(
-            prepared.prompt_ids,
-            prepared.config,
-            timeout=timeout,
-            request_id=request_id,
-            constraint=prepared.constraint,
-        )
-        async for event in self.engine.generate(request):
+        async for event in self._events(prepared, timeout, request_id):
             if isinstance(event, FinishedEvent):
                 return self._output(prepared, event)
         raise AssertionError("the engine ends every request with an event")
@@ -188,21 +178,12 @@ class TextGenerationPipeline:
 
         Closing the iterator early cancels the request. Beam modes give the whole answer only.
         """
-        request = GenerationRequest(
-            prepared.prompt_ids,
-            prepared.config,
-            stream=True,
-            timeout=timeout,
-            request_id=request_id,
-            constraint=prepared.constraint,
-        )
         count = prepared.config.num_return_sequences
         streams = [TextStream(prepared) for _ in range(count)]
         placers: list[TokenPlacer] = []
         if prepared.config.top_logprobs is not None:
             placers = [TokenPlacer(self._tokenizer, prepared.text) for _ in range(count)]
-        events = self.engine.generate(request)
-        try:
+        async with contextlib.aclosing(self._events(prepared, timeout, request_id, stream=True)) as events:
             async for event in events:
                 if isinstance(event, FinishedEvent):
                     yield self._last_deltas(prepared, event, streams, placers)
@@ -215,8 +196,19 @@ class TextGenerationPipeline:
                     texts = [(index, streams[index].push([token])) for index, token in event.tokens]
                     if deltas := [TextDelta(index, text) for index, text in texts if text]:
                         yield deltas
-        finally:
-            await events.aclose()
+
+    def _events(
+        self, prepared: PreparedPrompt, timeout: float | None, request_id: str, *, stream: bool = False
+    ) -> AsyncGenerator[Event, None]:
+        request = GenerationRequest(
+            prepared.prompt_ids,
+            prepared.config,
+            stream=stream,
+            timeout=timeout,
+            request_id=request_id,
+            constraint=prepared.constraint,
+        )
+        return self.engine.generate(request)
 
     def _last_deltas(
         self,
@@ -263,7 +255,7 @@ class TextGenerationPipeline:
             whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
         return whole[len(prompt) :]
 
-    # -- tokens, for whoever asks
+    # -- tokens
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Encode a text."""
@@ -271,7 +263,7 @@ class TextGenerationPipeline:
         return tokens
 
     def token_bytes(self, token: int) -> bytes:
-        """Give what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
+        """Return what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
         return self._tokenizer.bytes_of(token)
 
     def constrain(self, prepared: PreparedPrompt, grammar: str) -> PreparedPrompt:

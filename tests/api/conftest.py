@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import structlog
 import uvicorn
 
+from edge_phi3.api.access_log import AccessLog
 from edge_phi3.api.app import create_service
-from edge_phi3.api.exchange import ExchangeLog
 from edge_phi3.api.service import Loader, Say, Service
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine import engine as engine_module
@@ -55,7 +56,7 @@ class Running:
     client: httpx.Client
     service: Service
     port: int
-    app: ExchangeLog
+    app: AccessLog
 
     def chat(self, **body: Any) -> httpx.Response:
         """Ask ``/chat``."""
@@ -125,7 +126,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def loader(path: Path, **options: Any) -> Loader:
-    """Give what loads a model with exact settings."""
+    """Return what loads a model with exact settings."""
 
     def load(_: Say) -> TextGenerationPipeline:
         settings = {"kv_cache_type": "f32", "threads": 1, "parallel": 4, "ctx_size": 2048} | options
@@ -143,5 +144,35 @@ def api(model_path: Path) -> Iterator[Running]:
         yield it
 
 
+def openai_client(api: Running, key: str = "none") -> openai.OpenAI:
+    """OpenAI's own client of a service, which does not try again."""
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def client(api: Running) -> Iterator[openai.OpenAI]:
+    """OpenAI's own client of the ready service."""
+    with openai_client(api) as client:
+        yield client
+
+
+def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
+    """Return text, finish reason and tokens of each choice of an answer of OpenAI's API, whole or streamed."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str | None] = {}
+    tokens: dict[int, list[Any]] = {}
+    for part in [answer] if hasattr(answer, "choices") else answer:
+        for choice in part.choices:
+            message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+            text = (choice.text if message is None else message.content) or ""
+            texts[choice.index] = texts.get(choice.index, "") + text
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+            told = getattr(getattr(choice, "logprobs", None), "content", None) or []
+            assert text or not told, "tokens come with their text"
+            tokens[choice.index] = tokens.get(choice.index, []) + told
+    return [(texts[index], reasons[index], tokens[index]) for index in sorted(texts)]
+
+
+USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"

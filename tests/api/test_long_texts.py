@@ -15,7 +15,7 @@ SHORT = "a short story"
 
 
 def asked(path: str, text: str) -> dict[str, Any]:
-    """Give a body for a path."""
+    """Return a body for a path."""
     return {
         "/chat": {"prompt": text},
         "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": text}]},

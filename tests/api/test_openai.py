@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,7 @@ import pytest
 
 from edge_phi3.api.openai.stops import StopTrimmer, trim
 from tests import paced
-from tests.api.conftest import PROMPT, Clock, Running, loader, ready
-
-USER = [{"role": "user", "content": "What does json.dumps do?"}]
-
-
-@pytest.fixture(scope="module")
-def client(api: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client:
-        yield client
+from tests.api.conftest import PROMPT, USER, Clock, Running, joined, loader, openai_client, ready
 
 
 def greedy(api: Running, **kwargs: Any) -> str:
@@ -28,7 +19,7 @@ def greedy(api: Running, **kwargs: Any) -> str:
     return api.client.post("/chat", json=body).json()["Result"]
 
 
-def test_a_conversation_is_answered_as_by_chat(api: Running, client: openai.OpenAI) -> None:
+def test_a_conversation_is_answered_as_by_chat(api: Running, client: Any) -> None:
     completion = client.chat.completions.create(model="any", messages=USER, temperature=0, max_completion_tokens=12)
     (choice,) = completion.choices
     assert choice.message.role == "assistant"
@@ -37,13 +28,11 @@ def test_a_conversation_is_answered_as_by_chat(api: Running, client: openai.Open
     assert completion.model == "random-4k"
     assert completion.object == "chat.completion"
     usage = completion.usage
-    assert usage is not None
     assert usage.completion_tokens == 12
     assert usage.total_tokens == usage.prompt_tokens + 12
-    assert usage.prompt_tokens_details is not None
 
 
-def test_a_stream_holds_the_same_text_and_the_usage(api: Running, client: openai.OpenAI) -> None:
+def test_a_stream_holds_the_same_text_and_the_usage(api: Running, client: Any) -> None:
     stream = client.chat.completions.create(
         model="any",
         messages=USER,
@@ -54,15 +43,14 @@ def test_a_stream_holds_the_same_text_and_the_usage(api: Running, client: openai
     )
     chunks = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == greedy(api, max_new_tokens=24)
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert [found[:2] for found in joined(chunks)] == [(greedy(api, max_new_tokens=24), "length")]
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 24
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
 
-def test_several_answers_are_drawn_with_a_seed(client: openai.OpenAI) -> None:
+def test_several_answers_are_drawn_with_a_seed(client: Any) -> None:
     def ask(seed: int) -> list[str | None]:
         completion = client.chat.completions.create(
             model="any", messages=USER, n=3, seed=seed, max_tokens=10, temperature=1.5, top_p=0.9
@@ -76,38 +64,27 @@ def test_several_answers_are_drawn_with_a_seed(client: openai.OpenAI) -> None:
     assert ask(-8) != first
 
 
-def test_a_stream_of_several_answers_is_that_of_one_body(client: openai.OpenAI) -> None:
+def test_a_stream_of_several_answers_is_that_of_one_body(client: Any) -> None:
     arguments: dict[str, Any] = {"model": "any", "messages": USER, "n": 2, "seed": 3, "max_tokens": 10}
-    whole = client.chat.completions.create(**arguments)
-    texts = ["", ""]
-    for chunk in client.chat.completions.create(stream=True, **arguments):
-        for choice in chunk.choices:
-            texts[choice.index] += choice.delta.content or ""
-    assert texts == [choice.message.content for choice in whole.choices]
+    whole, streamed = (client.chat.completions.create(stream=stream, **arguments) for stream in (False, True))
+    assert joined(streamed) == joined(whole)
 
 
-def test_several_greedy_answers_are_equal(client: openai.OpenAI) -> None:
+def test_several_greedy_answers_are_equal(client: Any) -> None:
     completion = client.chat.completions.create(model="any", messages=USER, n=2, temperature=0, max_tokens=5)
     assert completion.choices[0].message.content == completion.choices[1].message.content
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_before_a_stop_text(api: Running, client: openai.OpenAI, stream: bool) -> None:
+def test_an_answer_ends_before_a_stop_text(api: Running, client: Any, stream: bool) -> None:
     whole = greedy(api, max_new_tokens=40)
     stop = whole[12:15]
     arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 40}
     answer = client.chat.completions.create(stop=["never there", stop], stream=stream, **arguments)
-    if stream:
-        chunks = list(answer)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        reason = chunks[-1].choices[0].finish_reason
-    else:
-        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
-    assert text == whole[: whole.index(stop)]
-    assert reason == "stop"
+    assert [found[:2] for found in joined(answer)] == [(whole[: whole.index(stop)], "stop")]
 
 
-def test_a_bias_bans_or_forces_a_token(api: Running, client: openai.OpenAI) -> None:
+def test_a_bias_bans_or_forces_a_token(api: Running, client: Any) -> None:
     token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
     arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 4}
     forced = client.chat.completions.create(logit_bias={str(token): 100}, **arguments)
@@ -115,7 +92,7 @@ def test_a_bias_bans_or_forces_a_token(api: Running, client: openai.OpenAI) -> N
     assert forced.choices[0].message.content == f" {text}"
 
 
-def test_messages_may_come_in_parts_and_from_developers(client: openai.OpenAI) -> None:
+def test_messages_may_come_in_parts_and_from_developers(client: Any) -> None:
     arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
     plain = client.chat.completions.create(
         messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}], **arguments
@@ -128,16 +105,15 @@ def test_messages_may_come_in_parts_and_from_developers(client: openai.OpenAI) -
     assert plain.choices[0].message.content == other.choices[0].message.content
 
 
-def test_an_answer_without_a_limit_takes_the_room_there_is(client: openai.OpenAI) -> None:
+def test_an_answer_without_a_limit_takes_the_room_there_is(client: Any) -> None:
     completion = client.chat.completions.create(
         model="any", messages=USER, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
     )
-    assert completion.usage is not None
     # The model's context: 2,048 cells are enough for it, since the sliding window lets go of all but 2,047.
     assert completion.usage.total_tokens == 4096
 
 
-def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: openai.OpenAI) -> None:
+def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: Any) -> None:
     completion = client.chat.completions.create(
         model="any",
         messages=USER,
@@ -148,7 +124,7 @@ def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: o
     assert completion.choices[0].message.content == greedy(api, num_beams=3, max_new_tokens=12)
 
 
-def test_prompts_are_continued(api: Running, client: openai.OpenAI) -> None:
+def test_prompts_are_continued(api: Running, client: Any) -> None:
     completion = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12)
     assert completion.choices[0].text == greedy(api, max_new_tokens=12)
     echoed = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12, echo=True)
@@ -156,11 +132,10 @@ def test_prompts_are_continued(api: Running, client: openai.OpenAI) -> None:
     default = client.completions.create(
         model="any", prompt=PROMPT, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
     )
-    assert default.usage is not None
     assert default.usage.completion_tokens == 16
 
 
-def test_a_prompt_may_come_as_tokens(api: Running, client: openai.OpenAI) -> None:
+def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     tokens = api.client.post("/tokenize", json={"text": PROMPT}).json()["tokens"]
     arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
     by_text = client.completions.create(prompt=[PROMPT, "json"], echo=True, **arguments)
@@ -175,27 +150,20 @@ def test_a_prompt_may_come_as_tokens(api: Running, client: openai.OpenAI) -> Non
         client.completions.create(prompt=[10**6], **arguments)
     for mixed in ([1, "a"], ["a", [1]], [[]], []):
         with pytest.raises(openai.BadRequestError, match="`prompt`"):
-            client.completions.create(prompt=mixed, **arguments)  # type: ignore[arg-type] # that is the point
+            client.completions.create(prompt=mixed, **arguments)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_prompts_are_one_list_of_choices(client: openai.OpenAI, stream: bool) -> None:
+def test_several_prompts_are_one_list_of_choices(client: Any, stream: bool) -> None:
     prompts = ["json", "os.path", "re"]
     arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
     alone = [client.completions.create(prompt=prompt, n=2, **arguments).choices for prompt in prompts]
     expected = [choice.text for choices in alone for choice in choices]
     answer = client.completions.create(prompt=prompts, n=2, stream=stream, **arguments)
-    if stream:
-        texts = [""] * 6
-        for chunk in answer:
-            for choice in chunk.choices:
-                texts[choice.index] += choice.text
-    else:
-        texts = [choice.text for choice in answer.choices]
-    assert texts == expected
+    assert [text for text, _, _ in joined(answer)] == expected
 
 
-def test_the_model_is_listed_and_described(client: openai.OpenAI) -> None:
+def test_the_model_is_listed_and_described(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["random-4k"]
     assert client.models.retrieve("random-4k").object == "model"
     with pytest.raises(openai.NotFoundError, match="gpt-4"):
@@ -224,7 +192,7 @@ def test_the_model_is_listed_and_described(client: openai.OpenAI) -> None:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
-    client: openai.OpenAI, arguments: dict[str, Any], param: str | None, sentence: str
+    client: Any, arguments: dict[str, Any], param: str | None, sentence: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**({"model": "any", "messages": USER} | arguments))
@@ -246,29 +214,24 @@ def test_what_is_not_supported_is_refused_by_name(
         {"metadata": {}},
     ],
 )
-def test_what_asks_for_nothing_is_accepted(client: openai.OpenAI, arguments: dict[str, Any]) -> None:
+def test_what_asks_for_nothing_is_accepted(client: Any, arguments: dict[str, Any]) -> None:
     client.chat.completions.create(**({"model": "any", "messages": USER, "max_tokens": 1} | arguments))
 
 
 def test_errors_have_openai_s_shape_and_classes(model_path: Path) -> None:
     with ready(loader(model_path), api_key=["right"], max_new_tokens=5) as api:
-        url = f"http://127.0.0.1:{api.port}/v1"
-        with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as client:
+        with openai_client(api, "wrong") as client:
             with pytest.raises(openai.AuthenticationError) as caught:
                 client.models.list()
             assert caught.value.code == "invalid_api_key"
-        with openai.OpenAI(base_url=url, api_key="right", max_retries=0) as client:
+        with openai_client(api, "right") as client:
             assert client.chat.completions.create(model="any", messages=USER).usage is not None
             with pytest.raises(openai.BadRequestError, match="--max-new-tokens"):
                 client.chat.completions.create(model="any", messages=USER, max_tokens=6)
 
 
 def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path, clock: Clock) -> None:
-    with (
-        ready(loader(model_path), request_timeout=60) as api,
-        openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client,
-        paced.slowly(),
-    ):
+    with ready(loader(model_path), request_timeout=60) as api, openai_client(api) as client, paced.slowly():
         stream = client.chat.completions.create(
             model="any", messages=USER, stream=True, extra_body={"generate_kwargs": {"eos_token_id": -1}}
         )

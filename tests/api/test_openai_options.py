@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import jsonschema
@@ -13,21 +12,14 @@ import pydantic
 import pytest
 
 from edge_phi3.api.openai.logprobs import _text
-from tests.api.conftest import PROMPT, Running
+from tests.api.conftest import PROMPT, USER, Running, joined
 
-USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
 GREEDY: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0}
 PLAIN: dict[str, Any] = {"suppress_tokens": [*range(259), *range(501, 2000)], "eos_token_id": -1}
 """Answers of ordinary pieces (no bytes, no special tokens) up to their greatest length."""
 
 
-@pytest.fixture(scope="module")
-def client(api: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
-def refused(client: openai.OpenAI, **arguments: Any) -> tuple[str, str]:
+def refused(client: Any, **arguments: Any) -> tuple[str, str]:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(**(GREEDY | arguments))
     assert isinstance(caught.value.body, dict)
@@ -38,13 +30,11 @@ def refused(client: openai.OpenAI, **arguments: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 1.5), (1.0, 0.5), (-2.0, -1.0)])
-def test_penalties_follow_the_formula(client: openai.OpenAI, presence: float, frequency: float) -> None:
+def test_penalties_follow_the_formula(client: Any, presence: float, frequency: float) -> None:
     answer = client.chat.completions.create(
         **GREEDY, presence_penalty=presence, frequency_penalty=frequency, max_tokens=60, logprobs=True, top_logprobs=20,
         extra_body={"generate_kwargs": {"eos_token_id": -1}},
     ).choices[0].logprobs  # fmt: skip
-    assert answer is not None
-    assert answer.content is not None
     counts: dict[bytes, int] = {}
 
     def penalised(logprob: float, data: list[int] | None) -> float:
@@ -60,7 +50,7 @@ def test_penalties_follow_the_formula(client: openai.OpenAI, presence: float, fr
     assert changed > 0
 
 
-def test_penalties_have_bounds(client: openai.OpenAI) -> None:
+def test_penalties_have_bounds(client: Any) -> None:
     assert refused(client, presence_penalty=2.5)[0] == "presence_penalty"
     assert refused(client, frequency_penalty=-3)[0] == "frequency_penalty"
 
@@ -68,7 +58,7 @@ def test_penalties_have_bounds(client: openai.OpenAI) -> None:
 # -- log-probabilities
 
 
-def test_logprobs_are_those_of_the_model(api: Running, client: openai.OpenAI) -> None:
+def test_logprobs_are_those_of_the_model(api: Running, client: Any) -> None:
     choice = client.chat.completions.create(
         **GREEDY, max_tokens=12, logprobs=True, top_logprobs=3, extra_body={"generate_kwargs": {"eos_token_id": -1}}
     ).choices[0]
@@ -80,8 +70,6 @@ def test_logprobs_are_those_of_the_model(api: Running, client: openai.OpenAI) ->
         "output_scores": True,
     }
     scores = api.client.post("/chat", json={"messages": USER, "generate_kwargs": kwargs}).json()["scores"][0]
-    assert choice.logprobs is not None
-    assert choice.logprobs.content is not None
     assert [token.logprob for token in choice.logprobs.content] == pytest.approx(
         [score["logprob"] for score in scores], abs=1e-4
     )
@@ -95,16 +83,12 @@ def test_logprobs_are_those_of_the_model(api: Running, client: openai.OpenAI) ->
     assert len(choice.logprobs.content) == 12
 
 
-def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: openai.OpenAI) -> None:
+def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: Any) -> None:
     token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
     plain = client.chat.completions.create(**GREEDY, max_tokens=1, logprobs=True, top_logprobs=20).choices[0].logprobs
     forced = client.chat.completions.create(
         **(GREEDY | {"temperature": 2}), max_tokens=1, logprobs=True, top_logprobs=20, logit_bias={str(token): 100}
     ).choices[0].logprobs  # fmt: skip
-    assert plain is not None
-    assert forced is not None
-    assert plain.content is not None
-    assert forced.content is not None
     assert forced.content[0].token != plain.content[0].token
     assert forced.content[0].logprob < -1
     assert [other.token for other in forced.content[0].top_logprobs] == [
@@ -113,59 +97,43 @@ def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: opena
 
 
 @pytest.mark.parametrize("stop", [None, "used"])
-def test_a_stream_tells_the_same_as_one_body(client: openai.OpenAI, stop: str | None) -> None:
+def test_a_stream_tells_the_same_as_one_body(client: Any, stop: str | None) -> None:
     arguments: dict[str, Any] = {
         "model": "any", "messages": USER, "n": 3, "seed": 5, "max_tokens": 40, "logprobs": True, "top_logprobs": 2,
         "extra_body": {"generate_kwargs": {"eos_token_id": -1}},
     }  # fmt: skip
     if stop:
         text = client.chat.completions.create(**arguments).choices[1].message.content
-        assert text is not None
         arguments["stop"] = text[20:23]
-    whole = client.chat.completions.create(**arguments)
-    told: list[list[Any]] = [[], [], []]
-    for chunk in client.chat.completions.create(stream=True, **arguments):
-        for choice in chunk.choices:
-            if choice.logprobs is not None:
-                assert choice.delta.content
-                told[choice.index] += choice.logprobs.content or []
-    for choice, tokens in zip(whole.choices, told, strict=True):
-        assert choice.logprobs is not None
-        assert choice.logprobs.content is not None
-        assert [token.bytes for token in tokens] == [token.bytes for token in choice.logprobs.content]
-        for token, other in zip(tokens, choice.logprobs.content, strict=True):
+    whole = joined(client.chat.completions.create(**arguments))
+    streamed = joined(client.chat.completions.create(stream=True, **arguments))
+    assert [text for text, _, _ in streamed] == [text for text, _, _ in whole]
+    for (_, _, tokens), (_, _, others) in zip(streamed, whole, strict=True):
+        assert [token.bytes for token in tokens] == [other.bytes for other in others]
+        for token, other in zip(tokens, others, strict=True):
             # The same to the last bits, which depend on where llama.cpp keeps a sequence.
             assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert len(token.top_logprobs) == len(other.top_logprobs) == 2
-    if stop is None:
-        assert min(len(tokens) for tokens in told) > 30
-    else:
-        assert len(told[1]) < 40
+    lengths = [len(tokens) for _, _, tokens in streamed]
+    assert lengths[1] < 40 if stop else min(lengths) > 30
 
 
-def test_tokens_that_a_stop_text_cuts_off_are_not_told(client: openai.OpenAI) -> None:
+def test_tokens_that_a_stop_text_cuts_off_are_not_told(client: Any) -> None:
     arguments: dict[str, Any] = GREEDY | {"max_tokens": 40, "logprobs": True, "extra_body": {"generate_kwargs": PLAIN}}
-    whole = client.chat.completions.create(**arguments).choices[0]
-    assert whole.message.content is not None
-    assert whole.logprobs is not None
-    assert whole.logprobs.content is not None
-    texts = [token.token for token in whole.logprobs.content]
+    ((_, _, tokens),) = joined(client.chat.completions.create(**arguments))
+    texts = [token.token for token in tokens]
     at = next(place for place in range(5, 40) if len(texts[place]) > 1 and texts[place] not in "".join(texts[:place]))
-    cut = client.chat.completions.create(**arguments, stop=texts[at]).choices[0]
-    assert cut.finish_reason == "stop"
-    assert cut.message.content == "".join(texts[:at])
-    assert cut.logprobs is not None
-    assert cut.logprobs.content is not None
-    assert [token.token for token in cut.logprobs.content] == texts[:at]
-    middle = client.chat.completions.create(**arguments, stop=texts[at][1:] + texts[at + 1][:1]).choices[0]
-    assert middle.logprobs is not None
-    assert middle.logprobs.content is not None
-    assert "".join(t.token for t in middle.logprobs.content).startswith(middle.message.content or "?")
+    ((text, reason, tokens),) = joined(client.chat.completions.create(**arguments, stop=texts[at]))
+    assert (text, reason) == ("".join(texts[:at]), "stop")
+    assert [token.token for token in tokens] == texts[:at]
+    ((text, _, tokens),) = joined(client.chat.completions.create(**arguments, stop=texts[at][1:] + texts[at + 1][:1]))
+    assert text
+    assert "".join(token.token for token in tokens).startswith(text)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("count", [0, 4])
-def test_completions_have_the_older_shape(client: openai.OpenAI, count: int, stream: bool) -> None:
+def test_completions_have_the_older_shape(client: Any, count: int, stream: bool) -> None:
     answer = client.completions.create(
         model="any", prompt=[PROMPT, "json"], n=2, seed=1, max_tokens=10, logprobs=count, stream=stream,
         extra_body={"generate_kwargs": PLAIN},
@@ -193,7 +161,7 @@ def test_a_part_of_a_character_is_written_as_bytes() -> None:
     assert _text("☃".encode()) == "☃"
 
 
-def test_logprobs_at_odds_with_others_are_refused(client: openai.OpenAI) -> None:
+def test_logprobs_at_odds_with_others_are_refused(client: Any) -> None:
     assert refused(client, top_logprobs=3) == ("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
     assert refused(client, logprobs=True, top_logprobs=21)[0] == "top_logprobs"
     beams = {"extra_body": {"generate_kwargs": {"num_beams": 2, "do_sample": False}}}
@@ -220,7 +188,7 @@ class Answer(pydantic.BaseModel):
     maybe: bool | None
 
 
-def test_a_pydantic_model_comes_back_filled(client: openai.OpenAI) -> None:
+def test_a_pydantic_model_comes_back_filled(client: Any) -> None:
     completion = client.chat.completions.parse(
         model="any", messages=USER, response_format=Answer, n=3, seed=3, max_tokens=400
     )
@@ -250,26 +218,19 @@ SCHEMA = {
 @pytest.mark.parametrize("strict", [True, False, None])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_an_answer_follows_its_schema(
-    client: openai.OpenAI, strict: bool | None, stream: bool, temperature: float
-) -> None:
+def test_an_answer_follows_its_schema(client: Any, strict: bool | None, stream: bool, temperature: float) -> None:
     answer = client.chat.completions.create(
         **(GREEDY | {"temperature": temperature}),
         seed=1,
         response_format=format_of(SCHEMA, strict=strict),
         stream=stream,
     )
-    if stream:
-        chunks = list(answer)
-        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
-        reason = chunks[-1].choices[0].finish_reason
-    else:
-        text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    ((text, reason, _),) = joined(answer)
     assert reason == "stop"
     jsonschema.validate(json.loads(text), SCHEMA)
 
 
-def test_any_object_can_be_asked_for(client: openai.OpenAI) -> None:
+def test_any_object_can_be_asked_for(client: Any) -> None:
     arguments: dict[str, Any] = {"model": "any", "messages": USER, "response_format": {"type": "json_object"}}
     choices = client.chat.completions.create(**arguments, n=4, seed=2, max_tokens=300).choices
     whole = [choice for choice in choices if choice.finish_reason == "stop"]
@@ -281,14 +242,12 @@ def test_any_object_can_be_asked_for(client: openai.OpenAI) -> None:
     assert text.choices[0].message.content
 
 
-def test_formats_go_with_logprobs_penalties_and_stop_texts(client: openai.OpenAI) -> None:
+def test_formats_go_with_logprobs_penalties_and_stop_texts(client: Any) -> None:
     choice = client.chat.completions.create(
         **GREEDY, response_format=format_of(SCHEMA), logprobs=True, top_logprobs=2, frequency_penalty=1, stop="state"
     ).choices[0]
     assert choice.finish_reason == "stop"
     assert (choice.message.content or "").rstrip().endswith('"')
-    assert choice.logprobs is not None
-    assert choice.logprobs.content is not None
     assert "".join(token.token for token in choice.logprobs.content).startswith(choice.message.content or "?")
     assert all(math.isfinite(token.logprob) for token in choice.logprobs.content)
 
@@ -304,14 +263,14 @@ def test_formats_go_with_logprobs_penalties_and_stop_texts(client: openai.OpenAI
         (format_of({"$ref": "#"}), "`response_format.json_schema.schema` cannot be followed"),
     ],
 )
-def test_a_wrong_format_is_refused_by_name(client: openai.OpenAI, format_: Any, sentence: str) -> None:
+def test_a_wrong_format_is_refused_by_name(client: Any, format_: Any, sentence: str) -> None:
     for stream in (False, True):
         param, message = refused(client, response_format=format_, stream=stream)
         assert param == "response_format"
         assert sentence in message
 
 
-def test_formats_at_odds_with_others_are_refused(client: openai.OpenAI) -> None:
+def test_formats_at_odds_with_others_are_refused(client: Any) -> None:
     format_ = {"type": "json_object"}
     beams = {"generate_kwargs": {"num_beams": 2, "do_sample": False}}
     assert "num_beams" in refused(client, response_format=format_, extra_body=beams)[1]

@@ -10,13 +10,13 @@ import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from edge_phi3.api import docs, ui
-from edge_phi3.api.parameter_docs import _DESCRIBED, generate_kwargs_schema
-from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults
+from edge_phi3.api import static_files
+from edge_phi3.generation import API_DEFAULTS, GenerationConfig, ModelDefaults
 from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.generation.reference import generate_kwargs_schema
 from tests.api.conftest import Running
 
-DOC_PATHS = {path for handler in [*docs.HANDLERS, *ui.HANDLERS] for path in handler.paths}
+DOC_PATHS = {path for handler in static_files.HANDLERS for path in handler.paths}
 NEEDED: dict[str, dict[str, Any]] = {
     "num_beam_groups": {"num_beams": 2, "do_sample": False},
     "num_return_sequences": {"num_beams": 2},
@@ -44,8 +44,9 @@ def test_every_route_is_documented_and_every_documented_route_exists(api: Runnin
 
 
 def test_every_parameter_is_described_with_an_example_that_is_accepted(document: dict[str, Any]) -> None:
-    assert set(_DESCRIBED) == set(PARAMETERS)
-    assert document["components"]["schemas"]["GenerateKwargs"] == generate_kwargs_schema()
+    schema = document["components"]["schemas"]["GenerateKwargs"]
+    assert schema == generate_kwargs_schema()
+    assert set(schema["properties"]) == set(PARAMETERS)
     defaults = ModelDefaults(
         vocab_size=32064,
         bos_token_id=1,
@@ -53,7 +54,7 @@ def test_every_parameter_is_described_with_an_example_that_is_accepted(document:
         pad_token_id=32000,
         context_length=4096,
     )
-    for name, described in generate_kwargs_schema()["properties"].items():
+    for name, described in schema["properties"].items():
         assert described["description"].endswith(".")
         (example,) = described["examples"]
         GenerationConfig.resolve({name: example} | NEEDED.get(name, {}), defaults)

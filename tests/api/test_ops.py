@@ -13,7 +13,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from edge_phi3 import __version__
-from edge_phi3.api import hardware
+from edge_phi3.api import machine_metrics
 from edge_phi3.api.service import Say
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready, running
@@ -111,7 +111,7 @@ def test_a_token_that_does_not_exist_is_refused(api: Running, token: int) -> Non
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "text/html,application/xhtml+xml,*/*;q=0.8"])
 def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, accept: str) -> None:
-    if hardware._gpus():
+    if machine_metrics._gpus():
         pytest.skip("this machine has a GPU")
     body = api.client.get("/metrics", headers={"accept": accept}).json()
     assert body["gpu_info"] is None

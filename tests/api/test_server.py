@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,15 +122,12 @@ def client_of(process: Process) -> Iterator[httpx.Client]:
 
 def test_sigterm_ends_a_service_whose_engine_never_comes_back(model_path: Path, slow: Path) -> None:
     with serving(str(model_path), "--grace-period", "2", "--stall-timeout", "0", slow=slow) as process:
-        with client_of(process) as client:
-            answers: list[httpx.Response] = []
-            request = threading.Thread(target=lambda: answers.append(client.post("/chat", json={"prompt": PROMPT})))
+        with client_of(process) as client, ThreadPoolExecutor(1) as pool:
             slow.write_text("36000")
-            request.start()
+            answer = pool.submit(client.post, "/chat", json={"prompt": PROMPT})
             wait_until_running(client)
             assert process.stop(signal.SIGTERM) == 0
-            request.join(PATIENCE)
-            assert answers[0].status_code in {500, 503}
+            assert answer.result(PATIENCE).status_code in {500, 503}
         assert group_is_gone(process)
 
 
@@ -146,11 +144,13 @@ def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(model_path: 
 
 
 def test_running_requests_finish_while_the_service_is_no_longer_ready(model_path: Path, slow: Path) -> None:
-    with serving(str(model_path), *FOR_EVER, slow=slow) as process, client_of(process) as client:
-        answers: list[httpx.Response] = []
-        body = {"prompt": PROMPT, "generate_kwargs": {**ENDLESS, "max_new_tokens": 1000}}
-        request = threading.Thread(target=lambda: answers.append(client.post("/chat", json=body)))
-        request.start()
+    body = {"prompt": PROMPT, "generate_kwargs": {**ENDLESS, "max_new_tokens": 1000}}
+    with (
+        serving(str(model_path), *FOR_EVER, slow=slow) as process,
+        client_of(process) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        answer = pool.submit(client.post, "/chat", json=body)
         wait_until_running(client)
         process.popen.send_signal(signal.SIGTERM)
         process.wait_for('"event":"stopping"')
@@ -159,54 +159,47 @@ def test_running_requests_finish_while_the_service_is_no_longer_ready(model_path
         refused = client.post("/chat", json=body)
         assert (refused.status_code, refused.json()) == (503, {"detail": "The service is stopping."})
         slow.unlink()
-        request.join()
-        assert answers[0].status_code == 200
+        assert answer.result(PATIENCE).status_code == 200
         assert process.popen.wait(PATIENCE) == 0
 
 
 def test_after_the_grace_period_requests_end_with_a_clear_error(model_path: Path, slow: Path) -> None:
-    with serving(str(model_path), "--grace-period", "0.2", slow=slow) as process, client_of(process) as client:
-        answers: list[httpx.Response] = []
-        streamed: list[str] = []
-        begun = threading.Event()
+    body = {"prompt": PROMPT, "generate_kwargs": ENDLESS}
+    begun = threading.Event()
 
-        def plain() -> None:
-            answers.append(client.post("/chat", json={"prompt": PROMPT, "generate_kwargs": ENDLESS}))
+    def stream(client: httpx.Client) -> str:
+        with client.stream("POST", "/chat", json=body | {"stream": True}) as response:
+            pieces = response.iter_text()
+            first = next(pieces)
+            begun.set()
+            return first + "".join(pieces)
 
-        def stream() -> None:
-            body = {"prompt": PROMPT, "stream": True, "generate_kwargs": ENDLESS}
-            with client.stream("POST", "/chat", json=body) as response:
-                for piece in response.iter_text():
-                    streamed.append(piece)
-                    begun.set()
-
-        threads = [threading.Thread(target=plain), threading.Thread(target=stream)]
-        for thread in threads:
-            thread.start()
+    with (
+        serving(str(model_path), "--grace-period", "0.2", slow=slow) as process,
+        client_of(process) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        plain, streamed = pool.submit(client.post, "/chat", json=body), pool.submit(stream, client)
         wait_until_running(client, 2)
         assert begun.wait(PATIENCE)
         assert process.stop(signal.SIGTERM) == 0
-        for thread in threads:
-            thread.join()
-        assert (answers[0].status_code, answers[0].json()) == (503, {"detail": "The service is stopping."})
-        assert "".join(streamed).endswith('event: error\ndata: {"detail":"The service is stopping."}\n\n')
+        answer = plain.result(PATIENCE)
+        assert (answer.status_code, answer.json()) == (503, {"detail": "The service is stopping."})
+        assert streamed.result(PATIENCE).endswith('event: error\ndata: {"detail":"The service is stopping."}\n\n')
         assert group_is_gone(process)
 
 
 def test_a_second_signal_does_not_wait(model_path: Path, slow: Path) -> None:
-    with serving(str(model_path), *FOR_EVER, slow=slow) as process, client_of(process) as client:
-
-        def ask() -> None:
-            with contextlib.suppress(httpx.HTTPError):
-                client.post("/chat", json={"prompt": PROMPT, "generate_kwargs": ENDLESS})
-
-        request = threading.Thread(target=ask)
-        request.start()
+    with (
+        serving(str(model_path), *FOR_EVER, slow=slow) as process,
+        client_of(process) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        pool.submit(client.post, "/chat", json={"prompt": PROMPT, "generate_kwargs": ENDLESS})
         wait_until_running(client)
         process.popen.send_signal(signal.SIGINT)
         process.wait_for('"event":"stopping"')
         assert process.stop(signal.SIGINT) == 0
-        request.join()
 
 
 def test_the_start_tells_where_what_and_how(model_path: Path) -> None:

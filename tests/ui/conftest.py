@@ -33,19 +33,19 @@ ARGUMENTS = [
 
 @pytest.fixture(scope="package")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give one model store, so that the demo model is converted once."""
+    """Return one model store, so that the demo model is converted once."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="package")
 def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give the file that makes the server slow while it exists."""
+    """Return the file that makes the server slow while it exists."""
     return tmp_path_factory.mktemp("slow") / "slow"
 
 
 @pytest.fixture(scope="package")
 def server(tmp_path_factory: pytest.TempPathFactory, store: Path, slow_file: Path) -> Iterator[Server]:
-    """Give the demo model, served with room for answers that take long."""
+    """Return the demo model, served with room for answers that take long."""
     options = (*OPTIONS, "--ctx-size", "65536")
     folder = tmp_path_factory.mktemp("server")
     with serving(folder, *options, store=store, command=paced.command(slow_file)) as running:
@@ -62,7 +62,7 @@ def slow_answers(slow_file: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Give Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
+    """Return Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
     path = next(filter(None, map(shutil.which, NAMES)), None)
     if path is None:
         reason = "the playground is tested in Chromium, which is not installed (apt-get install chromium)"
@@ -118,7 +118,7 @@ class Playground:
         expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
 
     def put(self, name: str, value: str) -> None:
-        """Give a parameter a value, in its group."""
+        """Return a parameter a value, in its group."""
         control = self.page.locator(f"#parameter-{name}")
         group = self.page.locator("details.group", has=control)
         if group.get_attribute("open") is None:
@@ -128,17 +128,24 @@ class Playground:
         else:
             control.fill(value)
 
-    def ask(self, text: str) -> None:
-        """Type a message and send it."""
+    def put_all(self, **values: str) -> None:
+        """Return several parameters their values."""
+        for name, value in values.items():
+            self.put(name, value)
+
+    def ask(self, text: str, *, ended: str = "", count: int = 1) -> None:
+        """Type a message and send it, and wait until so many exchanges have ended so, where `ended` says how."""
         self.message.fill(text)
         self.message.press("Enter")
+        if ended:
+            self.ended(ended, count)
 
     def ended(self, status: str = "done", count: int = 1) -> None:
         """Wait until so many exchanges have ended so."""
         expect(self.page.locator(f'.exchange[data-status="{status}"]')).to_have_count(count)
 
     def chat_bodies(self) -> list[str]:
-        """Give the bodies that were sent to /chat, as they were."""
+        """Return the bodies that were sent to /chat, as they were."""
         return [request.post_data or "" for request in self.requests if request.url == f"{self.url}/chat"]
 
 
@@ -166,6 +173,6 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
 
 @pytest.fixture
 def playground(browser: Browser, server: Server) -> Iterator[Playground]:
-    """Give the playground of the demo model to a new visitor with a wide window."""
+    """Return the playground of the demo model to a new visitor with a wide window."""
     with browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme="light") as context:
         yield from watched(context, server.url)

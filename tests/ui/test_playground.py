@@ -27,7 +27,7 @@ def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def body_of(command: str) -> str:
-    """Give what a curl command sends."""
+    """Return what a curl command sends."""
     words = shlex.split(command.replace("\\\n", ""))
     return words[words.index("-d") + 1]
 
@@ -44,17 +44,14 @@ def metric(server: Server, name: str) -> float:
 
 def set_long(playground: Playground) -> None:
     """Ask for answers that nobody waits for the end of."""
-    playground.put("max_new_tokens", "4000")
-    playground.put("num_return_sequences", "8")
-    playground.put("eos_token_id", "-1")
+    playground.put_all(max_new_tokens="4000", num_return_sequences="8", eos_token_id="-1")
 
 
 def test_a_question_is_answered_with_what_the_service_says(playground: Playground, server: Server) -> None:
     expect(playground.page.get_by_role("heading", name="Ask the model")).to_be_visible()
     expect(playground.page.locator("#model")).to_contain_text(server.get("/version").json()["model"]["name"])
     playground.put("do_sample", "false")
-    playground.ask(QUESTION)
-    playground.ended()
+    playground.ask(QUESTION, ended="done")
     (sent,) = playground.chat_bodies()
     plain = chat(server, json.loads(sent))
     assert json.loads(sent)["messages"] == [{"role": "user", "content": QUESTION}]
@@ -72,10 +69,8 @@ def test_a_question_is_answered_with_what_the_service_says(playground: Playgroun
 def test_a_conversation_goes_on_from_what_was_said(playground: Playground) -> None:
     playground.page.get_by_label("System prompt").fill("Answer briefly.")
     playground.put("do_sample", "false")
-    playground.ask(QUESTION)
-    playground.ended()
-    playground.ask("What does len do?")
-    playground.ended(count=2)
+    playground.ask(QUESTION, ended="done")
+    playground.ask("What does len do?", ended="done", count=2)
     system, *turns = json.loads(playground.chat_bodies()[1])["messages"]
     assert system == {"role": "system", "content": "Answer briefly."}
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
@@ -109,11 +104,8 @@ def test_stopping_keeps_what_has_come_and_frees_the_sequence(
 
 
 def test_a_parameter_reaches_the_request_and_the_command(playground: Playground, server: Server) -> None:
-    for name, value in (("do_sample", "false"), ("seed", "18446744073709551615"), ("temperature", ".5")):
-        playground.put(name, value)
-    playground.put("stop_strings", "never said")
-    playground.put("early_stopping", '"never"')
-    playground.put("max_new_tokens", "16")
+    playground.put_all(do_sample="false", seed="18446744073709551615", temperature=".5")
+    playground.put_all(stop_strings="never said", early_stopping='"never"', max_new_tokens="16")
     playground.page.locator("#tab-request").click()
     playground.message.fill(AWKWARD)
     command = playground.curl
@@ -198,8 +190,7 @@ def test_a_refusal_is_the_service_s_own_sentence(
 ) -> None:
     playground.refusals_expected = True
     playground.put(name, value)
-    playground.ask(QUESTION)
-    playground.ended("failed")
+    playground.ask(QUESTION, ended="failed")
     body = {"prompt": "a", "generate_kwargs": {name: sent}}
     refused = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE)
     assert refused.status_code == 400
@@ -208,14 +199,12 @@ def test_a_refusal_is_the_service_s_own_sentence(
     playground.page.get_by_role("button", name="Try again").click()
     playground.ended()
     expect(playground.page.get_by_role("alert")).to_be_hidden()
-    playground.ask("What does len do?")
-    playground.ended(count=2)
+    playground.ask("What does len do?", ended="done", count=2)
 
 
 def test_a_service_that_is_gone_is_said_so(playground: Playground) -> None:
     playground.page.route("**/chat", lambda route: route.abort("connectionrefused"))
-    playground.ask(QUESTION)
-    playground.ended("failed")
+    playground.ask(QUESTION, ended="failed")
     expect(playground.page.get_by_role("alert")).to_contain_text("The service cannot be reached")
     playground.complaints[:] = [line for line in playground.complaints if "ERR_CONNECTION_REFUSED" not in line]
 
@@ -236,18 +225,15 @@ def test_a_stream_that_breaks_keeps_what_has_come(playground: Playground, body: 
         route.fulfill(content_type="text/event-stream", body=body)
 
     playground.page.route("**/chat", answer)
-    playground.ask(QUESTION)
-    playground.ended("failed")
+    playground.ask(QUESTION, ended="failed")
     expect(playground.page.get_by_role("alert")).to_have_text(sentence)
     expect(playground.answers).to_have_text([text])
 
 
 def test_a_reload_changes_nothing(playground: Playground) -> None:
-    playground.put("do_sample", "false")
-    playground.put("stop_strings", '["\\n\\n", "x y"]')
+    playground.put_all(do_sample="false", stop_strings='["\\n\\n", "x y"]')
     playground.page.get_by_label("System prompt").fill("Be kind.")
-    playground.ask(QUESTION)
-    playground.ended()
+    playground.ask(QUESTION, ended="done")
     playground.message.fill("half a tho")
 
     def seen() -> list[Any]:
@@ -284,16 +270,13 @@ def test_a_new_chat_is_empty_and_keeps_the_settings(playground: Playground) -> N
     expect(playground.message).to_be_focused()
     playground.open()
     expect(playground.page.locator(".exchange")).to_have_count(0)
-    playground.ask("What does len do?")
-    playground.ended()
+    playground.ask("What does len do?", ended="done")
     assert len(json.loads(playground.chat_bodies()[-1])["messages"]) == 1
 
 
 def test_beam_search_shows_its_one_event(playground: Playground, server: Server) -> None:
-    for name, value in (("do_sample", "false"), ("num_beams", "4"), ("num_return_sequences", "2")):
-        playground.put(name, value)
-    playground.ask(QUESTION)
-    playground.ended()
+    playground.put_all(do_sample="false", num_beams="4", num_return_sequences="2")
+    playground.ask(QUESTION, ended="done")
     result = chat(server, json.loads(playground.chat_bodies()[0]))
     assert playground.answers.all_text_contents() == [result["Result"].strip()]
     facts = facts_of(playground)
@@ -302,16 +285,13 @@ def test_beam_search_shows_its_one_event(playground: Playground, server: Server)
 
 
 def test_several_sequences_stand_apart(playground: Playground, server: Server) -> None:
-    for name, value in (("num_return_sequences", "3"), ("temperature", "2"), ("seed", "7"), ("max_new_tokens", "12")):
-        playground.put(name, value)
-    playground.ask(QUESTION)
-    playground.ended()
+    playground.put_all(num_return_sequences="3", temperature="2", seed="7", max_new_tokens="12")
+    playground.ask(QUESTION, ended="done")
     expect(playground.answers).to_have_count(3)
     result = chat(server, json.loads(playground.chat_bodies()[0]))["Result"]
     texts = playground.answers.all_text_contents()
     assert "".join(result.split()) == "".join("".join(texts).split())
-    playground.ask("What does len do?")
-    playground.ended(count=2)
+    playground.ask("What does len do?", ended="done", count=2)
     messages = json.loads(playground.chat_bodies()[1])["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert messages[1]["content"].strip() == texts[0].strip()
@@ -327,10 +307,8 @@ def test_several_sequences_stand_apart(playground: Playground, server: Server) -
     ],
 )
 def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[str, str], reason: str) -> None:
-    for name, value in {"do_sample": "false", **parameters}.items():
-        playground.put(name, value)
-    playground.ask(QUESTION)
-    playground.ended()
+    playground.put_all(do_sample="false", **parameters)
+    playground.ask(QUESTION, ended="done")
     assert facts_of(playground)["reason"] == reason
 
 
@@ -345,8 +323,7 @@ def test_text_is_never_taken_for_html(playground: Playground) -> None:
         ]
     )
     playground.page.route("**/chat", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
-    playground.ask(evil)
-    playground.ended()
+    playground.ask(evil, ended="done")
     assert playground.page.locator("#conversation img, #conversation script").count() == 0
     expect(playground.page.locator(".question")).to_have_text(evil)
     expect(playground.page.locator(".answer pre")).to_have_attribute("data-language", "html")

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from edge_phi3 import __version__
-from edge_phi3.api.ui import GROUPS, groups_of, prefers_html
+from edge_phi3.api.static_files import prefers_html
 from edge_phi3.generation.parameters import PARAMETERS
 from tests.support.services import PATIENCE, Server
 
@@ -85,14 +85,3 @@ def test_the_page_learns_every_parameter_once(server: Server) -> None:
     card = server.get("/version").json()
     assert card["version"] == __version__
     assert config["end_token_ids"]
-
-
-def test_a_parameter_without_a_section_is_shown_in_the_last_one() -> None:
-    groups = groups_of([*PARAMETERS, "from_tomorrow"])
-    assert groups[-1].title == "More"
-    assert "from_tomorrow" in groups[-1].parameters
-    assert [group.title for group in groups[:-1]] == [title for title, _ in GROUPS]
-
-
-def test_the_sections_name_only_what_there_is() -> None:
-    assert {name for _, names in GROUPS for name in names} <= set(PARAMETERS)

@@ -21,19 +21,19 @@ KEY = "correct-horse"
 
 @pytest.fixture
 def phone(browser: Browser, server: Server) -> Iterator[Playground]:
-    """Give the playground on a small phone."""
+    """Return the playground on a small phone."""
     size = {"width": 360, "height": 640}
     with browser.new_context(viewport=size, has_touch=True, is_mobile=True) as context:
         yield from watched(context, server.url)
 
 
 def overflow(playground: Playground) -> int:
-    """Give by how many pixels the page is wider than its window."""
+    """Return by how many pixels the page is wider than its window."""
     return playground.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
 def lightness(playground: Playground, element: str = "body") -> float:
-    """Give how light an element's background is, from 0 to 255."""
+    """Return how light an element's background is, from 0 to 255."""
     colour = playground.page.locator(element).evaluate("node => getComputedStyle(node).backgroundColor")
     red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
     return (red + green + blue) / 3

@@ -1,15 +1,166 @@
-"""What chat completions and completions say alike about an answer."""
+"""How requests to OpenAI's API are answered: in one body, or in chunks. What chat completions and completions share."""
 
 from __future__ import annotations
 
-from typing import Literal
+import abc
+import asyncio
+import contextlib
+import itertools
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from typing import Any, ClassVar, Literal
 
-from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails
-from edge_phi3.pipeline import GenerationOutput
+import msgspec
+from litestar import Response
+from litestar.types import Receive
+from msgspec import Struct
+
+from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
+from edge_phi3.api.openai import translate
+from edge_phi3.api.openai.errors import error_body
+from edge_phi3.api.openai.logprobs import ShownTokens, shown_tokens
+from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails, SamplingFields
+from edge_phi3.api.openai.stops import StopTrimmer, trim
+from edge_phi3.api.service import Service
+from edge_phi3.api.sse import EventStream, event
+from edge_phi3.engine.placing import PlacedLogprobs
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TokenDelta
+
+Reason = Literal["stop", "length"]
+Tokens = list[PlacedLogprobs] | None
+
+_encode = msgspec.json.Encoder().encode
 
 
-def finish_reason_of(reason: str, *, stopped: bool) -> Literal["stop", "length"]:
-    """Give OpenAI's word for what ended a sequence.
+class Answer(abc.ABC):
+    """The answer to one request, whose prompts are run at once. A subclass gives the shapes of its API.
+
+    Args:
+        service: runs the prompts.
+        request: as it was read.
+        exchange: takes note of what was generated.
+        prepared: the prompts.
+
+    Attributes:
+        ID_PREFIX: what the answer's id begins with.
+    """
+
+    ID_PREFIX: ClassVar[str]
+
+    def __init__(
+        self, service: Service, request: SamplingFields, exchange: Exchange, prepared: Sequence[PreparedPrompt]
+    ) -> None:
+        self._service = service
+        self._exchange = exchange
+        self._prepared = prepared
+        self._streamed = bool(request.stream)
+        self._stops = translate.stops_of(request)
+        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._outputs: list[GenerationOutput] = []
+        # Taken once: a service that is stopping still finishes its answers.
+        self.pipeline = service.pipeline
+        self.head = (f"{self.ID_PREFIX}-{uuid.uuid4().hex}", int(time.time()), self.pipeline.model.name)
+
+    @abc.abstractmethod
+    def choice(self, index: int, text: str, reason: Reason, tokens: Tokens) -> Struct:
+        """Return a whole choice; `tokens` are those of its text, or None when log-probabilities are not wanted."""
+
+    @abc.abstractmethod
+    def piece(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
+        """Return a piece of a choice in a stream; the last one has the finish reason, and no text."""
+
+    def opening(self, index: int) -> Struct | None:  # noqa: ARG002 - for subclasses
+        """Return what a choice begins with in a stream, if anything."""
+        return None
+
+    @abc.abstractmethod
+    def body(self, choices: list[Any], usage: CompletionUsage) -> Struct:
+        """Return the answer in one body."""
+
+    @abc.abstractmethod
+    def chunk(self, choices: list[Any], usage: CompletionUsage | msgspec.UnsetType | None) -> Struct:
+        """Return a chunk of a stream."""
+
+    async def respond(self, receive: Receive) -> Response[Any]:
+        """Return the response; the client that `receive` listens to may leave before."""
+        if self._streamed:
+            return EventStream(self.events(), lambda error: event(_encode(error_body(error))))
+        async with cancelled_when_client_leaves(receive):
+            return Response(await self.whole())
+
+    async def whole(self) -> Struct:
+        """Run all prompts to their ends, and return the answer in one body."""
+        request_id = self._exchange.request_id
+        tasks = [asyncio.create_task(self._service.generate(prepared, request_id)) for prepared in self._prepared]
+        try:
+            outputs = await asyncio.gather(*tasks)
+        finally:
+            _cancel(tasks)
+        self._exchange.output = outputs[0]
+        choices: list[Struct] = []
+        for prepared, output in zip(self._prepared, outputs, strict=True):
+            logprobs = output.logprobs or itertools.repeat(None)
+            for text, reason, placed in zip(output.texts, output.finish_reasons, logprobs, strict=False):
+                shown, stopped = trim(text[len(prepared.lead) :], self._stops)
+                tokens = None if placed is None else shown_tokens(placed, shown)
+                text_shown, reason_shown = prepared.lead + shown, _finish_reason(reason, stopped=stopped)
+                choices.append(self.choice(len(choices), text_shown, reason_shown, tokens))
+        return self.body(choices, _usage_of(outputs))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Yield the answer in chunks, those of several prompts as they come."""
+        streams, first = [], 0
+        for prepared in self._prepared:
+            streams.append(self._stream(prepared, first))
+            first += prepared.config.num_return_sequences
+        async with contextlib.aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if self._usage:
+            yield event(_encode(self.chunk([], _usage_of(self._outputs))))
+        yield event(b"[DONE]")
+
+    async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
+        """Yield the chunks of one prompt; `first` is the index of its first choice."""
+        trimmers = [StopTrimmer(self._stops) for _ in range(prepared.config.num_return_sequences)]
+        tokens = [ShownTokens() for _ in trimmers]
+
+        def pieces_of(item: TextDelta | GenerationOutput) -> Iterator[Struct]:
+            if isinstance(item, TokenDelta):
+                tokens[item.index].push(item.placed)
+            if isinstance(item, TextDelta):
+                yield from shown(item.index, trimmers[item.index].push(item.text))
+                return
+            for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
+                whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
+                yield from shown(index, trimmer.push(whole) + trimmer.finish())
+                yield self.piece(first + index, "", _finish_reason(reason, stopped=trimmer.stopped))
+            self._outputs.append(item)
+            if len(self._outputs) == len(self._prepared):
+                self._exchange.output = self._outputs[0]
+
+        def shown(index: int, text: str) -> Iterator[Struct]:
+            if text:
+                placed = None if prepared.config.top_logprobs is None else tokens[index].show(text)
+                yield self.piece(first + index, text, tokens=placed)
+
+        waiting: list[Struct | None] = []
+        for index in range(first, first + len(trimmers)):
+            waiting += [self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None]
+        async with self._service.stream(prepared, self._exchange.request_id) as steps:
+            async for items in steps:
+                pieces = [*filter(None, waiting), *itertools.chain.from_iterable(map(pieces_of, items))]
+                waiting = []
+                if pieces:
+                    yield b"".join(map(self._event, pieces))
+
+    def _event(self, piece: Struct) -> bytes:
+        return event(_encode(self.chunk([piece], None if self._usage else msgspec.UNSET)))
+
+
+def _finish_reason(reason: str, *, stopped: bool) -> Reason:
+    """Return OpenAI's word for what ended a sequence.
 
     Args:
         reason: the engine's word.
@@ -18,9 +169,39 @@ def finish_reason_of(reason: str, *, stopped: bool) -> Literal["stop", "length"]
     return "stop" if stopped or reason in {"stop", "stop_string"} else "length"
 
 
-def usage_of(*outputs: GenerationOutput) -> CompletionUsage:
-    """Add up the tokens of one or more generations."""
+def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:
+    """Return the sums of the tokens of generations."""
     prompt = sum(output.prompt_tokens for output in outputs)
     completion = sum(output.completion_tokens for output in outputs)
     cached = sum(output.cached_tokens for output in outputs)
     return CompletionUsage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:
+    """Yield what several streams yield, as it comes."""
+    mailbox: asyncio.Queue[bytes | asyncio.Task[None]] = asyncio.Queue()
+
+    async def forward(stream: AsyncGenerator[bytes, None]) -> None:
+        async with contextlib.aclosing(stream):
+            async for chunk in stream:
+                mailbox.put_nowait(chunk)
+
+    tasks = [asyncio.create_task(forward(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(mailbox.put_nowait)
+    running = len(tasks)
+    try:
+        while running:
+            item = await mailbox.get()
+            if isinstance(item, bytes):
+                yield item
+            else:
+                item.result()
+                running -= 1
+    finally:
+        _cancel(tasks)
+
+
+def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()

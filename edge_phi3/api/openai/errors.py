@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
-from litestar.types import ExceptionHandlersMap
+from litestar.types import ExceptionHandler, ExceptionHandlersMap
 
-from edge_phi3.api.errors import answer_http, answer_unforeseen, detail_of, headers_of, status_code_of
+from edge_phi3.api import errors
 from edge_phi3.api.openai.schemas import OpenAIError, OpenAIErrorBody
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.api.schemas import ErrorResponse
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "service_unavailable"}
@@ -27,29 +27,21 @@ def openai_error(message: str, status: int) -> OpenAIError:
 
 def error_body(error: Exception) -> OpenAIError:
     """Make the body for an exception, as a stream that has begun sends it."""
-    return openai_error(detail_of(error), status_code_of(error))
+    return openai_error(errors.detail_of(error), errors.status_code_of(error))
 
 
-def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[OpenAIError]:
-    status = status_code_of(error)
-    return Response(error_body(error), status_code=status, headers=headers_of(status))
+def _reshaped(plain: Callable[[Request[Any, Any, Any], Any], Response[ErrorResponse]]) -> ExceptionHandler[Any]:
+    """Return the handler that answers as `plain` does, in OpenAI's shape."""
 
+    def answer(request: Request[Any, Any, Any], error: Exception) -> Response[OpenAIError]:
+        response = plain(request, error)
+        status = response.status_code or 500
+        return Response(openai_error(response.content.detail, status), status_code=status, headers=response.headers)
 
-def _reshape(request: Request[Any, Any, Any], error: HTTPException) -> Response[OpenAIError]:
-    plain = answer_http(request, error)
-    return Response(
-        openai_error(plain.content.detail, error.status_code), status_code=error.status_code, headers=plain.headers
-    )
-
-
-def _reshape_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[OpenAIError]:
-    plain = answer_unforeseen(request, error)
-    return Response(openai_error(plain.content.detail, 500), status_code=500)
+    return answer
 
 
 EXCEPTION_HANDLERS: ExceptionHandlersMap = {
-    EdgePhi3Error: _answer,
-    HTTPException: _reshape,
-    Exception: _reshape_unforeseen,
+    kind: _reshaped(handler) for kind, handler in errors.EXCEPTION_HANDLERS.items()
 }
 """What answers the errors of the routes under ``/v1``."""

@@ -1,4 +1,4 @@
-"""Log-probabilities in OpenAI's two shapes, told for exactly the tokens whose text is shown."""
+"""Log-probabilities in OpenAI's two shapes, for exactly the tokens whose text is shown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from edge_phi3.engine.placing import PlacedLogprobs
 from edge_phi3.pipeline import TextGenerationPipeline
 
 _IMPOSSIBLE = -9999.0
-"""What OpenAI tells for a token that is not among the likeliest, and this service for one without any probability."""
+"""What OpenAI returns for a token that is not among the likeliest, and this service for one without any probability."""
 
 
 class ShownTokens:
     """The tokens of one answer, passed on as their text is shown.
 
     Text is held back while it may belong to a stop text, and never shown when it does; so are the tokens. One whose
-    text is shown in part is told.
+    text is shown in part is returned.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ShownTokens:
         self._waiting += placed
 
     def show(self, text: str) -> list[PlacedLogprobs]:
-        """Give the tokens that begin in the text that is shown next."""
+        """Return the tokens that begin in the text that is shown next."""
         self._shown += len(text)
         shown = [placed for placed in self._waiting if placed.start < self._shown]
         self._waiting = self._waiting[len(shown) :]
@@ -37,7 +37,7 @@ class ShownTokens:
 
 
 def shown_tokens(placed: Iterable[PlacedLogprobs], text: str) -> list[PlacedLogprobs]:
-    """Give the tokens of a whole answer that begin in the text that is shown of it."""
+    """Return the tokens of a whole answer that begin in the text that is shown of it."""
     return [each for each in placed if each.start < len(text)]
 
 
@@ -56,23 +56,23 @@ def chat_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogpr
 
 def completion_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogprobs]) -> CompletionLogprobs:
     """Make the shape of completions, whose likeliest tokens always hold the chosen one."""
-    told = CompletionLogprobs([], [], [], [])
+    found = CompletionLogprobs([], [], [], [])
     for start, token in placed:
         text = _text(pipeline.token_bytes(token.token_id))
-        told.tokens.append(text)
-        told.token_logprobs.append(_finite(token.logprob))
-        told.text_offset.append(start)
+        found.tokens.append(text)
+        found.token_logprobs.append(_finite(token.logprob))
+        found.text_offset.append(start)
         top: dict[str, float] = {}
         for other, logprob in token.top:
             # Two tokens may have one text; the likelier stays.
             top.setdefault(_text(pipeline.token_bytes(other)), _finite(logprob))
         top.setdefault(text, _finite(token.logprob))
-        told.top_logprobs.append(top)
-    return told
+        found.top_logprobs.append(top)
+    return found
 
 
 def _text(data: bytes) -> str:
-    """Give the text of a token; one that is a part of a character is written as OpenAI writes it."""
+    """Return the text of a token; one that is a part of a character is written as OpenAI writes it."""
     try:
         return data.decode()
     except UnicodeDecodeError:

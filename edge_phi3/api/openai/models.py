@@ -26,7 +26,7 @@ def show_model(name: FromPath[str], service: NamedDependency[Service]) -> Model:
     """Describe the model by its name.
 
     Raises:
-        NotFoundException: another name was asked for.
+        NotFoundException: the name is another.
     """
     known = service.pipeline.model.name
     if name.removeprefix("/") != known:

@@ -15,38 +15,38 @@ _SCHEMA = "response_format.json_schema.schema"
 
 
 def with_options(
-    service: Service, prepared: PreparedPrompt, asked: ChatCompletionRequest | CompletionRequest
+    service: Service, prepared: PreparedPrompt, request: ChatCompletionRequest | CompletionRequest
 ) -> PreparedPrompt:
-    """Add what a request asks for beside the parameters of ``generate()``.
+    """Add what a request sets beside the parameters of ``generate()``.
 
     Raises:
         InvalidRequestError: an option is wrong, or at odds with another.
     """
-    top = _top_logprobs(asked)
+    top = _top_logprobs(request)
     if top is not None and prepared.config.is_beam_search:
         raise InvalidRequestError("`logprobs` is not supported with `num_beams` above 1.")
-    if asked.presence_penalty or asked.frequency_penalty or top is not None:
+    if request.presence_penalty or request.frequency_penalty or top is not None:
         config = dataclasses.replace(
             prepared.config,
-            presence_penalty=asked.presence_penalty or 0.0,
-            frequency_penalty=asked.frequency_penalty or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
             top_logprobs=top,
         )
         prepared = dataclasses.replace(prepared, config=config)
-    if isinstance(asked, ChatCompletionRequest) and asked.response_format is not None:
-        return _formatted(service, prepared, asked.response_format)
+    if isinstance(request, ChatCompletionRequest) and request.response_format is not None:
+        return _formatted(service, prepared, request.response_format)
     return prepared
 
 
-def _top_logprobs(asked: ChatCompletionRequest | CompletionRequest) -> int | None:
-    """Give how many likeliest tokens are told beside each chosen one, or None when nothing is told."""
-    if isinstance(asked, ChatCompletionRequest):
-        if asked.top_logprobs and not asked.logprobs:
+def _top_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+    """Return how many likeliest tokens are returned beside each chosen one, or None for no log-probabilities."""
+    if isinstance(request, ChatCompletionRequest):
+        if request.top_logprobs and not request.logprobs:
             raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
-        return asked.top_logprobs or 0 if asked.logprobs else None
-    if asked.logprobs is not None and asked.echo:
+        return request.top_logprobs or 0 if request.logprobs else None
+    if request.logprobs is not None and request.echo:
         raise InvalidRequestError("`logprobs` is not supported with `echo`: those of the prompt are not computed.")
-    return asked.logprobs
+    return request.logprobs
 
 
 def _formatted(service: Service, prepared: PreparedPrompt, wanted: ResponseFormat) -> PreparedPrompt:

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
+
 _Count = Annotated[int, Meta(ge=1)]
+
+
+def _described(name: str) -> Meta:
+    """Return the meaning and range of one of OpenAI's own parameters."""
+    parameter = OPENAI_PARAMETERS[name]
+    limits = parameter.value.kind.limits
+    return Meta(ge=limits["minimum"], le=limits["maximum"], description=parameter.meaning)
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -68,14 +77,9 @@ class SamplingFields(Struct, forbid_unknown_fields=True, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = 1.0
     n: Annotated[int, Meta(ge=1, le=128)] | None = 1
     stop: Annotated[str | list[str] | None, Meta(description="Up to four texts before which the answer ends.")] = None
-    seed: Annotated[int | None, Meta(description="Makes sampling repeatable.")] = None
-    presence_penalty: (
-        Annotated[float, Meta(ge=-2, le=2, description="Taken from the logits of tokens that were generated before.")]
-        | None
-    ) = 0.0
-    frequency_penalty: (
-        Annotated[float, Meta(ge=-2, le=2, description="Taken from them once for each time that they were.")] | None
-    ) = 0.0
+    seed: Annotated[int | None, Meta(description=PARAMETERS["seed"].meaning)] = None
+    presence_penalty: Annotated[float, _described("presence_penalty")] | None = 0.0
+    frequency_penalty: Annotated[float, _described("frequency_penalty")] | None = 0.0
     logit_bias: Annotated[
         dict[str, float] | None, Meta(description="Added to the logits of token ids, -100 to 100.")
     ] = None
@@ -99,10 +103,10 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     response_format: Annotated[
         ResponseFormat | None, Meta(description="Holds the answer to JSON, or to JSON that follows a schema.")
     ] = None
-    logprobs: Annotated[bool | None, Meta(description="Tell the log-probability of each token of the answer.")] = False
-    top_logprobs: (
-        Annotated[int, Meta(ge=0, le=20, description="How many of the likeliest tokens are told at each place.")] | None
-    ) = None
+    logprobs: Annotated[bool | None, Meta(description="Return the log-probability of each token of the answer.")] = (
+        False
+    )
+    top_logprobs: Annotated[int, _described("top_logprobs")] | None = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -133,7 +137,11 @@ class CompletionRequest(SamplingFields, kw_only=True):
     logprobs: (
         Annotated[
             int,
-            Meta(ge=0, le=5, description="Tell log-probabilities: of the chosen token, and of so many likeliest ones."),
+            Meta(
+                ge=0,
+                le=5,
+                description="Return log-probabilities: of the chosen token, and of this many likeliest ones.",
+            ),
         ]
         | None
     ) = None

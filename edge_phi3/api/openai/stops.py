@@ -34,18 +34,18 @@ class StopTrimmer:
         return held[: len(held) - kept]
 
     def finish(self) -> str:
-        """Give what was held back, when no more text comes."""
+        """Return what was held back, when no more text comes."""
         held, self._held = self._held, ""
         return held
 
 
 def trim(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Give a whole text up to its first stop text, and whether there was one."""
+    """Return a whole text up to its first stop text, and whether there was one."""
     trimmer = StopTrimmer(stops)
     return trimmer.push(text) + trimmer.finish(), trimmer.stopped
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Give the length of the longest end of a text that a stop text begins with."""
+    """Return the length of the longest end of a text that a stop text begins with."""
     longest = min(len(text), len(stop) - 1)
     return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)

@@ -31,21 +31,21 @@ UNSUPPORTED: Final[Mapping[str, tuple[str, tuple[object, ...]]]] = {
 """Fields that are refused, why, and the values (beside null) that ask for nothing."""
 
 
-def refuse_unsupported(asked: SamplingFields | ChatCompletionMessage, where: str = "") -> None:
-    """Raise `InvalidRequestError` for a field that asks for what this service has not."""
+def refuse_unsupported(request: SamplingFields | ChatCompletionMessage, where: str = "") -> None:
+    """Raise `InvalidRequestError` for a field that wants what this service does not have."""
     for name, (reason, harmless) in UNSUPPORTED.items():
-        value = getattr(asked, name, None)
+        value = getattr(request, name, None)
         if value is not None and value not in harmless:
             raise InvalidRequestError(f"`{where}{name}` is not supported: {reason}.")
 
 
-def messages_of(asked: ChatCompletionRequest) -> list[dict[str, str]]:
-    """Give a conversation as the pipeline takes it.
+def messages_of(request: ChatCompletionRequest) -> list[dict[str, str]]:
+    """Return a conversation as the pipeline takes it.
 
     Raises:
         InvalidRequestError: a message holds something else than text.
     """
-    return [_message(f"messages[{index}].", message) for index, message in enumerate(asked.messages)]
+    return [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
 
 
 def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
@@ -65,45 +65,45 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def stops_of(asked: SamplingFields) -> list[str]:
-    """Give the texts before which an answer ends."""
-    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+def stops_of(request: SamplingFields) -> list[str]:
+    """Return the texts before which an answer ends."""
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > _MOST_STOPS or not all(stops):
         raise InvalidRequestError(f"`stop` must be a text or up to {_MOST_STOPS} texts, none of them empty.")
     return stops
 
 
-def generation_kwargs(asked: SamplingFields, max_new_tokens: int) -> dict[str, Any]:
-    """Give the parameters of ``generate()`` for a request.
+def generation_kwargs(request: SamplingFields, max_new_tokens: int) -> dict[str, Any]:
+    """Return the parameters of ``generate()`` for a request.
 
     Args:
-        asked: the request.
+        request: the request.
         max_new_tokens: tokens of an answer at most.
 
     Raises:
         InvalidRequestError: a parameter is out of range.
     """
-    temperature = 1.0 if asked.temperature is None else asked.temperature
+    temperature = 1.0 if request.temperature is None else request.temperature
     kwargs: dict[str, Any] = {
         # null decodes greedily, and allows several (equal) answers, which false does not.
         "do_sample": True if temperature > 0 else None,
         "temperature": temperature if temperature > 0 else 1.0,
-        "top_p": 1.0 if asked.top_p is None else asked.top_p,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
         "top_k": 0,
-        "num_return_sequences": asked.n or 1,
+        "num_return_sequences": request.n or 1,
         "max_length": None,
         "max_new_tokens": max_new_tokens,
-        "stop_strings": stops_of(asked) or None,
-        "sequence_bias": _biases(asked) or None,
+        "stop_strings": stops_of(request) or None,
+        "sequence_bias": _biases(request) or None,
     }
-    if asked.seed is not None:
-        kwargs["seed"] = asked.seed % 2**64
-    return kwargs | (asked.generate_kwargs or {})
+    if request.seed is not None:
+        kwargs["seed"] = request.seed % 2**64
+    return kwargs | (request.generate_kwargs or {})
 
 
-def _biases(asked: SamplingFields) -> list[list[Any]]:
+def _biases(request: SamplingFields) -> list[list[Any]]:
     biases: list[list[Any]] = []
-    for token, bias in (asked.logit_bias or {}).items():
+    for token, bias in (request.logit_bias or {}).items():
         if not token.isascii() or not token.isdigit():
             raise InvalidRequestError(f"`logit_bias` has the key {token[:40]!r}; its keys are token ids.")
         if not -_MOST_BIAS <= bias <= _MOST_BIAS:
@@ -114,20 +114,20 @@ def _biases(asked: SamplingFields) -> list[list[Any]]:
     return biases
 
 
-def most_tokens(asked: SamplingFields) -> int | None:
-    """Give how many tokens an answer may have as asked, or None where the request does not say."""
-    if isinstance(asked, ChatCompletionRequest) and asked.max_completion_tokens is not None:
-        return asked.max_completion_tokens
-    return asked.max_tokens
+def most_tokens(request: SamplingFields) -> int | None:
+    """Return how many tokens an answer may have, or None where the request does not say."""
+    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
+        return request.max_completion_tokens
+    return request.max_tokens
 
 
-def prompts_of(asked: CompletionRequest) -> list[str | list[int]]:
-    """Give the prompts of a request for completions: one or more, each a text or token ids.
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts of a request for completions: one or more, each a text or token ids.
 
     Raises:
         InvalidRequestError: there is none, or they are of several kinds.
     """
-    prompt = asked.prompt
+    prompt = request.prompt
     if not prompt:
         raise InvalidRequestError("`prompt` is missing.")
     if isinstance(prompt, str):

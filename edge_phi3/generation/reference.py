@@ -1,0 +1,71 @@
+"""What is made from the table of parameters: the JSON schema of ``generate_kwargs``, and the reference in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from edge_phi3.generation.parameter import Parameter, Source
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
+from edge_phi3.generation.refused import REFUSED
+from edge_phi3.generation.values import Schema
+
+
+def generate_kwargs_schema() -> Schema:
+    """Return the JSON schema of ``generate_kwargs``."""
+    return {
+        "title": "GenerateKwargs",
+        "type": "object",
+        "description": "The parameters of generation, with the meaning that they have in transformers' `generate`. "
+        'null stands for "not set". Any name that is not listed is refused.',
+        "properties": {name: parameter.json_schema() for name, parameter in PARAMETERS.items()},
+        "patternProperties": {f"^({'|'.join(REFUSED)})$": {"type": "null", "description": "Not supported."}},
+        "additionalProperties": False,
+    }
+
+
+def groups(parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, list[str]]:
+    """Return the names of the parameters of each group, in the table's order."""
+    found: dict[str, list[str]] = {}
+    for name, parameter in parameters.items():
+        found.setdefault(parameter.group, []).append(name)
+    return found
+
+
+def markdown() -> str:
+    """Return the reference: a table for each group, and one of what is refused."""
+    parameters = PARAMETERS | OPENAI_PARAMETERS
+    sections = []
+    for group, names in groups(parameters).items():
+        rows = [_row(name, parameters[name]) for name in names]
+        sections.append(_table(f"### {group}", ["name", "type", "absent", "null", "meaning"], rows))
+    reasons: dict[str, list[str]] = {}
+    for name, refused in REFUSED.items():
+        harmless = f" ({_code(refused.harmless[0])})" if refused.harmless else ""
+        reasons.setdefault(refused.reason, []).append(f"`{name}`{harmless}")
+    sections.append(
+        _table("### Refused", ["name", "why"], [[", ".join(names), reason] for reason, names in reasons.items()])
+    )
+    return "\n\n".join(sections)
+
+
+def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([heading, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def _row(name: str, parameter: Parameter) -> list[str]:
+    meaning = f"{parameter.meaning} {parameter.computed}".strip()
+    return [f"`{name}`", parameter.value.kind.label, _shown(parameter.absent), _shown(parameter.null), meaning]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, Source):
+        return value.value
+    if value is None:
+        return "not set"
+    return "none" if value == () else _code(value)
+
+
+def _code(value: object) -> str:
+    return f"`{json.dumps(value)}`"
