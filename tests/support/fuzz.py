@@ -27,7 +27,7 @@ from tests.support.threads import live_in_threads
 PATIENCE = 20.0
 """Seconds of processor time that a scenario may take."""
 _MOST_FAILURES = 3
-_MANY = 400
+_MANY = 2000
 """Admissions whose share of early preemptions says something."""
 
 
