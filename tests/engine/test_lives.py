@@ -76,6 +76,12 @@ def test_with_a_thread_for_the_engine() -> None:
     live_all(range(10_000, 10_000 + 2 * BATCH), live_in_threads)
 
 
+def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
+    ask = Ask(tuple(range(3, 23)), {"do_sample": False, "max_new_tokens": 4})
+    for cells, refused in ((9, 1), (10, 0)):
+        assert live(Scenario((ask,), cells=(cells,), window=5, window_chunk=6))["refusal"] == refused
+
+
 def _tokens(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split()))
 

@@ -29,8 +29,8 @@ that did were preempted before a token was chosen for them."""
 def check_admissions(met: Counter[str]) -> None:
     """Check, over some hundred lives, that requests are admitted only where they have room until they decode.
 
-    How many steps that takes is estimated, so a few are preempted before: 1 in 100. Without the estimate, or without the
-    cells that other prompts still take, it is 5 and more.
+    How many steps that takes is estimated, so a few are preempted before: 1 in 100. Without the estimate, or without
+    the cells that other prompts still take, it is 5 and more.
     """
     assert met[EARLY] <= met[ADMISSION] / 50, f"{met[EARLY]} of {met[ADMISSION]} requests are admitted too early"
 
