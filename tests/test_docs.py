@@ -140,7 +140,7 @@ def test_the_public_names_are_there_and_importing_them_is_cheap() -> None:
         assert getattr(edge_phi3, name) is not None
         assert f"`{name}`" in page
     assert set(dir(edge_phi3)) == set(edge_phi3.__all__)
-    private = "TokenPlacer"
+    private = "TokenOffsets"
     with pytest.raises(AttributeError, match=f"no attribute '{private}'"):
         getattr(edge_phi3, private)
 

@@ -46,7 +46,7 @@ class AddedTokenSplitter:
         self._white_space = re.compile(f"[{WHITE_SPACE}]*")
 
     def split(self, text: str) -> Iterator[str | int]:
-        """Give the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
+        """Yield the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
         position = 0
         while found := self._pattern.search(text, position):
             token = self._by_text[found[0]]

@@ -1,4 +1,4 @@
-"""Which contexts of llama.cpp a model is served with, and what the engine asks of each."""
+"""Which contexts of llama.cpp a model is served with, and what the engine requires of each."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def context_shapes(settings: EngineSettings, context_length: int, original: int 
     The first has half as many cells, but room for at least one and at most ``--parallel`` whole sequences.
 
     Args:
-        settings: how many cells are asked for, and how many sequences at once.
+        settings: how many cells the contexts have, and how many sequences they decode at once.
         context_length: tokens that the model was trained for.
         original: the context beyond which the long rotary factors hold; None for a model without them.
     """

@@ -103,7 +103,7 @@ class EngineCore:
         return running
 
     def cancel(self, request: RunningRequest) -> None:
-        """Give up a request; its sequences are freed in the next step."""
+        """Cancel a request; its sequences are freed in the next step."""
         request.cancelled = True
         self.wake()
 

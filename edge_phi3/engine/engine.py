@@ -205,7 +205,7 @@ class Engine:
         return core.submit(request, send)
 
     def cancel(self, running: RunningRequest) -> None:
-        """Give up a request, from any thread; its sequences are freed before the next batch."""
+        """Cancel a request, from any thread; its sequences are freed before the next batch."""
         core = self._core
         if core is not None:
             core.cancel(running)

@@ -1,4 +1,4 @@
-"""What can go wrong in the engine, one class a cause."""
+"""The engine's errors, one class for each cause."""
 
 from __future__ import annotations
 

@@ -36,12 +36,12 @@ class EventBatcher:
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: dict[asyncio.AbstractEventLoop, dict[Mailbox, list[Event]]] = {}
-        self._flushed = self._asked = 0.0
+        self._flushed = self._last_step = 0.0
 
     def flush_if_due(self) -> None:
         """Deliver what waits when that is due; to be called once a step."""
         now = self._clock()
-        step, self._asked = now - self._asked, now
+        step, self._last_step = now - self._last_step, now
         if self.urgent or now + step - self._flushed >= self._interval:
             self.flush()
 

@@ -123,7 +123,7 @@ class HostCache:
             self._add(parent)
 
     def _going_on(self, chain: list[Block], matched: int) -> tuple[Block | None, int]:
-        """Say behind which of a chain's blocks, and from which position, a sequence is kept that shares `matched`."""
+        """Return after which block, and from which position, a sequence that shares `matched` tokens is kept."""
         if not chain:
             return None, 0
         last = chain[-1]

@@ -1,6 +1,6 @@
 """Which cells of a context belong to which sequences, what a new sequence begins with, and what one leaves behind.
 
-llama.cpp keeps the keys and values; these books mirror every change that the engine makes to them, so that it knows how
+llama.cpp keeps the keys and values; `KVCache` records every change that the engine makes to them, so that it knows how
 many cells are free before it decodes. A cell may belong to many sequences (beams, returned sequences, prompts that
 begin alike); it is free when the last one lets go.
 
@@ -79,7 +79,7 @@ class KVCache:
     # -- cells
 
     def append(self, seq_id: int, count: int) -> None:
-        """Give a sequence `count` more cells. There must be as many free."""
+        """Add `count` cells to a sequence. There must be as many free."""
         length = self.length[seq_id]
         held = self._held[seq_id]
         if len(held) < length + count:
@@ -91,9 +91,8 @@ class KVCache:
         self.length[seq_id] = length + count
 
     def trim(self, seq_id: int, start: int) -> None:
-        """Drop the positions of a sequence below `start`: they have left the sliding window."""
+        """Drop the positions of a sequence below `start`, which it reaches: they have left the sliding window."""
         old = self.start[seq_id]
-        start = min(start, self.length[seq_id])
         if start <= old:
             return
         self._context.remove(seq_id, 0, start)
@@ -232,7 +231,7 @@ class KVCache:
             self.release(seq_id)
 
     def audit(self) -> None:
-        """Check the books against themselves and against the positions that the context holds.
+        """Check that the records are consistent, and that they agree with the positions that the context holds.
 
         Raises:
             AssertionError: they differ. A bug of ours.
@@ -242,7 +241,7 @@ class KVCache:
             start, length = self.start[seq_id], self.length[seq_id]
             np.add.at(counted, self._held[seq_id][start:length], 1)
             held, expected = self._context.position_range(seq_id), (start, length - 1) if length > start else (-1, -1)
-            assert held == expected, f"sequence {seq_id}: the context holds {held}, the books say {expected}"
+            assert held == expected, f"sequence {seq_id}: the context holds {held}, the engine expects {expected}"
         assert np.array_equal(np.maximum(counted - 1, 0), self._sharers), "shared cells are counted wrongly"
         free = self._free_cells[: self.free]
         assert len(np.unique(free)) == len(free), "a cell is free twice"

@@ -106,7 +106,7 @@ def _runner(
 
 
 def _sliding_window(model: Model) -> int | None:
-    """Give how many tokens Phi-3's attention reaches back, or None when the context is no longer than that."""
+    """Return how many tokens Phi-3's attention reaches back, or None when the context is no longer than that."""
     window = int(model.metadata("phi3.attention.sliding_window") or 0)
     return window if 0 < window < model.context_length else None
 

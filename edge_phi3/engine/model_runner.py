@@ -203,7 +203,7 @@ class ModelRunner:
             batch.choosing.append(request)
 
     def _part_rows(self, request: RunningRequest) -> None:
-        """Give each row of a request that comes back a sequence of its own, once what they share is computed."""
+        """Fork a sequence for each row of a request that comes back, once what the rows share is computed."""
         stem, missing = request.sequences[0], request.decoder.rows - len(request.sequences)
         if missing > 0 and stem.computed >= request.stem:
             request.sequences += [self.kv.fork(stem) for _ in range(missing)]

@@ -3,7 +3,7 @@
 A model with two sets of rotary factors has two contexts. A sequence up to the original context is computed in the
 first; when it grows beyond, all of it is computed anew in the second.
 
-Room is reckoned here for every context that a request may visit, so that what is accepted always finishes. Requests are
+Room is computed here for every context that a request may visit, so that what is accepted always finishes. Requests are
 admitted first come, first served for each context: none overtakes another that waits for the same one, so that a large
 request waits only for those that came before it, and a small one behind it waits no longer than that. When cells run
 out, the request of a context that came last goes back to its place in the queue, and is restored or recomputed later.
@@ -138,13 +138,14 @@ class Scheduler:
         if rows + request.rows > self.parallel:
             return False
         shared = runner.kv.shared_prefix(request.stem_tokens())[0] if self._reuses(request) else 0
-        entering = max(0, self._cells_to_start(request, runner) - shared)
-        # One cell for each row of each step that it takes until it decodes, so that it is not preempted before.
-        steps = 2 + (request.length - shared) // runner.context.batch_size
-        promised = sum(self._cells_promised(running, runner) for running in runner.running)
-        return entering + promised + rows * steps + request.rows <= runner.kv.free
+        # It is to have room until it decodes, so that it is not preempted before: for all prompts that are not computed
+        # yet, and in each of the steps that these take for one token of every running row.
+        prompts = max(0, self._cells_to_start(request, runner) - shared)
+        prompts += sum(self._cells_missing(running, runner) for running in runner.running)
+        steps = 2 + prompts // max(1, runner.context.batch_size - rows)
+        return prompts + rows * steps + request.rows <= runner.kv.free
 
-    def _cells_promised(self, request: RunningRequest, runner: ModelRunner) -> int:
+    def _cells_missing(self, request: RunningRequest, runner: ModelRunner) -> int:
         """Return the cells that a running request still takes until it decodes."""
         if request.decoding:
             return 0
@@ -168,11 +169,11 @@ class Scheduler:
         runner.running.append(request)
 
     def _reuses(self, request: RunningRequest) -> bool:
-        """Say whether a request may begin with what was computed before, for others or for itself."""
+        """Return whether a request may begin with what was computed before, for others or for itself."""
         return self._share and not request.exact
 
     def is_exact(self, request: RunningRequest) -> bool:
-        """Say whether a request has a context to itself."""
+        """Return whether a request has a context to itself."""
         return self._exact_seeds and request.request.config.seed is not None
 
     def retire(self, request: RunningRequest) -> None:

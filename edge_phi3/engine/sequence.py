@@ -1,4 +1,4 @@
-"""One request inside the engine: what it asked for, what it is told, and the sequences that it runs.
+"""One request inside the engine: its parameters, its events, and the sequences that it runs.
 
 A request owns one sequence while its prompt is prefilled and as many as its decoder has rows afterwards: one per
 returned sequence, or one per beam.
@@ -19,7 +19,7 @@ from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogpro
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What is asked of the engine.
+    """A request to the engine.
 
     Attributes:
         prompt_ids: token ids of the prompt, int32, shape ``(prompt_tokens,)``, at least one.
@@ -59,7 +59,7 @@ class TokensEvent:
 
     Attributes:
         tokens: pairs of the returned sequence's index and the token id, in order. Empty in beam modes.
-        logprobs: one for each of them, when the request asked for them, else empty.
+        logprobs: one for each of them, when the request wants them, else empty.
     """
 
     tokens: list[tuple[int, int]]
@@ -110,7 +110,7 @@ class RunningRequest:
     computed, and then one for each row.
 
     Attributes:
-        request: what was asked.
+        request: as it was submitted.
         decoder: chooses its tokens.
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.

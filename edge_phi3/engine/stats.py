@@ -1,4 +1,4 @@
-"""What the engine tells of itself."""
+"""Counters and gauges of the engine."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Tokenizer:
         return {token: text for token, text in enumerate(self._texts) if token not in left_out}
 
     def special_token(self, text: str) -> int | None:
-        """Give the id of the special token with this text, or None."""
+        """Return the id of the special token with this text, or None."""
         return self._special_by_text.get(text)
 
     @functools.cached_property
@@ -98,7 +98,7 @@ class Tokenizer:
         return texts
 
     def bytes_of(self, token: int) -> bytes:
-        """Give what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
+        """Return what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
         byte = self.byte_of.get(token)
         return self._texts[token].encode() if byte is None else bytes([byte])
 
@@ -119,7 +119,7 @@ class Tokenizer:
 
 
 def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
-    """Give the flags that Phi-3's tokenizer_config.json gives its special tokens, for GGUFs that do not carry them."""
+    """Return the flags of special tokens in Phi-3's tokenizer_config.json, for GGUFs that do not carry them."""
     return [
         AddedToken(
             token, text, special=text not in _PHI3_NOT_SPECIAL, lstrip=False, rstrip=text not in _PHI3_KEEP_SPACE
@@ -142,7 +142,7 @@ class StreamDecoder:
         self._begun = False
 
     def copy(self) -> StreamDecoder:
-        """Give another that has taken the same tokens."""
+        """Return another that has taken the same tokens."""
         return copy.copy(self)
 
     @property
@@ -151,11 +151,11 @@ class StreamDecoder:
         return self._run
 
     def shows(self, token: int) -> bool:
-        """Tell whether a token is part of the text, rather than left out."""
+        """Return whether a token is part of the text, rather than left out."""
         return token not in self._skipped
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take tokens, and give the text that has become certain."""
+        """Take tokens, and return the text that has become certain."""
         found = list(map(self._texts.get, tokens))
         pieces: list[str] = []
         begin = 0
@@ -174,7 +174,7 @@ class StreamDecoder:
             pieces += texts
 
     def finish(self) -> str:
-        """Give what was held back, when no more tokens come."""
+        """Return what was held back, when no more tokens come."""
         return self._strip(self._end_run())
 
     def _end_run(self) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edge_phi3.engine.placing import PlacedLogprobs
 from edge_phi3.engine.sequence import Timing
+from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.engine.tokenizer import clean_up_tokenization
 from edge_phi3.generation.decoding import TokenScore
 from edge_phi3.pipeline.prompt import PreparedPrompt

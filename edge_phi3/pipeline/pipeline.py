@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import constrain
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.placing import PlacedLogprobs, TokenPlacer
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
+from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
 from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
@@ -180,9 +180,9 @@ class TextGenerationPipeline:
         """
         count = prepared.config.num_return_sequences
         streams = [TextStream(prepared) for _ in range(count)]
-        placers: list[TokenPlacer] = []
+        placers: list[TokenOffsets] = []
         if prepared.config.top_logprobs is not None:
-            placers = [TokenPlacer(self._tokenizer, prepared.text) for _ in range(count)]
+            placers = [TokenOffsets(self._tokenizer, prepared.text) for _ in range(count)]
         async with contextlib.aclosing(self._events(prepared, timeout, request_id, stream=True)) as events:
             async for event in events:
                 if isinstance(event, FinishedEvent):
@@ -215,7 +215,7 @@ class TextGenerationPipeline:
         prepared: PreparedPrompt,
         event: FinishedEvent,
         streams: list[TextStream],
-        placers: list[TokenPlacer],
+        placers: list[TokenOffsets],
     ) -> list[TextDelta | GenerationOutput]:
         output = self._output(prepared, event)
         deltas: list[TextDelta | GenerationOutput] = []
@@ -244,7 +244,7 @@ class TextGenerationPipeline:
 
     def _placed(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
         """Find out where in an answer each of its tokens begins."""
-        placer = TokenPlacer(self._tokenizer, prepared.text)
+        placer = TokenOffsets(self._tokenizer, prepared.text)
         return [placed for token in tokens for placed in placer.push(token)] + placer.finish()
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:

@@ -12,12 +12,12 @@ from tests.support.services import Server, serving
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give one model store for the whole run, so that the demo model is converted once."""
+    """Return one model store for the whole run, so that the demo model is converted once."""
     return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
-    """Give the demo model, served at its defaults."""
+    """Yield the demo model, served at its defaults."""
     with serving(tmp_path_factory.mktemp("server"), store=store) as running:
         yield running

@@ -20,7 +20,7 @@ from tests.support.service_client import CHAT, Ask, Outcome, send
 from tests.support.service_fuzz import Report, Trial
 from tests.support.service_requests import WORDS, AskMaker
 from tests.support.service_setups import Setup, make_model
-from tests.support.services import Server, known_options, serving, wait_for
+from tests.support.services import Server, serving, wait_for
 
 QUESTIONS = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))
 PATIENCE = 600.0
@@ -44,7 +44,7 @@ def model(folder: Path) -> Model:
 
 @contextlib.contextmanager
 def served(folder: Path, *arguments: str | Path, store: Path | None = None) -> Iterator[Server]:
-    """Serve a model, and see that the service is well afterwards, has met no error, and ends when it is told to."""
+    """Serve a model, and see that the service is well afterwards, has met no error, and ends on SIGTERM."""
     options = (*map(str, arguments), "--threads", "1", "--log-format", "json")
     with serving(folder, *options, store=store or folder) as server:
         yield server
@@ -55,14 +55,14 @@ def served(folder: Path, *arguments: str | Path, store: Path | None = None) -> I
 
 
 def ask(prompt: int | str, *, stream: bool = False, **kwargs: Any) -> Ask:
-    """Give a request, with a prompt of so many tokens of the random models' vocabulary or with this one."""
+    """Return a request, with a prompt of so many tokens of the random models' vocabulary or with this one."""
     text = prompt if isinstance(prompt, str) else " ".join(random.Random(prompt).choices(WORDS, k=prompt))
     body = {"prompt": text, "return_full_text": False, "generate_kwargs": kwargs, "stream": stream}
     return Ask("asked", CHAT, body)
 
 
 def send_together(server: Server, asks: list[Ask]) -> list[Outcome]:
-    """Send requests at the same time, and give what came of each."""
+    """Send requests at the same time, and return what came of each."""
     outcomes: dict[int, Outcome] = {}
 
     def run(number: int) -> None:
@@ -94,12 +94,10 @@ def is_answered_or_refused(outcome: Outcome) -> bool:
 
 
 def tried(setup: Setup, model: Model, folder: Path, *, seed: int, count: int, **options: Any) -> Report:
-    """Send random requests to a service of its own, and give what came of them."""
+    """Send random requests to a service of its own, and return what came of them."""
     maker = AskMaker(seed, setup, longest=options.pop("longest", 1 << 20))
     blocks = maker.chains(count, options.pop("crosstalk", 0))
-    trial = Trial(
-        setup, model(setup.kind), folder, known=known_options(), seed=seed, refusal=math.inf, threads=options["threads"]
-    )
+    trial = Trial(setup, model(setup.kind), folder, seed=seed, refusal=math.inf, threads=options["threads"])
     return trial.run(blocks, share=options["share"])
 
 
@@ -123,7 +121,7 @@ def test_beams_whose_clients_leave_do_not_touch_the_answers_beside_them(model: M
     setup = Setup("128k", ctx_size=65536, request_timeout=PATIENCE)
     maker = AskMaker(5, setup, longest=100)
     blocks = [maker.crosstalk() for _ in range(4)]
-    trial = Trial(setup, model("128k"), folder, known=known_options(), seed=5, threads=16, refusal=math.inf)
+    trial = Trial(setup, model("128k"), folder, seed=5, threads=16, refusal=math.inf)
     report = trial.run(blocks, share=0)
     assert [failure.to_json() for failure in report.failures] == []
     assert report.counts["greedy beside", "equal"] + report.counts["greedy beside", "by rounding"] == 4 * 12

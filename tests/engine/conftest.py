@@ -1,4 +1,4 @@
-"""Engines on small converted checkpoints, and a short way to ask them."""
+"""Engines on small converted checkpoints, and a short way to run one request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
 @contextlib.contextmanager
 def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
-    """Give a loaded engine with exact settings; audit its books at the end."""
+    """Yield a loaded engine with exact settings; audit its KV cells at the end."""
     everywhere = json.loads(os.environ.get(OPTIONS, "{}"))
     settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1, "exit_on_stall": False} | everywhere | options
     engine = Engine(EngineSettings(path, **settings))
@@ -84,10 +84,10 @@ def engine_at_rest(engine: Engine) -> Iterator[None]:
 
 
 def ask(engine: Engine, prompt: NDArray[np.int32], **kwargs: Any) -> list[list[int]]:
-    """Run one request to its end, and give the generated tokens of each returned sequence."""
+    """Run one request to its end, and return the generated tokens of each returned sequence."""
     return generated(Asked(engine, prompt, **kwargs).finished())
 
 
 def generated(event: FinishedEvent) -> list[list[int]]:
-    """Give the generated tokens of each returned sequence."""
+    """Return the generated tokens of each returned sequence."""
     return [sequence[event.result.prompt_length :].tolist() for sequence in event.result.sequences]

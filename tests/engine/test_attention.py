@@ -26,13 +26,6 @@ def test_generation_that_crosses_the_window_is_exact_at_any_chunk(make_model: Ma
         assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
 
 
-def test_window_frees_the_cells_that_left_it(make_model: MakeModel) -> None:
-    case = next(case for case in CASES if case.name == "4k-3500+24")
-    with running_engine(make_model("4k"), ctx_size=2304, window_chunk=32) as engine:
-        ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS)
-        assert engine.stats().cells_used <= 2047 + 32
-
-
 def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(make_model: MakeModel) -> None:
     long = next(case for case in CASES if case.name == "4k-3000+24")
     expected = recorded()[long.name]

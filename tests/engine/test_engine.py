@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
-from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest, TokensEvent
+from edge_phi3.engine.errors import EngineStoppedError, QueueFullError, RequestTooLargeError
+from edge_phi3.engine.sequence import GenerationRequest, TokensEvent
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.llama import DecodeFailedError, ModelLoadError
 from tests import paced
-from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
@@ -78,33 +77,12 @@ def test_preempted_requests_are_recomputed_and_right(make_model: MakeModel) -> N
         assert engine.stats().preemptions_total > 0
 
 
-def test_a_small_batch_splits_prompts(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k")) as engine:
-        expected = ask(engine, prompt(1, 300), max_new_tokens=8)
-    with running_engine(make_model("4k"), batch_size=32, parallel=4) as engine:
-        assert ask(engine, prompt(1, 300), max_new_tokens=8) == expected
-        assert engine.stats().steps_total > 300 // 32
-
-
 @pytest.mark.parametrize(("batch_size", "parallel"), [(1, 16), (1, 1), (16, 16), (17, 255)])
 def test_a_batch_has_room_for_every_sequence(make_model: MakeModel, batch_size: int, parallel: int) -> None:
     with running_engine(make_model("4k")) as engine:
         expected = ask(engine, prompt(1, 30), max_new_tokens=8)
     with running_engine(make_model("4k"), batch_size=batch_size, parallel=parallel) as engine:
         assert ask(engine, prompt(1, 30), max_new_tokens=8) == expected
-
-
-def test_a_long_prompt_does_not_stall_the_others(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), batch_size=64) as engine:
-        told: list[str] = []
-        with engine_at_rest(engine):
-            config = GenerationConfig.resolve(
-                {"do_sample": False, "max_new_tokens": 40, **ENDLESS}, engine.model.defaults
-            )
-            engine.submit(GenerationRequest(prompt(1, 8), config, stream=True), lambda _: told.append("steady"))
-            engine.submit(GenerationRequest(prompt(2, 1500), config, stream=True), lambda _: told.append("long"))
-        _wait_until(lambda: told.count("long") == 41)
-        assert told.index("long") >= 1500 // 64 - 2
 
 
 def test_a_prompt_seen_before_starts_from_the_cache(engine: Engine) -> None:
@@ -118,47 +96,11 @@ def test_a_prompt_seen_before_starts_from_the_cache(engine: Engine) -> None:
     assert follow_up.cached_tokens == 209
 
 
-def test_finished_sequences_leave_their_cells(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), ctx_size=512) as engine:
-        for seed in range(12):
-            ask(engine, prompt(seed, 100), max_new_tokens=5, **ENDLESS)
-        _wait_until(lambda: engine.stats().cells_used == 0)
-        assert engine.stats().stored_tokens == 12 * 104
-        assert Asked(engine, prompt(0, 100), max_new_tokens=5).finished().cached_tokens == 99
-
-
 def test_the_cache_can_be_switched_off(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), prefix_cache=False) as engine:
         ask(engine, prompt(1, 50), max_new_tokens=5)
         _wait_until(lambda: engine.stats().cells_used == 0)
         assert engine.stats().stored_tokens == 0
-
-
-def test_streamed_tokens_are_the_result(engine: Engine) -> None:
-    for options in ({}, {"do_sample": True, "num_return_sequences": 3, "seed": 1}):
-        asked = Asked(engine, prompt(5, 20), stream=True, max_new_tokens=12, **options)
-        streamed: dict[int, list[int]] = {}
-        while isinstance(event := asked.events.get(timeout=300), TokensEvent):
-            for index, token in event.tokens:
-                streamed.setdefault(index, []).append(token)
-        assert isinstance(event, FinishedEvent)
-        assert [streamed[index] for index in sorted(streamed)] == generated(event)
-        assert event.generated_tokens == sum(map(len, streamed.values()))
-        assert 0 <= event.timing.queue <= event.timing.first_token <= event.timing.total
-
-
-def test_beams_stream_nothing_but_the_result(engine: Engine) -> None:
-    asked = Asked(engine, prompt(5, 20), stream=True, num_beams=3, max_new_tokens=6)
-    assert isinstance(asked.events.get(timeout=300), FinishedEvent)
-
-
-def test_a_cancelled_request_frees_its_sequences(engine: Engine) -> None:
-    with paced.slowly():
-        asked = Asked(engine, prompt(6, 20), stream=True, max_new_tokens=3000, num_return_sequences=1, **ENDLESS)
-        asked.events.get(timeout=300)
-        engine.cancel(asked.running)
-    _wait_until(lambda: engine.stats().running == 0)
-    assert engine.stats().sequences == 0
 
 
 def test_closing_the_iterator_cancels(engine: Engine) -> None:
@@ -176,41 +118,12 @@ def test_closing_the_iterator_cancels(engine: Engine) -> None:
     _wait_until(lambda: engine.stats().running == 0)
 
 
-def test_a_deadline_ends_a_request(engine: Engine) -> None:
-    config = GenerationConfig.resolve({"max_new_tokens": 3500, **ENDLESS}, engine.model.defaults)
-    events: list[Any] = []
-    engine.submit(GenerationRequest(prompt(9, 10), config, timeout=0.1), events.append)
-    _wait_until(lambda: bool(events))
-    assert isinstance(events[0], DeadlineExceededError)
-    assert "0.1 s" in str(events[0])
-
-
 def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), ctx_size=1024, parallel=16) as engine:
         with pytest.raises(RequestTooLargeError, match=r"1509 KV cells .* has 1024"):
             Asked(engine, prompt(1, 10), max_new_tokens=1500)
         with pytest.raises(RequestTooLargeError, match=r"20 sequences at once; .* at most 16"):
             Asked(engine, prompt(1, 10), num_beams=20, max_new_tokens=5)
-
-
-def test_a_full_queue_refuses(make_model: MakeModel) -> None:
-    with paced.slowly(), running_engine(make_model("4k"), parallel=1, max_queue=2) as engine:
-        running = Asked(engine, prompt(1, 10), max_new_tokens=2000, **ENDLESS)
-        _wait_until(lambda: engine.stats().running == 1)
-        waiting = [Asked(engine, prompt(seed, 10), max_new_tokens=2) for seed in (2, 3)]
-        with pytest.raises(QueueFullError, match="2 requests wait"):
-            Asked(engine, prompt(4, 10), max_new_tokens=2)
-        engine.cancel(running.running)
-        assert all(len(generated(one.finished())[0]) == 2 for one in waiting)
-
-
-def test_waiting_requests_start_in_order_of_arrival(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), parallel=1) as engine:
-        asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3) for seed in range(6)]
-        for one in asked:
-            one.finished()
-        starts = [one.running.started for one in asked]
-        assert starts == sorted(starts)
 
 
 def test_a_failed_batch_fails_its_requests_and_the_engine_goes_on(
@@ -286,21 +199,6 @@ def test_draining_finishes_what_runs(make_model: MakeModel) -> None:
             Asked(engine, prompt(1, 10), max_new_tokens=1)
 
 
-def test_random_requests_leak_nothing(make_model: MakeModel) -> None:
-    random = np.random.default_rng(0)
-    with running_engine(make_model("4k"), parallel=8, ctx_size=1024, max_queue=1000) as engine:
-        asked = []
-        for index in range(250):
-            options = {"max_new_tokens": int(random.integers(1, 40)), **MODES[index % len(MODES)]}
-            asked.append(Asked(engine, prompt(index % 40, int(random.integers(1, 150))), **options))
-            if random.random() < 1 / 3:
-                engine.cancel(asked[int(random.integers(len(asked)))].running)
-        for one in asked:
-            if not one.running.cancelled:
-                one.finished()
-        _wait_until(lambda: engine.stats().running == engine.stats().waiting == 0)
-
-
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
 def test_a_file_that_is_no_model_is_refused(tmp_path: Any, content: bytes) -> None:
     path = tmp_path / "broken.gguf"
@@ -326,27 +224,3 @@ def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> No
             closer.join()
         with pytest.raises(EngineStoppedError):
             asked.finished()
-
-
-def test_a_seed_repeats_exactly_on_a_quantised_model_whatever_runs_beside_it(
-    make_model: MakeModel, tmp_path: Any
-) -> None:
-    quantised = quantize(make_model("wide"), tmp_path / "wide-q4.gguf", type="Q4_K_M").path
-    options = {"do_sample": True, "seed": 5, "top_k": 0, "temperature": 1.5, "max_new_tokens": 24, **ENDLESS}
-    with running_engine(quantised, kv_cache_type="f16", exact_seeds=True) as engine:
-        alone = ask(engine, prompt(1, 45), **options)
-        assert ask(engine, prompt(1, 45), **options) == alone
-        with engine_at_rest(engine):
-            others = [Asked(engine, prompt(seed, 50), max_new_tokens=200, **ENDLESS) for seed in range(2, 9)]
-        assert ask(engine, prompt(1, 45), **options) == alone
-        for other in others:
-            engine.cancel(other.running)
-
-
-def test_requests_with_a_seed_share_batches_and_prefixes(make_model: MakeModel) -> None:
-    options = {"do_sample": True, "seed": 5, "max_new_tokens": 10, **ENDLESS}
-    with running_engine(make_model("4k")) as engine:
-        first = Asked(engine, prompt(1, 45), **options).finished()
-        again = Asked(engine, prompt(1, 45), **options).finished()
-        assert again.cached_tokens == 44
-        assert generated(again) == generated(first)

@@ -12,7 +12,7 @@ from edge_phi3.engine.sequence import TokensEvent
 
 
 async def _deliveries(interval: float, step: float, steps: int) -> list[tuple[float, int]]:
-    """Give the times of the deliveries of a stream, and how many tokens each had, by a clock of steps."""
+    """Return the times of the deliveries of a stream, and how many tokens each had, by a clock of steps."""
     now = 1000.0
     outbox, mailbox = EventBatcher(interval, lambda: now), Mailbox()
     outbox.flush()

@@ -20,7 +20,7 @@ from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.fuzz import time_limit
 from tests.support.hash_context import Failure, HashContext
-from tests.support.lives import KINDS, live
+from tests.support.lives import KINDS, Life, check_admissions, live
 from tests.support.scenario_maker import random_scenario
 from tests.support.scenarios import Ask, Scenario
 from tests.support.threads import live_in_threads
@@ -55,6 +55,16 @@ def test_those_scenarios_meet_all_that_they_are_for() -> None:
     met = sum((live_batch(batch) for batch in range(BATCHES)), Counter())
     rare = {kind: met[kind] for kind in KINDS if met[kind] < (1 if kind == "broken" else 5)}
     assert not rare, f"{BATCH * BATCHES} scenarios hardly met {rare}"
+    check_admissions(met)
+
+
+def test_prompts_that_share_their_cells_run_beside_each_other() -> None:
+    kwargs = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": []}
+    asks = tuple(Ask((*range(3, 53), last), kwargs, arrives=2 * (last > 60)) for last in (60, 61, 62))
+    life = Life(Scenario(asks, cells=(100,)))
+    life.run()
+    assert life.scheduler.preemptions == 0
+    assert life.steps < 2 * 10, "they ran one after the other"
 
 
 def test_so_do_those_of_scenarios_that_nobody_has_seen() -> None:
@@ -64,6 +74,12 @@ def test_so_do_those_of_scenarios_that_nobody_has_seen() -> None:
 
 def test_with_a_thread_for_the_engine() -> None:
     live_all(range(10_000, 10_000 + 2 * BATCH), live_in_threads)
+
+
+def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
+    ask = Ask(tuple(range(3, 23)), {"do_sample": False, "max_new_tokens": 4})
+    for cells, refused in ((9, 1), (10, 0)):
+        assert live(Scenario((ask,), cells=(cells,), window=5, window_chunk=6))["refusal"] == refused
 
 
 def _tokens(text: str) -> tuple[int, ...]:
@@ -289,6 +305,10 @@ def _at_the_end(scheduler: Scheduler, request: Any) -> None:
     scheduler.waiting.append(request)
 
 
+def _one_too_few(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda kv, cells: original(kv, cells[1:])
+
+
 def _one_too_many(original: Callable[..., Any]) -> Callable[..., Any]:
     def shared_prefix(kv: KVCache, tokens: NDArray[np.int32]) -> tuple[int, int | None]:
         length, owner = original(kv, tokens)
@@ -312,6 +332,7 @@ WRONG: dict[str, tuple[type, str, Callable[[Any], Any], int]] = {
     "who comes back waits behind all others": (Scheduler, "enqueue", lambda _: _at_the_end, 60),
     "one token too many is shared": (KVCache, "shared_prefix", _one_too_many, 60),
     "one request's failure ends others": (EngineCore, "_fail", lambda _: _for_all, 60),
+    "a cell is never freed": (KVCache, "_let_go", _one_too_few, 20),
     "finished sequences keep their cells": (KVCache, "settle", lambda _: _nothing, 20),
     "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda _: _nothing, 40),
 }

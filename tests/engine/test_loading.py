@@ -17,7 +17,6 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
-from edge_phi3.llama.options import usable_cores
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
@@ -57,10 +56,6 @@ def test_start_is_told_in_one_line(make_model: MakeModel, caplog: pytest.LogCapt
     (line,) = [record.getMessage() for record in caplog.records if record.name == "edge_phi3.engine.loader"]
     for part in ("4k.gguf", "F32", "2 threads", "1024 cells", "f32", "16 sequences"):
         assert part in line
-
-
-def test_cores_are_those_of_this_process() -> None:
-    assert usable_cores() >= 1
 
 
 def test_a_context_that_cannot_be_made_leaves_nothing_behind(

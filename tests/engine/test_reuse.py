@@ -78,22 +78,14 @@ def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: Mak
         engine.cancel(other.running)
 
 
-def test_running_prompts_share_cells_where_nothing_can_be_kept(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_nothing_can_be_saved_nothing_is_kept(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     # As on a GPU without flash attention.
     monkeypatch.setattr(Context, "saves", property(lambda _: False, lambda *_: None), raising=False)
-    common, rest = prompt(1, 600), [prompt(seed, 40) for seed in (2, 3)]
-    with running_engine(make_model("4k"), ctx_size=4096) as engine:
-        with paced.slowly():
-            other = Asked(engine, np.concatenate([common, rest[0]]), stream=True, max_new_tokens=900, **ENDLESS)
-            other.events.get(timeout=300)
-            event = Asked(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS).finished()
-        assert event.cached_tokens == 600
-        engine.cancel(other.running)
+    with running_engine(make_model("4k")) as engine:
+        first = ask(engine, prompt(1, 600), max_new_tokens=8)
         settled(engine)
         assert engine.stats().stored_tokens == 0
-        assert ask(engine, np.concatenate([common, rest[1]]), max_new_tokens=8, **ENDLESS) == generated(event)
+        assert ask(engine, prompt(1, 600), max_new_tokens=8) == first
 
 
 def test_a_window_model_goes_on_from_the_store(make_model: MakeModel) -> None:
@@ -131,16 +123,6 @@ def test_a_state_that_cannot_be_restored_is_computed(make_model: MakeModel, monk
         event = Asked(engine, prompt(1, 600), max_new_tokens=8).finished()
         assert event.cached_tokens == 0
         assert generated(event) == expected
-
-
-def test_preempted_sequences_come_back_without_a_cache(make_model: MakeModel) -> None:
-    options = {"num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 110, **ENDLESS}
-    with running_engine(make_model("4k"), parallel=16, prefix_cache=False) as engine:
-        expected = [ask(engine, prompt(seed, 60), **options) for seed in range(4)]
-    with running_engine(make_model("4k"), parallel=16, ctx_size=512, prefix_cache=False) as engine:
-        asked = [Asked(engine, prompt(seed, 60), **options) for seed in range(4)]
-        assert [generated(one.finished()) for one in asked] == expected
-        assert engine.stats().preemptions_total > 0
 
 
 def test_a_seed_repeats_exactly_on_a_quantised_model_wherever_its_cells_lie(

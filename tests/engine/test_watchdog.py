@@ -123,7 +123,7 @@ def _stuck(engine: Engine) -> threading.Event:
 
 
 def _hours(engine: Engine) -> Callable[[int], None]:
-    """Give what lets the engine's watchdog look now, and every ten minutes of so many hours, which pass at once."""
+    """Return a function that lets the watchdog look now and every ten minutes of some hours, which pass at once."""
     watchdog = engine._watchdog
     assert watchdog is not None
     now = [time.monotonic()]

@@ -29,13 +29,11 @@ EXACT = (
     # Grammars.
     "tests/engine/test_constraint.py",
     "tests/engine/test_engine.py::test_preempted_requests_are_recomputed_and_right",
-    "tests/engine/test_engine.py::test_a_seed_repeats_exactly_on_a_quantised_model_whatever_runs_beside_it",
 )
 
 # What is saved to main memory and restored; on a device that is done with flash attention only, see `Context.saves`.
 REUSE = (
     "tests/engine/test_engine.py::test_a_prompt_seen_before_starts_from_the_cache",
-    "tests/engine/test_engine.py::test_finished_sequences_leave_their_cells",
     "tests/engine/test_reuse.py::test_a_conversation_goes_on_from_the_store[options1]",
     "tests/engine/test_reuse.py::test_running_prompts_share_cells_and_the_store_adds_the_rest",
     "tests/engine/test_reuse.py::test_a_window_model_goes_on_from_the_store",

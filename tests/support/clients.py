@@ -137,7 +137,7 @@ class Client:
         return self.config.total_length(len(self.prompt))
 
     def holds(self, position: int, token: int) -> bool:
-        """Say whether one of its rows has a token at a position."""
+        """Return whether one of its rows has a token at a position."""
         assert self.running is not None
         tokens = self.running.decoder.history.tokens
         return position < tokens.shape[1] and token in tokens[:, position].tolist()
@@ -151,6 +151,7 @@ class Client:
             assert not self._surely_fits(), f"request {number} fits, but is refused: {error}"
         elif isinstance(error, QueueFullError):
             assert in_flight >= scenario.max_queue, f"request {number} is refused with {in_flight} in flight: {error}"
+            assert f"({scenario.max_queue} requests wait)" in str(error), f"request {number}: {error}"
         elif not isinstance(error, EngineStoppedError):
             try:
                 _ = self.expected
@@ -210,6 +211,7 @@ class Client:
             timeout = self.ask.timeout
             assert timeout is not None, f"{name} has no time limit"
             assert self.events[-1][0] > self.submitted + timeout, f"{name} ends before its time limit"
+            assert f" {timeout:g} s " in str(error), f"{name} is not told its time limit: {error}"
         else:
             allowed = (DecodeFailedError, EngineStoppedError)
             why = isinstance(error, allowed) or (self.fired and isinstance(error, InternalError))

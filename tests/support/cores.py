@@ -59,6 +59,14 @@ class CheckedHostCache(HostCache):
 
         self.saves += 1
         super().save(tokens, start, checked)
+        self._audit()
+
+    def _audit(self) -> None:
+        """Check that no block lost its beginning, and that what the blocks take is counted."""
+        blocks = self._blocks
+        assert all(block.parent is None or block.parent in blocks for block in blocks), "a block lost its beginning"
+        assert self.used == sum(len(block.state) for block in blocks) <= self.capacity, "bytes are counted wrongly"
+        assert self.tokens == sum(block.end - block.start for block in blocks), "tokens are counted wrongly"
 
     def _check(self, tokens: NDArray[np.int32], start: int, state: NDArray[np.uint8]) -> None:
         """Check the part of a state that belongs to some tokens."""

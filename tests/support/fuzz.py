@@ -14,13 +14,11 @@ import multiprocessing
 import secrets
 import signal
 import sys
-import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from tests.support.lives import KINDS, live
+from tests.support.lives import ADMISSION, check_admissions, live
 from tests.support.scenario_maker import random_scenario
 from tests.support.scenarios import Scenario
 from tests.support.shrinking import shrink
@@ -28,72 +26,13 @@ from tests.support.threads import live_in_threads
 
 PATIENCE = 20.0
 """Seconds of processor time that a scenario may take."""
-_CHUNK = 25
-
-
-class Failed(NamedTuple):
-    """A scenario that failed: its number, the whole story, and whether it lived in threads."""
-
-    seed: int
-    story: str
-    threads: bool
+_MOST_FAILURES = 3
+_MANY = 2000
+"""Admissions whose share of early preemptions says something."""
 
 
 class TooLongError(AssertionError):
     """A scenario has no end."""
-
-
-def main() -> None:
-    """Run as many scenarios as are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scenarios", type=int, default=1000, help="how many, in one thread each")
-    parser.add_argument("--real-thread", type=int, default=0, help="how many more, with a thread for the engine")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
-    parser.add_argument("--seed", type=int, help="the number of the first scenario (a fresh one)")
-    parser.add_argument("--failures", type=int, default=3, help="stop after so many")
-    arguments = parser.parse_args()
-    first = secrets.randbits(40) if arguments.seed is None else arguments.seed
-    total = arguments.scenarios + arguments.real_thread
-    sys.stderr.write(f"scenarios {first} to {first + total - 1}\n")
-    numbers = [(first + place, place >= arguments.scenarios) for place in range(total)]
-    chunks = [numbers[place : place + _CHUNK] for place in range(0, total, _CHUNK)]
-    met, failures = _run(chunks, arguments.jobs, arguments.failures, total)
-    told: set[str | None] = set()
-    for failed in failures:
-        sys.stdout.write(_told(failed, told))
-    sys.stdout.write("".join(f"{met[kind]:8} {kind}\n" for kind in ("scenarios", *KINDS)))
-    sys.exit(1 if failures else 0)
-
-
-def _run(chunks: list[list[tuple[int, bool]]], jobs: int, most: int, total: int) -> tuple[Counter[str], list[Failed]]:
-    met: Counter[str] = Counter()
-    failures: list[Failed] = []
-    start = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        for part, failed in pool.imap_unordered(_live_all, chunks):
-            met.update(part)
-            failures += failed
-            spent = time.monotonic() - start
-            sys.stderr.write(f"\r{met['scenarios']} of {total}, {len(failures)} failed, {spent:.0f} s ")
-            sys.stderr.flush()
-            if len(failures) >= most:
-                break
-        pool.terminate()
-    sys.stderr.write("\n")
-    return met, failures
-
-
-def _live_all(numbers: list[tuple[int, bool]]) -> tuple[Counter[str], list[Failed]]:
-    met: Counter[str] = Counter()
-    failed: list[Failed] = []
-    for seed, threads in numbers:
-        met["scenarios"] += 1
-        try:
-            with time_limit():
-                met.update(live_in_threads(random_scenario(seed)) if threads else live(random_scenario(seed)))
-        except Exception:  # noqa: BLE001 - it is told
-            failed.append(Failed(seed, traceback.format_exc(), threads))
-    return met, failed
 
 
 @contextlib.contextmanager
@@ -113,28 +52,63 @@ def time_limit() -> Iterator[None]:
 
 
 def failure_of(scenario: Scenario) -> str | None:
-    """Say in which way a scenario fails, or None: by the kind of the error and where it is raised."""
+    """Return in which way a scenario fails, by the kind of the error and where it is raised; None if it does not."""
     try:
         with time_limit():
             live(scenario)
-    except Exception as error:  # noqa: BLE001 - it is told
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is compared
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if isinstance(error, TooLongError) else f" in {frame.name}, line {frame.lineno}"
         return f"{type(error).__name__}{where}"
     return None
 
 
-def _told(failed: Failed, told: set[str | None]) -> str:
-    """Return the story of a failure, with a simple scenario when it is the first of its kind."""
-    if failed.threads:
-        return f"Scenario {failed.seed} fails in threads.\n{failed.story}\n"
-    scenario = random_scenario(failed.seed)
-    kind = failure_of(scenario)
-    if kind in told:
-        return f"Scenario {failed.seed} fails as one above: {kind}.\n"
-    told.add(kind)
-    simple = shrink(scenario, failure_of)
-    return f"Scenario {failed.seed} fails.\n{failed.story}\nThe simplest that fails so:\n\n{simple!r}\n\n"
+def _live(numbered: tuple[int, bool]) -> tuple[Counter[str], str]:
+    """Live one scenario, in threads or not; return what it met, and how it failed or ""."""
+    seed, threads = numbered
+    try:
+        with time_limit():
+            return (live_in_threads if threads else live)(random_scenario(seed)), ""
+    except Exception:  # noqa: BLE001 - it is printed
+        way = "fails in threads" if threads else "fails"
+        return Counter(), f"Scenario {seed} {way}.\n{traceback.format_exc()}\n"
+
+
+def main() -> None:
+    """Run as many scenarios as the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenarios", type=int, default=1000, help="how many, in one thread each")
+    parser.add_argument("--real-thread", type=int, default=0, help="how many more, with a thread for the engine")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seed", type=int, help="the number of the first scenario (default: a random one)")
+    arguments = parser.parse_args()
+    first = secrets.randbits(40) if arguments.seed is None else arguments.seed
+    total = arguments.scenarios + arguments.real_thread
+    print(f"scenarios {first} to {first + total - 1}", file=sys.stderr)
+    numbers = [(first + place, place >= arguments.scenarios) for place in range(total)]
+    met: Counter[str] = Counter()
+    failed: list[int] = []
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        lived = zip(numbers, pool.imap(_live, numbers, chunksize=25), strict=True)
+        for done, ((seed, threads), (part, story)) in enumerate(lived, 1):
+            met.update(part)
+            if story:
+                failed.append(seed)
+                simplest = "" if threads else f"The simplest that fails so:\n\n{_simplest(seed)!r}\n"
+                print(f"{story}{simplest}")
+            if done % 1000 == 0:
+                print(f"{done} of {total}, {len(failed)} failed", file=sys.stderr)
+            if len(failed) >= _MOST_FAILURES:
+                break
+        pool.terminate()
+    print("".join(f"{count:8} {kind}\n" for kind, count in met.most_common()), end="")
+    if met[ADMISSION] > _MANY:
+        check_admissions(met)
+    sys.exit(1 if failed else 0)
+
+
+def _simplest(seed: int) -> Scenario:
+    return shrink(random_scenario(seed), failure_of)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ class HashContext:
         broken: whether every later call of `decode` fails.
         failed: the tokens of the batches that failed, as triples of sequence, position and token.
         trims: removals of a sequence's first positions only.
-        copies: sequences that were copied.
         restored: states that were restored.
         clears: how often it was emptied.
     """
@@ -83,9 +82,7 @@ class HashContext:
         self.cells, self.sequences, self.scratch, self.batch_size = cells, sequences, sequences, batch_size
         self.vocab_size = model.vocab_size
         self.offloaded, self.saves = offloaded, True
-        self.tokens = np.zeros(batch_size, np.int32)
-        self.positions = np.zeros(batch_size, np.int32)
-        self.seq_ids = np.zeros(batch_size, np.int32)
+        self.tokens, self.positions, self.seq_ids = (np.zeros(batch_size, np.int32) for _ in range(3))
         self.wants_logits = np.zeros(batch_size, np.int8)
         self._model, self._rotary = model, rotary
         self._window, self._window_chunk = window, window_chunk
@@ -98,14 +95,12 @@ class HashContext:
         self._spoilt = np.zeros(cells, bool)
         """Free cells in which a failure may have left what is no number, which gets into every row, though masked."""
         self._anything_spoilt = False
-        self._ranges: dict[int, tuple[int, int]] = {}
-        """The positions that sequences hold, as far as they have been looked at since they changed."""
         self._head = 0
         self._logits = np.full((batch_size, model.vocab_size), np.nan, np.float32)
         self._aborted = self.broken = self._closed = False
         self.violations: list[str] = []
         self.failed: list[list[tuple[int, int, int]]] = []
-        self.decodes = self.decoded = self.refused = self.trims = self.copies = self.restored = self.clears = 0
+        self.decodes = self.decoded = self.refused = self.trims = self.restored = self.clears = 0
 
     # -- what tests look at
 
@@ -152,8 +147,6 @@ class HashContext:
         kept = slots[:done]
         self._data[kept], self._at[kept] = np.array(contents, np.uint64), positions[:done]
         self._owners[kept] = np.left_shift(1, self.seq_ids[:done].astype(np.int64))
-        for seq_id in set(seq_ids):
-            self._ranges.pop(seq_id, None)
         self._head = (int(slots[-1]) + 1) % self.cells
         if self._anything_spoilt:
             self._spoilt[kept] = False
@@ -233,8 +226,6 @@ class HashContext:
         self._check(source != target, f"sequence {source} is copied onto itself")
         self._check(not len(self._cells_of(target)), f"sequence {target} is copied to while it holds cells")
         self._owners[self._cells_to_copy(source)] |= 1 << target
-        self._ranges.pop(target, None)
-        self.copies += 1
 
     def _cells_to_copy(self, source: int) -> NDArray[np.intp]:
         return self._cells_of(source)
@@ -253,7 +244,6 @@ class HashContext:
 
     def _let_go(self, seq_id: int, cells: NDArray[np.intp]) -> None:
         self._owners[cells] &= ~(1 << seq_id)
-        self._ranges.pop(seq_id, None)
         freed = cells[self._owners[cells] == 0]
         if len(freed):
             self._head = min(self._head, int(freed[0]))
@@ -261,11 +251,8 @@ class HashContext:
     def position_range(self, seq_id: int) -> tuple[int, int]:
         """Return the first and the last position of a sequence, or (-1, -1)."""
         self._check_ids(seq_id)
-        known = self._ranges.get(seq_id)
-        if known is None:
-            at = self._at[self._cells_of(seq_id)]
-            known = self._ranges[seq_id] = (int(at.min()), int(at.max())) if len(at) else (-1, -1)
-        return known
+        at = self._at[self._cells_of(seq_id)]
+        return (int(at.min()), int(at.max())) if len(at) else (-1, -1)
 
     def _cells_of(self, seq_id: int) -> NDArray[np.intp]:
         return (self._owners & (1 << seq_id)).nonzero()[0]
@@ -299,7 +286,6 @@ class HashContext:
             return False
         self._data[slots], self._at[slots], self._owners[slots] = pairs[:, 1], at, 1 << seq_id
         self._spoilt[slots] = False
-        self._ranges.pop(seq_id, None)
         self._head = (int(slots[-1]) + 1) % self.cells
         self.restored += 1
         return True
@@ -310,7 +296,6 @@ class HashContext:
         """Forget all sequences; with `zero` also what the cells hold."""
         self._check(not self._closed, "clear after close")
         self._owners[:] = 0
-        self._ranges.clear()
         self._head = 0
         self.clears += 1
         if zero:

@@ -20,7 +20,19 @@ KINDS = (
     "preemption", "trimming", "crossing", "restore", "shared prefix", "forks", "decode failure", "broken", "cancel",
     "deadline", "exact seed", "stop", "refusal", "full queue", "fault", "generation error", "max time", "beams",
 )  # fmt: skip
-"""What a life may meet."""
+"""What a life may meet; its counter holds 1 for what it has met."""
+ADMISSION, EARLY = "admissions beside others", "of them preempted before a token"
+"""What its counter holds besides: how often a request entered a context in which others ran, and how many of those
+that did were preempted before a token was chosen for them."""
+
+
+def check_admissions(met: Counter[str]) -> None:
+    """Check, over some hundred lives, that requests are admitted only where they have room until they decode.
+
+    How many steps that takes is estimated, so a few are preempted before: 1 in 100. Without the estimate, or without
+    the cells that other prompts still take, it is 5 and more.
+    """
+    assert met[EARLY] <= met[ADMISSION] / 50, f"{met[EARLY]} of {met[ADMISSION]} requests are admitted too early"
 
 
 def live(scenario: Scenario, **options: object) -> Counter[str]:
@@ -31,7 +43,7 @@ def live(scenario: Scenario, **options: object) -> Counter[str]:
         options: as `make_core` takes them.
 
     Returns:
-        What was met, of `KINDS`.
+        What was met: `KINDS`, `ADMISSION` and `EARLY`.
 
     Raises:
         AssertionError: the engine did what it must not do.
@@ -71,7 +83,10 @@ class Life:
         self.stopped = self.broken = False
         self.met: Counter[str] = Counter()
         self._stood: dict[int, int] = {}
-        self._entered: set[int] = set()
+        self._entered: set[tuple[int, int]] = set()
+        """The contexts and arrivals of requests that were admitted in this step."""
+        self._admitted: dict[int, int | None] = {}
+        """The length of each request when it was last admitted beside others; None when it was admitted alone."""
 
     def run(self) -> Counter[str]:
         """Live to the end."""
@@ -122,7 +137,7 @@ class Life:
         running, progress = self._running(), self._progress()
         failures = [len(context.failed) for context in self.contexts]
         started = {client.number for client in clients if client.ended}
-        lengths, traces = self._lengths(), self._traces()
+        lengths, traces, preemptions = self._lengths(), self._traces(), self.scheduler.preemptions
         self._entered.clear()
         try:
             core.step()
@@ -137,7 +152,7 @@ class Life:
         news = [client for client in clients if client.ended and client.number not in started]
         for client in news:
             client.check_events()
-        self._check_preempted(running, failures)
+        self._check_preempted(running, failures, preemptions)
         self._check_exact(running, traces, news)
         if failures == [len(context.failed) for context in self.contexts]:
             stuck = {arrival for arrival, length in self._lengths().items() if lengths.get(arrival) == length}
@@ -146,7 +161,7 @@ class Life:
             most = 3 if self.scenario.sizes else 0
             assert max(self._stood.values(), default=0) <= most, f"{self._stood} decode, but did not go on"
         self._check_failures(failures, news)
-        self._check_books()
+        self._check_cells()
         waits = sum(client.in_flight for client in clients)
         assert core.in_flight == waits, f"{core.in_flight} requests are in flight for the engine, {waits} for those"
 
@@ -180,10 +195,12 @@ class Life:
         enter = self.scheduler._enter
 
         def watched(request: RunningRequest, runner: ModelRunner) -> None:
-            queue = self._queues()[self.scheduler.runners.index(runner)]
-            first = min(client.running.arrival for client in queue if client.running is not None)
+            place = self.scheduler.runners.index(runner)
+            first = min(client.running.arrival for client in self._queues()[place] if client.running is not None)
             assert first == request.arrival, f"{request.arrival} overtakes {first}"
-            self._entered.add(request.arrival)
+            self._entered.add((place, request.arrival))
+            self._admitted[request.arrival] = request.length if runner.running else None
+            self.met[ADMISSION] += bool(runner.running)
             enter(request, runner)
 
         self.scheduler._enter = watched  # type: ignore[method-assign]
@@ -208,7 +225,7 @@ class Life:
             assert cleared > clears or not exact - before[place], "a request with a seed began in a used context"
             alone = before[place] and before[place] <= self._exact and ended_exact
             # Others may have come, run and left within the step.
-            others = self._entered - self._exact
+            others = {arrival for context, arrival in self._entered if context == place} - self._exact
             assert saved == saves or not alone or others, "a request with a seed left a prefix behind"
 
     @property
@@ -216,16 +233,20 @@ class Life:
         found = [client.running for client in self.clients if client.running is not None]
         return {request.arrival for request in found if request.exact}
 
-    def _check_preempted(self, before: list[set[int]], failures: list[int]) -> None:
-        """Check that those who were sent back had come after all who stayed."""
-        bound = sum(client.rows * client.length for client in self.clients if client.accepted)
-        assert self.scheduler.preemptions <= bound, "the engine takes no end of preemptions"
-        queues = self._queues()
+    def _check_preempted(self, before: list[set[int]], failures: list[int], preemptions: int) -> None:
+        """Check that those who were preempted are counted, and had come after all who stayed."""
+        preempted = 0
         for place, running in enumerate(self._running()):
-            if len(self.contexts[place].failed) == failures[place]:
-                waiting = {each.running.arrival for each in queues[place] if each.running is not None}
-                back, stayed = before[place] & waiting, before[place] & running
-                assert not back or not stayed or min(back) > max(stayed), f"of {before[place]} {back} were sent back"
+            if len(self.contexts[place].failed) > failures[place]:
+                return  # who was not in the failed batch is sent back too
+            requests = [client.running for client in self._queues()[place] if client.running is not None]
+            waiting = {request.arrival: request for request in requests}
+            back = {arrival for arrival in waiting if arrival in before[place] or (place, arrival) in self._entered}
+            preempted += len(back)
+            assert not back or not running or min(back) > max(running), f"{back} were sent back, {running} stayed"
+            self.met[EARLY] += sum(waiting[arrival].length == self._admitted[arrival] for arrival in back)
+        counted = self.scheduler.preemptions - preemptions
+        assert counted == preempted, f"{counted} preemptions are counted, {preempted} took place"
 
     def _check_failures(self, before: list[int], news: list[Client]) -> None:
         """Check that a failed batch fails those who had tokens in it, and nobody else."""
@@ -243,16 +264,16 @@ class Life:
                 hit.update(who)
         assert hit == {client.number for client in failed}, f"of {failed} only {hit} had tokens in a batch that failed"
 
-    def _check_books(self) -> None:
+    def _check_cells(self) -> None:
         for context, runner in zip(self.contexts, self.scheduler.runners, strict=True):
             kv = runner.kv
             assert not context.violations, context.violations
-            assert not context.refused, "the books said that there are free cells"
+            assert not context.refused, "the engine decoded more tokens than there were free cells"
             kv.audit()
-            assert kv.used == context.used, f"{kv.used} cells are used in the books, {context.used} in the context"
+            assert kv.used == context.used, f"the engine counts {kv.used} used cells, the context {context.used}"
             ranges = list(zip(kv.start, kv.length, strict=True))
             held = sum(end - start for start, end in ranges)
-            assert held == context.held, f"{held} positions are held in the books, {context.held} in the context"
+            assert held == context.held, f"the engine counts {held} held positions, the context {context.held}"
             taken = kv.sequences - kv.free_sequences
             rows = sum(request.rows for request in runner.running)
             assert taken <= rows, f"{taken} sequences are taken, by {rows} rows at most"
@@ -270,7 +291,7 @@ class Life:
         assert not scheduler.waiting, "requests wait after the end"
         assert not scheduler.running, "requests run after the end"
         if not self.stopped:
-            self._check_books()
+            self._check_cells()
             for context, runner in zip(self.contexts, scheduler.runners, strict=True):
                 assert runner.kv.free_sequences == runner.kv.sequences, "sequences are taken after the end"
                 assert context.used == 0, "cells are used after the end"
@@ -287,8 +308,8 @@ class Life:
         for kind, found in self._kinds_of(finished):
             met[kind] += found
         met["exact seed"] += scenario.exact_seeds and any(client.config.seed is not None for client in finished)
-        for kind in [kind for kind in met if met[kind]]:
-            met[kind] = 1
+        for kind in KINDS:
+            met[kind] = min(met[kind], 1)
 
     def _kinds_of(self, finished: list[Client]) -> Iterator[tuple[str, bool]]:
         for client in self.clients:

@@ -69,7 +69,6 @@ class Answer:
         result: what it generates, or None when it fails.
         error: why it fails, or None.
         emitted: pairs of the returned sequence's index and its token, in the order in which they are chosen.
-        steps: how often tokens are chosen.
         forks: whether a row is continued by several.
         crosses: whether all is computed anew with the second set of rotary factors.
     """
@@ -77,7 +76,6 @@ class Answer:
     result: GenerationResult | None = None
     error: Exception | None = None
     emitted: list[tuple[int, int]] = field(default_factory=list)
-    steps: int = 0
     forks: bool = False
     crosses: bool = False
 
@@ -150,7 +148,6 @@ def _run(decoder: Decoder, prompt: list[int], model: HashModel, attention: Atten
         logits = np.empty((len(rows), model.vocab_size), np.float32)
         model.logits([row.tokens[-1] for row in rows], contents, logits)
         (step,) = advance([decoder], logits)
-        found.steps += 1
         found.emitted += step.emitted
         found.forks |= len(set(step.parents)) < len(step.parents)
         rows = [rows[parent].fork(token) for parent, token in zip(step.parents, step.tokens, strict=True)]

@@ -13,16 +13,9 @@ from tests.support.scenarios import FAULTS, INFINITE, NAN, TEXTS, Ask, Scenario
 
 USUAL = range(1, NAN)
 _LENGTHS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
-_PLAIN = {
-    *_LENGTHS,
-    "do_sample",
-    "seed",
-    "temperature",
-    "top_k",
-    "num_beams",
-    "num_beam_groups",
-    "diversity_penalty",
-} | {"num_return_sequences"}
+_BEAMS = ("num_beams", "num_beam_groups", "diversity_penalty", "num_return_sequences")
+PLAIN = {*_LENGTHS, *_BEAMS, "do_sample", "seed", "temperature", "top_k"}
+"""The parameters of most requests."""
 _MODES = ("greedy", "sample", "beam", "beam_sample", "group_beam")
 
 
@@ -100,7 +93,7 @@ class _Maker:
         )
 
     def _tightened(self) -> Scenario:
-        """Give each context few more cells than its largest request needs."""
+        """Return the scenario with few more cells in each context than its largest request needs, or some too few."""
         scenario = self.scenario
         cells: list[int] = []
         for number in range(len(scenario.cells)):
@@ -108,7 +101,8 @@ class _Maker:
             needs = [_most_cells(scenario, ask, longest) for ask in self.asks if ask.after is None]
             most = sorted(need for need in needs if need <= 280)[-1 - self.often(0.2) :]
             least = max((max(most[:1], default=16), 3, *cells))
-            cells.append(least + 1 + (0 if self.often(0.3) else self.between(0, 12)))
+            more = self.chance.choices((1, self.between(1, 13), self.between(-8, 1)), weights=(6, 13, 1))[0]
+            cells.append(max(3, *cells, least + more))
         return dataclasses.replace(scenario, cells=tuple(cells))
 
     def _failure(self, steps: int) -> Failure:
@@ -173,7 +167,7 @@ class _Maker:
         """Return the parameters of a request with a prompt of a length."""
         kwargs, scenario = self.requests.make(mode).kwargs, self.scenario
         if self.crowded and self.often(0.7):
-            kwargs = {name: value for name, value in kwargs.items() if name in _PLAIN}
+            kwargs = {name: value for name, value in kwargs.items() if name in PLAIN}
         kwargs.pop("max_length", None)
         if self.often(0.97):
             most = min(scenario.parallel, scenario.batch_size)

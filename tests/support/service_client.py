@@ -55,7 +55,7 @@ class Ask:
         return isinstance(self.body, dict) and (self.body.get("seed", self.kwargs.get("seed")) is not None)
 
     def after(self, before: Ask, text: str) -> Ask:
-        """Give this request as one that goes on from what was asked before and the answer to it."""
+        """Return this request as one that goes on from what was asked before and the answer to it."""
         if not (isinstance(self.body, dict) and isinstance(before.body, dict)):
             return self
         if "messages" in self.body:
@@ -100,6 +100,11 @@ class Outcome:
     sentence: str = ""
     retry_after: str | None = None
     trouble: str = ""
+
+    @property
+    def has_decided(self) -> bool:
+        """Whether the service answered the request or refused it for good."""
+        return self.status not in {0, 429} and self.status < 500
 
     @property
     def failed_by_itself(self) -> bool:
@@ -189,7 +194,7 @@ def _read_stream(ask: Ask, content: bytes, seconds: float) -> Outcome:
 
 
 def _joined(chunks: list[dict[str, Any]]) -> Answer:
-    """Give the answer whose chunks these are."""
+    """Return the answer whose chunks these are."""
     texts: dict[int, str] = {}
     ends: dict[int, Any] = {}
     numbers: dict[int, list[float | None]] = {}
@@ -225,8 +230,8 @@ def _numbers(logprobs: dict[str, Any] | None) -> list[float | None]:
 # -- judging
 
 
-def column_of(ask: Ask, outcome: Outcome) -> str:
-    """Give what an outcome is counted as."""
+def column_of(outcome: Outcome) -> str:
+    """Return what an outcome is counted as."""
     if outcome.status == LEFT:
         return "left"
     if outcome.status == 200 and outcome.answer is not None:
@@ -239,7 +244,7 @@ def column_of(ask: Ask, outcome: Outcome) -> str:
 
 
 def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: float) -> str:
-    """Say what is wrong with an outcome; "" when nothing is.
+    """Return what is wrong with an outcome; "" when nothing is.
 
     Args:
         ask: what was asked.
@@ -247,7 +252,7 @@ def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: flo
         deadline: seconds in which an answer must be there.
         refusal: seconds in which a refusal must be there, whatever the load.
     """
-    status, column = outcome.status, column_of(ask, outcome)
+    status, column = outcome.status, column_of(outcome)
     if outcome.trouble:
         return f"{outcome.trouble} (status {status}, {outcome.seconds:.1f} s)"
     if outcome.seconds > deadline:
@@ -265,12 +270,12 @@ def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: flo
     if outcome.seconds > refusal:
         return f"refused after {outcome.seconds:.1f} s: {status} {outcome.sentence}"
     if len(outcome.sentence) < 10 or ask.names not in outcome.sentence:
-        return f"its refusal does not tell of {ask.names!r}: {status} {outcome.sentence!r}"
+        return f"its refusal does not name {ask.names!r}: {status} {outcome.sentence!r}"
     return ""
 
 
 def difference(one: Outcome, other: Outcome, tolerance: float) -> str:
-    """Say how two outcomes of the same request differ; "" when they do not.
+    """Return how two outcomes of the same request differ; "" when they do not.
 
     Args:
         one: the first.
@@ -281,7 +286,7 @@ def difference(one: Outcome, other: Outcome, tolerance: float) -> str:
         same = one.status == other.status and (one.answer is None) == (other.answer is None)
         return "" if same else f"{one.status} {one.sentence!r}, but {other.status} {other.sentence!r}"
     if one.answer.tokens != other.answer.tokens:
-        return _first_difference(one.answer.tokens, other.answer.tokens)
+        return f"{one.answer.tokens!r}, but {other.answer.tokens!r}"
     if len(one.answer.numbers) != len(other.answer.numbers):
         return f"{len(one.answer.numbers)} numbers, but {len(other.answer.numbers)}"
     for place, (a, b) in enumerate(zip(one.answer.numbers, other.answer.numbers, strict=True)):
@@ -294,18 +299,3 @@ def _near(a: float | None, b: float | None, tolerance: float) -> bool:
     if a is None or b is None or a == b:
         return a == b
     return tolerance > 0 and math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
-
-
-def _first_difference(one: Any, other: Any, where: str = "") -> str:
-    """Say where two texts, or lists of equal structure, begin to differ, and how they go on from there."""
-    if isinstance(one, list) and isinstance(other, list) and one and isinstance(one[0], list):
-        for index, pair in enumerate(zip(one, other, strict=False)):
-            if pair[0] != pair[1]:
-                return _first_difference(*pair, f"{where}[{index}]")
-    if type(one) is not type(other) or not isinstance(one, str | list):
-        return f"{where} {one!r}, but {other!r}"
-    place = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return (
-        f"{where}[{place}:], of {len(one)} and {len(other)}: {one[place : place + 60]!r}, "
-        f"but {other[place : place + 60]!r}"
-    )

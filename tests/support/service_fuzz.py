@@ -20,34 +20,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import httpx
-from rich.console import Console
-from rich.table import Table
-
 from tests.support.service_client import CHAT, Ask, Outcome, column_of, complaint_about, difference, send
 from tests.support.service_requests import VOCABULARY, WORDS, AskMaker, Chain
-from tests.support.service_setups import KINDS, USUAL_KINDS, Setup, make_model, make_setups
-from tests.support.services import Server, known_options, serving, wait_for
+from tests.support.service_setups import USUAL_KINDS, Setup, make_model, make_setups
+from tests.support.services import Server, serving, wait_for
 
-COLUMNS = ("answered", "refused", "queue full", "left", "nothing to choose", "failed")
 _SLACK = 30.0
 """Seconds after its deadline in which the answer to a request reaches a client of a busy machine."""
-
-_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 _TOLERANCE = 1e-3
 _NOISES = (1e-5,) * 10 + (1e-4,) * 10
 _MOST_DOUBTS = 5
@@ -64,12 +58,12 @@ class Failure:
     ask: Ask | None = None
 
     def to_json(self) -> str:
-        """Give it as one line."""
-        told: dict[str, Any] = {"what": self.what, "model": self.setup.kind, "options": self.options}
+        """Return it as one line."""
+        shown: dict[str, Any] = {"what": self.what, "model": self.setup.kind, "options": self.options}
         if self.ask is not None:
             body = self.ask.body if isinstance(self.ask.body, dict) else repr(self.ask.body[:200])
-            told |= {"kind": self.ask.kind, "leaves": self.ask.leaves, "path": self.ask.path, "body": body}
-        return json.dumps(told)
+            shown |= {"kind": self.ask.kind, "leaves": self.ask.leaves, "path": self.ask.path, "body": body}
+        return json.dumps(shown)
 
 
 @dataclass
@@ -84,16 +78,6 @@ class Report:
         self.failures += other.failures
         return self
 
-    def table(self) -> Table:
-        """Give the counts by kind and outcome."""
-        columns = (*COLUMNS, "not sent", "compared", "equal", "by rounding", "different")
-        table = Table("kind", *columns, box=None)
-        for kind in sorted({kind for kind, _ in self.counts}):
-            table.add_row(kind, *(str(self.counts[kind, column] or "") for column in columns))
-        totals = [sum(count for (_, name), count in self.counts.items() if name == column) for column in columns]
-        table.add_row("all", *map(str, totals), style="bold")
-        return table
-
 
 class Trial:
     """One service, tried.
@@ -102,11 +86,9 @@ class Trial:
         setup: its kind and options.
         model: the GGUF.
         folder: where logs go.
-        known: the options that ``serve`` has.
         seed: of all that is random.
         threads: clients at a time.
         refusal: seconds in which a refusal must come, whatever the load.
-        options: further ones of ``serve``.
     """
 
     def __init__(
@@ -115,11 +97,9 @@ class Trial:
         model: Path,
         folder: Path,
         *,
-        known: frozenset[str],
         seed: int,
         threads: int = 12,
         refusal: float = 10.0,
-        options: Sequence[str] = (),
     ) -> None:
         self.report = Report()
         self._setup = setup
@@ -129,16 +109,19 @@ class Trial:
         self._threads = threads
         self._refusal = refusal
         self._deadline = setup.request_timeout + _SLACK
-        self._options = [*setup.arguments(known), *options]
-        self._fresh_options = [*setup.arguments(known, prefix_cache=False), *options]
+        self._options, self._fresh_options = setup.arguments(), setup.arguments(prefix_cache=False)
         self._lost = threading.Event()
         self._lock = threading.Lock()
 
     def run(self, blocks: Sequence[list[Chain]], share: float) -> Report:
         """Send all requests, look at the service, and repeat a share of those that can be repeated."""
         with self._serving(self._options) as server:
-            done = self._send_all(server, deque(chain for block in blocks for chain in block))
-            asked = [pair for pair in done if pair[0].repeats and self._is_repeated(pair, share)]
+            done = self._send_all(server, [*itertools.chain.from_iterable(blocks)])
+            asked = [
+                (ask, outcome)
+                for ask, outcome in done
+                if ask.repeats and outcome.has_decided and (ask.always or self._random.random() < share)
+            ]
             repeated: list[Outcome] = []
             if not self._lost.is_set() and not self._note_all(server.troubles(self._deadline)):
                 repeated = [self._send_alone(server, ask) for ask, _ in asked]
@@ -146,7 +129,7 @@ class Trial:
             errors = server.logged_errors()
             self._note_all(errors)
             self._stop_while_busy(server)
-            # What is aborted at the end is told as an error by llama.cpp.
+            # llama.cpp logs what is aborted at the end as an error.
             self._note_all([line for line in server.logged_errors()[len(errors) :] if "Traceback" in line])
         if repeated and self._setup.is_exact:
             with self._serving(self._fresh_options) as fresh:
@@ -166,49 +149,29 @@ class Trial:
 
     # -- many at a time
 
-    def _send_all(self, server: Server, chains: deque[Chain]) -> list[tuple[Ask, Outcome]]:
+    def _send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
+        with ThreadPoolExecutor(self._threads) as pool:
+            pairs = pool.map(functools.partial(self._send_chain, server), chains)
+            return [*itertools.chain.from_iterable(pairs)]
+
+    def _send_chain(self, server: Server, chain: Chain) -> list[tuple[Ask, Outcome]]:
         done: list[tuple[Ask, Outcome]] = []
-
-        def work() -> None:
-            while not self._lost.is_set():
-                with self._lock:
-                    if not chains:
-                        return
-                    chain = chains.popleft()
-                for pair in self._send_chain(server, chain):
-                    with self._lock:
-                        done.append(pair)
-
-        workers = [threading.Thread(target=work) for _ in range(self._threads)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        self.report.counts.update((ask.kind, "not sent") for chain in chains for ask in chain)
-        return done
-
-    def _send_chain(self, server: Server, chain: Chain) -> Iterator[tuple[Ask, Outcome]]:
-        before: tuple[Ask, Outcome] | None = None
         for planned in chain:
+            if self._lost.is_set():
+                break
             ask = planned
-            if planned.follows and before is not None and before[1].answer is not None:
-                ask = planned.after(before[0], before[1].answer.text)
+            if planned.follows and done and done[-1][1].answer is not None:
+                ask = planned.after(done[-1][0], done[-1][1].answer.text)
             outcome = send(server.port, ask, self._deadline)
+            done.append((ask, outcome))
             complaint = complaint_about(ask, outcome, deadline=self._deadline, refusal=self._refusal)
             with self._lock:
-                self.report.counts[ask.kind, column_of(ask, outcome)] += 1
+                self.report.counts[ask.kind, column_of(outcome)] += 1
                 if complaint:
                     self._note(complaint, ask)
-            if complaint and (outcome.status == 0 or not _is_alive(server)):
+            if complaint and (outcome.status == 0 or not server.is_alive()):
                 self._lost.set()
-            yield ask, outcome
-            before = ask, outcome
-
-    def _is_repeated(self, pair: tuple[Ask, Outcome], share: float) -> bool:
-        ask, outcome = pair
-        if outcome.status in {0, 429} or outcome.status >= 500:
-            return False
-        return ask.always or self._random.random() < share
+        return done
 
     # -- alone
 
@@ -257,90 +220,50 @@ class Trial:
         """Send SIGTERM while requests run; the process ends with 0 within its grace period and a while."""
         most = max(8, min(400, self._setup.cells // 8))
         endless = {"do_sample": False, "max_new_tokens": most, "eos_token_id": [], "max_time": 20}
-        asks = [
-            Ask(
-                "at the end",
-                CHAT,
-                {"prompt": word, "stream": beams == 1, "generate_kwargs": endless | {"num_beams": beams}},
-            )
+        bodies = [
+            {"prompt": word, "stream": beams == 1, "generate_kwargs": endless | {"num_beams": beams}}
             for word, beams in zip(WORDS, (1, 1, 4, 1, 4, 1), strict=False)
         ]
-        clients = [threading.Thread(target=send, args=(server.port, ask, self._deadline)) for ask in asks]
-        if not self._lost.is_set():
-            for client in clients:
-                client.start()
-            wait_for(lambda: bool(server.metrics()["num_requests_running"]) or not any(map(_runs, clients)))
-        try:
-            code, _ = server.stop(patience=self._deadline)
-            if code != 0:
-                self._note(f"SIGTERM ends it with exit code {code}")
-        except subprocess.TimeoutExpired:
-            self._note(f"SIGTERM does not end it within {self._deadline:g} seconds")
-            server.process.kill()
-        for client in filter(_runs, clients):
-            client.join()
-
-
-def _runs(thread: threading.Thread) -> bool:
-    return thread.is_alive()
-
-
-def _is_alive(server: Server) -> bool:
-    try:
-        return server.get("/livez").status_code == 200
-    except httpx.HTTPError:
-        return False
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            if not self._lost.is_set():
+                asks = [Ask("at the end", CHAT, body) for body in bodies]
+                sent = [pool.submit(send, server.port, ask, self._deadline) for ask in asks]
+                wait_for(lambda: bool(server.metrics()["num_requests_running"]) or all(each.done() for each in sent))
+            try:
+                code, _ = server.stop(patience=self._deadline)
+                if code != 0:
+                    self._note(f"SIGTERM ends it with exit code {code}")
+            except subprocess.TimeoutExpired:
+                self._note(f"SIGTERM does not end it within {self._deadline:g} seconds")
+                server.process.kill()
 
 
 def main() -> int:
-    """Try all services, print what came of it, and give exit code 1 when anything is wrong."""
+    """Try all services, print what came of it, and return exit code 1 when anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=2000, help="in all (default: 2000)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=int, default=2000, help="how many, over all services (default: 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="of services and requests (default: 0)")
     parser.add_argument("--services", type=int, default=24, help="how many share them (default: 24)")
-    parser.add_argument("--kinds", nargs="+", choices=[*KINDS], default=[*USUAL_KINDS], help="of models")
-    parser.add_argument("--only", type=int, nargs="+", help="these of the services alone, by number")
-    parser.add_argument("--threads", type=int, default=12, help="clients at a time (default: 12)")
-    parser.add_argument("--crosstalk", type=int, default=1, help="rounds in each service of beams that leave")
-    parser.add_argument("--share", type=float, default=0.15, help="of repeatable requests, that is repeated alone")
-    parser.add_argument("--request-timeout", type=float, default=120.0, help="as of serve (default: 120)")
-    parser.add_argument("--options", default="", help="further ones of serve, such as '--batch-size 64'")
-    parser.add_argument("--show", type=int, default=20, help="failures that are printed (default: 20)")
-    parser.add_argument("--failures", type=Path, help="a file that all of them are added to")
+    parser.add_argument("--only", type=int, nargs="+", help="try these services alone, by their numbers")
     arguments = parser.parse_args()
-    console, report, known, started = Console(width=160), Report(), known_options(), time.monotonic()
-    setups = make_setups(arguments.seed, arguments.services, arguments.kinds, arguments.request_timeout)
+    report = Report()
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        models = {kind: make_model(folder, kind, arguments.seed) for kind in arguments.kinds}
-        for number, setup in enumerate(setups):
+        models = {kind: make_model(folder, kind, arguments.seed) for kind in USUAL_KINDS}
+        for number, setup in enumerate(make_setups(arguments.seed, arguments.services)):
             if arguments.only and number not in arguments.only:
                 continue
             seed = arguments.seed * 1000 + number
-            share = len(range(number, arguments.requests, len(setups)))
-            trial = Trial(
-                setup,
-                models[setup.kind],
-                folder,
-                known=known,
-                seed=seed,
-                threads=arguments.threads,
-                options=shlex.split(arguments.options),
-            )
-            before = time.monotonic()
-            tried = trial.run(AskMaker(seed, setup).chains(share, arguments.crosstalk), arguments.share)
-            told = f"{number}: {setup.kind}, {' '.join(setup.arguments(known)[10:])}"
-            console.print(f"{told}: {len(tried.failures)} failures, {time.monotonic() - before:.0f} s", **_PLAIN)
-            for failure in tried.failures:
-                console.print(f"    {failure.ask.kind if failure.ask else 'service'}: {failure.what[:300]}", **_PLAIN)
-            if arguments.failures is not None:
-                with arguments.failures.open("a") as file:
-                    file.writelines(f"{failure.to_json()}\n" for failure in tried.failures)
+            count = len(range(number, arguments.requests, arguments.services))
+            trial = Trial(setup, models[setup.kind], folder, seed=seed)
+            tried = trial.run(AskMaker(seed, setup).chains(count, crosstalk=1), share=0.15)
+            print(f"{number}: {setup}: {len(tried.failures)} failures", flush=True)
             report += tried
-    console.print(report.table(), highlight=False)
-    for failure in report.failures[: arguments.show]:
+    for (kind, outcome), count in sorted(report.counts.items()):
+        print(f"{count:8} {kind}: {outcome}")
+    for failure in report.failures:
         print(failure.to_json())
-    print(f"seed {arguments.seed}: {len(report.failures)} failures in {time.monotonic() - started:.0f} s.")
+    print(f"seed {arguments.seed}: {len(report.failures)} failures")
     return int(bool(report.failures))
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.scenario_maker import PLAIN
 from tests.support.service_client import CHAT, CHAT_COMPLETIONS, COMPLETIONS, Ask
 from tests.support.service_setups import ORIGINAL_CONTEXT, Setup
-from tests.support.service_wrongs import WRONG
 
 VOCABULARY = phi3_vocabulary(merges=300)
 WORDS = [
@@ -24,15 +24,26 @@ WORDS = [
 _FIRST_TOKEN, _LAST_TOKEN = 259, 500
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "forced_bos_token_id")
 _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "beam_sample": 2}
-_ODD_SCORES = {
-    "temperature": 0.9,
-    "repetition_penalty": 1e-38,
-    "max_new_tokens": 5,
-    "top_k": 1,
-    "typical_p": 0.5,
-    "min_p": 0.05,
-    "no_repeat_ngram_size": 2,
-}
+_MESSAGE = {"role": "user", "content": "hello"}
+_WRONG: tuple[tuple[str, str, dict[str, Any] | bytes, str], ...] = (
+    (CHAT, "application/json", {}, "prompt"),
+    (CHAT, "application/json", {"messages": [{"role": "emperor", "content": "a"}]}, "emperor"),
+    (CHAT, "application/json", b'{"prompt":', "JSON"),
+    (CHAT, "application/json", b"[" * 100_000, ""),
+    (CHAT, "application/json", b'{"prompt": "\xff"}', "JSON"),
+    (CHAT, "text/plain", {"prompt": "a"}, "application/json"),
+    (CHAT, "application/json", b'{"prompt": "' + b"a " * 140_000 + b'"}', "--max-body-size"),
+    ("/chats", "application/json", {"prompt": "a"}, "/chats"),
+    (CHAT, "application/json", {"prompt": "a", "generate_kwargs": {"max_lenght": 5}}, "max_lenght"),
+    (CHAT, "application/json", {"prompt": "a", "generate_kwargs": {"top_p": 1.5}}, "top_p"),
+    (CHAT, "application/json", {"prompt": "a", "generate_kwargs": {"eos_token_id": 10**6}}, "eos_token_id"),
+    (CHAT_COMPLETIONS, "application/json", {"messages": []}, "messages"),
+    (CHAT_COMPLETIONS, "application/json", {"messages": [_MESSAGE], "stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    (COMPLETIONS, "application/json", {"prompt": [10**6]}, "prompt[0]"),
+    (COMPLETIONS, "application/json", {"prompt": ["a", 5]}, "prompt"),
+    (COMPLETIONS, "application/json", {"prompt": "the cat", "best_of": 3}, "best_of"),
+)
+"""Route, media type, body, and what the sentence of the refusal names. `tests/api` holds all the others."""
 
 
 Chain = list[Ask]
@@ -62,11 +73,10 @@ class AskMaker:
         """Make about `count` requests in blocks, in random order; the chains of a block belong beside each other.
 
         Args:
-            count: how many, those named in the issue and those of the rounds included.
+            count: how many, those of the rounds included.
             crosstalk: rounds in which beams leave beside greedy requests.
         """
-        blocks = [[[ask] for ask in pair] for pair in self._named()]
-        blocks += [self.crosstalk() for _ in range(crosstalk)]
+        blocks = [self.crosstalk() for _ in range(crosstalk)]
         left = count - sum(len(chain) for block in blocks for chain in block)
         while left > 0:
             chain = self._chain()[:left]
@@ -75,35 +85,7 @@ class AskMaker:
         self._chance.shuffle(blocks)
         return blocks
 
-    # -- requests that once stopped a service
-
-    def _named(self) -> list[list[Ask]]:
-        beams = {"num_beams": 4, "max_length": 4100, "do_sample": False}
-        drawn = {"num_return_sequences": 4, "max_length": 4100, "do_sample": True, "seed": 3, "eos_token_id": []}
-        long_prompt = {"prompt": self._fresh(3000)}
-        odd = {"prompt": self._words(9), "generate_kwargs": _ODD_SCORES | {"seed": 8}}
-        pairs = [[Ask("odd scores", CHAT, odd, repeats=True, always=True)]]
-        fits = self._setup.cells >= 4 * 4100
-        if self._setup.kind == "128k" and self._longest >= 3000:
-            crossing = {"kind": "crossing", "path": CHAT, "repeats": True, "always": True}
-            crossing |= {"must": "answer" if fits else ""}
-            pairs += [
-                [Ask(body=long_prompt | {"generate_kwargs": beams}, **crossing)],
-                [Ask(body=long_prompt | {"generate_kwargs": beams | {"seed": 1}}, **crossing)],
-                [Ask(body=long_prompt | {"generate_kwargs": drawn}, **crossing)],
-            ]
-        if self._setup.window == 2047 and self._longest >= 2000:
-            one = {"do_sample": False, "max_new_tokens": 120, "eos_token_id": []}
-            several = one | {"num_return_sequences": 4, "do_sample": True, "seed": 5}
-            pairs.append(
-                [
-                    Ask("long several", CHAT, {"prompt": self._fresh(size), "generate_kwargs": kwargs}, repeats=True)
-                    for size, kwargs in ((1800, one), (2000, several))
-                ]
-            )
-        four = {"num_beams": 4, "do_sample": False, "max_new_tokens": 10}
-        pairs.append([self._of("beam", {"prompt": self._words(8), "generate_kwargs": four}, rows=4, length=18)])
-        return pairs
+    # -- what is known of them
 
     def _of(self, kind: str, body: dict[str, Any], rows: int, length: int, path: str = CHAT) -> Ask:
         kwargs = body.get("generate_kwargs", {})
@@ -113,7 +95,7 @@ class AskMaker:
         return Ask(kind, path, body, repeats=repeats, must=must)
 
     def _fits(self, rows: int, length: int) -> bool:
-        """Say whether a request fits in any case, however a service divides its cells."""
+        """Return whether a request fits in any case, however a service divides its cells."""
         cells = self._setup.cells if rows == 1 else min(self._setup.cells, ORIGINAL_CONTEXT)
         return rows <= self._setup.parallel and rows * length <= cells
 
@@ -135,8 +117,8 @@ class AskMaker:
         return block
 
     def _asking(self, question: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-        told = {"return_dict_in_generate": True, "output_scores": True}
-        return {"messages": [{"role": "user", "content": question}], "generate_kwargs": kwargs | told}
+        scored = {"return_dict_in_generate": True, "output_scores": True}
+        return {"messages": [{"role": "user", "content": question}], "generate_kwargs": kwargs | scored}
 
     # -- random ones
 
@@ -161,7 +143,7 @@ class AskMaker:
         return [ask]
 
     def _words(self, count: int) -> str:
-        """Give so many words: the beginning of a long text that others begin with too, a changed one, or new ones."""
+        """Return so many words: the beginning of a long text that others begin with too, a changed one, or new ones."""
         head = self._chance.choice(self._heads)
         kind = self._chance.random()
         if kind < 0.3 and count <= len(head):
@@ -169,11 +151,8 @@ class AskMaker:
         own = self._chance.randint(1, min(count, 20)) if kind < 0.8 else count
         return " ".join((head * (1 + count // len(head)))[: count - own] + self._chance.choices(WORDS, k=own))
 
-    def _fresh(self, count: int) -> str:
-        return " ".join(self._chance.choices(WORDS, k=count))
-
     def _sizes(self, rows: int) -> tuple[int, int]:
-        """Give the tokens of a prompt and of its answer: short ones, and those that end where something else begins."""
+        """Return the tokens of a prompt and of its answer: few, or such that they end where something else begins."""
         chance, setup = self._chance, self._setup
         new = chance.choice((1, 2, 3, 8, 16, 33, 64, 64, 120, 200 if rows > 1 else 400))
         kind = chance.random()
@@ -196,14 +175,13 @@ class AskMaker:
         return min(max(1, prompt), self._longest), new
 
     def _mode(self) -> tuple[str, dict[str, Any], int]:
-        """Give a mode, its parameters without lengths, and how many sequences it decodes at once."""
+        """Return a mode, its parameters without lengths, and how many sequences it decodes at once."""
         chance = self._chance
         mode = chance.choices([*_MODES], [*_MODES.values()])[0]
+        kwargs = self._maker.make("sample" if mode == "several" else mode).kwargs
         if chance.random() < 0.5:
-            made = self._maker.make("sample" if mode == "several" else mode).kwargs
-            kwargs = {name: value for name, value in made.items() if name not in _LENGTHS}
-        else:
-            kwargs = self._plain(mode)
+            kwargs = {name: value for name, value in kwargs.items() if name in PLAIN}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _LENGTHS}
         if mode == "sample":
             kwargs["num_return_sequences"] = 1
             if chance.random() < 0.2:
@@ -215,21 +193,6 @@ class AskMaker:
             kwargs["eos_token_id"] = []
             kwargs.pop("exponential_decay_length_penalty", None)
         return mode, kwargs, max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
-
-    def _plain(self, mode: str) -> dict[str, Any]:
-        chance = self._chance
-        drawn = {"do_sample": True, "seed": chance.randrange(2**62), "top_k": chance.choice((5, 20, 100))}
-        if mode in {"sample", "several"}:
-            return drawn | {"temperature": chance.choice((0.7, 1.5))}
-        beams: dict[str, Any] = {"num_beams": chance.choice((2, 3, 4, 4, 8)), "early_stopping": chance.random() < 0.5}
-        if mode == "beam_sample":
-            return drawn | beams
-        if mode == "group_beam":
-            groups = chance.choice((2, 4))
-            return {"do_sample": False, "num_beams": groups * 2, "num_beam_groups": groups, "diversity_penalty": 0.5}
-        if mode == "beam":
-            return beams | {"do_sample": False, "num_return_sequences": chance.randint(1, beams["num_beams"])}
-        return {"do_sample": False}
 
     def _chat(self) -> Ask:
         mode, kwargs, rows = self._mode()
@@ -290,13 +253,10 @@ class AskMaker:
         """Make requests each of which goes on from the answer before it, in one of two ways."""
         chance = self._chance
         greedy = {"do_sample": False, "max_new_tokens": chance.choice((8, 40, 150)), "eos_token_id": []}
+        bodies = [self._asking(self._words(self._sizes(1)[0]), greedy) for _ in range(3)]
         if chance.random() < 0.5:
-            bodies = [{**self._asking(self._words(self._sizes(1)[0]), greedy)} for _ in range(3)]
-        else:
-            bodies = [
-                {"prompt": self._words(self._sizes(1)[0]), "return_full_text": False, "generate_kwargs": greedy}
-                for _ in range(3)
-            ]
+            bodies = [{"prompt": body["messages"][0]["content"], "generate_kwargs": greedy} for body in bodies]
+            bodies = [body | {"return_full_text": False} for body in bodies]
         return [Ask("conversation", CHAT, body, repeats=True, follows=index > 0) for index, body in enumerate(bodies)]
 
     def _oversized(self) -> Ask:
@@ -322,5 +282,5 @@ class AskMaker:
         return Ask("oversized", CHAT, body, must="refusal", names=names)
 
     def _wrong(self) -> Ask:
-        path, body, names, media_type = self._chance.choice(WRONG)
+        path, media_type, body, names = self._chance.choice(_WRONG)
         return Ask("wrong", path, body, must="refusal", names=names, media_type=media_type)

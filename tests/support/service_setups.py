@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,7 @@ _CTX_SIZES = (8192, 1024, 2048, 4096, 768, 3000, 5000, 6144)
 
 
 def make_model(folder: Path, kind: str, seed: int) -> Path:
-    """Make a model of a kind from a seed, with F32 weights, and give its GGUF."""
+    """Make a model of a kind from a seed, with F32 weights; return its GGUF."""
     checkpoint = write_checkpoint(folder / f"{kind} checkpoint", seed=seed, gain=2.0, **KINDS[kind])
     return convert(checkpoint, folder / f"{kind}.gguf", outtype="f32").path
 
@@ -88,36 +87,29 @@ class Setup:
         window: int = KINDS[self.kind].get("sliding_window", 2047)
         return window
 
-    def arguments(self, known: frozenset[str], *, prefix_cache: bool = True) -> list[str]:
-        """Give the arguments of ``edge-phi3 serve`` after the model's path.
+    def arguments(self, *, prefix_cache: bool = True) -> list[str]:
+        """Return the arguments of ``edge-phi3 serve`` after the model's path.
 
         Args:
-            known: which options there are; of the two for seeds that one is given which is there.
             prefix_cache: False to have none, whatever the setup says.
         """
         exact = ["--kv-cache-type", "f32", "--window-chunk", str(self.window_chunk), "--threads", "1"]
         limits = ["--request-timeout", f"{self.request_timeout:g}", "--max-body-size", "262144", "--grace-period", "2"]
         options = [*exact, *limits, "--log-format", "json", "--parallel", str(self.parallel)]
         options += ["--max-queue", str(self.max_queue), "--batch-size", str(self.batch_size)]
-        if self.ctx_size:
-            options += ["--ctx-size", str(self.ctx_size)]
+        options += ["--exact-seeds"] * self.exact_seeds + ["--ctx-size", str(self.ctx_size)] * bool(self.ctx_size)
         if self.prefix_cache == "off" or not prefix_cache:
             options.append("--no-prefix-cache")
         elif self.prefix_cache == "tiny":
             options += ["--prefix-cache-mib", "1"]
-        if "exact-seeds" in known:
-            options += ["--exact-seeds"] * self.exact_seeds
-        elif "batch-seeded" in known:
-            options += ["--batch-seeded"] * (not self.exact_seeds)
         return options
 
 
-def make_setups(seed: int, count: int, kinds: Sequence[str], request_timeout: float) -> list[Setup]:
-    """Make so many setups from a seed, kinds in turn: each at its defaults, with 8,000 cells, 512, and others."""
-    chance = random.Random(seed)
+def make_setups(seed: int, count: int) -> list[Setup]:
+    """Return so many setups from a seed, kinds in turn: each at its defaults, with 8,000 cells, 512, and others."""
+    chance, kinds = random.Random(seed), USUAL_KINDS
     sizes = {kind: [0, 8000, 512, *chance.sample(_CTX_SIZES, len(_CTX_SIZES))] for kind in kinds}
-    if "128k" in sizes:
-        sizes["128k"].insert(3, 20_000)  # several sequences outgrow the original context in this one
+    sizes["128k"].insert(3, 20_000)  # several sequences outgrow the original context in this one
     parallels, batches, caches = ([16, 4], [512, 64, 16, 1], ["on", "tiny", "off"])
     setups = []
     for number in range(count):
@@ -133,7 +125,6 @@ def make_setups(seed: int, count: int, kinds: Sequence[str], request_timeout: fl
                 exact_seeds=turn == 1 or (turn > 1 and chance.random() < 0.5),
                 window_chunk=32 if turn > 1 and chance.random() < 0.3 else 1,
                 max_queue=4 if not default and chance.random() < 0.2 else 256,
-                request_timeout=request_timeout,
             )
         )
     return setups

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ class Server:
         return int(self.url.rpartition(":")[2])
 
     def stop(self, how: int = signal.SIGTERM, patience: float = PATIENCE) -> tuple[int, float]:
-        """Stop it with a signal; give its exit code and how many seconds that took."""
+        """Stop it with a signal; return its exit code and how many seconds that took."""
         started = time.monotonic()
         self.process.send_signal(how)
         return self.process.wait(timeout=patience), time.monotonic() - started
@@ -62,17 +61,24 @@ class Server:
         return _HTTP.get(f"{self.url}{path}", **options)
 
     def metrics(self) -> dict[str, float]:
-        """Give its metrics that have one value, by their names without the prefix."""
+        """Return its metrics that have one value, by their names without the prefix."""
         text = self.get("/metrics/prometheus").text
         return {name: float(value) for name, value in _GAUGE.findall(text)}
 
+    def is_alive(self) -> bool:
+        """Return whether it says that it lives."""
+        try:
+            return self.get("/livez").status_code == 200
+        except httpx.HTTPError:
+            return False
+
     def is_idle(self) -> bool:
-        """Say whether no request runs or waits, and no sequence and no cell of the KV cache is taken."""
+        """Return whether no request runs or waits, and no sequence and no cell of the KV cache is taken."""
         metrics = self.metrics()
         return not any(metrics[name] for name in _TAKEN)
 
     def troubles(self, patience: float = PATIENCE) -> list[str]:
-        """Wait until it is idle, and say what is not as it should be with a service at rest."""
+        """Wait until it is idle, and return what is wrong with it as a service at rest."""
         found = []
         try:
             if not wait_for(self.is_idle, patience):
@@ -87,7 +93,7 @@ class Server:
         return found
 
     def logged_errors(self) -> list[str]:
-        """Give the lines of its log that tell of an error, of a log in JSON."""
+        """Return the lines of its log, JSON or not, that report an error."""
         return [line[:4000] for line in self.log.read_text(errors="replace").splitlines() if _is_error(line)]
 
 
@@ -145,9 +151,3 @@ def serving(folder: Path, *arguments: str, store: Path, command: Sequence[str] =
         if process.poll() is None:
             process.kill()
         process.wait()
-
-
-def known_options() -> frozenset[str]:
-    """Give the names of the options of ``edge-phi3 serve`` that have a value by default, such as "ctx-size"."""
-    printed = subprocess.run([COMMAND, "serve", "--print-config"], capture_output=True, check=True, text=True)
-    return frozenset(tomllib.loads(printed.stdout))

@@ -1,124 +1,20 @@
-"""The context that computes nothing, against the reference that knows no cache, and what it refuses."""
+"""The context that computes nothing: what its cells hold, and what it refuses.
+
+That it agrees with the reference is what every life of the engine proves.
+"""
 
 from __future__ import annotations
 
-import itertools
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_phi3.engine.sequence import GenerationRequest
-from edge_phi3.generation import GenerationConfig, GenerationResult, advance, make_decoder
 from edge_phi3.llama import DecodeFailedError
-from tests.golden.requests import MODES, RequestMaker
 from tests.support.hash_context import Failure, HashContext
-from tests.support.reference import Attention, answer, contents_of
-from tests.support.scenarios import DEFAULTS, MODEL, TEXTS, VOCABULARY
-
-PARALLEL = 8
-
-
-class Driver:
-    """Answers one request at a time on contexts: rows one after the other, each with a sequence of its own."""
-
-    def __init__(self, attention: Attention, seed: int) -> None:
-        self.attention, self.chance = attention, random.Random(seed)
-        self.contexts = [
-            HashContext(
-                MODEL,
-                cells=500,
-                sequences=PARALLEL,
-                batch_size=self.chance.randint(1, 40),
-                rotary=rotary,
-                window=attention.window,
-                window_chunk=attention.window_chunk,
-            )
-            for rotary in range(1 if attention.max_tokens is None else 2)
-        ]
-
-    def answer(self, request: GenerationRequest) -> GenerationResult:
-        prompt = request.prompt_ids.tolist()
-        decoder = make_decoder(request.config, request.prompt_ids, vocabulary=TEXTS)
-        rows, place = {0: prompt}, self.attention.rotary(len(prompt))
-        context, done = self.contexts[place], dict.fromkeys(range(PARALLEL), 0)
-        while not decoder.finished:
-            length = len(next(iter(rows.values())))
-            if self.attention.rotary(length) != place:
-                context.clear()
-                place, done = 1, dict.fromkeys(range(PARALLEL), 0)
-                context = self.contexts[1]
-            logits = [self.feed(context, seq_id, rows[seq_id], done[seq_id], len(prompt)) for seq_id in rows]
-            (step,) = advance([decoder], np.concatenate(logits))
-            old, before = list(rows), rows
-            kept = {old[parent] for parent in step.parents}
-            for seq_id in set(old) - kept:
-                context.remove(seq_id, -1, -1)
-            free, rows = [seq_id for seq_id in range(PARALLEL) if seq_id not in kept], {}
-            for parent, token in zip(step.parents, step.tokens, strict=True):
-                source = target = old[parent]
-                if source in rows:
-                    target = free.pop()
-                    self.fork(context, source, target)
-                rows[target] = [*before[source], token]
-                done[target] = length
-        for context in self.contexts:
-            context.clear()
-        return decoder.result()
-
-    def feed(self, context: HashContext, seq_id: int, tokens: Sequence[int], start: int, prompt_length: int) -> Any:
-        """Decode the tokens of a sequence from `start` on, and return the last one's logits."""
-        window, chunk = self.attention.window, self.attention.window_chunk
-        logits: Any = None
-        while start < len(tokens):
-            count = min(len(tokens) - start, context.batch_size, self.chance.randint(1, 12))
-            if window is not None:
-                if start < window:
-                    count = min(count, window - start)
-                elif start < prompt_length:
-                    count = min(count, prompt_length - start, chunk - (start - window) % chunk)
-                else:
-                    count = 1
-                context.remove(seq_id, 0, self.attention.first_seen(start, prompt_length))
-            context.tokens[:count] = tokens[start : start + count]
-            context.positions[:count] = range(start, start + count)
-            context.seq_ids[:count], context.wants_logits[:count] = seq_id, 0
-            start += count
-            context.wants_logits[count - 1] = start == len(tokens)
-            logits = context.decode(count, int(start == len(tokens))).copy()
-        return logits
-
-    def fork(self, context: HashContext, source: int, target: int) -> None:
-        """Let one sequence begin as another does: by sharing, or by what is saved of it, whole or in two parts."""
-        way, (start, last) = self.chance.random(), context.position_range(source)
-        if way < 0.5:
-            context.copy(source, target)
-            return
-        parts = [start, self.chance.randint(start, last), last + 1] if way < 0.8 else [start, last + 1]
-        for first, end in itertools.pairwise(parts):
-            if first < end:
-                state = context.save(source, first, end)
-                assert context.restore(target, state, behind=first > start)
-
-
-@pytest.mark.parametrize("seed", range(60))
-def test_it_computes_what_the_reference_says(seed: int) -> None:
-    chance = random.Random(seed)
-    attention = Attention(chance.choice((None, 3, 8, 20)), chance.choice((1, 3, 8)), chance.choice((None, 10, 20)))
-    asked = RequestMaker(seed, range(1, VOCABULARY), texts=TEXTS, longest_prompt=40).make(MODES[seed % 5])
-    config = GenerationConfig.resolve(asked.kwargs, DEFAULTS)
-    request = GenerationRequest(np.array(asked.prompt, np.int32), config)
-    expected = answer(request, MODEL, attention, TEXTS)
-    if expected.result is None:
-        assert expected.error is not None
-        with pytest.raises(type(expected.error)):
-            Driver(attention, seed).answer(request)
-        return
-    result = Driver(attention, seed).answer(request)
-    assert [each.tolist() for each in result.sequences] == [each.tolist() for each in expected.result.sequences]
-    assert result.finish_reasons == expected.result.finish_reasons
+from tests.support.reference import Attention, contents_of
+from tests.support.scenarios import MODEL, VOCABULARY
 
 
 def context_of(cells: int = 16, **options: Any) -> HashContext:

@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from edge_phi3.llama import DecodeFailedError
 from tests.support.clients import Client
@@ -21,7 +21,7 @@ _TURN = 0.0002
 
 
 class ThreadedLife(Life):
-    """A life with a thread for the engine and two for those who ask. Books are checked after every step.
+    """A life with a thread for the engine and two for those who ask. Cells are audited after every step.
 
     Args:
         scenario: which. Its steps are times here: what is to happen before a step happens at about that time.
@@ -30,47 +30,28 @@ class ThreadedLife(Life):
 
     def __init__(self, scenario: Scenario, **options: object) -> None:
         super().__init__(scenario, **options)
-        self._over = threading.Event()
-        self._errors: list[BaseException] = []
+        self._asked = threading.Event()
         for client in self.clients:
             _ = client.expected  # so that nothing but asking is left for the threads
 
     def _run(self) -> Counter[str]:
         """Live to the end."""
-        threads = [threading.Thread(target=self._guarded, args=(self._take_steps,), daemon=True)]
-        threads += [
-            threading.Thread(target=self._guarded, args=(self._ask, self.clients[part::2]), daemon=True)
-            for part in range(2)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads[1:]:
-            thread.join(_PATIENCE)
-        until = time.monotonic() + _PATIENCE
-        while not self._errors and time.monotonic() < until and (self.core.in_flight or self._waited_for()):
-            time.sleep(_TURN)
-        self._over.set()
-        threads[0].join(_PATIENCE)
-        if self._errors:
-            raise self._errors[0]
-        assert not any(thread.is_alive() for thread in threads), "a thread does not come back"
+        with ThreadPoolExecutor(3) as pool:
+            engine = pool.submit(self._take_steps)
+            asking = [pool.submit(self._ask, self.clients[part::2]) for part in range(2)]
+            _, late = wait(asking, _PATIENCE)
+            self._asked.set()
+            for future in [*asking, engine]:
+                future.result(_PATIENCE)
+            assert not late, "a thread does not come back"
         self._check_end()
         self._count()
         return self.met
 
-    def _waited_for(self) -> bool:
-        return any(client.in_flight for client in self.clients)
-
-    def _guarded(self, target: Callable[..., None], *arguments: object) -> None:
-        try:
-            target(*arguments)
-        except BaseException as error:  # noqa: BLE001 - the main thread raises it
-            self._errors.append(error)
-            self._over.set()
-
     def _take_steps(self) -> None:
-        stop_at = self.scenario.stop_at
-        while not self._over.is_set():
+        stop_at, until = self.scenario.stop_at, time.monotonic() + _PATIENCE
+        while not self._asked.is_set() or self.core.in_flight:
+            assert time.monotonic() < until, "the engine takes no end of steps"
             if stop_at is not None and self.steps >= stop_at:
                 self.core.stop("The service is stopping.")
                 self.stopped = True
@@ -87,7 +68,7 @@ class ThreadedLife(Life):
                 return
             self.steps += 1
             self.now += 1.0
-            self._check_books()
+            self._check_cells()
 
     def _ask(self, clients: list[Client]) -> None:
         chance = random.Random(len(clients))
@@ -100,12 +81,6 @@ class ThreadedLife(Life):
                 if not client.ended:
                     client.cancelled = True
                     self.core.cancel(client.running)
-
-    def _check_end(self) -> None:
-        if not self.stopped:
-            while self.core.in_flight:  # those who left are found gone in a step
-                self.core.step()
-        super()._check_end()
 
 
 def _for_threads(scenario: Scenario) -> Scenario:

@@ -24,7 +24,7 @@ from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails, S
 from edge_phi3.api.openai.stops import StopTrimmer, trim
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
-from edge_phi3.engine.placing import PlacedLogprobs
+from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TokenDelta
 
 Reason = Literal["stop", "length"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 
 from edge_phi3.api.openai.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
-from edge_phi3.engine.placing import PlacedLogprobs
+from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.pipeline import TextGenerationPipeline
 
 _IMPOSSIBLE = -9999.0

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from edge_phi3.engine.placing import TokenPlacer
+from edge_phi3.engine.token_offsets import TokenOffsets
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
 from edge_phi3.llama.model import Model
@@ -22,7 +22,7 @@ def tokenizer(make_model: MakeModel) -> Iterator[Tokenizer]:
 
 
 def placed(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> list[tuple[int, int]]:
-    placer = TokenPlacer(tokenizer, tokenizer.decode_prompt(np.array(prompt, np.int32)))
+    placer = TokenOffsets(tokenizer, tokenizer.decode_prompt(np.array(prompt, np.int32)))
     found = [each for token in answer for each in placer.push(TokenLogprobs(token, -1.0, ()))] + placer.finish()
     return [(each.logprobs.token_id, each.start) for each in found]
 

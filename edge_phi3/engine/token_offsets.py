@@ -24,11 +24,11 @@ class PlacedLogprobs(NamedTuple):
     logprobs: TokenLogprobs
 
 
-class TokenPlacer:
-    """Finds the places of an answer's tokens as they come.
+class TokenOffsets:
+    """Finds the offsets of an answer's tokens as they come.
 
-    Tokens that stand for bytes become text only when their run ends, and are placed then. Tokens that are left out of
-    the text, such as those that end it, have no place.
+    Tokens that stand for bytes become text only when their run ends, and get their offsets then. Tokens that are left
+    out of the text, such as those that end it, have none.
 
     Args:
         tokenizer: of the model.
@@ -44,7 +44,7 @@ class TokenPlacer:
         self._held: list[TokenLogprobs] = []
 
     def push(self, token: TokenLogprobs) -> list[PlacedLogprobs]:
-        """Take the next token, and give those whose places have become certain."""
+        """Take the next token, and return those whose offsets have become certain."""
         token_id = token.token_id
         text = self._decoder.push([token_id])
         if not self._decoder.shows(token_id):
@@ -59,7 +59,7 @@ class TokenPlacer:
         return [*placed, PlacedLogprobs(max(0, self._position - own), token)]
 
     def finish(self) -> list[PlacedLogprobs]:
-        """Give the tokens that were held back, when their run has ended."""
+        """Return the tokens that were held back, when their run has ended."""
         run, held = self._run, self._held
         self._run, self._held = b"", []
         try:
