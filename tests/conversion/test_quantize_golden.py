@@ -1,4 +1,4 @@
-"""Tensors equal llama-quantize's, as `benchmarks/quantize_parity.py` recorded them."""
+"""Tensors equal llama-quantize's, as `tests/parity/test_quantization.py` records them."""
 
 from __future__ import annotations
 
