@@ -18,11 +18,11 @@ serve: $(VENV)/serve.stamp ## convert, quantise and serve the demo model on port
 test: $(VENV)/dev.stamp ## run the whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-test-all: test ## run the suite and the long tests: thousands of random engine runs and service requests
+test-all: test ## run the suite and the long tests: random lives and requests by the thousand, comparisons with llama.cpp and torch
 	$(BIN)/python -m tests.support.fuzz --scenarios 50000 --real-thread 500
 	$(BIN)/python -m tests.support.service_fuzz --requests 2000
-	$(BIN)/python -m benchmarks.churn
-	$(BIN)/python -m benchmarks.churn --sliding-window
+	$(BIN)/python -m tests.support.peers
+	$(BIN)/pytest -m 'parity or soak' $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## lint and check the formatting
 	$(BIN)/ruff check .
@@ -40,7 +40,7 @@ bench: $(VENV)/dev.stamp ## run the benchmark suites
 	$(BIN)/pytest benchmarks $(PYTEST_ARGS)
 
 measure: $(VENV)/dev.stamp ## repeat every measurement in docs/benchmarks.md and rebuild it
-	$(BIN)/python -m benchmarks.remake $(MEASURE_ARGS)
+	$(BIN)/python -m benchmarks.measure $(MEASURE_ARGS)
 
 report: $(VENV)/dev.stamp ## rebuild docs/benchmarks.md from the recorded results
 	$(BIN)/python -m benchmarks.report

@@ -13,14 +13,14 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.peers import Peers
+from tests.support.peers import Peers
 
 _PATIENCE = 300.0
 
 
 @contextlib.contextmanager
 def ours(model: Path, *, threads: int, parallel: int, ctx_size: int, options: Sequence[str] = ()) -> Iterator[str]:
-    """Run ``edge-phi3 serve`` with its defaults otherwise, and give its URL."""
+    """Run ``edge-phi3 serve`` with its defaults otherwise, and yield its URL."""
     command = [sys.executable, "-c", "from edge_phi3.cli import main; main()", "serve", str(model), "--port", "{port}"]
     command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
     with running([*command, "--log-level", "warning", *options], "/readyz", None) as url:
@@ -31,7 +31,7 @@ def ours(model: Path, *, threads: int, parallel: int, ctx_size: int, options: Se
 def llama_server(
     peers: Peers, model: Path, *, threads: int, parallel: int, ctx_size: int, options: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Run llama-server with its defaults otherwise, and give its URL."""
+    """Run llama-server with its defaults otherwise, and yield its URL."""
     command = [str(peers.program("llama-server")), "--model", str(model), "--port", "{port}"]
     command += ["--threads", str(threads), "--parallel", str(parallel), "--ctx-size", str(ctx_size)]
     with running([*command, "--log-verbosity", "0", *options], "/health", peers.environment()) as url:
@@ -40,7 +40,7 @@ def llama_server(
 
 @contextlib.contextmanager
 def original(python: Path, checkpoint: Path, *, threads: int) -> Iterator[str]:
-    """Run the original service's stand-in, by an interpreter that has transformers, and give its URL."""
+    """Run the original service's stand-in, by an interpreter that has transformers, and yield its URL."""
     script = Path(__file__).with_name("transformers_service.py")
     command = [str(python), str(script), str(checkpoint), "--port", "{port}", "--threads", str(threads)]
     with running(command, "/", None) as url:
@@ -49,7 +49,7 @@ def original(python: Path, checkpoint: Path, *, threads: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], ready: str, environment: dict[str, str] | None) -> Iterator[str]:
-    """Run a server on a free port, put where its command says ``{port}``, and give its URL once `ready` answers 200."""
+    """Run a server on a free port, put where its command says ``{port}``, and yield its URL when it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

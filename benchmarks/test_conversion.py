@@ -1,11 +1,10 @@
 """`edge-phi3 convert` against llama.cpp's converter and against the disk, on a checkpoint of 1.3 GB.
 
-    pytest benchmarks/test_conversion.py
-    python -m benchmarks.record conversion      # and writes results/conversion.json
+    TORCH_PYTHON=torch/bin/python pytest benchmarks/test_conversion.py
 
-llama.cpp's converter is measured when ``LLAMA_CPP_SOURCE`` names the folder of its source and ``TORCH_PYTHON`` an
-interpreter with torch, transformers and sentencepiece. Both converters are whole processes, imports included, and read
-a checkpoint that the system has in its cache; ours ends when the disk has the file, theirs when the system has it.
+llama.cpp's converter is measured when ``TORCH_PYTHON`` names an interpreter with torch, transformers and
+sentencepiece. Both converters are whole processes, imports included, and read a checkpoint that the system has in its
+cache; ours ends when the disk has the file, theirs when the system has it.
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ import psutil
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.models import PHI3_VOCABULARY_ROWS, RANDOM_MODELS
-from tests.golden.checkpoints import write_checkpoint
-from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.models import write_random_checkpoint
+from tests.support.peers import llama_cpp_source, torch_python
 
 ROUNDS = 3
 MAX_PRIVATE_BYTES = 400e6
@@ -41,12 +39,7 @@ _medians: dict[str, float] = {}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random bfloat16 checkpoint: Phi-3-mini's widths, 4 layers, two shards."""
-    shape, _ = RANDOM_MODELS["0.65b"]
-    folder = tmp_path_factory.mktemp("conversion") / "phi-3-random"
-    vocabulary = phi3_vocabulary()
-    return write_checkpoint(
-        folder, vocabulary=vocabulary, vocab_size=PHI3_VOCABULARY_ROWS, dtype="bfloat16", shards=2, **shape
-    )
+    return write_random_checkpoint(tmp_path_factory.mktemp("conversion") / "phi-3-random", "0.65b", shards=2)
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ def output(checkpoint: Path) -> Path:
 
 
 def peak_private_bytes(arguments: list[str | Path]) -> int:
-    """Run a program and give the largest private memory (USS) seen while it ran, in bytes."""
+    """Run a program and return the largest private memory (USS) seen while it ran, in bytes."""
     peak = 0
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         child = psutil.Process(process.pid)
@@ -71,7 +64,7 @@ def peak_private_bytes(arguments: list[str | Path]) -> int:
 
 
 def measure(benchmark: BenchmarkFixture, name: str, output: Path, run: Callable[[], int]) -> int:
-    """Time `run`, the disk at rest before each round; give the largest of what it returns."""
+    """Time `run`, the disk at rest before each round; return the largest of what it returns."""
     peaks: list[int] = []
     before = _cpu_seconds()
 
@@ -118,10 +111,10 @@ def test_disk(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> No
 
 def test_llama_cpp(benchmark: BenchmarkFixture, checkpoint: Path, output: Path) -> None:
     """llama.cpp's, f16; ours takes at most half of its time."""
-    source, python = os.environ.get("LLAMA_CPP_SOURCE"), os.environ.get("TORCH_PYTHON")
-    if not source or not python:
-        pytest.skip("LLAMA_CPP_SOURCE and TORCH_PYTHON are not set")
-    script = Path(source) / "convert_hf_to_gguf.py"
+    python = torch_python()
+    if python is None:
+        pytest.skip("TORCH_PYTHON names no interpreter with torch")
+    script = llama_cpp_source() / "convert_hf_to_gguf.py"
     arguments = [python, script, checkpoint, "--outtype", "f16", "--outfile", output]
     measure(benchmark, THEIRS, output, lambda: peak_private_bytes(arguments))
     assert _medians[OURS] <= _medians[THEIRS] / 2

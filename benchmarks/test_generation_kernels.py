@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from edge_phi3.generation import Decoder, GenerationConfig, ModelDefaults, advance, make_decoder
-from tests.generation.sampler_chain import SamplerChain
+from tests.support.sampler_chain import SamplerChain
 
 VOCABULARY = 32064
 ENDS = (32000, 32001, 32007)
@@ -59,7 +59,7 @@ class Case:
         kwargs: what each request asks for.
         requests: how many there are.
         rows: sequences of each request.
-        bound: how many times ``argmax`` a step may cost; None: only told.
+        bound: how many times ``argmax`` a step may cost; None where it is only reported.
     """
 
     name: str
@@ -92,14 +92,14 @@ CASES = (
 
 
 def random_logits(rows: int) -> NDArray[np.float32]:
-    """Give logits in which some tokens are far more likely than others, and the end tokens are not."""
+    """Return logits in which some tokens are far more likely than others, and the end tokens are not."""
     logits = (np.random.default_rng(rows).standard_normal((rows, VOCABULARY)) * 3).astype(np.float32)
     logits[:, ENDS] = -50
     return logits
 
 
 def running(case: Case) -> list[Decoder]:
-    """Give requests that are past their first step."""
+    """Return requests that are past their first step."""
     defaults = ModelDefaults(
         vocab_size=VOCABULARY, bos_token_id=1, eos_token_ids=ENDS, pad_token_id=32000, context_length=4096
     )

@@ -31,7 +31,7 @@ from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
-from tests.api.conftest import Running, ready
+from tests.support.in_process import Running, ready
 
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
 ROUNDS = 40
@@ -61,7 +61,7 @@ def _load(path: Path, _say: object) -> TextGenerationPipeline:
 
 @contextlib.contextmanager
 def constant_server() -> Iterator[int]:
-    """Send the same 200 to every request, and nothing else; give the port."""
+    """Send the same 200 to every request, and nothing else; return the port."""
     body = b'{"status":"Healthy"}'
     answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
@@ -91,7 +91,7 @@ def constant_server() -> Iterator[int]:
 
 
 def asking(connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None) -> bytes:
-    """Ask over a kept connection; give the body of the answer."""
+    """Ask over a kept connection; return the body of the answer."""
     try:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -108,7 +108,7 @@ def asking(connection: http.client.HTTPConnection, method: str, path: str, body:
 def alternate(
     benchmark: BenchmarkFixture, case: str, ours: Callable[[], object], other: Callable[[], object], rounds: int
 ) -> None:
-    """Time ours with the benchmark and the other beside it; tell the median of the differences and of the ratios."""
+    """Time ours with the benchmark and the other beside it; record the median of the differences and of the ratios."""
     mine: list[float] = []
     others: list[float] = []
 

@@ -46,7 +46,7 @@ def engines(model: Path) -> Iterator[tuple[Engine, Engine]]:
 
 
 def first_token(engine: Engine, prompt: Tokens) -> tuple[float, int]:
-    """Ask for one token; give the seconds to it, and how many of the prompt's were cached."""
+    """Ask for one token; return the seconds to it, and how many of the prompt's were cached."""
     config = GenerationConfig.resolve(
         {"do_sample": False, "max_length": None, "max_new_tokens": 1}, engine.model.defaults
     )

@@ -19,12 +19,10 @@ import gguf
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.models import PHI3_VOCABULARY_ROWS
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.llama.options import usable_cores
-from tests.golden.checkpoints import write_checkpoint
-from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.models import write_random_checkpoint
 
 ROUNDS = 3
 
@@ -46,21 +44,12 @@ _OURS = "from edge_phi3.cli import main; main()"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random F16 model."""
     folder = tmp_path_factory.mktemp("quantization")
-    checkpoint = write_checkpoint(
-        folder / "checkpoint",
-        vocabulary=phi3_vocabulary(),
-        vocab_size=PHI3_VOCABULARY_ROWS,
-        hidden_size=1024,
-        intermediate_size=2816,
-        heads=16,
-        layers=4,
-        dtype="bfloat16",
-    )
+    checkpoint = write_random_checkpoint(folder / "checkpoint", "0.12b")
     return convert(checkpoint, folder / "model-f16.gguf", outtype="f16").path
 
 
 def run(*command: str | Path) -> float:
-    """Run a program to its end; give the seconds."""
+    """Run a program to its end; return the seconds."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", *command], check=True, capture_output=True)
     return time.perf_counter() - started

@@ -66,7 +66,7 @@ def measure(
     other: Callable[[], Any],
     **options: Any,
 ) -> None:
-    """Time both, and tell the ratio."""
+    """Time both, and record the ratio."""
     number = 20 if tokens < 100 else 1
     before = least_seconds(other, number)
     benchmark.pedantic(mine, rounds=ROUNDS, iterations=number, warmup_rounds=2, **options)

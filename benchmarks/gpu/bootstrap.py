@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _python_for(options: Options) -> str:
-    """Give the interpreter that runs everything."""
+    """Return the interpreter that runs everything."""
     if options.bundle is not None:
         return str(environment_of_bundle(options.bundle, options.work, options.python or sys.executable))
     own = ROOT / ".venv" / "bin" / "python"
@@ -40,7 +40,7 @@ def _python_for(options: Options) -> str:
 
 
 def environment_of_bundle(bundle: Path, work: Path, python: str) -> Path:
-    """Give the interpreter of a virtual environment with all wheels of the bundle, made the first time.
+    """Return the interpreter of a virtual environment with all wheels of the bundle, made the first time.
 
     Args:
         bundle: folder that ``prepare.sh`` made.
@@ -84,7 +84,7 @@ def _refuse_other_python(bundle: Path, python: str) -> None:
 
 
 def unpack_source(bundle: Path, work: Path) -> Path:
-    """Give the folder of llama-cpp-python's source, unpacked the first time."""
+    """Return the folder of llama-cpp-python's source, unpacked the first time."""
     archive = next(bundle.glob("llama_cpp_python-*.tar.xz"), None)
     if archive is None:
         sys.exit(f"{bundle} holds no source of llama-cpp-python; make the bundle anew.")

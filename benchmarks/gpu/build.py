@@ -13,10 +13,10 @@ from benchmarks.gpu.bootstrap import unpack_source
 from benchmarks.gpu.device import gpu
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, OutOfTime, Steps
-from benchmarks.models import CACHE
-from benchmarks.peers import Peers, wheel_libraries
+from tests.support.peers import CACHE, Peers, wheel_libraries
 
 MEASURED_PROGRAMS = ("llama-server", "llama-bench", "llama-batched-bench")
+_CUDA = "/usr/local/cuda/bin"
 _LAST_SECONDS = 10.0
 
 
@@ -37,13 +37,13 @@ def _compile(options: Options, steps: Steps) -> dict[str, object]:
     arguments = f"-DGGML_CUDA=ON -DGGML_CUDA_NCCL=OFF -DCMAKE_CUDA_ARCHITECTURES={architecture}"
     given = os.environ.get("CMAKE_ARGS", "")
     source = unpack_source(options.bundle, options.work)
-    command = [sys.executable, "-m", "benchmarks.peers", "--cache", str(_cache(options)), "--source", str(source)]
+    command = [sys.executable, "-m", "tests.support.peers", "--cache", str(_cache(options)), "--source", str(source)]
+    command += [word for name in MEASURED_PROGRAMS for word in ("--program", name)]
     if options.jobs:
         command += ["--jobs", str(options.jobs)]
     environment = os.environ | {"CMAKE_ARGS": f"{arguments} {given}".strip()}
-    for folder in ("/usr/local/cuda/bin",):
-        if Path(folder, "nvcc").exists():
-            environment["PATH"] = f"{environment['PATH']}:{folder}"
+    if Path(_CUDA, "nvcc").exists():
+        environment["PATH"] = f"{environment['PATH']}:{_CUDA}"
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr, start_new_session=True)
     try:
         status = process.wait(max(_LAST_SECONDS, steps.time_left - _LAST_SECONDS))
@@ -68,7 +68,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _link_bindings(options: Options) -> dict[str, object]:
-    """Give the bindings the libraries that were built; links, so that a process never loads one library twice."""
+    """Link the bindings to the libraries that were built, so that a process never loads one library twice."""
     libraries = wheel_libraries()
     libraries.mkdir(exist_ok=True)
     built = [*_programs(options).glob("libllama.so*"), *_programs(options).glob("libggml*.so*")]
@@ -102,7 +102,7 @@ def _programs(options: Options) -> Path:
 
 
 def find_peers(options: Options) -> Peers:
-    """Give llama.cpp's programs: those named, those of this build, or those that ``benchmarks.peers`` made before.
+    """Return llama.cpp's programs: those named, those of this build, or those that ``tests.support.peers`` made before.
 
     Raises:
         NotMeasured: there are none.
@@ -112,5 +112,5 @@ def find_peers(options: Options) -> Peers:
         places = [options.peers]
     for folder in places:
         if (folder / MEASURED_PROGRAMS[0]).exists():
-            return Peers(folder, folder.parent)
+            return Peers(folder)
     raise NotMeasured("llama-server is not there")

@@ -38,7 +38,16 @@ _LEFT_OUT = ("faker", "hf_xet")
 _CMAKE_LEFT_OUT = re.compile(r"cmake/data/(doc/|man/|bin/(?!cmake$)|share/(?!cmake-)|share/cmake-[^/]+/Help/)")
 """What configuring and building never needs of CMake, in names inside its wheel: CTest, CPack and the manual."""
 
-_PRODUCT = ("benchmarks", "edge_phi3", "tests/golden", "tests/data", "pyproject.toml", "README.md", "LICENSE")
+_PRODUCT = (
+    "benchmarks",
+    "edge_phi3",
+    "tests/golden",
+    "tests/data",
+    "tests/support",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 _PRODUCT_LEFT_OUT = (":(exclude)edge_phi3/demo/phi-3-demo/model.safetensors", ":(exclude)benchmarks/results")
 
 _PACKAGE_KEEPS = ("CMakeLists.txt", "LICENSE.md", "README.md", "pyproject.toml", "llama_cpp")
@@ -85,7 +94,7 @@ def main() -> None:
 
 
 def requirements() -> list[str]:
-    """Give what the product needs at run time, without llama-cpp-python, and what builds that."""
+    """Return what the product needs at run time, without llama-cpp-python, and what builds that."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [text for text in project["dependencies"] if not text.startswith("llama-cpp-python")]
     return [*wanted, *_BINDINGS_NEED, *_BUILD_TOOLS]
@@ -177,7 +186,7 @@ def _is_under(path: PurePosixPath, kept: Iterable[str]) -> bool:
 
 
 def strip_source(package: Path, folder: Path) -> tuple[int, int]:
-    """Pack what `is_needed` of a source package, and give its bytes unpacked: before and after.
+    """Pack what `is_needed` of a source package, and return its bytes unpacked: before and after.
 
     Args:
         package: ``llama_cpp_python-<version>.tar.gz``.
@@ -198,7 +207,7 @@ def strip_source(package: Path, folder: Path) -> tuple[int, int]:
 
 
 def archive_product(path: Path) -> str:
-    """Pack the product's last commit, without what the measurements do not read, and give its revision."""
+    """Pack the product's last commit, without what the measurements do not read, and return its revision."""
     revision = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -209,7 +218,7 @@ def archive_product(path: Path) -> str:
 
 
 def describe(folder: Path, *, revision: str, source_files: tuple[int, int]) -> dict[str, object]:
-    """Give what ``bundle.json`` says: for what the bundle is, and its files with sizes and digests."""
+    """Return what ``bundle.json`` says: for what the bundle is, and its files with sizes and digests."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
         path.relative_to(folder).as_posix(): {

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
-from benchmarks.gpu.device import gpu
+import msgspec
+
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import Steps
-from benchmarks.gpu.worker import run_module
 
 
 def check_exactness(steps: Steps, options: Options) -> None:
@@ -19,11 +22,15 @@ def check_exactness(steps: Steps, options: Options) -> None:
     more += ["--small"] if options.small else []
     more += ["--cpu"] if options.cpu else []
     for kv in ("f32", "f16"):
-        steps.run(f"exactness.{kv}", lambda kv=kv: run_module("exactness_worker", ["--kv", kv, *more]))
-
-    def without_tf32() -> Any:
-        gpu()
-        return run_module("exactness_worker", ["--kv", "f32", *more], environment={"NVIDIA_TF32_OVERRIDE": "0"})
-
+        steps.run(f"exactness.{kv}", lambda kv=kv: _ask("--kv", kv, *more))
     if not options.cpu:
-        steps.run("exactness.f32-without-tf32", without_tf32)
+        steps.run("exactness.f32-without-tf32", lambda: _ask("--kv", "f32", *more, NVIDIA_TF32_OVERRIDE="0"))
+
+
+def _ask(*arguments: str, **environment: str) -> Any:
+    """Compare in a process of its own: a crash of llama.cpp is a failed step, and its memory is given back."""
+    command = [sys.executable, "-m", "tests.support.exactness", *arguments]
+    finished = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"it ended with status {finished.returncode}: {finished.stderr.strip()[-1500:]}")
+    return msgspec.json.decode(finished.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PARTS = ("build", "models", "exactness", "speed", "profile", "report")
+PARTS = ("build", "models", "exactness", "speed", "report")
 UNFINISHED = 75
 """Exit status when the time limit came first (EX_TEMPFAIL of sysexits.h): run the same command again."""
 

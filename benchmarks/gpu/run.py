@@ -14,7 +14,6 @@ from benchmarks.gpu.build import build
 from benchmarks.gpu.checkpoints import make_models
 from benchmarks.gpu.exactness import check_exactness
 from benchmarks.gpu.options import UNFINISHED, Options, parse
-from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.speed import measure_speed
 from benchmarks.gpu.steps import OutOfTime, Steps
@@ -25,12 +24,11 @@ _PARTS: Mapping[str, Callable[[Steps, Options], None]] = {
     "models": make_models,
     "exactness": check_exactness,
     "speed": measure_speed,
-    "profile": profile,
 }
 
 
 def main() -> int:
-    """Run the parts that are asked for, write the report, and give the exit status."""
+    """Run the parts that are asked for, write the report, and return the exit status."""
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     _refuse_other_kind(options)
@@ -43,9 +41,7 @@ def main() -> int:
     except OutOfTime as reason:
         print(f"{reason} Run the same command again.", file=sys.stderr)
         status = UNFINISHED
-    verdicts = write_report(steps.records(), options)
-    for verdict in verdicts:
-        print(f"{verdict.met}: {verdict.goal}: {verdict.note}", file=sys.stderr)
+    write_report(steps.records(), options)
     print(options.out / "report.md")
     if steps.failed:
         print(f"failed: {', '.join(steps.failed)}; run the same command again to try them again", file=sys.stderr)

@@ -11,18 +11,15 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
-
 from benchmarks.gpu.build import find_peers
 from benchmarks.gpu.checkpoints import checkpoint, model
-from benchmarks.gpu.device import Bandwidth, MemoryWatch, cpu_bandwidth, gpu, gpu_bandwidth
+from benchmarks.gpu.device import MemoryWatch
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, Steps
-from benchmarks.peers import Peers
 from benchmarks.servers import llama_server, original, ours
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import ServeBench, run
@@ -35,12 +32,6 @@ MAIN_KIND = "Q4_K_M"
 _CELLS_PER_CLIENT = 256
 _LONG_CONTEXT = 2304
 _EACH_LEVEL_SECONDS = 60.0
-
-Serving = Callable[..., contextlib.AbstractContextManager[str]]
-
-
-def _threads(options: Options) -> int:
-    return options.threads or usable_cores()
 
 
 class Plan:
@@ -66,14 +57,13 @@ class Plan:
         return Workload(**{"prompt_tokens": str(self.tokens), "output_tokens": str(self.tokens)} | more)
 
     def level(self, clients: int) -> Level:
-        """Give a level of two requests for each client at least, begun within a minute."""
+        """Return a level of two requests for each client at least, begun within a minute."""
         return Level(clients=clients, sessions=max(self.requests, 2 * clients), duration=_EACH_LEVEL_SECONDS, warmup=2)
 
 
 def measure_speed(steps: Steps, options: Options) -> None:
     """Run all steps of this part."""
     plan = Plan(options)
-    steps.run("speed.bandwidth", lambda: _bandwidth(options))
     for kind in KINDS:
         for number in range(options.rounds):
             name = f"speed.throughput.{kind}.{number + 1}"
@@ -91,59 +81,17 @@ def measure_speed(steps: Steps, options: Options) -> None:
     steps.run("speed.transformers", lambda: _transformers(options, plan))
 
 
-def _bandwidth(options: Options) -> Bandwidth:
-    if options.cpu:
-        return cpu_bandwidth(64 << 20) if options.small else cpu_bandwidth()
-    return gpu_bandwidth(options.work, options.architecture or gpu().architecture)
+def _server(options: Options, api: str, path: Path, shape: dict[str, int], more: Sequence[str] = ()) -> Any:
+    """Serve a model with edge-phi3, or with llama-server.
 
-
-def traffic(options: Options, kind: str) -> dict[str, int]:
-    """Give the bytes that a decode step reads: all weights but the embedding's, and an F16 KV cache for each token."""
-    reader = GGUFReader(model(options, "4k", kind))
-    weights = sum(int(tensor.n_bytes) for tensor in reader.tensors if tensor.name != "token_embd.weight")
-
-    def value(name: str) -> int:
-        return int(reader.fields[f"phi3.{name}"].contents())
-
-    width = value("embedding_length") * value("attention.head_count_kv") // value("attention.head_count")
-    return {"weights": weights, "kv_per_token": 2 * 2 * value("block_count") * width}
-
-
-# -- servers
-
-
-def serving(
-    options: Options, kind: str, *, parallel: int, cells: int, more: Sequence[str] = (), variant: str = "4k"
-) -> Any:
-    """Serve a model with edge-phi3."""
-    layers = ["--n-gpu-layers", "0"] if options.cpu else []
-    path = model(options, variant, kind)
-    return ours(path, threads=_threads(options), parallel=parallel, ctx_size=cells, options=[*layers, *more])
-
-
-def _peer_serving(
-    options: Options,
-    peers: Peers,
-    kind: str,
-    *,
-    parallel: int,
-    cells: int,
-    more: Sequence[str] = (),
-    variant: str = "4k",
-) -> Any:
-    """Serve the same with llama-server."""
+    Raises:
+        NotMeasured: llama-server is not there.
+    """
+    shape = {"threads": options.threads or usable_cores(), **shape}
+    if api == "chat":
+        return ours(path, **shape, options=[*(["--n-gpu-layers", "0"] if options.cpu else []), *more])
     layers = ["--n-gpu-layers", "0" if options.cpu else "99"]
-    path = model(options, variant, kind)
-    return llama_server(
-        peers, path, threads=_threads(options), parallel=parallel, ctx_size=cells, options=[*layers, *more]
-    )
-
-
-def _peers_or_reason(options: Options) -> tuple[Peers | None, str | None]:
-    try:
-        return find_peers(options), None
-    except NotMeasured as reason:
-        return None, str(reason)
+    return llama_server(find_peers(options), path, **shape, options=[*layers, *more])
 
 
 def _load(url: str, api: str, workload: Workload, levels: Sequence[Level]) -> list[Summary]:
@@ -159,79 +107,87 @@ def _load(url: str, api: str, workload: Workload, levels: Sequence[Level]) -> li
     return report.levels
 
 
-def _first_token(level: Summary) -> float | None:
-    return None if level.first_token is None else level.first_token.p50
+Asked = Sequence[tuple[Workload, Sequence[Level]]]
 
 
-# -- steps
+def _both(
+    options: Options,
+    path: Path,
+    shape: dict[str, int],
+    asked: Asked,
+    *,
+    more: dict[str, list[str]] | None = None,
+    theirs_first: bool = False,
+) -> tuple[dict[str, list[Summary]], dict[str, int | None], str | None]:
+    """Ask our server and llama-server the same, one after the other.
+
+    Returns:
+        The figures of all levels, and the GPU memory at most, of "chat" and, where it is there, of "llama-server"; and
+        why that is missing, or None.
+    """
+    found: dict[str, list[Summary]] = {}
+    memory: dict[str, int | None] = {}
+    missing = None
+    for api in ("llama-server", "chat") if theirs_first else ("chat", "llama-server"):
+        try:
+            server = _server(options, api, path, shape, (more or {}).get(api, ()))
+        except NotMeasured as reason:
+            missing = str(reason)
+            continue
+        with MemoryWatch().watching() as watch, server as url:
+            found[api] = [level for workload, levels in asked for level in _load(url, api, workload, levels)]
+        memory[api] = watch.peak
+    return found, memory, missing
+
+
+def _first_token(level: Summary | None) -> float | None:
+    return None if level is None or level.first_token is None else level.first_token.p50
 
 
 def _throughput(options: Options, plan: Plan, kind: str, number: int) -> dict[str, Any]:
     """Let each server run all levels once; whoever began the last turn is second in this one."""
     most = max(plan.clients)
-    shape = {"parallel": most, "cells": most * _CELLS_PER_CLIENT}
-    peers, reason = _peers_or_reason(options)
-    sampling = {"temperature": 1.0, "top_k": 10}
-    modes = (
-        ("greedy", plan.greedy(seed=number), plan.clients),
-        ("sampled", plan.greedy(seed=number, **sampling), plan.sampled_clients),
-    )
-
-    def turn(server: contextlib.AbstractContextManager[str], api: str) -> tuple[list[Summary], int | None]:
-        found: list[Summary] = []
-        with MemoryWatch().watching() as memory, server as url:
-            for _, workload, clients in modes:
-                found += _load(url, api, workload, [plan.level(count) for count in clients])
-        return found, memory.peak
-
-    turns: dict[str, tuple[list[Summary], int | None]] = {}
-    for who in ("chat", "llama-server") if number % 2 == 0 else ("llama-server", "chat"):
-        if who == "chat":
-            turns[who] = turn(serving(options, kind, **shape), who)
-        elif peers is not None:
-            turns[who] = turn(_peer_serving(options, peers, kind, **shape), who)
-    mine, memory = turns["chat"]
-    others, their_memory = turns.get("llama-server", (None, None))
-    levels = []
-    labels = [(mode, count) for mode, _, clients in modes for count in clients]
-    for place, (mode, clients) in enumerate(labels):
-        other = others[place] if others else None
-        levels.append(
-            {
-                "mode": mode,
-                "clients": clients,
-                "ours": mine[place].tokens_per_second,
-                "theirs": other and other.tokens_per_second,
-                "ratio": other and mine[place].tokens_per_second / other.tokens_per_second,
-                "ours_first_token": _first_token(mine[place]),
-                "theirs_first_token": other and _first_token(other),
-                "ours_generator_cores": mine[place].generator_cores,
-            }
-        )
-    return {
-        "kind": kind,
-        "levels": levels,
-        "tokens": plan.tokens,
-        "memory": {"ours": memory, "theirs": their_memory},
-        "traffic": traffic(options, kind),
-        "peer_missing": reason,
-    }
+    modes = {"greedy": plan.clients, "sampled": plan.sampled_clients}
+    sampling = {"greedy": {}, "sampled": {"temperature": 1.0, "top_k": 10}}
+    asked = [
+        (plan.greedy(seed=number, **sampling[mode]), [plan.level(count) for count in clients])
+        for mode, clients in modes.items()
+    ]
+    shape = {"parallel": most, "ctx_size": most * _CELLS_PER_CLIENT}
+    found, memory, missing = _both(
+        options, model(options, "4k", kind), shape, asked, theirs_first=number % 2 == 1
+    )  # fmt: skip
+    labels = [(mode, count) for mode, clients in modes.items() for count in clients]
+    others = found.get("llama-server", [None] * len(labels))
+    levels = [
+        {
+            "mode": mode,
+            "clients": clients,
+            "ours": mine.tokens_per_second,
+            "theirs": other and other.tokens_per_second,
+            "ratio": other and mine.tokens_per_second / other.tokens_per_second,
+            "ours_first_token": _first_token(mine),
+            "theirs_first_token": _first_token(other),
+            "ours_generator_cores": mine.generator_cores,
+        }
+        for (mode, clients), mine, other in zip(labels, found["chat"], others, strict=True)
+    ]
+    return {"kind": kind, "levels": levels, "memory": memory, "peer_missing": missing}
 
 
 def _stream(options: Options, plan: Plan, kind: str) -> dict[str, Any]:
     """Compare tokens per second of one stream while it decodes with llama-bench's at the same depth."""
-    peers = find_peers(options)
-    layers = "0" if options.cpu else "99"
-    turns = []
-    with serving(options, kind, parallel=16, cells=16 * _CELLS_PER_CLIENT) as url:
+    peers, path, turns = find_peers(options), model(options, "4k", kind), []
+    tokens = str(plan.tokens)
+    with _server(options, "chat", path, {"parallel": 16, "ctx_size": 16 * _CELLS_PER_CLIENT}) as url:
         for number in range(options.rounds):
             level = Level(clients=1, sessions=plan.repeats, warmup=1)
             (summary,) = _load(url, "chat", plan.greedy(seed=number), [level])
             if summary.per_token is None:
                 raise RuntimeError("no answer had two tokens")
             output = peers.run(
-                "llama-bench", "-m", model(options, "4k", kind), "-t", str(_threads(options)), "-ngl", layers,
-                "-p", "0", "-n", str(plan.tokens), "-d", str(plan.tokens), "-r", "3", "-o", "json",
+                "llama-bench", "-m", path, "-t", str(options.threads or usable_cores()), "-ngl",
+                "0" if options.cpu else "99", "-p", "0", "-n", tokens, "-d", tokens, "-r", "3", "-o", "json",
             )  # fmt: skip
             turns.append((1 / summary.per_token.p50, float(json.loads(output)[0]["avg_ts"])))
     return {"kind": kind, **_median_ratio(turns)}
@@ -251,32 +207,26 @@ def _median_ratio(turns: Sequence[tuple[float, float]], *, low_is_good: bool = F
 
 def _batched_bench(options: Options, plan: Plan, kind: str) -> dict[str, Any]:
     """Decode as many sequences as there are clients, without HTTP and without choosing tokens."""
-    peers = find_peers(options)
-    output = peers.run(
-        "llama-batched-bench", "-m", model(options, "4k", kind), "-t", str(_threads(options)),
+    output = find_peers(options).run(
+        "llama-batched-bench", "-m", model(options, "4k", kind), "-t", str(options.threads or usable_cores()),
         "-ngl", "0" if options.cpu else "99", "-c", str(max(plan.clients) * 2 * plan.tokens), "-npp", str(plan.tokens),
         "-ntg", str(plan.tokens), "-npl", ",".join(map(str, plan.clients)), "--output-format", "jsonl",
     )  # fmt: skip
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     if not rows:
         raise RuntimeError(f"llama-batched-bench printed no figures: {output[-300:]}")
-    return {
-        "kind": kind,
-        "levels": [
-            {"clients": row["pl"], "decode": row["speed_tg"], "prefill": row["speed_pp"], "both": row["speed"]}
-            for row in rows
-        ],
-    }
+    # "speed" counts prompt tokens as well, which are as many as the generated ones.
+    return {"kind": kind, "levels": [{"clients": row["pl"], "tokens": row["speed"] / 2} for row in rows]}
 
 
 def _prefix(options: Options, plan: Plan) -> dict[str, Any]:
-    """Compare the time to the first token behind a shared prefix with the prefix cache's and without it."""
-    shape = {"parallel": 4, "cells": 4 * _LONG_CONTEXT}
+    """Compare the time to the first token behind a shared prefix with the prefix cache and without it."""
+    path, shape = model(options, "4k", MAIN_KIND), {"parallel": 4, "ctx_size": 4 * _LONG_CONTEXT}
     level = Level(clients=1, sessions=plan.repeats, warmup=1)
     turns = []
     with (
-        serving(options, MAIN_KIND, **shape) as warm,
-        serving(options, MAIN_KIND, **shape, more=["--no-prefix-cache"]) as cold,
+        _server(options, "chat", path, shape) as warm,
+        _server(options, "chat", path, shape, ["--no-prefix-cache"]) as cold,
     ):
         for number in range(options.rounds):
             workload = Workload(shared_prefix=plan.prefix, prompt_tokens="24", output_tokens="4", seed=number)
@@ -289,23 +239,19 @@ def _prefix(options: Options, plan: Plan) -> dict[str, Any]:
 
 def _long_prompt(options: Options, plan: Plan, *, variant: str, tokens: int, cells: int) -> dict[str, Any]:
     """Measure the time to the first token of a long prompt, alone on the server."""
-    peers, reason = _peers_or_reason(options)
-    shape: dict[str, Any] = {"parallel": 1, "cells": cells, "variant": variant}
-    servers = [("chat", serving(options, MAIN_KIND, **shape))]
-    if peers is not None:
-        servers.append(("llama-server", _peer_serving(options, peers, MAIN_KIND, **shape)))
-    workload = Workload(prompt_tokens=str(tokens), output_tokens="4")
-    level = Level(clients=1, sessions=plan.repeats, warmup=1)
-    times: dict[str, float | None] = {}
-    for api, server in servers:
-        with server as url:
-            times[api] = _first_token(_load(url, api, workload, [level])[0])
+    asked = [
+        (Workload(prompt_tokens=str(tokens), output_tokens="4"), [Level(clients=1, sessions=plan.repeats, warmup=1)])
+    ]
+    found, _, missing = _both(
+        options, model(options, variant, MAIN_KIND), {"parallel": 1, "ctx_size": cells}, asked
+    )  # fmt: skip
+    times = {api: _first_token(levels[0]) for api, levels in found.items()}
     return {
         "variant": variant,
         "prompt_tokens": tokens,
         "ours": times["chat"],
         "theirs": times.get("llama-server"),
-        "peer_missing": reason,
+        "peer_missing": missing,
     }
 
 
@@ -313,27 +259,18 @@ def _memory(options: Options, plan: Plan, *, contexts: int, kv: str) -> dict[str
     """Measure the GPU memory that each server takes with so many full contexts, CUDA's own included."""
     if options.cpu:
         raise NotMeasured("it is about GPU memory")
-    shape = {"parallel": contexts, "cells": contexts * 4096}
-    peers, reason = _peers_or_reason(options)
-    servers = [("chat", serving(options, MAIN_KIND, **shape, more=["--kv-cache-type", kv]))]
-    if peers is not None:
-        more = ["--cache-type-k", kv, "--cache-type-v", kv]
-        servers.append(("llama-server", _peer_serving(options, peers, MAIN_KIND, **shape, more=more)))
-    workload = Workload(prompt_tokens=str(plan.long_prompt), output_tokens="32")
-    peaks: dict[str, int] = {}
-    for api, server in servers:
-        with MemoryWatch().watching() as memory, server as url:
-            _load(url, api, workload, [Level(clients=contexts, sessions=2 * contexts)])
-        if memory.peak is None:
-            raise NotMeasured("the driver tells no memory")
-        peaks[api] = memory.peak
-    return {
-        "contexts": contexts,
-        "kv": kv,
-        "ours": peaks["chat"],
-        "theirs": peaks.get("llama-server"),
-        "peer_missing": reason,
-    }
+    asked = [
+        (
+            Workload(prompt_tokens=str(plan.long_prompt), output_tokens="32"),
+            [Level(clients=contexts, sessions=2 * contexts)],
+        )
+    ]
+    more = {"chat": ["--kv-cache-type", kv], "llama-server": ["--cache-type-k", kv, "--cache-type-v", kv]}
+    shape = {"parallel": contexts, "ctx_size": contexts * 4096}
+    _, memory, missing = _both(options, model(options, "4k", MAIN_KIND), shape, asked, more=more)
+    if memory["chat"] is None:
+        raise NotMeasured("the driver tells no memory")
+    return {"contexts": contexts, "kv": kv, "memory": memory, "peer_missing": missing}
 
 
 def _transformers(options: Options, plan: Plan) -> dict[str, Any]:
@@ -344,22 +281,20 @@ def _transformers(options: Options, plan: Plan) -> dict[str, Any]:
         raise NotMeasured("torch and transformers are not there; name a Python that has them with --torch-python")
     counts = (1, 8) if options.small else (1, 32)
     levels = [Level(clients=count, sessions=max(2, count)) for count in counts]
-    workload = plan.greedy(stream=False)
-    with (
-        MemoryWatch().watching() as their_memory,
-        original(Path(python), checkpoint(options, "4k"), threads=options.threads or 0) as url,
-    ):
-        theirs = _load(url, "chat", workload, levels)
-    shape = {"parallel": max(counts), "cells": max(counts) * _CELLS_PER_CLIENT}
-    with MemoryWatch().watching() as memory, serving(options, MAIN_KIND, **shape) as url:
-        mine = _load(url, "chat", workload, levels)
+    shape = {"parallel": max(counts), "ctx_size": max(counts) * _CELLS_PER_CLIENT}
+    servers: dict[str, contextlib.AbstractContextManager[str]] = {
+        "transformers": original(Path(python), checkpoint(options, "4k"), threads=options.threads or 0),
+        "chat": _server(options, "chat", model(options, "4k", MAIN_KIND), shape),
+    }
+    found: dict[str, list[Summary]] = {}
+    memory: dict[str, int | None] = {}
+    for name, server in servers.items():
+        with MemoryWatch().watching() as watch, server as url:
+            found[name] = _load(url, "chat", plan.greedy(stream=False), levels)
+        memory[name] = watch.peak
     rows = [
         {"clients": count, "ours": a.tokens_per_second, "theirs": b.tokens_per_second,
          "ratio": a.tokens_per_second / b.tokens_per_second}
-        for count, a, b in zip(counts, mine, theirs, strict=True)
+        for count, a, b in zip(counts, found["chat"], found["transformers"], strict=True)
     ]  # fmt: skip
-    return {
-        "kind": MAIN_KIND,
-        "levels": rows,
-        "memory": {"ours": memory.peak, "theirs": their_memory.peak},
-    }
+    return {"kind": MAIN_KIND, "levels": rows, "memory": memory}

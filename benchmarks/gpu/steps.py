@@ -69,18 +69,18 @@ class Steps:
         return self._end - time.monotonic()
 
     def records(self) -> dict[str, Record]:
-        """Give the records of all steps that ever ran, by name."""
+        """Return the records of all steps that ever ran, by name."""
         paths = sorted(self._folder.glob("*.json"))
         found = [msgspec.json.decode(path.read_bytes(), type=Record) for path in paths]
         return {record.name: record for record in found}
 
     def result(self, name: str) -> Any:
-        """Give what a step gave, or None when it is not done."""
+        """Return what a step gave, or None when it is not done."""
         path = self._folder / f"{name}.json"
         return msgspec.json.decode(path.read_bytes(), type=Record).result if path.is_file() else None
 
     def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """Run a step unless it is done, and give its result; None when it failed or could not be measured.
+        """Run a step unless it is done, and return its result; None when it failed or could not be measured.
 
         Args:
             name: ``part.step``.
@@ -119,7 +119,7 @@ class Steps:
         return record.result
 
     def _expected(self, name: str) -> float:
-        """Give the seconds of the longest step of the same part; 0 for a run's first step, so that it moves on."""
+        """Return the seconds of the longest step of the same part; 0 for a run's first step, so that it moves on."""
         part = name.partition(".")[0]
         known = [record.seconds for record in self.records().values() if record.name.startswith(f"{part}.")]
         return max(known, default=0.0) if self._ran else 0.0

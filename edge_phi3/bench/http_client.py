@@ -2,7 +2,7 @@
 
 The generator often shares the machine with the server that it measures, so that every cycle it spends is missing
 there. httptools (the C parser under uvicorn, a dependency already) on a bare asyncio protocol calls one function per
-network read, with no task switch and no copy of headers; `benchmarks/client_cost.py` compares it with httpx.
+network read, with no task switch and no copy of headers.
 """
 
 from __future__ import annotations
@@ -154,13 +154,13 @@ class HttpClient:
         await self._exchange(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body, sink)
 
     async def post_whole(self, path: str, body: bytes) -> bytes:
-        """Post JSON and give the whole body of the response; raises as `post` does."""
+        """Post JSON and return the whole body of the response; raises as `post` does."""
         whole = bytearray()
         await self.post(path, body, whole.extend)
         return bytes(whole)
 
     async def get(self, path: str) -> bytes:
-        """Give the body behind a path; raises as `post` does."""
+        """Return the body behind a path; raises as `post` does."""
         whole = bytearray()
         await self._exchange(f"GET {self._base}{path} HTTP/1.1\r\n{self._head}\r\n".encode(), whole.extend)
         return bytes(whole)

@@ -108,7 +108,7 @@ async def run_level(
         workload: how.
         level: the strength, and when to stop.
         first_session: number of the first session. Two levels with other numbers share no prompt.
-        done: told of each measured request at its end.
+        done: called with each measured request when it ends.
     """
     if level.warmup:
         numbers = itertools.count(first_session + 1_000_000)
@@ -147,7 +147,7 @@ async def _closed_loop(run: _Run, sessions: Iterator[Session], clients: int) -> 
 
 
 def poisson_arrivals(rate: float, random: np.random.Generator) -> Iterator[float]:
-    """Give the arrival times of a Poisson process, in seconds from the first one; without end."""
+    """Return the arrival times of a Poisson process, in seconds from the first one; without end."""
     due = 0.0
     while True:
         yield due

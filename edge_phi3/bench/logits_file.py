@@ -34,7 +34,7 @@ _LEVELS = np.float32(65535)
 
 
 def scored_positions(ctx_size: int) -> int:
-    """Give how many positions of a chunk are scored: its second half, without the last, whose successor is unknown."""
+    """Return the number of scored positions of a chunk: its second half but the last, whose successor is unknown."""
     return ctx_size - 1 - ctx_size // 2
 
 
@@ -98,7 +98,7 @@ class LogitsFile:
         return cls(path, tokens.reshape(chunks, ctx_size).astype(np.int32), vocab_size, packed)
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Give log-probabilities, ``(stop - start, vocab_size)``, of scored positions counted over all chunks."""
+        """Return log-probabilities, ``(stop - start, vocab_size)``, of scored positions counted over all chunks."""
         packed = np.asarray(self._packed[start:stop])
         head = np.ascontiguousarray(packed[:, :_HEAD]).view(np.float32)
         values: NDArray[np.float32] = packed[:, _HEAD : _HEAD + self.vocab_size] * head[:, :1] + head[:, 1:]

@@ -1,16 +1,19 @@
-"""Where and with what a figure was measured, so that nobody compares it with one from elsewhere."""
+"""The machine of a measurement: what it is, and how much memory this process and its GPUs take."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
 import psutil
 
+from edge_phi3.system_resources import gpus
 from edge_phi3.version import __version__
 
 
@@ -63,3 +66,32 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_resident_bytes() -> int:
+    """Return the most resident memory that this process has had, mapped files included."""
+    # The kernel's maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    info = psutil.Process().memory_info()
+    if sys.platform == "win32":
+        return int(info.peak_wset)
+    import resource  # noqa: PLC0415 - absent on Windows
+
+    return max(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), int(info.rss))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def gpu_bytes_in_use() -> int | None:
+    """Return the bytes in use on all GPUs together, by any process; None without an NVIDIA GPU.
+
+    A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
+    """
+    found = gpus()
+    return sum(gpu.used for gpu in found) if found else None

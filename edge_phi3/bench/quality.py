@@ -102,7 +102,7 @@ def record(
         chunks: shape ``(chunks, ctx_size)``.
         writer: where the log-probabilities go.
         bos: the token that each chunk's first is replaced by; None where the vocabulary adds none.
-        done: told of the number of chunks after each.
+        done: called after each chunk with the number of chunks so far.
     """
     losses: list[NDArray[np.float64]] = []
     for logits, following in _scored(context, chunks, bos, done):
@@ -146,7 +146,7 @@ def compare(context: Context, reference: LogitsFile, *, bos: int | None, done: C
 def _scored(
     context: Context, chunks: NDArray[np.int32], bos: int | None, done: ChunkDone
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-    """Give logits of scored positions, a few rows at a time, and the token that follows each."""
+    """Return logits of scored positions, a few rows at a time, and the token that follows each."""
     size = chunks.shape[1]
     first, last = size // 2, size // 2 + scored_positions(size)
     for number, chunk in enumerate(chunks, start=1):
@@ -169,7 +169,7 @@ def _scored(
 
 
 def _normalisers(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Give the logarithm of each row's sum of exponentials."""
+    """Return the logarithm of each row's sum of exponentials."""
     top = logits.max(axis=1, keepdims=True)
     sums = np.exp(logits - top).sum(axis=1, dtype=np.float64)
     result: NDArray[np.float64] = top[:, 0] + np.log(sums)
@@ -215,7 +215,7 @@ def _divergence(
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Give the mean and its standard error, as llama-perplexity computes them."""
+    """Return the mean and its standard error, as llama-perplexity computes them."""
     mean = values.mean()
     variance = (values**2).mean() - mean**2
     return float(mean), float(np.sqrt(max(variance, 0.0) / max(1, len(values) - 1)))

@@ -73,7 +73,7 @@ class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_report(path: Path) -> QuantReport | None:
-    """Give a report that was written before; None when there is none, or it is damaged or of another format."""
+    """Return a report that was written before; None when there is none, or it is damaged or of another format."""
     try:
         report = msgspec.json.decode(path.read_bytes(), type=QuantReport)
     except (OSError, msgspec.MsgspecError):
@@ -82,7 +82,7 @@ def read_report(path: Path) -> QuantReport | None:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Tell which points no other beats: none is as small in both coordinates and smaller in one."""
+    """Return for each point whether no other beats it: none is as small in both coordinates and smaller in one."""
     return [
         not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
         for point in points
@@ -90,18 +90,18 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def on_front(measurements: Sequence[Measurement]) -> list[bool]:
-    """Tell which types lie on the Pareto front of file size and mean divergence. The reference diverges by nothing."""
+    """Return for each type whether it lies on the Pareto front of file size and mean divergence."""
     return pareto_front([(measurement.bytes, mean_divergence(measurement)) for measurement in measurements])
 
 
 def mean_divergence(measurement: Measurement) -> float:
-    """Give the mean divergence from the reference in nats, 0 for the reference itself."""
+    """Return the mean divergence from the reference in nats, 0 for the reference itself."""
     divergence = measurement.quality.divergence
     return 0.0 if divergence is None else divergence.mean
 
 
 def table(report: QuantReport) -> Table:
-    """Give the figures as a table; a star marks the Pareto front of size and divergence."""
+    """Return the figures as a table; a star marks the Pareto front of size and divergence."""
     result = Table(box=None, padding=(0, 1))
     result.add_column("type", no_wrap=True)
     for heading in ("size", "bpw", "perplexity", "KL mean", "KL 99 %", "same top"):

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, writing
-from edge_phi3.bench.machine import Machine
-from edge_phi3.bench.memory import gpu_bytes_in_use, peak_resident_bytes, resident_bytes
+from edge_phi3.bench.machine import Machine, gpu_bytes_in_use, peak_resident_bytes, resident_bytes
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -153,7 +152,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Measured:
 
     Args:
         job: what to measure.
-        tell: told of each evaluated chunk.
+        tell: called with each evaluated chunk.
 
     Raises:
         BenchError: the text is too short, or the model's vocabulary is not the reference's.
@@ -223,7 +222,7 @@ def _speed(context: Context, tokens: NDArray[np.int32], job: Job) -> Speed:
 
 
 def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[float, float]:
-    """Feed a prompt and generate; give the seconds to the first token, and the tokens a second after it."""
+    """Feed a prompt and generate; return the seconds to the first token, and the tokens a second after it."""
     context.clear()
     context.seq_ids[:] = 0
     started = time.perf_counter()

@@ -95,8 +95,8 @@ def run(
 
     Args:
         bench: what to measure.
-        request_done: told of each request at its end.
-        level_done: told of each level's figures at its end.
+        request_done: called with each request when it ends.
+        level_done: called with the figures of each level when it ends.
 
     Raises:
         BenchError: nothing was measured: the service is not there, no request succeeded, or an option is wrong.
@@ -141,7 +141,7 @@ async def measure(
 
 
 async def _sessions(bench: ServeBench, target: Target) -> tuple[Sessions, bool]:
-    """Give what is asked, and whether its prompts have exactly the tokens asked for."""
+    """Return what is asked, and whether its prompts have exactly the tokens asked for."""
     if bench.prompts is not None:
         return FileSessions(bench.prompts, bench.workload), False
     ruler = await measure_ruler(target)
@@ -176,7 +176,7 @@ def _flat(summary: Summary) -> dict[str, Any]:
 
 
 def table(levels: Sequence[Summary]) -> Table:
-    """Give the figures as a table: times in milliseconds, as median / 95th percentile."""
+    """Return the figures as a table: times in milliseconds, as median / 95th percentile."""
     result = Table(box=None, padding=(0, 1))
     for heading in ("load", "done", "failed", "tok/s", "req/s", "TTFT", "TPOT", "gap", "latency"):
         result.add_column(heading, justify="right", no_wrap=True)

@@ -97,7 +97,7 @@ def summarise(run: LevelRun) -> Summary:
 
 
 def per_token(record: RequestRecord) -> float | None:
-    """Give a request's seconds per token after the first, or None when it has only one or was not streamed.
+    """Return a request's seconds per token after the first, or None when it has only one or was not streamed.
 
     The first piece is taken to be the first token and the last piece to be the last one.
     """

@@ -89,7 +89,7 @@ class Target(ABC):
 
     @abstractmethod
     def request(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the request's body."""
+        """Return the request's body."""
 
     @abstractmethod
     def on_event(self, answer: Answer, name: str, data: bytes) -> None:
@@ -110,7 +110,7 @@ class Target(ABC):
         return None
 
     def tokenize_request(self, text: str) -> Mapping[str, Any]:
-        """Give the body of a request to ``/tokenize``: vLLM's, unless a target has its own."""
+        """Return the body of a request to ``/tokenize``: vLLM's, unless a target has its own."""
         return {"model": self.model, "prompt": text}
 
 
@@ -121,7 +121,7 @@ class ChatTarget(Target):
     path = "/chat"
 
     def request(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the body. The token counts come with `return_dict_in_generate`."""
+        """Return the body. The token counts come with `return_dict_in_generate`."""
         kwargs: dict[str, Any] = {"max_new_tokens": ask.max_tokens, "return_dict_in_generate": True}
         if ask.sampling.greedy:
             kwargs["do_sample"] = False
@@ -159,7 +159,7 @@ class ChatTarget(Target):
         answer.ended = True
 
     def tokenize_request(self, text: str) -> Mapping[str, Any]:
-        """Give the body of a request to ``/tokenize``."""
+        """Return the body of a request to ``/tokenize``."""
         return {"text": text}
 
 
@@ -170,7 +170,7 @@ class LlamaServerTarget(Target):
     path = "/completion"
 
     def request(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the body. Only the samplers that are needed are in the chain; the best of one token is greedy."""
+        """Return the body. Only the samplers that are needed are in the chain; the best of one token is greedy."""
         sampling = ask.sampling
         body: dict[str, Any] = {
             "prompt": "".join(ask.turns),
@@ -199,7 +199,7 @@ class LlamaServerTarget(Target):
             answer.ended = True
 
     def tokenize_request(self, text: str) -> Mapping[str, Any]:
-        """Give the body of a request to ``/tokenize``."""
+        """Return the body of a request to ``/tokenize``."""
         return {"content": text, "add_special": True, "parse_special": True}
 
 
@@ -210,7 +210,7 @@ class OpenAITarget(Target):
     path = "/v1/completions"
 
     def request(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the body. What OpenAI's API lacks (`top_k`, `ignore_eos`) is sent only when it is asked for."""
+        """Return the body. What OpenAI's API lacks (`top_k`, `ignore_eos`) is sent only when it is asked for."""
         sampling = ask.sampling
         body: dict[str, Any] = {
             "model": self.model,
@@ -230,11 +230,11 @@ class OpenAITarget(Target):
         return body
 
     def prompt(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the part of the body that holds the prompt."""
+        """Return the part of the body that holds the prompt."""
         return {"prompt": "".join(ask.turns)}
 
     def text_of(self, choice: Mapping[str, Any]) -> str:
-        """Give the new text of a choice."""
+        """Return the new text of a choice."""
         return str(choice.get("text") or "")
 
     def on_event(self, answer: Answer, name: str, data: bytes) -> None:  # noqa: ARG002 - its events have no names
@@ -260,17 +260,17 @@ class OpenAIChatTarget(OpenAITarget):
     path = "/v1/chat/completions"
 
     def prompt(self, ask: Ask) -> Mapping[str, Any]:
-        """Give the conversation."""
+        """Return the conversation."""
         roles = ("user", "assistant")
         return {"messages": [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(ask.turns)]}
 
     def text_of(self, choice: Mapping[str, Any]) -> str:
-        """Give the new text of a choice."""
+        """Return the new text of a choice."""
         return str((choice.get("delta") or choice.get("message") or {}).get("content") or "")
 
 
 def _event(data: bytes) -> dict[str, Any]:
-    """Parse an event of a stream; an error that the server tells of in it is raised."""
+    """Parse an event of a stream; an error that the server reports in it is raised."""
     event = parse_object(data)
     if error := event.get("error"):
         raise ExchangeError(str(error.get("message", error) if isinstance(error, dict) else error))
@@ -288,7 +288,7 @@ TARGETS: Final[Mapping[str, type[Target]]] = {
 
 
 async def open_target(client: HttpClient, api: str = "auto", model: str = "") -> Target:
-    """Give the endpoint of a server, found by what the server answers when `api` is "auto".
+    """Return the endpoint of a server, found by what the server answers when `api` is "auto".
 
     Args:
         client: connections to the server.

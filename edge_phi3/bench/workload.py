@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,13 +14,67 @@ import numpy as np
 
 from edge_phi3.bench.answers import Answer
 from edge_phi3.bench.errors import BenchError, ExchangeError
-from edge_phi3.bench.lengths import Lengths
 from edge_phi3.bench.targets import Ask, Sampling, Target
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
 """Frequent English words, most of which are one token in most vocabularies."""
 
 _FEWEST_WORDS = 32
+
+FORMS = "64, 16-128 (uniform), normal:MEAN,SD, lognormal:MEDIAN,SIGMA or exponential:MEAN"
+"""The forms that `Lengths.parse` reads, for help texts and messages."""
+
+_Draw = Callable[[np.random.Generator], float]
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of lengths in tokens.
+
+    Attributes:
+        text: how it was written.
+        draw_real: draws one value, before it is rounded and kept at 1 or above.
+    """
+
+    text: str
+    draw_real: _Draw
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """Read one of the `FORMS`.
+
+        Raises:
+            BenchError: it is none of them.
+        """
+        kind, _, rest = text.strip().partition(":")
+        if not rest:
+            low, separator, high = kind.partition("-")
+            if low.isdecimal() and int(low) > 0 and not separator:
+                return cls(text, lambda _: int(low))
+            if low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high):
+                return cls(text, lambda random: int(random.integers(int(low), int(high) + 1)))
+        else:
+            numbers = [float(part) for part in rest.split(",") if _NUMBER.fullmatch(part.strip())]
+            draw = _named(kind, numbers) if len(numbers) == len(rest.split(",")) else None
+            if draw is not None:
+                return cls(text, draw)
+        raise BenchError(f"{text!r} is not a distribution of lengths; give {FORMS}.")
+
+    def draw(self, random: np.random.Generator) -> int:
+        """Draw one length, at least 1."""
+        return max(1, round(self.draw_real(random)))
+
+
+def _named(kind: str, numbers: Sequence[float]) -> _Draw | None:
+    match kind, numbers:
+        case "normal", [mean, deviation] if mean > 0:
+            return lambda random: random.normal(mean, deviation)
+        case "lognormal", [median, sigma] if median > 0:
+            return lambda random: random.lognormal(np.log(median), sigma)
+        case "exponential", [mean] if mean > 0:
+            return lambda random: random.exponential(mean)
+    return None
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +125,7 @@ class Session:
     max_tokens: Sequence[int]
 
     def ask(self, said: Sequence[str], workload: Workload) -> Ask:
-        """Give the request of the turn that follows `said`, the conversation so far (user and assistant in turn)."""
+        """Return the request of the turn that follows `said`, the conversation so far (user and assistant in turn)."""
         turn = len(said) // 2
         seeded = workload.send_seeds and workload.temperature > 0
         return Ask(
@@ -84,10 +139,10 @@ class Session:
 
 
 class Sessions(Protocol):
-    """Gives session number `number`, always the same one."""
+    """Return session number `number`, always the same one."""
 
     def __call__(self, number: int, /) -> Session:
-        """Give a session."""
+        """Return a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +230,7 @@ class RandomSessions:
         ]
 
     def __call__(self, number: int) -> Session:
-        """Give session `number`."""
+        """Return session `number`."""
         random = np.random.default_rng([self._workload.seed, number + 1])
         prefix = self._prefixes[int(random.integers(len(self._prefixes)))] if self._prefixes else ""
         users, outputs = [], []
@@ -210,7 +265,7 @@ class FileSessions:
         self._seed = workload.seed
 
     def __call__(self, number: int) -> Session:
-        """Give session `number`; they begin anew after the last one."""
+        """Return session `number`; they begin anew after the last one."""
         prompt, max_tokens = self._prompts[int(self._order[number % len(self._order)])]
         random = np.random.default_rng([self._seed, number + 1])
         return Session(number, [prompt], [max_tokens or self._output.draw(random)])

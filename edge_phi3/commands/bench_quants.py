@@ -12,7 +12,7 @@ import rich_click as click
 from rich.console import Console
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.quant_plots import plot_quality, plot_speed
+from edge_phi3.bench.plots import plot_quality, plot_speed
 from edge_phi3.bench.quant_report import QuantReport, table
 from edge_phi3.bench.quants import DEFAULT_TYPES, QuantBench, run
 from edge_phi3.demo import DEMO_CHECKPOINT
@@ -31,26 +31,41 @@ _WIDTH = 150
     metavar="TYPE",
     help=f"A quantisation type, or all; repeatable. [default: {', '.join(DEFAULT_TYPES)}]",
 )
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="What to evaluate. [default: packaged]")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to evaluate, in UTF-8. [default: the packaged text]",
+)
 @click.option(
     "--parse-special/--no-parse-special",
     default=True,
     show_default=True,
-    help="Read <|user|> in the text as the token, and not as characters as llama-perplexity does.",
+    help="Read special tokens such as <|user|> in the text as tokens; llama-perplexity reads them as characters.",
 )
 @click.option(
     "--imatrix",
     default="auto",
     show_default=True,
     metavar="auto|FILE|none",
-    help="An importance matrix for types under 8 bits; auto collects one with the packaged calibration text.",
+    help="Importance matrix for types of fewer than 8 bits; auto collects one from the packaged calibration text.",
 )
-@click.option("--ctx-size", type=click.IntRange(min=4), default=512, show_default=True, help="Tokens of a chunk.")
-@click.option("--chunks", type=click.IntRange(min=1), help="Evaluate so many chunks at most.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. [default: physical cores]")
-@click.option("--n-gpu-layers", type=int, default=-1, show_default=True, help="Layers on the GPU; -1 is all.")
 @click.option(
-    "--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of the prompt that is timed."
+    "--ctx-size",
+    type=click.IntRange(min=4),
+    default=512,
+    show_default=True,
+    help="Number of tokens in a chunk of the text.",
+)
+@click.option("--chunks", type=click.IntRange(min=1), help="Maximum number of chunks to evaluate.")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads. [default: physical cores]")
+@click.option("--n-gpu-layers", type=int, default=-1, show_default=True, help="Number of layers on the GPU; -1 is all.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Length of the prompt that is timed, in tokens.",
 )
 @click.option(
     "--generate-tokens",
@@ -58,18 +73,24 @@ _WIDTH = 150
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
-    help="Generated after it.",
+    help="Number of tokens that are generated and timed after the prompt.",
 )
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Of what is timed.")
+@click.option(
+    "--repetitions",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    help="Number of times that speed is measured; medians are reported.",
+)
 @click.option(
     "--output-dir",
     type=click.Path(path_type=Path),
     default=Path("bench-quants"),
     show_default=True,
-    help="Results, plots, and what the next run need not make again.",
+    help="Folder for results, plots, and what the next run can use again.",
 )
-@click.option("--keep-models", is_flag=True, help="Keep the quantised files there as well.")
-@click.option("--again", is_flag=True, help="Measure anew what was measured already.")
+@click.option("--keep-models", is_flag=True, help="Keep the quantised files in the output folder.")
+@click.option("--again", is_flag=True, help="Measure again what the output folder has results of.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON instead of a table.")
 def command(model: str, *, types: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Compare quantisations of one model: size, quality against F16, speed, memory, load time.

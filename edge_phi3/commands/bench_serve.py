@@ -11,13 +11,12 @@ import rich_click as click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_phi3.bench.lengths import FORMS
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.plots import plot_sweep
 from edge_phi3.bench.serve import ServeBench, run, table
 from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.targets import TARGETS
-from edge_phi3.bench.workload import Workload
+from edge_phi3.bench.workload import FORMS, Workload
 from edge_phi3.commands.errors import WrongUsageError
 
 _DEFAULT_SESSIONS = 8
@@ -56,50 +55,117 @@ def _levels(options: dict[str, Any]) -> list[Level]:
     "--clients",
     callback=_numbers(int),
     metavar="N[,N...]",
-    help="A closed loop of N clients, each asking again when it has its answer; several are a sweep. [default: 1]",
+    help="Number of clients that each send the next request when they have an answer (a closed loop). [default: 1]",
 )
 @click.option(
     "--rate",
     callback=_numbers(float),
     metavar="R[,R...]",
-    help="An open loop: R arrivals a second, by chance (Poisson).",
+    help="Mean number of sessions that arrive per second at random (an open loop, Poisson).",
 )
 @click.option(
     "--requests",
     type=click.IntRange(min=1),
-    help=f"Sessions at each level. [default: {_DEFAULT_SESSIONS} for each client]",
+    help=f"Number of sessions at each level of load. [default: {_DEFAULT_SESSIONS} for each client]",
 )
-@click.option("--duration", type=click.FloatRange(min=0, min_open=True), help="Seconds for which new sessions begin.")
-@click.option("--warmup", type=click.IntRange(min=0), default=2, show_default=True, help="Sessions before each level.")
-@click.option("--api", type=click.Choice(["auto", *TARGETS]), default="auto", show_default=True, help="The endpoint.")
-@click.option("--model", default="", help="The model to name in requests. [default: the first that the server lists]")
-@click.option("--api-key", envvar="EDGE_PHI3_BENCH_API_KEY", help="Sent as a bearer token.")
 @click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, help="Seconds."
+    "--duration", type=click.FloatRange(min=0, min_open=True), help="Number of seconds during which new sessions begin."
 )
-@click.option("--prompt-tokens", default="64", show_default=True, metavar="LENGTHS", help=f"Of each turn: {FORMS}.")
-@click.option("--output-tokens", default="64", show_default=True, metavar="LENGTHS", help="Of each answer, likewise.")
-@click.option("--turns", default="1", show_default=True, metavar="LENGTHS", help="Turns of a session, likewise.")
 @click.option(
-    "--shared-prefix", type=click.IntRange(min=0), default=0, show_default=True, help="Tokens in front of each session."
+    "--warmup",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="Number of sessions before each level that are not measured.",
 )
-@click.option("--prefixes", type=click.IntRange(min=1), default=1, show_default=True, help="How many different ones.")
+@click.option(
+    "--api",
+    type=click.Choice(["auto", *TARGETS]),
+    default="auto",
+    show_default=True,
+    help="The kind of endpoint to send requests to.",
+)
+@click.option("--model", default="", help="Name of the model in requests. [default: the first that the server lists]")
+@click.option("--api-key", envvar="EDGE_PHI3_BENCH_API_KEY", help="API key, sent as a bearer token.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Seconds that one request may take.",
+)
+@click.option(
+    "--prompt-tokens",
+    default="64",
+    show_default=True,
+    metavar="LENGTHS",
+    help=f"Length of each user turn in tokens: {FORMS}.",
+)
+@click.option(
+    "--output-tokens",
+    default="64",
+    show_default=True,
+    metavar="LENGTHS",
+    help="Length of each answer in tokens, in the same forms.",
+)
+@click.option(
+    "--turns",
+    default="1",
+    show_default=True,
+    metavar="LENGTHS",
+    help="Number of turns of a session, in the same forms.",
+)
+@click.option(
+    "--shared-prefix",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Number of tokens that sessions have in common at their beginning.",
+)
+@click.option(
+    "--prefixes", type=click.IntRange(min=1), default=1, show_default=True, help="Number of different shared prefixes."
+)
 @click.option(
     "--prompts",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help='Real prompts instead of random words: one a line, plain or {"prompt": "...", "max_tokens": 64}.',
+    help='File of prompts to send instead of random words: one per line, plain or {"prompt": "...", "max_tokens": 64}.',
 )
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, help="Sample from the best K. [default: all]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample from the best mass P.")
-@click.option("--ignore-eos", is_flag=True, help="Generate to the full length whatever the model says.")
-@click.option("--send-seeds", is_flag=True, help="Give each sampled request a seed, for the same answers each time.")
-@click.option("--stream/--no-stream", default=True, show_default=True, help="Ask for server-sent events.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same one asks the same.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write figures and requests here.")
-@click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write one row for each level here.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw throughput against latency here.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 always takes the most likely token.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(min=0), default=0, help="Sample from the K most likely tokens. [default: all]"
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Sample from the most likely tokens of this probability mass together.",
+)
+@click.option("--ignore-eos", is_flag=True, help="Generate answers of the full length, past end tokens.")
+@click.option("--send-seeds", is_flag=True, help="Send a seed with each sampled request, so that its answer repeats.")
+@click.option("--stream/--no-stream", default=True, show_default=True, help="Stream answers as server-sent events.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Random seed; the same seed sends the same prompts.",
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write all figures and requests to this file as JSON."
+)
+@click.option(
+    "--csv", "csv_file", type=click.Path(path_type=Path), help="Write one row per level of load to this file as CSV."
+)
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw throughput against latency into this file."
+)
 def command(url: str, **options: Any) -> None:
     """Put load on a service and measure it: edge-phi3, llama-server, or any with OpenAI's API.
 
@@ -143,7 +209,7 @@ def _name(level: Level) -> str:
 
 
 def _explain(levels: Sequence[Summary], *, exact: bool, random: bool) -> None:
-    """Say what the table does not show: how its pairs are to be read, and what weakens the figures."""
+    """Print what the table does not show: how to read its pairs, and what weakens the figures."""
     click.echo("Load is clients, or arrivals a second. Times are milliseconds: median/95th percentile.", err=True)
     if random and not exact:
         click.echo("The server has no /tokenize for exact lengths: prompts are as long as asked on average.", err=True)

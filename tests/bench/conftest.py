@@ -7,17 +7,20 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
+from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
-from tests.api.conftest import Running, ready
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.in_process import Running, ready
 
+T = TypeVar("T")
 Answering = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -49,6 +52,38 @@ async def answering(answer: Answering) -> AsyncIterator[str]:
     server = await asyncio.start_server(handle, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def talk(answer: Answering, ask: Callable[[HttpClient], Awaitable[T]], path: str = "", **options: Any) -> T:
+    """Run a server whose connections `answer` handles, and return what `ask` makes of a client of it."""
+
+    async def scenario() -> T:
+        async with answering(answer) as url:
+            client = HttpClient(url + path, **options)
+            try:
+                return await ask(client)
+            finally:
+                client.close()
+
+    return asyncio.run(scenario())
+
+
+def replying(*responses: bytes, seen: list[tuple[str, bytes]] | None = None) -> Answering:
+    """Answer the requests of each connection with these, one after the other, and then close it.
+
+    Args:
+        responses: whole responses.
+        seen: takes the first line and the body of every request.
+    """
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for one in responses:
+            request = await read_request(reader)
+            if seen is not None:
+                seen.append(request)
+            writer.write(one)
+
+    return answer
 
 
 async def read_request(reader: asyncio.StreamReader) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ import pytest
 
 from edge_phi3.bench.errors import BenchError, ExchangeError, StatusError
 from edge_phi3.bench.http_client import HttpClient
-from tests.bench.conftest import answering, read_request, response
+from tests.bench.conftest import answering, read_request, replying, response, talk
 
 
 def test_posts_json_and_hands_on_a_chunked_body_as_it_comes() -> None:
@@ -23,17 +23,11 @@ def test_posts_json_and_hands_on_a_chunked_body_as_it_comes() -> None:
         writer.write(b"2\r\nde\r\n0\r\n\r\n")
         await reader.read()
 
-    async def scenario() -> None:
-        def sink(piece: bytes) -> None:
-            pieces.append(piece)
-            half_read.set()
+    def sink(piece: bytes) -> None:
+        pieces.append(piece)
+        half_read.set()
 
-        async with answering(answer) as url:
-            client = HttpClient(f"{url}/base/")
-            await client.post("/chat", b'{"a":1}', sink)
-            client.close()
-
-    asyncio.run(scenario())
+    talk(answer, lambda client: client.post("/chat", b'{"a":1}', sink), path="/base/")
     assert pieces == [b"abc", b"de"]
     assert seen == [("POST /base/chat HTTP/1.1", b'{"a":1}')]
 
@@ -48,44 +42,25 @@ def test_one_connection_serves_one_exchange_after_the_other() -> None:
             line, _ = await read_request(reader)
             writer.write(response(line.encode()))
 
-    async def scenario() -> list[bytes]:
-        async with answering(answer) as url:
-            client = HttpClient(url)
-            bodies = [await client.get("/a"), await client.get("/b")]
-            assert connections == 1
-            bodies += await asyncio.gather(client.get("/c"), client.get("/d"))
-            client.close()
-            return bodies
+    async def ask(client: HttpClient) -> list[bytes]:
+        bodies = [await client.get("/a"), await client.get("/b")]
+        assert connections == 1
+        return [*bodies, *await asyncio.gather(client.get("/c"), client.get("/d"))]
 
-    assert asyncio.run(scenario()) == [b"GET /%c HTTP/1.1" % letter for letter in b"abcd"]
+    assert talk(answer, ask) == [b"GET /%c HTTP/1.1" % letter for letter in b"abcd"]
     assert connections == 2
 
 
 def test_an_idle_connection_that_the_server_gave_up_is_replaced() -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(response(b"one"))
-        await read_request(reader)  # and closes without an answer
+    async def ask(client: HttpClient) -> list[bytes]:
+        return [await client.get("/") for _ in range(3)]
 
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            client = HttpClient(url)
-            assert [await client.get("/") for _ in range(3)] == [b"one"] * 3
-            client.close()
-
-    asyncio.run(scenario())
+    assert talk(replying(response(b"one")), ask) == [b"one"] * 3
 
 
 def test_a_body_without_a_length_ends_with_its_connection() -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall of it")
-
-    async def scenario() -> bytes:
-        async with answering(answer) as url:
-            return await HttpClient(url).get("/")
-
-    assert asyncio.run(scenario()) == b"all of it"
+    server = replying(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nall of it")
+    assert talk(server, lambda client: client.get("/")) == b"all of it"
 
 
 @pytest.mark.parametrize(
@@ -99,37 +74,27 @@ def test_a_body_without_a_length_ends_with_its_connection() -> None:
     ],
 )
 def test_failures_are_told(sent: bytes, message: str) -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(sent)
-
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            await HttpClient(url).post("/chat", b"{}", lambda _: None)
-
     with pytest.raises(ExchangeError) as failure:
-        asyncio.run(scenario())
+        talk(replying(sent), lambda client: client.post("/chat", b"{}", lambda _: None))
     assert str(failure.value).startswith(message)
 
 
 def test_a_refusal_keeps_the_connection_and_its_status() -> None:
+    connections: list[object] = []
+    replies = replying(response(b"busy", "429 Too Many Requests"), response(b"fine"))
+
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(response(b"busy", "429 Too Many Requests"))
-        await read_request(reader)
-        writer.write(response(b"fine"))
-        await reader.read()
+        connections.append(writer)
+        await replies(reader, writer)
 
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            client = HttpClient(url)
-            with pytest.raises(StatusError) as refusal:
-                await client.get("/")
-            assert refusal.value.status == 429
-            assert await client.get("/") == b"fine"
-            client.close()
+    async def ask(client: HttpClient) -> bytes:
+        with pytest.raises(StatusError) as refusal:
+            await client.get("/")
+        assert refusal.value.status == 429
+        return await client.get("/")
 
-    asyncio.run(scenario())
+    assert talk(answer, ask) == b"fine"
+    assert len(connections) == 1
 
 
 def test_the_time_limit_ends_an_exchange_and_its_connection() -> None:
@@ -143,13 +108,12 @@ def test_the_time_limit_ends_an_exchange_and_its_connection() -> None:
         finally:
             left.set()
 
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            with pytest.raises(ExchangeError, match=r"No end of the response within 0\.2 s\."):
-                await HttpClient(url, timeout=0.2).get("/")
-            await asyncio.wait_for(left.wait(), 300)
+    async def ask(client: HttpClient) -> None:
+        with pytest.raises(ExchangeError, match=r"No end of the response within 0\.2 s\."):
+            await client.get("/")
+        await asyncio.wait_for(left.wait(), 300)
 
-    asyncio.run(scenario())
+    talk(answer, ask, timeout=0.2)
 
 
 def test_the_key_is_sent() -> None:
@@ -159,11 +123,7 @@ def test_the_key_is_sent() -> None:
         heads.append(await reader.readuntil(b"\r\n\r\n"))
         writer.write(response(b"ok"))
 
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            await HttpClient(url, api_key="secret").get("/")
-
-    asyncio.run(scenario())
+    talk(answer, lambda client: client.get("/"), api_key="secret")
     assert b"Authorization: Bearer secret\r\n" in heads[0]
 
 

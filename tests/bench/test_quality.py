@@ -1,4 +1,4 @@
-"""Perplexity and divergence: against their definitions in float64, and against llama-perplexity's arithmetic."""
+"""Perplexity and divergence against their definitions in float64; tests/parity asks llama-perplexity itself."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from benchmarks.perplexity_parity import RECORD, TYPES, Record, agrees
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.logits_file import LogitsFile, compress, scored_positions, writing
 from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
-from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
+from edge_phi3.conversion.imatrix import calibration_text
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
-from tests.bench import llama_perplexity
 
 SIZE = 128
 STEP = 16 / 65535
@@ -135,79 +131,6 @@ def test_the_reference_is_as_far_from_itself_as_its_file_rounds(
     assert again.divergence is not None
     assert abs(again.divergence.mean) < 1e-5
     assert again.divergence.same_top > 0.99
-
-
-@pytest.mark.parametrize(("kind", "special"), [("Q8_0", False), ("Q4_K_M", True)])
-def test_the_figures_are_those_that_llama_perplexity_computes(
-    kind: str, special: bool, files: dict[str, Path], tmp_path: Path
-) -> None:
-    """Both sides from logits of this machine: kernels of another processor round otherwise."""
-    recorded = msgspec.json.decode(RECORD.read_bytes(), type=Record)
-    # As in the script that made the record: types of fewer than 8 bits have a matrix of the packaged text.
-    matrix = tmp_path / "imatrix.gguf" if kind == "Q4_K_M" else None
-    if matrix is not None:
-        make_imatrix(files["F16"], matrix, threads=1)
-    model = quantize(files["F16"], tmp_path / "model.gguf", type=kind, imatrix=matrix).path
-    job = Job(
-        model=str(files["F16"]), logits=str(tmp_path / "reference.logits"), text=evaluation_text(),
-        parse_special=special, ctx_size=recorded.ctx_size, chunks=recorded.chunks, threads=1, n_gpu_layers=0,
-        prompt_tokens=1, generated_tokens=1, repetitions=1,
-    )  # fmt: skip
-    reference = measure(job).quality
-    found = measure(msgspec.structs.replace(job, model=str(model), text=None)).quality
-    base = llama_perplexity.Base(Path(job.logits))
-    assert (base.n_ctx, base.n_chunk) == (recorded.ctx_size, recorded.chunks)
-    assert found.positions == reference.positions == len(base.packed) == recorded.positions
-    expected = llama_perplexity.kl_divergence(base, [scored_logits(model, tokens) for tokens in base.tokens])
-    for name, theirs in expected.items():
-        holder = found if hasattr(found, name) else found.divergence
-        # Its sums run in another order: as in the record, three digits, as far as it prints them.
-        assert agrees(getattr(holder, name), theirs, 1e-6), (name, getattr(holder, name), theirs)
-    # What was evaluated is what the record is about: another text or other chunks would be off by a whole standard
-    # error, a seventh of the perplexity; kernels move every loss by a thousandth, and their mean by less.
-    (row,) = (r for r in recorded.rows if (r.type, r.special_tokens, r.figure) == (kind, special, "perplexity"))
-    assert found.perplexity == pytest.approx(row.theirs, abs=found.perplexity_error / 10)
-
-
-def scored_logits(path: Path, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Evaluate a chunk at once; give the logits of the positions whose next tokens are scored."""
-    model = Model(path, n_gpu_layers=0)
-    assert not model.adds_bos
-    size, first = len(tokens), len(tokens) // 2
-    context = Context(model, cells=size, sequences=1, settings=EngineSettings(path, threads=1, batch_size=size))
-    context.tokens[:], context.positions[:], context.seq_ids[:] = tokens, np.arange(size), 0
-    context.wants_logits[:] = 0
-    context.wants_logits[first:-1] = 1
-    logits = context.decode(size, size - 1 - first).copy()
-    context.close()
-    model.close()
-    return logits
-
-
-def test_the_record_says_that_llama_perplexity_agrees() -> None:
-    """On one machine both programs printed the same; `python -m benchmarks.perplexity_parity` asks again."""
-    recorded = msgspec.json.decode(RECORD.read_bytes(), type=Record)
-    figures = {(row.type, row.special_tokens): set[str]() for row in recorded.rows}
-    for row in recorded.rows:
-        figures[row.type, row.special_tokens].add(row.figure)
-        assert row.agrees, row
-        assert agrees(row.ours, row.theirs, 1e-5), row
-    assert figures.keys() == {(kind, special) for kind in TYPES for special in (False, True)}
-    every = {"perplexity", "perplexity_error", "log_ratio", "log_ratio_error"}
-    every |= {"mean", "error", "median", "p99", "same_top"}
-    assert all(names == every for names in figures.values())
-
-
-def test_a_position_is_packed_as_llama_perplexity_packs_it() -> None:
-    random = np.random.default_rng(3)
-    logits = (random.standard_normal((40, 33)) * np.geomspace(0.01, 20, 40)[:, None]).astype(np.float32)
-    logits[7] = 2.5
-    packed = compress(logits)
-    for row, ours in zip(logits, packed, strict=True):
-        theirs = llama_perplexity.log_softmax(row)
-        assert theirs.shape == ours.shape
-        np.testing.assert_allclose(ours[:4].view(np.float32), theirs[:4].view(np.float32), rtol=1e-6)
-        assert np.abs(ours[4:].astype(int) - theirs[4:].astype(int)).max() <= 1
 
 
 def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import msgspec
@@ -14,15 +15,15 @@ from click.testing import CliRunner, Result
 
 from edge_phi3.bench import quants
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.quant_plots import plot_quality
-from edge_phi3.bench.quant_report import Measurement, QuantReport, on_front, pareto_front, read_report
+from edge_phi3.bench.plots import plot_quality
+from edge_phi3.bench.quant_report import QuantReport, on_front, pareto_front, read_report
 from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import QuantBench
 from edge_phi3.commands.bench import command
 from edge_phi3.conversion.convert import convert
 from edge_phi3.demo import DEMO_CHECKPOINT
 
-FAST = {
+FAST: dict[str, Any] = {
     "ctx_size": 64,
     "chunks": 3,
     "threads": 1,
@@ -136,7 +137,17 @@ def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> N
     text = tmp_path / "text.txt"
     text.write_text("<|user|>\nWhat does len do?<|end|>\n<|assistant|>\nReturn the number of items.<|end|>\n" * 20)
     quick = ["--ctx-size", "64", "--chunks", "2", "--threads", "1", "--prompt-tokens", "8", "--generate-tokens", "4"]
-    options = ["--type", "IQ2_XS", "--text", text, "--output-dir", tmp_path / "out", "--repetitions", "1", *quick]
+    options: list[str | Path] = [
+        "--type",
+        "IQ2_XS",
+        "--text",
+        text,
+        "--output-dir",
+        tmp_path / "out",
+        "--repetitions",
+        "1",
+        *quick,
+    ]
     result = bench("demo", *options, "--json")
     assert result.exit_code == 0, result.output
     report = msgspec.json.decode(result.stdout, type=QuantReport)
@@ -153,9 +164,12 @@ def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> N
     assert {"F16", "IQ2_XS"} <= {line.split()[0] for line in table.stdout.splitlines() if line.strip()}
 
 
-def test_pareto_front() -> None:
+def test_the_pareto_front_holds_what_nothing_beats(report: QuantReport) -> None:
     points = [(1, 9), (2, 5), (2, 6), (3, 5), (4, 1), (4, 1), (5, 0)]
     assert pareto_front(points) == [True, True, False, False, True, True, True]
+    f16, q8, q2 = report.measurements
+    worse = msgspec.structs.replace(q2, type="worse", bytes=q8.bytes + 1)
+    assert on_front([f16, q8, q2, worse]) == [True, True, True, False]
 
 
 def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantReport, tmp_path: Path) -> None:
@@ -219,10 +233,3 @@ def test_a_process_that_dies_is_told(model: Path, tmp_path: Path, monkeypatch: p
     )  # fmt: skip
     with pytest.raises(BenchError, match=r"The process that measured demo-F16\.gguf died"):
         measure(job)
-
-
-def test_the_front_holds_every_measurement_that_nothing_beats(report: QuantReport) -> None:
-    f16, q8, q2 = report.measurements
-    worse = msgspec.structs.replace(q2, type="worse", bytes=q8.bytes + 1)
-    found: list[Measurement] = [f16, q8, q2, worse]
-    assert on_front(found) == [True, True, True, False]

@@ -19,7 +19,7 @@ from edge_phi3.bench.plots import plot_sweep
 from edge_phi3.bench.serve import ServeBench, run
 from edge_phi3.bench.workload import Workload
 from edge_phi3.commands.bench import command
-from tests.api.conftest import Running
+from tests.support.in_process import Running
 
 
 def measured(service: Running, *levels: Level, **workload: object) -> ServeBench:

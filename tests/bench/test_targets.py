@@ -13,8 +13,8 @@ from edge_phi3.bench.answers import Answer
 from edge_phi3.bench.errors import BenchError, ExchangeError, StatusError
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.targets import TARGETS, Ask, Sampling, Target, open_target
-from tests.api.conftest import Running
-from tests.bench.conftest import answering, read_request, response
+from tests.bench.conftest import read_request, replying, response, talk
+from tests.support.in_process import Running
 
 ASK = Ask(["hello there"], 6, Sampling(), ignore_eos=False, seed=None, stream=True)
 SAMPLED = Sampling(temperature=0.7, top_k=20, top_p=0.9)
@@ -130,19 +130,17 @@ LLAMA_SERVER_STREAM = (
 ).encode()
 
 
-async def generate(api: str, body: bytes, status: str = "200 OK") -> Answer:
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(response(body, status))
-
-    async with answering(serve) as url:
+def generate(api: str, body: bytes) -> Answer:
+    async def ask(client: HttpClient) -> Answer:
         answer = Answer()
-        await TARGETS[api](HttpClient(url), "m").generate(ASK, answer)
+        await TARGETS[api](client, "m").generate(ASK, answer)
         return answer
+
+    return talk(replying(response(body)), ask)
 
 
 def test_llama_servers_stream_is_read() -> None:
-    answer = asyncio.run(generate("llama-server", LLAMA_SERVER_STREAM))
+    answer = generate("llama-server", LLAMA_SERVER_STREAM)
     assert answer.text == "вое rés fri agent"
     assert len(answer.times) == 4
     assert (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens) == (4, 4, 0)
@@ -162,43 +160,33 @@ def test_llama_servers_stream_is_read() -> None:
 )
 def test_streams_that_fail_are_failures(api: str, stream: bytes, message: str) -> None:
     with pytest.raises(ExchangeError, match=message):
-        asyncio.run(generate(api, stream))
+        generate(api, stream)
 
 
-class Detected:
-    """A server that knows some paths."""
+def detect(paths: Mapping[str, Any]) -> Target:
+    """Find the endpoint of a server that knows some paths."""
 
-    def __init__(self, paths: Mapping[str, Any]) -> None:
-        self.paths = paths
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             line, _ = await read_request(reader)
-            found = self.paths.get(line.split()[1])
-            known = (json.dumps(found).encode(), "200 OK") if found is not None else (b"", "404 Not Found")
-            writer.write(response(*known))
+            found = paths.get(line.split()[1])
+            writer.write(response(b"", "404 Not Found") if found is None else response(json.dumps(found).encode()))
 
-
-async def detect(paths: Mapping[str, Any]) -> Target:
-    async with answering(Detected(paths)) as url:
-        client = HttpClient(url)
-        target = await open_target(client)
-        client.close()
-        return target
+    return talk(answer, open_target)
 
 
 def test_other_servers_are_recognised_by_what_they_answer() -> None:
     llama = {"/props": {"total_slots": 4}, "/v1/models": {"data": [{"id": "x"}]}, "/version": {"version": "1"}}
-    assert asyncio.run(detect(llama)).name == "llama-server"
-    vllm = asyncio.run(detect({"/version": {"version": "0.11"}, "/v1/models": {"data": [{"id": "phi"}]}}))
+    assert detect(llama).name == "llama-server"
+    vllm = detect({"/version": {"version": "0.11"}, "/v1/models": {"data": [{"id": "phi"}]}})
     assert (vllm.name, vllm.model) == ("openai", "phi")
 
 
 def test_a_server_without_an_endpoint_is_told_with_the_way_out() -> None:
     with pytest.raises(BenchError, match=r"No generation endpoint is found at .*HTTP 404.*--api"):
-        asyncio.run(detect({}))
+        detect({})
 
 
 def test_a_server_without_models_is_told() -> None:
     with pytest.raises(BenchError, match="lists no models; name one with --model"):
-        asyncio.run(detect({"/v1/models": {"data": []}}))
+        detect({"/v1/models": {"data": []}})

@@ -1,4 +1,4 @@
-"""What the simulated users ask, and how long it is."""
+"""What the simulated users ask, and how long it is: sessions, their lengths, and prompts from files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edge_phi3.bench.answers import Answer
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.targets import Ask, ChatTarget, OpenAITarget, open_target
-from edge_phi3.bench.workload import WORDS, FileSessions, RandomSessions, Ruler, Workload, measure_ruler
-from tests.api.conftest import Running
-from tests.bench.conftest import answering, read_request, response
+from edge_phi3.bench.workload import WORDS, FileSessions, Lengths, RandomSessions, Ruler, Workload, measure_ruler
+from tests.bench.conftest import read_request, replying, response, talk
+from tests.support.in_process import Running
 
 RULER = Ruler(WORDS, 1.0, 0, exact=True)
 
@@ -97,14 +98,7 @@ def test_without_a_tokenizer_the_mean_length_of_words_is_measured() -> None:
             stream = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
             writer.write(response(stream + b"data: [DONE]\n\n"))
 
-    async def scenario() -> Ruler:
-        async with answering(answer) as url:
-            client = HttpClient(url)
-            ruler = await measure_ruler(OpenAITarget(client, "m"))
-            client.close()
-            return ruler
-
-    ruler = asyncio.run(scenario())
+    ruler = talk(answer, lambda client: measure_ruler(OpenAITarget(client, "m")))
     assert not ruler.exact
     assert ruler.tokens_per_word == 2
     text = ruler.text(40, np.random.default_rng(0), first=True)
@@ -112,17 +106,9 @@ def test_without_a_tokenizer_the_mean_length_of_words_is_measured() -> None:
 
 
 def test_a_server_that_does_not_generate_is_told() -> None:
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            await read_request(reader)
-            writer.write(response(b"no", "404 Not Found"))
-
-    async def scenario() -> None:
-        async with answering(answer) as url:
-            await measure_ruler(ChatTarget(HttpClient(url)))
-
+    refusing = replying(*[response(b"no", "404 Not Found")] * 9)
     with pytest.raises(BenchError, match="/chat does not generate: HTTP 404: no"):
-        asyncio.run(scenario())
+        talk(refusing, lambda client: measure_ruler(ChatTarget(client)))
 
 
 def test_prompts_from_a_file_are_all_asked_before_any_comes_again(tmp_path: Path) -> None:
@@ -156,3 +142,45 @@ def test_files_that_are_wrong_are_told(tmp_path: Path, content: str, message: st
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="cannot be read"):
         FileSessions(tmp_path / "none.txt", Workload())
+
+
+def draws(text: str, count: int = 4000) -> NDArray[np.int_]:
+    lengths, random = Lengths.parse(text), np.random.default_rng(0)
+    return np.array([lengths.draw(random) for _ in range(count)])
+
+
+def test_a_number_is_that_number() -> None:
+    assert set(draws("64").tolist()) == {64}
+
+
+def test_a_range_is_uniform_with_both_ends() -> None:
+    values, counts = np.unique(draws("16-19"), return_counts=True)
+    assert values.tolist() == [16, 17, 18, 19]
+    assert counts.min() > 900
+
+
+@pytest.mark.parametrize(
+    ("text", "median", "mean"),
+    [
+        ("normal:100,10", 100, 100),
+        ("lognormal:100,0.5", 100, 100 * np.exp(0.125)),
+        ("exponential:100", 100 * np.log(2), 100),
+    ],
+)
+def test_named_distributions_have_their_medians_and_means(text: str, median: float, mean: float) -> None:
+    drawn = draws(text, 20_000)
+    assert np.median(drawn) == pytest.approx(median, rel=0.03)
+    assert drawn.mean() == pytest.approx(mean, rel=0.03)
+
+
+def test_no_length_is_below_one() -> None:
+    assert draws("normal:1,50").min() == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-5", "x", "9-3", "0-4", "1.5", "normal:1", "normal:a,b", "zipf:2", "normal:1,2,3", "exponential:0"],
+)
+def test_everything_else_is_refused_with_the_forms(text: str) -> None:
+    with pytest.raises(BenchError, match=r"give 64, 16-128"):
+        Lengths.parse(text)

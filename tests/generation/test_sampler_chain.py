@@ -16,7 +16,7 @@ from edge_phi3.generation import GenerationConfig, ModelDefaults
 from edge_phi3.generation.logits import softmax
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.warpers import Warping, warp
-from tests.generation.sampler_chain import SamplerChain
+from tests.support.sampler_chain import SamplerChain
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 

@@ -25,10 +25,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from benchmarks.models import CACHE
-from benchmarks.peers import llama_cpp_source, wheel_libraries
 from tests.offload.site.rpc_plugin import ENDPOINT, PLUGIN
 from tests.ports import free_port
+from tests.support.peers import CACHE, llama_cpp_source, wheel_libraries
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"

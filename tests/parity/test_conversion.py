@@ -1,0 +1,67 @@
+"""`edge-phi3 convert` and llama.cpp's convert_hf_to_gguf.py write the same tensors and metadata.
+
+With PARITY_RECORD=1, what llama.cpp wrote becomes ``tests/golden/converter.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from tests.golden.cases import CONVERTER_CASES, write_converter_case
+from tests.golden.describe import Description, describe, differences
+from tests.parity.conftest import RECORDING, Peers
+
+pytestmark = pytest.mark.parity
+
+OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+RECORD = Path(__file__).parents[1] / "golden" / "converter.json"
+
+# One process for all conversions: importing torch takes longer than converting a small checkpoint.
+_REFERENCE = """
+import json, os, runpy, sys
+script, jobs = sys.argv[1], json.loads(sys.argv[2])
+sys.path[0] = os.path.dirname(script)
+for checkpoint, outtype, output in jobs:
+    sys.argv = [script, checkpoint, "--outtype", outtype, "--outfile", output]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {name: write_converter_case(folder, name) for name in CONVERTER_CASES}
+
+
+@pytest.fixture(scope="module")
+def theirs(
+    peers: Peers, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Description]]:
+    """What llama.cpp's converter makes of each checkpoint in each type."""
+    folder = tmp_path_factory.mktemp("theirs")
+    jobs = [(name, outtype, folder / f"{name}-{outtype}.gguf") for name in checkpoints for outtype in OUTTYPES]
+    asked = json.dumps([[str(checkpoints[name]), outtype, str(path)] for name, outtype, path in jobs])
+    peers.python("-c", _REFERENCE, peers.converter(), asked)
+    found: dict[str, dict[str, Description]] = {}
+    for name, outtype, path in jobs:
+        found.setdefault(name, {})[outtype] = describe(path)
+    if RECORDING:
+        RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("outtype", OUTTYPES)
+@pytest.mark.parametrize("name", CONVERTER_CASES)
+def test_both_converters_write_the_same(
+    name: str,
+    outtype: str,
+    checkpoints: dict[str, Path],
+    theirs: dict[str, dict[str, Description]],
+    tmp_path: Path,
+) -> None:
+    ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
+    assert differences(theirs[name][outtype], describe(ours)) == []

@@ -1,0 +1,80 @@
+"""The real service in a thread of this process, on a free port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from edge_phi3.api.access_log import AccessLog
+from edge_phi3.api.app import create_service
+from edge_phi3.api.service import Loader, Service
+from edge_phi3.settings import Settings
+
+PATIENCE = 300.0
+"""Seconds until what comes at once on a quiet machine counts as lost."""
+
+
+@dataclass
+class Running:
+    """A service that listens.
+
+    Attributes:
+        client: an HTTP client of it.
+        service: its state, to look behind the wall.
+        port: where it listens.
+        app: the application.
+    """
+
+    client: httpx.Client
+    service: Service
+    port: int
+    app: AccessLog
+
+    def chat(self, **body: Any) -> httpx.Response:
+        """Ask ``/chat``."""
+        return self.client.post("/chat", json=body)
+
+    def wait_until(self, condition: Any) -> None:
+        """Wait for something that becomes true soon, where the machine has nothing else to do."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, "it did not become true in time"
+            time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def running(load: Loader, **options: Any) -> Iterator[Running]:
+    """Serve in a thread of this process until the block ends."""
+    app, service = create_service(Settings.load(options), load)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
+                yield Running(client, service, port, app)
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextlib.contextmanager
+def ready(load: Loader, **options: Any) -> Iterator[Running]:
+    """Serve, and wait until the model is loaded."""
+    with running(load, **options) as it:
+        it.wait_until(lambda: it.service.is_ready or it.service.failure)
+        assert it.service.failure is None
+        yield it

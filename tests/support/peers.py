@@ -1,0 +1,226 @@
+"""llama.cpp's own programs and a Python with torch, which tests and benchmarks compare this product with.
+
+The wheel of llama-cpp-python holds llama.cpp's libraries without its programs. These are built from the very same
+source with the same options (those of CMAKE_ARGS included), and run on the wheel's own libraries: what is compared is
+then what surrounds llama.cpp, and not two compilations of it.
+
+    python -m tests.support.peers                            # builds them; downloads the source package with pip
+    python -m tests.support.peers --source llama_cpp_python-0.3.36.tar.gz --program llama-quantize
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import platformdirs
+
+from edge_phi3.llama.options import usable_cores
+
+CACHE = platformdirs.user_cache_path("edge-phi3") / "benchmarks"
+"""Where models, sources and programs are kept."""
+
+TORCH_PYTHON = "TORCH_PYTHON"
+"""Environment variable: an interpreter with torch and transformers."""
+
+PROGRAMS = (
+    "llama-server",
+    "llama-bench",
+    "llama-batched-bench",
+    "llama-quantize",
+    "llama-perplexity",
+    "llama-imatrix",
+)
+
+# The wheel's own choices, and nothing that a comparison does not run.
+_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+)
+
+
+class PeerError(RuntimeError):
+    """A program of llama.cpp is missing, or ended with an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """A folder of llama.cpp's programs, whether they are built or not.
+
+    Attributes:
+        folder: where they lie.
+    """
+
+    folder: Path
+
+    def program(self, name: str) -> Path:
+        """Return the path of one of `PROGRAMS`.
+
+        Raises:
+            PeerError: it is not built.
+        """
+        path = self.folder / name
+        if not path.exists():
+            raise PeerError(f"{name} is not built; `python -m tests.support.peers` builds it.")
+        return path
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment in which a program finds the wheel's libraries before its own."""
+        libraries = wheel_libraries()
+        before = os.environ.get("LD_LIBRARY_PATH")
+        return os.environ | {"LD_LIBRARY_PATH": f"{libraries}:{before}" if before else str(libraries)}
+
+    def run(self, name: str, *arguments: str | Path) -> str:
+        """Run a program to its end, and return what it wrote to stdout.
+
+        Raises:
+            PeerError: it is not built, or it failed.
+        """
+        return run_peer([self.program(name), *arguments], environment=self.environment())
+
+
+def run_peer(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
+    """Run a command to its end, and return what it wrote to stdout.
+
+    Raises:
+        PeerError: it failed.
+    """
+    words = [str(word) for word in command]
+    finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        raise PeerError(f"{shlex.join(words)[:500]} failed:\n{finished.stderr[-2000:]}")
+    return finished.stdout
+
+
+def find_peers(cache: Path = CACHE) -> Peers:
+    """Return the programs of the installed llama-cpp-python's version; nothing is built."""
+    return Peers(cache / f"llama.cpp-{version('llama-cpp-python')}" / "bin")
+
+
+def torch_python() -> Path | None:
+    """Return the interpreter that `TORCH_PYTHON` names, or this one if it has torch; None without either."""
+    if named := os.environ.get(TORCH_PYTHON):
+        return Path(named)
+    return Path(sys.executable) if find_spec("torch") and find_spec("transformers") else None
+
+
+def wheel_libraries() -> Path:
+    """Return the folder of llama.cpp's libraries inside the installed llama-cpp-python."""
+    spec = find_spec("llama_cpp")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "lib"
+
+
+def build_peers(
+    cache: Path = CACHE, source: Path | None = None, jobs: int | None = None, programs: Sequence[str] = PROGRAMS
+) -> Peers:
+    """Return the programs, built the first time; that takes about as long as building the wheel.
+
+    Args:
+        cache: where source and build are kept.
+        source: the source package of llama-cpp-python, or its unpacked folder; None downloads it with pip.
+        jobs: compilers at once; None for one on each core.
+        programs: names of those to build.
+
+    Raises:
+        PeerError: cmake is missing, or the build failed.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    llama_cpp = llama_cpp_source(cache, source)
+    peers = find_peers(cache)
+    if all((peers.folder / name).exists() for name in programs):
+        return peers
+    if shutil.which("cmake") is None:
+        raise PeerError("cmake is not installed; pip install cmake ninja, or take your system's packages.")
+    generator = ("-G", "Ninja") if shutil.which("ninja") else ()
+    given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+    build = peers.folder.parent
+    _build_step("cmake", "-S", llama_cpp, "-B", build, *generator, *_OPTIONS, *given)
+    count = str(jobs or usable_cores())
+    _build_step("cmake", "--build", build, "--parallel", count, "--target", *programs)
+    return peers
+
+
+def _build_step(*command: str | Path) -> None:
+    print(f"$ {shlex.join(map(str, command))}", file=sys.stderr)
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
+        raise PeerError("llama.cpp could not be built; its output above says why.")
+
+
+def llama_cpp_source(cache: Path = CACHE, given: Path | None = None) -> Path:
+    """Return the folder of llama.cpp's source as the installed llama-cpp-python was built from it.
+
+    Args:
+        cache: where the source package is kept, and unpacked the first time.
+        given: the source package, or its unpacked folder; None downloads it with pip.
+
+    Raises:
+        PeerError: what was given holds no source of this version.
+    """
+    package = f"llama_cpp_python-{version('llama-cpp-python')}"
+    folder = given if given is not None and given.is_dir() else cache / package
+    inside = folder / "vendor" / "llama.cpp"
+    if not inside.exists() and folder == cache / package:
+        cache.mkdir(parents=True, exist_ok=True)
+        _unpack(given or _download(cache, package), folder)
+    if not (inside / "CMakeLists.txt").exists():
+        raise PeerError(f"{folder} does not hold the source of {package} with its vendor/llama.cpp.")
+    return inside
+
+
+def _download(cache: Path, package: str) -> Path:
+    archive = cache / f"{package}.tar.gz"
+    if not archive.exists():
+        requirement = package.replace("_", "-").replace("python-", "python==", 1)
+        # Of what pip needs to look into the package, wheels will do.
+        options = ("--no-deps", "--no-binary", "llama-cpp-python", "-d", str(cache))
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *options, requirement]
+        subprocess.run(command, stdout=sys.stderr, check=True)
+    return archive
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        with tarfile.open(archive) as packed:
+            packed.extractall(unfinished, filter="data")
+        (Path(unfinished) / folder.name).rename(folder)
+
+
+def main() -> int:
+    """Build, and print where the programs are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where source and programs are kept")
+    parser.add_argument("--source", type=Path, help="llama-cpp-python's source package or folder; default: pip")
+    parser.add_argument("--jobs", type=int, help="compilers at once; default: one on each core")
+    parser.add_argument("--program", action="append", choices=PROGRAMS, help="build this one only; repeatable")
+    arguments = parser.parse_args()
+    try:
+        peers = build_peers(arguments.cache, arguments.source, arguments.jobs, arguments.program or PROGRAMS)
+    except PeerError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(peers.folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
