@@ -180,7 +180,8 @@ def _typical_p(candidates: Candidates, mass: Settings, keep: Sequence[int]) -> N
     if whole and 2 * entropy[0, 0] < np.log(2 * scores.shape[1] / (1 - mass[0, 0])):
         # What is less likely than half an equal share of what may be removed is farther away than all others.
         likely = np.flatnonzero(probabilities[0] > float(1 - mass[0, 0]) / (2 * scores.shape[1]))
-        near, probabilities = distance[:, likely], probabilities[:, likely]
+        if len(likely):  # none are where the scores hold NaN
+            near, probabilities = distance[:, likely], probabilities[:, likely]
     order = np.argsort(near, axis=1)
     reached = running_totals(np.take_along_axis(probabilities, order, axis=1))
     last = (reached.astype(np.float32) < mass.astype(np.float32)).sum(axis=1, keepdims=True)

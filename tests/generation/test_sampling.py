@@ -156,7 +156,20 @@ def test_a_request_without_a_possible_token_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("options", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"num_beams": 2}, {"top_k": 150}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"top_k": 0},
+        {"top_k": 0, "top_p": 0.5},
+        {"top_k": 0, "typical_p": 0.5},
+        {"top_k": 0, "min_p": 0.1},
+        {"top_k": 0, "epsilon_cutoff": 0.1},
+        {"top_k": 0, "eta_cutoff": 0.1},
+        {"num_beams": 2},
+        {"top_k": 150},
+    ],
+)
 def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any], value: float) -> None:
     logits = table_model(1)(PROMPT)[None]
     logits[0, 100] = value
