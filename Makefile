@@ -7,7 +7,7 @@ PORT   ?= 8080
 MODEL  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint types layers check bench measure report lock clean
+.PHONY: help serve test test-all coverage lint types layers check bench measure report lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,11 @@ test-all: test ## run the suite and the long tests: random lives and requests by
 	$(BIN)/python -m tests.support.service_fuzz --requests 2000
 	$(BIN)/python -m tests.support.peers
 	$(BIN)/pytest -m 'parity or soak' $(PYTEST_ARGS)
+
+coverage: $(VENV)/dev.stamp ## run the suite and report which lines of edge_phi3 it reaches, in this process and its children
+	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --sort=cover
 
 lint: $(VENV)/dev.stamp ## lint and check the formatting
 	$(BIN)/ruff check .

@@ -128,7 +128,9 @@ def _paths() -> JSON:
     )
     completion = _openai("completions", "Continue prompts", "Completion", _GENERATION, request="CompletionRequest")
     for operation in (chat, conversation, completion):
-        operation["responses"]["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        operation["responses"]["200"]["content"]["text/event-stream"] = {
+            "schema": {"description": "Server-sent events, each with JSON as its `data`."}
+        }
     model = _openai("showModel", "Describe the model", "Model", (401, 404, 503))
     model["parameters"].append(
         {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}

@@ -15,8 +15,10 @@ import numpy as np
 
 from edge_phi3.engine.contexts import DecodeContext
 
-_SIZES = (1, 16, 8, 4, 15, 12, 7, 14, 3, 6, 10, 13, 32, 31, 24, 20, 28)
-"""What is measured, the most telling first, as far as time allows."""
+_GROUPS = ((8, 4, 16, 15), (12, 7, 3, 6), (14, 10, 13, 32), (31, 24, 20, 28))
+"""What is measured, the most telling first, as far as time allows; the sizes of a group take turns."""
+_PASSES = 3
+"""Turns of a group, the fastest of which counts: a busy moment of the machine must not pass for a property of it."""
 _WORTHWHILE = 0.94
 """The share of the time that another way may take at most to be chosen."""
 
@@ -54,12 +56,12 @@ class BatchSizes:
         return float(np.interp(rows, self._sizes, self._seconds))
 
 
-def measure(context: DecodeContext, *, seconds: float = 1.5, passes: int = 3) -> BatchSizes:
-    """Time batches of several sizes within about so many seconds; the fastest of some passes counts."""
+def measure(context: DecodeContext, *, seconds: float = 4.0) -> BatchSizes:
+    """Time batches of several sizes, for about so many seconds at most."""
     fastest: dict[int, float] = {}
     end = time.monotonic() + seconds
-    for _ in range(passes):
-        for rows in (size for size in _SIZES if size <= min(context.sequences, context.batch_size)):
+    for group in _GROUPS:
+        for rows in [size for size in group if size <= min(context.sequences, context.batch_size)] * _PASSES:
             if time.monotonic() > end:
                 return BatchSizes(fastest)
             context.tokens[:rows] = context.positions[:rows] = 0

@@ -65,7 +65,7 @@ class Kind:
         try:
             return self.convert(value)
         except _MisfitError as error:
-            raise ParameterError(name, f"`{name}` must be {error or self.allowed}, but is {_shown(value)}.") from None
+            raise ParameterError(name, f"`{name}` must be {str(error) or self.allowed}, but is {_shown(value)}.") from None
 
     def check(self, name: str, value: float | None) -> None:
         """Raise `ParameterError` when a number that `read` returned lies outside the limits."""

@@ -59,6 +59,6 @@ def test_a_context_is_measured_and_left_empty(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), parallel=6) as engine:
         context = engine.model.runners[0].context
         engine._core.stop("It is measured.")  # type: ignore[union-attr]
-        sizes = measure(context, passes=1)
+        sizes = measure(context)
         assert sizes._largest <= 6
         assert context.position_range(0) == (-1, -1)

@@ -114,8 +114,17 @@ def test_wrong_types_and_ranges_are_refused_by_name(name: str, value: object) ->
     with pytest.raises(ParameterError) as caught:
         resolve(**{name: value})
     assert caught.value.parameter == name
-    assert f"`{name}`" in str(caught.value)
-    assert str(caught.value).endswith(".")
+    sentence = str(caught.value)
+    assert f"`{name}`" in sentence
+    assert "must be ," not in sentence
+    assert sentence.endswith(".")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_value_of_no_kind_is_refused_with_what_is_allowed(name: str) -> None:
+    with pytest.raises(ParameterError, match=rf"^`{name}` must be [a-z].*, but is ") as caught:
+        resolve(**{name: {"a": object}})
+    assert caught.value.parameter == name
 
 
 def test_long_values_are_shortened_in_errors() -> None:
