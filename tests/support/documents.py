@@ -46,6 +46,7 @@ PROGRAMS = {
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`(edge-phi3 [^`]+)`")
+_VARIABLE = re.compile(r"[A-Z_]+=")
 _FLAG = re.compile(r"--?[a-zA-Z][\w-]*")
 
 
@@ -83,14 +84,14 @@ def unfenced(text: str) -> str:
 
 
 def parts_of(command: str) -> Iterator[list[str]]:
-    """Yield the words of each program that a command runs, one after another."""
+    """Yield the words of each program that a command runs, one after another, without the variables in front."""
     words: list[str] = []
     for word in [*shlex.split(command, comments=True), ";"]:
         if word in {"|", "&&", "&", ";"}:
             if words:
                 yield words
             words = []
-        else:
+        elif words or not _VARIABLE.match(word):
             words.append(word)
 
 
