@@ -10,29 +10,25 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import (
+    NO_CHOICE,
     Decoder,
-    FinishReason,
+    GenerationError,
     GenerationResult,
     Isolated,
     Step,
     TokenScore,
     Turn,
 )
-from edge_phi3.generation.drawing import random_stream
-from edge_phi3.generation.history import TokenHistory
-from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis, Path
+from edge_phi3.generation.drawing import fresh_seed, random_stream
+from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis
 from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
-from edge_phi3.generation.processors import HammingDiversity, build_processors
-from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.processors import HammingDiversity
+from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
 _UNREACHED: Final = np.float32(-1e9)
 _VANISHING: Final = np.float32(103)
 """How far below the best a log-probability is no float32 probability any more."""
-_NO_CHOICE: Final = (
-    "The scores leave no token to go on with: they hold NaN or infinity (see `remove_invalid_values`), or every token"
-    " is banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
-)
 
 
 class Picks(NamedTuple):
@@ -73,23 +69,18 @@ class BeamDecoder(Decoder):
         "_hypotheses",
         "_live",
         "_pad",
-        "_paths",
         "_picked",
         "_reason",
+        "_scores",
         "_size",
-        "_stopping",
         "_warping",
-        "prompt_length",
     )
 
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
-        super().__init__(TokenHistory(prompt, rows=config.num_beams))
+        super().__init__(config, prompt, stopping, beams=config.num_beams)
         groups, ends = config.num_beam_groups, config.eos_token_id
-        self.prompt_length = len(prompt)
-        self.processors = build_processors(config, prompt)
         self.chooser = _choose
         self._config = config
-        self._stopping = stopping
         self._size = config.num_beams // groups
         # Enough that every beam can go on even when its best continuations all end.
         self._picked = max(2, 1 + len(ends)) * self._size
@@ -104,10 +95,11 @@ class BeamDecoder(Decoder):
         # Only the first beam of a group counts at first, or all would choose alike.
         self._beam_scores = np.full(config.num_beams, _UNREACHED, dtype=np.float32)
         self._beam_scores[:: self._size] = 0
-        self._paths: list[Path] = [None] * config.num_beams
+        self._scores: list[list[TokenScore]] = [[] for _ in range(config.num_beams)]
         self._diversity = next((each for each in self.processors if isinstance(each, HammingDiversity)), None)
         self._warping = Warping.of(config)
-        self._generator = random_stream(config.seed, 0) if config.do_sample else None
+        seed = fresh_seed() if config.seed is None else config.seed
+        self._generator = random_stream(seed, 0) if config.do_sample else None
 
     def step(self, logits: Scores) -> Step:
         """Choose the continuations of all beams.
@@ -124,7 +116,7 @@ class BeamDecoder(Decoder):
             row_of_beam[self._live] = np.arange(len(self._live))
         parents = np.zeros(beams, dtype=np.intp)
         tokens = np.full(beams, self._pad, dtype=np.int32)
-        paths: list[Path] = [None] * beams
+        recorded: list[list[TokenScore]] = [[] for _ in range(beams)]
         row = 0
         for group, done in enumerate(self._done):
             own = slice(group * size, group * size + size)
@@ -133,9 +125,9 @@ class BeamDecoder(Decoder):
                 continue
             picks = self._pick(logits[row : row + size], own, tokens)
             row += size
-            if picks is None or not self._continue(picks, group, parents, tokens, paths):
-                return self.fail(_NO_CHOICE)
-        self._paths = paths
+            if picks is None or not self._continue(picks, group, parents, tokens, recorded):
+                return self.fail(GenerationError(NO_CHOICE))
+        self._scores = recorded
         self.history.extend(parents, tokens)
         if all(self._done) or self._is_stopped():
             self._finish()
@@ -150,12 +142,10 @@ class BeamDecoder(Decoder):
         return tokens if self.rows == len(tokens) else tokens[self._live]
 
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
-        """Find the best continuations of one group, or None when the scores allow no choice.
+        """Return the best continuations of one group, or None when the scores allow no choice.
 
-        Args:
-            scores: log-probabilities, shape (beams of the group, vocabulary); overwritten.
-            own: the group's beams.
-            tokens: what the groups before chose in this step, shape (beams,).
+        `own` are the group's beams, and `scores` their log-probabilities, which are overwritten; `tokens` begins with
+        what the groups before chose in this step.
         """
         if self._diversity is not None:
             self._diversity.chosen = tokens[: own.start]
@@ -196,18 +186,12 @@ class BeamDecoder(Decoder):
             sums = np.concatenate((sums, np.full(len(banned), -np.inf, dtype=np.float32)))
         return Picks(sums, beams, tokens, left)
 
-    def _continue(self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], paths: list[Path]) -> bool:
+    def _continue(
+        self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], recorded: list[list[TokenScore]]
+    ) -> bool:
         """Sort a group's picks into beams that go on and beams that end. Follows ``BeamSearchScorer.process``.
 
-        Args:
-            picks: best first.
-            group: index of the group.
-            parents: the group's part is filled in.
-            tokens: the group's part is filled in.
-            paths: the group's part is filled in.
-
-        Returns:
-            False when too few picks go on.
+        The group's part of `parents`, `tokens` and `recorded` is filled in. Returns False when too few picks go on.
         """
         size, history, hypotheses = self._size, self.history, self._hypotheses[group]
         start = group * size
@@ -219,14 +203,14 @@ class BeamDecoder(Decoder):
             zip(totals, picks.beams.tolist(), picks.tokens.tolist(), strict=True)
         ):
             parent = start + beam
-            if token in self._stopping.ends:
-                if rank < size and hypotheses.wants(total, new_tokens):
+            if token in self.stopping.ends:
+                if rank < size:
                     # transformers writes the first end token, whichever was generated.
-                    path = self._extended(parent, picks, beam, self._config.eos_token_id[0])
-                    hypotheses.add(total, new_tokens, history.tokens[parent].copy(), "stop", path)
+                    scored = self._scores_with(parent, picks, beam, self._config.eos_token_id[0])
+                    hypotheses.offer(total, new_tokens, history.tokens[parent], "stop", scored)
                 continue
             parents[going], tokens[going] = parent, token
-            paths[going] = self._extended(parent, picks, beam, token)
+            recorded[going] = self._scores_with(parent, picks, beam, token)
             scores.append(total)
             going += 1
             if going == start + size:
@@ -237,60 +221,46 @@ class BeamDecoder(Decoder):
         self._done[group] = hypotheses.are_final(totals[0], new_tokens)
         return True
 
-    def _extended(self, parent: int, picks: Picks, beam: int, token: int) -> Path:
+    def _scores_with(self, parent: int, picks: Picks, beam: int, token: int) -> list[TokenScore]:
         if not self._config.records_scores or token < 0:
-            return None
+            return []
         score = picks.score(beam, token)
-        return self._paths[parent], TokenScore(token, score, score)
+        return [*self._scores[parent], TokenScore(token, score, score)]
 
     def _is_stopped(self) -> bool:
         """Return whether all beams meet a criterion that ends the search, and note which."""
-        stopping, tokens = self._stopping, self.history.tokens
-        if self.history.length >= stopping.total_length:
-            self._reason = "length"
-            return True
-        if stopping.out_of_time():
-            self._reason = "time"
-            return True
-        if stopping.reads_text:
-            self._reason = "stop_string"
-            return all(line[-1] in stopping.ends or stopping.completes_string(line) for line in tokens)
-        return False
+        stopping, tokens = self.stopping, self.history.tokens
+        bound, strings = stopping.bound(self.history.length), stopping.strings
+        self._reason = bound or "stop_string"
+        if bound is None and strings is not None:
+            return all(line[-1] in stopping.ends or strings.matches(line) for line in tokens)
+        return bound is not None
 
     def _finish(self) -> None:
         """Add the beams that are still open to the hypotheses."""
         self.finished = True
         self.rows = 0
         new_tokens = self.history.length - self.prompt_length
-        for group, hypotheses in enumerate(self._hypotheses):
-            if self._done[group]:
-                continue
-            for beam in range(group * self._size, (group + 1) * self._size):
-                total = float(self._beam_scores[beam])
-                if hypotheses.wants(total, new_tokens):
-                    tokens = self.history.tokens[beam].copy()
-                    hypotheses.add(total, new_tokens, tokens, self._reason, self._paths[beam])
+        for beam, (total, tokens, scored) in enumerate(
+            zip(self._beam_scores.tolist(), self.history.tokens, self._scores, strict=True)
+        ):
+            group = beam // self._size
+            if not self._done[group]:
+                self._hypotheses[group].offer(total, new_tokens, tokens, self._reason, scored)
 
-    def result(self) -> GenerationResult:
-        """Return the best sequences. Follows ``BeamSearchScorer.finalize``.
-
-        Raises:
-            GenerationError: the request failed.
-        """
-        if self.error is not None:
-            raise self.error
+    def _result(self) -> GenerationResult:
+        """Return the best sequences. Follows ``BeamSearchScorer.finalize``."""
         found = [hypothesis for hypotheses in self._hypotheses for hypothesis in hypotheses.kept]
         # Of equal scores the later comes first, as when a sorted list is emptied from its end.
         best = sorted(found, key=lambda hypothesis: hypothesis.score)[::-1][: self._config.num_return_sequences]
         longest = max(len(hypothesis.tokens) for hypothesis in best)
-        width = min(longest + 1, self._stopping.total_length)
-        scores = [_scores(hypothesis) for hypothesis in best] if self._config.records_scores else None
+        width = min(longest + 1, self.stopping.total_length)
         return GenerationResult(
             self.prompt_length,
             [self._with_end(hypothesis, width) for hypothesis in best],
             [hypothesis.reason for hypothesis in best],
             [hypothesis.score for hypothesis in best],
-            scores,
+            [hypothesis.scores for hypothesis in best] if self._config.records_scores else None,
         )
 
     def _with_end(self, hypothesis: Hypothesis, width: int) -> NDArray[np.int32]:
@@ -299,15 +269,6 @@ class BeamDecoder(Decoder):
         if len(hypothesis.tokens) < width and ends and ends[0] >= 0:
             return np.append(hypothesis.tokens, np.int32(ends[0]))
         return hypothesis.tokens
-
-
-def _scores(hypothesis: Hypothesis) -> list[TokenScore]:
-    scores: list[TokenScore] = []
-    path = hypothesis.path
-    while path is not None:
-        path, score = path
-        scores.append(score)
-    return scores[::-1]
 
 
 def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:

@@ -33,7 +33,7 @@ def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model
 
 
 def decoder(prompt: Sequence[int], defaults: ModelDefaults = DEFAULTS, **options: Any) -> Decoder:
-    """Make a decoder; `options` are ``generate_kwargs``, arguments of `make_decoder`, or what OpenAI's API sets."""
+    """Return a decoder; `options` are ``generate_kwargs``, arguments of `make_decoder`, or what OpenAI's API sets."""
 
     def taken(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names if name in options}
@@ -55,7 +55,7 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
     """Run decoders together until all have finished.
 
     Args:
-        model: gives the logits after a prefix.
+        model: returns the logits after a prefix.
         decoders: each with its prompt.
 
     Returns:
