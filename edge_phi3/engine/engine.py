@@ -169,11 +169,8 @@ class Engine:
             `TokensEvent`s when the request streams, then one `FinishedEvent`.
 
         Raises:
-            RequestTooLargeError: it can never fit this engine.
-            QueueFullError: too many requests wait.
-            DeadlineExceededError: its time limit passed.
+            EngineError: what `submit` raises, or its time limit passed (`DeadlineExceededError`).
             DecodeFailedError: llama.cpp failed on it.
-            EngineStoppedError: the engine is stopping or broken.
             InternalError: an error of ours, or a stall.
         """
         loop = asyncio.get_running_loop()

@@ -15,12 +15,6 @@ __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the
 prompt)."""
-_OF_THE_MODEL: Final = {
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_ids",
-    "pad_token_id": "pad_token_id",
-}
-"""The attribute of `ModelDefaults` that a parameter takes its default from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,8 +155,8 @@ def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults)
         return parameter.null
     if name in API_DEFAULTS and name not in requested:
         return API_DEFAULTS[name]
-    if name in _OF_THE_MODEL:
-        return getattr(defaults, _OF_THE_MODEL[name])
+    if parameter.value.default is Source.MODEL:
+        return getattr(defaults, "eos_token_ids" if name == "eos_token_id" else name)
     value = defaults.generation.get(name)
     if value is None:
         keeps_default = name not in defaults.generation or parameter.null is Source.INHERIT

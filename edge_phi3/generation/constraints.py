@@ -43,12 +43,11 @@ class TokenConstraint(Protocol):
 class ConstrainedDecoder(SequenceDecoder):
     """Greedy decoding or sampling of sequences that a constraint holds."""
 
-    __slots__ = ("_best_only", "_constraints")
-
     def __init__(
         self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, constraint: TokenConstraint
     ) -> None:
         super().__init__(config, prompt, stopping)
+        self.processes = True
         self._constraints = [constraint.clone()]
         self._best_only = not config.do_sample and not config.records_scores
 

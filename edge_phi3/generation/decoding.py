@@ -136,13 +136,12 @@ class Decoder(ABC):
         finished: whether no further step is wanted.
         error: why the request failed, if it did; `result` raises it.
         processors: the logits processors that are on, in order.
+        processes: whether `process` does anything.
         chooser: how tokens are chosen. Decoders with the same chooser are served together.
         history: tokens of the rows.
         prompt_length: tokens of the prompt.
         stopping: when a sequence ends.
     """
-
-    __slots__ = ("chooser", "error", "finished", "history", "processors", "prompt_length", "rows", "stopping")
 
     chooser: Chooser
 
@@ -154,16 +153,16 @@ class Decoder(ABC):
         self.error: EdgePhi3Error | None = None
         self.prompt_length = len(prompt)
         self.processors = build_processors(config, prompt)
+        self.processes = bool(self.processors)
         self.history = TokenHistory(prompt, rows=beams)
         self.stopping = stopping
 
     def process(self, scores: Scores) -> None:
         """Run the logits processors over this request's rows, in place."""
-        if self.processors:
-            tokens = self.history.tokens
-            with np.errstate(all="ignore"):
-                for processor in self.processors:
-                    processor(tokens, scores)
+        tokens = self.history.tokens
+        with np.errstate(all="ignore"):
+            for processor in self.processors:
+                processor(tokens, scores)
 
     def row_tokens(self) -> NDArray[np.int32]:
         """Return the tokens of each row that wants logits, shape ``(rows, length)``, valid until the next step."""

@@ -17,8 +17,6 @@ class TokenHistory:
     (beams, ended rows) one gather.
     """
 
-    __slots__ = ("_buffer", "length", "rows")
-
     def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:
         """Start with rows that all hold the prompt.
 

@@ -90,14 +90,8 @@ class HammingDiversity:
 def penalize_repetition(penalty: float, prompt: Rows, prompt_length: int, tokens: Tokens, scores: Scores) -> None:
     """Penalise the tokens that have occurred, prompt included. Follows ``RepetitionPenaltyLogitsProcessor``.
 
+    The penalty divides positive scores, and multiplies negative ones. `prompt` holds the prompt's different tokens.
     Keskar et al., CTRL, https://arxiv.org/abs/1909.05858.
-
-    Args:
-        penalty: divides positive scores, and multiplies negative ones.
-        prompt: the different tokens of the prompt.
-        prompt_length: tokens of the prompt.
-        tokens: see `Processor`.
-        scores: see `Processor`.
     """
     for generated, line in zip(tokens[:, prompt_length:], scores, strict=True):
         # Both are worked out before either is written: a token may be in both.
@@ -132,13 +126,8 @@ def penalize_occurrences(presence: float, frequency: float, prompt_length: int, 
 def ban_repeated_ngrams(size: int, prompt: Tokens | None, tokens: Tokens, scores: Scores) -> None:
     """Ban what follows the last n - 1 tokens of each row anywhere in its text.
 
-    Follows ``NoRepeatNGramLogitsProcessor`` and ``EncoderNoRepeatNGramLogitsProcessor``.
-
-    Args:
-        size: n of the n-grams.
-        prompt: where n-grams are looked for, shape (1, n); None: in each row.
-        tokens: see `Processor`.
-        scores: see `Processor`.
+    Follows ``NoRepeatNGramLogitsProcessor`` and, where the text is the prompt, shape (1, n), instead of each row,
+    ``EncoderNoRepeatNGramLogitsProcessor``.
     """
     texts = tokens if prompt is None else prompt
     starts = texts.shape[1] - size + 1
@@ -188,12 +177,7 @@ def make_finite(_tokens: Tokens, scores: Scores) -> None:
 def favour_the_end(start: int, factor: float, ends: Rows, tokens: Tokens, scores: Scores) -> None:
     """Favour end tokens ever more past a length, prompt included. Follows ``ExponentialDecayLengthPenalty``.
 
-    Args:
-        start: the length after which to act.
-        factor: the growth per token of the multiple of their size by which the scores are raised.
-        ends: the end tokens.
-        tokens: see `Processor`.
-        scores: see `Processor`.
+    Their scores are raised by a multiple of their size, which grows by `factor` per token.
     """
     past = tokens.shape[1] - start
     if past > 0:

@@ -38,8 +38,6 @@ class SequenceDecoder(Decoder):
         warping: what reshapes the distributions that tokens are drawn from.
     """
 
-    __slots__ = ("_reasons", "_sequences", "_uniforms", "live", "logprobs", "scores", "warping")
-
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
         super().__init__(config, prompt, stopping)
         count = config.num_return_sequences
@@ -110,7 +108,8 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
     for turn in turns:
         decoder = turn.decoder
         with Isolated(turn, steps):
-            decoder.process(logits[turn.row : turn.row + decoder.rows])
+            if decoder.processes:
+                decoder.process(logits[turn.row : turn.row + decoder.rows])
             going.append(turn)
     return going
 

@@ -17,21 +17,16 @@ FinishReason = Literal["stop", "stop_string", "length", "time"]
 class StopStrings:
     """Ends a sequence whose text has come to hold one of the given strings. Follows ``StopStringCriteria``.
 
-    A string counts when its last character lies in the newest token, which may go on after it. The text is
-    that of the tokens one by one, so a character spelt by several byte tokens never matches, as in
-    transformers.
+    A string counts when its last character lies in the newest token, which may go on after it. The text is that of the
+    tokens one by one, so a character spelt by several byte tokens never matches, as in transformers.
+
+    Args:
+        strings: non-empty strings.
+        vocabulary: text of each token id as it appears inside a sentence; None for an id without a token, which no
+            string can reach across. Ids past its end count as None.
     """
 
-    __slots__ = ("_strings", "_vocabulary", "_window")
-
     def __init__(self, strings: Sequence[str], vocabulary: Sequence[str | None]) -> None:
-        """Take the strings and the text of each token.
-
-        Args:
-            strings: non-empty strings.
-            vocabulary: text of each token id as it appears inside a sentence; None for an id without a token,
-                which no string can reach across. Ids past its end count as None.
-        """
         self._strings = tuple(strings)
         self._vocabulary = vocabulary
         self._window = max(map(len, self._strings))
@@ -61,8 +56,6 @@ class Stopping:
         total_length: largest length of a sequence, prompt included.
         strings: the stop strings, if there are any.
     """
-
-    __slots__ = ("_clock", "_deadline", "ends", "strings", "total_length")
 
     def __init__(
         self,

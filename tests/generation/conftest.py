@@ -66,6 +66,7 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
     while going := [index for index, (each, _) in enumerate(decoders) if not each.finished]:
         for index in going:
             assert decoders[index][0].rows == len(rows[index])
+            assert decoders[index][0].row_tokens()[: len(rows[index])].tolist() == [[*prefix] for prefix in rows[index]]
         logits = np.stack([model(prefix) for index in going for prefix in rows[index]])
         for index, step in zip(going, advance([decoders[index][0] for index in going], logits), strict=True):
             parents, tokens = list(step.parents), list(step.tokens)

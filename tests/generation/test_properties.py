@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import softmax
 from edge_phi3.generation.warpers import Warping, warp
 from tests.generation.conftest import VOCABULARY, answer, table_model
@@ -120,19 +119,3 @@ def test_the_best_tokens_are_kept_and_the_order_of_rows_does_not_matter(
     random.shuffle(order)
     assert survivors(scores[order], [warpings[row] for row in order]) == [together[row] for row in order]
     assert [survivors(scores[row : row + 1], warpings[row : row + 1])[0] for row in range(len(scores))] == together
-
-
-@settings(deadline=None, max_examples=100)
-@given(st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=6), max_size=300))
-def test_history_is_what_lists_would_hold(steps: list[list[int]]) -> None:
-    history = TokenHistory(np.array(PROMPT, dtype=np.int32))
-    expected = [list(PROMPT)]
-    for parents in steps:
-        rows = [parent % len(expected) for parent in parents]
-        tokens = np.arange(len(rows), dtype=np.int32)
-        history.extend(np.array(rows), tokens)
-        expected = [[*expected[row], token] for token, row in enumerate(rows)]
-        assert history.tokens.tolist() == expected
-    kept = np.arange(0, len(expected), 2)
-    history.keep(kept)
-    assert history.tokens.tolist() == [expected[row] for row in kept]
