@@ -8,17 +8,16 @@ here, and whose parts are given to llama.cpp one by one without special tokens, 
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 from collections.abc import Iterator
+
+import msgspec
 
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
+class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
     """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows."""
 
     id: int
@@ -29,11 +28,8 @@ class AddedToken:
 
 
 def added_tokens(value: str) -> list[AddedToken]:
-    """Read the GGUF key ``edge_phi3.tokenizer.added_tokens``."""
-    return [
-        AddedToken(entry["id"], entry["content"], entry["special"], entry["lstrip"], entry["rstrip"])
-        for entry in json.loads(value)
-    ]
+    """Return what the GGUF key ``edge_phi3.tokenizer.added_tokens`` holds."""
+    return msgspec.json.decode(value, type=list[AddedToken])
 
 
 class AddedTokenSplitter:

@@ -169,11 +169,8 @@ class Engine:
             `TokensEvent`s when the request streams, then one `FinishedEvent`.
 
         Raises:
-            RequestTooLargeError: it can never fit this engine.
-            QueueFullError: too many requests wait.
-            DeadlineExceededError: its time limit passed.
+            EngineError: what `submit` raises, or its time limit passed (`DeadlineExceededError`).
             DecodeFailedError: llama.cpp failed on it.
-            EngineStoppedError: the engine is stopping or broken.
             InternalError: an error of ours, or a stall.
         """
         loop = asyncio.get_running_loop()
@@ -212,10 +209,9 @@ class Engine:
 
     def room(self, prompt_length: int, rows: int) -> int:
         """Return how many tokens a prompt may be continued by in each of so many sequences."""
-        model = self.model
-        scheduler = self._core.scheduler if self._core else None
-        most = model.defaults.context_length - prompt_length
-        return scheduler.room(prompt_length, rows, most) if scheduler else 0
+        most = self.model.defaults.context_length - prompt_length
+        core = self._core
+        return core.scheduler.room(prompt_length, rows, most) if core else 0
 
     # -- the engine's thread
 
@@ -257,15 +253,19 @@ class Engine:
             share_prefixes=settings.prefix_cache,
             exact_seeds=settings.exact_seeds,
         )
-        return EngineCore(scheduler, self._outbox, max_queue=settings.max_queue, token_texts=lambda: loaded.token_texts)
+        return EngineCore(
+            scheduler,
+            self._outbox,
+            max_queue=settings.max_queue,
+            token_texts=lambda: loaded.tokenizer.token_texts,
+        )
 
     # -- when the thread does not come back
 
     def _watch(self, core: EngineCore) -> Watchdog:
         watchdog = Watchdog(
             self.settings.stall_timeout or threading.TIMEOUT_MAX,
-            steps=lambda: core.turns,
-            busy=lambda: core.has_work,
+            steps=lambda: core.turns if core.has_work else None,
             stalled=lambda seconds: self._stalled(core, seconds),
             recovered=self._recovered,
             lost=self._lost,

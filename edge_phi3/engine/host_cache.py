@@ -12,7 +12,7 @@ part, inside a block too; the least recently used leaf leaves first when the mem
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,11 +139,16 @@ class HostCache:
         """Return the length of the longest known prefix, and its blocks from the first."""
         matched, chain, followers = 0, list[Block](), self._first
         while True:
-            reached, block = _best(followers, tokens, matched)
-            if block is None:
+            best: Block | None = None
+            for block in followers:
+                if block.begin <= matched:
+                    reached = block.begin + common_length(block.tokens, tokens[block.begin :])
+                    if reached > matched:
+                        matched, best = reached, block
+            if best is None:
                 return matched, chain
-            matched, followers = reached, block.children
-            chain.append(block)
+            chain.append(best)
+            followers = best.children
 
     def _touch(self, chain: list[Block]) -> None:
         for block in reversed(chain):
@@ -174,14 +179,3 @@ class HostCache:
                 return False
             self._drop(leaf)
         return True
-
-
-def _best(blocks: Iterable[Block], tokens: Tokens, matched: int) -> tuple[int, Block | None]:
-    """Return how far `tokens` agree with the best of some blocks, and that block; None where none leads on."""
-    best: Block | None = None
-    for block in blocks:
-        if block.begin <= matched:
-            reached = block.begin + common_length(block.tokens, tokens[block.begin :])
-            if reached > matched:
-                matched, best = reached, block
-    return matched, best

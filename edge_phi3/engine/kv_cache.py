@@ -118,12 +118,9 @@ class KVCache:
         self._context.clear(zero=zero)
         self._reset()
 
-    def _acquire(self) -> int:
-        return heapq.heappop(self._free_ids)
-
     def _fork(self, source: int, length: int) -> int:
         """Take a sequence id and let it share the positions of `source` below `length` that are still held."""
-        target = self._acquire()
+        target = heapq.heappop(self._free_ids)
         self._context.copy(source, target)
         if length < self.length[source]:
             self._context.remove(target, length, -1)
@@ -166,7 +163,8 @@ class KVCache:
             ends = [block.begin for block in blocks if block.start == block.begin <= whole]
             shared = max(ends, default=0)
             owner = owner if shared else None
-        sequence = Sequence(self._acquire()) if owner is None else Sequence(self._fork(owner, shared), shared)
+        seq_id = heapq.heappop(self._free_ids) if owner is None else self._fork(owner, shared)
+        sequence = Sequence(seq_id, shared)
         if stored > shared:
             self._restore(sequence, tokens[:stored], [block for block in blocks if block.begin >= shared])
         return sequence

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 """The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model in memory, with its contexts.
 
@@ -50,11 +49,6 @@ class LoadedModel:
     runners: list[ModelRunner]
     defaults: ModelDefaults
     resources: contextlib.ExitStack
-
-    @functools.cached_property
-    def token_texts(self) -> list[str | None]:
-        """The text of every token, which stop strings are compared with."""
-        return self.tokenizer.token_texts
 
     def close(self) -> None:
         """Free contexts and model."""
@@ -95,20 +89,15 @@ def _runner(
     model: Model, context: Context, shape: ContextShape, settings: EngineSettings, *, share: float
 ) -> ModelRunner:
     capacity = int((settings.prefix_cache_mib << 20 or available_memory() // 8) * share)
+    window = int(model.metadata("phi3.attention.sliding_window") or 0)
     return ModelRunner(
         context,
         max_tokens=shape.max_tokens,
-        window=_sliding_window(model),
+        window=window if 0 < window < model.context_length else None,
         window_chunk=settings.window_chunk,
         host_cache=HostCache(capacity) if settings.prefix_cache and context.saves else None,
         sizes=None if context.offloaded else measure(context),
     )
-
-
-def _sliding_window(model: Model) -> int | None:
-    """Return how many tokens Phi-3's attention reaches back, or None when the context is no longer than that."""
-    window = int(model.metadata("phi3.attention.sliding_window") or 0)
-    return window if 0 < window < model.context_length else None
 
 
 def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:

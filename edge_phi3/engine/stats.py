@@ -7,21 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters and gauges of an engine, as of now.
+    """Counters and gauges of an engine, as of now; `edge_phi3.api.metrics` says what each counts.
 
-    Attributes:
-        waiting: requests in the queue.
-        running: requests being decoded.
-        sequences: llama.cpp sequences of the running requests.
-        cells_used: KV cells that hold a token.
-        cells_total: KV cells in all.
-        stored_tokens: tokens of finished sequences whose keys and values are kept in main memory for later prompts.
-        stored_bytes: the memory that they take.
-        prompt_tokens_total: tokens of all prompts admitted.
-        cached_tokens_total: those of them found in the prefix cache.
-        generated_tokens_total: tokens generated.
-        preemptions_total: how often a request was sent back to the queue for want of cells.
-        steps_total: decode calls.
+    `cells_used` and `cells_total` are KV cells; `stored_tokens` and `stored_bytes` are what finished sequences take in
+    main memory, for later prompts.
     """
 
     waiting: int = 0

@@ -56,11 +56,13 @@ class Tokenizer:
         described = model.metadata("edge_phi3.tokenizer.added_tokens")
         added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
-        self.plain_texts = self._plain_texts(frozenset()), self._plain_texts(self.special_ids)
+        odd = self.unused_ids | self.byte_of.keys()
+        plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
+        self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
         self._splitter = AddedTokenSplitter(added)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
-        """Encode a text.
+        """Return the tokens of a text.
 
         Args:
             text: any text.
@@ -78,10 +80,6 @@ class Tokenizer:
             for part in (self._splitter.split(text) if parse_special else [text])
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
-
-    def _plain_texts(self, skipped: frozenset[int]) -> dict[int, str]:
-        left_out = self.unused_ids | self.byte_of.keys() | skipped
-        return {token: text for token, text in enumerate(self._texts) if token not in left_out}
 
     def special_token(self, text: str) -> int | None:
         """Return the id of the special token with this text, or None."""
@@ -103,12 +101,12 @@ class Tokenizer:
         return self._texts[token].encode() if byte is None else bytes([byte])
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Decode tokens as ``tokenizer.decode`` does."""
+        """Return the text of tokens, as ``tokenizer.decode`` does."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(list(tokens)) + stream.finish()
 
     def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
-        """Decode a prompt once for all that goes on from it: its answers, their streams, and where tokens begin.
+        """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets.
 
         Args:
             tokens: token ids, int32, shape ``(tokens,)``.
@@ -129,7 +127,7 @@ def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
 
 
 class StreamDecoder:
-    """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` gives for all tokens at once.
+    """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` returns for all tokens at once.
 
     A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends.
     """
@@ -208,22 +206,11 @@ class DecodedPrompt:
     decoder: StreamDecoder
 
 
-_CLEAN_UP = (
-    (" .", "."),
-    (" ?", "?"),
-    (" !", "!"),
-    (" ,", ","),
-    (" ' ", "'"),
-    (" n't", "n't"),
-    (" 'm", "'m"),
-    (" 's", "'s"),
-    (" 've", "'ve"),
-    (" 're", "'re"),
-)
+_ARTEFACTS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 def clean_up_tokenization(text: str) -> str:
     """Remove the spaces that word-piece tokenizers leave before punctuation (``PreTrainedTokenizerBase``'s method)."""
-    for artefact, mended in _CLEAN_UP:
-        text = text.replace(artefact, mended)
+    for artefact in _ARTEFACTS:
+        text = text.replace(artefact, artefact.strip())
     return text

@@ -22,8 +22,7 @@ class Watchdog:
 
     Args:
         limit: seconds.
-        steps: returns a number that changes with every step.
-        busy: says whether steps are due.
+        steps: returns a number that changes with every step, or None while no step is due.
         stalled: called with the seconds without a step when the limit has passed.
         recovered: called when a step comes after all.
         lost: called when the same time has passed again.
@@ -34,8 +33,7 @@ class Watchdog:
         self,
         limit: float,
         *,
-        steps: Callable[[], int],
-        busy: Callable[[], bool],
+        steps: Callable[[], int | None],
         stalled: Callable[[float], None],
         recovered: Callable[[], None],
         lost: Callable[[], None],
@@ -43,11 +41,12 @@ class Watchdog:
     ) -> None:
         self._limit = limit
         self._period = limit / _LOOKS
-        self._steps, self._busy, self._clock = steps, busy, clock
+        self._steps, self._clock = steps, clock
         self._stalled, self._recovered, self._lost = stalled, recovered, lost
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._seen = self._looked = self._still = self._longest = 0.0
+        self._looked = self._still = self._longest = 0.0
+        self._seen: int | None = 0
         self._calls = 0
 
     def start(self) -> None:
@@ -68,11 +67,11 @@ class Watchdog:
         now = self._clock()
         passed, self._looked = min(now - self._looked, 2 * self._period), now
         steps = self._steps()
-        if steps != self._seen or not self._busy():
+        if steps is None or steps != self._seen:
             if self._calls:
                 self._calls = 0
                 self._recovered()
-            elif steps != self._seen:
+            elif steps is not None:
                 self._longest = max(self._longest, self._still)
             self._seen, self._still = steps, 0.0
             return

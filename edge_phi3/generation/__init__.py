@@ -15,33 +15,18 @@ from numpy.typing import NDArray
 from edge_phi3.generation.beam import BeamDecoder
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
 from edge_phi3.generation.constraints import ConstrainedDecoder, TokenConstraint
-from edge_phi3.generation.decoding import (
-    Decoder,
-    FinishReason,
-    GenerationError,
-    GenerationResult,
-    Step,
-    TokenLogprobs,
-    TokenScore,
-    advance,
-)
-from edge_phi3.generation.logprobs import watch
+from edge_phi3.generation.decoding import Decoder, GenerationError, GenerationResult, advance
 from edge_phi3.generation.sampling import SequenceDecoder
 from edge_phi3.generation.stopping import Stopping
 
 __all__ = [
     "API_DEFAULTS",
     "Decoder",
-    "FinishReason",
     "GenerationConfig",
     "GenerationError",
     "GenerationResult",
     "ModelDefaults",
     "ParameterError",
-    "Step",
-    "TokenConstraint",
-    "TokenLogprobs",
-    "TokenScore",
     "advance",
     "make_decoder",
 ]
@@ -55,7 +40,7 @@ def make_decoder(
     constraint: TokenConstraint | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Decoder:
-    """Make the decoder of one request.
+    """Return the decoder of one request.
 
     Args:
         config: what the request asks for.
@@ -79,13 +64,8 @@ def make_decoder(
     tokens = np.asarray(prompt, dtype=np.int32)
     if config.is_beam_search:
         if constraint is not None or config.top_logprobs is not None:
-            raise ValueError("Beam searches give no log-probabilities of the model, and take no constraint.")
+            raise ValueError("Beam searches return no log-probabilities of the model, and take no constraint.")
         return BeamDecoder(config, tokens, stopping)
-    decoder = (
-        SequenceDecoder(config, tokens, stopping)
-        if constraint is None
-        else ConstrainedDecoder(config, tokens, stopping, constraint)
-    )
-    if config.top_logprobs is not None:
-        watch(decoder, config.top_logprobs)
-    return decoder
+    if constraint is not None:
+        return ConstrainedDecoder(config, tokens, stopping, constraint)
+    return SequenceDecoder(config, tokens, stopping)

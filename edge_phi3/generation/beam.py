@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import (
+    NO_CHOICE,
     Decoder,
-    FinishReason,
+    GenerationError,
     GenerationResult,
     Isolated,
     Step,
     TokenScore,
     Turn,
 )
-from edge_phi3.generation.drawing import random_stream
-from edge_phi3.generation.history import TokenHistory
-from edge_phi3.generation.hypotheses import Hypotheses, Hypothesis, Path
+from edge_phi3.generation.drawing import fresh_seed, random_stream
 from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
-from edge_phi3.generation.processors import HammingDiversity, build_processors
-from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.processors import HammingDiversity
+from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
 
 _UNREACHED: Final = np.float32(-1e9)
 _VANISHING: Final = np.float32(103)
 """How far below the best a log-probability is no float32 probability any more."""
-_NO_CHOICE: Final = (
-    "The scores leave no token to go on with: they hold NaN or infinity (see `remove_invalid_values`), or every token"
-    " is banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
-)
 
 
 class Picks(NamedTuple):
@@ -57,6 +54,89 @@ class Picks(NamedTuple):
         return float(scores[token] if tokens is None else scores[tokens[beam] == token].max(initial=-np.inf))
 
 
+@dataclass(slots=True)
+class Hypothesis:
+    """One finished beam.
+
+    Attributes:
+        score: sum of log-probabilities over a power of the generated length.
+        tokens: token ids, prompt included, without the end token; shape (n,).
+        reason: why it ended.
+        scores: how its generated tokens scored, the end token included; empty unless recorded.
+    """
+
+    score: float
+    tokens: NDArray[np.int32]
+    reason: FinishReason
+    scores: list[TokenScore]
+
+
+@dataclass(slots=True)
+class Hypotheses:
+    """The best finished beams of a group, at most as many as it has beams. Follows ``BeamHypotheses``.
+
+    Attributes:
+        size: beams of the group.
+        length_penalty: the power of the length that scores are divided by.
+        early_stopping: as in `GenerationConfig`.
+        most_new_tokens: how many tokens a beam may generate at most.
+        kept: the hypotheses, oldest first.
+        worst: the score that another must beat when there are enough.
+    """
+
+    size: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    most_new_tokens: int
+    kept: list[Hypothesis] = field(default_factory=list)
+    worst: float = 1e9
+
+    def offer(
+        self,
+        log_probability: float,
+        new_tokens: int,
+        tokens: NDArray[np.int32],
+        reason: FinishReason,
+        scores: list[TokenScore],
+    ) -> None:
+        """Keep a finished beam, in place of the worst when there are enough, unless it is no better.
+
+        `log_probability` is the sum over its generated tokens, of which there are `new_tokens`, the end token
+        included; the others are those of `Hypothesis`.
+        """
+        score = self._normalized(log_probability, new_tokens)
+        if len(self.kept) < self.size or score > self.worst:
+            self.kept.append(Hypothesis(score, tokens.copy(), reason, scores))
+            if len(self.kept) > self.size:
+                ranked = sorted((hypothesis.score, place) for place, hypothesis in enumerate(self.kept))
+                del self.kept[ranked[0][1]]
+                self.worst = ranked[1][0]
+            else:
+                self.worst = min(score, self.worst)
+
+    def are_final(self, best_log_probability: float, new_tokens: int) -> bool:
+        """Return whether the search of this group may stop.
+
+        Args:
+            best_log_probability: of the best candidate of this step.
+            new_tokens: generated tokens of that candidate.
+        """
+        if len(self.kept) < self.size:
+            return False
+        if self.early_stopping is True:
+            return True
+        # A penalty above 0 favours length, so the best that "never" must still expect has the largest length.
+        longest = self.early_stopping == "never" and self.length_penalty > 0
+        return self.worst >= self._normalized(best_log_probability, self.most_new_tokens if longest else new_tokens)
+
+    def _normalized(self, log_probability: float, new_tokens: int) -> float:
+        try:
+            divisor = float(new_tokens) ** self.length_penalty
+        except OverflowError:
+            divisor = math.inf
+        return log_probability / divisor if divisor else -math.inf
+
+
 class BeamDecoder(Decoder):
     """Beam search in all its forms. Follows ``GenerationMixin._beam_search``, ``_group_beam_search`` and their scorer.
 
@@ -64,32 +144,11 @@ class BeamDecoder(Decoder):
     groups that are not done, and at first for the prompt, whose row stands for all beams.
     """
 
-    __slots__ = (
-        "_beam_scores",
-        "_config",
-        "_diversity",
-        "_done",
-        "_generator",
-        "_hypotheses",
-        "_live",
-        "_pad",
-        "_paths",
-        "_picked",
-        "_reason",
-        "_size",
-        "_stopping",
-        "_warping",
-        "prompt_length",
-    )
-
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
-        super().__init__(TokenHistory(prompt, rows=config.num_beams))
+        super().__init__(config, prompt, stopping, beams=config.num_beams)
         groups, ends = config.num_beam_groups, config.eos_token_id
-        self.prompt_length = len(prompt)
-        self.processors = build_processors(config, prompt)
         self.chooser = _choose
         self._config = config
-        self._stopping = stopping
         self._size = config.num_beams // groups
         # Enough that every beam can go on even when its best continuations all end.
         self._picked = max(2, 1 + len(ends)) * self._size
@@ -104,10 +163,11 @@ class BeamDecoder(Decoder):
         # Only the first beam of a group counts at first, or all would choose alike.
         self._beam_scores = np.full(config.num_beams, _UNREACHED, dtype=np.float32)
         self._beam_scores[:: self._size] = 0
-        self._paths: list[Path] = [None] * config.num_beams
+        self._scores: list[list[TokenScore]] = [[] for _ in range(config.num_beams)]
         self._diversity = next((each for each in self.processors if isinstance(each, HammingDiversity)), None)
         self._warping = Warping.of(config)
-        self._generator = random_stream(config.seed, 0) if config.do_sample else None
+        seed = fresh_seed() if config.seed is None else config.seed
+        self._generator = random_stream(seed, 0) if config.do_sample else None
 
     def step(self, logits: Scores) -> Step:
         """Choose the continuations of all beams.
@@ -124,7 +184,7 @@ class BeamDecoder(Decoder):
             row_of_beam[self._live] = np.arange(len(self._live))
         parents = np.zeros(beams, dtype=np.intp)
         tokens = np.full(beams, self._pad, dtype=np.int32)
-        paths: list[Path] = [None] * beams
+        recorded: list[list[TokenScore]] = [[] for _ in range(beams)]
         row = 0
         for group, done in enumerate(self._done):
             own = slice(group * size, group * size + size)
@@ -133,9 +193,9 @@ class BeamDecoder(Decoder):
                 continue
             picks = self._pick(logits[row : row + size], own, tokens)
             row += size
-            if picks is None or not self._continue(picks, group, parents, tokens, paths):
-                return self.fail(_NO_CHOICE)
-        self._paths = paths
+            if picks is None or not self._continue(picks, group, parents, tokens, recorded):
+                return self.fail(GenerationError(NO_CHOICE))
+        self._scores = recorded
         self.history.extend(parents, tokens)
         if all(self._done) or self._is_stopped():
             self._finish()
@@ -150,12 +210,10 @@ class BeamDecoder(Decoder):
         return tokens if self.rows == len(tokens) else tokens[self._live]
 
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
-        """Find the best continuations of one group, or None when the scores allow no choice.
+        """Return the best continuations of one group, or None when the scores allow no choice.
 
-        Args:
-            scores: log-probabilities, shape (beams of the group, vocabulary); overwritten.
-            own: the group's beams.
-            tokens: what the groups before chose in this step, shape (beams,).
+        `own` are the group's beams, and `scores` their log-probabilities, which are overwritten; `tokens` begins with
+        what the groups before chose in this step.
         """
         if self._diversity is not None:
             self._diversity.chosen = tokens[: own.start]
@@ -196,18 +254,12 @@ class BeamDecoder(Decoder):
             sums = np.concatenate((sums, np.full(len(banned), -np.inf, dtype=np.float32)))
         return Picks(sums, beams, tokens, left)
 
-    def _continue(self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], paths: list[Path]) -> bool:
+    def _continue(
+        self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], recorded: list[list[TokenScore]]
+    ) -> bool:
         """Sort a group's picks into beams that go on and beams that end. Follows ``BeamSearchScorer.process``.
 
-        Args:
-            picks: best first.
-            group: index of the group.
-            parents: the group's part is filled in.
-            tokens: the group's part is filled in.
-            paths: the group's part is filled in.
-
-        Returns:
-            False when too few picks go on.
+        The group's part of `parents`, `tokens` and `recorded` is filled in. Returns False when too few picks go on.
         """
         size, history, hypotheses = self._size, self.history, self._hypotheses[group]
         start = group * size
@@ -219,14 +271,14 @@ class BeamDecoder(Decoder):
             zip(totals, picks.beams.tolist(), picks.tokens.tolist(), strict=True)
         ):
             parent = start + beam
-            if token in self._stopping.ends:
-                if rank < size and hypotheses.wants(total, new_tokens):
+            if token in self.stopping.ends:
+                if rank < size:
                     # transformers writes the first end token, whichever was generated.
-                    path = self._extended(parent, picks, beam, self._config.eos_token_id[0])
-                    hypotheses.add(total, new_tokens, history.tokens[parent].copy(), "stop", path)
+                    scored = self._scores_with(parent, picks, beam, self._config.eos_token_id[0])
+                    hypotheses.offer(total, new_tokens, history.tokens[parent], "stop", scored)
                 continue
             parents[going], tokens[going] = parent, token
-            paths[going] = self._extended(parent, picks, beam, token)
+            recorded[going] = self._scores_with(parent, picks, beam, token)
             scores.append(total)
             going += 1
             if going == start + size:
@@ -237,60 +289,46 @@ class BeamDecoder(Decoder):
         self._done[group] = hypotheses.are_final(totals[0], new_tokens)
         return True
 
-    def _extended(self, parent: int, picks: Picks, beam: int, token: int) -> Path:
+    def _scores_with(self, parent: int, picks: Picks, beam: int, token: int) -> list[TokenScore]:
         if not self._config.records_scores or token < 0:
-            return None
+            return []
         score = picks.score(beam, token)
-        return self._paths[parent], TokenScore(token, score, score)
+        return [*self._scores[parent], TokenScore(token, score, score)]
 
     def _is_stopped(self) -> bool:
         """Return whether all beams meet a criterion that ends the search, and note which."""
-        stopping, tokens = self._stopping, self.history.tokens
-        if self.history.length >= stopping.total_length:
-            self._reason = "length"
-            return True
-        if stopping.out_of_time():
-            self._reason = "time"
-            return True
-        if stopping.reads_text:
-            self._reason = "stop_string"
-            return all(line[-1] in stopping.ends or stopping.completes_string(line) for line in tokens)
-        return False
+        stopping, tokens = self.stopping, self.history.tokens
+        bound, strings = stopping.bound(self.history.length), stopping.strings
+        self._reason = bound or "stop_string"
+        if bound is None and strings is not None:
+            return all(line[-1] in stopping.ends or strings.matches(line) for line in tokens)
+        return bound is not None
 
     def _finish(self) -> None:
         """Add the beams that are still open to the hypotheses."""
         self.finished = True
         self.rows = 0
         new_tokens = self.history.length - self.prompt_length
-        for group, hypotheses in enumerate(self._hypotheses):
-            if self._done[group]:
-                continue
-            for beam in range(group * self._size, (group + 1) * self._size):
-                total = float(self._beam_scores[beam])
-                if hypotheses.wants(total, new_tokens):
-                    tokens = self.history.tokens[beam].copy()
-                    hypotheses.add(total, new_tokens, tokens, self._reason, self._paths[beam])
+        for beam, (total, tokens, scored) in enumerate(
+            zip(self._beam_scores.tolist(), self.history.tokens, self._scores, strict=True)
+        ):
+            group = beam // self._size
+            if not self._done[group]:
+                self._hypotheses[group].offer(total, new_tokens, tokens, self._reason, scored)
 
-    def result(self) -> GenerationResult:
-        """Return the best sequences. Follows ``BeamSearchScorer.finalize``.
-
-        Raises:
-            GenerationError: the request failed.
-        """
-        if self.error is not None:
-            raise self.error
+    def _result(self) -> GenerationResult:
+        """Return the best sequences. Follows ``BeamSearchScorer.finalize``."""
         found = [hypothesis for hypotheses in self._hypotheses for hypothesis in hypotheses.kept]
         # Of equal scores the later comes first, as when a sorted list is emptied from its end.
         best = sorted(found, key=lambda hypothesis: hypothesis.score)[::-1][: self._config.num_return_sequences]
         longest = max(len(hypothesis.tokens) for hypothesis in best)
-        width = min(longest + 1, self._stopping.total_length)
-        scores = [_scores(hypothesis) for hypothesis in best] if self._config.records_scores else None
+        width = min(longest + 1, self.stopping.total_length)
         return GenerationResult(
             self.prompt_length,
             [self._with_end(hypothesis, width) for hypothesis in best],
             [hypothesis.reason for hypothesis in best],
             [hypothesis.score for hypothesis in best],
-            scores,
+            [hypothesis.scores for hypothesis in best] if self._config.records_scores else None,
         )
 
     def _with_end(self, hypothesis: Hypothesis, width: int) -> NDArray[np.int32]:
@@ -299,15 +337,6 @@ class BeamDecoder(Decoder):
         if len(hypothesis.tokens) < width and ends and ends[0] >= 0:
             return np.append(hypothesis.tokens, np.int32(ends[0]))
         return hypothesis.tokens
-
-
-def _scores(hypothesis: Hypothesis) -> list[TokenScore]:
-    scores: list[TokenScore] = []
-    path = hypothesis.path
-    while path is not None:
-        path, score = path
-        scores.append(score)
-    return scores[::-1]
 
 
 def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-from edge_phi3.generation.parameter import Source
-from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
-from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import ParameterError
+from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, REFUSED, Parameters
+from edge_phi3.generation.values import ParameterError, Source, leaves
 
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
 
@@ -150,94 +148,65 @@ def _refuse_unsupported(name: str, value: object) -> None:
 
 def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults) -> Any:
     parameter = PARAMETERS[name]
-    if name in requested:
-        value = requested[name]
-        if value is not None:
-            return parameter.read(name, value)
-        if parameter.null is not Source.INHERIT:
-            return parameter.null
-    elif name in API_DEFAULTS:
+    value = requested.get(name)
+    if value is not None:
+        return parameter.read(name, value)
+    if name in requested and parameter.null is not Source.INHERIT:
+        return parameter.null
+    if name in API_DEFAULTS and name not in requested:
         return API_DEFAULTS[name]
-    match name:
-        case "eos_token_id":
-            return defaults.eos_token_ids
-        case "bos_token_id":
-            return defaults.bos_token_id
-        case "pad_token_id":
-            return defaults.pad_token_id
-    if name in defaults.generation:
-        value = defaults.generation[name]
-        if value is None:
-            return parameter.value.default if parameter.null is Source.INHERIT else parameter.null
-        try:
-            return parameter.read(name, value)
-        except ParameterError as error:
-            raise ParameterError(name, f"In the model's generation_config.json: {error}") from error
-    return parameter.value.default
+    if parameter.value.default is Source.MODEL:
+        return getattr(defaults, "eos_token_ids" if name == "eos_token_id" else name)
+    value = defaults.generation.get(name)
+    if value is None:
+        keeps_default = name not in defaults.generation or parameter.null is Source.INHERIT
+        return parameter.value.default if keeps_default else parameter.null
+    try:
+        return parameter.read(name, value)
+    except ParameterError as error:
+        raise ParameterError(name, f"In the model's generation_config.json: {error}") from error
 
 
 def _validate(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
-    _validate_strategy(config, requested, defaults)
+    for name, broken, rule in _rules(config, requested, defaults.max_sequences):
+        if broken:
+            raise ParameterError(name, f"`{name}` is {getattr(config, name)}, but {rule}.")
     for name, parameter in PARAMETERS.items():
-        value = getattr(config, name)
+        value, kind = getattr(config, name), parameter.value.kind
         if parameter.value.with_sampling and config.do_sample:
-            parameter.value.kind.check(name, value)
-        for token in () if value is None else parameter.value.kind.token_ids(value):
-            if token >= config.vocab_size:
-                _fail(name, f"must hold token ids below {config.vocab_size}, the size of the vocabulary", token)
-    if config.encoder_repetition_penalty != 1 and max(config.num_beams, config.num_return_sequences) > 1:
-        # transformers 4.49.0 means all rows, but reaches only the first.
-        _fail(
-            "encoder_repetition_penalty", "must be 1 with several beams or sequences", config.encoder_repetition_penalty
-        )
-    if config.exponential_decay_length_penalty and (not config.eos_token_id or min(config.eos_token_id) < 0):
-        message = "`exponential_decay_length_penalty` needs an `eos_token_id` to favour."
-        raise ParameterError("exponential_decay_length_penalty", message)
+            kind.check(name, value)
+        for token in leaves(value) if kind.token_ids else ():
+            if isinstance(token, int) and token >= config.vocab_size:
+                rule = f"must hold token ids below {config.vocab_size}, the size of the vocabulary"
+                raise ParameterError(name, f"`{name}` is {token}, but {rule}.")
 
 
-def _validate_strategy(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
-    penalty = config.diversity_penalty
+def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int) -> list[tuple[str, bool, str]]:
+    """Return the rules between parameters: the one to blame, whether the rule is broken, and what it says."""
     groups, beams, returned = config.num_beam_groups, config.num_beams, config.num_return_sequences
-    for name, count in (("num_beams", beams), ("num_return_sequences", returned)):
-        if count > defaults.max_sequences:
-            _fail(name, f"must be at most {defaults.max_sequences}, the sequences one request may hold", count)
-    if beams > 1:
-        if groups > 1 and config.do_sample:
-            _fail(
-                "num_beam_groups",
-                "must be 1 when `do_sample` is true: group beam search does not sample",
-                groups,
-            )
-        if beams % groups:
-            _fail("num_beam_groups", f"must divide `num_beams` ({beams})", groups)
-        if groups > 1 and penalty == 0:
-            _fail(
-                "diversity_penalty",
-                "must be above 0 with `num_beam_groups` above 1, or the groups are equal",
-                penalty,
-            )
-        if penalty and config.do_sample:
-            _fail(
-                "diversity_penalty",
-                "must be 0 when `do_sample` is true: group beam search does not sample",
-                penalty,
-            )
-        if penalty and groups == 1:
-            _fail("diversity_penalty", "needs `num_beam_groups` above 1", penalty)
-        if returned > beams:
-            _fail("num_return_sequences", f"must be at most `num_beams` ({beams})", returned)
-    else:
-        if penalty is not None and penalty > 0:
-            _fail("diversity_penalty", "needs `num_beams` and `num_beam_groups` above 1", penalty)
-        # A null `do_sample` chooses greedily too, but transformers lets it return several (equal) sequences.
-        greedy = not config.do_sample and requested.get("do_sample", False) is not None
-        if returned > 1 and greedy:
-            _fail(
-                "num_return_sequences",
-                "must be 1 for greedy decoding: set `do_sample` or `num_beams`",
-                returned,
-            )
-
-
-def _fail(name: str, rule: str, value: object) -> NoReturn:
-    raise ParameterError(name, f"`{name}` is {value}, but {rule}.")
+    penalty, searched, grouped = config.diversity_penalty or 0, beams > 1, beams > 1 and groups > 1
+    several = max(beams, returned) > 1
+    # A null `do_sample` chooses greedily too, but transformers lets it return several (equal) sequences.
+    greedy = not config.do_sample and requested.get("do_sample", False) is not None
+    too_many = f"must be at most {most}, the sequences one request may hold"
+    no_sampling = "when `do_sample` is true: group beam search does not sample"
+    with_groups = "with `num_beam_groups` above 1, or the groups are equal"
+    when_greedy = "for greedy decoding: set `do_sample` or `num_beams`"
+    when_several = "with several beams or sequences"
+    decays = config.exponential_decay_length_penalty is not None
+    ends = bool(config.eos_token_id) and min(config.eos_token_id) >= 0
+    return [
+        ("num_beams", beams > most, too_many),
+        ("num_return_sequences", returned > most, too_many),
+        ("num_beam_groups", grouped and config.do_sample, f"must be 1 {no_sampling}"),
+        ("num_beam_groups", searched and beams % groups > 0, f"must divide `num_beams` ({beams})"),
+        ("diversity_penalty", grouped and config.diversity_penalty == 0, f"must be above 0 {with_groups}"),
+        ("diversity_penalty", searched and penalty != 0 and config.do_sample, f"must be 0 {no_sampling}"),
+        ("diversity_penalty", searched and penalty != 0 and groups == 1, "needs `num_beam_groups` above 1"),
+        ("diversity_penalty", not searched and penalty > 0, "needs `num_beams` and `num_beam_groups` above 1"),
+        ("num_return_sequences", 1 < beams < returned, f"must be at most `num_beams` ({beams})"),
+        ("num_return_sequences", beams == 1 < returned and greedy, f"must be 1 {when_greedy}"),
+        # transformers 4.49.0 means all rows, but reaches only the first.
+        ("encoder_repetition_penalty", several and config.encoder_repetition_penalty != 1, f"must be 1 {when_several}"),
+        ("exponential_decay_length_penalty", decays and not ends, "needs an `eos_token_id` to favour"),
+    ]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.decoding import Step
+from edge_phi3.generation.decoding import GenerationError, Step
 from edge_phi3.generation.logits import Scores
 from edge_phi3.generation.sampling import SequenceDecoder
 from edge_phi3.generation.stopping import Stopping
@@ -40,37 +40,24 @@ class TokenConstraint(Protocol):
         """Return a copy that goes its own way."""
 
 
-class ConstraintProcessor:
-    """Bans what the constraints of the rows do not permit. It comes last, so that nothing lifts its bans.
-
-    Attributes:
-        constraints: one for each row.
-    """
-
-    def __init__(self, constraint: TokenConstraint, *, best_only: bool) -> None:
-        """Take the constraint of the first row, and whether nothing but the best token of each row is read."""
-        self.constraints = [constraint]
-        self._best_only = best_only
-
-    def __call__(self, _tokens: NDArray[np.int32], scores: Scores) -> None:
-        """Mask the rows. Where only the best token is read and it is permitted, there is nothing to do."""
-        for constraint, row in zip(self.constraints, scores, strict=True):
-            if not self._best_only or not constraint.permits(int(row.argmax())):
-                constraint.mask(row)
-
-
 class ConstrainedDecoder(SequenceDecoder):
     """Greedy decoding or sampling of sequences that a constraint holds."""
-
-    __slots__ = ("_processor",)
 
     def __init__(
         self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, constraint: TokenConstraint
     ) -> None:
         super().__init__(config, prompt, stopping)
-        best_only = not config.do_sample and not config.records_scores
-        self._processor = ConstraintProcessor(constraint.clone(), best_only=best_only)
-        self.processors = (*self.processors, self._processor)
+        self.processes = True
+        self._constraints = [constraint.clone()]
+        self._best_only = not config.do_sample and not config.records_scores
+
+    def process(self, scores: Scores) -> None:
+        """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""
+        super().process(scores)
+        for constraint, row in zip(self._constraints, scores, strict=True):
+            # Where only the best token is read and it is permitted, there is nothing to do.
+            if not self._best_only or not constraint.permits(int(row.argmax())):
+                constraint.mask(row)
 
     def accept_all(self, tokens: Sequence[int]) -> Step:
         """Continue all live sequences and their constraints.
@@ -78,16 +65,15 @@ class ConstrainedDecoder(SequenceDecoder):
         Args:
             tokens: one for each live sequence.
         """
-        before = self._processor.constraints
+        before = self._constraints
         for place, token in enumerate(tokens):
             # Greedy decoding takes some token, also where all are banned.
             if not before[place if len(before) > 1 else 0].permits(token):
-                self._processor.constraints = []
-                return self.fail(_NO_CHOICE)
+                self._constraints = []
+                return self.fail(GenerationError(_NO_CHOICE))
         step = super().accept_all(tokens)
         shared = len(set(step.parents)) < len(step.parents)
-        constraints = [before[parent].clone() if shared else before[parent] for parent in step.parents]
-        for constraint, token in zip(constraints, step.tokens, strict=True):
+        self._constraints = [before[parent].clone() if shared else before[parent] for parent in step.parents]
+        for constraint, token in zip(self._constraints, step.tokens, strict=True):
             constraint.accept(token)
-        self._processor.constraints = constraints
         return step

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.errors import EdgePhi3Error, InternalError
+from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores
+from edge_phi3.generation.processors import build_processors
+from edge_phi3.generation.stopping import FinishReason, Stopping
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "stop_string", "length", "time"]
-
-NO_TOKENS: Final = np.empty(0, dtype=np.int32)
+NO_CHOICE: Final = (
+    "The scores leave no token to choose: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
+    " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
+)
 
 
 class GenerationError(EdgePhi3Error):
@@ -101,31 +105,6 @@ class GenerationResult:
 _UNDECIDED: Final = Step()
 
 
-class Processor(Protocol):
-    """A logits processor bound to one request."""
-
-    def __call__(self, tokens: NDArray[np.int32], scores: Scores, /) -> None:
-        """Change the scores in place.
-
-        Args:
-            tokens: token ids so far, shape (rows, length).
-            scores: shape (rows, vocabulary).
-        """
-
-
-class Chooser(Protocol):
-    """A way of choosing tokens, shared by all requests that choose in the same way."""
-
-    def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Choose for all rows of the given requests, and put each request's step into `steps`.
-
-        An exception that one request's parameters cause ends that request alone: see `Isolated`.
-        """
-
-    def __hash__(self) -> int:
-        """Requests are grouped by their way of choosing."""
-
-
 class Turn(NamedTuple):
     """One request in one call of `advance`.
 
@@ -140,6 +119,14 @@ class Turn(NamedTuple):
     row: int
 
 
+Chooser = Callable[[Sequence[Turn], Scores, list[Step]], None]
+"""A way of choosing tokens: chooses for all rows of the given requests, and puts each request's step into the list.
+
+All requests that choose in the same way share one, and are grouped by it. An exception that one request's parameters
+cause ends that request alone: see `Isolated`.
+"""
+
+
 class Decoder(ABC):
     """One running request.
 
@@ -149,20 +136,26 @@ class Decoder(ABC):
         finished: whether no further step is wanted.
         error: why the request failed, if it did; `result` raises it.
         processors: the logits processors that are on, in order.
+        processes: whether `process` does anything.
         chooser: how tokens are chosen. Decoders with the same chooser are served together.
         history: tokens of the rows.
+        prompt_length: tokens of the prompt.
+        stopping: when a sequence ends.
     """
 
-    __slots__ = ("chooser", "error", "finished", "history", "processors", "rows")
-
     chooser: Chooser
-    processors: tuple[Processor, ...]
 
-    def __init__(self, history: TokenHistory) -> None:
+    def __init__(
+        self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, *, beams: int = 1
+    ) -> None:
         self.rows = 1
         self.finished = False
         self.error: EdgePhi3Error | None = None
-        self.history = history
+        self.prompt_length = len(prompt)
+        self.processors = build_processors(config, prompt)
+        self.processes = bool(self.processors)
+        self.history = TokenHistory(prompt, rows=beams)
+        self.stopping = stopping
 
     def process(self, scores: Scores) -> None:
         """Run the logits processors over this request's rows, in place."""
@@ -180,27 +173,26 @@ class Decoder(ABC):
         tokens: list[int] = self.row_tokens()[:, -1].tolist()
         return tokens
 
-    def fail(self, message: str) -> Step:
+    def fail(self, error: EdgePhi3Error) -> Step:
         """End the request with an error, without touching those beside it."""
-        return self._end(GenerationError(message))
-
-    def break_off(self) -> Step:
-        """End the request for an error of ours."""
-        return self._end(InternalError())
-
-    def _end(self, error: EdgePhi3Error) -> Step:
         self.error = error
         self.finished = True
         self.rows = 0
         return Step()
 
-    @abstractmethod
     def result(self) -> GenerationResult:
         """Return what was generated.
 
         Raises:
             EdgePhi3Error: the request failed.
         """
+        if self.error is not None:
+            raise self.error
+        return self._result()
+
+    @abstractmethod
+    def _result(self) -> GenerationResult:
+        """Return what a request that has not failed generated."""
 
 
 class Isolated:
@@ -219,7 +211,7 @@ class Isolated:
         if not isinstance(error, Exception):
             return False
         logger.error("A request's tokens cannot be chosen.", exc_info=error)
-        self._steps[self._turn.place] = self._turn.decoder.break_off()
+        self._steps[self._turn.place] = self._turn.decoder.fail(InternalError())
         return True
 
 

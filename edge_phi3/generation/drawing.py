@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -19,34 +20,23 @@ def fresh_seed() -> int:
     return secrets.randbits(64)
 
 
-def random_stream(seed: int | None, sequence: int) -> np.random.Generator:
-    """Make the stream of one sequence: Philox, a counter-based generator, keyed by seed and sequence.
+def random_stream(seed: int, sequence: int) -> np.random.Generator:
+    """Return the stream of one sequence: Philox, a counter-based generator, keyed by seed and sequence.
 
     Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
 
     Args:
-        seed: from 0 to 2**64 - 1; None for fresh entropy.
+        seed: from 0 to 2**64 - 1.
         sequence: index of the sequence within the request.
     """
-    key = np.array([fresh_seed() if seed is None else seed, sequence], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64)))
 
 
-class Uniforms:
-    """Uniform numbers in [0, 1) of one sequence, drawn ahead because single draws are slow."""
-
-    __slots__ = ("_ahead", "_stream")
-
-    def __init__(self, seed: int, sequence: int) -> None:
-        """Start a stream; see `random_stream`."""
-        self._stream = random_stream(seed, sequence)
-        self._ahead: list[float] = []
-
-    def next(self) -> float:
-        """Return the next number."""
-        if not self._ahead:
-            self._ahead = self._stream.random(_DRAWN_AHEAD)[::-1].tolist()
-        return self._ahead.pop()
+def uniforms(seed: int, sequence: int) -> Iterator[float]:
+    """Yield uniform numbers in [0, 1) of one sequence without end, drawn ahead because single draws are slow."""
+    stream = random_stream(seed, sequence)
+    while True:
+        yield from stream.random(_DRAWN_AHEAD).tolist()
 
 
 class Draws(NamedTuple):
@@ -91,7 +81,7 @@ def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.fl
 
 
 def _invert(weighed: Scores, rows: Rows, uniforms: NDArray[np.float64]) -> tuple[Rows, NDArray[np.float64]]:
-    """Find the first columns whose running totals exceed shares of their rows' totals, and give the totals too."""
+    """Find the first columns whose running totals exceed shares of their rows' totals; and the totals."""
     reached = running_totals(weighed)[rows]
     totals = reached[:, -1]
     # Below the total even where the product rounds up, so that a token of probability 0 is never reached.

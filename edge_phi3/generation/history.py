@@ -17,8 +17,6 @@ class TokenHistory:
     (beams, ended rows) one gather.
     """
 
-    __slots__ = ("_buffer", "length", "rows")
-
     def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:
         """Start with rows that all hold the prompt.
 
@@ -58,8 +56,11 @@ class TokenHistory:
         Args:
             tokens: one for each row.
         """
-        if self.length == self._buffer.shape[1]:
-            self._grow()
+        capacity = self._buffer.shape[1]
+        if self.length == capacity:
+            grown = np.empty((len(self._buffer), capacity + max(_GROWTH, capacity)), dtype=np.int32)
+            grown[: self.rows, :capacity] = self.tokens
+            self._buffer = grown
         if self.rows == 1:
             self._buffer[0, self.length] = tokens[0]
         else:
@@ -70,9 +71,3 @@ class TokenHistory:
         """Let go of all rows but the given ones."""
         self._buffer[: len(rows), : self.length] = self._buffer[rows, : self.length]
         self.rows = len(rows)
-
-    def _grow(self) -> None:
-        rows, capacity = self._buffer.shape
-        buffer = np.empty((rows, capacity + max(_GROWTH, capacity)), dtype=np.int32)
-        buffer[: self.rows, : self.length] = self.tokens
-        self._buffer = buffer

@@ -64,7 +64,7 @@ def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
         row = found // size
         chosen = pad_rows(rows, row, found - row * size, scores.ravel()[found])
     else:
-        maxima = _block_maxima(scores)
+        maxima = _cube(scores).max(axis=1)
         highest = maxima.max(axis=1)
         bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
         chosen = pad_rows(rows, *_at_least(scores, maxima, bound))
@@ -103,7 +103,7 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
     rows, size = scores.shape
     blocks = size // BLOCK
     if k * FEW <= rows * blocks:
-        maxima = _block_maxima(scores) + offsets[:, None]
+        maxima = _cube(scores).max(axis=1) + offsets[:, None]
         bound = np.partition(maxima, rows * blocks - k, axis=None)[rows * blocks - k]
         if bound > -np.inf and not np.isnan(maxima).any():
             row, token, values = _at_least(scores, maxima, np.full(rows, bound), offsets)
@@ -122,11 +122,6 @@ def _cube(scores: Scores) -> Scores:
     rows, size = scores.shape
     blocks = size // BLOCK
     return scores[:, : blocks * BLOCK].reshape(rows, BLOCK, blocks)
-
-
-def _block_maxima(scores: Scores) -> Scores:
-    maxima: Scores = _cube(scores).max(axis=1)
-    return maxima
 
 
 def _at_least(

@@ -1,26 +1,29 @@
 """Logits processors: what changes scores because of the tokens before. Built once per request, in transformers' order.
 
-A processor that is off is not built. Each changes the scores in place, shape (rows, vocabulary), given the
-tokens so far, shape (rows, length).
+A processor that is off is not built.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.decoding import Processor
 from edge_phi3.generation.logits import Rows, Scores, log_softmax
 
 Tokens = NDArray[np.int32]
 
+
 _LARGEST: Final = np.finfo(np.float32).max
+
+Processor = Callable[[Tokens, Scores], None]
+"""Changes scores, shape (rows, vocabulary), in place, given the tokens so far, shape (rows, length)."""
 
 
 class SequenceBias:
@@ -84,176 +87,111 @@ class HammingDiversity:
             scores[:, chosen] -= self.penalty * counts.astype(np.float32)
 
 
-class RepetitionPenalty:
-    """Penalises the tokens that have occurred, prompt included. Follows ``RepetitionPenaltyLogitsProcessor``.
+def penalize_repetition(penalty: float, prompt: Rows, prompt_length: int, tokens: Tokens, scores: Scores) -> None:
+    """Penalise the tokens that have occurred, prompt included. Follows ``RepetitionPenaltyLogitsProcessor``.
 
+    The penalty divides positive scores, and multiplies negative ones. `prompt` holds the prompt's different tokens.
     Keskar et al., CTRL, https://arxiv.org/abs/1909.05858.
     """
-
-    def __init__(self, penalty: float, prompt: Tokens) -> None:
-        self._penalty = penalty
-        self._length = len(prompt)
-        self._prompt = np.unique(prompt).astype(np.intp)
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Divide positive scores by the penalty, and multiply negative ones with it."""
-        for generated, line in zip(tokens[:, self._length :], scores, strict=True):
-            # Both are worked out before either is written: a token may be in both.
-            after = self._penalized(line, generated) if len(generated) else None
-            line[self._prompt] = self._penalized(line, self._prompt)
-            if after is not None:
-                line[generated] = after
-
-    def _penalized(self, line: Scores, tokens: Rows | Tokens) -> Scores:
-        found = line[tokens]
-        return np.where(found < 0, found * self._penalty, found / self._penalty)
+    for generated, line in zip(tokens[:, prompt_length:], scores, strict=True):
+        # Both are worked out before either is written: a token may be in both.
+        after = _penalized(line, generated, penalty) if len(generated) else None
+        line[prompt] = _penalized(line, prompt, penalty)
+        if after is not None:
+            line[generated] = after
 
 
-class EncoderRepetitionPenalty(RepetitionPenalty):
-    """Favours the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
-
-    def __init__(self, penalty: float, prompt: Tokens) -> None:
-        super().__init__(1 / penalty, prompt)
-
-    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
-        """Multiply positive scores of the prompt's tokens with the penalty, and divide negative ones by it."""
-        for line in scores:
-            line[self._prompt] = self._penalized(line, self._prompt)
+def favour_the_prompt(penalty: float, prompt: Rows, _tokens: Tokens, scores: Scores) -> None:
+    """Favour the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
+    for line in scores:
+        line[prompt] = _penalized(line, prompt, 1 / penalty)
 
 
-@dataclass(eq=False, slots=True)
-class OccurrencePenalty:
-    """Penalises the tokens that have been generated, the prompt left out: OpenAI's presence and frequency penalties.
+def _penalized(line: Scores, tokens: Rows | Tokens, penalty: float) -> Scores:
+    found = line[tokens]
+    return np.where(found < 0, found * penalty, found / penalty)
+
+
+def penalize_occurrences(presence: float, frequency: float, prompt_length: int, tokens: Tokens, scores: Scores) -> None:
+    """Penalise the tokens that have been generated, the prompt left out: OpenAI's presence and frequency penalties.
 
     The formula is that of OpenAI's API reference: a token's score loses its number of occurrences times the frequency
     penalty, and the presence penalty once.
     """
-
-    presence: float
-    frequency: float
-    prompt_length: int
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Subtract the penalties from the scores of each row's own tokens."""
-        for generated, line in zip(tokens[:, self.prompt_length :], scores, strict=True):
-            found, counts = np.unique(generated, return_counts=True)
-            line[found] -= counts.astype(np.float32) * np.float32(self.frequency) + np.float32(self.presence)
+    for generated, line in zip(tokens[:, prompt_length:], scores, strict=True):
+        found, counts = np.unique(generated, return_counts=True)
+        line[found] -= counts.astype(np.float32) * np.float32(frequency) + np.float32(presence)
 
 
-@dataclass(eq=False, slots=True)
-class NoRepeatNGram:
-    """Bans tokens that would repeat an n-gram of the row, or of the prompt.
+def ban_repeated_ngrams(size: int, prompt: Tokens | None, tokens: Tokens, scores: Scores) -> None:
+    """Ban what follows the last n - 1 tokens of each row anywhere in its text.
 
-    Follows ``NoRepeatNGramLogitsProcessor`` and ``EncoderNoRepeatNGramLogitsProcessor``.
-
-    Attributes:
-        size: n of the n-grams.
-        prompt: where n-grams are looked for, shape (1, n); None: in each row.
+    Follows ``NoRepeatNGramLogitsProcessor`` and, where the text is the prompt, shape (1, n), instead of each row,
+    ``EncoderNoRepeatNGramLogitsProcessor``.
     """
-
-    size: int
-    prompt: Tokens | None = None
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban what follows the last n - 1 tokens of each row anywhere in its text."""
-        texts, size = tokens if self.prompt is None else self.prompt, self.size
-        starts = texts.shape[1] - size + 1
-        if starts <= 0 or tokens.shape[1] < size - 1:
-            return
-        if size == 1:
-            followers = np.broadcast_to(texts, (len(tokens), starts))
-            np.put_along_axis(scores, followers, -np.inf, axis=1)
-            return
-        found = (texts[:, size - 2 : -1] == tokens[:, -1:]).ravel().nonzero()[0]
-        rows, places = np.divmod(found, starts)
-        lines = rows if len(texts) > 1 else np.zeros_like(rows)
-        for back in range(2, size):
-            same = texts[lines, places + (size - 1 - back)] == tokens[rows, -back]
-            rows, lines, places = rows[same], lines[same], places[same]
-        scores[rows, texts[lines, places + size - 1]] = -np.inf
+    texts = tokens if prompt is None else prompt
+    starts = texts.shape[1] - size + 1
+    if starts <= 0 or tokens.shape[1] < size - 1:
+        return
+    if size == 1:
+        followers = np.broadcast_to(texts, (len(tokens), starts))
+        np.put_along_axis(scores, followers, -np.inf, axis=1)
+        return
+    found = (texts[:, size - 2 : -1] == tokens[:, -1:]).ravel().nonzero()[0]
+    rows, places = np.divmod(found, starts)
+    lines = rows if len(texts) > 1 else np.zeros_like(rows)
+    for back in range(2, size):
+        same = texts[lines, places + (size - 1 - back)] == tokens[rows, -back]
+        rows, lines, places = rows[same], lines[same], places[same]
+    scores[rows, texts[lines, places + size - 1]] = -np.inf
 
 
-@dataclass(eq=False, slots=True)
-class BannedTokens:
-    """Bans tokens at certain lengths of the rows, prompt included.
+def ban_tokens(banned: Rows, lengths: range, tokens: Tokens, scores: Scores) -> None:
+    """Ban tokens at certain lengths of the rows, prompt included.
 
     Follows ``MinLengthLogitsProcessor`` with its "NewTokens" sibling, and ``SuppressTokensLogitsProcessor`` with its
     "AtBegin" sibling.
-
-    Attributes:
-        tokens: what is banned.
-        lengths: when.
     """
-
-    tokens: Rows
-    lengths: range = range(sys.maxsize)
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Ban the tokens."""
-        if tokens.shape[1] in self.lengths:
-            scores[:, self.tokens] = -np.inf
+    if tokens.shape[1] in lengths:
+        scores[:, banned] = -np.inf
 
 
-@dataclass(eq=False, slots=True)
-class ForcedTokens:
-    """Leaves only certain tokens at one length of the rows.
+def force_tokens(length: int, forced: Sequence[int], tokens: Tokens, scores: Scores) -> None:
+    """Leave only certain tokens, with the score 0, at one length of the rows.
 
     Follows ``ForcedBOSTokenLogitsProcessor`` and its EOS sibling.
     """
-
-    length: int
-    forced: Sequence[int]
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Set the scores of the forced tokens to 0 and all others to minus infinity, at the one length."""
-        if tokens.shape[1] == self.length:
-            scores.fill(-np.inf)
-            scores[:, list(self.forced)] = 0
+    if tokens.shape[1] == length:
+        scores.fill(-np.inf)
+        scores[:, list(forced)] = 0
 
 
-class FiniteScores:
-    """Replaces NaN by 0 and infinities by the largest numbers. Follows ``InfNanRemoveLogitsProcessor``."""
-
-    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
-        """Make every score finite."""
-        np.maximum(scores, -_LARGEST, out=scores)
-        if not scores.max() <= _LARGEST:
-            np.minimum(scores, _LARGEST, out=scores)
-            scores[np.isnan(scores)] = 0
+def make_finite(_tokens: Tokens, scores: Scores) -> None:
+    """Replace NaN by 0 and infinities by the largest numbers. Follows ``InfNanRemoveLogitsProcessor``."""
+    np.maximum(scores, -_LARGEST, out=scores)
+    if not scores.max() <= _LARGEST:
+        np.minimum(scores, _LARGEST, out=scores)
+        scores[np.isnan(scores)] = 0
 
 
-@dataclass(eq=False, slots=True)
-class ExponentialDecayLengthPenalty:
-    """Favours end tokens ever more past a length. Follows ``ExponentialDecayLengthPenalty``.
+def favour_the_end(start: int, factor: float, ends: Rows, tokens: Tokens, scores: Scores) -> None:
+    """Favour end tokens ever more past a length, prompt included. Follows ``ExponentialDecayLengthPenalty``.
 
-    Attributes:
-        start: the length, prompt included, after which to act.
-        factor: the growth per token.
-        ends: the end tokens.
+    Their scores are raised by a multiple of their size, which grows by `factor` per token.
     """
-
-    start: int
-    factor: float
-    ends: Rows
-
-    def __call__(self, tokens: Tokens, scores: Scores) -> None:
-        """Raise the scores of the end tokens by a growing multiple of their size."""
-        past = tokens.shape[1] - self.start
-        if past > 0:
-            found = scores[:, self.ends]
-            try:
-                growth = self.factor**past - 1
-            except OverflowError:
-                growth = np.inf
-            scores[:, self.ends] = found + np.abs(found) * growth
+    past = tokens.shape[1] - start
+    if past > 0:
+        found = scores[:, ends]
+        try:
+            growth = factor**past - 1
+        except OverflowError:
+            growth = np.inf
+        scores[:, ends] = found + np.abs(found) * growth
 
 
-class Renormalize:
-    """Turns scores into log-probabilities. Follows ``LogitNormalization``."""
-
-    def __call__(self, _tokens: Tokens, scores: Scores) -> None:
-        """Take the log-softmax of each row."""
-        log_softmax(scores)
+def renormalize(_tokens: Tokens, scores: Scores) -> None:
+    """Turn scores into log-probabilities. Follows ``LogitNormalization``."""
+    log_softmax(scores)
 
 
 def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processor, ...]:
@@ -273,38 +211,38 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
     if config.is_beam_search and config.num_beam_groups > 1 and (config.diversity_penalty or 0) > 0:
         built.append(HammingDiversity(config.diversity_penalty or 0))
     if config.encoder_repetition_penalty != 1:
-        built.append(EncoderRepetitionPenalty(config.encoder_repetition_penalty, prompt))
+        built.append(partial(favour_the_prompt, config.encoder_repetition_penalty, np.unique(prompt).astype(np.intp)))
     if config.repetition_penalty != 1:
-        built.append(RepetitionPenalty(config.repetition_penalty, prompt))
+        built.append(partial(penalize_repetition, config.repetition_penalty, np.unique(prompt).astype(np.intp), length))
     if config.presence_penalty or config.frequency_penalty:
-        built.append(OccurrencePenalty(config.presence_penalty, config.frequency_penalty, length))
+        built.append(partial(penalize_occurrences, config.presence_penalty, config.frequency_penalty, length))
     if config.no_repeat_ngram_size:
-        built.append(NoRepeatNGram(config.no_repeat_ngram_size))
+        built.append(partial(ban_repeated_ngrams, config.no_repeat_ngram_size, None))
     if config.encoder_no_repeat_ngram_size:
-        built.append(NoRepeatNGram(config.encoder_no_repeat_ngram_size, prompt[None]))
+        built.append(partial(ban_repeated_ngrams, config.encoder_no_repeat_ngram_size, prompt[None]))
     if config.bad_words_ids:
         bannable = [
             phrase for phrase in config.bad_words_ids if len(phrase) > 1 or phrase[0] not in config.eos_token_id
         ]
         built.append(SequenceBias([(phrase, -np.inf) for phrase in bannable]))
     if len(ends) and config.least_length(length) > length:
-        built.append(BannedTokens(ends, range(config.least_length(length))))
+        built.append(partial(ban_tokens, ends, range(config.least_length(length))))
     if config.forced_bos_token_id is not None and length == 1:
-        built.append(ForcedTokens(1, [config.forced_bos_token_id]))
+        built.append(partial(force_tokens, 1, [config.forced_bos_token_id]))
     if config.forced_eos_token_id:
-        built.append(ForcedTokens(config.total_length(length) - 1, config.forced_eos_token_id))
+        built.append(partial(force_tokens, config.total_length(length) - 1, config.forced_eos_token_id))
     if config.remove_invalid_values:
-        built.append(FiniteScores())
+        built.append(make_finite)
     if config.exponential_decay_length_penalty is not None:
         start, factor = config.exponential_decay_length_penalty
-        built.append(ExponentialDecayLengthPenalty(start + length, factor, ends))
+        built.append(partial(favour_the_end, start + length, factor, ends))
     if config.suppress_tokens:
-        built.append(BannedTokens(_inside(config.suppress_tokens, config)))
+        built.append(partial(ban_tokens, _inside(config.suppress_tokens, config), range(sys.maxsize)))
     if config.begin_suppress_tokens:
         begin = length + 1 if length == 1 and config.forced_bos_token_id is not None else length
-        built.append(BannedTokens(_inside(config.begin_suppress_tokens, config), range(begin, begin + 1)))
+        built.append(partial(ban_tokens, _inside(config.begin_suppress_tokens, config), range(begin, begin + 1)))
     if config.renormalize_logits and not config.do_sample:
-        built.append(Renormalize())
+        built.append(renormalize)
     return tuple(built)
 
 

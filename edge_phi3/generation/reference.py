@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from edge_phi3.generation.parameter import Parameter, Source
-from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
-from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import Schema
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, REFUSED
+from edge_phi3.generation.values import Parameter, Schema, Source
 
 
 def generate_kwargs_schema() -> Schema:
@@ -56,7 +54,8 @@ def _table(heading: str, columns: list[str], rows: list[list[str]]) -> str:
 
 def _row(name: str, parameter: Parameter) -> list[str]:
     meaning = f"{parameter.meaning} {parameter.computed}".strip()
-    return [f"`{name}`", parameter.value.kind.label, _shown(parameter.absent), _shown(parameter.null), meaning]
+    type_ = parameter.value.kind.allowed.removeprefix("a ").removeprefix("an ")
+    return [f"`{name}`", type_, _shown(parameter.absent), _shown(parameter.null), meaning]
 
 
 def _shown(value: object) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Final
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import (
-    NO_TOKENS,
+    NO_CHOICE,
     Chooser,
     Decoder,
-    FinishReason,
+    GenerationError,
     GenerationResult,
     Isolated,
     Step,
@@ -23,17 +22,10 @@ from edge_phi3.generation.decoding import (
     Turn,
     rows_of,
 )
-from edge_phi3.generation.drawing import Draws, Uniforms, draw, fresh_seed
-from edge_phi3.generation.history import TokenHistory
+from edge_phi3.generation.drawing import Draws, draw, fresh_seed, uniforms
 from edge_phi3.generation.logits import Scores, log_softmax
-from edge_phi3.generation.processors import build_processors
-from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
-
-NO_CHOICE: Final = (
-    "The scores leave no token to sample: they hold NaN or infinity (see `remove_invalid_values`), or every token is"
-    " banned (see `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `no_repeat_ngram_size`)."
-)
 
 
 class SequenceDecoder(Decoder):
@@ -41,44 +33,32 @@ class SequenceDecoder(Decoder):
 
     Attributes:
         live: indices of the sequences that go on.
+        scores: how the tokens of each sequence scored; None unless recorded.
+        logprobs: the log-probabilities of the tokens of each sequence; None unless recorded.
+        warping: what reshapes the distributions that tokens are drawn from.
     """
 
-    __slots__ = (
-        "_stopping",
-        "_uniforms",
-        "live",
-        "logprobs",
-        "prompt_length",
-        "reasons",
-        "records_scores",
-        "scores",
-        "sequences",
-        "warping",
-    )
-
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
-        super().__init__(TokenHistory(prompt))
+        super().__init__(config, prompt, stopping)
         count = config.num_return_sequences
-        self.processors = build_processors(config, prompt)
-        self.prompt_length = len(prompt)
-        self.records_scores = config.records_scores
-        self.scores: list[list[TokenScore]] = [[] for _ in range(count)]
-        self.logprobs: list[list[TokenLogprobs]] | None = None
-        self.sequences: list[NDArray[np.int32]] = [NO_TOKENS] * count
-        self.reasons: list[FinishReason] = ["length"] * count
-        self.warping = Warping.of(config)
         self.live = list(range(count))
-        self._stopping = stopping
-        self._uniforms: list[Uniforms] = []
+        self.scores: list[list[TokenScore]] | None = [[] for _ in self.live] if config.records_scores else None
+        self.logprobs: list[list[TokenLogprobs]] | None = None
+        self.warping = Warping.of(config)
+        self._sequences = [prompt] * count
+        self._reasons: list[FinishReason] = ["length"] * count
         self.chooser: Chooser = choose_greedily
         if config.do_sample:
             seed = fresh_seed() if config.seed is None else config.seed
-            self._uniforms = [Uniforms(seed, sequence) for sequence in range(count)]
+            self._uniforms = [uniforms(seed, sequence) for sequence in self.live]
             self.chooser = _sampler(self.warping.active)
+        if config.top_logprobs is not None:
+            self.logprobs = [[] for _ in self.live]
+            self.chooser = _recorder(self.chooser, config.top_logprobs)
 
     def uniforms(self) -> list[float]:
         """Draw one number for each live sequence."""
-        return [self._uniforms[sequence].next() for sequence in self.live]
+        return [next(self._uniforms[sequence]) for sequence in self.live]
 
     def accept_all(self, tokens: Sequence[int]) -> Step:
         """Continue all live sequences, and let go of those that end.
@@ -86,7 +66,7 @@ class SequenceDecoder(Decoder):
         Args:
             tokens: one for each live sequence.
         """
-        history, stopping, live = self.history, self._stopping, self.live
+        history, stopping, live = self.history, self.stopping, self.live
         parents: Sequence[int] = range(len(live))
         if history.rows == len(live):
             history.append(tokens)
@@ -95,23 +75,19 @@ class SequenceDecoder(Decoder):
             parents = [0] * len(live)
             history.extend(np.array(parents), np.array(tokens, dtype=np.int32))
         emitted = list(zip(live, tokens, strict=True))
-        last: FinishReason | None = None
-        if history.length >= stopping.total_length:
-            last = "length"
-        elif stopping.out_of_time():
-            last = "time"
+        bound = stopping.bound(history.length)
         going: list[int] = []
         for row, (sequence, token) in enumerate(emitted):
-            reason = last
+            reason = bound
             if token in stopping.ends:
                 reason = "stop"
-            elif stopping.reads_text and stopping.completes_string(history.tokens[row]):
+            elif stopping.strings is not None and stopping.strings.matches(history.tokens[row]):
                 reason = "stop_string"
             if reason is None:
                 going.append(row)
             else:
-                self.reasons[sequence] = reason
-                self.sequences[sequence] = history.tokens[row].copy()
+                self._reasons[sequence] = reason
+                self._sequences[sequence] = history.tokens[row].copy()
         self.rows = len(going)
         self.finished = not going
         if len(going) == len(live):
@@ -122,16 +98,8 @@ class SequenceDecoder(Decoder):
         history.keep(np.array(going, dtype=np.intp))
         return Step([parents[row] for row in going], [tokens[row] for row in going], emitted)
 
-    def result(self) -> GenerationResult:
-        """Return what was generated.
-
-        Raises:
-            GenerationError: the request failed.
-        """
-        if self.error is not None:
-            raise self.error
-        scores = self.scores if self.records_scores else None
-        return GenerationResult(self.prompt_length, self.sequences, self.reasons, None, scores, self.logprobs)
+    def _result(self) -> GenerationResult:
+        return GenerationResult(self.prompt_length, self._sequences, self._reasons, None, self.scores, self.logprobs)
 
 
 def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[Turn]:
@@ -140,7 +108,7 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
     for turn in turns:
         decoder = turn.decoder
         with Isolated(turn, steps):
-            if decoder.processors:
+            if decoder.processes:
                 decoder.process(logits[turn.row : turn.row + decoder.rows])
             going.append(turn)
     return going
@@ -159,76 +127,65 @@ def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) ->
         assert isinstance(decoder, SequenceDecoder)
         first, row = row, row + decoder.rows
         with Isolated(turn, steps):
-            tokens = best[first:row]
-            if decoder.records_scores:
-                _record_greedy(decoder, scores[first:row], tokens)
             # Before the first step, the prompt's one row stands for all sequences.
-            steps[turn.place] = decoder.accept_all(tokens * (len(decoder.live) // len(tokens)))
+            copies = len(decoder.live) // decoder.rows
+            if decoder.scores is not None:
+                scored = _scored(scores[first:row], best[first:row]) * copies
+                for sequence, score in zip(decoder.live, scored, strict=True):
+                    decoder.scores[sequence].append(score)
+            steps[turn.place] = decoder.accept_all(best[first:row] * copies)
 
 
-def _record_greedy(decoder: SequenceDecoder, scores: Scores, tokens: list[int]) -> None:
+def _scored(scores: Scores, tokens: Sequence[int]) -> list[TokenScore]:
     normalized = scores.copy()
     with np.errstate(all="ignore"):
         log_softmax(normalized)
-    for place, sequence in enumerate(decoder.live):
-        row = place if len(tokens) > 1 else 0
-        token = tokens[row]
-        score = TokenScore(token, float(scores[row, token]), float(normalized[row, token]))
-        decoder.scores[sequence].append(score)
-
-
-class Sampler:
-    """Draws the next tokens of all requests that have the same warpers switched on.
-
-    Args:
-        active: the warpers, by which requests are grouped.
-    """
-
-    def __init__(self, active: tuple[str, ...]) -> None:
-        self.active = active
-
-    def __call__(self, turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
-        """Draw for all requests at once."""
-        going = _process(turns, logits, steps)
-        if not going:
-            return
-        uniforms: list[list[float]] = []
-        for turn in going:
-            assert isinstance(turn.decoder, SequenceDecoder)
-            uniforms.append(turn.decoder.uniforms())
-        try:
-            draws = _draw_together(going, rows_of(going, logits), uniforms)
-        except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
-            for turn, drawn in zip(going, uniforms, strict=True):
-                with Isolated(turn, steps):
-                    _hand_out([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
-            return
-        _hand_out(going, draws, steps)
+    return [
+        TokenScore(token, float(scores[row, token]), float(normalized[row, token])) for row, token in enumerate(tokens)
+    ]
 
 
 @cache
-def _sampler(active: tuple[str, ...]) -> Sampler:
-    """Return the one sampler of all requests with these warpers."""
-    return Sampler(active)
+def _sampler(_active: tuple[str, ...]) -> Chooser:
+    """Return the one chooser of all requests that have the same warpers switched on: it draws for them together."""
+    return partial(_sample)
 
 
-def _draw_together(turns: Sequence[Turn], scores: Scores, uniforms: Sequence[Sequence[float]]) -> Draws:
+def _sample(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+    going = _process(turns, logits, steps)
+    if not going:
+        return
+    numbers: list[list[float]] = []
+    for turn in going:
+        assert isinstance(turn.decoder, SequenceDecoder)
+        numbers.append(turn.decoder.uniforms())
+    try:
+        draws = _draw_together(going, rows_of(going, logits), numbers)
+    except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
+        for turn, drawn in zip(going, numbers, strict=True):
+            with Isolated(turn, steps):
+                _accept([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
+        return
+    _accept(going, draws, steps)
+
+
+def _draw_together(turns: Sequence[Turn], scores: Scores, numbers: Sequence[Sequence[float]]) -> Draws:
     """Warp the rows of all requests at once, and draw from them."""
     warpings: list[Warping] = []
     rows: list[int] = []
-    for turn, drawn in zip(turns, uniforms, strict=True):
+    for turn, drawn in zip(turns, numbers, strict=True):
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         first = len(warpings)
         # Before the first step, all sequences are drawn from the prompt's one row.
         rows += [first] * len(drawn) if decoder.rows == 1 else range(first, first + decoder.rows)
         warpings += [decoder.warping] * decoder.rows
-    flat = [uniform for drawn in uniforms for uniform in drawn]
+    flat = [number for drawn in numbers for number in drawn]
     with np.errstate(all="ignore"):
         return draw(warp(scores, warpings), np.array(rows), np.array(flat))
 
 
-def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
+def _accept(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
     tokens = draws.tokens.tolist()
     all_possible = bool(draws.possible.all())
     at = 0
@@ -238,11 +195,60 @@ def _hand_out(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
         end = at + len(decoder.live)
         with Isolated(turn, steps):
             if not all_possible and not draws.possible[at:end].all():
-                steps[turn.place] = decoder.fail(NO_CHOICE)
+                steps[turn.place] = decoder.fail(GenerationError(NO_CHOICE))
             else:
-                if decoder.records_scores:
+                if decoder.scores is not None:
                     for sequence, place in zip(decoder.live, range(at, end), strict=True):
                         score = TokenScore(tokens[place], float(draws.scores[place]), draws.logprob(place))
                         decoder.scores[sequence].append(score)
                 steps[turn.place] = decoder.accept_all(tokens[at:end])
         at = end
+
+
+@cache
+def _recorder(chooser: Chooser, top: int) -> Chooser:
+    """Return a chooser that also records how likely the model itself held the tokens, and so many of the likeliest.
+
+    There is one for each chooser, so that requests still share calls. It reads the logits before they are changed.
+    """
+
+    def choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
+        read = [logits[turn.row : turn.row + turn.decoder.rows].copy() for turn in turns]
+        chooser(turns, logits, steps)
+        for turn, rows in zip(turns, read, strict=True):
+            decoder = turn.decoder
+            assert isinstance(decoder, SequenceDecoder)
+            with Isolated(turn, steps):
+                step = steps[turn.place]
+                step.logprobs = _logprobs(rows, [token for _, token in step.emitted], top)
+                assert decoder.logprobs is not None
+                for (sequence, _), logprobs in zip(step.emitted, step.logprobs, strict=True):
+                    decoder.logprobs[sequence].append(logprobs)
+
+    return choose
+
+
+def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Return the log-probabilities of the chosen tokens, none when the request failed.
+
+    `rows` are logits, shape (sequences, vocabulary), or one row that all sequences start from. They are the model's
+    float32; what is computed from them is float64.
+    """
+    exact = (rows if len(tokens) == len(rows) else rows[:1]).astype(np.float64)
+    with np.errstate(all="ignore"):
+        exact -= exact.max(axis=1, keepdims=True)
+        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    best = [_likeliest(row, top) for row in exact]
+    places = [place % len(exact) for place in range(len(tokens))]
+    return [TokenLogprobs(token, float(exact[at, token]), best[at]) for at, token in zip(places, tokens, strict=True)]
+
+
+def _likeliest(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
+    """Return the likeliest tokens; of equal ones those with the lower id."""
+    count = min(count, len(row))
+    if count == 0:
+        return ()
+    bound = np.partition(row, len(row) - count)[len(row) - count]
+    reached = np.flatnonzero(row >= bound)
+    order = reached[np.argsort(-row[reached], kind="stable")][:count]
+    return tuple(zip(order.tolist(), row[order].tolist(), strict=True))

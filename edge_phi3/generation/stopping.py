@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.config import GenerationConfig
 
+FinishReason = Literal["stop", "stop_string", "length", "time"]
+
 
 class StopStrings:
     """Ends a sequence whose text has come to hold one of the given strings. Follows ``StopStringCriteria``.
 
-    A string counts when its last character lies in the newest token, which may go on after it. The text is
-    that of the tokens one by one, so a character spelt by several byte tokens never matches, as in
-    transformers.
+    A string counts when its last character lies in the newest token, which may go on after it. The text is that of the
+    tokens one by one, so a character spelt by several byte tokens never matches, as in transformers.
+
+    Args:
+        strings: non-empty strings.
+        vocabulary: text of each token id as it appears inside a sentence; None for an id without a token, which no
+            string can reach across. Ids past its end count as None.
     """
 
-    __slots__ = ("_strings", "_vocabulary", "_window")
-
     def __init__(self, strings: Sequence[str], vocabulary: Sequence[str | None]) -> None:
-        """Take the strings and the text of each token.
-
-        Args:
-            strings: non-empty strings.
-            vocabulary: text of each token id as it appears inside a sentence; None for an id without a token,
-                which no string can reach across. Ids past its end count as None.
-        """
         self._strings = tuple(strings)
         self._vocabulary = vocabulary
         self._window = max(map(len, self._strings))
@@ -56,9 +54,8 @@ class Stopping:
     Attributes:
         ends: token ids that end a sequence.
         total_length: largest length of a sequence, prompt included.
+        strings: the stop strings, if there are any.
     """
-
-    __slots__ = ("_clock", "_deadline", "_strings", "ends", "total_length")
 
     def __init__(
         self,
@@ -71,21 +68,16 @@ class Stopping:
         self.total_length = config.total_length(prompt_length)
         self._clock = clock
         self._deadline = None if config.max_time is None else clock() + config.max_time
-        self._strings: StopStrings | None = None
+        self.strings: StopStrings | None = None
         if config.stop_strings:
             if vocabulary is None:
                 raise ValueError("Stop strings need the texts of the vocabulary's tokens.")
-            self._strings = StopStrings(config.stop_strings, vocabulary)
+            self.strings = StopStrings(config.stop_strings, vocabulary)
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether stop strings are looked for."""
-        return self._strings is not None
-
-    def completes_string(self, tokens: NDArray[np.int32]) -> bool:
-        """Return whether the newest of the tokens, shape (length,), completes a stop string."""
-        return self._strings is not None and self._strings.matches(tokens)
-
-    def out_of_time(self) -> bool:
-        """Return whether ``max_time`` has passed since the request was made."""
-        return self._deadline is not None and self._clock() > self._deadline
+    def bound(self, length: int) -> FinishReason | None:
+        """Return which bound, if any, ends all sequences of this length (prompt included) now."""
+        if length >= self.total_length:
+            return "length"
+        if self._deadline is not None and self._clock() > self._deadline:
+            return "time"
+        return None

@@ -1,21 +1,31 @@
-"""The kinds of values that generation parameters take.
+"""What describes a generation parameter: the kind of its values, its defaults, its meaning.
 
 A `Kind` is said once and used everywhere: it reads a value from JSON, names what is allowed in an error, and makes the
-JSON schema and the words of the reference.
+JSON schema and the words of the reference. msgspec does the reading and the schemas.
 """
 
 from __future__ import annotations
 
+import enum
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
 
 from edge_phi3.errors import EdgePhi3Error
 
 Schema = dict[str, Any]
 
 _LONGEST_SHOWN = 60
+_LIMITS: Final[Mapping[str, tuple[str, Callable[[Any, Any], bool]]]] = {
+    "minimum": ("of at least", operator.ge),
+    "exclusiveMinimum": ("above", operator.gt),
+    "maximum": ("at most", operator.le),
+    "exclusiveMaximum": ("below", operator.lt),
+}
 
 
 class ParameterError(EdgePhi3Error):
@@ -30,8 +40,7 @@ class ParameterError(EdgePhi3Error):
         self.parameter = parameter
 
 
-class _MisfitError(Exception):
-    """A value does not have a kind's type. Its text, if any, is what is allowed, where that is not the kind's own."""
+# -- kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,219 +49,198 @@ class Kind:
 
     Attributes:
         allowed: completes the sentence "`name` must be ...".
-        label: the same in the few words of a table.
-        schema: the JSON schema.
-        convert: takes a value from JSON and returns it as the configuration holds it; raises `_MisfitError`.
-        token_ids: the token ids in a converted value that must lie within the vocabulary.
+        type: what msgspec converts JSON to; all numbers in it must be finite.
+        token_ids: whether the integers in it are token ids, which must lie within the vocabulary.
         limits: the ``minimum``, ``maximum``, ``exclusiveMinimum`` and ``exclusiveMaximum`` of numbers.
         hint: what else helps whoever gave a number out of range.
+        one_or_many: whether a single value stands for a list of it.
+        schema: the JSON schema, where it is not the one that follows from `type` and `limits`.
     """
 
     allowed: str
-    label: str
-    schema: Schema
-    convert: Callable[[object], Any]
-    token_ids: Callable[[Any], Iterable[int]] = lambda _: ()
+    type: Any
+    token_ids: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
     hint: str = ""
+    one_or_many: bool = False
+    schema: Schema | None = None
 
     def read(self, name: str, value: object) -> Any:
-        """Return a value from JSON as the configuration holds it. Its range is `check`'s affair.
+        """Return a value from JSON as the configuration holds it, a list as a tuple. Its limits are `check`'s affair.
 
         Raises:
             ParameterError: the value has another type.
         """
         try:
-            return self.convert(value)
-        except _MisfitError as error:
-            raise ParameterError(name, f"`{name}` must be {str(error) or self.allowed}, but is {_shown(value)}.") from None
+            read = msgspec.convert(value, self.type)
+        except (msgspec.ValidationError, OverflowError):
+            raise self._refusal(name, value) from None
+        if not all(math.isfinite(leaf) for leaf in leaves(read) if isinstance(leaf, float)):
+            raise self._refusal(name, value)
+        return (read,) if self.one_or_many and not isinstance(read, tuple) else read
 
     def check(self, name: str, value: float | None) -> None:
         """Raise `ParameterError` when a number that `read` returned lies outside the limits."""
-        low, high = self.limits.get("minimum", -math.inf), self.limits.get("maximum", math.inf)
-        above, below = self.limits.get("exclusiveMinimum", -math.inf), self.limits.get("exclusiveMaximum", math.inf)
-        if self.limits and value is not None and not (low <= value <= high and above < value < below):
-            hint = f"; {self.hint}" if self.hint else ""
-            raise ParameterError(name, f"`{name}` must be {self.allowed}, but is {_shown(value)}{hint}.")
+        if value is not None and not all(_LIMITS[each][1](value, limit) for each, limit in self.limits.items()):
+            raise self._refusal(name, value, self.hint and f"; {self.hint}")
+
+    def _refusal(self, name: str, value: object, hint: str = "") -> ParameterError:
+        shown = repr(value)
+        shown = shown if len(shown) <= _LONGEST_SHOWN else shown[: _LONGEST_SHOWN - 3] + "..."
+        return ParameterError(name, f"`{name}` must be {self.allowed}, but is {shown}{hint}.")
+
+    def json_schema(self) -> Schema:
+        """Return the JSON schema."""
+        return self.schema or {**msgspec.json.schema(self.type), **self.limits}
 
 
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _LONGEST_SHOWN else shown[: _LONGEST_SHOWN - 3] + "..."
-
-
-# -- numbers and truth values
-
-
-def integer(minimum: int | None = None, maximum: int | None = None, *, hint: str = "") -> Kind:
-    """Return the kind of integers within limits."""
-    limits = {"minimum": minimum, "maximum": maximum}
-    return _number("integer", _read_integer, limits, noun="an integer", hint=hint)
-
-
-def number(noun: str = "a number", *, hint: str = "", **limits: float) -> Kind:
-    """Return the kind of finite numbers within limits, which are named as in JSON schemas.
-
-    Args:
-        noun: what it is called in errors.
-        hint: what else helps whoever gave a number out of range.
-        limits: ``minimum``, ``maximum``, ``exclusiveMinimum``, ``exclusiveMaximum``.
-    """
-    return _number("number", _read_number, limits, noun=noun, hint=hint)
-
-
-def _number(
-    type_: str, convert: Callable[[object], Any], limits: Mapping[str, float | None], *, noun: str, hint: str
-) -> Kind:
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    low, high = given.get("minimum"), given.get("maximum")
-    above, below = given.get("exclusiveMinimum"), given.get("exclusiveMaximum")
-    if low is not None and high is not None:
-        words, short = f" from {low} to {high}", f", {low} to {high}"
+def leaves(value: object) -> Iterator[object]:
+    """Yield what nested tuples hold, or the value itself."""
+    if isinstance(value, tuple):
+        for each in value:
+            yield from leaves(each)
     else:
-        parts = [
-            f"of at least {low}" if low is not None else f"above {above}" if above is not None else "",
-            f"at most {high}" if high is not None else f"below {below}" if below is not None else "",
-        ]
-        words = "".join(f" {part}" for part in [" and ".join(filter(None, parts))] if part)
-        signs = [("≥", low), (">", above), ("≤", high), ("<", below)]
-        short = ",".join(f" {sign} {limit}" for sign, limit in signs if limit is not None)
-    return Kind(noun + words, type_ + short, {"type": type_, **given}, convert, limits=given, hint=hint)
+        yield value
 
 
-def _read_integer(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _MisfitError
-    return value
+def integer(minimum: int, maximum: int | None = None, *, hint: str = "") -> Kind:
+    """Return the kind of integers within limits."""
+    limits = {"minimum": minimum} | ({} if maximum is None else {"maximum": maximum})
+    return _limited("an integer", int, limits, hint)
 
 
-def _read_number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _MisfitError
-    try:
-        read = float(value)
-    except OverflowError:
-        read = math.inf
-    if not math.isfinite(read):
-        raise _MisfitError("a finite number")
-    return read
+def number(*, hint: str = "", **limits: float) -> Kind:
+    """Return the kind of finite numbers within limits, which are named as in `Kind.limits`."""
+    return _limited("a number", float, limits, hint)
 
 
-def _read_boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _MisfitError
-    return value
+def _limited(noun: str, type_: type, limits: Mapping[str, float], hint: str) -> Kind:
+    words = " and ".join(f"{_LIMITS[name][0]} {limit}" for name, limit in limits.items())
+    if limits.keys() == {"minimum", "maximum"}:
+        words = f"from {limits['minimum']} to {limits['maximum']}"
+    return Kind(f"{noun} {words}".strip(), type_, limits=limits, hint=hint)
 
 
-def _read_early_stopping(value: object) -> bool | str:
-    if isinstance(value, bool) or value == "never":
-        return value
-    raise _MisfitError
+_Text = Annotated[str, msgspec.Meta(min_length=1)]
+_ID = Annotated[int, msgspec.Meta(ge=0)]
+_PositiveID = Annotated[int, msgspec.Meta(ge=1)]
+_EndID = Annotated[int, msgspec.Meta(ge=-1)]
+_SOME = msgspec.Meta(min_length=1)
 
-
-BOOLEAN = Kind("true or false", "boolean", {"type": "boolean"}, _read_boolean)
-EARLY_STOPPING = Kind(
-    'true, false or "never"', 'boolean or `"never"`', {"enum": [True, False, "never"]}, _read_early_stopping
-)
-
-# -- texts
-
-
-def _read_texts(value: object) -> tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise _MisfitError
-    return tuple(texts)
-
-
-_TEXT = {"type": "string", "minLength": 1}
+BOOLEAN = Kind("true or false", bool)
+EARLY_STOPPING = Kind('true, false or "never"', bool | Literal["never"], schema={"enum": [True, False, "never"]})
 TEXTS = Kind(
-    "a non-empty string or a non-empty list of them",
-    "string, or a list of them; none empty",
-    {"oneOf": [_TEXT, {"type": "array", "items": _TEXT}]},
-    _read_texts,
+    "a non-empty string or a non-empty list of them", _Text | Annotated[tuple[_Text, ...], _SOME], one_or_many=True
 )
-
-# -- token ids
-
-
-def _read_ids(value: object, minimum: int | None = None) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise _MisfitError
-    if not all(type(item) is int and (minimum is None or item >= minimum) for item in value):
-        raise _MisfitError
-    return tuple(value)
-
-
-def _read_one_or_many(minimum: int) -> Callable[[object], tuple[int, ...]]:
-    return lambda value: _read_ids(value if isinstance(value, list | tuple) else [value], minimum)
-
-
-def _read_phrases(value: object) -> tuple[tuple[int, ...], ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise _MisfitError
-    phrases = tuple(_read_ids(phrase, 0) for phrase in value)
-    if not all(phrases):
-        raise _MisfitError
-    return phrases
-
-
-def _read_biases(value: object) -> tuple[tuple[tuple[int, ...], float], ...]:
-    if not isinstance(value, list | tuple) or not value:
-        raise _MisfitError
-    biases: dict[tuple[int, ...], float] = {}
-    for pair in value:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise _MisfitError
-        tokens = _read_ids(pair[0], 1)
-        if not tokens:
-            raise _MisfitError
-        biases[tokens] = _read_number(pair[1])
-    return tuple(biases.items())
-
-
-def _read_start_and_factor(value: object) -> tuple[int, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise _MisfitError
-    return _read_integer(value[0]), _read_number(value[1])
-
-
-_ID: Schema = {"type": "integer", "minimum": 0}
-_IDS: Schema = {"type": "array", "items": _ID}
-
-TOKEN = replace(integer(0), label="token id", token_ids=lambda token: (token,))
-TOKENS = Kind("a list of token ids", "list of token ids", _IDS, _read_ids)
-TOKEN_OR_TOKENS = Kind(
-    "a token id or a list of token ids",
-    "token id, or a list of them",
-    {"oneOf": [_ID, _IDS]},
-    _read_one_or_many(0),
-    token_ids=tuple,
-)
+TOKEN = Kind("a token id", _ID, token_ids=True)
+TOKENS = Kind("a list of token ids", tuple[int, ...])
+TOKEN_OR_TOKENS = Kind("a token id or a list of them", _ID | tuple[_ID, ...], token_ids=True, one_or_many=True)
 END_TOKENS = Kind(
-    "a token id or a list of token ids (-1: none)",
-    "token id, or a list of them",
-    {"oneOf": [{**_ID, "minimum": -1}, {"type": "array", "items": {**_ID, "minimum": -1}}]},
-    _read_one_or_many(-1),
-    token_ids=tuple,
+    "a token id or a list of them (-1: none)", _EndID | tuple[_EndID, ...], token_ids=True, one_or_many=True
 )
 PHRASES = Kind(
     "a non-empty list of non-empty lists of token ids",
-    "list of lists of token ids",
-    {"type": "array", "items": {**_IDS, "minItems": 1}, "minItems": 1},
-    _read_phrases,
-    token_ids=lambda phrases: (token for phrase in phrases for token in phrase),
+    Annotated[tuple[Annotated[tuple[_ID, ...], _SOME], ...], _SOME],
+    token_ids=True,
 )
 BIASES = Kind(
     "a non-empty list of pairs [[positive token ids], number]",
-    "list of `[[token ids], number]`, ids above 0",
-    {"type": "array", "items": {"type": "array", "minItems": 2, "maxItems": 2}, "minItems": 1},
-    _read_biases,
-    token_ids=lambda biases: (token for phrase, _ in biases for token in phrase),
+    Annotated[tuple[tuple[Annotated[tuple[_PositiveID, ...], _SOME], float], ...], _SOME],
+    token_ids=True,
 )
-START_AND_FACTOR = Kind(
-    "a pair [start, factor] of an integer and a number",
-    "`[integer, number]`",
-    {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "number"}},
-    _read_start_and_factor,
-)
+START_AND_FACTOR = Kind("a pair [start, factor] of an integer and a number", tuple[int, float])
+
+# -- parameters
+
+
+class Source(enum.Enum):
+    """Where a value comes from that is not written in the table."""
+
+    INHERIT = "inherit"
+    """For null: the model's ``generation_config.json``, or else the default of transformers."""
+
+    MODEL = "the model's"
+    """For a default: the model file."""
+
+    UNSET = "not given"
+    """In a `Value`: what its description says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Which values a parameter takes.
+
+    Attributes:
+        kind: its type and range.
+        default: the value when neither request, API, nor ``generation_config.json`` gives one.
+        api: the value when a request is silent, which wins over the model's ``generation_config.json``; `UNSET` where
+            the API has no default of its own.
+        null: the value that an explicit null stands for; the default unless given.
+        example: a value that is accepted; the one of a silent request unless given.
+        with_sampling: whether the range is checked only when `do_sample` is true, as transformers does.
+    """
+
+    kind: Kind
+    default: object
+    api: object = Source.UNSET
+    null: object = Source.UNSET
+    example: object = Source.UNSET
+    with_sampling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter.
+
+    Attributes:
+        group: the section of the playground's panel and of the reference that it stands in.
+        value: which values it takes.
+        meaning: what it does, for somebody who sets it.
+        computed: how it is computed, and what else an exact user has to know; Markdown.
+        openai: whether it belongs to OpenAI's API alone, and not to ``generate_kwargs``.
+    """
+
+    group: str
+    value: Value
+    meaning: str
+    computed: str = ""
+    openai: bool = False
+
+    @property
+    def absent(self) -> object:
+        """What a request means that does not name the parameter."""
+        return self.value.default if self.value.api is Source.UNSET else self.value.api
+
+    @property
+    def null(self) -> object:
+        """What an explicit null stands for."""
+        return self.value.default if self.value.null is Source.UNSET else self.value.null
+
+    def read(self, name: str, value: object) -> Any:
+        """Return a value from JSON as the configuration holds it.
+
+        Raises:
+            ParameterError: it has the wrong type, or is out of range.
+        """
+        read = self.value.kind.read(name, value)
+        if not self.value.with_sampling:
+            self.value.kind.check(name, read)
+        return read
+
+    def json_schema(self) -> Schema:
+        """Return the JSON schema, with meaning, default and example."""
+        absent, example = self.absent, self.value.example
+        schema: Schema = {
+            "anyOf": [self.value.kind.json_schema(), {"type": "null"}],
+            "description": self.meaning,
+            "examples": [absent if example is Source.UNSET else example],
+        }
+        if absent not in (None, (), Source.MODEL):
+            schema["default"] = absent
+        return schema
+
+
+def parameter(group: str, value: Value, meaning: str, computed: str = "", *, openai: bool = False) -> Any:
+    """Return a dataclass field that carries its `Parameter`."""
+    described = Parameter(group, value, meaning, computed, openai)
+    return field(default=value.default if openai else MISSING, metadata={"parameter": described})

@@ -31,6 +31,18 @@ from edge_phi3.generation.logits import (
 
 Settings = NDArray[np.float64]
 
+_OFF: Final[Mapping[str, float | None]] = {
+    "temperature": 1,
+    "top_k": 0,
+    "top_p": 1,
+    "min_p": None,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "renormalize_logits": False,
+}
+"""The value that switches each warper off, in transformers' order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Warping:
@@ -53,18 +65,9 @@ class Warping:
         # A beam may end on any end token, and must then still find one that goes on.
         keep = max(2, len(config.eos_token_id) + 1) if config.is_beam_search else 1
         top_k = config.top_k and max(min(config.top_k, config.vocab_size), keep)
-        settings: list[tuple[str, float, bool]] = [
-            ("temperature", config.temperature, config.temperature != 1),
-            ("top_k", top_k, top_k != 0),
-            ("top_p", config.top_p, config.top_p < 1),
-            ("min_p", config.min_p or 0, config.min_p is not None),
-            ("typical_p", config.typical_p, config.typical_p < 1),
-            ("epsilon_cutoff", config.epsilon_cutoff, config.epsilon_cutoff > 0),
-            ("eta_cutoff", config.eta_cutoff, config.eta_cutoff > 0),
-            ("renormalize_logits", 1, config.renormalize_logits),
-        ]
-        active = [(name, value) for name, value, on in settings if on]
-        return cls(tuple(name for name, _ in active), tuple(value for _, value in active), keep)
+        values = {name: getattr(config, name) for name in _OFF} | {"top_k": top_k}
+        active = tuple(name for name, value in values.items() if value != _OFF[name])
+        return cls(active, tuple(values[name] for name in active), keep)
 
 
 def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
@@ -105,12 +108,9 @@ def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
 
 
 def _heads(scores: Scores, mass: Settings, keep: Sequence[int]) -> tuple[Candidates, Settings]:
-    """Cut whole rows down to the tokens that top-p may keep.
+    """Cut whole rows down to the tokens that top-p may keep; return the weights of the others in units of the highest.
 
     What weighs less than an equal share of what may still be removed is surely removed, and need not be sorted.
-
-    Returns:
-        The candidates, and the weights of the others in units of the highest, shape (rows, 1).
     """
     heads: list[Rows] = []
     tails = np.zeros((len(scores), 1))
@@ -134,11 +134,7 @@ def _heads(scores: Scores, mass: Settings, keep: Sequence[int]) -> tuple[Candida
 def _top_p(candidates: Candidates, mass: Settings, keep: Sequence[int], tails: Settings | float = 0.0) -> None:
     """Keep the fewest most likely tokens whose probabilities reach `mass`. Follows ``TopPLogitsWarper``.
 
-    Args:
-        candidates: `scores` is changed.
-        mass: shape (rows, 1).
-        keep: for each row at least 1.
-        tails: what weighs with the candidates, and is removed already, in units of the highest.
+    `tails` weighs with the candidates, and is removed already; it is in units of the highest.
     """
     scores = candidates.scores
     ascending = np.sort(scores, axis=1)

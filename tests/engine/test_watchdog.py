@@ -33,8 +33,7 @@ class Watched:
         self.calls: list[str] = []
         self.watchdog = Watchdog(
             LIMIT,
-            steps=lambda: self.steps,
-            busy=lambda: self.busy,
+            steps=lambda: self.steps if self.busy else None,
             stalled=lambda _: self.calls.append("stalled"),
             recovered=lambda: self.calls.append("recovered"),
             lost=lambda: self.calls.append("lost"),
@@ -49,7 +48,7 @@ class Watched:
             self.watchdog.look()
 
 
-def test_a_stall_is_told_once_and_lost_after_the_same_time_again() -> None:
+def test_a_stall_is_reported_once_and_lost_after_the_same_time_again() -> None:
     watched = Watched()
     watched.pass_time(59)
     assert watched.calls == []

@@ -33,7 +33,7 @@ def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model
 
 
 def decoder(prompt: Sequence[int], defaults: ModelDefaults = DEFAULTS, **options: Any) -> Decoder:
-    """Make a decoder; `options` are ``generate_kwargs``, arguments of `make_decoder`, or what OpenAI's API sets."""
+    """Return a decoder; `options` are ``generate_kwargs``, arguments of `make_decoder`, or what OpenAI's API sets."""
 
     def taken(*names: str) -> dict[str, Any]:
         return {name: options.pop(name) for name in names if name in options}
@@ -55,7 +55,7 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
     """Run decoders together until all have finished.
 
     Args:
-        model: gives the logits after a prefix.
+        model: returns the logits after a prefix.
         decoders: each with its prompt.
 
     Returns:
@@ -66,6 +66,7 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
     while going := [index for index, (each, _) in enumerate(decoders) if not each.finished]:
         for index in going:
             assert decoders[index][0].rows == len(rows[index])
+            assert decoders[index][0].row_tokens()[: len(rows[index])].tolist() == [[*prefix] for prefix in rows[index]]
         logits = np.stack([model(prefix) for index in going for prefix in rows[index]])
         for index, step in zip(going, advance([decoders[index][0] for index in going], logits), strict=True):
             parents, tokens = list(step.parents), list(step.tokens)

@@ -82,8 +82,3 @@ def test_without_an_allowed_token_the_request_fails_with_a_sentence(options: dic
     with pytest.raises(GenerationError, match="leave"):
         each.result()
     assert other.error is None
-
-
-def test_beam_searches_take_none() -> None:
-    with pytest.raises(ValueError, match="Beam searches"):
-        decoder(PROMPT, constraint=Remainders(), num_beams=2)

@@ -28,10 +28,10 @@ def test_they_are_the_log_softmax_of_the_raw_logits(options: dict[str, Any], top
     assert [s.tolist() for s in result.sequences] == [s.tolist() for s in plain.sequences]
     assert plain.logprobs is None
     assert result.logprobs is not None
-    for sequence, told in zip(result.sequences, result.logprobs, strict=True):
+    for sequence, recorded in zip(result.sequences, result.logprobs, strict=True):
         tokens = sequence.tolist()
-        assert [logprobs.token_id for logprobs in told] == tokens[len(PROMPT) :]
-        for place, logprobs in enumerate(told, len(PROMPT)):
+        assert [logprobs.token_id for logprobs in recorded] == tokens[len(PROMPT) :]
+        for place, logprobs in enumerate(recorded, len(PROMPT)):
             logits = model(tuple(tokens[:place])).astype(np.float64)
             expected = logits - np.log(np.exp(logits).sum())
             assert logprobs.logprob == pytest.approx(expected[tokens[place]], abs=1e-9)
@@ -40,7 +40,7 @@ def test_they_are_the_log_softmax_of_the_raw_logits(options: dict[str, Any], top
             assert [logprob for _, logprob in logprobs.top] == pytest.approx(expected[best].tolist(), abs=1e-9)
 
 
-def test_steps_tell_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids_come_first() -> None:
+def test_steps_hold_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids_come_first() -> None:
     each, other = (decoder(PROMPT, do_sample=False, **more) for more in ({"top_logprobs": 3}, {}))
     logits = np.zeros((2, VOCABULARY), np.float32)
     logits[:, [9, 40]] = 2
@@ -50,13 +50,8 @@ def test_steps_tell_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids
     assert list(second.logprobs) == []
 
 
-def test_a_request_that_fails_tells_of_no_token() -> None:
+def test_a_request_that_fails_has_none() -> None:
     each = decoder(PROMPT, top_logprobs=1, seed=1)
     (step,) = advance([each], np.full((1, VOCABULARY), np.nan, np.float32))
     assert each.error is not None
     assert list(step.logprobs) == []
-
-
-def test_beam_searches_have_none() -> None:
-    with pytest.raises(ValueError, match="Beam searches"):
-        decoder(PROMPT, top_logprobs=1, num_beams=2)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults
-from edge_phi3.generation.processors import OccurrencePenalty, build_processors
+from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.warpers import Warping, warp
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -49,6 +49,8 @@ def test_warpers_see_the_same_rows_whole_or_cut_to_candidates(name: str, value: 
 def test_openais_penalties_are_those_of_its_formula_and_leave_the_prompt_out() -> None:
     tokens = np.array([[1, 2, 7, 7, 9, 7], [1, 2, 8, 9, 9, 8]], np.int32)
     scores = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
+    penalties = {"presence_penalty": 1.25, "frequency_penalty": 0.5}
+    config = dataclasses.replace(GenerationConfig.resolve({"do_sample": False}, DEFAULTS), **penalties)
     for start in (2, 6):  # with four tokens generated, and with none
         expected = scores.copy()
         for row, line in enumerate(tokens[:, start:].tolist()):
@@ -56,7 +58,8 @@ def test_openais_penalties_are_those_of_its_formula_and_leave_the_prompt_out() -
                 count = line.count(token)
                 expected[row, token] -= np.float32(count * 0.5) + np.float32(1.25 if count else 0)
         found = scores.copy()
-        OccurrencePenalty(1.25, 0.5, start)(tokens, found)
+        (processor,) = build_processors(config, tokens[0, :start])
+        processor(tokens, found)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -70,10 +73,11 @@ def test_processors_follow_the_order_of_transformers() -> None:
     }  # fmt: skip
     config = dataclasses.replace(GenerationConfig.resolve(everything, DEFAULTS), presence_penalty=1.0)
     built = build_processors(config, np.ones(1, dtype=np.int32))
-    assert [type(processor).__name__ for processor in built] == [
-        "SequenceBias", "HammingDiversity", "RepetitionPenalty", "OccurrencePenalty", "NoRepeatNGram",
-        "NoRepeatNGram", "SequenceBias", "BannedTokens", "ForcedTokens", "ForcedTokens", "FiniteScores",
-        "ExponentialDecayLengthPenalty", "BannedTokens", "BannedTokens", "Renormalize",
+    functions = [getattr(processor, "func", processor) for processor in built]
+    assert [getattr(function, "__name__", type(function).__name__) for function in functions] == [
+        "SequenceBias", "HammingDiversity", "penalize_repetition", "penalize_occurrences", "ban_repeated_ngrams",
+        "ban_repeated_ngrams", "SequenceBias", "ban_tokens", "force_tokens", "force_tokens", "make_finite",
+        "favour_the_end", "ban_tokens", "ban_tokens", "renormalize",
     ]  # fmt: skip
 
 

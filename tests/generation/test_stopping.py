@@ -70,11 +70,6 @@ def test_beams_stop_when_all_end_on_a_stop_string() -> None:
     assert [tokens.tolist() for tokens in result.sequences] == [[2, 3, 9], [2, 6, 9]]
 
 
-def test_stop_strings_need_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match="vocabulary"):
-        decoder(PROMPT, stop_strings="a")
-
-
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_return_sequences": 2}, {"num_beams": 2}])
 def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) -> None:
     # The clock is read when the request is made, and after each step.

@@ -44,7 +44,7 @@ function number(value) {
 }
 
 function typesOf(schema) {
-  return schema.oneOf ? schema.oneOf.flatMap(typesOf) : [schema.type];
+  return schema.anyOf ? schema.anyOf.flatMap(typesOf) : [schema.type];
 }
 
 // A long name may go on in the next line after an underscore.
