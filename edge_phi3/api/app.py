@@ -1,10 +1,10 @@
-"""`create_app`: the service as one ASGI application."""
+"""The service as one ASGI application."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, cast
 
 from litestar import Litestar, Request, Router
@@ -14,22 +14,19 @@ from litestar.middleware import DefineMiddleware
 from litestar.middleware.rate_limit import DurationUnit, RateLimitConfig
 from litestar.stores.memory import MemoryStore
 
-from edge_phi3.api import ops, static_files
-from edge_phi3.api.access_log import AccessLog
+from edge_phi3.api import chat, ops, static_files
 from edge_phi3.api.auth import KeyRing
-from edge_phi3.api.chat import chat
 from edge_phi3.api.errors import EXCEPTION_HANDLERS
-from edge_phi3.api.openai.chat import chat_completions
-from edge_phi3.api.openai.completions import completions
-from edge_phi3.api.openai.errors import EXCEPTION_HANDLERS as OPENAI_EXCEPTION_HANDLERS
-from edge_phi3.api.openai.models import list_models, show_model
+from edge_phi3.api.exchange import Exchange, Exchanges
+from edge_phi3.api.logs import log_exchange
+from edge_phi3.api.openai import routes as openai
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.api.tracing import tracing_of
 from edge_phi3.settings import Settings
 
 
-def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service]:
-    """Make the application together with its state, for whoever also stops it.
+def create_service(settings: Settings, load: Loader) -> tuple[Exchanges, Service]:
+    """Make the application, which any ASGI server runs, together with its state, for whoever also stops it.
 
     Args:
         settings: the options.
@@ -39,21 +36,14 @@ def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service
         TracingError: traces are configured, and the extra ``otel`` is not installed.
     """
     service = Service(settings, load)
-    tracing = tracing_of(settings)
+    recorders: list[Callable[[Exchange], None]] = [service.metrics.record, log_exchange]
+    if (tracing := tracing_of(settings)) is not None:
+        recorders.append(lambda exchange: tracing.record(exchange, service.metrics.model_name))
     guarded: dict[str, Any] = {
-        "guards": service.keys.guards(),
+        "guards": [service.keys.guard] if service.keys else [],
         "middleware": _rate_limit(settings.rate_limit, service.keys),
+        "opt": {"needs_key": True},
     }
-    routers = [
-        Router("/", route_handlers=[*ops.HANDLERS, *static_files.HANDLERS]),
-        Router("/", route_handlers=[chat, ops.tokenize, ops.detokenize], **guarded),
-        Router(
-            "/",
-            route_handlers=[chat_completions, completions, list_models, show_model],
-            exception_handlers=OPENAI_EXCEPTION_HANDLERS,
-            **guarded,
-        ),
-    ]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -64,7 +54,11 @@ def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service
             await asyncio.to_thread(tracing.close)
 
     app = Litestar(
-        route_handlers=routers,
+        route_handlers=[
+            Router("/", route_handlers=ops.OPEN),
+            Router("/", route_handlers=static_files.HANDLERS, include_in_schema=False),
+            Router("/", route_handlers=[chat.chat, *ops.GUARDED, *openai.HANDLERS], **guarded),
+        ],
         dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
@@ -74,18 +68,7 @@ def create_service(settings: Settings, load: Loader) -> tuple[AccessLog, Service
         openapi_config=None,
         logging_config=None,
     )
-    return AccessLog(app, service.metrics, tracing), service
-
-
-def create_app(settings: Settings, load: Loader) -> AccessLog:
-    """Make the application; any ASGI server runs it.
-
-    Args:
-        settings: the options.
-        load: makes the pipeline, in a thread, once the application has started.
-    """
-    app, _ = create_service(settings, load)
-    return app
+    return Exchanges(app, recorders), service
 
 
 def _rate_limit(limit: str | None, keys: KeyRing) -> list[DefineMiddleware]:
@@ -99,11 +82,8 @@ def _rate_limit(limit: str | None, keys: KeyRing) -> list[DefineMiddleware]:
         # A wrong key counts for the address, or guessing keys would be free of the limit.
         return f"key:{number}" if number is not None else f"address:{request.client.host if request.client else ''}"
 
-    config = RateLimitConfig(
-        rate_limit=(cast("DurationUnit", unit), int(count)),
-        identifier_for_request=identify,
-    )
-    return [config.middleware]
+    rate = (cast("DurationUnit", unit), int(count))
+    return [RateLimitConfig(rate_limit=rate, identifier_for_request=identify).middleware]
 
 
 def _cors(settings: Settings) -> CORSConfig | None:

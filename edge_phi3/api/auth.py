@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
-from litestar.types import Guard
 
 from edge_phi3.api.errors import UnauthorizedError
 
@@ -48,10 +47,6 @@ class KeyRing:
             raise UnauthorizedError(
                 "This service needs an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."
             )
-
-    def guards(self) -> Sequence[Guard]:
-        """Return the guards for the routes that need a key: none when there are no keys."""
-        return [self.guard] if self else []
 
 
 def _digest(key: str) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
-_decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {}
+_decoder = functools.cache(msgspec.json.Decoder)
 
 
 def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[RequestType]) -> RequestType:
@@ -58,11 +59,8 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
         raise UnsupportedMediaTypeError(
             f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
         )
-    decoder = _decoders.get(type_)
-    if decoder is None:
-        decoder = _decoders[type_] = msgspec.json.Decoder(type_)
     try:
-        decoded: RequestType = decoder.decode(body)
+        decoded: RequestType = _decoder(type_).decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(_explain(str(error), type_)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

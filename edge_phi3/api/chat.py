@@ -23,19 +23,33 @@ from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
 _encode = msgspec.json.Encoder().encode
 
 
-@post("/chat", status_code=200)
-async def chat(request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]) -> Response[Any]:
+@post("/chat", status_code=200, body=ChatRequest)
+async def chat(
+    request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
+) -> Response[ChatResponse] | EventStream:
     """Continue a prompt or a conversation."""
     wanted = decode_body(request, body, ChatRequest)
     exchange = exchange_of(request.scope)
     if service.settings.log_prompts:
         exchange.prompt = wanted.prompt or _encode(wanted.messages).decode()
-    prepared = await work_on(body, lambda: service.prepare(wanted))
+    prepared = await work_on(body, lambda: _prepare(service, wanted))
     if wanted.stream:
         return EventStream(_events(service, prepared, exchange), _failure_event)
     async with cancelled_when_client_leaves(request.receive):
         exchange.output = output = await service.generate(prepared, exchange.request_id)
     return Response(chat_response(output, prepared.config))
+
+
+def _prepare(service: Service, wanted: ChatRequest) -> PreparedPrompt:
+    return service.prepare(
+        wanted.generate_kwargs or {},
+        prompt=wanted.prompt,
+        messages=wanted.messages and [{"role": turn.role, "content": turn.content} for turn in wanted.messages],
+        prefix=wanted.prefix,
+        return_full_text=wanted.return_full_text is not False,
+        clean_up_tokenization_spaces=bool(wanted.clean_up_tokenization_spaces),
+        handle_long_generation=wanted.handle_long_generation,
+    )
 
 
 async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:
@@ -57,20 +71,20 @@ def _failure_event(error: Exception) -> bytes:
 
 
 def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatResponse:
-    """Make the response of an answer, with all that `return_dict_in_generate` adds."""
+    """Return an answer as `/chat` sends it, with all that `return_dict_in_generate` adds."""
     if not config.return_dict_in_generate:
         return ChatResponse(output.text)
-    beam_scores = output.sequences_scores
+    beam_scores, scores = output.sequences_scores, None
+    if output.scores is not None:
+        scores = [
+            [TokenScore(token.token_id, _finite(token.score), _finite(token.logprob)) for token in sequence]
+            for sequence in output.scores
+        ]
     return ChatResponse(
         output.text,
         sequences=output.sequences,
         sequences_scores=None if beam_scores is None else [_finite(score) for score in beam_scores],
-        scores=None
-        if output.scores is None
-        else [
-            [TokenScore(token.token_id, _finite(token.score), _finite(token.logprob)) for token in sequence]
-            for sequence in output.scores
-        ],
+        scores=scores,
         usage=Usage(output.prompt_tokens, output.completion_tokens),
     )
 

@@ -1,14 +1,19 @@
-"""Errors -> responses: each kind has one status code, and every body is ``{"detail": "a sentence"}``."""
+"""Errors -> responses: each kind has one status code, and every body is ``{"detail": "a sentence"}``.
+
+Those of the routes under ``/v1`` have OpenAI's shape instead: ``{"error": {"message", "type", "param", "code"}}``.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import structlog
-from litestar import Request, Response
+from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.types import ExceptionHandlersMap
 
+from edge_phi3.api.openai.schemas import OpenAIError, OpenAIErrorBody
 from edge_phi3.api.schemas import ErrorResponse
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
@@ -71,6 +76,10 @@ STATUS_CODES: dict[type[EdgePhi3Error], int] = {
 }
 """The status code of each kind of error; any other is 500."""
 
+_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "service_unavailable"}
+_FIELD = re.compile(r"`([a-z_]+)[^`]*`")
+
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": str(RETRY_AFTER_SECONDS)},
@@ -92,36 +101,39 @@ def detail_of(error: BaseException) -> str:
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
-def _answer(_request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
+def openai_error(message: str, status: int) -> OpenAIError:
+    """Return the body of an error as OpenAI has it; its `param` is the first field that the sentence names."""
+    field = _FIELD.search(message) if status == 400 else None
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, _OPENAI_CODES.get(status)))
+
+
+def _respond(request: Request[Any, Any, Any], detail: str, status: int, headers: dict[str, str]) -> Response[Any]:
+    is_openai = "route_handler" in request.scope and request.scope["path"].startswith("/v1/")
+    body = openai_error(detail, status) if is_openai else ErrorResponse(detail)
+    return Response(body, status_code=status, headers=headers, media_type=MediaType.JSON)
+
+
+def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
+    if not isinstance(error, EdgePhi3Error):
+        logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     status = status_code_of(error)
-    return Response(ErrorResponse(detail_of(error)), status_code=status, headers=_HEADERS.get(status, {}))
+    return _respond(request, detail_of(error), status, _HEADERS.get(status, {}))
 
 
-def _answer_unforeseen(request: Request[Any, Any, Any], error: Exception) -> Response[ErrorResponse]:
-    """Log an error that is none of ours, and answer without its text."""
-    logger.error("unhandled error", path=request.scope["path"], exc_info=error)
-    return _answer(request, error)
-
-
-def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[ErrorResponse]:
+def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
     """Answer what Litestar itself refuses: no such route, body too large, too many requests."""
-    headers = dict(error.headers or {})
-    detail = error.detail
-    if isinstance(error, NotFoundException):
-        if detail == "Not Found":
-            detail = f"There is nothing at {request.scope['path'][:200]}; /docs shows what there is."
+    headers, detail, path = dict(error.headers or {}), error.detail, request.scope["path"][:200]
+    if isinstance(error, NotFoundException) and detail == "Not Found":
+        detail = f"There is nothing at {path}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
-        detail = f"{request.method} is not a method of {request.scope['path'][:200]}."
+        detail = f"{request.method} is not a method of {path}."
     elif error.status_code == 413:
         detail = "The body is larger than this service takes (--max-body-size)."
     elif error.status_code == 429:
         headers["Retry-After"] = headers.get("RateLimit-Reset", str(RETRY_AFTER_SECONDS))
         detail = f"Too many requests (--rate-limit); try again in {headers['Retry-After']} s."
-    return Response(ErrorResponse(detail), status_code=error.status_code, headers=headers)
+    return _respond(request, detail, error.status_code, headers)
 
 
-EXCEPTION_HANDLERS: ExceptionHandlersMap = {
-    EdgePhi3Error: _answer,
-    HTTPException: _answer_http,
-    Exception: _answer_unforeseen,
-}
+EXCEPTION_HANDLERS: ExceptionHandlersMap = {HTTPException: _answer_http, Exception: _answer}

@@ -1,18 +1,24 @@
-"""One HTTP exchange: what is known about it while it is answered, and a client that leaves before."""
+"""One HTTP request while it is answered: its id, what came of it, and a client that leaves before."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from litestar.types import Receive, Scope
+from litestar.enums import ScopeType
+from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from edge_phi3.api.errors import ClientDisconnectedError
 from edge_phi3.pipeline import GenerationOutput
+
+_PROBED = frozenset({"/", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 @dataclass(slots=True)
@@ -20,20 +26,70 @@ class Exchange:
     """What is known about a request while it is answered.
 
     Attributes:
+        scope: the request.
         request_id: taken from ``X-Request-Id`` when that is a plain word, made here otherwise.
         started: the monotonic time of its arrival.
+        seconds: from then to its end, 0 before.
         status: the status code sent, 0 before.
         error: the class of the error that ended it, also when it ended a stream that had begun.
         output: what was generated.
         prompt: the request's text, kept only when prompts are logged.
     """
 
+    scope: HTTPScope
     request_id: str
     started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
     status: int = 0
     error: str | None = None
     output: GenerationOutput | None = None
     prompt: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The request's path."""
+        return self.scope["path"]
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether probes and scrapers ask for it every few seconds: logged at the level debug, and never traced."""
+        return self.path in _PROBED
+
+
+class Exchanges:
+    """The ASGI application, with an id for each request and a record of its end.
+
+    Args:
+        app: the application itself.
+        recorders: called with each exchange that has ended.
+    """
+
+    def __init__(self, app: ASGIApp, recorders: Sequence[Callable[[Exchange], None]]) -> None:
+        self.app = app
+        self._recorders = recorders
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != ScopeType.HTTP:
+            await self.app(scope, receive, send)
+            return
+        given = (value for name, value in scope["headers"] if name == b"x-request-id" and _REQUEST_ID.fullmatch(value))
+        request_id = next(given, b"") or uuid.uuid4().hex.encode()
+        exchange = Exchange(scope, request_id.decode("ascii"))
+        scope.setdefault("state", {})["exchange"] = exchange
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        finally:
+            exchange.seconds = time.perf_counter() - exchange.started
+            for record in self._recorders:
+                record(exchange)
 
 
 def exchange_of(scope: Scope) -> Exchange:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import structlog
 from structlog.types import Processor
+
+from edge_phi3.api.exchange import Exchange
+
+access_logger = structlog.get_logger("edge_phi3.access")
 
 
 def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
@@ -54,3 +58,26 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
 
 def _to_json(value: object, **_: object) -> str:
     return msgspec.json.encode(value, enc_hook=str).decode()
+
+
+def log_exchange(exchange: Exchange) -> None:
+    """Log the end of a request in one line."""
+    log = access_logger.debug if exchange.is_probe else access_logger.info
+    facts: dict[str, Any] = {"status": exchange.status, "ms": round(exchange.seconds * 1e3, 1)}
+    output = exchange.output
+    if exchange.error is not None:
+        facts["error"] = exchange.error
+    if output is not None:
+        decoding = output.timing.total - output.timing.first_token
+        facts |= {
+            "prompt_tokens": output.prompt_tokens,
+            "cached_tokens": output.cached_tokens,
+            "completion_tokens": output.completion_tokens,
+            "finish": ",".join(output.finish_reasons),
+            "queue_ms": round(output.timing.queue * 1e3, 1),
+            "ttft_ms": round(output.timing.first_token * 1e3, 1),
+            "tokens_per_second": round((output.completion_tokens - 1) / decoding, 1) if decoding > 0 else None,
+        }
+    if exchange.prompt is not None:
+        facts |= {"prompt": exchange.prompt, "answer": output.text if output else None}
+    log(f"{exchange.scope['method']} {exchange.path}", request_id=exchange.request_id, **facts)

@@ -13,8 +13,9 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from edge_phi3.api.exchange import Exchange
 from edge_phi3.engine.stats import EngineStats
-from edge_phi3.pipeline import GenerationOutput, ModelCard
+from edge_phi3.pipeline import ModelCard
 from edge_phi3.version import __version__
 
 GENERATION_PATHS = frozenset({"/chat", "/v1/chat/completions", "/v1/completions"})
@@ -43,20 +44,47 @@ _LATENCY_BUCKETS = (
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
-class ServiceMetrics:
+_GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
+    "num_requests_running": ("Requests being decoded.", lambda stats: stats.running),
+    "num_requests_waiting": ("Requests in the queue.", lambda stats: stats.waiting),
+    "num_sequences_running": ("Sequences being decoded.", lambda stats: stats.sequences),
+    "prefix_cache_tokens": ("Tokens of finished sequences kept in main memory.", lambda stats: stats.stored_tokens),
+    "prefix_cache_bytes": ("Main memory that they take.", lambda stats: stats.stored_bytes),
+    "kv_cache_cells_used": ("KV cells that hold a token.", lambda stats: stats.cells_used),
+    "kv_cache_cells_total": ("KV cells there are.", lambda stats: stats.cells_total),
+    "kv_cache_usage_perc": (
+        "KV cells in use, from 0 to 1.",
+        lambda stats: stats.cells_used / max(1, stats.cells_total),
+    ),
+}
+_COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
+    "prompt_tokens": ("Tokens of prompts.", lambda stats: stats.prompt_tokens_total),
+    "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens_total),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens_total),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.cached_tokens_total),
+    "num_preemptions": ("Requests sent back to the queue for want of KV cells.", lambda stats: stats.preemptions_total),
+    "engine_steps": ("Batches decoded.", lambda stats: stats.steps_total),
+}
+
+
+class ServiceMetrics(Collector):
     """All metrics of one application, in a registry of its own.
+
+    Requests are counted as they end; the engine's counters and gauges are read at each scrape.
 
     Args:
         prefix: what every name starts with.
         stats: gives the engine's state at the moment of a scrape, or None while there is no engine.
 
     Attributes:
-        model_name: the model that is served, empty before it is loaded.
+        model: the model that is served, None before it is loaded.
     """
 
     def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
         self.registry = CollectorRegistry()
-        self.model_name = ""
+        self.model: ModelCard | None = None
+        self._prefix = prefix
+        self._stats = stats
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(prefix + name, text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -87,39 +115,29 @@ class ServiceMetrics:
         self._queue = histogram("request_queue_time_seconds", "Time spent in the queue.", _LATENCY_BUCKETS)
         self._prompt = histogram("request_prompt_tokens", "Tokens of a request's prompt.", _TOKEN_BUCKETS)
         self._generation = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
-        self._engine = _EngineCollector(prefix, stats)
-        self.registry.register(self._engine)
+        self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
-    def model_loaded(self, card: ModelCard) -> None:
-        """Name the model that is served from now on."""
-        self.model_name = self._engine.model_name = card.name
-        self._engine.description = card.description
+    @property
+    def model_name(self) -> str:
+        """The name of the model that is served, empty before it is loaded."""
+        return self.model.name if self.model else ""
 
-    def record(
-        self, path: str, status: int, output: GenerationOutput | None, error: str | None, seconds: float
-    ) -> None:
-        """Count a request for text that has ended; other paths are not counted.
-
-        Args:
-            path: of the request.
-            status: code that was sent.
-            output: what was generated, if the request was finished.
-            error: what ended it, if anything did.
-            seconds: from its arrival to its end.
-        """
-        if path not in GENERATION_PATHS:
+    def record(self, exchange: Exchange) -> None:
+        """Count a request for text that has ended; other paths are not counted."""
+        if exchange.path not in GENERATION_PATHS:
             return
-        outcome = _OUTCOMES.get(status, "invalid" if 400 <= status < 500 else "error")
-        if outcome == "ok" and error is not None:
-            outcome = "disconnected" if error == "ClientDisconnectedError" else "error"
-        self._requests.labels(path, outcome).inc()
+        outcome = _OUTCOMES.get(exchange.status, "invalid" if 400 <= exchange.status < 500 else "error")
+        if outcome == "ok" and exchange.error is not None:
+            outcome = "disconnected" if exchange.error == "ClientDisconnectedError" else "error"
+        self._requests.labels(exchange.path, outcome).inc()
+        output = exchange.output
         if output is None:
             return
         model, timing = self.model_name, output.timing
         for reason in output.finish_reasons:
             self._success.labels(model, reason).inc()
-        self._latency.labels(model).observe(seconds)
+        self._latency.labels(model).observe(exchange.seconds)
         self._queue.labels(model).observe(timing.queue)
         self._first_token.labels(model).observe(timing.first_token)
         self._prompt.labels(model).observe(output.prompt_tokens)
@@ -133,39 +151,6 @@ class ServiceMetrics:
         encode, content_type = choose_encoder(accept)
         return encode(self.registry), content_type
 
-
-_GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
-    "num_requests_running": ("Requests being decoded.", lambda stats: stats.running),
-    "num_requests_waiting": ("Requests in the queue.", lambda stats: stats.waiting),
-    "num_sequences_running": ("Sequences being decoded.", lambda stats: stats.sequences),
-    "prefix_cache_tokens": ("Tokens of finished sequences kept in main memory.", lambda stats: stats.stored_tokens),
-    "prefix_cache_bytes": ("Main memory that they take.", lambda stats: stats.stored_bytes),
-    "kv_cache_cells_used": ("KV cells that hold a token.", lambda stats: stats.cells_used),
-    "kv_cache_cells_total": ("KV cells there are.", lambda stats: stats.cells_total),
-    "kv_cache_usage_perc": (
-        "KV cells in use, from 0 to 1.",
-        lambda stats: stats.cells_used / max(1, stats.cells_total),
-    ),
-}
-_COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
-    "prompt_tokens": ("Tokens of prompts.", lambda stats: stats.prompt_tokens_total),
-    "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens_total),
-    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens_total),
-    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.cached_tokens_total),
-    "num_preemptions": ("Requests sent back to the queue for want of KV cells.", lambda stats: stats.preemptions_total),
-    "engine_steps": ("Batches decoded.", lambda stats: stats.steps_total),
-}
-
-
-class _EngineCollector(Collector):
-    """Reads the engine's counters and gauges at each scrape, so that requests need not keep them."""
-
-    def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:
-        self._prefix = prefix
-        self._stats = stats
-        self.model_name = ""
-        self.description = ""
-
     def collect(self) -> Iterator[Metric]:
         """Yield the engine's state as Prometheus metrics."""
         versions = {
@@ -178,7 +163,8 @@ class _EngineCollector(Collector):
         if stats is None:
             return
         model = {"model_name": self.model_name}
-        yield self._gauge("model_info", "The model served.", model | {"description": self.description})
+        description = self.model.description if self.model else ""
+        yield self._gauge("model_info", "The model served.", model | {"description": description})
         cells = {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)}
         yield self._gauge("cache_config_info", "The KV cache in blocks, here single cells.", cells)
         for name, (text, value) in _GAUGES.items():

@@ -3,116 +3,139 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
-from importlib.metadata import version
+from importlib import metadata
 from typing import Any
 
+import psutil
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 from litestar.response import Redirect
 
+from edge_phi3.api import schemas
 from edge_phi3.api.body import decode_body, work_on
-from edge_phi3.api.machine_metrics import machine_metrics
-from edge_phi3.api.schemas import (
-    DetokenizeRequest,
-    DetokenizeResponse,
-    HealthResponse,
-    MetricsResponse,
-    ModelInfo,
-    RunningResponse,
-    TokenizeRequest,
-    TokenizeResponse,
-    VersionResponse,
-)
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
+from edge_phi3.system_resources import Gpu, gpus
 from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 
+_CPU_SAMPLE_SECONDS = 0.1
+"""How long the CPUs are watched for their load; psutil advises at least this."""
+
 
 @get("/", sync_to_thread=False)
-def home(request: Request[Any, Any, Any]) -> Response[Any]:
-    """Say that the service is there, whether or not a model is loaded; browsers are sent to the playground."""
+def home(request: Request[Any, Any, Any]) -> Response[schemas.RunningResponse] | Redirect:
+    """Check that the service is there, whether or not a model is loaded."""
     headers = {"Vary": "Accept"}
     if prefers_html(request.headers.get("accept", "")):
         return Redirect("ui", status_code=307, headers=headers)
-    return Response(RunningResponse("Server is running"), headers=headers)
+    return Response(schemas.RunningResponse("Server is running"), headers=headers)
 
 
-@get("/healthz", sync_to_thread=False)
-def healthz(service: NamedDependency[Service]) -> HealthResponse:
-    """Say that the model is loaded and the engine works, as the original service does; 500 otherwise."""
+@get("/healthz", sync_to_thread=False, errors={500: "The model is not loaded yet, or the engine is broken."})
+def healthz(service: NamedDependency[Service]) -> schemas.HealthResponse:
+    """Check that the model is loaded and the engine works, as the original service does."""
     service.check_healthy()
-    return HealthResponse("Healthy")
+    return schemas.HealthResponse("Healthy")
 
 
-@get("/livez", sync_to_thread=False)
-def livez(service: NamedDependency[Service]) -> HealthResponse:
-    """Say that the process works, also while the model is downloaded or loaded; 500 when only a restart helps."""
+@get("/livez", sync_to_thread=False, errors={500: "The engine is broken or has stalled; only a restart helps."})
+def livez(service: NamedDependency[Service]) -> schemas.HealthResponse:
+    """Check that the process works, also while the model is downloaded or loaded."""
     service.check_alive()
-    return HealthResponse("Alive")
+    return schemas.HealthResponse("Alive")
 
 
-@get("/readyz", sync_to_thread=False)
-def readyz(service: NamedDependency[Service]) -> HealthResponse:
-    """Say that requests are taken: 503 while the model loads, and from SIGTERM on."""
+@get("/readyz", sync_to_thread=False, errors={503: "The model is not loaded yet, or the service is stopping."})
+def readyz(service: NamedDependency[Service]) -> schemas.HealthResponse:
+    """Check that requests are accepted."""
     service.check_ready()
-    return HealthResponse("Ready")
+    return schemas.HealthResponse("Ready")
 
 
 @get("/version", sync_to_thread=False)
-def show_version(service: NamedDependency[Service]) -> VersionResponse:
-    """Return the versions of edge-phi3 and llama.cpp, and the model."""
-    pipeline = service.loaded
-    model = None if pipeline is None else ModelInfo(**dataclasses.asdict(pipeline.model))
-    return VersionResponse(version=__version__, llama_cpp=version("llama-cpp-python"), model=model)
+def version(service: NamedDependency[Service]) -> schemas.VersionResponse:
+    """Show the versions and the model."""
+    model = service.loaded.model if service.loaded else None
+    return schemas.VersionResponse(__version__, metadata.version("llama-cpp-python"), model)
 
 
 @get("/metrics")
 async def metrics(
     request: Request[Any, Any, Any], service: NamedDependency[Service]
-) -> Response[MetricsResponse] | Response[bytes]:
-    """Describe the GPUs, or the CPUs without any; for clients that accept it, in Prometheus's formats instead."""
+) -> Response[schemas.MetricsResponse] | Response[bytes]:
+    """Show the GPUs, or the CPUs without any, or Prometheus metrics to clients that accept their formats."""
     accept = request.headers.get("accept", "")
     if any(kind in accept for kind in _PROMETHEUS_TYPES):
         return _exposed(service, accept)
-    return Response(await asyncio.to_thread(machine_metrics), media_type=MediaType.JSON)
+    return Response(await asyncio.to_thread(_machine), media_type=MediaType.JSON)
 
 
 @get("/metrics/prometheus", sync_to_thread=False)
 def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> Response[bytes]:
-    """Return the metrics of requests and engine, for scrapers that send no ``Accept``."""
+    """Show the metrics of requests and engine in Prometheus's formats, whatever the client accepts."""
     return _exposed(service, request.headers.get("accept", ""))
 
 
-@post("/tokenize", status_code=200)
+@post("/tokenize", status_code=200, body=schemas.TokenizeRequest)
 async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
-) -> TokenizeResponse:
+) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
-    wanted = decode_body(request, body, TokenizeRequest)
-    pipeline = service.pipeline
-    tokens = await work_on(body, lambda: pipeline.tokenize(wanted.text, parse_special=wanted.parse_special_tokens))
-    return TokenizeResponse(tokens)
+    wanted = decode_body(request, body, schemas.TokenizeRequest)
+
+    def encode() -> list[int]:
+        return service.pipeline.tokenize(wanted.text, parse_special=wanted.parse_special_tokens)
+
+    return schemas.TokenizeResponse(await work_on(body, encode))
 
 
-@post("/detokenize", status_code=200)
+@post("/detokenize", status_code=200, body=schemas.DetokenizeRequest)
 async def detokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
-) -> DetokenizeResponse:
+) -> schemas.DetokenizeResponse:
     """Turn tokens into text."""
-    wanted = decode_body(request, body, DetokenizeRequest)
-    skip = wanted.skip_special_tokens
-    text = await work_on(body, lambda: service.text_of(wanted.tokens, "tokens", skip_special_tokens=skip))
-    return DetokenizeResponse(text)
+    wanted = decode_body(request, body, schemas.DetokenizeRequest)
+
+    def decode() -> str:
+        service.check_tokens(wanted.tokens, "tokens")
+        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
+
+    return schemas.DetokenizeResponse(await work_on(body, decode))
 
 
-HANDLERS = [home, healthz, livez, readyz, show_version, metrics, prometheus]
-"""What needs no key."""
+OPEN = [home, healthz, livez, readyz, version, metrics, prometheus]
+GUARDED = [tokenize, detokenize]
+"""The routes that need no key, and those that do."""
 
 
 def _exposed(service: Service, accept: str) -> Response[bytes]:
     content, content_type = service.metrics.expose(accept)
     return Response(content, media_type=content_type)
+
+
+def _machine() -> schemas.MetricsResponse:
+    """Describe the GPUs, or the CPUs when there is no GPU. Blocks for a tenth of a second without GPUs."""
+    if found := gpus():
+        return schemas.MetricsResponse(gpu_info=[_gpu(gpu) for gpu in found])
+    memory = psutil.virtual_memory()
+    total = psutil.cpu_count(logical=True) or 1
+    cpus = schemas.CPUInfo(
+        load_percentage=psutil.cpu_percent(interval=_CPU_SAMPLE_SECONDS),
+        physical_cores=psutil.cpu_count(logical=False) or total,
+        total_cores=total,
+        memory=_memory(memory.used, memory.total),
+    )
+    return schemas.MetricsResponse(cpu_info=cpus)
+
+
+def _gpu(gpu: Gpu) -> schemas.GPUInfo:
+    load = "n/a" if gpu.load is None else f"{gpu.load:.2f}%"
+    temperature = "n/a" if gpu.temperature is None else f"{gpu.temperature} C"
+    return schemas.GPUInfo(str(gpu.index), gpu.name, load, temperature, _memory(gpu.used, gpu.total))
+
+
+def _memory(used: int, total: int) -> schemas.MemoryInfo:
+    return schemas.MemoryInfo(f"{used / 1024**3:.2f} GB", f"{total / 1024**3:.2f} GB")

@@ -6,16 +6,19 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-JSONObject = dict[str, Any]
+from edge_phi3.pipeline import ModelCard
+
+
+def about(description: str, *examples: Any, ge: float | None = None, le: float | None = None) -> Meta:
+    """Return what a field means, with examples and limits."""
+    return Meta(description=description, examples=list(examples) or None, ge=ge, le=le)
 
 
 class Message(Struct, forbid_unknown_fields=True):
     """One turn of a conversation."""
 
-    role: Annotated[str, Meta(description="Who speaks: system, user or assistant.", examples=["user"])]
-    content: Annotated[
-        str, Meta(description="What is said.", examples=["How to explain Internet for a medieval knight?"])
-    ]
+    role: Annotated[str, about("Who speaks: system, user or assistant.", "user")]
+    content: Annotated[str, about("What is said.", "How to explain Internet for a medieval knight?")]
 
 
 class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -23,41 +26,30 @@ class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     prompt: Annotated[
         str | None,
-        Meta(
-            description="The text that the model continues.",
-            examples=["<|user|>\nHow to explain Internet for a medieval knight?<|end|>\n<|assistant|>\n"],
+        about(
+            "The text that the model continues.",
+            "<|user|>\nHow to explain Internet for a medieval knight?<|end|>\n<|assistant|>\n",
         ),
     ] = None
     messages: Annotated[
-        list[Message] | None,
-        Meta(description="A conversation, instead of `prompt`; the model's chat template makes the prompt."),
+        list[Message] | None, about("A conversation, instead of `prompt`; the model's chat template makes the prompt.")
     ] = None
     return_full_text: Annotated[
-        bool | None,
-        Meta(description="true: prompt and answer; false: the answer alone. null: true.", examples=[False]),
+        bool | None, about("true: prompt and answer; false: the answer alone. null: true.", False)
     ] = True
     clean_up_tokenization_spaces: Annotated[
-        bool | None,
-        Meta(description="Remove spaces before punctuation and within contractions. null: false."),
+        bool | None, about("Remove spaces before punctuation and within contractions. null: false.")
     ] = False
-    prefix: Annotated[str | None, Meta(description="A text put before the prompt.")] = None
+    prefix: Annotated[str | None, about("A text put before the prompt.")] = None
     handle_long_generation: Annotated[
         str | None,
-        Meta(
-            description="`hole`: keep the end of a prompt that leaves no room for the new tokens. null: keep all.",
-            examples=["hole"],
-        ),
+        about("`hole`: keep the end of a prompt that leaves no room for the new tokens. null: keep all.", "hole"),
     ] = None
     generate_kwargs: Annotated[
-        JSONObject | None,
-        Meta(description="The parameters of generation.", examples=[{"do_sample": False, "max_new_tokens": 64}]),
+        dict[str, Any] | None, about("The parameters of generation.", {"do_sample": False, "max_new_tokens": 64})
     ] = None
     stream: Annotated[
-        bool,
-        Meta(
-            description="Answer with server-sent events: pieces of text as they come, then the plain response.",
-            examples=[True],
-        ),
+        bool, about("Answer with server-sent events: pieces of text as they come, then the plain response.", True)
     ] = False
 
 
@@ -65,10 +57,9 @@ class TokenScore(Struct):
     """How one token was chosen."""
 
     token_id: int
-    score: Annotated[float | None, Meta(description="The processed score; in beam modes the beam's. null: infinite.")]
+    score: Annotated[float | None, about("The processed score; in beam modes the beam's. null: infinite.")]
     logprob: Annotated[
-        float | None,
-        Meta(description="Its logarithm of softmax; in beam modes the transition score. null: infinite."),
+        float | None, about("Its logarithm of softmax; in beam modes the transition score. null: infinite.")
     ]
 
 
@@ -76,23 +67,22 @@ class Usage(Struct):
     """How many tokens a request took."""
 
     prompt_tokens: int
-    completion_tokens: Annotated[int, Meta(description="Over all returned sequences.")]
+    completion_tokens: Annotated[int, about("Over all returned sequences.")]
 
 
 class ChatResponse(Struct):
     """The answer. Everything but `Result` is there when `return_dict_in_generate` is true."""
 
-    Result: Annotated[str, Meta(description="The text; of several returned sequences, their texts joined in order.")]
+    Result: Annotated[str, about("The text; of several returned sequences, their texts joined in order.")]
     sequences: Annotated[
-        list[list[int]] | UnsetType, Meta(description="Token ids of each returned sequence, prompt included.")
+        list[list[int]] | UnsetType, about("Token ids of each returned sequence, prompt included.")
     ] = UNSET
     sequences_scores: Annotated[
-        list[float | None] | UnsetType | None,
-        Meta(description="The final score of each beam; null outside beam modes."),
+        list[float | None] | UnsetType | None, about("The final score of each beam; null outside beam modes.")
     ] = UNSET
     scores: Annotated[
         list[list[TokenScore]] | UnsetType | None,
-        Meta(description="For each sequence, each generated token; null unless `output_scores` is true."),
+        about("For each sequence, each generated token; null unless `output_scores` is true."),
     ] = UNSET
     usage: Usage | UnsetType = UNSET
 
@@ -115,24 +105,12 @@ class HealthResponse(Struct):
     status: str
 
 
-class ModelInfo(Struct):
-    """The model that answers."""
-
-    name: str
-    description: Annotated[str, Meta(examples=["phi3 3B Q4_K - Medium"])]
-    file: str
-    parameters: int
-    size: Annotated[int, Meta(description="Bytes of all its tensors.")]
-    context_length: Annotated[int, Meta(description="Tokens that it was trained for.")]
-    vocab_size: int
-
-
 class VersionResponse(Struct):
     """What runs here."""
 
-    version: Annotated[str, Meta(description="edge-phi3's own version.")]
-    llama_cpp: Annotated[str, Meta(description="The version of llama-cpp-python.")]
-    model: Annotated[ModelInfo | None, Meta(description="null while it loads.")]
+    version: Annotated[str, about("edge-phi3's own version.")]
+    llama_cpp: Annotated[str, about("The version of llama-cpp-python.")]
+    model: Annotated[ModelCard | None, about("null while it loads.")]
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True):
@@ -140,7 +118,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True):
 
     text: Annotated[str, Meta(examples=["<|user|>\nHello<|end|>"])]
     parse_special_tokens: Annotated[
-        bool, Meta(description="Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
+        bool, about("Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
     ] = True
 
 
@@ -154,7 +132,7 @@ class DetokenizeRequest(Struct, forbid_unknown_fields=True):
     """Tokens to be turned into text."""
 
     tokens: list[Annotated[int, Meta(ge=0)]]
-    skip_special_tokens: Annotated[bool, Meta(description="Leave out special tokens.")] = False
+    skip_special_tokens: Annotated[bool, about("Leave out special tokens.")] = False
 
 
 class DetokenizeResponse(Struct):

@@ -111,8 +111,7 @@ def _bind(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn, with a first signal that drains and a second that does not wait.
 
-    While requests finish, the port stays open: probes learn that the service is no longer ready, and new requests are
-    refused with a sentence that says so.
+    While requests finish, the port stays open: new requests, and probes, learn that the service is stopping.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-import structlog
-
 from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
 from edge_phi3.api.metrics import ServiceMetrics
-from edge_phi3.api.schemas import ChatRequest
 from edge_phi3.engine.stats import EngineStats
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
 from edge_phi3.settings import Settings
-
-logger = structlog.get_logger(__name__)
 
 Say = Callable[[str], None]
 """Takes a sentence about how far the loading is; raises `LoadCancelledError` when the service is stopping."""
@@ -43,6 +37,7 @@ class Service:
 
     Attributes:
         failure: what ended the loading, if anything did.
+        loaded: the pipeline, or None while it loads.
     """
 
     def __init__(self, settings: Settings, load: Loader) -> None:
@@ -53,7 +48,7 @@ class Service:
         self._load = load
         self._loading = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._progress = "The model is loading."
-        self._pipeline: TextGenerationPipeline | None = None
+        self.loaded: TextGenerationPipeline | None = None
         self._stopping = False
 
     # -- life
@@ -65,12 +60,12 @@ class Service:
     def _run_load(self) -> None:
         try:
             pipeline = self._load(self._say)
-            self.metrics.model_loaded(pipeline.model)
+            self.metrics.model = pipeline.model
             # What there is now stays: the garbage collector would look over all of it now and then, for 20 ms during
             # which nobody else has the interpreter.
             gc.collect()
             gc.freeze()
-            self._pipeline = pipeline
+            self.loaded = pipeline
         except LoadCancelledError:
             return
         except BaseException as error:  # noqa: BLE001 - the server ends with it, in its own thread
@@ -84,8 +79,8 @@ class Service:
     async def drain(self) -> None:
         """Take no more requests, let the running ones finish within the grace period, and end the rest."""
         self._stopping = True
-        if self._pipeline is not None:
-            await self._pipeline.engine.drain(self.settings.grace_period)
+        if self.loaded is not None:
+            await self.loaded.engine.drain(self.settings.grace_period)
 
     def close(self, patience: float = 2.0) -> bool:
         """Stop at once. Return whether everything has stopped: a step of the loading or the engine may still go on.
@@ -96,7 +91,7 @@ class Service:
         self._stopping = True
         if self._loading.is_alive():
             self._loading.join(patience)
-        stopped = self._pipeline is None or self._pipeline.engine.close(patience)
+        stopped = self.loaded is None or self.loaded.engine.close(patience)
         return stopped and not self._loading.is_alive()
 
     # -- how well it is
@@ -104,7 +99,7 @@ class Service:
     @property
     def is_ready(self) -> bool:
         """Whether requests for text are taken."""
-        return not self._stopping and self._pipeline is not None and self._pipeline.engine.status == "ready"
+        return not self._stopping and self.loaded is not None and self.loaded.engine.status == "ready"
 
     @property
     def pipeline(self) -> TextGenerationPipeline:
@@ -115,23 +110,18 @@ class Service:
         """
         if self._stopping:
             raise NotReadyError("The service is stopping.")
-        if self._pipeline is None:
+        if self.loaded is None:
             raise NotReadyError(self._progress)
-        return self._pipeline
-
-    @property
-    def loaded(self) -> TextGenerationPipeline | None:
-        """The pipeline, or None while it loads."""
-        return self._pipeline
+        return self.loaded
 
     def check_alive(self) -> None:
         """Raise `UnhealthyError` when only a new process can help: the engine is broken, or does not answer."""
-        if self._pipeline is not None and self._pipeline.engine.status in {"broken", "stalled"}:
-            raise UnhealthyError(self._pipeline.engine.status_detail)
+        if self.loaded is not None and self.loaded.engine.status in {"broken", "stalled"}:
+            raise UnhealthyError(self.loaded.engine.status_detail)
 
     def check_healthy(self) -> None:
         """Raise `UnhealthyError` when the model is not loaded or the engine is broken."""
-        if self._pipeline is None:
+        if self.loaded is None:
             raise UnhealthyError(self._progress)
         self.check_alive()
 
@@ -142,82 +132,49 @@ class Service:
             raise NotReadyError(engine.status_detail)
 
     def _engine_stats(self) -> EngineStats | None:
-        return None if self._pipeline is None else self._pipeline.engine.stats()
+        return self.loaded.engine.stats() if self.loaded else None
 
     # -- requests
 
-    def prepare(self, request: ChatRequest) -> PreparedPrompt:
+    def prepare(self, generate_kwargs: Mapping[str, Any], *, fill: bool = False, **arguments: Any) -> PreparedPrompt:
         """Check a request against its own rules and the service's limits, and make its prompt's tokens.
+
+        Args:
+            generate_kwargs: the generation parameters.
+            fill: whether an answer without `max_new_tokens` takes the room that there is.
+            arguments: the other arguments of `TextGenerationPipeline.prepare`.
 
         Raises:
             NotReadyError: there is no model yet.
             PromptError: the prompt cannot be used.
             ParameterError: a parameter is wrong.
-            InvalidRequestError: the request is beyond a limit.
-        """
-        prepared = self.pipeline.prepare(
-            prompt=request.prompt,
-            messages=None
-            if request.messages is None
-            else [{"role": message.role, "content": message.content} for message in request.messages],
-            generate_kwargs=request.generate_kwargs or {},
-            prefix=request.prefix,
-            return_full_text=request.return_full_text is not False,
-            clean_up_tokenization_spaces=bool(request.clean_up_tokenization_spaces),
-            handle_long_generation=request.handle_long_generation,
-        )
-        self.check_limits(prepared)
-        return prepared
-
-    def prepare_within(
-        self, arguments: Callable[[int], Mapping[str, Any]], max_new_tokens: int | None
-    ) -> PreparedPrompt:
-        """Prepare a request that may leave open how long its answer is: then it takes what there is room for.
-
-        Args:
-            arguments: gives the arguments of `TextGenerationPipeline.prepare` for a number of new tokens.
-            max_new_tokens: that number, or None.
-
-        Raises:
-            InvalidRequestError: there is no room for an answer, or the request is beyond a limit.
+            InvalidRequestError: the request is beyond a limit, or there is no room for an answer.
         """
         pipeline = self.pipeline
-        prepared = pipeline.prepare(**arguments(max_new_tokens or 1))
-        if max_new_tokens is None:
+        fill = fill and generate_kwargs.get("max_new_tokens") is None
+        kwargs = {**generate_kwargs, "max_new_tokens": 1} if fill else generate_kwargs
+        prepared = pipeline.prepare(generate_kwargs=kwargs, **arguments)
+        if fill:
             length = len(prepared.prompt_ids)
-            rows = prepared.config.num_return_sequences
-            room = pipeline.engine.room(length, rows)
+            room = pipeline.engine.room(length, prepared.config.num_return_sequences)
             if room < 1:
                 raise InvalidRequestError(
                     f"The prompt has {length} tokens, which leaves no room for an answer; shorten it."
                 )
-            room = min(room, self.settings.max_new_tokens or room)
-            prepared = dataclasses.replace(prepared, config=dataclasses.replace(prepared.config, max_new_tokens=room))
-        self.check_limits(prepared)
+            prepared = prepared.with_config(max_new_tokens=min(room, self.settings.max_new_tokens or room))
+        self._check_limits(prepared)
         return prepared
 
-    def text_of(self, tokens: list[int], field: str, *, skip_special_tokens: bool = False) -> str:
-        """Return the text of token ids that come in a field of a request.
-
-        Raises:
-            InvalidRequestError: there is no such token.
-        """
+    def check_tokens(self, tokens: Sequence[int], field: str) -> None:
+        """Raise `InvalidRequestError` when there is no such token as one in a field of a request."""
         size = self.pipeline.model.vocab_size
         for index, token in enumerate(tokens):
             if not 0 <= token < size:
                 raise InvalidRequestError(
                     f"`{field}[{index}]` must be a token id from 0 to {size - 1}, but is {token}."
                 )
-        return self.pipeline.detokenize(tokens, skip_special_tokens=skip_special_tokens)
 
-    def with_tokens(self, prepared: PreparedPrompt, tokens: list[int]) -> PreparedPrompt:
-        """Return a prepared request these prompt tokens, instead of those that their text is encoded to."""
-        exact = self.pipeline.with_tokens(prepared, tokens)
-        self.check_limits(exact)
-        return exact
-
-    def check_limits(self, prepared: PreparedPrompt) -> None:
-        """Raise `InvalidRequestError` for a request that exceeds the service's limits."""
+    def _check_limits(self, prepared: PreparedPrompt) -> None:
         config, settings = prepared.config, self.settings
         sequences = config.num_beams * config.num_return_sequences
         if sequences > settings.max_sequences:

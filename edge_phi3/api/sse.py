@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from litestar.response.base import ASGIResponse, Response
+from litestar.response.base import Response
 from litestar.types import Receive, Scope, Send
 
 from edge_phi3.api.errors import ClientDisconnectedError
@@ -45,60 +45,44 @@ class EventStream(Response[bytes]):
         super().__init__(content=b"", media_type="text/event-stream")
         self._events = events
         self._failed = failed
+        self._begun = False
+        self._last = time.monotonic()
 
-    def to_asgi_response(self, *_: Any, **__: Any) -> ASGIResponse:
-        """Return the ASGI application that sends the events."""
-        return _ASGIEventStream(self._events, self._failed)
-
-
-class _ASGIEventStream(ASGIResponse):
-    def __init__(self, events: AsyncGenerator[bytes, None], failed: Callable[[Exception], bytes]) -> None:
-        super().__init__()
-        self._events = events
-        self._failed = failed
+    def to_asgi_response(self, *_: Any, **__: Any) -> Any:
+        """Return the ASGI application that sends the events: this one."""
+        return self
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until they end, fail, or the client leaves."""
-        body = _Body(send)
-        keep_alive = asyncio.create_task(body.keep_alive())
+        keep_alive = asyncio.create_task(self._keep_alive(send))
         try:
             async with cancelled_when_client_leaves(receive), contextlib.aclosing(self._events):
                 async for piece in self._events:
-                    await body.send(piece)
+                    await self._send(send, piece)
         except Exception as error:
             keep_alive.cancel()
-            if not body.started:
+            if not self._begun:
                 raise
             exchange_of(scope).error = type(error).__name__
             if isinstance(error, ClientDisconnectedError):
                 return
-            await body.send(self._failed(error))
+            await self._send(send, self._failed(error))
         finally:
             keep_alive.cancel()
-        await body.send(b"", more=False)
+        await self._send(send, b"", more=False)
 
-
-class _Body:
-    """A response body that begins with its first piece, or with a comment when that is long in coming."""
-
-    def __init__(self, send: Send) -> None:
-        self.started = False
-        self._send = send
+    async def _send(self, send: Send, piece: bytes, *, more: bool = True) -> None:
         self._last = time.monotonic()
+        if not self._begun:
+            self._begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.body", "body": piece, "more_body": more})
 
-    async def send(self, piece: bytes, *, more: bool = True) -> None:
-        self._last = time.monotonic()
-        if not self.started:
-            self.started = True
-            await self._send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        await self._send({"type": "http.response.body", "body": piece, "more_body": more})
-
-    async def keep_alive(self) -> None:
-        patience = FIRST_EVENT_PATIENCE
+    async def _keep_alive(self, send: Send) -> None:
+        """Send a comment whenever nothing else was sent for too long."""
         while True:
-            await asyncio.sleep(max(0.0, self._last + patience - time.monotonic()))
-            if self.started:
-                patience = KEEP_ALIVE_SECONDS
-            if time.monotonic() - self._last >= patience:
-                await self.send(b": waiting\n\n")
-                patience = KEEP_ALIVE_SECONDS
+            patience = KEEP_ALIVE_SECONDS if self._begun else FIRST_EVENT_PATIENCE
+            if (wait := self._last + patience - time.monotonic()) > 0:
+                await asyncio.sleep(wait)
+            else:
+                await self._send(send, b": waiting\n\n")

@@ -28,95 +28,59 @@ _MEDIA_TYPES: Final = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-_DOCS_POLICY = (
-    "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data:; font-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"
-)
-_UI_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+_POLICIES: Final = {
+    "docs": "default-src 'none'; connect-src 'self'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src data:; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "ui": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "form-action 'none'; frame-ancestors 'none'; base-uri 'none'; "
     # Texts can only ever be inserted as texts: the browser itself refuses to parse a string as HTML.
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-)
-_HEADERS: Final = {
-    "Referrer-Policy": "no-referrer",
-    "Vary": "Accept-Encoding",
-    "X-Content-Type-Options": "nosniff",
+    "require-trusted-types-for 'script'; trusted-types 'none'",
 }
 
 ROOM_FOR_AN_ANSWER: Final = 512
 """New tokens in the playground's form at first: the API's default counts the prompt, which a conversation outgrows."""
 
 
-class ParameterGroup(Struct):
-    """A section of the playground's form."""
-
-    title: str
-    parameters: list[str]
-
-
-class PlaygroundConfig(Struct):
-    """What the playground needs to know of the service.
-
-    Attributes:
-        groups: the sections of the form.
-        parameters: the JSON schema of each parameter, with meaning, range and default.
-        initial: what a new visitor's form holds. Counting tokens takes `return_dict_in_generate`.
-        needs_key: whether the service has API keys.
-        end_token_ids: tokens that end a sequence unless a request names others; empty while the model loads.
-    """
-
-    groups: list[ParameterGroup]
-    parameters: dict[str, Any]
-    initial: dict[str, Any]
-    needs_key: bool
-    end_token_ids: list[int]
-
-
 @get("/openapi.json", sync_to_thread=False)
-def openapi_json() -> Response[bytes]:
+def openapi_json(request: Request[Any, Any, Any]) -> Response[dict[str, Any]]:
     """Return the OpenAPI document."""
-    return Response(openapi_document(), media_type="application/vnd.oai.openapi+json; version=3.1")
-
-
-@get("/docs", sync_to_thread=False)
-def docs_page(request: Request[Any, Any, Any]) -> Response[Any]:
-    """Return Swagger UI's page, which shows the OpenAPI document with a form for each request."""
-    return _file(request, "docs/index.html")
-
-
-@get("/ui", sync_to_thread=False)
-def playground(request: Request[Any, Any, Any]) -> Response[Any]:
-    """Return the playground's page."""
-    if request.scope["raw_path"].endswith(b"/"):
-        return Redirect("../ui", status_code=307)  # the page's links are relative to the folder that `ui` lies in
-    return _file(request, "ui/index.html")
+    return Response(openapi_document(request.app), media_type="application/vnd.oai.openapi+json; version=3.1")
 
 
 @get("/ui/config.json", sync_to_thread=False)
-def playground_config(service: NamedDependency[Service]) -> Response[PlaygroundConfig]:
-    """Return what the playground needs to know of the service."""
-    pipeline = service.loaded
-    config = PlaygroundConfig(
-        groups=[ParameterGroup(title, names) for title, names in groups().items()],
-        parameters=generate_kwargs_schema()["properties"],
-        initial={
-            "max_new_tokens": min(ROOM_FOR_AN_ANSWER, service.settings.max_new_tokens or ROOM_FOR_AN_ANSWER),
-            "return_dict_in_generate": True,
-        },
-        needs_key=bool(service.keys),
-        end_token_ids=[] if pipeline is None else list(pipeline.engine.model.defaults.eos_token_ids),
-    )
+def playground_config(service: NamedDependency[Service]) -> Response[dict[str, Any]]:
+    """Return what the playground needs to know of the service.
+
+    ``initial`` is what a new visitor's form holds; counting tokens takes `return_dict_in_generate`. ``end_token_ids``
+    end a sequence unless a request names others; there are none while the model loads.
+    """
+    room = min(ROOM_FOR_AN_ANSWER, service.settings.max_new_tokens or ROOM_FOR_AN_ANSWER)
+    config = {
+        "groups": [{"title": title, "parameters": names} for title, names in groups().items()],
+        "parameters": generate_kwargs_schema()["properties"],
+        "initial": {"max_new_tokens": room, "return_dict_in_generate": True},
+        "needs_key": bool(service.keys),
+        "end_token_ids": service.loaded.engine.model.defaults.eos_token_ids if service.loaded else (),
+    }
     return Response(config, headers={"Cache-Control": "no-store"})
+
+
+@get(["/docs", "/ui"], sync_to_thread=False)
+def page(request: Request[Any, Any, Any]) -> Response[Any]:
+    """Return the playground's page, or Swagger UI's, which shows the OpenAPI document with a form for each request."""
+    folder = request.scope["path"].strip("/")
+    if request.scope["raw_path"].endswith(b"/"):
+        return Redirect(f"../{folder}", status_code=307)  # a page's links are relative to what its folder lies in
+    return _file(request, folder, "index.html")
 
 
 @get(["/docs/{name:str}", "/ui/{name:str}"], sync_to_thread=False)
 def static_file(request: Request[Any, Any, Any], name: FromPath[str]) -> Response[Any]:
     """Return one of the files that a page loads."""
-    return _file(request, f"{request.scope['path'].split('/')[1]}/{name}")
+    return _file(request, request.scope["path"].split("/")[1], name)
 
 
-HANDLERS = [openapi_json, docs_page, playground, playground_config, static_file]
+HANDLERS = [openapi_json, playground_config, page, static_file]
 """The routes."""
 
 
@@ -136,27 +100,32 @@ class _Asset(Struct, frozen=True):
 
 
 @functools.cache
-def _assets() -> dict[str, _Asset]:
+def _assets() -> dict[tuple[str, str], _Asset]:
     """Return every file by its folder and name; large ones are kept gzipped in the package."""
     found = {}
-    for folder in ("docs", "ui"):
+    for folder in _POLICIES:
         for file in (_STATIC / folder).iterdir():
             name = file.name.removesuffix(".gz")
             if media_type := _MEDIA_TYPES.get(PurePosixPath(name).suffix):
                 content = file.read_bytes()
                 etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-                found[f"{folder}/{name}"] = _Asset(content, name != file.name, media_type, etag)
+                found[folder, name] = _Asset(content, name != file.name, media_type, etag)
     return found
 
 
-def _file(request: Request[Any, Any, Any], path: str) -> Response[Any]:
-    asset = _assets().get(path)
+def _file(request: Request[Any, Any, Any], folder: str, name: str) -> Response[Any]:
+    asset = _assets().get((folder, name))
     if asset is None:
         raise NotFoundException
-    policy = _UI_POLICY if path.startswith("ui/") else _DOCS_POLICY
-    # Those kept gzipped are Swagger UI's, which change with its version alone.
-    caching = "public, max-age=86400" if asset.packed else "no-cache"
-    headers = _HEADERS | {"Cache-Control": caching, "Content-Security-Policy": policy, "ETag": asset.etag}
+    headers = {
+        # Those kept gzipped are Swagger UI's, which change with its version alone.
+        "Cache-Control": "public, max-age=86400" if asset.packed else "no-cache",
+        "Content-Security-Policy": _POLICIES[folder],
+        "ETag": asset.etag,
+        "Referrer-Policy": "no-referrer",
+        "Vary": "Accept-Encoding",
+        "X-Content-Type-Options": "nosniff",
+    }
     if request.headers.get("if-none-match") == asset.etag:
         return Response(b"", status_code=304, headers=headers)
     content = asset.content

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from typing import Any, Final
 
 import structlog
-from litestar.types import HTTPScope
 
 from edge_phi3.api.exchange import Exchange
 from edge_phi3.errors import EdgePhi3Error
@@ -24,8 +22,6 @@ logger = structlog.get_logger(__name__)
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PATIENCE: Final = 3.0
 """Seconds that sending a batch may take where OTEL_EXPORTER_OTLP_TIMEOUT does not say: a stop waits for it."""
-
-_NOT_FOUND: Final = 404
 
 _OPERATIONS: Final = {
     "/chat": "text_completion",
@@ -72,24 +68,21 @@ class Tracing:
         self._server = trace.SpanKind.SERVER
         self._failed = trace.Status(trace.StatusCode.ERROR)
 
-    def record(self, scope: HTTPScope, exchange: Exchange, seconds: float, model: str) -> None:
-        """Make the span of a request that has ended; it continues the trace of the client's ``traceparent``.
-
-        Args:
-            scope: of the request.
-            exchange: what came of it.
-            seconds: that it took.
-            model: which is served.
-        """
+    def record(self, exchange: Exchange, model: str) -> None:
+        """Make the span of a request that has ended; it continues the trace of the client's ``traceparent``."""
+        if exchange.is_probe:
+            return
         end = time.time_ns()
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        method, headers = exchange.scope["method"], exchange.scope["headers"]
         span = self._tracer.start_span(
             # Paths that do not exist are anybody's invention; names of spans must be few.
-            scope["method"] if exchange.status == _NOT_FOUND else f"{scope['method']} {scope['path']}",
-            context=self._propagator.extract(headers),
+            method if exchange.status == 404 else f"{method} {exchange.path}",
+            context=self._propagator.extract(
+                {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+            ),
             kind=self._server,
-            attributes=_attributes(scope, exchange, model),
-            start_time=end - int(seconds * 1e9),
+            attributes=_attributes(exchange, model),
+            start_time=end - int(exchange.seconds * 1e9),
         )
         if exchange.status >= 500 or exchange.error is not None:
             span.set_status(self._failed)
@@ -118,30 +111,28 @@ def tracing_of(settings: Settings) -> Tracing | None:
         return None
 
 
-def _attributes(scope: HTTPScope, exchange: Exchange, model: str) -> Mapping[str, Any]:
+def _attributes(exchange: Exchange, model: str) -> dict[str, Any]:
     """Describe a request by OpenTelemetry's conventions for HTTP servers and generative AI.
 
     The conventions have no attribute of a span for times yet: those are vLLM's.
     """
-    path = scope["path"]
+    scope, output = exchange.scope, exchange.output
+    failed = str(exchange.status) if exchange.status >= 500 else None
     known: dict[str, Any] = {
         "http.request.method": scope["method"],
         "http.response.status_code": exchange.status,
-        "url.path": path,
+        "url.path": exchange.path,
         "url.scheme": scope.get("scheme", "http"),
         "http.request.header.x-request-id": [exchange.request_id],
+        "error.type": exchange.error or failed,
     }
-    if exchange.error is not None:
-        known["error.type"] = exchange.error
-    elif exchange.status >= 500:
-        known["error.type"] = str(exchange.status)
-    if path in _OPERATIONS:
+    if exchange.path in _OPERATIONS:
         known |= {
-            "gen_ai.operation.name": _OPERATIONS[path],
+            "gen_ai.operation.name": _OPERATIONS[exchange.path],
             "gen_ai.provider.name": "edge-phi3",
             "gen_ai.response.model": model,
         }
-    if (output := exchange.output) is not None:
+    if output is not None:
         known |= {
             "gen_ai.response.finish_reasons": output.finish_reasons,
             "gen_ai.usage.input_tokens": output.prompt_tokens,
@@ -151,4 +142,4 @@ def _attributes(scope: HTTPScope, exchange: Exchange, model: str) -> Mapping[str
             "gen_ai.latency.time_to_first_token": output.timing.first_token,
             "gen_ai.latency.e2e": output.timing.total,
         }
-    return known
+    return {name: value for name, value in known.items() if value is not None}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
+import msgspec
 import structlog
 from rich.console import Console
 
@@ -39,7 +40,7 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
         with progress.step(f"Loading {stored.path.name}"):
             engine.load()
     pipeline = TextGenerationPipeline(engine)
-    pipeline.model = dataclasses.replace(pipeline.model, name=stored.name)
+    pipeline.model = msgspec.structs.replace(pipeline.model, name=stored.name)
     return pipeline
 
 

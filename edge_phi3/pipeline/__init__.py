@@ -1,6 +1,6 @@
 """Text in, text out: what transformers' text-generation pipeline does around ``generate``."""
 
-from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TokenDelta
+from edge_phi3.pipeline.answer import GenerationOutput, TextDelta
 from edge_phi3.pipeline.pipeline import ModelCard, TextGenerationPipeline
 from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
 
@@ -11,5 +11,4 @@ __all__ = [
     "PromptError",
     "TextDelta",
     "TextGenerationPipeline",
-    "TokenDelta",
 ]

@@ -17,21 +17,17 @@ _LONGEST_ARTEFACT = 4
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of text of one returned sequence, which never splits a character."""
+    """A piece of text of one returned sequence, which never splits a character.
+
+    Attributes:
+        index: of the sequence.
+        text: the piece; it may be empty where log-probabilities are wanted.
+        placed: tokens whose places have become certain, in order, where log-probabilities are wanted.
+    """
 
     index: int
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class TokenDelta(TextDelta):
-    """A piece of text, if any, and tokens whose places have become certain: sent where log-probabilities are wanted.
-
-    Attributes:
-        placed: the tokens, in order.
-    """
-
-    placed: list[PlacedLogprobs]
+    placed: Sequence[PlacedLogprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)

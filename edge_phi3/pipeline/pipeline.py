@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from types import MappingProxyType
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import constrain
@@ -22,30 +24,19 @@ from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
 from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
-from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream, TokenDelta
+from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
 from edge_phi3.pipeline.prompt import PHI3_CHAT_TEMPLATE, ChatTemplate, PreparedPrompt, PromptError
 
 
-@dataclass(frozen=True, slots=True)
-class ModelCard:
-    """What a user may want to know of the model that answers.
+class ModelCard(Struct, frozen=True):
+    """The model that answers."""
 
-    Attributes:
-        name: the file's name without its ending.
-        description: architecture, size and file type.
-        file: name of the file.
-        parameters: how many weights.
-        size: bytes of all tensors.
-        context_length: tokens that the model was trained for.
-        vocab_size: rows of its output.
-    """
-
-    name: str
-    description: str
+    name: Annotated[str, Meta(description="The file's name without its ending.")]
+    description: Annotated[str, Meta(description="Architecture, size and type.", examples=["phi3 3B Q4_K - Medium"])]
     file: str
     parameters: int
-    size: int
-    context_length: int
+    size: Annotated[int, Meta(description="Bytes of all its tensors.")]
+    context_length: Annotated[int, Meta(description="Tokens that it was trained for.")]
     vocab_size: int
 
 
@@ -78,7 +69,7 @@ class TextGenerationPipeline:
     def prepare(
         self,
         *,
-        prompt: str | None = None,
+        prompt: str | Sequence[int] | None = None,
         messages: Sequence[Mapping[str, str]] | None = None,
         generate_kwargs: Mapping[str, object] = MappingProxyType({}),
         prefix: str | None = None,
@@ -89,7 +80,8 @@ class TextGenerationPipeline:
         """Check a request and turn its prompt into tokens.
 
         Args:
-            prompt: the text to continue. With `return_full_text` the answer begins with it (the prefix left out).
+            prompt: the text to continue, or its tokens, which stay as they are. With `return_full_text` the answer
+                begins with it (the prefix left out).
             messages: a conversation, instead of a prompt; the answer is the assistant's new text alone.
             generate_kwargs: the generation parameters as the client gave them.
             prefix: text put before the prompt; its tokens are added to ``max_length`` and ``min_length``.
@@ -109,10 +101,14 @@ class TextGenerationPipeline:
                 raise PromptError("Give prompt or messages, not both.")
             text, lead = self._template.render(messages), ""
         elif prompt:
-            text, lead = prompt, prompt if return_full_text else ""
+            text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
+            lead = text if return_full_text else ""
         else:
             raise PromptError("Text generation parameter prompt required")
-        prompt_ids = self._tokenizer.encode((prefix or "") + text)
+        if prompt and not isinstance(prompt, str):
+            prompt_ids = np.array(prompt, dtype=np.int32)
+        else:
+            prompt_ids = self._tokenizer.encode((prefix or "") + text)
         kwargs = dict(generate_kwargs)
         if prefix:
             self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
@@ -122,16 +118,6 @@ class TextGenerationPipeline:
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
         decoded = self._tokenizer.decode_prompt(prompt_ids)
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
-
-    def with_tokens(self, prepared: PreparedPrompt, tokens: Sequence[int]) -> PreparedPrompt:
-        """Return a prepared request these prompt tokens, instead of those that their text is encoded to.
-
-        Raises:
-            ParameterError: they leave no room for an answer.
-        """
-        prepared.config.total_length(len(tokens))
-        prompt_ids = np.array(tokens, dtype=np.int32)
-        return dataclasses.replace(prepared, prompt_ids=prompt_ids, text=self._tokenizer.decode_prompt(prompt_ids))
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -185,17 +171,22 @@ class TextGenerationPipeline:
             placers = [TokenOffsets(self._tokenizer, prepared.text) for _ in range(count)]
         async with contextlib.aclosing(self._events(prepared, timeout, request_id, stream=True)) as events:
             async for event in events:
+                deltas: list[TextDelta | GenerationOutput] = []
                 if isinstance(event, FinishedEvent):
-                    yield self._last_deltas(prepared, event, streams, placers)
-                elif isinstance(event, TokensEvent) and event.logprobs:
-                    yield [
-                        TokenDelta(index, streams[index].push([token]), placers[index].push(logprobs))
-                        for (index, token), logprobs in zip(event.tokens, event.logprobs, strict=True)
-                    ]
+                    output = self._output(prepared, event)
+                    for index, text in enumerate(output.texts):
+                        rest = "" if prepared.config.num_beams > 1 else text[len(prepared.lead) + streams[index].sent :]
+                        placed = placers[index].finish() if placers else []
+                        if rest or placed:
+                            deltas.append(TextDelta(index, rest, placed))
+                    deltas.append(output)
                 elif isinstance(event, TokensEvent):
-                    texts = [(index, streams[index].push([token])) for index, token in event.tokens]
-                    if deltas := [TextDelta(index, text) for index, text in texts if text]:
-                        yield deltas
+                    for (index, token), logprobs in zip(event.tokens, event.logprobs or repeat(None), strict=False):
+                        placed = placers[index].push(logprobs) if logprobs else []
+                        if (text := streams[index].push([token])) or placed:
+                            deltas.append(TextDelta(index, text, placed))
+                if deltas:
+                    yield deltas
 
     def _events(
         self, prepared: PreparedPrompt, timeout: float | None, request_id: str, *, stream: bool = False
@@ -209,21 +200,6 @@ class TextGenerationPipeline:
             constraint=prepared.constraint,
         )
         return self.engine.generate(request)
-
-    def _last_deltas(
-        self,
-        prepared: PreparedPrompt,
-        event: FinishedEvent,
-        streams: list[TextStream],
-        placers: list[TokenOffsets],
-    ) -> list[TextDelta | GenerationOutput]:
-        output = self._output(prepared, event)
-        deltas: list[TextDelta | GenerationOutput] = []
-        deltas += [TokenDelta(index, "", placer.finish()) for index, placer in enumerate(placers)]
-        if prepared.config.num_beams == 1:
-            rests = [text[len(prepared.lead) + streams[index].sent :] for index, text in enumerate(output.texts)]
-            deltas += [TextDelta(index, rest) for index, rest in enumerate(rests) if rest]
-        return [*deltas, output]
 
     def _output(self, prepared: PreparedPrompt, event: FinishedEvent) -> GenerationOutput:
         result = event.result

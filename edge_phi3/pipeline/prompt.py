@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,10 @@ class PreparedPrompt:
     clean_up: bool
     constraint: TokenConstraint | None = None
 
+    def with_config(self, **changes: Any) -> PreparedPrompt:
+        """Return the same prompt with other generation parameters."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
 
 class ChatTemplate:
     """A chat template.
@@ -77,9 +82,7 @@ class ChatTemplate:
         continued = messages[-1]["role"] == "assistant"
         try:
             text: str = self._template.render(
-                messages=messages,
-                add_generation_prompt=not continued,
-                **_TEMPLATE_TOKENS,
+                messages=messages, add_generation_prompt=not continued, **_TEMPLATE_TOKENS
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"messages: the model's chat template refuses them: {error}") from error

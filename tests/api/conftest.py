@@ -51,7 +51,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What the time limits of requests go by, in engines that the test makes."""
+    """Return what the time limits of requests go by, in engines that the test makes."""
     clock = Clock()
     monkeypatch.setattr(engine_module, "EngineCore", functools.partial(EngineCore, clock=clock))
     return clock
@@ -106,5 +106,6 @@ def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
 
 
 USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
+GREEDY_CHAT: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0}
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"

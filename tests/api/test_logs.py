@@ -30,20 +30,17 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-@pytest.mark.parametrize("given", ["abc-123", "a.b:c/d+e=f@g", "x" * 128])
-def test_a_request_id_is_taken_and_returned(api: Running, given: str) -> None:
-    response = api.client.get("/", headers={"x-request-id": given})
-    assert response.headers["x-request-id"] == given
+def test_a_request_id_is_taken_and_returned_when_it_is_a_plain_word(api: Running) -> None:
+    def returned(given: str) -> str:
+        return api.client.get("/", headers={"x-request-id": given}).headers["x-request-id"]
 
-
-@pytest.mark.parametrize("given", [None, "", "two words", "x" * 129, "<script>"])
-def test_any_other_is_made_here(api: Running, given: str | None) -> None:
-    made = {
-        api.client.get("/", headers={} if given is None else {"x-request-id": given}).headers["x-request-id"]
-        for _ in range(2)
-    }
-    assert len(made) == 2
-    assert given not in made
+    for given in ("abc-123", "a.b:c/d+e=f@g", "x" * 128):
+        assert returned(given) == given
+    others = ["", "two words", "x" * 129, "<script>"]
+    made = {returned(given) for given in others * 2}
+    assert len(made) == 2 * len(others)
+    assert made.isdisjoint(others)
+    assert api.client.get("/").headers["x-request-id"]
 
 
 @pytest.mark.usefixtures("_restored_logging")

@@ -12,30 +12,19 @@ from tests.api.conftest import PATIENCE, Running
 
 LONG = "a long story " * 4000
 SHORT = "a short story"
+CASES = [
+    ("/chat", "prepare", {"prompt": LONG}),
+    ("/v1/chat/completions", "prepare", {"messages": [{"role": "user", "content": LONG}]}),
+    ("/v1/completions", "prepare", {"prompt": LONG}),
+    ("/tokenize", "tokenize", {"text": LONG}),
+    ("/detokenize", "detokenize", {"tokens": [300] * len(LONG)}),
+]
 
 
-def asked(path: str, text: str) -> dict[str, Any]:
-    """Return a body for a path."""
-    return {
-        "/chat": {"prompt": text},
-        "/v1/chat/completions": {"model": "m", "messages": [{"role": "user", "content": text}]},
-        "/v1/completions": {"model": "m", "prompt": text},
-        "/tokenize": {"text": text},
-        "/detokenize": {"tokens": [300] * len(text)},
-    }[path]
-
-
-@pytest.mark.parametrize(
-    ("path", "method"),
-    [
-        ("/chat", "prepare"),
-        ("/v1/chat/completions", "prepare"),
-        ("/v1/completions", "prepare"),
-        ("/tokenize", "tokenize"),
-        ("/detokenize", "detokenize"),
-    ],
-)
-def test_others_are_answered_meanwhile(api: Running, monkeypatch: pytest.MonkeyPatch, path: str, method: str) -> None:
+@pytest.mark.parametrize(("path", "method", "body"), CASES, ids=[case[0] for case in CASES])
+def test_others_are_answered_meanwhile(
+    api: Running, monkeypatch: pytest.MonkeyPatch, path: str, method: str, body: dict[str, Any]
+) -> None:
     pipeline = api.service.pipeline
     works = getattr(pipeline, method)
     begun, answered = threading.Event(), threading.Event()
@@ -47,7 +36,7 @@ def test_others_are_answered_meanwhile(api: Running, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(type(pipeline), method, lambda _, *args, **kwargs: slow(*args, **kwargs))
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(api.client.post, path, json=asked(path, LONG))
+        long = pool.submit(api.client.post, path, json=body)
         assert begun.wait(PATIENCE)
         assert api.client.get("/healthz").status_code == 200
         answered.set()
@@ -65,6 +54,6 @@ def test_a_short_text_is_spared_the_thread(api: Running, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(type(pipeline), "tokenize", noted)
     for text in (SHORT, SHORT, LONG):
-        assert api.client.post("/tokenize", json=asked("/tokenize", text)).status_code == 200
+        assert api.client.post("/tokenize", json={"text": text}).status_code == 200
     first, second, third = threads
     assert first == second != third

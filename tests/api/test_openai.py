@@ -8,9 +8,11 @@ from typing import Any
 import openai
 import pytest
 
-from edge_phi3.api.openai.stops import StopTrimmer, trim
+from edge_phi3.api.openai.shown import ShownText
 from tests import paced
-from tests.api.conftest import PROMPT, USER, Clock, Running, joined, loader, openai_client, ready
+from tests.api.conftest import GREEDY_CHAT, PROMPT, USER, Clock, Running, joined, loader, openai_client, ready
+
+COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
 
 
 def greedy(api: Running, **kwargs: Any) -> str:
@@ -20,32 +22,22 @@ def greedy(api: Running, **kwargs: Any) -> str:
 
 
 def test_a_conversation_is_answered_as_by_chat(api: Running, client: Any) -> None:
-    completion = client.chat.completions.create(model="any", messages=USER, temperature=0, max_completion_tokens=12)
+    completion = client.chat.completions.create(**GREEDY_CHAT, max_completion_tokens=12)
     (choice,) = completion.choices
-    assert choice.message.role == "assistant"
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "length")
     assert choice.message.content == greedy(api, max_new_tokens=12)
-    assert choice.finish_reason == "length"
-    assert completion.model == "random-4k"
-    assert completion.object == "chat.completion"
+    assert (completion.model, completion.object) == ("random-4k", "chat.completion")
     usage = completion.usage
     assert usage.completion_tokens == 12
     assert usage.total_tokens == usage.prompt_tokens + 12
 
 
 def test_a_stream_holds_the_same_text_and_the_usage(api: Running, client: Any) -> None:
-    stream = client.chat.completions.create(
-        model="any",
-        messages=USER,
-        temperature=0,
-        max_tokens=24,
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = list(stream)
+    usage = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**GREEDY_CHAT, max_tokens=24, stream=True, stream_options=usage))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [found[:2] for found in joined(chunks)] == [(greedy(api, max_new_tokens=24), "length")]
     assert chunks[-1].choices == []
-    assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 24
     assert {chunk.id for chunk in chunks} == {chunks[0].id}
 
@@ -64,102 +56,82 @@ def test_several_answers_are_drawn_with_a_seed(client: Any) -> None:
     assert ask(-8) != first
 
 
-def test_a_stream_of_several_answers_is_that_of_one_body(client: Any) -> None:
-    arguments: dict[str, Any] = {"model": "any", "messages": USER, "n": 2, "seed": 3, "max_tokens": 10}
-    whole, streamed = (client.chat.completions.create(stream=stream, **arguments) for stream in (False, True))
-    assert joined(streamed) == joined(whole)
-
-
 def test_several_greedy_answers_are_equal(client: Any) -> None:
-    completion = client.chat.completions.create(model="any", messages=USER, n=2, temperature=0, max_tokens=5)
-    assert completion.choices[0].message.content == completion.choices[1].message.content
+    one, other = client.chat.completions.create(**GREEDY_CHAT, n=2, max_tokens=5).choices
+    assert one.message.content == other.message.content
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_answer_ends_before_a_stop_text(api: Running, client: Any, stream: bool) -> None:
     whole = greedy(api, max_new_tokens=40)
     stop = whole[12:15]
-    arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 40}
-    answer = client.chat.completions.create(stop=["never there", stop], stream=stream, **arguments)
+    answer = client.chat.completions.create(**GREEDY_CHAT, max_tokens=40, stop=["never there", stop], stream=stream)
     assert [found[:2] for found in joined(answer)] == [(whole[: whole.index(stop)], "stop")]
 
 
 def test_a_bias_bans_or_forces_a_token(api: Running, client: Any) -> None:
     token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
-    arguments: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0, "max_tokens": 4}
-    forced = client.chat.completions.create(logit_bias={str(token): 100}, **arguments)
+    forced = client.chat.completions.create(**GREEDY_CHAT, logit_bias={str(token): 100}, max_tokens=4)
     text = api.client.post("/detokenize", json={"tokens": [token] * 4}).json()["text"]
     assert forced.choices[0].message.content == f" {text}"
 
 
 def test_messages_may_come_in_parts_and_from_developers(client: Any) -> None:
-    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
-    plain = client.chat.completions.create(
-        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}], **arguments
-    )
-    parts: list[Any] = [
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
+    parts = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
     ]
-    other = client.chat.completions.create(messages=parts, **arguments)
-    assert plain.choices[0].message.content == other.choices[0].message.content
+    one, other = (client.chat.completions.create(messages=each, **COMPLETION).choices[0] for each in (plain, parts))
+    assert one.message.content == other.message.content
 
 
 def test_an_answer_without_a_limit_takes_the_room_there_is(client: Any) -> None:
-    completion = client.chat.completions.create(
-        model="any", messages=USER, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
-    )
+    completion = client.chat.completions.create(**GREEDY_CHAT, extra_body={"generate_kwargs": {"eos_token_id": -1}})
     # The model's context: 2,048 cells are enough for it, since the sliding window lets go of all but 2,047.
     assert completion.usage.total_tokens == 4096
 
 
-def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: Any) -> None:
-    completion = client.chat.completions.create(
-        model="any",
-        messages=USER,
-        temperature=0,
-        max_tokens=12,
-        extra_body={"generate_kwargs": {"num_beams": 3, "do_sample": False}},
-    )
-    assert completion.choices[0].message.content == greedy(api, num_beams=3, max_new_tokens=12)
+@pytest.mark.parametrize("kwargs", [{"num_beams": 3, "do_sample": False, "max_new_tokens": 12}, {"max_new_tokens": 3}])
+def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, client: Any, kwargs: dict[str, Any]) -> None:
+    completion = client.chat.completions.create(**GREEDY_CHAT, extra_body={"generate_kwargs": kwargs})
+    assert completion.choices[0].message.content == greedy(api, **kwargs)
 
 
 def test_prompts_are_continued(api: Running, client: Any) -> None:
-    completion = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12)
-    assert completion.choices[0].text == greedy(api, max_new_tokens=12)
-    echoed = client.completions.create(model="any", prompt=PROMPT, temperature=0, max_tokens=12, echo=True)
+    completion = client.completions.create(prompt=PROMPT, **COMPLETION)
+    assert completion.choices[0].text == greedy(api, max_new_tokens=8)
+    echoed = client.completions.create(prompt=PROMPT, echo=True, **COMPLETION)
     assert echoed.choices[0].text == PROMPT + completion.choices[0].text
-    default = client.completions.create(
-        model="any", prompt=PROMPT, temperature=0, extra_body={"generate_kwargs": {"eos_token_id": -1}}
-    )
+    endless = {"generate_kwargs": {"eos_token_id": -1}}
+    default = client.completions.create(model="any", prompt=PROMPT, temperature=0, extra_body=endless)
     assert default.usage.completion_tokens == 16
 
 
 def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
-    tokens = api.client.post("/tokenize", json={"text": PROMPT}).json()["tokens"]
-    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
-    by_text = client.completions.create(prompt=[PROMPT, "json"], echo=True, **arguments)
-    by_tokens = client.completions.create(
-        prompt=[tokens, api.client.post("/tokenize", json={"text": "json"}).json()["tokens"]], **arguments
-    )
-    for text, choice in zip([PROMPT, "json"], by_text.choices, strict=True):
+    texts = [PROMPT, "json"]
+    tokens = [api.client.post("/tokenize", json={"text": text}).json()["tokens"] for text in texts]
+    by_text = client.completions.create(prompt=texts, echo=True, **COMPLETION)
+    by_tokens = client.completions.create(prompt=tokens, **COMPLETION)
+    for text, choice in zip(texts, by_text.choices, strict=True):
         assert choice.text == text + by_tokens.choices[choice.index].text
-    alone = client.completions.create(prompt=tokens, **arguments)
-    assert alone.choices[0].text == by_tokens.choices[0].text
+    alone = client.completions.create(prompt=tokens[0], echo=True, **COMPLETION)
+    decoded = api.client.post("/detokenize", json={"tokens": tokens[0]}).json()["text"]
+    assert alone.choices[0].text == decoded + by_tokens.choices[0].text
+    assert alone.usage.prompt_tokens == len(tokens[0])
     with pytest.raises(openai.BadRequestError, match="token id from 0 to"):
-        client.completions.create(prompt=[10**6], **arguments)
+        client.completions.create(prompt=[10**6], **COMPLETION)
     for mixed in ([1, "a"], ["a", [1]], [[]], []):
         with pytest.raises(openai.BadRequestError, match="`prompt`"):
-            client.completions.create(prompt=mixed, **arguments)
+            client.completions.create(prompt=mixed, **COMPLETION)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_prompts_are_one_list_of_choices(client: Any, stream: bool) -> None:
     prompts = ["json", "os.path", "re"]
-    arguments: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
-    alone = [client.completions.create(prompt=prompt, n=2, **arguments).choices for prompt in prompts]
+    alone = [client.completions.create(prompt=prompt, n=2, **COMPLETION).choices for prompt in prompts]
     expected = [choice.text for choices in alone for choice in choices]
-    answer = client.completions.create(prompt=prompts, n=2, stream=stream, **arguments)
+    answer = client.completions.create(prompt=prompts, n=2, stream=stream, **COMPLETION)
     assert [text for text, _, _ in joined(answer)] == expected
 
 
@@ -179,6 +151,8 @@ def test_the_model_is_listed_and_described(client: Any) -> None:
         ({"temperature": 3}, "temperature", "`temperature` must be a number <= 2.0"),
         ({"top_p": 0}, "top_p", "`top_p` must be"),
         ({"n": 0}, "n", "`n` must be"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "must be"),
+        ({"frequency_penalty": -3}, "frequency_penalty", "must be"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "up to 4 texts"),
         ({"stop": ""}, "stop", "none of them empty"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
@@ -189,6 +163,7 @@ def test_the_model_is_listed_and_described(client: Any) -> None:
         ({"messages": []}, "messages", "`messages` must be a list of length >= 1"),
         ({"messages": [{"role": "wizard", "content": "a"}]}, None, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "messages", "messages[0].tool_calls"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(
@@ -198,20 +173,15 @@ def test_what_is_not_supported_is_refused_by_name(
         client.chat.completions.create(**({"model": "any", "messages": USER} | arguments))
     assert isinstance(caught.value.body, dict)
     assert set(caught.value.body) == {"message", "type", "param", "code"}
-    assert caught.value.body["type"] == "invalid_request_error"
-    assert caught.value.body["param"] == param
+    assert (caught.value.body["type"], caught.value.body["param"]) == ("invalid_request_error", param)
     assert sentence in caught.value.body["message"]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"tools": []},
-        {"tool_choice": "none"},
-        {"store": False},
-        {"service_tier": "auto"},
-        {"user": "u"},
-        {"metadata": {}},
+        {"tools": [], "tool_choice": "none", "store": False, "service_tier": "auto", "user": "u", "metadata": {}},
+        {"messages": [{"role": "user", "content": "a", "name": "n"}], "modalities": ["text"]},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(client: Any, arguments: dict[str, Any]) -> None:
@@ -220,10 +190,9 @@ def test_what_asks_for_nothing_is_accepted(client: Any, arguments: dict[str, Any
 
 def test_errors_have_openai_s_shape_and_classes(model_path: Path) -> None:
     with ready(loader(model_path), api_key=["right"], max_new_tokens=5) as api:
-        with openai_client(api, "wrong") as client:
-            with pytest.raises(openai.AuthenticationError) as caught:
-                client.models.list()
-            assert caught.value.code == "invalid_api_key"
+        with openai_client(api, "wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+            client.models.list()
+        assert caught.value.code == "invalid_api_key"
         with openai_client(api, "right") as client:
             assert client.chat.completions.create(model="any", messages=USER).usage is not None
             with pytest.raises(openai.BadRequestError, match="--max-new-tokens"):
@@ -231,10 +200,9 @@ def test_errors_have_openai_s_shape_and_classes(model_path: Path) -> None:
 
 
 def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path, clock: Clock) -> None:
+    endless = {"generate_kwargs": {"eos_token_id": -1}}
     with ready(loader(model_path), request_timeout=60) as api, openai_client(api) as client, paced.slowly():
-        stream = client.chat.completions.create(
-            model="any", messages=USER, stream=True, extra_body={"generate_kwargs": {"eos_token_id": -1}}
-        )
+        stream = client.chat.completions.create(model="any", messages=USER, stream=True, extra_body=endless)
         next(stream)
         clock.now += 61
         with pytest.raises(openai.APIError, match="time limit"):
@@ -254,8 +222,8 @@ def test_a_stream_that_runs_out_of_time_raises_in_the_client(model_path: Path, c
     ],
 )
 def test_a_stop_text_is_never_shown_in_part(pieces: list[str], stops: list[str], shown: list[str]) -> None:
-    trimmer = StopTrimmer(stops)
-    assert [trimmer.push(piece) for piece in pieces] == shown
-    rest = "" if trimmer.stopped else trimmer.finish()
-    whole, stopped = trim("".join(pieces), stops)
-    assert ("".join(shown) + rest, trimmer.stopped) == (whole, stopped)
+    streamed, whole = ShownText(stops), ShownText(stops)
+    assert [streamed.push(piece) for piece in pieces] == shown
+    rest = streamed.push("", last=True)
+    assert "".join(shown) + rest == whole.push("".join(pieces), last=True)
+    assert streamed.stopped == whole.stopped == any(stop in "".join(pieces) for stop in stops)

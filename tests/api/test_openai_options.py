@@ -11,19 +11,12 @@ import openai
 import pydantic
 import pytest
 
-from edge_phi3.api.openai.logprobs import _text
+from edge_phi3.api.openai.shown import _text
+from tests.api.conftest import GREEDY_CHAT as GREEDY
 from tests.api.conftest import PROMPT, USER, Running, joined
 
-GREEDY: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0}
 PLAIN: dict[str, Any] = {"suppress_tokens": [*range(259), *range(501, 2000)], "eos_token_id": -1}
 """Answers of ordinary pieces (no bytes, no special tokens) up to their greatest length."""
-
-
-def refused(client: Any, **arguments: Any) -> tuple[str, str]:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(**(GREEDY | arguments))
-    assert isinstance(caught.value.body, dict)
-    return caught.value.body["param"], caught.value.body["message"]
 
 
 # -- penalties
@@ -50,11 +43,6 @@ def test_penalties_follow_the_formula(client: Any, presence: float, frequency: f
     assert changed > 0
 
 
-def test_penalties_have_bounds(client: Any) -> None:
-    assert refused(client, presence_penalty=2.5)[0] == "presence_penalty"
-    assert refused(client, frequency_penalty=-3)[0] == "frequency_penalty"
-
-
 # -- log-probabilities
 
 
@@ -62,25 +50,17 @@ def test_logprobs_are_those_of_the_model(api: Running, client: Any) -> None:
     choice = client.chat.completions.create(
         **GREEDY, max_tokens=12, logprobs=True, top_logprobs=3, extra_body={"generate_kwargs": {"eos_token_id": -1}}
     ).choices[0]
-    kwargs = {
-        "do_sample": False,
-        "max_new_tokens": 12,
-        "eos_token_id": -1,
-        "return_dict_in_generate": True,
-        "output_scores": True,
-    }
+    kwargs = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": -1}
+    kwargs |= {"return_dict_in_generate": True, "output_scores": True}
     scores = api.client.post("/chat", json={"messages": USER, "generate_kwargs": kwargs}).json()["scores"][0]
-    assert [token.logprob for token in choice.logprobs.content] == pytest.approx(
-        [score["logprob"] for score in scores], abs=1e-4
-    )
-    for token in choice.logprobs.content:
-        assert len(token.top_logprobs) == 3
-        assert token.top_logprobs[0].token == token.token
-        assert token.top_logprobs[0].logprob == token.logprob
-        assert sorted((other.logprob for other in token.top_logprobs), reverse=True) == [
-            other.logprob for other in token.top_logprobs
-        ]
-    assert len(choice.logprobs.content) == 12
+    tokens = choice.logprobs.content
+    assert [token.logprob for token in tokens] == pytest.approx([score["logprob"] for score in scores], abs=1e-4)
+    for token in tokens:
+        first, *_ = token.top_logprobs
+        assert (first.token, first.logprob) == (token.token, token.logprob)
+        logprobs = [other.logprob for other in token.top_logprobs]
+        assert len(logprobs) == 3
+        assert logprobs == sorted(logprobs, reverse=True)
 
 
 def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: Any) -> None:
@@ -89,11 +69,10 @@ def test_a_bias_and_a_temperature_do_not_change_them(api: Running, client: Any) 
     forced = client.chat.completions.create(
         **(GREEDY | {"temperature": 2}), max_tokens=1, logprobs=True, top_logprobs=20, logit_bias={str(token): 100}
     ).choices[0].logprobs  # fmt: skip
-    assert forced.content[0].token != plain.content[0].token
-    assert forced.content[0].logprob < -1
-    assert [other.token for other in forced.content[0].top_logprobs] == [
-        other.token for other in plain.content[0].top_logprobs
-    ]
+    (one,), (other,) = plain.content, forced.content
+    assert other.token != one.token
+    assert other.logprob < -1
+    assert [each.token for each in other.top_logprobs] == [each.token for each in one.top_logprobs]
 
 
 @pytest.mark.parametrize("stop", [None, "used"])
@@ -161,15 +140,10 @@ def test_a_part_of_a_character_is_written_as_bytes() -> None:
     assert _text("☃".encode()) == "☃"
 
 
-def test_logprobs_at_odds_with_others_are_refused(client: Any) -> None:
-    assert refused(client, top_logprobs=3) == ("top_logprobs", "`top_logprobs` needs `logprobs` to be true.")
-    assert refused(client, logprobs=True, top_logprobs=21)[0] == "top_logprobs"
-    beams = {"extra_body": {"generate_kwargs": {"num_beams": 2, "do_sample": False}}}
-    assert refused(client, logprobs=True, **beams)[0] == "logprobs"
-    with pytest.raises(openai.BadRequestError, match="`logprobs` is not supported with `echo`"):
-        client.completions.create(model="any", prompt="json", logprobs=1, echo=True)
-    with pytest.raises(openai.BadRequestError, match="`logprobs`"):
-        client.completions.create(model="any", prompt="json", logprobs=6)
+def test_logprobs_at_odds_with_others_are_refused_in_completions_too(client: Any) -> None:
+    for arguments in ({"logprobs": 1, "echo": True}, {"logprobs": 6}):
+        with pytest.raises(openai.BadRequestError, match="`logprobs`"):
+            client.completions.create(model="any", prompt="json", **arguments)
     assert client.chat.completions.create(**GREEDY, max_tokens=1, logprobs=False).choices[0].logprobs is None
 
 
@@ -215,16 +189,11 @@ SCHEMA = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("strict", [True, False, None])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("strict", "stream"), [(True, False), (False, True), (None, False)])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_an_answer_follows_its_schema(client: Any, strict: bool | None, stream: bool, temperature: float) -> None:
-    answer = client.chat.completions.create(
-        **(GREEDY | {"temperature": temperature}),
-        seed=1,
-        response_format=format_of(SCHEMA, strict=strict),
-        stream=stream,
-    )
+    arguments = GREEDY | {"temperature": temperature, "response_format": format_of(SCHEMA, strict=strict)}
+    answer = client.chat.completions.create(**arguments, seed=1, stream=stream)
     ((text, reason, _),) = joined(answer)
     assert reason == "stop"
     jsonschema.validate(json.loads(text), SCHEMA)
@@ -252,29 +221,42 @@ def test_formats_go_with_logprobs_penalties_and_stop_texts(client: Any) -> None:
     assert all(math.isfinite(token.logprob) for token in choice.logprobs.content)
 
 
+BEAMS = {"extra_body": {"generate_kwargs": {"num_beams": 2, "do_sample": False}}}
+ENDLESS = {"extra_body": {"generate_kwargs": {"eos_token_id": -1}}}
+SILENT = {"extra_body": {"generate_kwargs": {"suppress_tokens": list(range(100_000))}}}
+OBJECT = {"type": "json_object"}
+PATTERN = {"properties": {"a": {"type": "string", "pattern": "x"}}}
+NO_SCHEMA = "`response_format.json_schema.schema` is missing."
+CANNOT = "`response_format.json_schema.schema` cannot be followed"
+
+
 @pytest.mark.parametrize(
-    ("format_", "sentence"),
+    ("arguments", "param", "sentence"),
     [
-        ({"type": "xml"}, "`response_format.type` must be text, json_object or json_schema, not 'xml'."),
-        ({"type": "json_schema"}, "`response_format.json_schema.schema` is missing."),
-        (format_of(None), "`response_format.json_schema.schema` is missing."),
-        (format_of({"type": "wrong"}), "`response_format.json_schema.schema` cannot be followed: at its top: `type`"),
-        (format_of({"properties": {"a": {"type": "string", "pattern": "x"}}}), "at /properties/a: `pattern`"),
-        (format_of({"$ref": "#"}), "`response_format.json_schema.schema` cannot be followed"),
+        ({"top_logprobs": 3}, "top_logprobs", "`top_logprobs` needs `logprobs` to be true."),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "`top_logprobs` must be"),
+        ({"logprobs": True, **BEAMS}, "logprobs", "num_beams"),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format",
+            "must be text, json_object or json_schema, not 'xml'.",
+        ),
+        ({"response_format": {"type": "json_schema"}}, "response_format", NO_SCHEMA),
+        ({"response_format": format_of(None)}, "response_format", NO_SCHEMA),
+        ({"response_format": format_of({"type": "wrong"})}, "response_format", f"{CANNOT}: at its top: `type`"),
+        ({"response_format": format_of(PATTERN)}, "response_format", "at /properties/a"),
+        ({"response_format": format_of({"$ref": "#"})}, "response_format", CANNOT),
+        ({"response_format": OBJECT, **BEAMS}, "response_format", "num_beams"),
+        ({"response_format": OBJECT, **ENDLESS}, "response_format", "eos_token_id"),
+        ({"response_format": OBJECT, **SILENT}, "logit_bias", "leaves no token"),
     ],
 )
-def test_a_wrong_format_is_refused_by_name(client: Any, format_: Any, sentence: str) -> None:
+def test_options_that_are_wrong_or_at_odds_are_refused_by_name(
+    client: Any, arguments: dict[str, Any], param: str, sentence: str
+) -> None:
     for stream in (False, True):
-        param, message = refused(client, response_format=format_, stream=stream)
-        assert param == "response_format"
-        assert sentence in message
-
-
-def test_formats_at_odds_with_others_are_refused(client: Any) -> None:
-    format_ = {"type": "json_object"}
-    beams = {"generate_kwargs": {"num_beams": 2, "do_sample": False}}
-    assert "num_beams" in refused(client, response_format=format_, extra_body=beams)[1]
-    endless = {"generate_kwargs": {"eos_token_id": -1}}
-    assert "eos_token_id" in refused(client, response_format=format_, extra_body=endless)[1]
-    nothing = {"generate_kwargs": {"suppress_tokens": list(range(100_000))}}
-    assert "leaves no token" in refused(client, response_format=format_, extra_body=nothing)[1]
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**GREEDY, **arguments, stream=stream)
+        assert isinstance(caught.value.body, dict)
+        assert caught.value.body["param"] == param
+        assert sentence in caught.value.body["message"]

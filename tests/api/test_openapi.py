@@ -48,11 +48,7 @@ def test_every_parameter_is_described_with_an_example_that_is_accepted(document:
     assert schema == generate_kwargs_schema()
     assert set(schema["properties"]) == set(PARAMETERS)
     defaults = ModelDefaults(
-        vocab_size=32064,
-        bos_token_id=1,
-        eos_token_ids=(32000, 32001, 32007),
-        pad_token_id=32000,
-        context_length=4096,
+        vocab_size=32064, bos_token_id=1, eos_token_ids=(32000,), pad_token_id=32000, context_length=4096
     )
     for name, described in schema["properties"].items():
         assert described["description"].endswith(".")

@@ -13,9 +13,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from edge_phi3 import __version__
-from edge_phi3.api import machine_metrics
 from edge_phi3.api.service import Say
 from edge_phi3.pipeline import TextGenerationPipeline
+from edge_phi3.system_resources import gpus
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready, running
 
 PROMETHEUS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"}
@@ -38,29 +38,20 @@ def loading(model_path: Path) -> Iterator[tuple[Running, threading.Event]]:
 
 def test_the_service_answers_while_its_model_loads(loading: tuple[Running, threading.Event]) -> None:
     api, go = loading
-    answers = {path: api.client.get(path) for path in ("/", "/healthz", "/livez", "/readyz", "/version")}
-    assert {path: answer.status_code for path, answer in answers.items()} == {
-        "/": 200,
-        "/healthz": 500,
-        "/livez": 200,
-        "/readyz": 503,
-        "/version": 200,
-    }
+    statuses = {"/": 200, "/healthz": 500, "/livez": 200, "/readyz": 503, "/version": 200, "/metrics/prometheus": 200}
+    answers = {path: api.client.get(path) for path in statuses}
+    assert {path: answer.status_code for path, answer in answers.items()} == statuses
     progress = {"detail": "Downloading the model: 34 %."}
     assert answers["/healthz"].json() == answers["/readyz"].json() == progress
     assert answers["/version"].json()["model"] is None
     refused = api.chat(prompt="a")
     assert (refused.status_code, refused.json()) == (503, progress)
-    assert api.client.get("/metrics/prometheus").status_code == 200
     go.set()
     api.wait_until(lambda: api.client.get("/readyz").status_code == 200)
-    assert api.chat(prompt="a", generate_kwargs=GREEDY).status_code == 200
-
-
-def test_a_ready_service_has_the_original_s_answers(api: Running) -> None:
     assert api.client.get("/").json() == {"message": "Server is running"}
     assert api.client.get("/healthz").json() == {"status": "Healthy"}
     assert api.client.get("/readyz").json() == {"status": "Ready"}
+    assert api.chat(prompt="a", generate_kwargs=GREEDY).status_code == 200
 
 
 def test_a_broken_engine_is_unhealthy_and_not_alive(model_path: Path) -> None:
@@ -95,11 +86,11 @@ def test_text_goes_to_tokens_and_back(api: Running) -> None:
     assert body["sequences"][0][: len(tokens)] == tokens
     plain = api.client.post("/tokenize", json={"text": "<|user|>", "parse_special_tokens": False}).json()["tokens"]
     assert len(plain) > 1
-    text = api.client.post("/detokenize", json={"tokens": tokens}).json()["text"]
-    assert "json.dumps" in text
-    assert "<|user|>" in text
-    text = api.client.post("/detokenize", json={"tokens": tokens, "skip_special_tokens": True}).json()["text"]
-    assert "<|user|>" not in text
+    for skip in (False, True):
+        body = {"tokens": tokens, "skip_special_tokens": skip}
+        text = api.client.post("/detokenize", json=body).json()["text"]
+        assert "json.dumps" in text
+        assert ("<|user|>" in text) is not skip
 
 
 @pytest.mark.parametrize("token", [-1, 10**6, 2**70])
@@ -111,7 +102,7 @@ def test_a_token_that_does_not_exist_is_refused(api: Running, token: int) -> Non
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "text/html,application/xhtml+xml,*/*;q=0.8"])
 def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, accept: str) -> None:
-    if machine_metrics._gpus():
+    if gpus():
         pytest.skip("this machine has a GPU")
     body = api.client.get("/metrics", headers={"accept": accept}).json()
     assert body["gpu_info"] is None
@@ -126,16 +117,16 @@ def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, acce
 def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1024**3
     answers = {
-        "nvmlInit": lambda: None,
-        "nvmlShutdown": lambda: None,
-        "nvmlDeviceGetCount": lambda: 2,
-        "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetName": lambda index: ["GeForce GTX 950", b"A100 MIG"][index],
-        "nvmlDeviceGetMemoryInfo": lambda _: pynvml.c_nvmlMemory_t(total=2 * gib, free=gib, used=gib),
-        "nvmlDeviceGetTemperature": lambda _index, _sensor: 55,
+        "Init": lambda: None,
+        "Shutdown": lambda: None,
+        "DeviceGetCount": lambda: 2,
+        "DeviceGetHandleByIndex": lambda index: index,
+        "DeviceGetName": lambda index: ["GeForce GTX 950", b"A100 MIG"][index],
+        "DeviceGetMemoryInfo": lambda _: pynvml.c_nvmlMemory_t(total=2 * gib, free=gib, used=gib),
+        "DeviceGetTemperature": lambda _index, _sensor: 55,
     }
     for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, answer)
+        monkeypatch.setattr(pynvml, f"nvml{name}", answer)
 
     def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
         if index == 1:
@@ -195,26 +186,21 @@ def test_requests_are_counted(api: Running) -> None:
 
 
 def test_what_has_finished_moves_from_the_cells_to_the_prefix_cache(api: Running) -> None:
-    model = "model_name=random-4k"
-    kept = samples(api)[f"edge_phi3_prefix_cache_tokens{{{model}}}"]
+    def value(name: str) -> float:
+        return samples(api)[f"edge_phi3_{name}{{model_name=random-4k}}"]
+
+    kept = value("prefix_cache_tokens")
     api.chat(prompt="Nobody has asked this before.", generate_kwargs={**GREEDY, "eos_token_id": -1})
-    api.wait_until(lambda: samples(api)[f"edge_phi3_kv_cache_usage_perc{{{model}}}"] == 0)
-    now = samples(api)
-    assert now[f"edge_phi3_prefix_cache_tokens{{{model}}}"] > kept
-    assert now[f"edge_phi3_prefix_cache_bytes{{{model}}}"] > 0
+    api.wait_until(lambda: value("kv_cache_usage_perc") == 0)
+    assert value("prefix_cache_tokens") > kept
+    assert value("prefix_cache_bytes") > 0
 
 
 def test_metrics_take_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
     with ready(loader(model_path), metrics_prefix="vllm:") as api:
         api.chat(prompt="a", generate_kwargs=GREEDY)
         names = {name.partition("{")[0] for name in samples(api)}
-    assert {
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm:kv_cache_usage_perc",
-        "vllm:prompt_tokens_total",
-        "vllm:generation_tokens_total",
-        "vllm:request_success_total",
-        "vllm:time_to_first_token_seconds_bucket",
-        "vllm:e2e_request_latency_seconds_bucket",
-    } <= names
+    gauges = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
+    counters = {"prompt_tokens_total", "generation_tokens_total", "request_success_total"}
+    histograms = {"time_to_first_token_seconds_bucket", "e2e_request_latency_seconds_bucket"}
+    assert {f"vllm:{name}" for name in gauges | counters | histograms} <= names

@@ -9,63 +9,39 @@ import pytest
 
 from tests.api.conftest import Running
 
-BASIC = """curl -X POST "http://<SERVICE>:80/chat" -H "accept: application/json" -H "Content-Type: application/json" \
--d '{"prompt":"YOUR_PROMPT_HERE"}'"""
-
-CHAT_TEMPLATE = """curl -X POST "http://<SERVICE>:80/chat" -H "accept: application/json" \
--H "Content-Type: application/json" \
--d '{"prompt":"<|user|> How to explain Internet for a medieval knight?<|end|><|assistant|>"}'"""
-
-FEW_SHOT = r"""curl -X POST "http://<SERVICE>:80/chat" -H "accept: application/json" \
--H "Content-Type: application/json" \
--d '{"prompt":"<|user|>\nI am going to Paris, what should I see?<|end|>\n<|assistant|>\nParis, the capital of France, \
-is known for its stunning architecture, art museums, historical landmarks, and romantic atmosphere.<|end|>\n<|user|>\n\
-What is so great about #1?<|end|>\n<|assistant|>\n"}'""".replace("\\\n", "")
-
+CURL = """curl -X POST "http://<SERVICE>:80/chat" -H "accept: application/json" -H "Content-Type: application/json" """
 ALL_PARAMETERS = """curl -X POST \\
     -H "accept: application/json" \\
     -H "Content-Type: application/json" \\
     -d '{
-        "prompt":"YOUR_PROMPT_HERE",
-        "return_full_text": false,
-        "clean_up_tokenization_spaces": false,
-        "prefix": null,
-        "handle_long_generation": null,
+        "prompt":"YOUR_PROMPT_HERE", "return_full_text": false, "clean_up_tokenization_spaces": false,
+        "prefix": null, "handle_long_generation": null,
         "generate_kwargs": {
-                "max_length":200,
-                "min_length":0,
-                "do_sample":true,
-                "early_stopping":false,
-                "num_beams":1,
-                "num_beam_groups":1,
-                "diversity_penalty":0.0,
-                "temperature":1.0,
-                "top_k":10,
-                "top_p":1,
-                "typical_p":1,
-                "repetition_penalty":1,
-                "length_penalty":1,
-                "no_repeat_ngram_size":0,
-                "encoder_no_repeat_ngram_size":0,
-                "bad_words_ids":null,
-                "num_return_sequences":1,
-                "output_scores":false,
-                "return_dict_in_generate":false,
-                "forced_bos_token_id":null,
-                "forced_eos_token_id":null,
-                "remove_invalid_values":null
+                "max_length":200, "min_length":0, "do_sample":true, "early_stopping":false, "num_beams":1,
+                "num_beam_groups":1, "diversity_penalty":0.0, "temperature":1.0, "top_k":10, "top_p":1, "typical_p":1,
+                "repetition_penalty":1, "length_penalty":1, "no_repeat_ngram_size":0, "encoder_no_repeat_ngram_size":0,
+                "bad_words_ids":null, "num_return_sequences":1, "output_scores":false, "return_dict_in_generate":false,
+                "forced_bos_token_id":null, "forced_eos_token_id":null, "remove_invalid_values":null
             }
         }' \\
         "http://<SERVICE>:80/chat"
 """
+TOURIST = (
+    r"<|user|>\nI am going to Paris, what should I see?<|end|>\n<|assistant|>\nParis, the capital of France, is known "
+    r"for its stunning architecture, art museums, historical landmarks, and romantic atmosphere.<|end|>\n<|user|>\n"
+    r"What is so great about #1?<|end|>\n<|assistant|>\n"
+)
 
 
 @pytest.mark.parametrize(
     ("command", "echoed"),
     [
-        (BASIC, "YOUR_PROMPT_HERE"),
-        (CHAT_TEMPLATE, "<|user|> How to explain Internet for a medieval knight?<|end|><|assistant|>"),
-        (FEW_SHOT, "<|user|>\nI am going to Paris, what should I see?<|end|>\n<|assistant|>\nParis"),
+        (CURL + """-d '{"prompt":"YOUR_PROMPT_HERE"}'""", "YOUR_PROMPT_HERE"),
+        (
+            CURL + """-d '{"prompt":"<|user|> How to explain Internet?<|end|><|assistant|>"}'""",
+            "<|user|> How to explain",
+        ),
+        (CURL + f"""-d '{{"prompt":"{TOURIST}"}}'""", "<|user|>\nI am going to Paris, what should I see?<|end|>\n"),
         (ALL_PARAMETERS, ""),
     ],
     ids=["basic", "chat template", "few-shot", "all parameters"],

@@ -11,7 +11,7 @@ from typing import Any
 
 from click.testing import CliRunner
 
-from edge_phi3.api.app import create_app
+from edge_phi3.api.app import create_service
 from edge_phi3.cli import app
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of
@@ -124,7 +124,7 @@ def routes() -> frozenset[str]:
     def load(_: object) -> Any:
         raise NotImplementedError
 
-    application = create_app(Settings(), load)
+    application, _ = create_service(Settings(), load)
     inner = next(value for value in vars(application).values() if hasattr(value, "routes"))
     return frozenset(route.path for route in inner.routes)
 

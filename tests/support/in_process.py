@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from edge_phi3.api.access_log import AccessLog
 from edge_phi3.api.app import create_service
+from edge_phi3.api.exchange import Exchanges
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.settings import Settings
 
@@ -37,7 +37,7 @@ class Running:
     client: httpx.Client
     service: Service
     port: int
-    app: AccessLog
+    app: Exchanges
 
     def chat(self, **body: Any) -> httpx.Response:
         """Ask ``/chat``."""

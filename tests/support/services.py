@@ -136,6 +136,7 @@ def serving(folder: Path, *arguments: str, store: Path, command: Sequence[str] =
             stderr=stderr,
             stdout=subprocess.DEVNULL,
             env=os.environ | {"EDGE_PHI3_STORE": str(store)},
+            start_new_session=True,  # so that its children can be told from those of the tests
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)
     try:

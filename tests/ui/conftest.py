@@ -20,15 +20,8 @@ expect.set_options(timeout=1000 * PATIENCE)  # machines may be busy; what is the
 OPTIONS = ("--threads", "1")
 """The browser takes the other core."""
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="package")
@@ -77,11 +70,9 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Playground:
-    """The page, opened.
+    """The page of a service, opened.
 
     Attributes:
-        page: Playwright's own.
-        url: of the service.
         requests: all that the page asked for.
         complaints: errors and warnings of the console, and exceptions.
         refusals_expected: whether a status of 400 or more, which the console counts as an error, is part of the test.
@@ -109,7 +100,7 @@ class Playground:
         return self.page.locator("#curl").text_content() or ""
 
     def note(self, request: Request) -> None:
-        """Remember what the page asks for."""
+        """Remember what the page asks for. Playwright marks its handlers, which `list.append` does not let it."""
         self.requests.append(request)
 
     def open(self) -> None:
@@ -118,7 +109,7 @@ class Playground:
         expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
 
     def put(self, name: str, value: str) -> None:
-        """Return a parameter a value, in its group."""
+        """Give a parameter a value, in its group."""
         control = self.page.locator(f"#parameter-{name}")
         group = self.page.locator("details.group", has=control)
         if group.get_attribute("open") is None:
@@ -129,7 +120,7 @@ class Playground:
             control.fill(value)
 
     def put_all(self, **values: str) -> None:
-        """Return several parameters their values."""
+        """Give several parameters their values."""
         for name, value in values.items():
             self.put(name, value)
 
@@ -156,18 +147,11 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     page = playground.page
     context.on("request", playground.note)
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
-    page.on(
-        "console",
-        lambda line: line.type in {"error", "warning"} and playground.complaints.append(line.text),
-    )
+    page.on("console", lambda line: line.type in {"error", "warning"} and playground.complaints.append(line.text))
     playground.open()
     yield playground
-    complaints = playground.complaints
-    if playground.refusals_expected:
-        complaints = [
-            line for line in complaints if not line.startswith("Failed to load resource: the server responded")
-        ]
-    assert complaints == []
+    refusal = "Failed to load resource: the server responded" if playground.refusals_expected else "\0"
+    assert [line for line in playground.complaints if not line.startswith(refusal)] == []
     assert [request.url for request in playground.requests if not request.url.startswith(f"{url}/")] == []
 
 

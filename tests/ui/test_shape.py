@@ -32,9 +32,9 @@ def overflow(playground: Playground) -> int:
     return playground.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-def lightness(playground: Playground, element: str = "body") -> float:
-    """Return how light an element's background is, from 0 to 255."""
-    colour = playground.page.locator(element).evaluate("node => getComputedStyle(node).backgroundColor")
+def lightness(playground: Playground) -> float:
+    """Return how light the page's background is, from 0 to 255."""
+    colour = playground.page.locator("body").evaluate("node => getComputedStyle(node).backgroundColor")
     red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
     return (red + green + blue) / 3
 
@@ -79,15 +79,16 @@ def test_no_width_scrolls_sideways(playground: Playground, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_system_s_scheme_is_followed_until_another_is_chosen(browser: Browser, server: Server, scheme: str) -> None:
+    is_dark = scheme == "dark"
     with browser.new_context(color_scheme=scheme) as context:
         for playground in watched(context, server.url):
-            is_dark = scheme == "dark"
+            change = playground.page.get_by_role("button", name="Light or dark")
             assert (lightness(playground) < 60) is is_dark
-            playground.page.get_by_role("button", name="Light or dark").click()
+            change.click()
             assert (lightness(playground) < 60) is not is_dark
             playground.open()
             assert (lightness(playground) < 60) is not is_dark
-            playground.page.get_by_role("button", name="Light or dark").click()
+            change.click()
             assert (lightness(playground) < 60) is is_dark
 
 

@@ -16,19 +16,19 @@ from litestar import Response
 from litestar.types import Receive
 from msgspec import Struct
 
+from edge_phi3.api.errors import detail_of, openai_error, status_code_of
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
-from edge_phi3.api.openai.errors import error_body
-from edge_phi3.api.openai.logprobs import ShownTokens, shown_tokens
 from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails, SamplingFields
-from edge_phi3.api.openai.stops import StopTrimmer, trim
+from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
 from edge_phi3.engine.token_offsets import PlacedLogprobs
-from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TokenDelta
+from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
 
 Reason = Literal["stop", "length"]
 Tokens = list[PlacedLogprobs] | None
+UsageField = CompletionUsage | msgspec.UnsetType | None
 
 _encode = msgspec.json.Encoder().encode
 
@@ -79,18 +79,17 @@ class Answer(abc.ABC):
         """Return the answer in one body."""
 
     @abc.abstractmethod
-    def chunk(self, choices: list[Any], usage: CompletionUsage | msgspec.UnsetType | None) -> Struct:
+    def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
         """Return a chunk of a stream."""
 
-    async def respond(self, receive: Receive) -> Response[Any]:
+    async def respond(self, receive: Receive) -> EventStream | Response[Any]:
         """Return the response; the client that `receive` listens to may leave before."""
         if self._streamed:
-            return EventStream(self.events(), lambda error: event(_encode(error_body(error))))
+            return EventStream(self._events(), _failure_event)
         async with cancelled_when_client_leaves(receive):
-            return Response(await self.whole())
+            return Response(await self._whole())
 
-    async def whole(self) -> Struct:
-        """Run all prompts to their ends, and return the answer in one body."""
+    async def _whole(self) -> Struct:
         request_id = self._exchange.request_id
         tasks = [asyncio.create_task(self._service.generate(prepared, request_id)) for prepared in self._prepared]
         try:
@@ -100,15 +99,17 @@ class Answer(abc.ABC):
         self._exchange.output = outputs[0]
         choices: list[Struct] = []
         for prepared, output in zip(self._prepared, outputs, strict=True):
-            logprobs = output.logprobs or itertools.repeat(None)
-            for text, reason, placed in zip(output.texts, output.finish_reasons, logprobs, strict=False):
-                shown, stopped = trim(text[len(prepared.lead) :], self._stops)
-                tokens = None if placed is None else shown_tokens(placed, shown)
-                text_shown, reason_shown = prepared.lead + shown, _finish_reason(reason, stopped=stopped)
-                choices.append(self.choice(len(choices), text_shown, reason_shown, tokens))
+            for index, (text, reason) in enumerate(zip(output.texts, output.finish_reasons, strict=True)):
+                shown = ShownText(self._stops)
+                text_shown = prepared.lead + shown.push(text[len(prepared.lead) :], last=True)
+                tokens = None
+                if output.logprobs is not None:
+                    shown.push_tokens(output.logprobs[index])
+                    tokens = shown.tokens()
+                choices.append(self.choice(len(choices), text_shown, _finish_reason(reason, shown), tokens))
         return self.body(choices, _usage_of(outputs))
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    async def _events(self) -> AsyncGenerator[bytes, None]:
         """Yield the answer in chunks, those of several prompts as they come."""
         streams, first = [], 0
         for prepared in self._prepared:
@@ -123,30 +124,28 @@ class Answer(abc.ABC):
 
     async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of one prompt; `first` is the index of its first choice."""
-        trimmers = [StopTrimmer(self._stops) for _ in range(prepared.config.num_return_sequences)]
-        tokens = [ShownTokens() for _ in trimmers]
+        choices = [ShownText(self._stops) for _ in range(prepared.config.num_return_sequences)]
 
         def pieces_of(item: TextDelta | GenerationOutput) -> Iterator[Struct]:
-            if isinstance(item, TokenDelta):
-                tokens[item.index].push(item.placed)
             if isinstance(item, TextDelta):
-                yield from shown(item.index, trimmers[item.index].push(item.text))
+                choices[item.index].push_tokens(item.placed)
+                yield from piece_of(item.index, choices[item.index].push(item.text))
                 return
-            for index, (trimmer, reason) in enumerate(zip(trimmers, item.finish_reasons, strict=True)):
+            for index, (choice, reason) in enumerate(zip(choices, item.finish_reasons, strict=True)):
                 whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
-                yield from shown(index, trimmer.push(whole) + trimmer.finish())
-                yield self.piece(first + index, "", _finish_reason(reason, stopped=trimmer.stopped))
+                yield from piece_of(index, choice.push(whole, last=True))
+                yield self.piece(first + index, "", _finish_reason(reason, choice))
             self._outputs.append(item)
             if len(self._outputs) == len(self._prepared):
                 self._exchange.output = self._outputs[0]
 
-        def shown(index: int, text: str) -> Iterator[Struct]:
+        def piece_of(index: int, text: str) -> Iterator[Struct]:
             if text:
-                placed = None if prepared.config.top_logprobs is None else tokens[index].show(text)
-                yield self.piece(first + index, text, tokens=placed)
+                tokens = None if prepared.config.top_logprobs is None else choices[index].tokens()
+                yield self.piece(first + index, text, tokens=tokens)
 
         waiting: list[Struct | None] = []
-        for index in range(first, first + len(trimmers)):
+        for index in range(first, first + len(choices)):
             waiting += [self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None]
         async with self._service.stream(prepared, self._exchange.request_id) as steps:
             async for items in steps:
@@ -159,18 +158,16 @@ class Answer(abc.ABC):
         return event(_encode(self.chunk([piece], None if self._usage else msgspec.UNSET)))
 
 
-def _finish_reason(reason: str, *, stopped: bool) -> Reason:
-    """Return OpenAI's word for what ended a sequence.
+def _failure_event(error: Exception) -> bytes:
+    return event(_encode(openai_error(detail_of(error), status_code_of(error))))
 
-    Args:
-        reason: the engine's word.
-        stopped: whether a stop text was met in what was generated.
-    """
-    return "stop" if stopped or reason in {"stop", "stop_string"} else "length"
+
+def _finish_reason(reason: str, shown: ShownText) -> Reason:
+    """Return OpenAI's word for the engine's reason, where no stop text ended what is shown before."""
+    return "stop" if shown.stopped or reason in {"stop", "stop_string"} else "length"
 
 
 def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:
-    """Return the sums of the tokens of generations."""
     prompt = sum(output.prompt_tokens for output in outputs)
     completion = sum(output.completion_tokens for output in outputs)
     cached = sum(output.cached_tokens for output in outputs)
