@@ -169,14 +169,6 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, .
     assert words in " ".join(result.stderr.split())
 
 
-def test_a_file_that_is_no_phi_3_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF" + b"\0" * 100)
-    result = edge_phi3("fit", str(path))
-    assert result.returncode == 1
-    assert str(path) in result.stderr
-
-
 def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edge_phi3 import system_resources
 
