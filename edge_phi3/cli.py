@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from edge_phi3.commands.errors import WrongUsageError
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.errors import EdgePhi3Error, WrongUsageError
 from edge_phi3.version import __version__
 
 VERBS: Mapping[str, str] = {

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_phi3.catalog.reference import LocalGguf, parse_reference
-from edge_phi3.commands.errors import WrongUsageError
+from edge_phi3.errors import WrongUsageError
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import devices
 from edge_phi3.planning.budget import Memory

@@ -68,8 +68,9 @@ def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
     model.close()
 
 
-def test_size_licence_and_languages(checkpoint: Path) -> None:
+def test_size_licence_languages_window_and_rope(checkpoint: Path, edit: Edit) -> None:
     (checkpoint / "README.md").write_text(CARD, encoding="utf-8")
+    edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
     keys = converted(checkpoint)
     assert keys["general.type"] == "model"
     assert keys["general.size_label"] == "133K"
@@ -77,6 +78,7 @@ def test_size_licence_and_languages(checkpoint: Path) -> None:
     assert keys["general.license.link"] == "https://example.org/LICENSE"
     assert keys["general.languages"] == ["en"]
     assert keys["general.tags"] == ["nlp", "code"]
+    assert (keys["phi3.attention.sliding_window"], keys["phi3.rope.freq_base"]) == (0, 25000.5)
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: {a: b}\ntags: 3\n---\n", "no card", ""])
@@ -101,14 +103,6 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
         assert keys["general.source.huggingface.revision"] == revision
     elsewhere = Path(shutil.copytree(pristine, tmp_path / "phi-3"))
     assert not any(key.startswith("general.source") for key in converted(elsewhere))
-
-
-def test_the_sliding_window_and_the_rope_are_the_checkpoints(checkpoint: Path, edit: Edit) -> None:
-    assert converted(checkpoint)["phi3.attention.sliding_window"] == 2047
-    edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
-    keys = converted(checkpoint)
-    assert keys["phi3.attention.sliding_window"] == 0
-    assert keys["phi3.rope.freq_base"] == 25000.5
 
 
 def test_llama_cpp_ends_on_every_token_of_the_generation_config(checkpoint: Path) -> None:
