@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from edge_phi3.commands.errors import WrongUsageError
-from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.errors import EdgePhi3Error, WrongUsageError
 from edge_phi3.version import __version__
 
 VERBS: Mapping[str, str] = {
@@ -37,7 +36,7 @@ class _Verb(click.RichCommand):
     """Stands for a verb until it is called."""
 
     def load(self) -> click.RichCommand:
-        """Import the verb's module and give its command."""
+        """Import the verb's module and return its command."""
         module = importlib.import_module(f"edge_phi3.commands.{self.name}")
         command: click.RichCommand = module.command
         return command
@@ -51,11 +50,11 @@ class _Verbs(click.RichGroup):
     """The verbs, and the one place where errors become exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Give the names of the verbs."""
+        """Return the names of the verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
-        """Give a verb."""
+        """Return a verb."""
         return _Verb(name=cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,19 +81,19 @@ def app() -> None:
 def main() -> None:
     """Run the command line; results go to stdout, everything else to stderr."""
     if sys.argv[1:2] == ["serve"]:
-        # Until the server takes the signals over there is nothing to finish, and afterwards nothing left.
+        # Until the server takes the signals over there is nothing to finish, and afterwards nothing left; a stop that
+        # was asked for is no failure.
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
     else:
+        # As with Ctrl-C, a verb removes what it has not finished.
         signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="edge-phi3")
 
 
 def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    """End a service that serves nothing: a stop that was asked for is no failure."""
     os._exit(0)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    """End a verb as Ctrl-C does, so that it removes what it has not finished."""
     raise SystemExit(TERMINATED)

@@ -23,3 +23,7 @@ class InternalError(EdgePhi3Error):
 
     def __init__(self, detail: str = "The request met an error inside the service; its log tells more.") -> None:
         super().__init__(detail)
+
+
+class WrongUsageError(EdgePhi3Error):
+    """The command was called in a way that it cannot be: exit code 2."""

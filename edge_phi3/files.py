@@ -18,8 +18,6 @@ from edge_phi3.errors import EdgePhi3Error
 PARTIAL_SUFFIX = ".partial"
 """How the temporary name of an unfinished file ends. What carries it may be deleted at any time."""
 
-_CHUNK = 1 << 20
-
 
 class OutputExistsError(EdgePhi3Error):
     """The output path exists and overwriting was not asked for."""
@@ -31,29 +29,22 @@ class DiskFullError(EdgePhi3Error):
 
 @contextlib.contextmanager
 def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to, and rename it to `path` when the block ends without an error.
+    """Yield a temporary path to write to, and rename it to `path` when the block ends without an error.
 
     The temporary file lies in the folder of `path`, so that the rename is atomic. On any error, `KeyboardInterrupt`
     included, it is deleted and `path` is left as it was. The content is fsynced before the rename and the folder
     after it, so that a power cut leaves the old file or the new one.
 
-    Args:
-        path: where the file will be; its folder is made when absent.
-        force: replace `path` when it exists.
-
-    Yields:
-        The temporary path. The block creates the file.
-
     Raises:
         OutputExistsError: `path` exists and `force` is false (asked before and after the block).
     """
-    _refuse_existing(path, force=force)
+    refuse_existing(path, force=force)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
     try:
         yield temporary
         _fsync(temporary)
-        _refuse_existing(path, force=force)
+        refuse_existing(path, force=force)
         temporary.replace(path)
         _fsync(path.parent)
     finally:
@@ -64,9 +55,7 @@ def atomic_output(path: Path, *, force: bool = False) -> Iterator[Path]:
 def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock file while the block runs; the system frees it when the process ends, however it ends.
 
-    Args:
-        path: the lock file; its folder is made when absent.
-        waiting: called before it waits for another process.
+    `waiting` is called before it waits for another process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
@@ -82,16 +71,10 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def require_space(folder: Path, needed: int, what: str, elsewhere: str = "choose another folder") -> None:
-    """Refuse what a disk cannot hold, before it is begun.
-
-    Args:
-        folder: on the disk.
-        needed: bytes, about.
-        what: what takes them.
-        elsewhere: what to do beside freeing space.
+    """Refuse what a folder's disk cannot hold, before it is begun; `elsewhere` is what to do beside freeing space.
 
     Raises:
-        DiskFullError: fewer bytes are free.
+        DiskFullError: fewer bytes are free than needed.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -102,15 +85,17 @@ def require_space(folder: Path, needed: int, what: str, elsewhere: str = "choose
 
 
 def sha256_of(path: Path) -> str:
-    """Give the SHA-256 of a file's bytes in lower-case hexadecimal, reading a mebibyte at a time."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file's bytes in lower-case hexadecimal."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_existing(path: Path, *, force: bool) -> None:
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Refuse a folder, and a file that may not be replaced.
+
+    Raises:
+        OutputExistsError: `path` is one of them.
+    """
     if path.is_dir():
         raise OutputExistsError(f"{path} is a folder; give the name of a file to write.")
     if path.exists() and not force:

@@ -14,16 +14,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU, or a slice of one.
+    """A GPU, or a slice of one: its place on the PCI bus, its name, and the bytes of its memory.
 
-    Attributes:
-        index: its place in NVML's order, which is that of the PCI bus.
-        name: as NVIDIA calls it.
-        total: bytes of its memory.
-        used: those that are taken.
-        free: those that are left.
-        load: per cent of the last moments in which it worked; None when it cannot tell, as slices (MIG, vGPU).
-        temperature: degrees Celsius, None when it cannot tell.
+    `load` is the per cent of the last moments in which it worked, `temperature` is in degrees Celsius; each is None
+    when it cannot tell, as slices (MIG, vGPU) cannot of their load.
     """
 
     index: int

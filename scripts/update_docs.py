@@ -1,48 +1,150 @@
-"""Write the tables of docs/parameters.md and docs/cli.md from the code that they describe.
+"""Write what follows from the code: tables in docs/, and the Helm chart's table of values and schema.
 
 Usage: python scripts/update_docs.py [--check]
+
+The tables of docs/ are made from the code that they describe. The chart's table is made from values.yaml, whose
+comments stand above the values that they describe. The schema of the service's options is made from
+`edge_phi3.settings`, and that of quantisations from the list that `edge-phi3 quantize` knows, so that a wrong option
+fails when a release is installed.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import operator
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import yaml
+
+from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
 from edge_phi3.generation import reference
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import to_markdown
+from edge_phi3.settings_text import key_of, to_markdown
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+CHART = "helm/edge-phi3"
 BEGIN, END = "<!-- made by scripts/update_docs.py -->", "<!-- end of what is made -->"
 
-PAGES: Final[Mapping[str, Callable[[], str]]] = {
-    "parameters.md": reference.markdown,
-    "cli.md": lambda: to_markdown(Settings),
+SET_BY_THE_CHART = frozenset({"model", "quant", "store", "port", "grace_period", "api_key", "api_key_file"})
+"""Options that other values of the chart give, or that its objects rely on."""
+
+_KEY = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?P<rest>.*)")
+
+
+def rows(text: str) -> Iterator[tuple[str, Any, str]]:
+    """Return the path, default and description of each value that has a comment, in the file's order.
+
+    Raises:
+        SystemExit: a value has no comment, nor has the map that it is in.
+    """
+    values = yaml.safe_load(text)
+    comment: list[str] = []
+    parents: list[str] = []
+    described: str | None = None
+    for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            comment.append(line.lstrip()[1:].strip())
+        elif match := _KEY.fullmatch(line):
+            depth = len(match["indent"]) // 2
+            parents[depth:] = [match["key"]]
+            path = ".".join(parents)
+            if described is not None and path.startswith(described + "."):
+                continue
+            described = None
+            value = functools.reduce(operator.getitem, parents, values)
+            if comment:
+                described = path
+                yield path, value, " ".join(comment)
+            elif not isinstance(value, dict) or match["rest"]:
+                raise SystemExit(f"{path} in values.yaml has no comment above it.")
+            comment = []
+        elif not line.strip():
+            comment = []
+
+
+def table(text: str) -> str:
+    """Return the table of values as Markdown."""
+    lines = ["| value | default | what it is |", "| --- | --- | --- |"]
+    for path, default, description in rows(text):
+        shown = json.dumps(default, ensure_ascii=False).replace("|", "\\|")
+        lines.append(f"| `{path}` | `{shown}` | {description.replace('|', '&#124;')} |")
+    return "\n".join(lines)
+
+
+def options_schema() -> dict[str, Any]:
+    """Return the JSON schema of ``serve.options``: the service's flags, each with its type and range."""
+    described = Settings.model_json_schema()["properties"]
+    properties = {key_of(name): _flag_schema(described[name]) for name in described if name not in SET_BY_THE_CHART}
+    return {
+        "type": "object",
+        "description": "Options of `edge-phi3 serve`, by flag.",
+        "additionalProperties": False,
+        "properties": dict(sorted(properties.items())),
+    }
+
+
+def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
+    taken = [{key: kind[key] for key in _KEPT if key in kind} for kind in kinds]
+    for kind in taken:
+        if kind["type"] == "array":
+            # A repeatable flag: the service reads each text as it reads it from the command line.
+            kind["items"] = {"type": "string", "minLength": 1}
+    schema = taken[0] if len(taken) == 1 else {"anyOf": taken}
+    return {"description": field["description"], **schema}
+
+
+_KEPT = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
+
+
+def updated_schema(text: str) -> str:
+    """Return values.schema.json with the parts that follow from the service."""
+    schema = json.loads(text)
+    schema["properties"]["serve"]["properties"]["options"] = options_schema()
+    schema["properties"]["model"]["properties"]["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def between_marks(make: Callable[[], str], text: str) -> str:
+    """Return a page with what stands between its two marks made anew."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{make()}\n\n{END}{after}"
+
+
+PAGES: Final[Mapping[str, Callable[[str], str]]] = {
+    "docs/parameters.md": functools.partial(between_marks, reference.markdown),
+    "docs/cli.md": functools.partial(between_marks, lambda: to_markdown(Settings)),
+    f"{CHART}/README.md": functools.partial(
+        between_marks, lambda: table((ROOT / CHART / "values.yaml").read_text(encoding="utf-8"))
+    ),
+    f"{CHART}/values.schema.json": updated_schema,
 }
-"""What stands between the two marks of each page."""
+"""How each file is brought up to date."""
 
 
 def updated(name: str) -> str:
-    """Return a page with its tables made anew."""
-    before, rest = (DOCS / name).read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{PAGES[name]()}\n\n{END}{after}"
+    """Return a file as it should be."""
+    return PAGES[name]((ROOT / name).read_text(encoding="utf-8"))
 
 
 def main() -> int:
-    """Update the pages, or with ``--check`` return 1 when one is out of date."""
+    """Update the files, or with ``--check`` return 1 when one is out of date."""
     check, stale = "--check" in sys.argv[1:], False
     for name in PAGES:
-        page, text = DOCS / name, updated(name)
-        if page.read_text(encoding="utf-8") == text:
+        text = updated(name)
+        if (ROOT / name).read_text(encoding="utf-8") == text:
             continue
         stale = True
         print(f"{name} {'is out of date; run scripts/update_docs.py' if check else 'was updated'}.")
         if not check:
-            with atomic_output(page, force=True) as temporary:
+            with atomic_output(ROOT / name, force=True) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return 1 if check and stale else 0
 

@@ -157,5 +157,5 @@ def test_the_troubleshooting_page_quotes_sentences_of_the_code() -> None:
 
 @pytest.mark.parametrize("name", update_docs.PAGES)
 def test_what_is_made_from_the_code_is_up_to_date(name: str) -> None:
-    page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    page = (ROOT / name).read_text(encoding="utf-8")
     assert page == update_docs.updated(name), "run python scripts/update_docs.py"

@@ -51,19 +51,21 @@ def terminal() -> tuple[Console, io.StringIO]:
 
 def test_bars_show_title_amount_and_detail() -> None:
     console, written = terminal()
-    with RichProgress(console) as bars:
-        with bars.step("Quantising x", 2000) as step:
+    shown = RichProgress(console)
+    with shown.bars as bars:
+        with shown.step("Quantising x", 2000) as step:
             step.update(500, detail="blk.0.ffn_up.weight")
             bars.refresh()
             step.update(1500, 3000)
-        bars.note("Half [way] there.")
+        shown.note("Half [way] there.")
     for text in ("Quantising x", "0.5/2.0 kB", "1.5/3.0 kB", "blk.0.ffn_up.weight", "Half [way] there."):
         assert text in written.getvalue()
 
 
 def test_the_bar_of_a_failed_step_goes_away() -> None:
-    with RichProgress(terminal()[0]) as bars:
-        with pytest.raises(ValueError, match="no"), bars.step("Converting x", 10):
+    shown = RichProgress(terminal()[0])
+    with shown.bars as bars:
+        with pytest.raises(ValueError, match="no"), shown.step("Converting x", 10):
             raise ValueError("no")
         assert bars.tasks == []
 
@@ -87,6 +89,16 @@ def test_stderr_gets_bars_when_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(reporter, RichProgress)
         step.update(10)
     assert "Downloading y" in written.getvalue()
+
+
+def test_where_the_work_is_is_said_in_sentences() -> None:
+    said: list[str] = []
+    reporter = SilentProgress()
+    reporter.say = said.append
+    with reporter.step("Converting") as step:
+        step.update(1)
+        step.update(2, 8)
+    assert said == ["Converting.", "Converting.", "Converting: 25 %."]
 
 
 def test_silence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,23 +7,17 @@ run goes on from there.
 from __future__ import annotations
 
 import datetime as dt
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_phi3.catalog.listing import RemoteFile, Snapshot, gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
-    FileRecord,
-    Manifest,
-    all_tool_versions,
-    record,
-    write_manifest,
-)
+from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
+from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, write_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
+from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space
@@ -32,8 +26,9 @@ from edge_phi3.version import __version__
 
 # These take longer to import than all the rest of a start that finds its model in the store.
 if TYPE_CHECKING:
-    from edge_phi3.conversion.convert import SourceInfo
+    from edge_phi3.catalog.hub import Repository
     from edge_phi3.conversion.journey import Stop
+    from edge_phi3.conversion.metadata import SourceInfo
 
 STORE_VARIABLE = "EDGE_PHI3_STORE"
 
@@ -50,84 +45,24 @@ class CatalogError(EdgePhi3Error):
     """A model that cannot be had: no network, a store that cannot be written, a type that needs a matrix."""
 
 
-class Repository:
-    """A repository of the Hub at one commit.
-
-    Raises:
-        UnreachableError: the Hub cannot be asked.
-        HubError: there is no such repository or revision, or it may not be seen.
-    """
-
-    def __init__(self, wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> None:
-        from edge_phi3.catalog.hub import Hub  # noqa: PLC0415 (see above)
-
-        self._hub = Hub(progress)
-        self.snapshot: Snapshot = self._hub.snapshot(wanted.repository, wanted.revision)
-
-    def fetch(self, files: Sequence[RemoteFile], folder: Path) -> list[FileRecord]:
-        """Download files, but for those that are there: they get their names once they have been checked."""
-        targets = [(file, folder / Path(file.name).name) for file in files]
-        return [
-            record(target) if target.exists() else self._hub.download(self.snapshot, file, target)
-            for file, target in targets
-        ]
-
-    def fetch_checkpoint(self, folder: Path, outputs: Sequence[str | None], elsewhere: str) -> SourceInfo:
-        """Download what is missing of a checkpoint.
-
-        Args:
-            folder: where the files go.
-            outputs: the types of the files that will be made of it, None for its own: the disk must hold them all.
-            elsewhere: what to do when it does not, beside freeing space.
-
-        Raises:
-            HubError: the repository holds no checkpoint, or the Hub does not give it.
-            DiskFullError: the disk has no room.
-        """
-        from edge_phi3.conversion.convert import SourceInfo  # noqa: PLC0415 (see above)
-
-        self.fetch(small_files(self.snapshot), folder)
-        files = weight_files(self.snapshot, folder)
-        missing = [file for file in files if not (folder / file.name).exists()]
-        if missing:
-            weights, bits = sum(file.size or 0 for file in files), _bits_of(folder)
-            made = sum(weights * (QUANTIZATION_TYPES[kind].bits_per_weight if kind else bits) for kind in outputs)
-            arrived = sum(path.stat().st_size for path in folder.glob(f"*.safetensors{PARTIAL_SUFFIX}"))
-            needed = sum(file.size or 0 for file in missing) - arrived + int(made / bits)
-            require_space(folder, needed, f"{self.snapshot.repository} and what is made of it", elsewhere)
-        self.fetch(missing, folder)
-        return SourceInfo(self.snapshot.repository, self.snapshot.commit)
-
-
 class Build:
-    """One making of the models of one reference, whose shelf the caller has locked.
-
-    Args:
-        shelf: the folder of all quantisations of the model.
-        wanted: what to make.
-        progress: told of each step.
-        keep: keep the checkpoint and the unquantised file.
+    """One making of the models of one reference, whose shelf the caller has locked; `keep` what is made on the way.
 
     Raises:
-        UnreachableError, HubError: see `Repository`.
+        UnreachableError, HubError: the Hub does not give what is asked for.
     """
 
     def __init__(
         self, shelf: Path, wanted: LocalCheckpoint | HubCheckpoint | HubGguf, progress: ProgressReporter, *, keep: bool
     ) -> None:
         self._shelf, self._wanted, self._progress, self._keep = shelf, wanted, progress, keep
-        self._repository = None if isinstance(wanted, LocalCheckpoint) else Repository(wanted, progress)
+        self._repository = None if isinstance(wanted, LocalCheckpoint) else _repository(wanted, progress)
         self._commit = self._repository.snapshot.commit if self._repository else None
 
     def make(self, found: Mapping[Path, Manifest | None], *, refresh: bool) -> dict[Path, Manifest]:
-        """Make the models that are not there.
+        """Make the models that are not there, and with `refresh` those of another commit; return all manifests.
 
-        Args:
-            found: each model's folder, called as its quantisation if it has one, and its manifest if it is there.
-            refresh: also make again what is of another commit than the revision is now.
-
-        Returns:
-            The manifests of all.
+        `found` has each model's folder, called as its quantisation if it has one, and its manifest if it is there.
         """
         whole = {
             folder: manifest
@@ -171,7 +106,9 @@ class Build:
         for folder in sorted(folders, key=lambda folder: folder.name in _DIRECT):
             groups.setdefault(folder.name.lower() if folder.name in _DIRECT else "auto", []).append(folder)
         outputs = [*(folder.name for folder in folders), *([None] if "auto" in groups else [])]
-        checkpoint, source = _checkpoint(wanted, self._repository, work / "checkpoint", outputs, _ELSEWHERE)
+        checkpoint, source = wanted.path if isinstance(wanted, LocalCheckpoint) else work / "checkpoint", None
+        if self._repository is not None:
+            source = fetch_checkpoint(self._repository, checkpoint, outputs, _ELSEWHERE)
         journey = Journey(work, _short(wanted), self._progress, elsewhere=_ELSEWHERE)
         made: dict[Path, Manifest] = {}
         for outtype, group in groups.items():
@@ -202,7 +139,7 @@ class Build:
             quant=quant,
             files=files,
             made_from=made_from,
-            tools=all_tool_versions(),
+            tools=tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")},
             created=dt.datetime.now(dt.UTC),
         )
         write_manifest(folder, manifest)
@@ -221,7 +158,7 @@ def make_files(
 ) -> list[Stop]:
     """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too.
 
-    See `edge_phi3.conversion.journey.run_journey`.
+    The folder is locked meanwhile. See `Journey.run` for what is made, and with which matrix.
 
     Raises:
         HubError: the Hub does not give what is asked for.
@@ -234,26 +171,47 @@ def make_files(
     with locked(
         output_dir / LOCK_NAME, lambda: progress.note(f"Another process works in {output_dir}; waiting for it.")
     ):
-        repository = Repository(wanted, progress) if isinstance(wanted, HubCheckpoint) else None
-        folder = output_dir / f"checkpoint-{repository.snapshot.commit[:12] if repository else ''}"
-        outputs = [None, *(type_.name for type_ in types)]
-        checkpoint, source = _checkpoint(wanted, repository, folder, outputs, ELSEWHERE)
+        source = None
+        if isinstance(wanted, LocalCheckpoint):
+            checkpoint = wanted.path
+        else:
+            repository = _repository(wanted, progress)
+            checkpoint = output_dir / f"checkpoint-{repository.snapshot.commit[:12]}"
+            source = fetch_checkpoint(repository, checkpoint, [None, *(type_.name for type_ in types)], ELSEWHERE)
         journey = Journey(output_dir, _short(wanted), progress, threads=threads)
         return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
 
 
-def _checkpoint(
-    wanted: LocalCheckpoint | HubCheckpoint,
-    repository: Repository | None,
-    folder: Path,
-    outputs: Sequence[str | None],
-    elsewhere: str,
-) -> tuple[Path, SourceInfo | None]:
-    """Return where a checkpoint is on this machine, and where it is from; one of the Hub comes into `folder`."""
-    if isinstance(wanted, LocalCheckpoint):
-        return wanted.path, None
-    assert repository is not None
-    return folder, repository.fetch_checkpoint(folder, outputs, elsewhere)
+def fetch_checkpoint(repository: Repository, folder: Path, outputs: Sequence[str | None], elsewhere: str) -> SourceInfo:
+    """Download what is missing of a checkpoint.
+
+    The disk must hold the `outputs` too, files of these types made of it, None for its own type; `elsewhere` is what
+    to do when it does not, beside freeing space.
+
+    Raises:
+        HubError: the repository holds no checkpoint, or the Hub does not give it.
+        DiskFullError: the disk has no room.
+    """
+    from edge_phi3.conversion.metadata import SourceInfo  # noqa: PLC0415 (see above)
+
+    snapshot = repository.snapshot
+    repository.fetch(small_files(snapshot), folder)
+    files = weight_files(snapshot, folder)
+    missing = [file for file in files if not (folder / file.name).exists()]
+    if missing:
+        weights, bits = sum(file.size or 0 for file in files), _bits_of(folder)
+        made = sum(weights * (QUANTIZATION_TYPES[kind].bits_per_weight if kind else bits) for kind in outputs)
+        arrived = sum(path.stat().st_size for path in folder.glob(f"*.safetensors{PARTIAL_SUFFIX}"))
+        needed = sum(file.size or 0 for file in missing) - arrived + int(made / bits)
+        require_space(folder, needed, f"{snapshot.repository} and what is made of it", elsewhere)
+    repository.fetch(missing, folder)
+    return SourceInfo(snapshot.repository, snapshot.commit)
+
+
+def _repository(wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> Repository:
+    from edge_phi3.catalog.hub import Repository  # noqa: PLC0415 (see above)
+
+    return Repository(wanted.repository, wanted.revision, progress)
 
 
 def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:

@@ -11,9 +11,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import huggingface_hub
 from huggingface_hub import HfApi, hf_hub_url
@@ -32,7 +31,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
-from edge_phi3.catalog.manifest import FileRecord
+from edge_phi3.catalog.manifest import FileRecord, record
 from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
 from edge_phi3.progress import ProgressReporter, Step
 from edge_phi3.version import __version__
@@ -54,30 +53,31 @@ class _DamagedError(Exception):
     """A download that is worth another attempt; the text goes on a sentence that begins with the file's name."""
 
 
-class Hub:
-    """The Hub, or the mirror that `HF_ENDPOINT` names, with the token of `HF_TOKEN` or of ``hf auth login``."""
+class Repository:
+    """A repository of the Hub, or of the mirror that `HF_ENDPOINT` names, at the commit that a revision is now.
 
-    def __init__(self, progress: ProgressReporter) -> None:
-        """Read the environment: `HF_ENDPOINT`, `HF_HUB_OFFLINE` (and, at each request, `HF_TOKEN`)."""
+    The token is that of `HF_TOKEN` or of ``hf auth login``.
+
+    Attributes:
+        endpoint: the URL of the Hub.
+        snapshot: the commit, and which files it has.
+
+    Raises:
+        UnreachableError: the Hub cannot be asked.
+        HubError: there is no such repository or revision, or it may not be seen.
+    """
+
+    def __init__(self, name: str, revision: str, progress: ProgressReporter) -> None:
         # huggingface_hub reads these when it is imported, which may be long before a test or a program sets them.
         self.endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in huggingface_hub.constants.ENV_VARS_TRUE_VALUES
-        self.offline = offline or huggingface_hub.is_offline_mode()
-        self._progress = progress
-
-    def snapshot(self, repository: str, revision: str) -> Snapshot:
-        """Ask which commit a revision is, and which files it has.
-
-        Raises:
-            UnreachableError: the Hub cannot be asked.
-            HubError: there is no such repository or revision, or it may not be seen.
-        """
-        if self.offline:
+        if offline or huggingface_hub.is_offline_mode():
             raise UnreachableError("HF_HUB_OFFLINE is set")
+        self._name, self._revision, self._progress = name, revision, progress
         api = HfApi(endpoint=self.endpoint, library_name="edge-phi3", library_version=__version__)
-        with self._sentences(repository, revision, None):
+        with self._sentences(None):
             try:
-                info = api.model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+                info = api.model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 if isinstance(error, HfHubHTTPError):
                     raise
@@ -91,35 +91,40 @@ class Hub:
             for sibling in info.siblings or []
         }
         if info.sha is None or not files:
-            raise HubError(f"{self.endpoint} lists no files for {repository}; check the name and HF_ENDPOINT.")
-        return Snapshot(repository, info.sha, files)
+            raise HubError(f"{self.endpoint} lists no files for {name}; check the name and HF_ENDPOINT.")
+        self.snapshot = Snapshot(name, info.sha, files)
 
-    def download(self, snapshot: Snapshot, file: RemoteFile, target: Path) -> FileRecord:
-        """Download a file to `target`, from where an earlier attempt stopped, and check it against the listing.
+    def fetch(self, files: Iterable[RemoteFile], folder: Path) -> list[FileRecord]:
+        """Download what `folder` lacks of some files: they get their names once they have been checked.
 
         Raises:
             UnreachableError: the network went away; what has arrived stays for the next time.
-            HubError: the file may not be read, is gone, or arrives damaged again and again.
+            HubError: a file may not be read, is gone, or arrives damaged again and again.
         """
+        targets = [(file, folder / Path(file.name).name) for file in files]
+        return [record(target) if target.exists() else self._download(file, target) for file, target in targets]
+
+    def _download(self, file: RemoteFile, target: Path) -> FileRecord:
+        """Download a file, from where an earlier attempt stopped, and check it against the listing."""
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + PARTIAL_SUFFIX)
         with (
             self._progress.step(f"Downloading {file.name}", file.size) as step,
-            self._sentences(snapshot.repository, snapshot.commit, file.name),
+            self._sentences(file.name),
             self._notes(),
         ):
-            digest = self._complete(snapshot, file, partial, step)
+            digest = self._complete(file, partial, step)
             with partial.open("rb") as content:
                 os.fsync(content.fileno())
             partial.replace(target)
         return FileRecord(target.name, target.stat().st_size, digest)
 
-    def _complete(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> str:
+    def _complete(self, file: RemoteFile, partial: Path, step: Step) -> str:
         """Fetch until `partial` is whole; return its SHA-256."""
         farthest, fruitless = _size(partial), 0
         while True:
             try:
-                self._fetch(snapshot, file, partial, step)
+                self._fetch(file, partial, step)
                 return _check(partial, file)
             except (_DamagedError, _HTTP_ERROR) as error:
                 if isinstance(error, HfHubHTTPError):
@@ -127,21 +132,18 @@ class Hub:
                 # A server that has less of a file than it says brings the same bytes again and again.
                 fruitless = 0 if _size(partial) > farthest else fruitless + 1
                 farthest = max(farthest, _size(partial))
+                damaged = isinstance(error, _DamagedError)
+                if fruitless == _ATTEMPTS and damaged:
+                    raise HubError(
+                        f"{file.name} of {self._name} {error}, time and again; try later, or another mirror"
+                        f" (HF_ENDPOINT is {self.endpoint})."
+                    ) from error
                 if fruitless == _ATTEMPTS:
-                    self._give_up(snapshot, file, error)
-                what = error if isinstance(error, _DamagedError) else f"broke off ({error})"
-                self._progress.note(f"{file.name} {what}; trying again.")
+                    raise
+                self._progress.note(f"{file.name} {error if damaged else f'broke off ({error})'}; trying again.")
                 time.sleep(_WAIT * fruitless)
 
-    def _give_up(self, snapshot: Snapshot, file: RemoteFile, error: Exception) -> NoReturn:
-        if not isinstance(error, _DamagedError):
-            raise error
-        raise HubError(
-            f"{file.name} of {snapshot.repository} {error}, time and again; try later, or another mirror"
-            f" (HF_ENDPOINT is {self.endpoint})."
-        ) from error
-
-    def _fetch(self, snapshot: Snapshot, file: RemoteFile, partial: Path, step: Step) -> None:
+    def _fetch(self, file: RemoteFile, partial: Path, step: Step) -> None:
         """Ask once for what `partial` lacks."""
         done = _size(partial)
         if done == file.size:
@@ -149,7 +151,7 @@ class Hub:
         if file.size is not None and done > file.size:
             partial.unlink()
             done = 0
-        url = hf_hub_url(snapshot.repository, file.name, revision=snapshot.commit, endpoint=self.endpoint)
+        url = hf_hub_url(self._name, file.name, revision=self.snapshot.commit, endpoint=self.endpoint)
         # Ranges count the bytes of what is sent: it must not be compressed on the way.
         headers = build_hf_headers(library_name="edge-phi3", library_version=__version__) | {
             "Accept-Encoding": "identity"
@@ -173,24 +175,23 @@ class Hub:
             raise _DamagedError(f"ended at {done:,} of {file.size:,} bytes")
 
     @contextlib.contextmanager
-    def _sentences(self, repository: str, revision: str, file: str | None) -> Iterator[None]:
+    def _sentences(self, file: str | None) -> Iterator[None]:
         """Turn the errors of huggingface_hub into sentences."""
         try:
             yield
-        except (OfflineModeIsEnabled, HfHubHTTPError) as error:
-            self._explain(error, repository, revision, file)
+        except OfflineModeIsEnabled as error:
+            raise UnreachableError("HF_HUB_OFFLINE is set") from error
+        except HfHubHTTPError as error:
+            raise HubError(self._explanation(error, file)) from error
         except _HTTP_ERROR as error:
             reason = str(error) or type(error).__name__
             raise UnreachableError(f"{self.endpoint} cannot be reached ({reason})") from error
         except OSError as error:
-            raise HubError(f"{file or repository} cannot be downloaded: {error.strerror or error}.") from error
+            raise HubError(f"{file or self._name} cannot be downloaded: {error.strerror or error}.") from error
 
-    def _explain(self, error: Exception, repository: str, revision: str, file: str | None) -> NoReturn:
-        if isinstance(error, OfflineModeIsEnabled):
-            raise UnreachableError("HF_HUB_OFFLINE is set") from error
-        assert isinstance(error, HfHubHTTPError)
+    def _explanation(self, error: HfHubHTTPError, file: str | None) -> str:
         status = error.response.status_code if error.response is not None else 0
-        page = f"{self.endpoint}/{repository}"
+        page = f"{self.endpoint}/{self._name}"
         has_token = huggingface_hub.get_token() is not None
         if isinstance(error, GatedRepoError):
             then = (
@@ -198,23 +199,21 @@ class Hub:
                 if has_token
                 else f"then set HF_TOKEN to a token of it, from {self.endpoint}/settings/tokens"
             )
-            sentence = f"{repository} is gated: accept its terms on {page} with your account; {then}."
-        elif status == 401 and "Invalid credentials" in str(error):
-            sentence = f"The Hub does not accept the token; set HF_TOKEN to one from {self.endpoint}/settings/tokens."
-        elif isinstance(error, RevisionNotFoundError):
-            sentence = f"{repository} has no revision {revision!r}; give a branch, a tag or a commit of {page}."
-        elif isinstance(error, RemoteEntryNotFoundError):
-            sentence = f"{repository} has no file {file} at {revision}; see {page}."
-        elif isinstance(error, RepositoryNotFoundError) or status in {401, 404}:
+            return f"{self._name} is gated: accept its terms on {page} with your account; {then}."
+        if status == 401 and "Invalid credentials" in str(error):
+            return f"The Hub does not accept the token; set HF_TOKEN to one from {self.endpoint}/settings/tokens."
+        if isinstance(error, RevisionNotFoundError):
+            return f"{self._name} has no revision {self._revision!r}; give a branch, a tag or a commit of {page}."
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{self._name} has no file {file} at {self.snapshot.commit}; see {page}."
+        if isinstance(error, RepositoryNotFoundError) or status in {401, 404}:
             private = "the token may not see it" if has_token else "it is private, which takes a token in HF_TOKEN"
-            sentence = f"{self.endpoint} has no repository {repository}, or {private}; check the name."
-        elif status == 403:
-            sentence = f"The Hub forbids reading {file or repository}; the token in HF_TOKEN lacks the permission."
-        elif status == 429:
-            sentence = "The Hub answers that there were too many requests; wait some minutes, or set HF_TOKEN."
-        else:
-            sentence = f"The Hub answered {status} for {file or repository}; try again later."
-        raise HubError(sentence) from error
+            return f"{self.endpoint} has no repository {self._name}, or {private}; check the name."
+        if status == 403:
+            return f"The Hub forbids reading {file or self._name}; the token in HF_TOKEN lacks the permission."
+        if status == 429:
+            return "The Hub answers that there were too many requests; wait some minutes, or set HF_TOKEN."
+        return f"The Hub answered {status} for {file or self._name}; try again later."
 
     @contextlib.contextmanager
     def _notes(self) -> Iterator[None]:

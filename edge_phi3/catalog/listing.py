@@ -1,4 +1,7 @@
-"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray."""
+"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray.
+
+Whatever the repository lacks, or has that it should not, is a `HubError`.
+"""
 
 from __future__ import annotations
 
@@ -60,11 +63,7 @@ class Snapshot:
 
 
 def small_files(snapshot: Snapshot) -> list[RemoteFile]:
-    """Return the files of a checkpoint without its weights, the index of its shards included.
-
-    Raises:
-        HubError: the repository holds no Phi-3 checkpoint in safetensors; the message says what it does hold.
-    """
+    """Return the files of a checkpoint without its weights, the index of its shards included."""
     names = snapshot.files.keys()
     if "config.json" not in names or not {WEIGHTS, INDEX} & names:
         raise HubError(_what_it_holds(snapshot))
@@ -78,22 +77,14 @@ def small_files(snapshot: Snapshot) -> list[RemoteFile]:
 
 
 def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
-    """Return the files of the weights, once the index lies in `folder`.
-
-    Raises:
-        HubError: the index is damaged, or names files that the repository does not have.
-    """
+    """Return the files of the weights, once the index lies in `folder`."""
     if WEIGHTS in snapshot.files:
         return [snapshot.files[WEIGHTS]]
     return [snapshot.files[name] for name in _shards(snapshot, folder / INDEX)]
 
 
 def gguf_files(snapshot: Snapshot, names: tuple[str, ...]) -> list[RemoteFile]:
-    """Return ready-made GGUF files by their names.
-
-    Raises:
-        HubError: the repository does not have one of them; the message lists those it has.
-    """
+    """Return ready-made GGUF files by their names."""
     for name in names:
         if name not in snapshot.files:
             others = _ggufs(snapshot)

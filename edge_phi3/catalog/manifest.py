@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
-import importlib.metadata
 from pathlib import Path
 
 import msgspec
 
-from edge_phi3.conversion import tool_versions
 from edge_phi3.files import atomic_output, sha256_of
 
 FORMAT = 1
@@ -28,17 +26,9 @@ class FileRecord(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a model came from and what it is.
 
-    Attributes:
-        format: `FORMAT` when it was written.
-        name: the preset, repository, folder or file that was asked for when it was made.
-        source: a Hub repository ``owner/name``, or the name of a checkpoint folder.
-        revision: the commit, for a repository.
-        requested_revision: the branch, tag or commit that was asked for.
-        quant: the quantisation; None for a ready-made GGUF, which is kept as it was published.
-        files: the model's files, in the manifest's own folder; the first is the one to load.
-        made_from: the files it was made from.
-        tools: versions of the packages that made it.
-        created: when, in UTC.
+    `name` is what was asked for when it was made; `source` is a repository ``owner/name`` or a folder's name, and
+    `revision` the commit of the `requested_revision`. The first of `files` is the one to load. `quant` is None for a
+    ready-made GGUF, which is kept as it was published.
     """
 
     format: int
@@ -56,11 +46,6 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
 def record(path: Path) -> FileRecord:
     """Read a file and describe it."""
     return FileRecord(path.name, path.stat().st_size, sha256_of(path))
-
-
-def all_tool_versions() -> dict[str, str]:
-    """Return the versions of the packages that models are downloaded and made with."""
-    return tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")}
 
 
 def read_manifest(folder: Path) -> Manifest | None:

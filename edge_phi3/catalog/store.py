@@ -15,13 +15,7 @@ import platformdirs
 from edge_phi3.catalog.build import STORE_VARIABLE, Build, CatalogError
 from edge_phi3.catalog.listing import CHECKPOINT_FILES, UnreachableError
 from edge_phi3.catalog.manifest import MANIFEST_NAME, Manifest, read_manifest
-from edge_phi3.catalog.reference import (
-    HubCheckpoint,
-    HubGguf,
-    LocalCheckpoint,
-    LocalGguf,
-    parse_reference,
-)
+from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, parse_reference
 from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
@@ -41,13 +35,9 @@ _Wanted = HubCheckpoint | HubGguf | LocalCheckpoint
 class StoredModel:
     """A model on this machine, ready to be loaded.
 
-    Attributes:
-        path: the GGUF to load; the first part of a split one.
-        name: what it is served under: the preset, repository or folder that was asked for.
-        source: where it came from: a repository, or a path.
-        revision: the commit of the repository, None for what came from a path.
-        quant: its quantisation, None when it was ready-made.
-        manifest: what the store knows of it, None for a file that is served where it lies.
+    `path` is the GGUF to load, the first part of a split one. `name` is what it is served under: the preset, repository
+    or folder that was asked for; `source` is a repository, with the commit as `revision`, or a path. `quant` is None
+    when it was ready-made, `manifest` for a file that is served where it lies.
     """
 
     path: Path
@@ -90,20 +80,17 @@ class Catalog:
         refresh: bool = False,
         keep_intermediate: bool = False,
     ) -> list[StoredModel]:
-        """Return the models of a reference; download, convert and quantise what is missing.
+        """Return the models of a reference, one for each type; download, convert and quantise what is missing.
 
         What is in the store whole is given at once, and the network is not asked. Two processes that want the same
-        model make it once: the second waits.
+        model make it once: the second waits. Ready-made GGUFs stay as they are.
 
         Args:
             reference: see `edge_phi3.catalog.reference.parse_reference`.
-            quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``; ready-made GGUFs stay as they are.
+            quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``.
             progress: told of downloads, conversion and quantisation.
             refresh: ask the Hub whether the revision has moved, and make the models again when it has.
             keep_intermediate: keep the downloaded checkpoint and the unquantised GGUF, for other quantisations.
-
-        Returns:
-            A model for each type, or the one that is ready-made.
 
         Raises:
             ModelReferenceError: the reference means nothing.
@@ -158,16 +145,15 @@ class Catalog:
 
     @contextlib.contextmanager
     def _locked(self, shelf: Path, progress: ProgressReporter) -> Iterator[None]:
-        """Hold the lock of a model's folder."""
-
-        def say() -> None:
-            progress.note(f"Another process is making {shelf.name}; waiting for it.")
-
-        with locked(self.store / ".locks" / f"{shelf.name}.lock", say):
+        waiting = f"Another process is making {shelf.name}; waiting for it."
+        with locked(self.store / ".locks" / f"{shelf.name}.lock", lambda: progress.note(waiting)):
             try:
                 yield
             finally:
-                _prune(shelf)
+                # What a failure leaves are folders that hold nothing.
+                for folder in [*shelf.glob("*/*/"), *shelf.glob("*/"), shelf]:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
     def _without_network(self, wanted: _Wanted, quants: Sequence[str], error: UnreachableError) -> str:
         assert not isinstance(wanted, LocalCheckpoint)
@@ -215,11 +201,7 @@ def _quoted(text: str) -> str:
 
 
 def _file_name(quoted: str) -> str:
-    """Return a name that a file may have and that is not hidden, another one for every other text.
-
-    Args:
-        quoted: the text, in which ``%`` and ``+`` stand only where `urllib.parse.quote` puts them.
-    """
+    """Return a name that a file may have and that is not hidden, another one for every other quoted text."""
     name = f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
     if len(name) <= _LONGEST_NAME:
         return name
@@ -247,13 +229,6 @@ def _fingerprint(folder: Path) -> str:
             file.seek(max(0, status.st_size - _HEAD))
             digest.update(file.read())
     return digest.hexdigest()
-
-
-def _prune(shelf: Path) -> None:
-    """Delete the folders that hold nothing, which is what a failure leaves."""
-    for folder in [*shelf.glob("*/*/"), *shelf.glob("*/"), shelf]:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 @contextlib.contextmanager

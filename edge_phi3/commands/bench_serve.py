@@ -17,7 +17,7 @@ from edge_phi3.bench.serve import ServeBench, run, table
 from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.targets import TARGETS
 from edge_phi3.bench.workload import FORMS, Workload
-from edge_phi3.commands.errors import WrongUsageError
+from edge_phi3.errors import WrongUsageError
 
 _DEFAULT_SESSIONS = 8
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import rich_click as click
 from rich.filesize import decimal
 
-from edge_phi3.conversion.convert import OUTTYPES, convert
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.plan import OUTTYPES
 from edge_phi3.progress import stderr_progress
 
 

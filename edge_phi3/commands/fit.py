@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_phi3.catalog.reference import LocalGguf, parse_reference
-from edge_phi3.commands.errors import WrongUsageError
+from edge_phi3.errors import WrongUsageError
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import devices
 from edge_phi3.planning.budget import Memory
@@ -32,7 +32,7 @@ _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
 
 
 def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that `serve` has too; `Settings` reads their values, from wherever they come."""
+    # `Settings` reads their values, from wherever they come.
     for name in reversed(_OPTIONS):
         field = Settings.model_fields[name]
         metavar = "|".join(choices_of(field)) or "INTEGER"
@@ -53,11 +53,6 @@ def _size(_ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 
 
 def _machine(device: str, memory: int | None, reserve: int) -> Machine:
-    """Return the machine that the model is to run on.
-
-    Raises:
-        WrongUsageError: a GPU is asked for, but there is none, and none is described.
-    """
     found = gpus()
     # NVML knows NVIDIA's GPUs alone; llama.cpp may have been built for others, and would lay layers on them.
     others = devices() if not found and (device == "auto" or (device == "gpu" and memory is None)) else []
@@ -84,7 +79,7 @@ def _mib(count: int) -> str:
 
 
 def _short(count: int) -> str:
-    """Return MiB for a column: tenths only of small ones, of which they are more than a thousandth."""
+    # Tenths only of small sizes, of which they are more than a thousandth.
     return f"{count / _MIB:,.1f}" if count < 100 * _MIB else f"{count / _MIB:,.0f}"
 
 
@@ -108,26 +103,21 @@ def _table(answer: Fit, rows: list[Row]) -> Table:
 
 
 def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
-    """Return the commands that serve the recommended quantisation as it was planned."""
     best = answer.best
     if best is None:
         return []
-    parts = ["edge-phi3", "serve"]
-    before = []
+    make: list[str] = []
     reference = parse_reference(model)
     if best.needs_imatrix:
-        pull = ["edge-phi3", "pull", model, "--quant", best.type, "--imatrix", "auto", "--output-dir", "models"]
-        before = [shlex.join(pull)]
-        name = getattr(reference, "name", model).rsplit("/", 1)[-1]
-        parts.append(f"models/{name}-{best.type}.gguf")
+        make = ["pull", model, "--quant", best.type, "--imatrix", "auto", "--output-dir", "models"]
+        parts = [f"models/{reference.name.rsplit('/', 1)[-1]}-{best.type}.gguf"]
     elif isinstance(reference, LocalGguf) and not best.made:
-        output = reference.path.with_name(f"{reference.path.stem}-{best.type}.gguf")
-        before = [shlex.join(["edge-phi3", "quantize", model, "-o", str(output), "--type", best.type])]
-        parts.append(str(output))
+        output = str(reference.path.with_name(f"{reference.path.stem}-{best.type}.gguf"))
+        make, parts = ["quantize", model, "-o", output, "--type", best.type], [output]
     elif isinstance(reference, LocalGguf):
-        parts.append(model)
+        parts = [model]
     else:
-        parts += [model, "--quant", best.type, *(["--store", str(store)] if store else [])]
+        parts = [model, "--quant", best.type, *(["--store", str(store)] if store else [])]
     for name in _OPTIONS:
         value = getattr(answer.options, name)
         if name == "n_gpu_layers" and best.placement.layers not in {None, answer.layers}:
@@ -135,15 +125,15 @@ def _commands(model: str, answer: Fit, store: Path | None) -> list[str]:
         if value != Settings.model_fields[name].default:
             parts += [flag_of(name), str(value)]
     visible = f"CUDA_VISIBLE_DEVICES={answer.machine.visible} " if answer.machine.visible else ""
-    return [*before, visible + shlex.join(parts)]
+    before = [shlex.join(["edge-phi3", *make])] if make else []
+    return [*before, f"{visible}edge-phi3 serve {shlex.join(parts)}"]
 
 
 def _json(model: str, answer: Fit, commands: list[str]) -> bytes:
-    machine = answer.machine
-
     def parts(memory: Memory) -> dict[str, int]:
         return dataclasses.asdict(memory) | {"total": memory.total}
 
+    machine = answer.machine
     rows = [
         {
             "type": row.type,
@@ -170,7 +160,6 @@ def _json(model: str, answer: Fit, commands: list[str]) -> bytes:
 
 
 def _explain(answer: Fit, *, all_rows: bool) -> None:
-    """Say what the table does not show."""
     machine = answer.machine
     cells = " + ".join(f"{count:,}" for count in answer.cells)
     lines = [

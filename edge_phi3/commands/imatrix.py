@@ -7,9 +7,9 @@ from typing import Any
 
 import rich_click as click
 
-from edge_phi3.commands.errors import WrongUsageError
 from edge_phi3.conversion.imatrix import DEFAULT_CHUNK, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
+from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 
 

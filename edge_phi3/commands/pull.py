@@ -14,7 +14,7 @@ from rich.table import Table
 from edge_phi3.catalog import Catalog, parse_reference
 from edge_phi3.catalog.build import make_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint
-from edge_phi3.commands.errors import WrongUsageError
+from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 
 if TYPE_CHECKING:

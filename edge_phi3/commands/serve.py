@@ -10,7 +10,7 @@ import rich_click as click
 import structlog
 from pydantic.fields import FieldInfo
 
-from edge_phi3.commands.errors import WrongUsageError
+from edge_phi3.errors import WrongUsageError
 from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import choices_of, flag_of, group_of, metavar_of, to_toml
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
@@ -14,16 +16,24 @@ from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+LARGEST = (1 << 31) - 1
+Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
+PositiveNumber = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]
+
+_T = TypeVar("_T")
+
+
+class _Index(msgspec.Struct):
+    """``model.safetensors.index.json``: tensor names to file names."""
+
+    weight_map: dict[str, str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint; nothing but headers has been read of its weights.
+    """An opened checkpoint, of whose weights only headers have been read.
 
-    Attributes:
-        folder: where it lies.
-        config: ``config.json``.
-        generation_config: ``generation_config.json``, empty when absent.
-        tensors: by name, file after file, in the order of their bytes.
+    `generation_config` is empty when its file is absent; `tensors` are in the order of their bytes, file after file.
     """
 
     folder: Path
@@ -36,9 +46,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Open the checkpoint in `folder` and check that all its files are there and sound.
 
     As in ``transformers``, a single ``model.safetensors`` is preferred to an index of shards.
-
-    Raises:
-        CheckpointError: what is missing or damaged.
     """
     if not folder.is_dir():
         what = "is not a folder" if folder.exists() else "does not exist"
@@ -51,11 +58,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a file that holds a JSON object; return None when there is no such file.
-
-    Raises:
-        CheckpointError: the file cannot be read or holds something else.
-    """
+    """Read a file that holds a JSON object; return None when there is no such file."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -69,48 +72,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def is_number(value: object) -> bool:
-    """Tell whether a value of a JSON file is a finite number."""
+def typed(content: object, kind: type[_T], source: str) -> _T:
+    """Return what a JSON file holds as the type that it should have."""
     try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
-        return False
-
-
-def integer(
-    config: dict[str, Any], name: str, default: int | None = None, *, minimum: int = 1, maximum: int = (1 << 31) - 1
-) -> int:
-    """Return a whole number between two bounds.
-
-    Raises:
-        CheckpointError: the entry is something else.
-    """
-    value = config.get(name, default)
-    if type(value) is not int or not minimum <= value <= maximum:
-        allowed = f"a whole number from {minimum:,} to {maximum:,}"
-        raise CheckpointError(f"config.json: {name} is {shown(value)}; {allowed} is needed.")
-    return value
-
-
-def number(config: dict[str, Any], name: str, default: float | None = None) -> float:
-    """Return a positive number.
-
-    Raises:
-        CheckpointError: the entry is something else.
-    """
-    value: Any = config.get(name, default)
-    if not is_number(value) or value <= 0:
-        raise CheckpointError(f"config.json: {name} is {shown(value)}; a positive number is needed.")
-    return float(value)
-
-
-def shown(value: object) -> str:
-    """Return a value as a sentence names it: in Python's spelling, and not too long."""
-    try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python prints
-        return "a huge number"
-    return text if len(text) <= 80 else f"{text[:80]}..."
+        return msgspec.convert(content, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        entry = where.strip("`").removeprefix("$").removeprefix(".")
+        raise CheckpointError(f"{source}: {entry and f'{entry}: '}{what[0].lower()}{what[1:]}.") from error
 
 
 def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -121,9 +90,7 @@ def _open_tensors(folder: Path) -> dict[str, StoredTensor]:
         if any(folder.glob("*.bin")):
             raise CheckpointError(f"{folder} has pickled weights (*.bin) only; save it as safetensors first.")
         raise CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map from tensor names to file names.")
+    weight_map = typed(index, _Index, INDEX_NAME).weight_map
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or not (folder / shard).is_file():

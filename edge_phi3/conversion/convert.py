@@ -29,12 +29,10 @@ from edge_phi3.conversion.encode import encode
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.plan import OUTTYPES, Plan, PlannedTensor, plan_tensors, read_model
+from edge_phi3.conversion.plan import Plan, PlannedTensor, plan_tensors, read_model
 from edge_phi3.conversion.safetensors import StoredTensor
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.files import atomic_output, require_space
-
-__all__ = ["OUTTYPES", "ConversionResult", "SourceInfo", "convert"]
 
 _logger = logging.getLogger(__name__)
 
@@ -53,15 +51,7 @@ _FILE_TYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class ConversionResult:
-    """A finished conversion.
-
-    Attributes:
-        path: the GGUF.
-        outtype: the type of its matrices: f32, f16, bf16 or q8_0.
-        tensors: how many it has.
-        size: its bytes.
-        seconds: how long it took.
-    """
+    """A finished conversion: the GGUF, the type of its matrices, the number of its tensors, and its bytes."""
 
     path: Path
     outtype: str
@@ -93,13 +83,12 @@ def convert(
 
     Raises:
         ConversionError: the checkpoint cannot be converted, or the output not be written.
-        OutputExistsError: `output` exists and `force` is false.
-        DiskFullError: the disk has no room for it.
+        OutputExistsError, DiskFullError: `output` exists and `force` is false, or the disk has no room for it.
     """
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     model = read_model(opened)
-    for note in model.notes:
+    for note in model.rope.notes:
         _logger.warning(note)
     plan = plan_tensors(opened.tensors, model, outtype)
     header = _header(opened, model, plan, source)
@@ -108,13 +97,8 @@ def convert(
         require_space(temporary.parent, plan.size, str(output))
         _write_header(header, temporary)
         _append_tensors(temporary, plan.tensors, progress)
-    return ConversionResult(
-        output,
-        plan.matrices.name.lower(),
-        len(plan.tensors),
-        output.stat().st_size,
-        time.monotonic() - started,
-    )
+    seconds = time.monotonic() - started
+    return ConversionResult(output, plan.matrices.name.lower(), len(plan.tensors), output.stat().st_size, seconds)
 
 
 def _header(checkpoint: Checkpoint, model: Phi3, plan: Plan, source: SourceInfo | None) -> gguf.GGUFWriter:
@@ -147,11 +131,6 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
 
     Memory in use stays at a few chunks whatever the size of a tensor: pages of the checkpoint are given
     back once they are written.
-
-    Raises:
-        CheckpointError: a value is NaN or infinite.
-        ConversionError: a value is too large for its type.
-        OSError: the disk is full, or broken.
     """
     total = sum(tensor.size for tensor in tensors)
     done = flushed = 0

@@ -57,7 +57,7 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
         name: the tensor's name, for errors.
 
     Returns:
-        A contiguous array with the bytes to write; `values` itself when nothing changes.
+        The bytes to write, contiguous; `values` itself when nothing changes.
 
     Raises:
         CheckpointError: a value is NaN or infinite.

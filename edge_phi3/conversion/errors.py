@@ -1,4 +1,8 @@
-"""What can go wrong on the way from a checkpoint to a GGUF."""
+"""What can go wrong on the way from a checkpoint to a GGUF.
+
+Each function that reads a part of a checkpoint raises `CheckpointError` where it is damaged or contradicts another, and
+`UnsupportedModelError` where it is of a kind that cannot be converted.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,3 @@ class CheckpointError(ConversionError):
 
 class UnsupportedModelError(ConversionError):
     """The checkpoint is sound, but not a model that can be converted."""
-
-
-class VocabularyError(ConversionError):
-    """The tokenizer files are damaged, disagree, or do not fit the model."""

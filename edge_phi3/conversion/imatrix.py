@@ -7,7 +7,6 @@ quantiser reads them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, merge_imatrices, write_imatrix
-from edge_phi3.files import OutputExistsError
+from edge_phi3.files import refuse_existing
 from edge_phi3.llama import ImatrixError
 from edge_phi3.llama.activations import SMALLEST_BATCH, ActivationCollector, collecting
 
@@ -24,16 +23,6 @@ CALIBRATION_NAME = "edge-phi3 calibration.txt"
 
 DEFAULT_CHUNK = 512
 """Tokens evaluated together, as in llama-imatrix."""
-
-
-@dataclass(frozen=True, slots=True)
-class ImatrixProgress:
-    """How far a collection is: `done` of `total` tokens, after `chunk` of `chunks`."""
-
-    done: int
-    total: int
-    chunk: int
-    chunks: int
 
 
 def calibration_text() -> str:
@@ -54,7 +43,7 @@ def collect_imatrix(
     earlier: Sequence[Imatrix] = (),
     threads: int | None = None,
     n_gpu_layers: int = -1,
-    progress: Callable[[ImatrixProgress], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     snapshot: Callable[[Imatrix, int], None] | None = None,
 ) -> Imatrix:
     """Evaluate a text and collect the importance matrix of every weight matrix it passes.
@@ -74,7 +63,8 @@ def collect_imatrix(
         earlier: matrices to go on from.
         threads: CPU threads; by default as many as the process may run on.
         n_gpu_layers: layers kept on the GPU, when there is one; negative for all.
-        progress: called before the first and after each chunk; what it raises ends the collection.
+        progress: called before the first and after each chunk with the chunks that are done and those of the whole
+            text; what it raises ends the collection.
         snapshot: called after each chunk with the matrix so far and the number of chunks done, `from_chunk` included.
 
     Raises:
@@ -84,6 +74,7 @@ def collect_imatrix(
     """
     if ctx_size < SMALLEST_BATCH:
         raise ImatrixError(f"--ctx-size {ctx_size} is too small; give {SMALLEST_BATCH} tokens at least.")
+    report = progress or (lambda _done, _total: None)
     with collecting(model, process_output=process_output, n_gpu_layers=n_gpu_layers) as collector:
         tokens = collector.tokenize(text, parse_special=parse_special)
         available = len(tokens) // ctx_size - from_chunk
@@ -93,17 +84,14 @@ def collect_imatrix(
                 f"The text has {len(tokens)} tokens, and {from_chunk + 1} chunks of {ctx_size} are needed at least;"
                 " give a longer text or a smaller --ctx-size."
             )
-        total = count * ctx_size
         with collector.context(ctx_size, threads):
-            for index in range(count):
-                if progress is not None:
-                    progress(ImatrixProgress(index * ctx_size, total, index, count))
-                start = (from_chunk + index) * ctx_size
-                collector.evaluate(tokens[start : start + ctx_size])
+            report(0, count)
+            for done in range(1, count + 1):
+                end = (from_chunk + done) * ctx_size
+                collector.evaluate(tokens[end - ctx_size : end])
                 if snapshot is not None:
-                    snapshot(_merged(earlier, collector, dataset, ctx_size), from_chunk + index + 1)
-        if progress is not None:
-            progress(ImatrixProgress(total, total, count, count))
+                    snapshot(_merged(earlier, collector, dataset, ctx_size), from_chunk + done)
+                report(done, count)
     return _merged(earlier, collector, dataset, ctx_size)
 
 
@@ -136,16 +124,14 @@ def make_imatrix(
         save_every: after so many chunks each, also write what there is so far, as ``NAME-at-CHUNKS.gguf``.
         parse_special: as in `collect_imatrix`; None reads special tokens in the packaged text only, as
             llama-imatrix reads none in a text of a person's own unless told to.
-        progress: called before the first and after each chunk, with the bytes of the text that are done, those of the
-            whole text, and the number of the chunk.
+        progress: called as that of `collect_imatrix`, with bytes of the text, and the number of the chunk.
         options: the other options of `collect_imatrix`.
 
     Raises:
         ModelLoadError, ImatrixError, ImatrixFileError: see `collect_imatrix`; `text` cannot be read.
         OutputExistsError: `output` exists and `force` is false.
     """
-    if output.exists() and not force:
-        raise OutputExistsError(f"{output} exists; give --force to replace it, or another output path.")
+    refuse_existing(output, force=force)
 
     def snapshot(matrix: Imatrix, done: int) -> None:
         if save_every and done % save_every == 0:
@@ -154,9 +140,9 @@ def make_imatrix(
     content = calibration_text() if text is None else _read(text)
     size = len(content.encode())
 
-    def tell(now: ImatrixProgress) -> None:
+    def report(done: int, total: int) -> None:
         if progress is not None:
-            progress(size * now.done // now.total, size, f"chunk {now.chunk} of {now.chunks}")
+            progress(size * done // total, size, f"chunk {done} of {total}")
 
     matrix = collect_imatrix(
         model,
@@ -164,7 +150,7 @@ def make_imatrix(
         dataset=CALIBRATION_NAME if text is None else text.name,
         parse_special=text is None if parse_special is None else parse_special,
         snapshot=snapshot if save_every else None,
-        progress=tell,
+        progress=report,
         **options,
     )
     write_imatrix(output, matrix, force=force)

@@ -25,11 +25,9 @@ class ImatrixFileError(EdgePhi3Error):
 
 @dataclass(frozen=True, slots=True)
 class ImatrixEntry:
-    """What calibration saw of one weight matrix.
+    """What calibration saw of one weight matrix: squared activations, summed over tokens (older files: evaluations).
 
-    Attributes:
-        sums: float32, shape (experts, columns): the squared activations of each column, summed over tokens.
-        counts: float32, shape (experts,): how many tokens (older files: evaluations) the sums are of.
+    `sums` is float32, shape (experts, columns); `counts` is float32, shape (experts,): how many were added.
     """
 
     sums: NDArray[np.float32]
@@ -40,12 +38,8 @@ class ImatrixEntry:
 class Imatrix:
     """An importance matrix: for each weight matrix, by its tensor name, how much each column matters.
 
-    Attributes:
-        entries: tensor name (``blk.0.attn_qkv.weight``) to its sums and counts.
-        datasets: names of the calibration texts.
-        chunk_count: chunks of text evaluated, 0 when the file does not say.
-        chunk_size: tokens in a chunk, 0 when the file does not say: the older format, whose entries count chunks
-            and not tokens.
+    `datasets` names the calibration texts. `chunk_count` is 0 when the file does not say, and `chunk_size`, in tokens,
+    is 0 in the older format, whose entries count chunks and not tokens.
     """
 
     entries: dict[str, ImatrixEntry]
@@ -57,9 +51,7 @@ class Imatrix:
         """Return the mean squared activation of each column, as the quantiser takes it.
 
         Follows llama.cpp's ``tools/quantize``: sums over counts, in float32; an expert never seen weighs 1 everywhere.
-
-        Returns:
-            Tensor name to float32 of shape (experts * columns,).
+        Each array is float32 of shape (experts * columns,).
         """
         means = {}
         for name, entry in self.entries.items():
@@ -70,11 +62,7 @@ class Imatrix:
 
 
 def read_imatrix(path: Path | str) -> Imatrix:
-    """Read an importance matrix, in the GGUF format or the older binary one.
-
-    Raises:
-        ImatrixFileError: the file is absent, cut short, or something else.
-    """
+    """Read an importance matrix, in the GGUF format or the older binary one."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -92,12 +80,7 @@ def read_imatrix(path: Path | str) -> Imatrix:
 
 
 def write_imatrix(path: Path, matrix: Imatrix, *, force: bool = False) -> None:
-    """Write an importance matrix in llama.cpp's GGUF format, whole or not at all.
-
-    Raises:
-        OutputExistsError: `path` exists and `force` is false.
-        ImatrixFileError: the disk is full, or the folder cannot be written.
-    """
+    """Write an importance matrix in llama.cpp's GGUF format, whole or not at all."""
     writer = gguf.GGUFWriter(None, None)
     writer.add_type("imatrix")
     if matrix.datasets:
@@ -120,12 +103,7 @@ def write_imatrix(path: Path, matrix: Imatrix, *, force: bool = False) -> None:
 def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
     """Add importance matrices of one model up, as ``llama-imatrix --in-file`` does.
 
-    Args:
-        matrices: what to add; those of the older format count chunks, which become `chunk_size` tokens each.
-        chunk_size: tokens of a chunk of the result.
-
-    Raises:
-        ImatrixFileError: they are of models with different shapes.
+    Those of the older format count chunks, which become `chunk_size` tokens each.
     """
     entries: dict[str, ImatrixEntry] = {}
     for matrix in matrices:

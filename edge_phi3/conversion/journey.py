@@ -18,13 +18,14 @@ import msgspec
 
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.checkpoint import open_checkpoint
-from edge_phi3.conversion.convert import SourceInfo, convert
+from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
+from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, locked, require_space, sha256_of
+from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, require_space, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 MANIFEST_NAME = "manifest.json"
@@ -45,16 +46,7 @@ class Seen(msgspec.Struct, frozen=True):
 
 
 class MadeFile(msgspec.Struct, frozen=True):
-    """A file of the journey.
-
-    Attributes:
-        name: without a folder.
-        type: its quantisation type, or ``imatrix``.
-        bits_per_weight: 0 for a matrix.
-        seconds: how long it took to make, when it was made.
-        made_from: a digest of all that it depends on.
-        seen: the file itself.
-    """
+    """A file of the journey: `type` is a quantisation type or ``imatrix``, `made_from` digests what it depends on."""
 
     name: str
     type: str
@@ -96,47 +88,8 @@ def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[Quantizatio
     return types
 
 
-def run_journey(
-    checkpoint: Path,
-    quants: Sequence[str],
-    output_dir: Path,
-    *,
-    name: str | None = None,
-    imatrix: Path | str = "auto",
-    imatrix_chunks: int | None = None,
-    threads: int | None = None,
-    source: SourceInfo | None = None,
-    progress: ProgressReporter | None = None,
-) -> list[Stop]:
-    """Convert a checkpoint, collect an importance matrix, and quantise to each type.
-
-    Args:
-        checkpoint: a folder in the Hugging Face layout.
-        quants: names of quantisation types.
-        output_dir: where the files go, called ``NAME-TYPE.gguf``; made when absent, and locked meanwhile.
-        name: what the files are called after; by default the checkpoint's folder.
-        imatrix: ``auto`` collects a matrix with the packaged text when a type of fewer than 8 bits is wanted,
-            ``none`` does without, a path is a matrix made before.
-        imatrix_chunks: how many chunks of the packaged text to evaluate at most.
-        threads: CPU threads.
-        source: repository and revision of the checkpoint.
-        progress: told of each step.
-
-    Returns:
-        The conversion, the matrix if one was collected, and each quantisation, in this order.
-
-    Raises:
-        DiskFullError: the disk has no room for all files.
-        ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
-    """
-    types = choose_types(quants, imatrix)
-    with locked(output_dir / LOCK_NAME):
-        journey = Journey(output_dir, name or checkpoint.resolve().name, progress, threads=threads)
-        return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
-
-
 class Journey:
-    """The files made of one model in one folder. Whoever uses it holds a lock on the folder.
+    """The files made of one model in one folder, called ``NAME-TYPE.gguf``. Whoever uses it holds a lock on the folder.
 
     Args:
         folder: where the files are.
@@ -178,7 +131,21 @@ class Journey:
         imatrix: Path | str = "auto",
         imatrix_chunks: int | None = None,
     ) -> list[Stop]:
-        """Convert a checkpoint to `outtype` and quantise it to each type; see `run_journey`."""
+        """Convert a checkpoint to `outtype` and quantise it to each type; in this order, with a matrix between.
+
+        Args:
+            checkpoint: a folder in the Hugging Face layout.
+            types: what to quantise to.
+            outtype: see `convert`.
+            source: repository and revision of the checkpoint.
+            imatrix: ``auto`` collects a matrix for types of fewer than 8 bits, ``none`` does without, a path is one
+                made before.
+            imatrix_chunks: how many chunks of the packaged text to evaluate at most.
+
+        Raises:
+            DiskFullError: the disk has no room for all files.
+            ConversionError, ImatrixError, QuantizeError: a step cannot be done.
+        """
         matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
         if matrix is not None:
             self._input(matrix)

@@ -40,12 +40,7 @@ _ENDS_BY_TEXT = {"<|end|>", "<|endoftext|>", "</s>"}
 
 @dataclasses.dataclass(frozen=True)
 class SourceInfo:
-    """Where a checkpoint came from.
-
-    Attributes:
-        repository: ``owner/name`` on the Hub.
-        revision: the commit.
-    """
+    """Where a checkpoint came from: ``owner/name`` on the Hub, and the commit."""
 
     repository: str
     revision: str | None = None
@@ -67,13 +62,9 @@ def write_general_metadata(
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(model_name(checkpoint, source))
     writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
-    for key, add in (
-        ("license", writer.add_license),
-        ("license_name", writer.add_license_name),
-        ("license_link", writer.add_license_link),
-    ):
+    for key in ("license", "license_name", "license_link"):
         if isinstance(value := card.get(key), str):
-            add(value)
+            getattr(writer, f"add_{key}")(value)
     for key, add_list in (("tags", writer.add_tags), ("language", writer.add_languages)):
         values = card.get(key)
         values = [values] if isinstance(values, str) else values
@@ -97,11 +88,7 @@ def model_name(checkpoint: Checkpoint, source: SourceInfo | None) -> str:
 
 
 def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokens: list[str]) -> None:
-    """Add the tokens that end a generation, the padding token and the sampling defaults.
-
-    Raises:
-        CheckpointError: ``generation_config.json`` or ``config.json`` names a token that the vocabulary lacks.
-    """
+    """Add the tokens that end a generation, the padding token and the sampling defaults."""
     ends = _token_ids(checkpoint, "eos_token_id", len(tokens))
     pads = _token_ids(checkpoint, "pad_token_id", len(tokens))
     _token_ids(checkpoint, "bos_token_id", len(tokens))
@@ -120,17 +107,12 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
             )
     if pads:
         writer.add_uint32(PAD_TOKEN_ID_KEY, pads[0])
-    config = {
-        name: value
-        for name, value in {**_special_tokens(checkpoint.config), **checkpoint.generation_config}.items()
-        if name not in ("transformers_version", "_from_model_config")
-    }
-    writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if name in config}
+    config = {name: checkpoint.config[name] for name in names if name in checkpoint.config}
+    config |= checkpoint.generation_config
+    for name in ("transformers_version", "_from_model_config"):
+        config.pop(name, None)
+    writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
 
 
 def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:

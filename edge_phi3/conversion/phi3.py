@@ -7,13 +7,14 @@ converter writes and its ``phi3`` architecture reads.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import gguf
+import msgspec
 
-from edge_phi3.conversion.checkpoint import integer, number
+from edge_phi3.conversion.checkpoint import LARGEST, PositiveNumber, Size, typed
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
-from edge_phi3.conversion.rope import LongRope, read_rope
+from edge_phi3.conversion.rope import Rope, read_rope
 
 ARCHITECTURE = "Phi3ForCausalLM"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,19 +29,6 @@ _RELATIVES = {
     "PhiForCausalLM": "Phi-1 and Phi-2 have other layers",
 }
 
-_MAX_LAYERS = 512  # LLAMA_MAX_LAYERS of llama.cpp
-
-# What Phi3Config assumes for an absent entry.
-_DEFAULTS: dict[str, Any] = {
-    "vocab_size": 32064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
@@ -50,37 +38,44 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Phi3:
-    """Checked hyper-parameters, under the names of ``config.json``.
+class _Config(msgspec.Struct, frozen=True, kw_only=True):
+    """The entries of ``config.json``, with what Phi3Config assumes for an absent one."""
 
-    `notes` are sentences on what contradicts itself in the checkpoint, for whoever converts it.
+    vocab_size: Size = 32064
+    hidden_size: Size = 3072
+    intermediate_size: Size = 8192
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=512)] = 32  # LLAMA_MAX_LAYERS of llama.cpp
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 4096
+    rms_norm_eps: PositiveNumber = 1e-5
+    sliding_window: Annotated[int, msgspec.Meta(ge=0, le=LARGEST)] = 0
+    tie_word_embeddings: bool = False
+
+
+class Phi3(_Config, frozen=True, kw_only=True):
+    """Checked hyper-parameters, under the names of ``config.json``; a `sliding_window` of 0 is none.
+
+    `rope` holds what it says on rotary positions; `rope.notes` are sentences for whoever converts the checkpoint.
     """
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    max_position_embeddings: int
-    original_max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    longrope: LongRope | None
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    notes: tuple[str, ...] = ()
+    rope: Rope
 
     @property
     def head_size(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
     def tensors(self) -> dict[str, TensorSpec]:
         """Return the tensors that a checkpoint of this model has, by name."""
         width, vocabulary = self.hidden_size, self.vocab_size
-        qkv = (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_size
+        qkv = (self.num_attention_heads + 2 * self.kv_heads) * self.head_size
         specs = {
             EMBEDDING: TensorSpec("token_embd.weight", (vocabulary, width)),
             "model.norm.weight": TensorSpec("output_norm.weight", (width,)),
@@ -107,58 +102,37 @@ class Phi3:
         llama.cpp reads the key and does not use it; the engine does.
         """
         writer.add_context_length(self.max_position_embeddings)
-        writer.add_rope_scaling_orig_ctx_len(self.original_max_position_embeddings)
+        writer.add_rope_scaling_orig_ctx_len(self.rope.original_context)
         writer.add_embedding_length(self.hidden_size)
         writer.add_feed_forward_length(self.intermediate_size)
         writer.add_block_count(self.num_hidden_layers)
         writer.add_head_count(self.num_attention_heads)
-        writer.add_head_count_kv(self.num_key_value_heads)
+        writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(self.rms_norm_eps)
         writer.add_rope_dimension_count(self.head_size)
-        writer.add_rope_freq_base(self.rope_theta)
-        writer.add_sliding_window(self.sliding_window or 0)
-        if self.longrope is not None:
-            writer.add_rope_scaling_attn_factors(self.longrope.attention_factor)
+        writer.add_rope_freq_base(self.rope.theta)
+        writer.add_sliding_window(self.sliding_window)
+        if self.rope.longrope is not None:
+            writer.add_rope_scaling_attn_factors(self.rope.longrope.attention_factor)
 
 
 def read_phi3(config: dict[str, Any]) -> Phi3:
-    """Check ``config.json`` and give its hyper-parameters.
-
-    Raises:
-        UnsupportedModelError: the model is another one, or has a part that cannot be converted.
-        CheckpointError: an entry is absent or has an impossible value.
-    """
+    """Check ``config.json`` and return its hyper-parameters."""
     _refuse_other_models(config)
     stated = {name: value for name, value in config.items() if value is not None}
-    config = _DEFAULTS | stated
-    width, heads = integer(config, "hidden_size"), integer(config, "num_attention_heads")
-    kv_heads = integer(config, "num_key_value_heads", heads)
+    checked = typed(stated, _Config, "config.json")
+    width, heads = checked.hidden_size, checked.num_attention_heads
     if width % heads or width // heads % 2:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share a hidden_size of {width}.")
-    if heads % kv_heads:
-        raise CheckpointError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads.")
-    if integer(config, "head_dim", width // heads) != width // heads:
+    if checked.head_dim not in {None, width // heads}:
         raise UnsupportedModelError(
-            f"config.json: head_dim is {config['head_dim']}; hidden_size {width} has {heads} heads of {width // heads}."
+            f"config.json: head_dim is {checked.head_dim}; hidden_size {width} has {heads} heads of {width // heads}."
         )
-    context = integer(config, "max_position_embeddings")
-    rope = read_rope(stated, width // heads // 2, context)
-    return Phi3(
-        vocab_size=integer(config, "vocab_size"),
-        hidden_size=width,
-        intermediate_size=integer(config, "intermediate_size"),
-        num_hidden_layers=integer(config, "num_hidden_layers", maximum=_MAX_LAYERS),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=context,
-        original_max_position_embeddings=rope.original_context,
-        rms_norm_eps=number(config, "rms_norm_eps"),
-        rope_theta=rope.theta,
-        longrope=rope.longrope,
-        sliding_window=integer(config, "sliding_window", 0, minimum=0) or None,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        notes=rope.notes,
-    )
+    rope = read_rope(stated, width // heads // 2, checked.max_position_embeddings)
+    model = Phi3(**msgspec.structs.asdict(checked), rope=rope)
+    if heads % model.kv_heads:
+        raise CheckpointError(f"config.json: {heads} attention heads cannot share {model.kv_heads} key-value heads.")
+    return model
 
 
 def _refuse_other_models(config: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import math
 
+import msgspec
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
@@ -29,14 +30,7 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output; its values are stored in the checkpoint, or given (the rope factors).
-
-    Attributes:
-        name: in the GGUF.
-        shape: rows first, as in the checkpoint.
-        type: that it is written in.
-        values: what is converted.
-    """
+    """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -71,10 +65,6 @@ def read_model(checkpoint: Checkpoint) -> Phi3:
     """Return the hyper-parameters of a checkpoint, untied where its output matrix is not the embedding.
 
     The two matrices are read, a chunk at a time, when the checkpoint says that they are one and stores both.
-
-    Raises:
-        UnsupportedModelError: the model is another one, or has a part that cannot be converted.
-        CheckpointError: an entry of ``config.json`` is absent or has an impossible value.
     """
     model = read_phi3(checkpoint.config)
     embedding, head = checkpoint.tensors.get(EMBEDDING), checkpoint.tensors.get(HEAD)
@@ -84,21 +74,12 @@ def read_model(checkpoint: Checkpoint) -> Phi3:
         f"config.json: tie_word_embeddings is true, but {HEAD} is stored and differs from {EMBEDDING}; "
         "both are kept, as in transformers 5."
     )
-    return dataclasses.replace(model, tie_word_embeddings=False, notes=(*model.notes, note))
+    rope = dataclasses.replace(model.rope, notes=(*model.rope.notes, note))
+    return msgspec.structs.replace(model, tie_word_embeddings=False, rope=rope)
 
 
 def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
-    """Plan the output.
-
-    Args:
-        tensors: those of the checkpoint.
-        model: its hyper-parameters.
-        outtype: one of `OUTTYPES`.
-
-    Raises:
-        ConversionError: there is no such output type.
-        CheckpointError: a tensor is missing, surplus, or of the wrong shape or dtype.
-    """
+    """Plan the output of a checkpoint's tensors."""
     if outtype not in OUTTYPES:
         raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
     specs = model.tensors()
@@ -118,16 +99,12 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
             raise CheckpointError(f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted.")
     wanted = GgmlType[outtype.upper()] if outtype != "auto" else STORED_TYPES[_matrix_dtype(stored)]
     planned = []
-    if model.longrope is not None:
-        for name, factor in (
-            ("rope_factors_long.weight", model.longrope.long_factor),
-            ("rope_factors_short.weight", model.longrope.short_factor),
-        ):
-            planned.append(PlannedTensor(name, factor.shape, GgmlType.F32, factor))
+    if longrope := model.rope.longrope:
+        for kind, factor in (("long", longrope.long_factor), ("short", longrope.short_factor)):
+            planned.append(PlannedTensor(f"rope_factors_{kind}.weight", factor.shape, GgmlType.F32, factor))
     for name, tensor in stored.items():
         spec = specs[name]
-        kind = tensor_type(spec.name, spec.shape, wanted)
-        planned.append(PlannedTensor(spec.name, spec.shape, kind, tensor))
+        planned.append(PlannedTensor(spec.name, spec.shape, tensor_type(spec.name, spec.shape, wanted), tensor))
     return Plan(wanted, planned)
 
 

@@ -16,14 +16,8 @@ class UnknownQuantizationError(EdgePhi3Error):
 class QuantizationType:
     """A file type: a recipe that gives each tensor of a model its own tensor type.
 
-    Attributes:
-        name: as `llama-quantize` spells it.
-        ftype: its number in llama.cpp's ``enum llama_ftype``.
-        bits_per_weight: of Phi-3-mini quantised to it, all tensors counted, to two places. Models of other shapes
-            differ a little.
-        needs_imatrix: whether Phi-3-mini cannot be quantised to it without an importance matrix.
-        advice: when to choose it, in one line.
-        special: whether it suits only models trained or built for it, which Phi-3 is not.
+    `ftype` is its number in llama.cpp's ``enum llama_ftype``; `bits_per_weight` are Phi-3-mini's, all tensors counted,
+    and other shapes differ a little. Models are trained or built for the `special` ones, and Phi-3 is not.
     """
 
     name: str
@@ -56,13 +50,7 @@ QUANTIZATION_TYPES: dict[str, QuantizationType] = {
         QuantizationType("Q4_K_S", 14, 4.61, False, "Q4_K_M with fewer tensors in more bits."),
         QuantizationType("Q3_K_L", 13, 4.61, False, "On Phi-3 as large as Q4_K_S, which is better."),
         QuantizationType("IQ4_NL", 25, 4.58, False, "4 bits, non-linear, in blocks of 32; better with a matrix."),
-        QuantizationType(
-            "Q4_0",
-            2,
-            4.55,
-            False,
-            "The simplest 4-bit type, repacked for speed on many CPUs; better with a matrix.",
-        ),
+        QuantizationType("Q4_0", 2, 4.55, False, "The simplest 4 bits, fast on many CPUs; better with a matrix."),
         QuantizationType("IQ4_XS", 30, 4.34, False, "The smallest 4-bit type; better with a matrix."),
         QuantizationType("Q3_K_M", 12, 4.11, False, "3 bits with the attention in more; the loss shows."),
         QuantizationType("IQ3_M", 27, 3.88, False, "The best 3-bit type for its size; use a matrix."),
@@ -78,24 +66,10 @@ QUANTIZATION_TYPES: dict[str, QuantizationType] = {
         QuantizationType("IQ2_XXS", 19, 2.32, True, "The smallest 2-bit type, for when nothing larger fits."),
         QuantizationType("IQ1_M", 31, 2.13, True, "An experiment: answers degrade heavily."),
         QuantizationType("IQ1_S", 24, 2.01, True, "An experiment: the smallest, and the worst."),
-        QuantizationType(
-            "MXFP4_MOE",
-            38,
-            8.5,
-            False,
-            "For mixtures of experts only: gives Phi-3 nothing but Q8_0.",
-            special=True,
-        ),
+        QuantizationType("MXFP4_MOE", 38, 8.5, False, "For mixtures of experts; gives Phi-3 Q8_0.", special=True),
         QuantizationType("Q2_0", 41, 2.42, False, "Only for models trained for 2 bits.", special=True),
         QuantizationType("TQ2_0", 37, 2.24, False, "Only for models trained with three values.", special=True),
-        QuantizationType(
-            "TQ1_0",
-            36,
-            1.89,
-            False,
-            "Only for models trained with three values; smaller, slower.",
-            special=True,
-        ),
+        QuantizationType("TQ1_0", 36, 1.89, False, "As TQ2_0; smaller, and slower.", special=True),
         QuantizationType("Q1_0", 40, 1.27, False, "Only for models trained for 1 bit.", special=True),
     )
 }
@@ -106,11 +80,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 
 def quantization_type(name: str) -> QuantizationType:
-    """Return the file type of a name, whatever its case.
-
-    Raises:
-        UnknownQuantizationError: no file type has this name; the message lists those with a similar one.
-    """
+    """Return the file type of a name, whatever its case."""
     wanted = name.strip().upper()
     found = QUANTIZATION_TYPES.get(ALIASES.get(wanted, wanted))
     if found is None:
@@ -124,13 +94,7 @@ def quantization_type(name: str) -> QuantizationType:
 def tensor_type_number(name: str, numbers: dict[str, int], option: str) -> int:
     """Return the number of a tensor type (``enum ggml_type``) from its name, whatever its case.
 
-    Args:
-        name: as the person wrote it.
-        numbers: the tensor types of this llama.cpp, lower-case names to numbers.
-        option: which option the name was given to, for the message.
-
-    Raises:
-        UnknownQuantizationError: no tensor type has this name.
+    `numbers` are those of this llama.cpp, by lower-case names; `option` is what the name was given to.
     """
     found = numbers.get(name.strip().lower())
     if found is None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type, tensor_type_number
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.llama import QuantizerError
-from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorFinished, TensorStarted
+from edge_phi3.llama.quantizer import Job, QuantizerProcess, TensorPlan
 
 _ALIGNMENT = 32
 _UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
@@ -28,28 +29,11 @@ class QuantizeError(EdgePhi3Error):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """What becomes of one tensor. `shape` has the columns first, as in a GGUF; sizes are in bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    source_type: str
-    target_type: str
-    source_bytes: int
-    target_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class SizePrediction:
     """What a quantisation would give, computed without doing it.
 
-    Attributes:
-        type: the file type.
-        bytes: the size of the file.
-        bits_per_weight: of all tensors together, metadata not counted.
-        needs_imatrix: whether the quantisation is refused without an importance matrix.
-        fallbacks: tensors that get another type than planned because their columns do not fill whole blocks.
-        tensors: each tensor, in the order in which they are made.
+    `bytes` are the file's, `bits_per_weight` those of all tensors without metadata, `fallbacks` counts tensors that get
+    another type because their columns do not fill whole blocks; `tensors` are in the order in which they are made.
     """
 
     type: QuantizationType
@@ -62,14 +46,19 @@ class SizePrediction:
 
 @dataclass(slots=True)
 class Options:
-    """The choices of `quantize` that decide what becomes of the tensors; see there.
+    """What decides on the tensors of a quantised file, beside its type.
+
+    Args:
+        imatrix: an importance matrix, GGUF or older format.
+        tensor_types: pattern (a regular expression searched in tensor names) to tensor type; the first that
+            matches a tensor counts.
+        output_tensor_type: tensor type of ``output.weight``.
+        token_embedding_type: tensor type of ``token_embd.weight``.
+        pure: give every tensor the file type's base type, instead of more bits to those that matter.
 
     Attributes:
-        importance: what `imatrix` holds, read when the options are made; empty without one.
+        importance: what `imatrix` holds; empty without one.
         metadata: what the file is to say of the matrix, under the keys of llama-quantize.
-
-    Raises:
-        ImatrixFileError: `imatrix` cannot be read.
     """
 
     imatrix: Path | None = None
@@ -77,7 +66,6 @@ class Options:
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     pure: bool = False
-    threads: int | None = None
     importance: Mapping[str, NDArray[np.float32]] = field(init=False, default_factory=dict)
     metadata: dict[str, str | int] = field(init=False, default_factory=dict)
 
@@ -94,45 +82,23 @@ class Options:
             self.metadata["quantize.imatrix.chunks_count"] = matrix.chunk_count
 
 
-def predict_size(
-    source: Path,
-    *,
-    type: str,  # noqa: A002 (as in quantize)
-    imatrix: Path | None = None,
-    tensor_types: Mapping[str, str] | None = None,
-    output_tensor_type: str | None = None,
-    token_embedding_type: str | None = None,
-    pure: bool = False,
-) -> SizePrediction:
-    """Tell the size of what `quantize` would write for the same arguments, without reading the weights.
+def predict_size(source: Path, *, type: str, **options: Any) -> SizePrediction:  # noqa: A002 (as in quantize)
+    """Return the size of what `quantize` would write with the same `Options`, without reading the weights."""
+    (plan,) = predict_sizes(source, [type], **options)
+    check_plan(plan, Options(**options))
+    return plan
 
-    Raises:
-        The errors of `quantize` that do not concern its output.
-    """
-    options = Options(imatrix, tensor_types or {}, output_tensor_type, token_embedding_type, pure)
-    chosen = quantization_type(type)
+
+def predict_sizes(source: Path, types: Iterable[str], **options: Any) -> list[SizePrediction]:
+    """Return what each of several file types would give; types that lack a matrix are not refused."""
+    chosen, given = [quantization_type(name) for name in types], Options(**options)
     check_source(source)
     with QuantizerProcess() as process:
-        plan = make_plan(process, make_job(process, source, chosen, options), chosen)
-        check_plan(process, plan, options)
-        return plan
-
-
-def predict_sizes(source: Path, types: Iterable[str], *, imatrix: Path | None = None) -> list[SizePrediction]:
-    """Tell what each of several file types would give, in one child process; otherwise as `predict_size`."""
-    options = Options(imatrix)
-    chosen = [quantization_type(name) for name in types]
-    check_source(source)
-    with QuantizerProcess() as process:
-        return [make_plan(process, make_job(process, source, type_, options), type_) for type_ in chosen]
+        return [make_plan(process, make_job(process, source, type_, given), type_) for type_ in chosen]
 
 
 def check_source(source: Path) -> None:
-    """Refuse what does not begin as a GGUF does.
-
-    Raises:
-        QuantizeError: `source` cannot be read, or is another kind of file.
-    """
+    """Refuse what does not begin as a GGUF does."""
     try:
         with source.open("rb") as file:
             magic = file.read(4)
@@ -145,13 +111,10 @@ def check_source(source: Path) -> None:
         )
 
 
-def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, options: Options) -> Job:
-    """Return the dry run of a quantisation, its names turned into llama.cpp's numbers.
-
-    Raises:
-        UnknownQuantizationError: a tensor type that llama.cpp does not write.
-        QuantizeError: a pattern of `tensor_types` that is not a regular expression.
-    """
+def make_job(
+    process: QuantizerProcess, source: Path, chosen: QuantizationType, options: Options, threads: int | None = None
+) -> Job:
+    """Return the dry run of a quantisation, its names turned into llama.cpp's numbers."""
     numbers = {name: type_.number for name, type_ in process.types.items() if type_.writable}
 
     def number(name: str | None, option: str) -> int | None:
@@ -168,7 +131,7 @@ def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, 
         source=str(source.absolute()),
         output=None,
         ftype=chosen.ftype,
-        threads=options.threads or len(os.sched_getaffinity(0)),
+        threads=threads or len(os.sched_getaffinity(0)),
         importance={name: values.tobytes() for name, values in options.importance.items()},
         metadata=options.metadata,
         tensor_types=overrides,
@@ -179,55 +142,38 @@ def make_job(process: QuantizerProcess, source: Path, chosen: QuantizationType, 
 
 
 def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> SizePrediction:
-    """Let llama.cpp say what it would make of each tensor.
-
-    Raises:
-        QuantizeError: llama.cpp cannot read the source, or logs its steps in a way not known here.
-    """
-    log = LogReader()
-    tensors: list[TensorPlan] = []
-    started: TensorStarted | None = None
+    """Let llama.cpp say what it would make of each tensor."""
     try:
-        for step in process.run(job, log):
-            if isinstance(step, TensorStarted):
-                started = step
-            elif started is not None and step.target_type.lower() in process.types:
-                tensors.append(_tensor_plan(process, started, step))
+        tensors = [step for step in process.run(job) if step.target is not None]
     except QuantizerError as error:
         raise explain(error, Path(job.source)) from error
-    if started is None or len(tensors) != started.count:
+    if not tensors or len(tensors) != process.log.count:
         raise QuantizeError(
-            f"llama.cpp planned {started.count if started else 0} tensors of {job.source} and its log told of"
-            f" {len(tensors)}; install the version of llama-cpp-python that edge-phi3 asks for."
+            f"llama.cpp planned {process.log.count} tensors of {job.source} and its log told of {len(tensors)};"
+            " install the version of llama-cpp-python that edge-phi3 asks for."
         )
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
-    data = sum(_padded(tensor.target_bytes) for tensor in tensors)
+    sizes = [tensor.made.bytes_of(tensor.shape) for tensor in tensors]
     # All that is not tensors is copied from the source, but for a key or two.
     metadata = sum(part.stat().st_size for part in split_files(Path(job.source)))
     metadata -= sum(_padded(tensor.source_bytes) for tensor in tensors)
     return SizePrediction(
         type=chosen,
-        bytes=metadata + data,
-        bits_per_weight=8 * sum(tensor.target_bytes for tensor in tensors) / weights,
-        needs_imatrix=log.wants_imatrix,
-        fallbacks=log.fallbacks,
+        bytes=metadata + sum(map(_padded, sizes)),
+        bits_per_weight=8 * sum(sizes) / weights,
+        needs_imatrix=process.log.wants_imatrix,
+        fallbacks=process.log.fallbacks,
         tensors=tuple(tensors),
     )
 
 
-def check_plan(process: QuantizerProcess, plan: SizePrediction, options: Options) -> None:
-    """Refuse what llama.cpp would pass over in silence or die of.
-
-    Raises:
-        QuantizeError: a type whose blocks do not fit a tensor; a `tensor_types` pattern without effect; an
-            importance matrix of another model, or one that lacks a tensor that needs it.
-    """
+def check_plan(plan: SizePrediction, options: Options) -> None:
+    """Refuse what llama.cpp would pass over in silence or die of."""
     for tensor in plan.tensors:
-        block = process.types[tensor.target_type.lower()].block_size
-        if tensor.shape[0] % block:
+        if tensor.shape[0] % tensor.made.block_size:
             raise QuantizeError(
-                f"{tensor.name} has {tensor.shape[0]} columns, and {tensor.target_type} packs {block} at a"
-                " time; choose another type for it."
+                f"{tensor.name} has {tensor.shape[0]} columns, and {tensor.made.name} packs {tensor.made.block_size} at"
+                " a time; choose another type for it."
             )
     if options.tensor_types and plan.type.name in _UNQUANTIZED:
         raise QuantizeError(
@@ -240,11 +186,11 @@ def check_plan(process: QuantizerProcess, plan: SizePrediction, options: Options
         _check_imatrix(options.importance, plan, options.imatrix)
     for tensor in plan.tensors:
         # For these ggml fails an assertion, whatever llama.cpp thinks of the file as a whole.
-        demanding = process.types[tensor.target_type.lower()].needs_imatrix
-        if demanding and tensor.target_type != tensor.source_type and tensor.name not in options.importance:
+        demanding = tensor.made.needs_imatrix and tensor.made != tensor.source
+        if demanding and tensor.name not in options.importance:
             lack = "an importance matrix" if options.imatrix is None else f"a row in {options.imatrix}"
             raise QuantizeError(
-                f"{tensor.name} cannot become {tensor.target_type} without {lack}; give it a type of its own"
+                f"{tensor.name} cannot become {tensor.made.name} without {lack}; give it a type of its own"
                 " (--token-embedding-type, --output-tensor-type or --tensor-type) or a matrix that has it."
             )
 
@@ -300,17 +246,6 @@ def _check_imatrix(importance: Mapping[str, NDArray[np.float32]], plan: SizePred
                 f"The importance matrix {path} is of another model: it has {values.size} values for"
                 f" {tensor.name}, which has {tensor.shape[0]} columns."
             )
-
-
-def _tensor_plan(process: QuantizerProcess, started: TensorStarted, finished: TensorFinished) -> TensorPlan:
-    return TensorPlan(
-        name=started.name,
-        shape=started.shape,
-        source_type=started.source_type,
-        target_type=finished.target_type,
-        source_bytes=process.bytes_of(started.source_type, started.shape),
-        target_bytes=process.bytes_of(finished.target_type, started.shape),
-    )
 
 
 def _padded(size: int) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.checkpoint import integer, is_number, number, shown
+from edge_phi3.conversion.checkpoint import LARGEST, PositiveNumber, typed
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 
 _FIELDS = ("rope_scaling", "rope_parameters")
@@ -24,14 +25,31 @@ _FACTORS = ("short_factor", "long_factor")
 _BESIDE = {"rope_theta": 10000.0, "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0}
 
 
+class _Beside(msgspec.Struct, omit_defaults=True):
+    rope_theta: PositiveNumber | None = None
+    original_max_position_embeddings: Annotated[int, msgspec.Meta(ge=2, le=LARGEST)] | None = None
+    partial_rotary_factor: PositiveNumber | None = None
+
+
+class _Inside(_Beside, omit_defaults=True):
+    rope_type: Any = None
+    type: Any = None
+    short_factor: list[PositiveNumber] | None = None
+    long_factor: list[PositiveNumber] | None = None
+    attention_factor: PositiveNumber | None = None
+
+
+class _Places(_Beside, omit_defaults=True):
+    rope_scaling: _Inside | None = None
+    rope_parameters: _Inside | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class LongRope:
     """The rope scaling of the long-context models.
 
-    Attributes:
-        short_factor: divisors of the rotary frequencies up to the original context length, float32, (head size / 2,).
-        long_factor: the same beyond it.
-        attention_factor: by which cosines and sines are multiplied.
+    The factors divide the rotary frequencies up to the original context length, and beyond it: float32, shape
+    (head size / 2,). Cosines and sines are multiplied by `attention_factor`.
     """
 
     short_factor: NDArray[np.float32]
@@ -41,13 +59,9 @@ class LongRope:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions.
+    """Rotary positions: the base of the frequencies, the length up to which the short factors hold, the factors.
 
-    Attributes:
-        theta: the base of the frequencies.
-        original_context: the length up to which the short factors hold.
-        longrope: the factors of a long-context model.
-        notes: sentences on entries that contradict each other, for whoever converts.
+    `notes` are sentences on entries that contradict each other, for whoever converts.
     """
 
     theta: float
@@ -57,45 +71,31 @@ class Rope:
 
 
 def read_rope(config: dict[str, Any], pairs: int, context: int) -> Rope:
-    """Check what a ``config.json`` says on rotary positions.
+    """Check what the entries of ``config.json`` that are not null say on rotary positions.
 
-    Args:
-        config: its entries that are not null.
-        pairs: half of the head size.
-        context: ``max_position_embeddings``.
-
-    Raises:
-        UnsupportedModelError: the positions are of a kind that cannot be converted.
-        CheckpointError: an entry is impossible, or two contradict each other.
+    `pairs` is half of the head size, `context` the ``max_position_embeddings``.
     """
-    stated = {name: entries for name in _FIELDS if (entries := _entries(config, name))}
+    said: dict[str, Any] = msgspec.to_builtins(typed(config, _Places, "config.json"))
+    stated = {name: entries for name in _FIELDS if (entries := said.pop(name, None))}
     kinds = {name: _kind(name, entries) for name, entries in stated.items()}
     if len(stated) == 2:
-        _refuse_contradictions(config, *stated.values())
+        _refuse_contradictions(said, *stated.values())
     # What stands in two places is the same there, but for the type.
-    rope = _BESIDE | {name: config[name] for name in _BESIDE if name in config}
+    rope = _BESIDE | said
     for entries in stated.values():
         rope |= entries
-    partial = number(rope, "partial_rotary_factor")
-    if partial != 1.0:
+    if rope["partial_rotary_factor"] != 1.0:
         raise UnsupportedModelError(
-            f"config.json: partial_rotary_factor is {partial}, as in Phi-4-mini; only models that rotate "
-            "whole heads can be converted."
+            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, as in Phi-4-mini; only models "
+            "that rotate whole heads can be converted."
         )
-    original = integer(rope, "original_max_position_embeddings", minimum=2)
+    original = rope["original_max_position_embeddings"]
     return Rope(
-        theta=number(rope, "rope_theta"),
+        theta=float(rope["rope_theta"]),
         original_context=original,
         longrope=_longrope(rope, pairs, context / original, original) if "longrope" in kinds.values() else None,
         notes=_notes(stated, kinds),
     )
-
-
-def _entries(config: dict[str, Any], name: str) -> dict[str, Any]:
-    value = config.get(name) or {}
-    if not isinstance(value, dict):
-        raise CheckpointError(f"config.json: {name} must be an object or null.")
-    return {entry: content for entry, content in value.items() if content is not None}
 
 
 def _kind(name: str, entries: dict[str, Any]) -> str:
@@ -103,13 +103,13 @@ def _kind(name: str, entries: dict[str, Any]) -> str:
     for kind in stated:
         if kind != "default" and kind not in _LONGROPE_SPELLINGS:
             raise UnsupportedModelError(
-                f"config.json: {name}: the rope scaling type is {shown(kind)}; "
+                f"config.json: {name}: the rope scaling type is {kind!r}; "
                 "Phi-3 has 'longrope' ('su' in older revisions) or none."
             )
     kinds = {"default" if kind == "default" else "longrope" for kind in stated} or {"default"}
     if len(kinds) > 1:
         raise CheckpointError(
-            f"config.json: {name} has the rope_type {shown(stated[0])} and the type {shown(stated[1])}; "
+            f"config.json: {name} has the rope_type {stated[0]!r} and the type {stated[1]!r}; "
             "give the one that the model was trained with."
         )
     return kinds.pop()
@@ -143,18 +143,12 @@ def _notes(stated: dict[str, dict[str, Any]], kinds: dict[str, str]) -> tuple[st
 
 
 def _longrope(rope: dict[str, Any], pairs: int, scale: float, original: int) -> LongRope:
-    factors = {}
-    for name in _FACTORS:
-        values = rope.get(name)
-        if not isinstance(values, list) or not all(is_number(value) and value > 0 for value in values):
-            raise CheckpointError(f"config.json: the rope scaling's {name} must be a list of positive numbers.")
-        if len(values) != pairs:
+    short, long = (np.array(rope.get(name, []), np.float32) for name in _FACTORS)
+    for name, factors in zip(_FACTORS, (short, long), strict=True):
+        if factors.size != pairs:
             raise CheckpointError(
-                f"config.json: the rope scaling's {name} has {len(values)} numbers; "
+                f"config.json: the rope scaling's {name} has {factors.size} numbers; "
                 f"half of the head size, {pairs}, are needed."
             )
-        factors[name] = np.array(values, np.float32)
-    attention_factor = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
-    if "attention_factor" in rope:
-        attention_factor = number(rope, "attention_factor")
-    return LongRope(factors["short_factor"], factors["long_factor"], attention_factor)
+    derived = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
+    return LongRope(short, long, rope.get("attention_factor", derived))

@@ -16,15 +16,17 @@ import collections
 import dataclasses
 import json
 import logging
-import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import gguf
+import msgspec
 
-from edge_phi3.conversion.checkpoint import read_json
-from edge_phi3.conversion.errors import UnsupportedModelError, VocabularyError
+from edge_phi3.conversion.checkpoint import read_json, typed
+from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.sentencepiece import ModelType, PieceType, read_sentencepiece
+
+_T = TypeVar("_T")
 
 ADDED_TOKENS_KEY = "edge_phi3.tokenizer.added_tokens"
 
@@ -42,14 +44,37 @@ _NORMALIZER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
+class AddedToken(msgspec.Struct, frozen=True):
     """A token that is found in a text as a whole, with its entry's flags."""
 
-    text: str
+    content: Annotated[str, msgspec.Meta(min_length=1)]
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+class _ListedToken(AddedToken, frozen=True, kw_only=True):
+    id: int
+
+
+class _TokenizerConfig(msgspec.Struct):
+    """Entries of ``tokenizer_config.json``."""
+
+    added_tokens_decoder: dict[int, AddedToken] | None = None
+    tokenizer_class: str | None = None
+    add_bos_token: Any = None
+    add_eos_token: Any = None
+
+
+class _FastTokenizer(msgspec.Struct):
+    """Entries of ``tokenizer.json``."""
+
+    model: Any = None
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+    added_tokens: list[_ListedToken] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +96,9 @@ class Vocabulary:
         writer.add_token_scores(self.scores)
         writer.add_token_types(self.types)
         self._write_special_tokens(writer)
+        flags = ("content", "special", "lstrip", "rstrip")
         added = [
-            {"id": token_id, "content": token.text, "special": token.special}
-            | {"lstrip": token.lstrip, "rstrip": token.rstrip}
+            {"id": token_id} | {flag: getattr(token, flag) for flag in flags}
             for token_id, token in sorted(self.added.items())
         ]
         writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
@@ -89,21 +114,16 @@ class Vocabulary:
             special.add_special_token |= self.add_special
             special.add_to_gguf(writer, quiet=True)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise VocabularyError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
+            raise CheckpointError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
         finally:
             log.setLevel(level)
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
-    """Read the tokenizer files in `folder` for a model whose embedding has `vocab_size` rows.
-
-    Raises:
-        UnsupportedModelError: the tokenizer is of another kind.
-        VocabularyError: files are missing, damaged, disagree, or have more tokens than the embedding has rows.
-    """
-    config = read_json(folder / "tokenizer_config.json") or {}
-    fast = read_json(folder / "tokenizer.json")
-    if str(config.get("tokenizer_class", "")).startswith("GPT2Tokenizer"):
+    """Read the tokenizer files in `folder` for a model whose embedding has `vocab_size` rows."""
+    config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
+    fast = _read(folder / "tokenizer.json", _FastTokenizer)
+    if (config.tokenizer_class or "").startswith("GPT2Tokenizer"):
         raise UnsupportedModelError(
             "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4; only Phi-3's, "
             "a LlamaTokenizer, can be converted."
@@ -114,7 +134,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
             f"tokenizer.model is a {model.model_type.name.lower()} model; Phi-3's is byte-pair encoding."
         )
     if len(model.pieces) > vocab_size:
-        raise VocabularyError(
+        raise CheckpointError(
             f"tokenizer.model has {len(model.pieces)} pieces, but the model's vocab_size is {vocab_size}."
         )
     if fast is not None:
@@ -127,68 +147,54 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     added = _added_tokens(folder, config, fast)
     for token_id, token in added.items():
         if not 0 <= token_id < vocab_size:
-            raise VocabularyError(
-                f"The token {token.text!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
+            raise CheckpointError(
+                f"The token {token.content!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
             )
-        tokens[token_id] = token.text
+        tokens[token_id] = token.content
         scores[token_id] = _ADDED_SCORE
         types[token_id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
     if len(set(tokens)) < vocab_size:
         twice = collections.Counter(tokens).most_common(1)[0][0]
-        raise VocabularyError(f"The vocabulary has the token {twice!r} twice.")
+        raise CheckpointError(f"The vocabulary has the token {twice!r} twice.")
     if missing := [text for text in _REQUIRED_TOKENS if text not in tokens]:
-        raise VocabularyError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
-    add_special = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
+        raise CheckpointError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
+    add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
     stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
     return Vocabulary(folder, tokens, scores, types, added, stated)
 
 
-def _added_tokens(folder: Path, config: dict[str, Any], fast: dict[str, Any] | None) -> dict[int, AddedToken]:
-    added: dict[int, AddedToken] = {}
-    for text, token_id in (read_json(folder / "added_tokens.json") or {}).items():
-        if type(token_id) is not int:
-            raise VocabularyError(f"added_tokens.json: the id of {text!r} is {token_id!r}, not a whole number.")
-        added[token_id] = AddedToken(text)
-    decoder = config.get("added_tokens_decoder") or {}
-    if not isinstance(decoder, dict) or not all(re.fullmatch(r"[0-9]{1,9}", key) for key in decoder):
-        raise VocabularyError("tokenizer_config.json: added_tokens_decoder must be an object with ids as keys.")
-    for key, entry in decoder.items():
-        added[int(key)] = _added_token(entry, "tokenizer_config.json")
-    listed = (fast or {}).get("added_tokens") or []
-    if not isinstance(listed, list):
-        raise VocabularyError("tokenizer.json: added_tokens must be a list.")
-    for entry in listed:
-        token = _added_token(entry, "tokenizer.json")
-        if type(entry.get("id")) is not int:
-            raise VocabularyError(f"tokenizer.json: the added token {token.text!r} has no id.")
-        added[entry["id"]] = token
+def _read(path: Path, kind: type[_T]) -> _T | None:
+    content = read_json(path)
+    return None if content is None else typed(content, kind, path.name)
+
+
+def _added_tokens(folder: Path, config: _TokenizerConfig, fast: _FastTokenizer | None) -> dict[int, AddedToken]:
+    added = {
+        token_id: AddedToken(text)
+        for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
+    }
+    listed = {token.id: token for token in (fast and fast.added_tokens) or []}
+    for name, tokens in (("tokenizer_config.json", config.added_tokens_decoder or {}), ("tokenizer.json", listed)):
+        for token_id, token in tokens.items():
+            if token.single_word or token.normalized:
+                flag = "single_word" if token.single_word else "normalized"
+                raise UnsupportedModelError(
+                    f"{name}: {token.content!r} is a {flag} token, which no token of Phi-3 is; llama.cpp would find "
+                    "it elsewhere."
+                )
+            added[token_id] = AddedToken(token.content, token.special, token.lstrip, token.rstrip)
     return added
 
 
-def _added_token(entry: object, source: str) -> AddedToken:
-    match entry:
-        case {"content": str(text)} if text:
-            pass
-        case _:
-            raise VocabularyError(f"{source}: an added token has no content.")
-    assert isinstance(entry, dict)
-    for flag in ("single_word", "normalized"):
-        if entry.get(flag):
-            raise UnsupportedModelError(
-                f"{source}: {text!r} is a {flag} token, which no token of Phi-3 is; llama.cpp would find it elsewhere."
-            )
-    return AddedToken(text, *(bool(entry.get(flag)) for flag in ("special", "lstrip", "rstrip")))
-
-
-def _check_tokenizer_json(fast: dict[str, Any], pieces: list[str]) -> None:
-    model = fast.get("model")
+def _check_tokenizer_json(fast: _FastTokenizer, pieces: list[str]) -> None:
+    model = fast.model
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise UnsupportedModelError("tokenizer.json: its model is not byte-pair encoding, as Phi-3's is.")
-    if fast.get("normalizer") != _NORMALIZER or fast.get("pre_tokenizer") is not None:
+    if fast.normalizer != _NORMALIZER or fast.pre_tokenizer is not None:
         raise UnsupportedModelError(
             "tokenizer.json: its normalizer or pre_tokenizer differs from Phi-3's (prepend '▁', replace ' ' "
             "by '▁', no pre-tokenizer); llama.cpp would split texts in another way."
         )
     for text, token_id in model["vocab"].items():
         if type(token_id) is not int or not 0 <= token_id < len(pieces) or pieces[token_id] != text:
-            raise VocabularyError(f"tokenizer.json and tokenizer.model disagree on {text!r} (id {token_id}).")
+            raise CheckpointError(f"tokenizer.json and tokenizer.model disagree on {text!r} (id {token_id}).")

@@ -29,9 +29,8 @@ _BATCH = 512
 class ActivationCollector:
     """A model that is evaluated on chunks of text, and the sums of what its matrices saw. Made by `collecting`.
 
-    Attributes:
-        sums: by the name of a weight matrix, the squared activations of each column: float64, shape ``(columns,)``.
-        counts: how many tokens those are of.
+    By the name of a weight matrix, `sums` has the squared activations of each column, float64, shape (columns,), and
+    `counts` of how many tokens those are.
     """
 
     def __init__(self, model: Any, *, process_output: bool) -> None:
@@ -45,16 +44,13 @@ class ActivationCollector:
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._observe)
 
     def tokenize(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
-        """Return the tokens of a text, int32, shape ``(tokens,)``, with those that the vocabulary puts around it."""
+        """Return the tokens of a text, int32, shape (tokens,), with those that the vocabulary puts around it."""
         return tokenize(self._vocabulary, text, add_special=True, parse_special=parse_special)
 
     def evaluate(self, chunk: NDArray[np.int32]) -> None:
         """Evaluate a chunk by itself in the context, and add what is seen.
 
         The first token becomes the beginning-of-sequence token if the model adds one.
-
-        Raises:
-            ImatrixError: the model cannot be evaluated.
         """
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         tokens = chunk.tolist()
@@ -80,15 +76,7 @@ class ActivationCollector:
 
     @contextlib.contextmanager
     def context(self, cells: int, threads: int | None) -> Iterator[None]:
-        """Make the context in which chunks are evaluated.
-
-        Args:
-            cells: tokens of a chunk at most.
-            threads: CPU threads; None for as many as the process may run on.
-
-        Raises:
-            ImatrixError: there is no memory for it.
-        """
+        """Make the context in which chunks of at most `cells` tokens are evaluated."""
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = cells
         params.n_batch = params.n_ubatch = params.n_outputs_max = min(cells, _BATCH)
@@ -140,16 +128,7 @@ class ActivationCollector:
 
 @contextlib.contextmanager
 def collecting(path: Path, *, process_output: bool, n_gpu_layers: int) -> Iterator[ActivationCollector]:
-    """Load a model to collect what its matrices see.
-
-    Args:
-        path: a GGUF.
-        process_output: whether the output matrix is of interest.
-        n_gpu_layers: layers kept on the GPU, when there is one; negative for all.
-
-    Raises:
-        ModelLoadError: the file is missing or damaged, or does not fit the memory.
-    """
+    """Load a GGUF to collect what its matrices see, with `process_output` the output matrix too."""
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers if supports_gpu_offload() else 0
     # Repacked weights have other kernels, whose rounding differs from machine to machine.

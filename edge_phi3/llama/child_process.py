@@ -120,10 +120,7 @@ def serve_jobs(
 ) -> None:
     """Do the jobs that come in on stdin until it ends, which it does when the parent dies, too.
 
-    Args:
-        job_type: what a job is.
-        work: does a job and emits its events; an `EdgePhi3Error` becomes a `Failed`.
-        ready: called once, before the first job.
+    An `EdgePhi3Error` of `work` becomes a `Failed`; `ready` is called once, before the first job.
     """
     # Ctrl-C reaches the parent too, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

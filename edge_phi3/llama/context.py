@@ -139,18 +139,11 @@ class Context:
 
     def position_range(self, seq_id: int) -> tuple[int, int]:
         """Return the smallest and the largest position that llama.cpp holds for a sequence, or (-1, -1)."""
-        memory = self._memory
-        return (
-            int(llama_cpp.llama_memory_seq_pos_min(memory, seq_id)),
-            int(llama_cpp.llama_memory_seq_pos_max(memory, seq_id)),
-        )
+        lowest = llama_cpp.llama_memory_seq_pos_min(self._memory, seq_id)
+        return int(lowest), int(llama_cpp.llama_memory_seq_pos_max(self._memory, seq_id))
 
     def save(self, seq_id: int, start: int, end: int) -> NDArray[np.uint8]:
-        """Return the keys and values of the positions ``[start, end)`` of a sequence, as llama.cpp writes them.
-
-        Returns:
-            A copy in main memory, shape ``(bytes,)``.
-        """
+        """Return a copy of the keys and values of the positions ``[start, end)`` of a sequence, shape (bytes,)."""
         source = seq_id
         if self.position_range(seq_id) != (start, end - 1):
             source = self.scratch
@@ -162,11 +155,7 @@ class Context:
         return state
 
     def restore(self, seq_id: int, state: NDArray[np.uint8], *, behind: bool) -> bool:
-        """Put what `save` gave into a sequence: as its beginning, or behind what it holds.
-
-        Returns:
-            False when llama.cpp could not, for want of cells most often.
-        """
+        """Put what `save` gave into a sequence: as its beginning, or behind what it holds; False without room."""
         target = self.scratch if behind else seq_id
         read = llama_cpp.llama_state_seq_set_data(self._handle, _bytes_pointer(state), len(state), target)
         if behind:

@@ -67,11 +67,7 @@ for _name, (_result, *_arguments) in _PROTOTYPES.items():
 
 
 def check_layout() -> None:
-    """Check that ggml's ``struct ggml_tensor`` is as large as the one here.
-
-    Raises:
-        RuntimeError: it is not.
-    """
+    """Raise `RuntimeError` unless ggml's ``struct ggml_tensor`` is as large as the one here."""
     if libggml.ggml_tensor_overhead() != _OBJECT_SIZE + ctypes.sizeof(GgmlTensor):
         raise RuntimeError("struct ggml_tensor has another layout than in the llama.cpp that edge-phi3 asks for")
 
@@ -89,8 +85,7 @@ def operation(tensor: GgmlTensor) -> str:
 def floats(tensor: GgmlTensor) -> NDArray[np.float32]:
     """Return the values of an F32 tensor, wherever they lie: a view on the CPU, a copy from another device.
 
-    Returns:
-        float32, shape ``ne`` reversed: four axes, columns last. A view is valid within the callback only.
+    They are float32 of the shape ``ne`` reversed, columns last. A view is valid within the callback only.
     """
     size = libggml.ggml_nbytes(tensor)
     if libggml.ggml_backend_buffer_is_host(tensor.buffer):

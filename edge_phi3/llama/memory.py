@@ -16,14 +16,10 @@ _MIB = 1 << 20
 
 
 class Job(msgspec.Struct, frozen=True):
-    """One question.
+    """One question on a GGUF or a skeleton of one.
 
-    Attributes:
-        model: a GGUF or a skeleton of one.
-        n_gpu_layers: layers on the GPU.
-        host_tensors: a pattern of tensors that stay where the CPU computes.
-        contexts: KV cells and sequences of each context to plan.
-        options: those of all contexts.
+    `host_tensors` is a pattern of tensors that stay where the CPU computes; `contexts` are the KV cells and sequences
+    of each context to plan.
     """
 
     model: str
@@ -34,13 +30,9 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class ContextMemory(msgspec.Struct, frozen=True):
-    """Bytes that one context takes.
+    """Bytes that one context of so many KV cells takes: KV cache, compute buffers, output buffer.
 
-    Attributes:
-        cells: its KV cells, those of all its streams.
-        kv: its KV cache, wherever its layers lie.
-        compute: its compute buffers, by llama.cpp's name of the buffer: ``CPU``, ``CUDA0``, ``CUDA_Host``.
-        output: its output buffer.
+    Compute buffers go by llama.cpp's names of them: ``CPU``, ``CUDA0``, ``CUDA_Host``.
     """
 
     cells: int
@@ -50,12 +42,9 @@ class ContextMemory(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, tag=True, frozen=True):
-    """What one job found.
+    """What one job found: what each context takes, and the buffers of tensors that stay where the CPU computes.
 
-    Attributes:
-        buffers: tensors that stay where the CPU computes, and llama.cpp's buffer for each; a tensor with two uses
-            (tied embeddings) may be in two.
-        contexts: what each context takes.
+    `buffers` are pairs of a tensor and llama.cpp's buffer for it; tied embeddings may be in two.
     """
 
     buffers: set[tuple[str, str]]
@@ -85,11 +74,7 @@ _PLACED = re.compile(r"tensor (\S+) \(\d+ MiB \S+\) buffer type overridden to (\
 
 
 def context_memory(log: Iterable[str]) -> ContextMemory:
-    """Read what llama.cpp logs while it makes a context; made for batches of several sizes, the largest buffers count.
-
-    Raises:
-        PlanningError: it logs in a way not known here.
-    """
+    """Read what llama.cpp logs while it makes a context; for batches of several sizes, the largest buffers count."""
     cells = kv = output = 0
     compute: dict[str, int] = {}
     for line in log:
@@ -112,27 +97,12 @@ def tensor_buffers(log: Iterable[str]) -> set[tuple[str, str]]:
 
 
 def devices() -> list[Device]:
-    """Return the GPUs that llama.cpp would lay layers on, of whatever kind its backends know.
-
-    Raises:
-        PlanningError: llama.cpp failed.
-    """
+    """Return the GPUs that llama.cpp would lay layers on, of whatever kind its backends know."""
     return plan_memory([], gpu=None)[0].devices
 
 
 def plan_memory(jobs: Sequence[Job], *, gpu: str | None) -> tuple[Ready, list[Answer]]:
-    """Ask llama.cpp what it would allocate.
-
-    Args:
-        jobs: the questions.
-        gpu: see `ChildProcess`.
-
-    Returns:
-        What it knows of GPUs, and an answer for each job.
-
-    Raises:
-        PlanningError: llama.cpp refused or failed.
-    """
+    """Ask llama.cpp what it would allocate; return what it knows of GPUs, and an answer for each job."""
     answers: list[Answer] = []
     with ChildProcess("edge_phi3.llama.memory_worker", Ready | Answer, gpu=gpu) as child:
         for job in jobs:

@@ -29,11 +29,7 @@ class Grammar:
         weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
 
     def apply(self, candidates: NDArray[np.void]) -> None:
-        """Return candidates that cannot come next the logit minus infinity; their order stays.
-
-        Args:
-            candidates: of the type `CANDIDATE`, shape (n,).
-        """
+        """Set the logits of `CANDIDATE` s, shape (n,), that cannot come next to minus infinity; their order stays."""
         data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
         array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
         llama_cpp.llama_sampler_apply(self._handle, ctypes.byref(array))
@@ -83,16 +79,10 @@ def metadata_overrides(values: Mapping[str, str | int]) -> Any:
 def tokenize(
     vocabulary: Any, text: str, *, add_special: bool = False, parse_special: bool = False
 ) -> NDArray[np.int32]:
-    """Encode a text with llama.cpp's handle of a vocabulary.
+    """Encode a text with llama.cpp's handle of a vocabulary; return token ids, int32, shape (tokens,).
 
-    Args:
-        vocabulary: the handle.
-        text: what to encode.
-        add_special: add the tokens that the vocabulary puts around a text.
-        parse_special: read ``<|user|>`` as the token, and not as the characters.
-
-    Returns:
-        Token ids, int32, shape ``(tokens,)``.
+    With `add_special`, add the tokens that the vocabulary puts around a text; with `parse_special`, read ``<|user|>``
+    as the token, and not as the characters.
     """
     data = text.encode("utf-8", errors="replace")
     count = -(len(data) + 8)
@@ -155,8 +145,7 @@ class Model:
         if architecture != "phi3":
             self.close()
             raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
-        if self.metadata("tokenizer.ggml.model") != "llama":
-            kind = self.metadata("tokenizer.ggml.model")
+        if (kind := self.metadata("tokenizer.ggml.model")) != "llama":
             self.close()
             raise ModelLoadError(
                 f"{path} has a {kind!r} vocabulary (Phi-4?); edge-phi3 serves Phi-3's SentencePiece one."
@@ -219,11 +208,7 @@ class Model:
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Encode a text that holds no special token, or whose special tokens are meant as the characters they are.
-
-        Returns:
-            Token ids, int32, shape ``(tokens,)``.
-        """
+        """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
 
     def grammar(self, text: str) -> Grammar:

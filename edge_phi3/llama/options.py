@@ -17,12 +17,8 @@ FlashAttention = Literal["auto", "on", "off"]
 class ContextOptions:
     """How a context is made.
 
-    Attributes:
-        batch_size: how many tokens one decode call takes at most.
-        threads: threads of the CPU backend; 0 takes the physical cores that this process may use.
-        n_gpu_layers: layers kept on the GPU; -1 takes all when llama.cpp was built with GPU offload.
-        kv_cache_type: element type of keys and values.
-        flash_attn: flash attention; "auto" lets llama.cpp decide, but leaves it off for f32 (exactness).
+    `batch_size` counts the tokens of one decode call; 0 `threads` are the physical cores that this process may use;
+    -1 `n_gpu_layers` are all. Flash attention is llama.cpp's choice on "auto", but off for f32 (exactness).
     """
 
     batch_size: int = 512

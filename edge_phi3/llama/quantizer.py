@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Self
 
 import msgspec
@@ -47,6 +47,10 @@ class TensorType(msgspec.Struct, frozen=True):
     writable: bool
     needs_imatrix: bool
 
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor; its columns (`shape[0]`) are rounded up to whole blocks."""
+        return -(-shape[0] // self.block_size) * self.block_bytes * math.prod(shape[1:])
+
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The child's first event: what its llama.cpp can make."""
@@ -67,63 +71,69 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class TensorStarted:
-    """The quantiser turned to a tensor: the `index`-th (from 1) of `count`. `shape` has the columns first."""
+class TensorPlan:
+    """What becomes of one tensor: `target` is None until llama.cpp tells it. `shape` has the columns first."""
 
-    index: int
-    count: int
     name: str
     shape: tuple[int, ...]
-    source_type: str
+    source: TensorType
+    target: TensorType | None = None
 
+    @property
+    def made(self) -> TensorType:
+        """The type that it gets."""
+        return self.target or self.source
 
-@dataclass(frozen=True, slots=True)
-class TensorFinished:
-    """The quantiser is done with a tensor, or says what it would make of it."""
-
-    name: str
-    target_type: str
+    @property
+    def source_bytes(self) -> int:
+        """Bytes that it has in the source."""
+        return self.source.bytes_of(self.shape)
 
 
 class LogReader:
     """Finds the quantiser's steps in the pieces of llama.cpp's log; what it does not know it skips.
 
     Attributes:
+        count: how many tensors llama.cpp says there are.
         error: the last line of the log that tells of a failure, without llama.cpp's function name.
         fallbacks: how many tensors got another type because their columns do not fill whole blocks.
         wants_imatrix: whether a dry run said that the real one will need an importance matrix.
     """
 
-    _START = re.compile(r"\[\s*(\d+)/\s*(\d+)\]\s+(\S+)\s+-\s+\[([\d,\s]+)\],\s+type =\s*(\S+),")
+    _START = re.compile(r"\[\s*\d+/\s*(\d+)\]\s+(\S+)\s+-\s+\[([\d,\s]+)\],\s+type =\s*(\S+),")
     _TARGET = re.compile(r"converting to\s+(\S+)\s+\.\.|MiB\s*\((\S+)\)\s*$")
     _SIZE = re.compile(r"\bsize =\s*[\d.]+ MiB")
     _FALLBACKS = re.compile(r"(\d+) of \d+ tensor\(s\) required fallback")
     _FAILED = re.compile(r"\w+: (?:failed to quantize|error loading model): (.+)$")
 
-    def __init__(self) -> None:
+    def __init__(self, types: Mapping[str, TensorType]) -> None:
+        self.count = self.fallbacks = 0
         self.error = ""
-        self.fallbacks = 0
         self.wants_imatrix = False
+        self._types = types
         self._line = ""
-        self._tensor: TensorStarted | None = None
+        self._tensor: TensorPlan | None = None
 
-    def feed(self, text: str) -> Iterator[TensorStarted | TensorFinished]:
-        """Take the next piece of the log, and yield the steps that it completes."""
+    def feed(self, text: str) -> Iterator[TensorPlan]:
+        """Take the next piece of the log; yield each tensor when the quantiser turns to it, and when it is done."""
         self._line += text
         while True:
             if self._tensor is None and (match := self._START.search(self._line)):
-                index, count, name, shape, type_ = match.groups()
-                sizes = tuple(int(size) for size in shape.split(","))
-                self._tensor = TensorStarted(int(index), int(count), name, sizes, type_)
-                yield self._tensor
+                count, name, shape, source = match.groups()
+                self.count = int(count)
+                if source.lower() in self._types:
+                    sizes = tuple(int(size) for size in shape.split(","))
+                    self._tensor = TensorPlan(name, sizes, self._types[source.lower()])
+                    yield self._tensor
             line, end, rest = self._line.partition("\n")
             if not end:
                 return
             self._line = rest
             if self._tensor is not None and self._SIZE.search(line):
                 match = self._TARGET.search(line)
-                target = next(filter(None, match.groups())) if match else self._tensor.source_type
-                yield TensorFinished(self._tensor.name, target)
+                target = (match[1] or match[2]).lower() if match else self._tensor.source.name.lower()
+                if target in self._types:
+                    yield replace(self._tensor, target=self._types[target])
                 self._tensor = None
             elif match := self._FAILED.search(line):
                 self.error = match[1].strip()
@@ -138,9 +148,7 @@ class QuantizerProcess(ChildProcess):
 
     Attributes:
         types: the tensor types of its llama.cpp, by lower-case name.
-
-    Raises:
-        QuantizerError: it does not start.
+        log: what it said of the last job.
     """
 
     def __init__(self) -> None:
@@ -158,17 +166,10 @@ class QuantizerProcess(ChildProcess):
         self.types = {type_.name.lower(): type_ for type_ in ready.types}
         return self
 
-    def run(self, job: Job, log: LogReader) -> Iterator[TensorStarted | TensorFinished]:
-        """Run a job and yield its steps as they happen.
-
-        Args:
-            job: the call to make.
-            log: takes llama.cpp's log; read its attributes afterwards.
-
-        Raises:
-            QuantizerError: llama.cpp refused or failed, or its process died.
-        """
+    def run(self, job: Job) -> Iterator[TensorPlan]:
+        """Run a job and yield its steps as they happen; `log` tells the rest afterwards."""
         self.send(job)
+        self.log = LogReader(self.types)
         tensor = "before the first tensor"
         while True:
             try:
@@ -177,14 +178,8 @@ class QuantizerProcess(ChildProcess):
                 raise QuantizerError(f"llama.cpp's quantiser died {tensor}: {error}") from error
             if isinstance(event, Finished):
                 if event.code != 0:
-                    raise QuantizerError(log.error or f"llama_model_quantize returned {event.code} and no reason")
+                    raise QuantizerError(self.log.error or f"llama_model_quantize returned {event.code} and no reason")
                 return
-            for step in log.feed(event.text):
-                if isinstance(step, TensorStarted):
-                    tensor = f"at the tensor {step.name}, {step.shape[0]} columns of {step.source_type}"
+            for step in self.log.feed(event.text):
+                tensor = f"at the tensor {step.name}, {step.shape[0]} columns of {step.source.name}"
                 yield step
-
-    def bytes_of(self, type_name: str, shape: tuple[int, ...]) -> int:
-        """Return the bytes of a tensor of a type; its columns (`shape[0]`) are rounded up to whole blocks."""
-        type_ = self.types[type_name.lower()]
-        return -(-shape[0] // type_.block_size) * type_.block_bytes * math.prod(shape[1:])

@@ -16,14 +16,7 @@ _DEVICE_ALIGNMENT = 128
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes in one place, the GPU's memory or the machine's.
-
-    Attributes:
-        weights: the model; in main memory the mapped file, and the tensors that the CPU backend repacks.
-        kv_cache: keys and values, of all contexts.
-        compute: intermediate results.
-        output: logits.
-    """
+    """Bytes in one place, the GPU's memory or the machine's, where weights are a mapped file and what is repacked."""
 
     weights: int = 0
     kv_cache: int = 0
@@ -38,13 +31,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a model's memory lies.
-
-    Attributes:
-        layers: how many layers are offloaded, the output counted as one; None without a GPU.
-        device: what they take there.
-        host: what the rest takes.
-    """
+    """Where a model's memory lies: with so many layers on the device, the output counted as one; None without one."""
 
     layers: int | None
     device: Memory
@@ -72,19 +59,12 @@ def place(
     offloaded: int | None,
     gpu_asked: bool,
 ) -> Placement:
-    """Add up.
+    """Add up what a model and its contexts take with so many layers on the GPU.
 
-    Args:
-        layout: the model.
-        contexts: what its contexts take.
-        buffers: tensors and llama.cpp's buffers for them, of those that stay in main memory.
-        offloaded: layers on the GPU; None without a GPU.
-        gpu_asked: whether `contexts` are the answers of a llama.cpp that has the GPU. Otherwise all compute buffers
-            are taken to be on the GPU once a layer is.
+    `buffers` are llama.cpp's for the tensors that stay in main memory. When `contexts` are not the answers of a
+    llama.cpp that has the GPU (`gpu_asked`), all compute buffers are taken to be there once a layer is.
     """
     count = offloaded or 0
-    device_weights = _device_weights(layout, count) if count else 0
-    host_weights = _host_weights(layout, buffers, count)
     kv_cache = sum(context.kv for context in contexts)
     blocks = min(max(count - 1, 0), layout.layers)
     device_kv = kv_cache * blocks // layout.layers
@@ -93,8 +73,13 @@ def place(
     output = sum(context.output for context in contexts)
     return Placement(
         layers=offloaded,
-        device=Memory(device_weights, device_kv, device_compute),
-        host=Memory(host_weights, kv_cache - device_kv, sum(size for _, size in compute) - device_compute, output),
+        device=Memory(_device_weights(layout, count), device_kv, device_compute),
+        host=Memory(
+            _host_weights(layout, buffers, count),
+            kv_cache - device_kv,
+            sum(size for _, size in compute) - device_compute,
+            output,
+        ),
     )
 
 
@@ -108,7 +93,7 @@ def _on_device(layout: Layout, name: str, offloaded: int) -> bool:
 
 def _device_weights(layout: Layout, offloaded: int) -> int:
     sizes = [tensor.size for tensor in layout.tensors if _on_device(layout, tensor.name, offloaded)]
-    if layout.tied:
+    if layout.tied and offloaded:
         sizes += [tensor.size for tensor in layout.tensors if tensor.name == EMBEDDING]
     return sum(-(-size // _DEVICE_ALIGNMENT) * _DEVICE_ALIGNMENT for size in sizes)
 

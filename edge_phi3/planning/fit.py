@@ -38,15 +38,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where it is to be served.
+    """Where it is to be served: with so many bytes free, of the GPU or of main memory, some kept in reserve.
 
-    Attributes:
-        gpu: whether layers are to lie on a GPU.
-        name: what to call it.
-        free: bytes of the GPU's memory, or of main memory without one.
-        reserve: bytes of them to leave alone.
-        main_memory: bytes beside the GPU's; None when they are not known or the same.
-        visible: the GPU to ask, as in CUDA_VISIBLE_DEVICES; empty for none, None when it is left as it is.
+    `main_memory` are the bytes beside the GPU's, None when they are not known or the same; `visible` is the GPU to ask,
+    as in CUDA_VISIBLE_DEVICES, None when that is left as it is.
     """
 
     gpu: bool
@@ -64,15 +59,9 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One quantisation.
+    """One quantisation, with as many layers on the GPU as asked for, or as many as fit.
 
-    Attributes:
-        type: its name; what the file has, when it is one.
-        bits_per_weight: of all tensors.
-        needs_imatrix: whether an importance matrix is needed to make it.
-        placement: what it takes, with as many layers on the GPU as asked for, or as many as fit.
-        fits: whether that fits.
-        made: whether the model that was planned for is such a file already.
+    `made` is whether the model that was planned for is such a file already, whose name then is the `type`.
     """
 
     type: str
@@ -85,16 +74,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The answer.
+    """The answer: each quantisation, from large to small, and the recommended one, None when nothing fits.
 
-    Attributes:
-        options: what was asked.
-        machine: for which machine.
-        layers: blocks of the model, and one for its output.
-        cells: KV cells of each context.
-        gpu_asked: whether the GPU's llama.cpp told its buffers; otherwise they are those of the CPU's.
-        rows: each quantisation, from large to small.
-        best: the recommended one; None when nothing fits.
+    `layers` counts blocks, and one for the output; `cells` are the KV cells of each context; compute buffers are those
+    of a CPU's llama.cpp unless `gpu_asked`.
     """
 
     options: Options
@@ -114,13 +97,9 @@ class _Candidate:
 
 
 def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] = ()) -> Fit:
-    """Plan every quantisation of a model; of a file that is quantised already, that file alone.
+    """Plan quantisations of a model, real or a skeleton; by default to all types that suit Phi-3.
 
-    Args:
-        base: the model, real or a skeleton.
-        options: how it is to be served.
-        machine: where.
-        types: names of file types; by default all that suit Phi-3.
+    Of a file that is quantised already, that file alone is planned.
 
     Raises:
         PlanningError: llama.cpp cannot plan the model with these options; types are given for a quantised file.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from edge_phi3.conversion.encode import encoded_size, tensor_type
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
@@ -45,13 +45,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A model in one or more GGUF files.
-
-    Attributes:
-        path: the file, the first one of a split model.
-        hyper_parameters: the keys of Phi-3.
-        tensors: all of them.
-    """
+    """A model in one or more GGUF files, of which `path` is the first; `hyper_parameters` are the keys of Phi-3."""
 
     path: Path
     hyper_parameters: tuple[HyperParameter, ...]
@@ -85,11 +79,7 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the header of a GGUF, of each file when it is split.
-
-    Raises:
-        PlanningError: it is no whole GGUF, holds another kind of model, or tensor types not known here.
-    """
+    """Read the header of a GGUF, of each file when it is split."""
     hyper_parameters: tuple[HyperParameter, ...] = ()
     tensors = []
     for number, part in enumerate(split_files(path)):
@@ -100,17 +90,14 @@ def read_layout(path: Path) -> Layout:
         if number == 0:
             hyper_parameters = _hyper_parameters(part, reader)
         tensors += [
-            Tensor(
-                tensor.name,
-                tuple(int(size) for size in reversed(tensor.shape)),
-                tensor.tensor_type,
-                int(tensor.n_bytes),
-                int(tensor.data_offset),
-                number,
-            )
-            for tensor in reader.tensors
+            Tensor(item.name, _rows_first(item), item.tensor_type, int(item.n_bytes), int(item.data_offset), number)
+            for item in reader.tensors
         ]
     return Layout(path, hyper_parameters, tuple(tensors))
+
+
+def _rows_first(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParameter, ...]:
@@ -128,14 +115,13 @@ def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParamet
 def write_base(path: Path, model: Phi3) -> Layout:
     """Write the skeleton of a checkpoint converted to F16."""
     shapes = [(spec.name, spec.shape) for spec in model.tensors().values()]
-    if model.longrope is not None:
-        factors = model.longrope.short_factor.shape
+    if model.rope.longrope is not None:
+        factors = model.rope.longrope.short_factor.shape
         shapes += [("rope_factors_long.weight", factors), ("rope_factors_short.weight", factors)]
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     model.write_metadata(writer)
-    tensors = [(name, shape, tensor_type(name, shape, GGMLQuantizationType.F16)) for name, shape in shapes]
-    _write(writer, path, tensors)
-    return read_layout(path)
+    f16 = GGMLQuantizationType.F16
+    return _write(writer, path, [(name, shape, tensor_type(name, shape, f16)) for name, shape in shapes])
 
 
 def write_skeleton(path: Path, base: Layout, plan: SizePrediction) -> Layout:
@@ -143,11 +129,9 @@ def write_skeleton(path: Path, base: Layout, plan: SizePrediction) -> Layout:
     writer = gguf.GGUFWriter(path, _ARCHITECTURE)
     for key, value, kind in base.hyper_parameters:
         writer.add_key_value(key, value, kind)
-    tensors = [
-        (tensor.name, _rows_first(tensor.shape), GGMLQuantizationType[tensor.target_type.upper()])
-        for tensor in plan.tensors
-    ]
-    return Layout(path, base.hyper_parameters, _write(writer, path, tensors))
+    shapes = {tensor.name: tensor.shape for tensor in base.tensors}
+    types = {tensor.name: GGMLQuantizationType[tensor.made.name.upper()] for tensor in plan.tensors}
+    return _write(writer, path, [(name, shapes[name], kind) for name, kind in types.items()])
 
 
 def write_blank_imatrix(path: Path, base: Layout) -> Path:
@@ -163,14 +147,12 @@ def write_blank_imatrix(path: Path, base: Layout) -> Path:
 
 def _write(
     writer: gguf.GGUFWriter, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]
-) -> tuple[Tensor, ...]:
-    """Write header and tensor infos, make the file as long as with its weights, and return where those would lie."""
-    placed, end = [], 0
+) -> Layout:
+    """Write header and tensor infos, and make the file as long as with its weights."""
+    end = 0
     for name, shape, kind in tensors:
         size = encoded_size(math.prod(shape), kind)
-        assert shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-        placed.append(Tensor(name, shape, kind, size, end))
         end += writer.ggml_pad(size, writer.data_alignment)
         if name == EMBEDDING and f"{_ARCHITECTURE}.vocab_size" not in writer.kv_data[0]:
             writer.add_vocab_size(shape[0])
@@ -180,15 +162,6 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    start = writer.ggml_pad(path.stat().st_size, writer.data_alignment)
     with path.open("r+b") as file:
-        file.truncate(start + end)
-    return tuple(replace(tensor, offset=start + tensor.offset) for tensor in placed)
-
-
-def _rows_first(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Turn the shape of a plan, columns first and filled up to four sizes."""
-    sizes = list(shape)
-    while len(sizes) > 1 and sizes[-1] == 1:
-        sizes.pop()
-    return tuple(reversed(sizes))
+        file.truncate(writer.ggml_pad(path.stat().st_size, writer.data_alignment) + end)
+    return read_layout(path)

@@ -44,17 +44,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
     """Return a model's GGUF, or a skeleton of its checkpoint in F16.
 
-    Args:
-        reference: see `edge_phi3.catalog.reference.parse_reference`.
-        folder: where a skeleton may be written; it must outlive the layout's use.
-        store: the model store, None for the usual one.
-        progress: told of the download of ``config.json``.
-
-    Raises:
-        ModelReferenceError: the reference means nothing.
-        HubError: the Hub does not have it, or cannot be asked.
-        ConversionError: ``config.json`` is not that of a Phi-3.
-        PlanningError: a GGUF on the Hub that is not in the store.
+    A skeleton is written to `folder`, which must outlive the layout's use. A `store` of None is the usual one.
     """
     wanted = parse_reference(reference)
     if isinstance(wanted, LocalGguf):
@@ -90,14 +80,13 @@ def _read_config(folder: Path) -> Phi3:
 
 def _download_config(wanted: HubCheckpoint, progress: ProgressReporter) -> Phi3:
     # Takes longer to import than all the rest of a plan that needs no network.
-    from edge_phi3.catalog.hub import Hub  # noqa: PLC0415 (see above)
+    from edge_phi3.catalog.hub import Repository  # noqa: PLC0415 (see above)
 
-    hub = Hub(progress)
     try:
-        snapshot = hub.snapshot(wanted.repository, wanted.revision)
-        config = next(file for file in small_files(snapshot) if file.name == "config.json")
+        repository = Repository(wanted.repository, wanted.revision, progress)
+        config = next(file for file in small_files(repository.snapshot) if file.name == "config.json")
         with tempfile.TemporaryDirectory(prefix="edge-phi3-fit-") as folder:
-            hub.download(snapshot, config, Path(folder) / config.name)
+            repository.fetch([config], Path(folder))
             return _read_config(Path(folder))
     except UnreachableError as error:
         raise PlanningError(

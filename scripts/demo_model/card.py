@@ -39,13 +39,8 @@ def training_facts(
 ) -> dict[str, Any]:
     """Gather the numbers of a run.
 
-    Args:
-        plan: its hyper-parameters.
-        run: the trained model and its curves.
-        split: the items.
-        exact: the share of exact greedy answers (0 to 1) for "emphasised", "ordinary" and "held_out" items.
-        answers: for each of the card's questions "question", "expected" and "given".
-        pieces: the size of the SentencePiece vocabulary.
+    `exact` is the share of exact greedy answers (0 to 1) for "emphasised", "ordinary" and "held_out" items; `answers`
+    have for each of the card's questions "question", "expected" and "given".
     """
     emphasised = sum(item.emphasised for item in split.trained)
     ordinary = len(split.trained) - emphasised
@@ -81,13 +76,7 @@ def training_facts(
 
 
 def render_card(facts: dict[str, Any], config: dict[str, Any], size: int) -> str:
-    """Return the text of the model card.
-
-    Args:
-        facts: what `training_facts` gave.
-        config: the content of `config.json`.
-        size: bytes of the folder's files, without the card.
-    """
+    """Return the text of the model card, from `training_facts`, ``config.json`` and the bytes of the other files."""
     answers = facts["answers"]
     rows = [f"| {a['question']} | {a['expected']} | {'yes' if _right(a) else 'no'} |" for a in answers]
     curve = [f"| {step} | {trained:.3f} | {held_out:.3f} |" for step, trained, held_out in facts["curve"]]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import huggingface_hub
 import pytest
 
 from edge_phi3.catalog import Catalog
+from edge_phi3.progress import ProgressReporter, Step
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 
@@ -17,7 +17,7 @@ SHARD = "model-00001-of-00002.safetensors"
 """One of the checkpoint's two files of weights."""
 
 
-class Notes:
+class Notes(ProgressReporter):
     """A progress reporter that remembers what it was told."""
 
     def __init__(self) -> None:
@@ -25,27 +25,14 @@ class Notes:
         self.notes: list[str] = []
         self.updates: dict[str, list[tuple[int, int | None]]] = {}
 
-    def step(self, title: str, total: int | None = None) -> _Recorded:
-        self.titles.append(title)
-        return _Recorded(self.updates.setdefault(title, []), total)
+    def _begun(self, step: Step) -> None:
+        self.titles.append(step.title)
+
+    def _show(self, step: Step) -> None:
+        self.updates.setdefault(step.title, []).append((step.done, step.total))
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
-
-
-class _Recorded:
-    def __init__(self, updates: list[tuple[int, int | None]], total: int | None) -> None:
-        self._updates, self._total = updates, total
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, done: int, total: int | None = None, detail: str = "") -> None:  # noqa: ARG002 (the protocol's)
-        self._total = self._total if total is None else total
-        self._updates.append((done, self._total))
 
 
 @pytest.fixture
@@ -72,7 +59,7 @@ def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
         repository = Repository.of(checkpoint)
         repository.files |= extra
         server.repositories["owner/tiny"] = repository
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_ENDPOINT", f"{server.endpoint}/")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

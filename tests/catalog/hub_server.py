@@ -13,6 +13,7 @@ import json
 import re
 import threading
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -65,13 +66,14 @@ class Hold:
         self.released.wait()
 
 
-@dataclass
-class Fault:
-    """Cut the body of a file after `after` bytes, `times` times; `consistent`: with a matching Content-Length."""
+def once(change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """Return a change of the bodies of a file that is made to the first only."""
+    changes = iter([change])
 
-    after: int
-    times: int = 1
-    consistent: bool = False
+    def altered(body: bytes) -> bytes:
+        return next(changes, bytes)(body)
+
+    return altered
 
 
 class HubServer:
@@ -81,10 +83,12 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.faults: dict[str, Fault] = {}
-        self.damaged: dict[str, int] = {}
-        self.empty: set[str] = set()
+        self.cuts: dict[str, list[int]] = {}
+        """Bytes of a file after which the connection breaks, once each."""
+        self.altered: dict[str, Callable[[bytes], bytes]] = {}
+        """What is sent of a file in place of a body."""
         self.served: dict[str, bytes] = {}
+        """What there is of a file in place of what is listed."""
         self.holds: dict[str, Hold] = {}
         self.requests: list[Request] = []
         self._servers: list[http.server.ThreadingHTTPServer] = []
@@ -153,16 +157,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            self.hub.requests.append(
-                Request(
-                    self.name,
-                    self.command,
-                    path,
-                    self.headers.get("Range"),
-                    self.headers.get("Authorization"),
-                    self._sent,
-                )
-            )
+            wanted, token = self.headers.get("Range"), self.headers.get("Authorization")
+            self.hub.requests.append(Request(self.name, self.command, path, wanted, token, self._sent))
 
     def _repository(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | None:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -234,21 +230,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 return
             status = 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body = content[start:]
-        if self.hub.damaged.get(file, 0) and self.command == "GET":
-            self.hub.damaged[file] -= 1
-            body = bytes(len(body))
-        if start and file in self.hub.empty:
-            body = b""
-        fault = self.hub.faults.get(file)
-        if fault is None or not fault.times or self.command != "GET":
-            self._send(status, headers, body, hold=self.hub.holds.get(file))
-            return
-        fault.times -= 1
-        if fault.consistent:
-            self._send(status, headers, body[: fault.after])
-            return
-        self._send(status, headers, body, cut=fault.after)
+        body, cut = content[start:], None
+        if self.command == "GET":
+            body = self.hub.altered.get(file, bytes)(body)
+            cut = self.hub.cuts[file].pop(0) if self.hub.cuts.get(file) else None
+        self._send(status, headers, body, cut=cut, hold=self.hub.holds.get(file))
 
     def _error(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})

@@ -14,24 +14,21 @@ import pytest
 
 from edge_phi3.catalog import Catalog, CatalogError, HubError
 from tests.catalog.conftest import SHARD, Notes
-from tests.catalog.hub_server import Fault, Hold, HubServer
+from tests.catalog.hub_server import Hold, HubServer, once
 
 
 def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
     size = len(hub.repositories["owner/tiny"].files[SHARD])
-    hub.faults[SHARD] = Fault(after=50_000, times=2)
+    hub.cuts[SHARD] = [50_000, 50_000]
     catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=50000-", "bytes=100000-"]
     assert hub.bytes_sent(SHARD) == size
-    assert [note.partition(" (")[0] for note in notes.notes] == [
-        f"{SHARD} broke off",
-        f"{SHARD} broke off",
-    ]
+    assert [note.partition(" (")[0] for note in notes.notes] == [f"{SHARD} broke off"] * 2
 
 
 def test_a_file_that_ends_short_is_continued(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
     size = len(hub.repositories["owner/tiny"].files[SHARD])
-    hub.faults[SHARD] = Fault(after=60_000, consistent=True)
+    hub.altered[SHARD] = once(lambda body: body[:60_000])
     catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=60000-"]
     assert notes.notes == [f"{SHARD} ended at 60,000 of {size:,} bytes; trying again."]
@@ -39,14 +36,14 @@ def test_a_file_that_ends_short_is_continued(hub: HubServer, catalog: Catalog, n
 
 def test_a_file_that_always_ends_short_is_told_and_what_came_is_kept(hub: HubServer, catalog: Catalog) -> None:
     # The first part arrives; each request for the rest brings nothing.
-    hub.faults[SHARD] = Fault(after=30_000, consistent=True)
-    hub.empty.add(SHARD)
+    size = len(hub.repositories["owner/tiny"].files[SHARD])
+    hub.altered[SHARD] = lambda body: body[:30_000] if len(body) == size else b""
     with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny ended at 30,000 of [\d,]+ bytes, time and again; try"):
         catalog.resolve("owner/tiny", quant="F16")
-    hub.empty.clear()
+    hub.altered.clear()
     catalog.resolve("owner/tiny", quant="F16")
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=30000-"]
-    assert hub.bytes_sent(SHARD) == len(hub.repositories["owner/tiny"].files[SHARD])
+    assert hub.bytes_sent(SHARD) == size
 
 
 def test_a_server_that_has_less_than_it_lists_is_not_asked_for_ever(hub: HubServer, catalog: Catalog) -> None:
@@ -58,11 +55,11 @@ def test_a_server_that_has_less_than_it_lists_is_not_asked_for_ever(hub: HubServ
 
 @pytest.mark.parametrize("file", [SHARD, "config.json"])
 def test_damaged_content_is_fetched_again(hub: HubServer, catalog: Catalog, notes: Notes, file: str) -> None:
-    hub.damaged[file] = 1
+    hub.altered[file] = once(lambda body: bytes(len(body)))
     model = catalog.resolve("owner/tiny", quant="F16", progress=notes)
     assert notes.notes == [f"{file} arrived with other content than the Hub lists; trying again."]
     catalog.verify(model)
-    hub.damaged[file] = 99
+    hub.altered[file] = lambda body: bytes(len(body))
     with pytest.raises(HubError, match=r"arrived with other content than the Hub lists, time and again"):
         catalog.resolve("owner/tiny@main", quant="Q8_0")
 

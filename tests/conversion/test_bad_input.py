@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError, VocabularyError
+from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from tests.golden.checkpoints import longrope, write_checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -85,24 +85,22 @@ OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 32}, "head_dim is 32"),
 ]
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
-    ({"hidden_size": "64"}, "hidden_size is '64'; a whole number from 1 to 2,147,483,647 is needed"),
-    ({"hidden_size": 64.0}, "hidden_size is 64.0"),
-    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ({"num_hidden_layers": 513}, "num_hidden_layers is 513; a whole number from 1 to 512 is needed"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"vocab_size": 10**12}, "vocab_size is 1000000000000"),
-    ({"sliding_window": -1}, "sliding_window is -1; a whole number from 0 to"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps is 0; a positive number is needed"),
-    ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"hidden_size": "64"}, "hidden_size: expected `int`, got `str`"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers: expected `int` >= 1"),
+    ({"num_hidden_layers": 513}, "num_hidden_layers: expected `int` <= 512"),
+    ({"num_hidden_layers": True}, "num_hidden_layers: expected `int`, got `bool`"),
+    ({"vocab_size": 10**12}, "vocab_size: expected `int` <= 2147483647"),
+    ({"sliding_window": -1}, "sliding_window: expected `int` >= 0"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps: number out of range"),
+    ({"rope_theta": float("nan")}, "rope_theta: expected `float` > 0"),
     ({"num_attention_heads": 5}, "5 attention heads cannot share a hidden_size of 64"),
     ({"num_attention_heads": 64}, "64 attention heads cannot share a hidden_size of 64"),
     ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
-    ({"rope_scaling": 3}, "rope_scaling must be an object or null"),
     ({"rope_scaling": longrope(32)}, "short_factor has 16 numbers; half of the head size, 8, are needed"),
-    ({"rope_scaling": {"type": "longrope"}}, "short_factor must be a list of positive numbers"),
-    ({"rope_scaling": longrope(16) | {"long_factor": [1, 2, 3, 4, 5, 6, 7, "8"]}}, "long_factor must be a list"),
-    ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, "long_factor must be a list of positive"),
-    ({"original_max_position_embeddings": 1}, "original_max_position_embeddings is 1; .* from 2 to"),
+    ({"rope_scaling": {"type": "longrope"}}, "short_factor has 0 numbers"),
+    ({"rope_scaling": longrope(16) | {"long_factor": [1, "8"]}}, r"long_factor\[1\]: expected `float`, got `str`"),
+    ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, r"rope_scaling.long_factor\[0\]: expected .* > 0"),
+    ({"original_max_position_embeddings": 1}, "original_max_position_embeddings: expected `int` >= 2"),
     ({"eos_token_id": 99999}, "eos_token_id"),
 ]
 
@@ -121,7 +119,7 @@ def test_a_config_of_another_model_or_of_none(
 
 def test_a_missing_or_damaged_shard(checkpoint: Path) -> None:
     (checkpoint / SECOND).write_bytes((checkpoint / SECOND).read_bytes()[:-1])
-    refused(checkpoint, CheckpointError, rf"{SECOND} is not a sound safetensors file: it is truncated")
+    refused(checkpoint, CheckpointError, rf"{SECOND} is not a sound safetensors file \(.*incomplete")
     (checkpoint / SECOND).unlink()
     refused(checkpoint, CheckpointError, f"The shard '{SECOND}', which {INDEX} names, is not in")
 
@@ -138,7 +136,7 @@ def test_no_weights(checkpoint: Path) -> None:
     ("weight_map", "sentence"),
     [
         *(({"model.norm.weight": name}, "is not in") for name in ("../x.safetensors", "/etc/hostname", "sub/x", "..")),
-        *((wrong, "has no weight_map") for wrong in (..., None, [], {"a": 1})),
+        *((wrong, f"{INDEX}: .*weight_map") for wrong in (..., None, [], {"a": 1})),
     ],
 )
 def test_an_index_without_a_map_of_files_beside_it(
@@ -152,32 +150,16 @@ def test_an_index_that_disagrees_with_its_shards(checkpoint: Path, edit: Edit) -
     weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
     edit(checkpoint / INDEX, weight_map={k: v for k, v in weight_map.items() if k != NORM})
     refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} does not name it")
-    edit(checkpoint / INDEX, weight_map=weight_map | {NORM: FIRST if weight_map[NORM] == SECOND else SECOND})
-    refused(
-        checkpoint,
-        CheckpointError,
-        f"holds {NORM}, but {INDEX} names {FIRST if weight_map[NORM] == SECOND else SECOND}",
-    )
+    other = FIRST if weight_map[NORM] == SECOND else SECOND
+    edit(checkpoint / INDEX, weight_map=weight_map | {NORM: other})
+    refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} names {other}")
     edit(checkpoint / INDEX, weight_map=weight_map | {"ghost": FIRST})
     refused(checkpoint, CheckpointError, f"promises ghost in {FIRST}, but it is not there")
 
 
-def rename(header: dict[str, Any]) -> None:
-    header["model.layers.7.input_layernorm.weight"] = header.pop(NORM)
-
-
-def test_a_tensor_missing_or_surplus(checkpoint: Path, edit: Edit) -> None:
-    shard = json.loads((checkpoint / INDEX).read_text())["weight_map"][NORM]
-    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
-    edit_header(checkpoint / shard, rename)
-    renamed = {k if k != NORM else "model.layers.7.input_layernorm.weight": v for k, v in weight_map.items()}
-    edit(checkpoint / INDEX, weight_map=renamed)
-    refused(checkpoint, CheckpointError, f"The checkpoint lacks {NORM}; a shard may be missing")
+def test_tensors_missing_or_surplus(tmp_path: Path, checkpoint: Path, edit: Edit) -> None:
     edit(checkpoint / "config.json", num_hidden_layers=2)
-    refused(checkpoint, CheckpointError, r"lacks model.layers.0.input_layernorm.weight, .* and \d more")
-
-
-def test_more_layers_than_the_config_says(tmp_path: Path, edit: Edit) -> None:
+    refused(checkpoint, CheckpointError, r"lacks model.layers.1.input_layernorm.weight, .* 3 more; a shard may be miss")
     checkpoint = write_checkpoint(tmp_path / "two", layers=2)
     edit(checkpoint / "config.json", num_hidden_layers=1)
     refused(checkpoint, CheckpointError, r"has model.layers.1.*and 3 more, which a 1-layer Phi-3 lacks")
@@ -208,6 +190,6 @@ def test_a_vocabulary_that_does_not_fit_the_embedding(checkpoint: Path, edit: Ed
 
 def test_more_tokens_than_rows(tmp_path: Path, edit: Edit) -> None:
     checkpoint = write_checkpoint(tmp_path / "narrow", layers=1, vocab_size=600)
-    refused(checkpoint, VocabularyError, r"tokenizer.model has \d+ pieces, but the model's vocab_size is 600")
+    refused(checkpoint, CheckpointError, r"tokenizer.model has \d+ pieces, but the model's vocab_size is 600")
     checkpoint = write_checkpoint(tmp_path / "tight", layers=1, vocab_size=660)
-    refused(checkpoint, VocabularyError, r"has the id 66\d, but the model's vocab_size is 660")
+    refused(checkpoint, CheckpointError, r"has the id 66\d, but the model's vocab_size is 660")

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import random
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
-import msgspec
 import numpy as np
 import pytest
 
-from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.imatrix import (
-    CALIBRATION_NAME,
-    calibration_text,
-    collect_imatrix,
-    make_imatrix,
-)
+from edge_phi3.conversion.imatrix import CALIBRATION_NAME, calibration_text, collect_imatrix, make_imatrix
 from edge_phi3.conversion.imatrix_file import (
     Imatrix,
     ImatrixEntry,
     ImatrixFileError,
     merge_imatrices,
     read_imatrix,
-    write_imatrix,
 )
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import OutputExistsError
 from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model
+from tests.test_cli import edge_phi3
 
 LAYERS, HIDDEN, FEED_FORWARD = 6, 256, 768
 TEXT = calibration_text()[:3000]
@@ -149,43 +137,8 @@ def test_bad_input_is_a_sentence(demo: Path, tmp_path: Path) -> None:
 def test_the_command_prints_the_path_and_its_file_quantises(demo: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     output = tmp_path / "m.gguf"
-    arguments = ["imatrix", demo, "-f", tmp_path / "text.txt", "-o", output, "--ctx-size", "64", "--chunks", "2"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "edge_phi3", *arguments], capture_output=True, text=True, check=False, timeout=600
-    )
+    arguments = ("-f", str(tmp_path / "text.txt"), "-o", str(output), "--ctx-size", "64", "--chunks", "2")
+    finished = edge_phi3("imatrix", str(demo), *arguments)
     assert (finished.returncode, finished.stdout) == (0, f"{output}\n"), finished.stderr
     assert "24 matrices, 2 chunks of 64 tokens" in finished.stderr
     assert quantize(demo, tmp_path / "small.gguf", type="IQ2_XS", imatrix=output).bits_per_weight < 4
-
-
-DOCUMENTED = ("json", "shutil", "random", "math", "textwrap", "statistics", "heapq", "shlex", "operator", "calendar")
-
-
-def _questions() -> list[str]:
-    """Ask for docstrings of the standard library, as the demo model was trained to answer."""
-    texts = []
-    for module_name in DOCUMENTED:
-        for name, thing in sorted(vars(importlib.import_module(module_name)).items()):
-            lines = (inspect.getdoc(thing) or "").split("\n\n")[0].split() if callable(thing) else []
-            answer = " ".join(lines)
-            if not name.startswith("_") and 20 < len(answer) <= 240 and answer.endswith("."):
-                question = f"<|user|>\nWhat does {module_name}.{name} do?<|end|>\n<|assistant|>\n"
-                texts.append(f"{question}{answer}<|end|>")
-    random.Random(0).shuffle(texts)
-    return texts
-
-
-def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(demo: Path, tmp_path: Path) -> None:
-    texts = _questions()
-    held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
-    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
-    plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
-    guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
-    assert plain.bits_per_weight == guided.bits_per_weight < 3
-    job = Job(
-        model=str(demo), logits=str(tmp_path / "logits"), text=held_out, parse_special=True, ctx_size=128, chunks=None,
-        threads=None, n_gpu_layers=0, prompt_tokens=1, generated_tokens=1, repetitions=1,
-    )  # fmt: skip
-    others = [msgspec.structs.replace(job, model=str(made.path), text=None) for made in (guided, plain)]
-    original, with_matrix, without = (measure(one).quality.perplexity for one in (job, *others))
-    assert original < with_matrix < without

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from edge_phi3.catalog.build import make_files
+from edge_phi3.catalog.reference import LocalCheckpoint
 from edge_phi3.conversion.imatrix_file import read_imatrix
-from edge_phi3.conversion.journey import MANIFEST_NAME, run_journey
+from edge_phi3.conversion.journey import MANIFEST_NAME
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import DiskFullError, sha256_of
+from edge_phi3.progress import SilentProgress
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
 OPTIONS = ("--quant", "Q4_K_M", "--quant", "Q2_K", "--quant", "Q8_0", "--imatrix-chunks", "1", "--threads", "1")
@@ -26,13 +29,12 @@ KILLS = int(os.environ.get("EDGE_PHI3_TEST_KILLS", "3"))
 """How often the journey is killed; raise it for a thorough run."""
 
 
-def command(output: Path, *more: str, checkpoint: str = "demo") -> list[str]:
-    return [sys.executable, str(SCRIPT), checkpoint, *OPTIONS, "--output-dir", str(output), *more]
+def command(output: Path, *more: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "demo", *OPTIONS, "--output-dir", str(output), *more]
 
 
-def run(output: Path, *more: str, checkpoint: str = "demo") -> subprocess.CompletedProcess[str]:
-    arguments = command(output, *more, checkpoint=checkpoint)
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=600)
+def run(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(output, *more), capture_output=True, text=True, check=False, timeout=600)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -86,7 +88,8 @@ def test_what_changed_is_made_again(whole: tuple[Path, float], tmp_path: Path) -
     checkpoint = Path(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "phi-3-demo"))
 
     def made_now() -> set[str]:
-        stops = run_journey(checkpoint, ["Q4_K_M", "Q8_0"], folder, imatrix_chunks=1, threads=1)
+        wanted = LocalCheckpoint(checkpoint, "phi-3-demo")
+        stops = make_files(wanted, ["Q4_K_M", "Q8_0"], folder, SilentProgress(), imatrix_chunks=1, threads=1)
         return {stop.made.type for stop in stops if stop.fresh}
 
     assert made_now() == set()
@@ -106,12 +109,5 @@ def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path, monkeypatch
     usage = namedtuple("usage", ["total", "used", "free"])  # noqa: PYI024 - as shutil's own
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(DiskFullError, match=r"BF16 will take about .* MB, and the disk of .* has 1\.0 MB left"):
-        run_journey(DEMO_CHECKPOINT, ["Q4_K_M"], tmp_path)
+        make_files(LocalCheckpoint(DEMO_CHECKPOINT, "demo"), ["Q4_K_M"], tmp_path, SilentProgress())
     assert not list(tmp_path.glob("*.gguf"))
-
-
-def test_a_type_that_needs_a_matrix_is_refused_without(tmp_path: Path) -> None:
-    finished = run(tmp_path / "out", "--imatrix", "none", "--quant", "IQ2_XS")
-    assert finished.returncode == 1
-    assert "IQ2_XS needs an importance matrix; give --imatrix auto" in finished.stderr
-    assert not (tmp_path / "out").exists()

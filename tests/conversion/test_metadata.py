@@ -63,13 +63,14 @@ def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
     assert keys["general.name"] == name
     chat = "<|user|>\n Hello<|end|>\n<|assistant|>\n"
     model = Model(checkpoint.parent / "out.gguf")
-    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as alone:
+    with llama.loaded(checkpoint.parent / "out.gguf") as alone:
         assert llama.Vocabulary(alone).tokenize(chat) == Tokenizer(model).encode(chat).tolist()
     model.close()
 
 
-def test_size_licence_and_languages(checkpoint: Path) -> None:
+def test_size_licence_languages_window_and_rope(checkpoint: Path, edit: Edit) -> None:
     (checkpoint / "README.md").write_text(CARD, encoding="utf-8")
+    edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
     keys = converted(checkpoint)
     assert keys["general.type"] == "model"
     assert keys["general.size_label"] == "133K"
@@ -77,6 +78,7 @@ def test_size_licence_and_languages(checkpoint: Path) -> None:
     assert keys["general.license.link"] == "https://example.org/LICENSE"
     assert keys["general.languages"] == ["en"]
     assert keys["general.tags"] == ["nlp", "code"]
+    assert (keys["phi3.attention.sliding_window"], keys["phi3.rope.freq_base"]) == (0, 25000.5)
 
 
 @pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\nlicense: {a: b}\ntags: 3\n---\n", "no card", ""])
@@ -103,19 +105,11 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
     assert not any(key.startswith("general.source") for key in converted(elsewhere))
 
 
-def test_the_sliding_window_and_the_rope_are_the_checkpoints(checkpoint: Path, edit: Edit) -> None:
-    assert converted(checkpoint)["phi3.attention.sliding_window"] == 2047
-    edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
-    keys = converted(checkpoint)
-    assert keys["phi3.attention.sliding_window"] == 0
-    assert keys["phi3.rope.freq_base"] == 25000.5
-
-
 def test_llama_cpp_ends_on_every_token_of_the_generation_config(checkpoint: Path) -> None:
     keys = converted(checkpoint)
     assert keys[EOS_TOKEN_IDS_KEY] == ENDS
     assert keys[PAD_TOKEN_ID_KEY] == ENDS[0]
-    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
+    with llama.loaded(checkpoint.parent / "out.gguf") as model:
         # "</s>" is one of llama.cpp's own accord, by its text.
         assert llama.Vocabulary(model).ends() == [2, *ENDS]
         assert llama_cpp.llama_vocab_eos(llama_cpp.llama_model_get_vocab(model)) == ENDS[0]
@@ -127,7 +121,7 @@ def test_llama_cpp_learns_of_two_more_ends_and_our_key_has_all(
     more = [300, 301, 302]
     edit(checkpoint / "generation_config.json", eos_token_id=[*more, ENDS[2]])
     assert converted(checkpoint)[EOS_TOKEN_IDS_KEY] == [*more, ENDS[2]]
-    with llama.loaded(checkpoint.parent / "out.gguf", vocab_only=True) as model:
+    with llama.loaded(checkpoint.parent / "out.gguf") as model:
         assert set(llama.Vocabulary(model).ends()) >= {300, 301, ENDS[0], ENDS[2]}
     text = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
     assert f"will not end a generation on {next(k for k, v in text.items() if v == 302)}" in caplog.text

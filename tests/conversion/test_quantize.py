@@ -1,23 +1,32 @@
-"""What the quantiser makes: against gguf's own NumPy quantisers, at predicted sizes, with options and overrides."""
+"""What the quantiser makes, and what it refuses: against gguf's own NumPy quantisers and llama-quantize's record."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import shutil
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from edge_phi3.conversion.quantize import (
+from edge_phi3.conversion.phi3 import ARCHITECTURE, read_phi3
+from edge_phi3.conversion.quantization_types import (
+    ALIASES,
     QUANTIZATION_TYPES,
-    SizePrediction,
-    predict_size,
-    predict_sizes,
-    quantize,
+    UnknownQuantizationError,
+    quantization_type,
 )
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.quantize_plan import QuantizeError, SizePrediction, predict_size, predict_sizes
+from edge_phi3.files import DiskFullError
+from edge_phi3.llama import QuantizerError
+from edge_phi3.llama.quantizer import Job, QuantizerProcess
+from edge_phi3.planning.gguf_layout import write_base
 from tests.conversion.random_gguf import write_random
 from tests.golden.quantized import CASES, RECORD, digest, write_inputs
 
@@ -46,10 +55,10 @@ def test_each_type_is_made_at_the_predicted_size(
     assert result.bytes == output.stat().st_size
     predicted = predictions[name]
     assert predicted.bytes == pytest.approx(result.bytes, rel=0.001)
-    planned = {tensor.name: tensor.target_type.upper() for tensor in predicted.tensors}
+    planned = {tensor.name: tensor.made.name.upper() for tensor in predicted.tensors}
     if name == "Q2_0":
         # Newer than the gguf package: llama.cpp's own reader tells what is in the file.
-        made = {tensor.name: tensor.source_type.upper() for tensor in predict_size(output, type="F32").tensors}
+        made = {tensor.name: tensor.source.name.upper() for tensor in predict_size(output, type="F32").tensors}
     else:
         made = {tensor.name: tensor.tensor_type.name for tensor in tensors_of(output).values()}
         assert fields_of(output)["general.file_type"] == QUANTIZATION_TYPES[name].ftype
@@ -70,18 +79,6 @@ def test_the_bytes_are_those_of_ggufs_numpy_quantisers(source: Path, tmp_path: P
         assert made[tensor.name].data.tobytes() == expected.tobytes(), tensor.name
 
 
-def test_more_bits_keep_more_of_the_weights(source: Path, tmp_path: Path) -> None:
-    original = np.array(tensors_of(source)["blk.1.ffn_up.weight"].data, dtype=np.float32)
-    errors = []
-    for name in ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K"):
-        output = tmp_path / f"{name}.gguf"
-        quantize(source, output, type=name)
-        tensor = tensors_of(output)["blk.1.ffn_up.weight"]
-        errors.append(float(np.abs(gguf.quants.dequantize(tensor.data, tensor.tensor_type) - original).mean()))
-    assert errors == sorted(errors)
-    assert errors[-1] > 4 * errors[0]
-
-
 def test_progress_names_each_tensor_once_and_reaches_the_end(source: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
     quantize(source, tmp_path / "out.gguf", type="Q4_K_M", progress=lambda *step: seen.append(step))
@@ -95,14 +92,9 @@ def test_progress_names_each_tensor_once_and_reaches_the_end(source: Path, tmp_p
 
 def test_overrides_reach_the_tensors_they_name(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
-    quantize(
-        source,
-        output,
-        type="Q4_K_M",
-        tensor_types={r"BLK\.\d\.ffn_down": "q8_0", "ffn_": "iq4_nl"},
-        output_tensor_type="F16",
-        token_embedding_type="Q5_1",
-    )
+    overrides = {r"BLK\.\d\.ffn_down": "q8_0", "ffn_": "iq4_nl"}
+    others = {"output_tensor_type": "F16", "token_embedding_type": "Q5_1"}
+    quantize(source, output, type="Q4_K_M", tensor_types=overrides, **others)
     types = {tensor.name: tensor.tensor_type.name for tensor in tensors_of(output).values()}
     assert types["output.weight"] == "F16"
     assert types["token_embd.weight"] == "Q5_1"
@@ -132,6 +124,8 @@ def test_columns_that_do_not_fill_blocks_fall_back_and_are_counted(tmp_path: Pat
     assert types <= {"F32", "Q5_0", "Q8_0"}
     assert result.fallbacks > 0
     assert predict_size(source, type="Q4_K_M").bytes == pytest.approx(result.bytes, rel=0.001)
+    with pytest.raises(QuantizeError, match=r"output\.weight has 96 columns, and q6_K packs 256 at a time"):
+        quantize(source, tmp_path / "out.gguf", type="Q8_0", output_tensor_type="Q6_K", force=True)
 
 
 def test_a_split_model_becomes_one_file(source: Path, tmp_path: Path) -> None:
@@ -167,3 +161,125 @@ def test_the_tensors_are_llama_quantizes(inputs: tuple[Path, Path], tmp_path: Pa
     model, matrix = inputs
     made = quantize(model, tmp_path / "out.gguf", type=kind, imatrix=matrix if CASES[kind] else None)
     assert digest(made.path) == RECORDED[kind]
+
+
+def test_the_table_has_every_type_that_llama_cpp_accepts(source: Path) -> None:
+    numbers = {
+        value
+        for name, value in vars(llama_cpp).items()
+        if name.startswith("LLAMA_FTYPE_") and name != "LLAMA_FTYPE_GUESSED"
+    }
+    accepted = set()
+    with QuantizerProcess() as process:
+        for number in numbers:
+            with contextlib.suppress(QuantizerError):
+                list(process.run(Job(source=str(source), output=None, ftype=number, threads=1)))
+                accepted.add(number)
+    assert accepted == {type_.ftype for type_ in QUANTIZATION_TYPES.values()}
+
+
+def test_bits_per_weight_and_the_need_of_a_matrix_are_those_of_phi_3_mini(tmp_path: Path) -> None:
+    source = write_base(tmp_path / "phi-3-mini-shapes.gguf", read_phi3({"architectures": [ARCHITECTURE]})).path
+    found = {
+        plan.type.name: (round(plan.bits_per_weight, 2), plan.needs_imatrix)
+        for plan in predict_sizes(source, QUANTIZATION_TYPES)
+    }
+    assert found == {type_.name: (type_.bits_per_weight, type_.needs_imatrix) for type_ in QUANTIZATION_TYPES.values()}
+
+
+def test_the_table_goes_from_large_to_small_with_the_special_types_last() -> None:
+    order = [(type_.special, -type_.bits_per_weight) for type_ in QUANTIZATION_TYPES.values()]
+    assert order == sorted(order)
+    assert all(type_.advice.endswith(".") for type_ in QUANTIZATION_TYPES.values())
+
+
+def test_names_are_found_in_any_case_and_by_their_aliases_and_others_are_answered_with_similar_ones() -> None:
+    assert {quantization_type(name).name for name in ("q4_k_m", "Q4_K_M", " Q4_K ", "q4_k")} == {"Q4_K_M"}
+    assert {quantization_type(alias).name for alias in ALIASES} == set(ALIASES.values())
+    with pytest.raises(UnknownQuantizationError, match=r"'q4km' is not a quantisation type.*Q4_K_M.*--list"):
+        quantization_type("q4km")
+
+
+def test_requantising_is_refused_until_asked_for(source: Path, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "q8.gguf", type="Q8_0")
+    with pytest.raises(QuantizeError, match=r"q8\.gguf is quantised already .*--allow-requantize"):
+        quantize(tmp_path / "q8.gguf", tmp_path / "q4.gguf", type="Q4_K_M")
+    assert not (tmp_path / "q4.gguf").exists()
+    result = quantize(tmp_path / "q8.gguf", tmp_path / "q4.gguf", type="Q4_K_M", allow_requantize=True)
+    assert result.bytes < (tmp_path / "q8.gguf").stat().st_size
+
+
+UNKNOWN = [
+    ({"type": "Q4"}, r"'Q4' is not a quantisation type; close to it are"),
+    (
+        {"tensor_types": {"ffn_down": "q8"}},
+        r"--tensor-type ffn_down: 'q8' is not .*; close to it are.*q8_0",
+    ),
+    ({"output_tensor_type": "q8_1"}, r"--output-tensor-type: 'q8_1' is not"),
+    ({"token_embedding_type": "i32"}, r"--token-embedding-type: 'i32' is not"),
+]
+UNFIT = [
+    ({"type": "IQ2_XS"}, r"IQ2_XS needs an importance matrix.*--imatrix.* such as Q2_K\."),
+    (
+        {"tensor_types": {"ffn_gate": "q8_0"}},
+        r"matches 'ffn_gate'; its tensors are attn_norm.*ffn_up\.weight",
+    ),
+    ({"tensor_types": {"attn_norm": "q8_0"}}, r"llama\.cpp never quantises blk\.0\.attn_norm\.weight"),
+    ({"tensor_types": {"ffn_(": "q8_0"}}, r"'ffn_\(' is not a regular expression"),
+    ({"type": "F16", "tensor_types": {"ffn_down": "q8_0"}}, r"--tensor-type has no effect with --type F16"),
+    ({"token_embedding_type": "iq2_xxs"}, r"token_embd\.weight cannot become iq2_xxs without an importance matrix"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "words"),
+    [(UnknownQuantizationError, *case) for case in UNKNOWN] + [(QuantizeError, *case) for case in UNFIT],
+)
+def test_what_cannot_be_made_is_refused_in_a_sentence(
+    source: Path, tmp_path: Path, error: type[Exception], options: dict, words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        quantize(source, tmp_path / "out.gguf", **({"type": "Q4_K_M"} | options))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("absent", r"absent\.gguf cannot be read: No such file"),
+        ("folder", r"folder\.gguf cannot be read: Is a directory"),
+        ("empty", r"empty\.gguf is not a GGUF file"),
+        ("cut-header", r"cut-header\.gguf"),
+        ("cut-weights", r"cut-weights\.gguf is cut short; download or convert it again"),
+        ("other-architecture", r"other-architecture\.gguf: .*unknown model architecture: 'phi99'"),
+        ("nan", r"nan\.gguf holds NaN or infinite weights in blk\.1\.ffn_up\.weight"),
+    ],
+)
+def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kind: str, words: str) -> None:
+    bad = tmp_path / f"{kind}.gguf"
+    whole = source.read_bytes()
+    if kind == "folder":
+        bad.mkdir()
+    elif kind == "other-architecture":
+        bad.write_bytes(whole.replace(b"\x04\0\0\0\0\0\0\0phi3", b"\x05\0\0\0\0\0\0\0phi99", 1))
+    elif kind == "nan":
+        shutil.copy(source, bad)
+        reader = gguf.GGUFReader(bad, "r+")
+        next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data[3, 5] = np.nan
+        reader.data.flush()
+    elif kind != "absent":
+        content = {"empty": b"", "cut-header": whole[:600], "cut-weights": whole[:-1000]}
+        bad.write_bytes(content[kind])
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(QuantizeError, match=words):
+        quantize(bad, tmp_path / "out.gguf", type="Q4_K_M")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_free_space_is_told_before_the_work_begins(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(DiskFullError, match=r"out\.gguf will take about \d\.\d MB, .* has 1\.0 kB left"):
+        quantize(source, tmp_path / "out.gguf", type="Q8_0")
+    assert list(tmp_path.iterdir()) == []

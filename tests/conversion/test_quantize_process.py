@@ -14,13 +14,13 @@ import pytest
 
 from edge_phi3.conversion import quantize as module
 from edge_phi3.conversion.quantize import QuantizeError, quantize
-from edge_phi3.llama import QuantizerError, child_process
-from edge_phi3.llama.quantizer import Job, LogReader, QuantizerProcess, TensorFinished, TensorStarted
+from edge_phi3.llama import child_process
+from edge_phi3.llama.quantizer import LogReader, TensorType
 from tests.conversion.random_gguf import write_random
 
 
 def quantisers() -> list[psutil.Process]:
-    """Give the child processes that quantise."""
+    """Return the child processes that quantise."""
     return [child for child in psutil.Process().children() if "quantize_worker" in " ".join(child.cmdline())]
 
 
@@ -72,12 +72,8 @@ def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source: Path, tmp_path:
         "try:\n    quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q8_0')\n"
         "except QuantizeError as error:\n    print(error)"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "out.gguf")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    arguments = [sys.executable, "-c", script, str(source), str(tmp_path / "out.gguf")]
+    finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
     assert "the disk may be full" in finished.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -102,16 +98,6 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_a_quantiser_that_died_before_it_was_asked_is_told(source: Path, tmp_path: Path) -> None:
-    job = Job(source=str(source), output=str(tmp_path / "out.gguf"), ftype=7, threads=1)
-    with QuantizerProcess() as process:
-        process._process.kill()
-        process._process.wait()
-        with pytest.raises(QuantizerError, match=r"quantiser died before the first tensor: exit code -9"):
-            list(process.run(job, LogReader()))
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_quantiser_that_dies_between_two_jobs_is_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +114,10 @@ def test_a_quantiser_that_dies_between_two_jobs_is_told(
     assert quantisers() == []
 
 
+TYPES = {
+    name.lower(): TensorType(name, 0, 1, 1, quantized=False, writable=True, needs_imatrix=False)
+    for name in ("f32", "f16", "q4_K")
+}
 LOG = (
     "llama_model_loader: loaded meta data\n"
     "[   1/   3] token_embd.weight                    - [   256,    384,      1,      1], type =    f16, "
@@ -143,19 +133,20 @@ LOG = (
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 10_000])
 def test_the_log_is_read_however_it_is_cut(piece: int) -> None:
-    log = LogReader()
+    log = LogReader(TYPES)
     steps = [step for start in range(0, len(LOG), piece) for step in log.feed(LOG[start : start + piece])]
-    assert [(step.name, step.shape[0]) for step in steps if isinstance(step, TensorStarted)] == [
-        ("token_embd.weight", 256),
-        ("a_name_that_is_longer_than_its_column_is_wide", 256),
-        ("blk.0.ffn_up.weight", 256),
+    assert [(step.name, step.shape[0], step.target and step.target.name) for step in steps] == [
+        ("token_embd.weight", 256, None),
+        ("token_embd.weight", 256, "q4_K"),
+        ("a_name_that_is_longer_than_its_column_is_wide", 256, None),
+        ("a_name_that_is_longer_than_its_column_is_wide", 256, "f32"),
+        ("blk.0.ffn_up.weight", 256, None),
+        ("blk.0.ffn_up.weight", 256, "q4_K"),
     ]
-    assert [step.target_type for step in steps if isinstance(step, TensorFinished)] == ["q4_K", "f32", "q4_K"]
-    assert log.fallbacks == 2
-    assert not log.error
+    assert (log.count, log.fallbacks, log.error) == (3, 2, "")
 
 
 def test_a_failure_in_the_middle_of_a_line_is_found() -> None:
-    log = LogReader()
+    log = LogReader(TYPES)
     list(log.feed("[   1/   1] x - [ 256, 4], type = f16, llama_model_quantize: failed to quantize: disk\n"))
     assert log.error == "disk"

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from edge_phi3.conversion import plan
 from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.encode import to_float32
 from edge_phi3.conversion.errors import CheckpointError
-from edge_phi3.conversion.journey import run_journey
+from edge_phi3.conversion.journey import Journey
+from edge_phi3.conversion.safetensors import SafetensorsFile
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.golden.checkpoints import write_checkpoint
@@ -34,13 +36,10 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def read(checkpoint: Path, name: str) -> tuple[str, Bits]:
-    """Give a stored tensor: its dtype, and its bits."""
-    content = (checkpoint / "model.safetensors").read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    entry = json.loads(content[8 : 8 + length])[name]
-    begin, end = (8 + length + offset for offset in entry["data_offsets"])
-    bits = np.frombuffer(content[begin:end], {"F32": np.uint32}.get(entry["dtype"], np.uint16))
-    return entry["dtype"], bits.reshape(entry["shape"])
+    """Return a stored tensor: its dtype, and its bits."""
+    tensor = SafetensorsFile(checkpoint / "model.safetensors").tensors[name]
+    bits = tensor.read(0, tensor.size).reshape(tensor.shape).copy()
+    return tensor.dtype, bits.view(np.uint32) if tensor.dtype == "F32" else bits
 
 
 def add_head(checkpoint: Path, dtype: str, bits: Bits) -> None:
@@ -55,10 +54,8 @@ def add_head(checkpoint: Path, dtype: str, bits: Bits) -> None:
 
 
 def widened(dtype: str, bits: Bits) -> NDArray[np.float32]:
-    """Give the values in float32."""
-    if dtype == "BF16":
-        return (bits.astype(np.uint32) << 16).view(np.float32)
-    return bits.view(np.float16).astype(np.float32) if dtype == "F16" else bits.view(np.float32)
+    """Return the values in float32."""
+    return to_float32(bits.view(np.float32) if dtype == "F32" else bits, dtype)
 
 
 def converted(checkpoint: Path, name: str, **options: Any) -> bytes:
@@ -128,7 +125,8 @@ def replace(checkpoint: Path, bits: Bits) -> None:
 
 def test_a_head_of_its_own_may_have_another_dtype(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "phi-3-tied", layers=1, dtype="bfloat16", config=TIED)
-    values = widened(*read(checkpoint, EMBEDDING)) * np.float32(1.0001)
+    _, bits = read(checkpoint, EMBEDDING)
+    values = (bits.astype(np.uint32) << 16).view(np.float32) * np.float32(1.0001)
     add_head(checkpoint, "F32", values.view(np.uint32))
     convert(checkpoint, tmp_path / "out.gguf", outtype="f32")
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
@@ -160,7 +158,7 @@ def test_the_journey_and_the_plan_count_it(checkpoint: Path, tmp_path: Path, cap
     add_head(checkpoint, dtype, bits[::-1])
     assert not planned()
     with caplog.at_level(logging.WARNING):
-        (stop,) = run_journey(checkpoint, [], tmp_path / "journey", imatrix="none")
+        stop = Journey(tmp_path, "tied").convert(checkpoint)
     assert len(caplog.messages) == 1
     names = {tensor.name for tensor in gguf.GGUFReader(stop.path).tensors}
     assert "output.weight" in names

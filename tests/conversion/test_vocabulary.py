@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError, VocabularyError
+from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
+from edge_phi3.conversion.sentencepiece import MAX_BYTES, ModelType, read_sentencepiece
 from edge_phi3.conversion.vocabulary import ADDED_TOKENS_KEY, read_vocabulary
-from tests.golden.vocabularies import phi3_vocabulary
+from tests.golden.vocabularies import Piece, Vocabulary, phi3_vocabulary, sentencepiece_model
 
 ROWS = 672
 TOKEN = {"id": 9, "content": "x"}
@@ -27,30 +28,9 @@ def metadata(path: Path) -> dict[str, Any]:
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
 
 
-def test_tokens_scores_and_types(pristine: Path) -> None:
-    source = phi3_vocabulary(merges=300)
-    vocabulary = read_vocabulary(pristine, ROWS)
-    assert len(vocabulary.tokens) == len(vocabulary.scores) == len(vocabulary.types) == ROWS
-    for i, piece in enumerate(source.pieces[3:], 3):
-        row = (vocabulary.tokens[i], vocabulary.scores[i], vocabulary.types[i])
-        assert row == (piece.text, piece.score, piece.type)
-    for token in source.added:
-        row = (vocabulary.tokens[token.id], vocabulary.scores[token.id], vocabulary.types[token.id])
-        assert row == (token.text, -1000.0, 3 if token.special else 4)
-    assert vocabulary.tokens[-1] == f"[PAD{ROWS - 1}]"
-    assert (vocabulary.scores[-1], vocabulary.types[-1]) == (-10000.0, 5)
-
-
-def test_special_and_added_tokens_and_the_chat_template(pristine: Path, tmp_path: Path) -> None:
+def test_the_added_tokens_are_kept_with_their_flags(pristine: Path, tmp_path: Path) -> None:
     convert(pristine, tmp_path / "out.gguf")
-    keys = metadata(tmp_path / "out.gguf")
-    end = phi3_vocabulary(merges=300).id_of("<|endoftext|>")
-    ids = [keys[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos", "unknown", "padding")]
-    assert ids == [1, end, 0, end]
-    assert keys["tokenizer.ggml.add_bos_token"] is False
-    config = json.loads((pristine / "tokenizer_config.json").read_text(encoding="utf-8"))
-    assert keys["tokenizer.chat_template"] == config["chat_template"]
-    assert json.loads(keys[ADDED_TOKENS_KEY]) == [
+    assert json.loads(metadata(tmp_path / "out.gguf")[ADDED_TOKENS_KEY]) == [
         {"id": t.id, "content": t.text, "special": t.special, "lstrip": t.lstrip, "rstrip": t.rstrip}
         for t in phi3_vocabulary(merges=300).added
     ]
@@ -94,24 +74,22 @@ def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path, 
 UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
     ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4"),
     ("tokenizer.json", {"model": {"type": "Unigram"}}, UnsupportedModelError, "is not byte-pair encoding"),
-    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": 5}}}, VocabularyError, r"disagree on 'x' \(id 5\)"),
-    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": -1}}}, VocabularyError, r"disagree on 'x' \(id -1"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": 5}}}, CheckpointError, r"disagree on 'x' \(id 5\)"),
+    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": -1}}}, CheckpointError, r"disagree on 'x' \(id -1"),
     ("tokenizer.json", {"normalizer": None}, UnsupportedModelError, "normalizer or pre_tokenizer differs from"),
     ("tokenizer.json", {"pre_tokenizer": {"type": "Metaspace"}}, UnsupportedModelError, "normalizer or pre_tok"),
-    ("tokenizer.json", {"added_tokens": [{"id": 1}]}, VocabularyError, "json: an added token has no content"),
-    ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, VocabularyError, "the added token 'x' has no id"),
-    ("tokenizer.json", {"added_tokens": [7]}, VocabularyError, "an added token has no content"),
-    ("tokenizer.json", {"added_tokens": 7}, VocabularyError, "tokenizer.json: added_tokens must be a list"),
+    ("tokenizer.json", {"added_tokens": [{"id": 1}]}, CheckpointError, r"json: added_tokens\[0\]: .*`content`"),
+    ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, CheckpointError, r"added_tokens\[0\]: .* field `id`"),
+    ("tokenizer.json", {"added_tokens": 7}, CheckpointError, "tokenizer.json: added_tokens: expected `array | null`"),
     ("tokenizer.json", {"added_tokens": [TOKEN | {"single_word": True}]}, UnsupportedModelError, "'x' is a single_"),
     ("tokenizer.json", {"added_tokens": [TOKEN | {"normalized": True}]}, UnsupportedModelError, "'x' is a normal"),
-    ("tokenizer.json", {"added_tokens": [TOKEN, TOKEN | {"id": 8}]}, VocabularyError, "has the token 'x' twice"),
-    ("tokenizer.json", {"post_processor": [1]}, VocabularyError, "make no sense"),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, VocabularyError, "an object with ids as keys"),
-    ("tokenizer_config.json", {"added_tokens_decoder": [1]}, VocabularyError, "an object with ids as keys"),
+    ("tokenizer.json", {"added_tokens": [TOKEN, TOKEN | {"id": 8}]}, CheckpointError, "has the token 'x' twice"),
+    ("tokenizer.json", {"post_processor": [1]}, CheckpointError, "make no sense"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, CheckpointError, "decoder.*: expected `int`"),
     ("tokenizer_config.json", {"chat_template": "\ud800"}, ConversionError, "half a character"),
-    ("added_tokens.json", {"x": "1"}, VocabularyError, "the id of 'x' is '1', not a whole number"),
-    ("added_tokens.json", {"x": ROWS}, VocabularyError, f"'x' has the id {ROWS}, but the model's vocab_size is"),
-    ("added_tokens.json", {"x": -1}, VocabularyError, "'x' has the id -1"),
+    ("added_tokens.json", {"x": "1"}, CheckpointError, r"added_tokens.json: \[\.\.\.\]: expected `int`, got `str`"),
+    ("added_tokens.json", {"x": ROWS}, CheckpointError, f"'x' has the id {ROWS}, but the model's vocab_size is"),
+    ("added_tokens.json", {"x": -1}, CheckpointError, "'x' has the id -1"),
     ("generation_config.json", {"eos_token_id": [5, ROWS]}, CheckpointError, f"eos_token_id holds {ROWS}, but"),
     ("generation_config.json", {"pad_token_id": "5"}, CheckpointError, "pad_token_id holds '5'"),
     ("generation_config.json", {"bos_token_id": -1}, CheckpointError, "bos_token_id holds -1"),
@@ -140,7 +118,7 @@ def test_a_unigram_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
 def test_a_vocabulary_without_a_token_that_llama_cpp_needs(checkpoint: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         (checkpoint / name).unlink()
-    with pytest.raises(VocabularyError, match=r"The vocabulary lacks <\|endoftext\|>, which every Phi-3 model has"):
+    with pytest.raises(CheckpointError, match=r"The vocabulary lacks <\|endoftext\|>, which every Phi-3 model has"):
         convert(checkpoint, tmp_path / "out.gguf")
 
 
@@ -171,3 +149,74 @@ def test_no_entry_of_the_json_files_makes_it_fail_in_another_way(
     (folder / file).write_text(json.dumps(content | {name: data.draw(JSON)}), encoding="utf-8")
     with contextlib.suppress(ConversionError):
         assert convert(folder, folder / "out.gguf").tensors == 9
+
+
+PIECE = b"\x0a\x03abc"
+"""The field of a piece's text."""
+
+
+def message(*fields: bytes) -> bytes:
+    """A model with one piece, of these fields."""
+    body = b"".join(fields)
+    return b"\x0a" + bytes([len(body)]) + body
+
+
+def read(tmp_path: Path, content: bytes) -> list[tuple[str, float, int]]:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path).pieces]
+
+
+def test_the_whole_phi3_vocabulary_comes_back(tmp_path: Path) -> None:
+    vocabulary = phi3_vocabulary()
+    pieces = read(tmp_path, sentencepiece_model(vocabulary))
+    assert pieces == [(piece.text, piece.score, piece.type) for piece in vocabulary.pieces]
+    assert read_sentencepiece(tmp_path / "tokenizer.model").model_type is ModelType.BPE
+
+
+def test_absent_fields_have_their_defaults_and_unknown_ones_are_skipped(tmp_path: Path) -> None:
+    unknown = b"\x78\x01" + b"\x79" + bytes(8) + b"\x7d" + bytes(4) + b"\x7a\x02xy"
+    assert read(tmp_path, unknown + message(PIECE, unknown)) == [("abc", 0.0, 1)]
+    assert read_sentencepiece(tmp_path / "tokenizer.model").model_type is ModelType.UNIGRAM
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "it has no pieces"),
+        (b"\x0a\x05\x0a\x03ab", "Error parsing message"),
+        (message(b"\x15\x00\x00\x80\x3f"), "piece 0 is empty"),
+        (message(PIECE, b"\x15\x00\x00\xc0\x7f"), "piece 0 has the score nan"),
+        (message(PIECE, b"\x18\x09"), "9 is not a valid PieceType"),
+        (message(b"\x0a\x02\xff\xfe"), "can't decode"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n", "is not a sound SentencePiece"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_a_sentence(content: bytes, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        read(tmp_path, content)
+
+
+def test_an_absent_or_enormous_file_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    with pytest.raises(CheckpointError, match="larger than 64 MiB"):
+        read_sentencepiece(tmp_path / "tokenizer.model")
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_change_of_bytes_makes_the_reader_fail_in_another_way(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(sentencepiece_model(Vocabulary((Piece("▁a", -1.0), Piece("b", -2.5, 4)), ())))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    folder = tmp_path_factory.mktemp("fuzz")
+    try:
+        pieces = read(folder, bytes(content[: data.draw(st.integers(0, len(content)))]))
+    except CheckpointError:
+        return
+    assert pieces

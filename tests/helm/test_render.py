@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import helm_python
@@ -223,12 +221,6 @@ def test_package_and_show(tmp_path: Path) -> None:
         assert {"README.md", "files/fetch_model.py", "files/dashboard.json"} <= names
         assert not [name for name in names if name.startswith("ci/")]
         assert packaged.render({}, name="a", namespace="b") == loaded().render({}, name="a", namespace="b")
-
-
-def test_readme_and_schema_are_up_to_date() -> None:
-    script = CHART.parents[1] / "scripts" / "update_chart.py"
-    result = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_value_is_used_by_a_template() -> None:
