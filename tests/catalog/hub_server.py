@@ -84,6 +84,7 @@ class HubServer:
         self.faults: dict[str, Fault] = {}
         self.damaged: dict[str, int] = {}
         self.empty: set[str] = set()
+        self.ranges = True
         self.served: dict[str, bytes] = {}
         self.holds: dict[str, Hold] = {}
         self.requests: list[Request] = []
@@ -227,7 +228,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, file: str, content: bytes, headers: dict[str, str]) -> None:
         content = self.hub.served.get(file, content)
         status, start = 200, 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")):
             start = int(match[1])
             if start >= len(content):
                 self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
