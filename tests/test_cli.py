@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from edge_phi3 import __version__
 from edge_phi3.cli import VERBS, app
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import flag_of, to_markdown
+from edge_phi3.settings_text import flag_of
 from tests.golden import attention
 
 
@@ -70,9 +70,8 @@ def test_serve_has_a_flag_for_every_option() -> None:
     assert "[default: 8080]" in text
 
 
-def test_the_documentation_has_every_option_as_it_is() -> None:
+def test_the_documentation_has_every_verb() -> None:
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert to_markdown(Settings) in page
     for verb, text in VERBS.items():
         assert f"`edge-phi3 {verb}" in page
         assert text in page

@@ -87,6 +87,8 @@ class HubServer:
         """Bytes of a file after which the connection breaks, once each."""
         self.altered: dict[str, Callable[[bytes], bytes]] = {}
         """What is sent of a file in place of a body."""
+        self.ranges = True
+        """Whether a part of a file may be asked for."""
         self.served: dict[str, bytes] = {}
         """What there is of a file in place of what is listed."""
         self.holds: dict[str, Hold] = {}
@@ -223,7 +225,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _content(self, file: str, content: bytes, headers: dict[str, str]) -> None:
         content = self.hub.served.get(file, content)
         status, start = 200, 0
-        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+        if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")):
             start = int(match[1])
             if start >= len(content):
                 self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.support.documents import run_at
 from tests.support.services import PATIENCE, Server, serving
 
 ROOT = Path(__file__).parents[2]
@@ -53,14 +53,7 @@ def test_the_card_questions_are_answered(tmp_path: Path, store: Path, quant: str
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_readme_commands_give_the_readme_answers(server: Server, index: int) -> None:
     command, answer = ASK.findall((ROOT / "README.md").read_text(encoding="utf-8"))[index]
-    command = command.replace("http://127.0.0.1:8080", server.url)
-    result = subprocess.run([*shlex.split(command), "-sS"], capture_output=True, check=True, timeout=PATIENCE)
-    assert json.loads(result.stdout) == json.loads(answer)
-
-
-def test_the_original_health_routes(server: Server) -> None:
-    assert server.get("/").json() == {"message": "Server is running"}
-    assert server.get("/healthz").json() == {"status": "Healthy"}
+    assert json.loads(run_at(command, server.url)) == json.loads(answer)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])

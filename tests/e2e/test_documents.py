@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from edge_phi3.catalog import Catalog
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
-from tests.support.documents import PAGES, ROOT, Block, blocks
-from tests.support.services import PATIENCE, Server, serving
+from tests.support.documents import PAGES, ROOT, Block, blocks, run, run_at
+from tests.support.services import Server, serving
 
 PRESET = "microsoft/Phi-3-mini-4k-instruct"
 WITH_COMMANDS = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
@@ -56,12 +52,6 @@ def folder(tmp_path: Path, store: Path, server: Server, hub: HubServer, monkeypa
     return tmp_path
 
 
-def run(arguments: list[str]) -> str:
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert result.returncode == 0, f"{shlex.join(arguments)}\n{result.stdout}{result.stderr}"
-    return result.stdout
-
-
 def run_command(command: str, folder: Path, server: Server) -> str:
     """Run a command of a page; a service is started on a free port, asked whether it is ready, and stopped."""
     if command.startswith("edge-phi3 serve") and "--print-config" not in command:
@@ -69,9 +59,7 @@ def run_command(command: str, folder: Path, server: Server) -> str:
         with serving(folder, *shlex.split(command, comments=True)[2:], store=store) as another:
             assert another.stop(signal.SIGTERM)[0] == 0, another.log.read_text()
         return ""
-    here = command.replace("http://127.0.0.1:8080", server.url)
-    here = re.sub(r"\bcurl ", "curl --silent --show-error --fail --noproxy '*' ", here)
-    return run(["bash", "-o", "pipefail", "-c", here])
+    return run_at(command, server.url)
 
 
 def outputs_of(block: Block) -> dict[str, str]:
@@ -95,7 +83,7 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server) ->
         if not block.runs:
             continue
         if block.language == "python":
-            printed = run([sys.executable, "-c", block.text])
+            printed = run(sys.executable, "-c", block.text)
         expected = outputs_of(block) if block.language == "console" else {}
         for command in block.commands():
             answer = run_command(command, folder, server)
@@ -108,33 +96,3 @@ def test_a_command_that_fails_is_found(folder: Path, server: Server) -> None:
         run_command("edge-phi3 pull ./nothing", folder, server)
     with pytest.raises(AssertionError, match="404"):
         run_command("curl http://127.0.0.1:8080/nothing", folder, server)
-
-
-MESSAGES = [{"role": "user", "content": "What does len do?"}]
-TOOL = {"type": "function", "function": {"name": "look_up"}}
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "status", "sentence"),
-    [
-        ("/chat", {"prompt": "a", "promptt": "b"}, 400, "`promptt` is not a field of this request"),
-        ("/chat", {"prompt": "a", "generate_kwargs": {"max_length": "200"}}, 400, "must be an integer"),
-        ("/chat", {"prompt": "a", "generate_kwargs": {"penalty_alpha": 0.6}}, 400, "`penalty_alpha` is not supported"),
-        ("/v1/chat/completions", {"model": "phi-3-mini-4k-instruct", "messages": MESSAGES, "max_tokens": 2}, 200, ""),
-        ("/v1/chat/completions", {"messages": MESSAGES, "top_k": 5}, 400, "`top_k` belongs inside `generate_kwargs`"),
-        ("/v1/chat/completions", {"messages": MESSAGES, "tools": [TOOL]}, 400, "`tools` is not supported"),
-        ("/v1/responses", {"input": "a"}, 404, "There is nothing at /v1/responses"),
-    ],
-)
-def test_what_the_page_on_migrating_says_of_requests(
-    server: Server, path: str, body: dict[str, Any], status: int, sentence: str
-) -> None:
-    response = httpx.post(server.url + path, json=body, timeout=PATIENCE)
-    assert response.status_code == status, response.text
-    assert sentence in response.text
-
-
-def test_what_the_page_on_migrating_says_of_routes(server: Server) -> None:
-    assert server.get("/health").status_code == 404
-    assert server.get("/metrics").json().keys() == {"gpu_info", "cpu_info"}
-    assert "edge_phi3_num_requests_running" in server.get("/metrics", headers={"Accept": "text/plain"}).text

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +23,7 @@ from edge_phi3.llama import DecodeFailedError, ModelLoadError
 from tests import paced
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
+from tests.support.services import wait_for
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
 MODES: tuple[dict[str, Any], ...] = (
@@ -99,7 +99,7 @@ def test_a_prompt_seen_before_starts_from_the_cache(engine: Engine) -> None:
 def test_the_cache_can_be_switched_off(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), prefix_cache=False) as engine:
         ask(engine, prompt(1, 50), max_new_tokens=5)
-        _wait_until(lambda: engine.stats().cells_used == 0)
+        assert wait_for(lambda: engine.stats().cells_used == 0)
         assert engine.stats().stored_tokens == 0
 
 
@@ -115,7 +115,7 @@ def test_closing_the_iterator_cancels(engine: Engine) -> None:
         await events.aclose()
 
     asyncio.run(leave_early())
-    _wait_until(lambda: engine.stats().running == 0)
+    assert wait_for(lambda: engine.stats().running == 0)
 
 
 def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
@@ -152,7 +152,7 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
         engine.model.runners[0].context.abort()
         with pytest.raises((DecodeFailedError, EngineStoppedError)):
             Asked(engine, prompt(1, 10), max_new_tokens=5).finished()
-        _wait_until(lambda: engine.status == "broken")
+        assert wait_for(lambda: engine.status == "broken")
         with pytest.raises(EngineStoppedError, match="broken"):
             Asked(engine, prompt(1, 10), max_new_tokens=5)
 
@@ -160,7 +160,7 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
 def test_closing_ends_what_runs(make_model: MakeModel) -> None:
     with paced.slowly(), running_engine(make_model("4k"), parallel=1) as engine:
         asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3000, **ENDLESS) for seed in range(2)]
-        _wait_until(lambda: engine.stats().running == 1)
+        assert wait_for(lambda: engine.stats().running == 1)
         engine.close()
         ends = [one.events.get(timeout=300) for one in asked]
         assert all(isinstance(end, EngineStoppedError) for end in ends)
@@ -205,13 +205,6 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Any, content: bytes) -> No
     path.write_bytes(content)
     with pytest.raises(ModelLoadError, match=r"broken\.gguf"):
         Engine(EngineSettings(path)).load()
-
-
-def _wait_until(condition: Any, timeout: float = 300.0) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> None:

@@ -13,12 +13,12 @@ from edge_phi3.llama.context import Context
 from tests import paced
 from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
-from tests.engine.test_engine import _wait_until as wait_until
+from tests.support.services import wait_for
 
 
 def settled(engine: Engine) -> None:
     """Wait until what finished is kept."""
-    wait_until(lambda: engine.stats().cells_used == 0)
+    assert wait_for(lambda: engine.stats().cells_used == 0)
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_cache_type": "f16"}, {"kv_cache_type": "f16", "flash_attn": "off"}])

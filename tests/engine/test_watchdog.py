@@ -20,7 +20,7 @@ from edge_phi3.engine.watchdog import Watchdog, stacks
 from edge_phi3.errors import InternalError
 from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
-from tests.engine.test_engine import _wait_until as wait_until
+from tests.support.services import wait_for
 
 LIMIT = 60.0
 
@@ -145,7 +145,7 @@ def test_requests_of_a_stalled_engine_fail_and_it_goes_on_when_the_step_comes(
         go = _stuck(engine)
         with caplog.at_level(logging.CRITICAL, "edge_phi3"):
             asked = Asked(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS)
-            wait_until(lambda: engine.stats().running == 1)
+            assert wait_for(lambda: engine.stats().running == 1)
             look = _hours(engine)
             look(11)
             with pytest.raises(InternalError, match="completed no step"):
@@ -155,7 +155,7 @@ def test_requests_of_a_stalled_engine_fail_and_it_goes_on_when_the_step_comes(
         with pytest.raises(EngineStoppedError, match="completed no step"):
             Asked(engine, prompt(1, 20), max_new_tokens=5)
         go.set()
-        wait_until(lambda: engine.stats().running == 0)
+        assert wait_for(lambda: engine.stats().running == 0)
         look(0)
         assert engine.status == "ready"
         assert ask(engine, prompt(1, 20), max_new_tokens=5, **ENDLESS) == expected

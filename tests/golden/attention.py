@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.golden.checkpoints import long_context, write_checkpoint
 
 GOLDEN = Path(__file__).with_name("attention.json")
 HEAD_SIZE = 16
@@ -39,11 +38,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What the case is called in the recorded file."""
         return f"{self.model}-{self.prompt_length}+{self.new_tokens}"
 
     def prompt(self) -> NDArray[np.int32]:
-        """Return the prompt's token ids, int32, shape ``(prompt_length,)``."""
         random = np.random.Generator(np.random.PCG64([self.prompt_length, self.model == "4k"]))
         return random.integers(FIRST_TOKEN, LAST_TOKEN, self.prompt_length, dtype=np.int32)
 
@@ -63,19 +60,11 @@ CASES = (
 
 def write_model(folder: Path, model: str) -> Path:
     """Write the random checkpoint that cases of `model` run on; "wide" is one whose rows k-quants can take."""
-    options: dict[str, Any] = {}
     if model == "wide":
         return write_checkpoint(folder, seed=7, hidden_size=256, intermediate_size=512, heads=4, layers=2)
-    if model == "128k":
-        options = {
-            "max_position_embeddings": 131072,
-            "sliding_window": 262144,
-            "rope_scaling": longrope(HEAD_SIZE),
-        }
-    return write_checkpoint(folder, seed=7, hidden_size=64, heads=64 // HEAD_SIZE, layers=2, **options)
+    return write_checkpoint(folder, seed=7, **(long_context(HEAD_SIZE) if model == "128k" else {}))
 
 
 def recorded() -> dict[str, list[int]]:
-    """Read what transformers generated, by case name."""
     tokens: dict[str, list[int]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
     return tokens

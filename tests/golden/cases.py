@@ -68,5 +68,4 @@ def write_logits_case(folder: Path, name: str) -> Path:
 
 
 def prompt_of(length: int, vocab_size: int) -> list[int]:
-    """Return `length` token ids below `vocab_size`, always the same."""
     return (np.random.PCG64(length).random_raw(length) % np.uint64(vocab_size)).astype(int).tolist()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.vocabularies import Vocabulary, phi3_vocabulary, write_tokenizer
 
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -47,6 +48,16 @@ def longrope(head_size: int, *, kind: str = "longrope") -> dict[str, Any]:
         "type": kind,
         "short_factor": [round(1.0 + 0.5 * i / pairs, 4) for i in range(pairs)],
         "long_factor": [round(1.0 + 59.0 * (i / (pairs - 1)) ** 2, 4) for i in range(pairs)],
+    }
+
+
+def long_context(head_size: int = 16) -> dict[str, Any]:
+    """Return what tells Phi-3-mini-128k from the 4k model in ``config.json``, as arguments of `write_checkpoint`."""
+    return {
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 262144,
+        "rope_scaling": longrope(head_size),
     }
 
 
@@ -101,33 +112,20 @@ def write_checkpoint(
     vocabulary = vocabulary or phi3_vocabulary(merges=300)
     rows = vocab_size or -(-len(vocabulary) // 32) * 32
     kv_heads = kv_heads or heads
-    hf_config: dict[str, Any] = {
-        "architectures": ["Phi3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
-        "embd_pdrop": 0.0,
-        "eos_token_id": vocabulary.id_of("<|endoftext|>"),
-        "hidden_act": "silu",
+    end = vocabulary.id_of("<|endoftext|>")
+    hf_config = json.loads((DEMO_CHECKPOINT / "config.json").read_text(encoding="utf-8")) | {
+        "eos_token_id": end,
         "hidden_size": hidden_size,
-        "initializer_range": 0.02,
         "intermediate_size": intermediate_size,
         "max_position_embeddings": max_position_embeddings,
-        "model_type": "phi3",
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
         "original_max_position_embeddings": original_max_position_embeddings,
-        "pad_token_id": vocabulary.id_of("<|endoftext|>"),
-        "resid_pdrop": 0.0,
-        "rms_norm_eps": 1e-05,
+        "pad_token_id": end,
         "rope_scaling": rope_scaling,
-        "rope_theta": 10000.0,
         "sliding_window": sliding_window,
-        "tie_word_embeddings": False,
         "torch_dtype": dtype,
-        "transformers_version": "4.49.0",
-        "use_cache": True,
         "vocab_size": rows,
     }
     hf_config.update(config or {})
@@ -186,17 +184,12 @@ def write_weights(folder: Path, tensors: list[Tensor], *, seed: int, dtype: str,
 
 
 def write_safetensors(path: Path, tensors: list[Tensor], *, seed: int, dtype: str) -> None:
-    """Write one safetensors file, tensor by tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         size = math.prod(tensor.shape) * _ITEM_SIZES[dtype]
-        entry = {
-            "dtype": SAFETENSORS_DTYPES[dtype],
-            "shape": tensor.shape,
-            "data_offsets": [offset, offset + size],
-        }
-        header[tensor.name] = entry
+        offsets = [offset, offset + size]
+        header[tensor.name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": tensor.shape, "data_offsets": offsets}
         offset += size
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

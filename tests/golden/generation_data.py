@@ -62,7 +62,6 @@ def replay_texts() -> list[str]:
 
 
 def write_replay_model(folder: Path) -> Path:
-    """Write the checkpoint whose logits are replayed."""
     ends = {"eos_token_id": list(REPLAY_DEFAULTS.eos_token_ids), "pad_token_id": REPLAY_DEFAULTS.pad_token_id}
     write_checkpoint(
         folder, seed=REPLAY_SEED, hidden_size=32, heads=4, layers=1, vocab_size=REPLAY_VOCABULARY, config=ends
@@ -72,12 +71,10 @@ def write_replay_model(folder: Path) -> Path:
 
 
 def write_engine_model(folder: Path) -> Path:
-    """Write the checkpoint that answers through the whole engine."""
     return write_checkpoint(folder, seed=ENGINE_SEED, hidden_size=64, heads=4, layers=2, gain=2.0)
 
 
 def write_answers(path: Path, answers: Sequence[tuple[Request, Answer]]) -> None:
-    """Write requests and answers, one to a line."""
     lines = [
         json.dumps([dataclasses.asdict(request), dataclasses.asdict(answer)], separators=(",", ":"))
         for request, answer in answers
@@ -86,7 +83,6 @@ def write_answers(path: Path, answers: Sequence[tuple[Request, Answer]]) -> None
 
 
 def read_answers(name: str) -> list[tuple[Request, Answer]]:
-    """Read the requests and answers of ``<name>.json``."""
     rows = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return [(Request(**request), Answer(**answer)) for request, answer in rows]
 

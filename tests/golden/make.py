@@ -224,7 +224,6 @@ PARTS = {
 
 
 def main() -> None:
-    """Record the named parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parts = parser.parse_args().parts or PARTS

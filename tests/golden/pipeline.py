@@ -70,6 +70,5 @@ def cases() -> list[dict[str, Any]]:
 
 
 def recorded() -> list[list[str]]:
-    """Read the texts that transformers gave, one list a case."""
     texts: list[list[str]] = json.loads(GOLDEN.read_text(encoding="utf-8"))
     return texts

@@ -34,7 +34,6 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
 
 
 def write_matrix(path: Path, model: Path) -> Path:
-    """Write a random importance matrix for the blocks of a model; give its path."""
     random = np.random.default_rng(11)
     entries = {}
     for tensor in sorted(gguf.GGUFReader(model).tensors, key=lambda tensor: tensor.name):

@@ -123,7 +123,6 @@ class Reference:
 
 @contextlib.contextmanager
 def _settled(seed: int, *, beams: bool) -> Iterator[None]:
-    """Settle what torch leaves open."""
     streams = [np.random.Generator(np.random.Philox(key=np.array([seed, i], dtype=np.uint64))) for i in range(256)]
     softmax = torch.nn.functional.softmax
     latest: list[torch.Tensor] = []
@@ -198,7 +197,6 @@ def _read(output: Any, prompt_length: int, mode: str) -> Answer:
 
 
 def main() -> None:
-    """Answer every request of a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("checkpoint", "requests", "answers"):
         parser.add_argument(name, type=Path)

@@ -56,7 +56,6 @@ class RequestMaker:
         self._most_beams = most_beams
 
     def make(self, mode: str) -> Request:
-        """Make one request of a mode."""
         prompt = self._some(1 if self._chance(0.1) else self._integer(1, self._longest_prompt))
         if len(prompt) > 3 and self._chance(0.5):
             # Repeated n-grams, for what bans or penalises them.

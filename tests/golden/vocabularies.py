@@ -17,6 +17,8 @@ from typing import Any
 
 from gguf import GGUFReader
 
+from edge_phi3.demo import DEMO_CHECKPOINT
+
 VOCABULARY_GGUF = Path(__file__).parent.parent / "data" / "ggml-vocab-phi-3.gguf"
 
 UNKNOWN, CONTROL, USER_DEFINED, BYTE, NORMAL = 2, 3, 4, 6, 1
@@ -62,7 +64,6 @@ class Vocabulary:
         return max(len(self.pieces), *(token.id + 1 for token in self.added))
 
     def id_of(self, text: str) -> int:
-        """Return the id of an added token."""
         return next(token.id for token in self.added if token.text == text)
 
 
@@ -95,103 +96,40 @@ def phi3_vocabulary(merges: int | None = None) -> Vocabulary:
 _ASCII = {chr(code) for code in range(33, 127)}
 
 
-def write_tokenizer(
-    folder: Path, vocabulary: Vocabulary, *, add_bos: bool = False, chat_template: str | None = CHAT_TEMPLATE
-) -> None:
+def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, add_bos: bool = False) -> None:
     """Write the tokenizer files and ``generation_config.json`` of `vocabulary` into `folder`."""
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocabulary))
     _write_json(folder / "tokenizer.json", tokenizer_json(vocabulary, add_bos=add_bos))
     beyond = [token for token in vocabulary.added if token.id >= len(vocabulary.pieces)]
     _write_json(folder / "added_tokens.json", {token.text: token.id for token in beyond})
     decoder = {str(token.id): _added_token_fields(token) for token in vocabulary.added}
-    config: dict[str, Any] = {
-        "add_bos_token": add_bos,
-        "add_eos_token": False,
-        "added_tokens_decoder": decoder,
-        "bos_token": "<s>",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>",
-        "legacy": False,
-        "model_max_length": 4096,
-        "pad_token": "<|endoftext|>",
-        "padding_side": "left",
-        "sp_model_kwargs": {},
-        "tokenizer_class": "LlamaTokenizer",
-        "unk_token": "<unk>",
-        "use_default_system_prompt": False,
-    }
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    _write_json(folder / "tokenizer_config.json", config)
-    roles = {
-        "bos_token": "<s>",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "unk_token": "<unk>",
-    }
-    special = {
-        role: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-        for role, text in roles.items()
-    }
-    _write_json(folder / "special_tokens_map.json", special)
+    config = _of_the_demo("tokenizer_config.json") | {"add_bos_token": add_bos, "added_tokens_decoder": decoder}
+    del config["chat_template"]
+    _write_json(folder / "tokenizer_config.json", config | {"chat_template": CHAT_TEMPLATE})
+    _write_json(folder / "special_tokens_map.json", _of_the_demo("special_tokens_map.json"))
     ends = [vocabulary.id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
-    generation = {
-        "_from_model_config": True,
-        "bos_token_id": 1,
-        "eos_token_id": ends,
-        "pad_token_id": ends[0],
-    }
+    generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": ends, "pad_token_id": ends[0]}
     _write_json(folder / "generation_config.json", generation)
 
 
 def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str, Any]:
     """Return the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
-    template: list[dict[str, Any]] = [{"Sequence": {"id": "A", "type_id": 0}}]
-    pair: list[dict[str, Any]] = [{"Sequence": {"id": "B", "type_id": 1}}]
+    made = _of_the_demo("tokenizer.json")
+    made["added_tokens"] = [{"id": token.id, **_added_token_fields(token)} for token in vocabulary.added]
+    made["model"]["vocab"] = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
+    made["model"]["merges"] = _merges(vocabulary.pieces)
     if add_bos:
-        template.insert(0, {"SpecialToken": {"id": "<s>", "type_id": 0}})
-        pair.insert(0, {"SpecialToken": {"id": "<s>", "type_id": 1}})
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token.id, **_added_token_fields(token)} for token in vocabulary.added],
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-            ],
-        },
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": template,
-            "pair": template + pair,
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}} if add_bos else {},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": "<unk>",
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": {piece.text: i for i, piece in enumerate(vocabulary.pieces)},
-            "merges": _merges(vocabulary.pieces),
-        },
-    }
+        single, second = ([{"SpecialToken": {"id": "<s>", "type_id": part}}] for part in (0, 1))
+        single += made["post_processor"]["single"]
+        second += made["post_processor"]["pair"][1:]
+        special = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+        made["post_processor"] |= {"single": single, "pair": single + second, "special_tokens": special}
+    return made
+
+
+def _of_the_demo(name: str) -> Any:
+    """Return a JSON file of the bundled model, whose tokenizer is Phi-3's in all but its pieces."""
+    return json.loads((DEMO_CHECKPOINT / name).read_text(encoding="utf-8"))
 
 
 def sentencepiece_model(vocabulary: Vocabulary) -> bytes:

@@ -27,7 +27,6 @@ _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def values_of(path: Path) -> Object:
-    """Read the values of an example."""
     return yaml.load(path.read_text(encoding="utf-8"), _SafeLoader) or {}
 
 
@@ -41,7 +40,6 @@ def header_of(path: Path, key: str) -> str | None:
 
 @functools.cache
 def loaded() -> helm_python.Chart:
-    """Load the chart, once."""
     return helm_python.Chart.load(CHART)
 
 
@@ -56,7 +54,6 @@ def render_texts(values: Object | None = None, name: str = "edge-phi3", namespac
 
 
 def render(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> list[Object]:
-    """Render the chart's objects, hooks and tests among them."""
     return [
         obj
         for path, text in render_texts(values, name, namespace).items()
@@ -72,25 +69,21 @@ def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:
 
 
 def deployment(objects: list[Object]) -> Object:
-    """Return the one Deployment."""
     (found,) = of_kind(objects, "Deployment")
     return found
 
 
 def pod_of(objects: list[Object]) -> Object:
-    """Return the specification of the service's pods."""
     found: Object = deployment(objects)["spec"]["template"]["spec"]
     return found
 
 
 def server(objects: list[Object]) -> Object:
-    """Return the container of the service."""
     (found,) = [container for container in pod_of(objects)["containers"] if container["name"] == "edge-phi3"]
     return found
 
 
 def preparer(objects: list[Object]) -> Object:
-    """Return the init container that makes the model."""
     (found,) = pod_of(objects)["initContainers"]
     return found
 
@@ -105,19 +98,17 @@ def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
 
 
 def containers(pod: Object) -> list[Object]:
-    """Return all containers of a pod, init containers first."""
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
 
 
 def environment(container: Object) -> dict[str, str]:
-    """Return the plain environment of a container."""
     return {item["name"]: item["value"] for item in container.get("env", []) if "value" in item}
 
 
 @functools.cache
 def _validator(kubernetes: str, kind: str, api_version: str) -> Draft202012Validator:
-    if api_version in CUSTOM_RESOURCES.get(kind, {}):
-        return Draft202012Validator(CUSTOM_RESOURCES[kind][api_version])
+    if (api_version, kind) in CUSTOM_RESOURCES:
+        return Draft202012Validator(CUSTOM_RESOURCES[api_version, kind])
     # The names that kubernetes-validate gives its files; its own `validate` reads them anew each time, seconds in all.
     group, _, version = api_version.rpartition("/")
     suffix = f"{group.split('.')[0]}-{version}" if group else version
@@ -145,17 +136,14 @@ def schema_errors(obj: Object, kubernetes: str) -> list[str]:
 
 
 def oldest_kubernetes() -> str:
-    """Return the oldest version that Chart.yaml allows, as "1.27"."""
     constraint = str(loaded().metadata["kubeVersion"])
     return ".".join(constraint.removeprefix(">=").split(".")[:2])
 
 
 def app_version() -> str:
-    """Return the version of the service that the chart installs."""
     return str(loaded().metadata["appVersion"])
 
 
 def dashboard() -> Object:
-    """Read the Grafana dashboard."""
     read: Object = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
     return read

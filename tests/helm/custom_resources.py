@@ -13,138 +13,85 @@ from __future__ import annotations
 
 from typing import Any
 
-Schema = dict[str, Any]
+TEXT = r"[\s\S]+"
+NAME = "[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
+TEXTS = {"*": r"[\s\S]*"}
+PORT, COUNT = range(1, 65536), range(1 << 31)
+PROMETHEUS_DURATION = r"0|(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?"
+GATEWAY_DURATION = "([0-9]{1,5}(h|m|s|ms)){1,4}"
+TARGET = {"group": TEXT, "kind": TEXT, "name!": NAME, "port": PORT}
+RULE = {"expr!": TEXT, "labels": TEXTS, "annotations": TEXTS, "for": PROMETHEUS_DURATION}
+SELECTOR = {"matchLabels!": TEXTS}
 
-TEXT: Schema = {"type": "string", "minLength": 1}
-PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-NAME: Schema = {"type": "string", "pattern": "^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$"}
-TEXTS: Schema = {"type": "object", "additionalProperties": {"type": "string"}}
-PROMETHEUS_DURATION: Schema = {"type": "string", "pattern": r"^(0|(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?)$"}
-GATEWAY_DURATION: Schema = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
-
-
-def fields(required: str = "", **properties: Schema) -> Schema:
-    """Return the schema of an object with these fields and no other; `required` names some, with spaces between."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": required.split(),
-        "additionalProperties": False,
-    }
-
-
-def list_of(items: Schema, at_least: int = 0, at_most: int = 16) -> Schema:
-    """Return the schema of a list."""
-    return {"type": "array", "items": items, "minItems": at_least, "maxItems": at_most}
-
-
-SELECTOR = fields("matchLabels", matchLabels=TEXTS)
-
-HTTP_ROUTE = fields(
-    "parentRefs rules",
-    parentRefs=list_of(
-        fields("name", group=TEXT, kind=TEXT, name=NAME, namespace=NAME, sectionName=NAME, port=PORT), 1, 32
-    ),
-    hostnames=list_of({"type": "string", "pattern": r"^(\*\.)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"}),
-    rules=list_of(
-        fields(
-            "backendRefs",
-            matches=list_of(
-                fields(path=fields(type={"enum": ["Exact", "PathPrefix", "RegularExpression"]}, value=TEXT))
-            ),
-            timeouts=fields(request=GATEWAY_DURATION, backendRequest=GATEWAY_DURATION),
-            backendRefs=list_of(
-                {
-                    **fields("name", group=TEXT, kind=TEXT, name=NAME, port=PORT),
-                    # A Service, which is what a reference without a kind is, needs a port.
-                    "anyOf": [{"required": ["port"]}, {"required": ["group", "kind"]}],
-                },
-                1,
-            ),
-        ),
-        1,
-    ),
-)
-
-INFERENCE_POOL = fields(
-    "selector targetPorts endpointPickerRef",
-    selector=SELECTOR,
-    targetPorts=list_of(fields("number", number=PORT), 1, 8),
-    endpointPickerRef=fields(
-        "name port",
-        group={"type": "string"},
-        kind=TEXT,
-        name=NAME,
-        port=fields("number", number=PORT),
-        failureMode={"enum": ["FailOpen", "FailClose"]},
-    ),
-)
-
-SCALED_OBJECT = fields(
-    "scaleTargetRef triggers",
-    scaleTargetRef=fields("name", apiVersion=TEXT, kind=TEXT, name=NAME),
-    minReplicaCount=COUNT,
-    maxReplicaCount=COUNT,
-    pollingInterval=COUNT,
-    cooldownPeriod=COUNT,
-    triggers=list_of(
-        fields(
-            "type metadata",
-            type={"const": "prometheus"},
-            # KEDA's metadata are texts, numbers too.
-            metadata=fields("serverAddress threshold query", serverAddress=TEXT, threshold=TEXT, query=TEXT),
-            authenticationRef=fields("name", name=NAME),
-        ),
-        1,
-    ),
-)
-
-SERVICE_MONITOR = fields(
-    "selector endpoints",
-    selector=SELECTOR,
-    namespaceSelector=fields(matchNames=list_of(NAME)),
-    endpoints=list_of(fields("port", port=TEXT, path=TEXT, interval=PROMETHEUS_DURATION), 1),
-)
-
-PROMETHEUS_RULE = fields(
-    groups=list_of(
-        fields(
-            "name rules",
-            name=TEXT,
-            rules=list_of(
-                {
-                    **fields(
-                        "expr",
-                        alert=TEXT,
-                        record=TEXT,
-                        expr=TEXT,
-                        labels=TEXTS,
-                        annotations=TEXTS,
-                        **{"for": PROMETHEUS_DURATION},
-                    ),
-                    "oneOf": [{"required": ["alert"]}, {"required": ["record"]}],
-                },
-                1,
-                100,
-            ),
-        ),
-        1,
-    )
-)
-
-
-def resource(spec: Schema) -> Schema:
-    """Return the schema of a whole custom resource."""
-    metadata = fields("name namespace", name=NAME, namespace=NAME, labels=TEXTS, annotations=TEXTS)
-    return fields("apiVersion kind metadata spec", apiVersion=TEXT, kind=TEXT, metadata=metadata, spec=spec)
-
-
-CUSTOM_RESOURCES: dict[str, dict[str, Schema]] = {
-    "HTTPRoute": {"gateway.networking.k8s.io/v1": resource(HTTP_ROUTE)},
-    "InferencePool": {"inference.networking.k8s.io/v1": resource(INFERENCE_POOL)},
-    "ScaledObject": {"keda.sh/v1alpha1": resource(SCALED_OBJECT)},
-    "ServiceMonitor": {"monitoring.coreos.com/v1": resource(SERVICE_MONITOR)},
-    "PrometheusRule": {"monitoring.coreos.com/v1": resource(PROMETHEUS_RULE)},
+SPECS: dict[tuple[str, str], dict[str, Any]] = {
+    ("gateway.networking.k8s.io/v1", "HTTPRoute"): {
+        "parentRefs!": [TARGET | {"namespace": NAME, "sectionName": NAME}],
+        "hostnames": [r"(\*\.)?[a-z0-9]([-a-z0-9.]*[a-z0-9])?"],
+        "rules!": [
+            {
+                "matches": [{"path": {"type": "Exact|PathPrefix|RegularExpression", "value": TEXT}}],
+                "timeouts": {"request": GATEWAY_DURATION, "backendRequest": GATEWAY_DURATION},
+                # A Service, which is what a reference without a kind is, needs a port.
+                "backendRefs!": [(TARGET | {"port!": PORT}, TARGET | {"group!": TEXT, "kind!": TEXT})],
+            }
+        ],
+    },
+    ("inference.networking.k8s.io/v1", "InferencePool"): {
+        "selector!": SELECTOR,
+        "targetPorts!": [{"number!": PORT}],
+        "endpointPickerRef!": {
+            "group": TEXTS["*"],
+            "kind": TEXT,
+            "name!": NAME,
+            "port!": {"number!": PORT},
+            "failureMode": "FailOpen|FailClose",
+        },
+    },
+    ("keda.sh/v1alpha1", "ScaledObject"): {
+        "scaleTargetRef!": {"apiVersion": TEXT, "kind": TEXT, "name!": NAME},
+        **dict.fromkeys(("minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod"), COUNT),
+        "triggers!": [
+            {
+                "type!": "prometheus",
+                # KEDA's metadata are texts, numbers too.
+                "metadata!": {"serverAddress!": TEXT, "threshold!": TEXT, "query!": TEXT},
+                "authenticationRef": {"name!": NAME},
+            }
+        ],
+    },
+    ("monitoring.coreos.com/v1", "ServiceMonitor"): {
+        "selector!": SELECTOR,
+        "namespaceSelector": {"matchNames": [NAME]},
+        "endpoints!": [{"port!": TEXT, "path": TEXT, "interval": PROMETHEUS_DURATION}],
+    },
+    ("monitoring.coreos.com/v1", "PrometheusRule"): {
+        "groups": [{"name!": TEXT, "rules!": [(RULE | {"alert!": TEXT}, RULE | {"record!": TEXT})]}],
+    },
 }
-"""Kind -> API version -> schema."""
+"""The shape of each resource's ``spec``, by API version and kind.
+
+A dictionary is an object with these fields and no other, those with a ``!`` required (``*`` is any field); a list is
+one of 1 to 32 such things; a tuple is one of several shapes; a range holds integers; a text is a regular expression.
+"""
+
+
+def schema_of(shape: Any) -> dict[str, Any]:
+    if isinstance(shape, str):
+        return {"type": "string", "pattern": f"^(?:{shape})$"}
+    if isinstance(shape, range):
+        return {"type": "integer", "minimum": shape.start, "maximum": shape.stop - 1}
+    if isinstance(shape, tuple):
+        return {"anyOf": [schema_of(each) for each in shape]}
+    if isinstance(shape, list):
+        return {"type": "array", "items": schema_of(shape[0]), "minItems": 1, "maxItems": 32}
+    required = [name.removesuffix("!") for name in shape if name.endswith("!")]
+    fields = {name.removesuffix("!"): schema_of(each) for name, each in shape.items()}
+    others = fields.pop("*", False)
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": others}
+
+
+METADATA = {"name!": NAME, "namespace!": NAME, "labels": TEXTS, "annotations": TEXTS}
+CUSTOM_RESOURCES = {
+    key: schema_of({"apiVersion!": TEXT, "kind!": TEXT, "metadata!": METADATA, "spec!": spec})
+    for key, spec in SPECS.items()
+}

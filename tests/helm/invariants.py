@@ -119,8 +119,6 @@ def check_references(objects: list[Object]) -> None:
 
 @functools.cache
 def routes() -> frozenset[str]:
-    """Return the paths that the service answers."""
-
     def load(_: object) -> Any:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from edge_phi3.cli import app
 from tests.helm.chart import CHART, NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
 from tests.helm.restricted import violations
-from tests.support.documents import PAGES, ROOT, blocks, parts_of, unfenced
+from tests.support.documents import PAGES, ROOT, blocks, commands_of, unfenced
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -38,11 +38,7 @@ def test_every_value_named_is_one_of_the_charts(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     prose = unfenced(text)
     named = {name for name in _DOTTED.findall(prose) if name.split(".")[0] in schema["properties"]}
-    for block in blocks(text):
-        for command in block.commands():
-            for words in parts_of(command):
-                if words[0] == "helm":
-                    named |= {name for name, _ in assigned(words)}
+    named |= {name for words in commands_of(text) if words[0] == "helm" for name, _ in assigned(words)}
     if page == PAGE:
         assert len(named) > 20
     unknown = [name for name in sorted(named) if not _knows(schema, name.split("."))]
@@ -64,22 +60,19 @@ def test_every_yaml_block_of_a_page_is_values_that_render_or_objects() -> None:
 
 
 def test_the_helm_commands_of_the_pages_render() -> None:
-    rendered = 0
-    for page in PAGES:
-        for command in (command for block in blocks(page.read_text(encoding="utf-8")) for command in block.commands()):
-            for words in parts_of(command):
-                if words[:2] in (["helm", "install"], ["helm", "upgrade"]):
-                    values: Object = {}
-                    for name, value in assigned(words):
-                        *path, last = name.split(".")
-                        target = values
-                        for key in path:
-                            target = target.setdefault(key, {})
-                        target[last] = yaml.safe_load(value)
-                    assert render(values)
-                    assert words[3].endswith(".tgz") or ROOT / words[3] == CHART
-                    rendered += 1
-    assert rendered >= 5
+    commands = [words for page in PAGES for words in commands_of(page.read_text(encoding="utf-8"))]
+    releases = [words for words in commands if words[:2] in (["helm", "install"], ["helm", "upgrade"])]
+    assert len(releases) >= 5
+    for words in releases:
+        values: Object = {}
+        for name, value in assigned(words):
+            *path, last = name.split(".")
+            target = values
+            for key in path:
+                target = target.setdefault(key, {})
+            target[last] = yaml.safe_load(value)
+        assert render(values)
+        assert words[3].endswith(".tgz") or ROOT / words[3] == CHART
 
 
 def _knows(schema: Object, path: list[str]) -> bool:

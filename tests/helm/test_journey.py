@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import re
 import shlex
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,9 +20,9 @@ from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
-from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, prepare_together, served
+from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, served
 from tests.ports import free_port
-from tests.support.documents import blocks
+from tests.support.documents import blocks, run_at
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
@@ -35,7 +32,6 @@ SMALL: Object = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 51
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """The Hub, with a tiny checkpoint under the preset's name."""
     checkpoint = write_checkpoint(tmp_path_factory.mktemp("hub") / "tiny", hidden_size=256, dtype="bfloat16", shards=2)
     with HubServer() as server_:
         server_.repositories[REPOSITORY] = Repository.of(checkpoint)
@@ -48,33 +44,22 @@ def curl_of(text: str) -> str:
     return str(command)
 
 
-def ask(command: str, address: str) -> Object:
-    """Run a curl command as it stands, at another address."""
-    command = command.replace("http://127.0.0.1:8080", address)
-    assert address in command
-    result = subprocess.run(
-        ["bash", "-c", command.replace("curl ", "curl --silent --show-error --fail --noproxy '*' ", 1)],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    answer: Object = json.loads(result.stdout)
-    return answer
+def ask(command: str, address: str) -> set[str]:
+    """Return the names in the answer to a curl command."""
+    return set(json.loads(run_at(command, address)))
 
 
 def test_the_default_release_downloads_once_and_the_curl_commands_work(hub: HubServer, tmp_path: Path) -> None:
     values = SMALL | {"model": {"endpoint": hub.endpoint}, "storage": {"mountPath": str(tmp_path)}}
     objects = render(values)
     assert server(objects)["args"][1] == server(render())["args"][1], "the model of a release without values"
-    prepare_together(objects)
+    prepare(objects, 2)
     assert len(hub.gets("config.json")) == 1, "one downloads, the other waits"
     asked = len(hub.requests)
     with served(objects, HF_ENDPOINT=hub.endpoint) as first, served(objects, HF_ENDPOINT=hub.endpoint) as second:
         for address in (first, second):
-            assert set(ask(curl_of(TEXT), address)) == {"Result"}
-        assert set(ask(curl_of(render_texts(values)["NOTES.txt"]), first)) == {"Result"}
+            assert ask(curl_of(TEXT), address) == {"Result"}
+        assert ask(curl_of(render_texts(values)["NOTES.txt"]), first) == {"Result"}
     assert len(hub.requests) == asked, "the service itself never asks the Hub"
 
 
@@ -112,7 +97,7 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     assert "initContainers" not in pod_of(objects)
     before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
     with served(objects, HF_ENDPOINT=NOWHERE) as address:
-        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+        assert ask(curl_of(TEXT), address) == {"Result"}
     assert {path: path.stat().st_mtime_ns for path in volume.rglob("*")} == before, "the volume may be read-only"
 
 
@@ -124,28 +109,25 @@ def test_a_site_without_internet_with_an_image(carried: Path) -> None:
     values["storage"]["mountPath"] = str(carried)
     values["model"]["name"] = values["model"]["name"].replace("/models", str(carried), 1)
     with served(render(values), HF_ENDPOINT=NOWHERE) as address:
-        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+        assert ask(curl_of(TEXT), address) == {"Result"}
 
 
-def test_a_site_without_internet_with_a_file_server(carried: Path, tmp_path: Path) -> None:
+def test_a_site_without_internet_with_a_file_server(hub: HubServer, carried: Path, tmp_path: Path) -> None:
     (file,) = carried.rglob("*.gguf")
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(file.parent))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as files:
-        threading.Thread(target=files.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{files.server_port}/{file.name}"
-        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-        replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
-        values = SMALL | values_of_the_site("sha256", replaced)
-        values["storage"] = {"mountPath": str(tmp_path)}
-        objects = render(values)
-        container = preparer(objects)
-        script = tmp_path / "fetch_model.py"
-        script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
-        container["command"][1] = str(script)
-        prepare(objects, HF_ENDPOINT=NOWHERE)
-        files.shutdown()
+    hub.repositories["site/files"] = Repository({file.name: file.read_bytes()})
+    url = f"{hub.endpoint}/site/files/resolve/main/{file.name}"
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
+    values = SMALL | values_of_the_site("sha256", replaced)
+    values["storage"] = {"mountPath": str(tmp_path)}
+    objects = render(values)
+    container = preparer(objects)
+    script = tmp_path / "fetch_model.py"
+    script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
+    container["command"][1] = str(script)
+    prepare(objects, HF_ENDPOINT=NOWHERE)
     with served(objects, HF_ENDPOINT=NOWHERE) as address:
-        assert set(ask(curl_of(TEXT), address)) == {"Result"}
+        assert ask(curl_of(TEXT), address) == {"Result"}
 
 
 def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> None:

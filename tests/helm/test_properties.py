@@ -20,7 +20,6 @@ texts = st.dictionaries(names.map("example.com/{}".format), st.text(max_size=20)
 
 
 def some(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[Object]:
-    """Return dictionaries with any of these fields."""
     return st.fixed_dictionaries({}, optional=fields)
 
 
@@ -67,7 +66,6 @@ def mixtures() -> Iterator[tuple[str, st.SearchStrategy[object]]]:
 
 
 def with_preparation(model: Object) -> st.SearchStrategy[Object]:
-    """Return a model with any way to prepare it."""
     modes = st.sampled_from(["initContainer", "job", "none"])
     return some(mode=modes).map(lambda prepare: model | {"prepare": prepare} if prepare else model)
 

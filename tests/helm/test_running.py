@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
+from tests.catalog.hub_server import HubServer, Repository
 from tests.helm.chart import CHART, containers, of_kind, preparer, render, server
-from tests.helm.processes import PATIENCE, command_of, environment_of, prepare_together, served
+from tests.helm.processes import PATIENCE, command_of, environment_of, prepare, served
 
 FETCH = CHART / "files" / "fetch_model.py"
 CONTENT = bytes(range(256)) * 40_000
@@ -38,7 +36,7 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
         "serve": {"options": {"parallel": 2, "ctx-size": 512, "log-format": "json"}},
     }
     objects = render(values)
-    printed, logs = prepare_together(objects)
+    printed, logs = prepare(objects, 2)
     model = Path(printed)
     assert model.is_relative_to(volume)
     worked = [log for log in logs if re.search("quantis|convert", log, re.IGNORECASE)]
@@ -64,44 +62,20 @@ def test_replicas_that_start_together_make_the_model_once_and_both_serve(tmp_pat
     assert after == made, "serving changed nothing on the volume"
 
 
-class Files(http.server.BaseHTTPRequestHandler):
-    """A server of one file, that may break off and may understand ranges."""
-
-    breaks_off: list[int]
-    ranges = True
-    requests: list[str]
-
-    def do_GET(self) -> None:
-        asked = self.headers.get("Range", "")
-        self.requests.append(asked)
-        if self.path != "/model.gguf":
-            self.send_error(404)
-            return
-        first = int(asked.removeprefix("bytes=").rstrip("-")) if asked and self.ranges else 0
-        if first >= len(CONTENT):
-            self.send_error(416)
-            return
-        self.send_response(206 if asked and self.ranges else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - first))
-        self.end_headers()
-        limit = self.breaks_off.pop(0) if self.breaks_off else len(CONTENT)
-        self.wfile.write(CONTENT[first : first + limit])
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
-def files() -> Iterator[type[Files]]:
-    """A server of one file; its class has the address, and how the server behaves."""
-    behaviour = type("Behaviour", (Files,), {"breaks_off": [], "requests": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), behaviour) as listening:
-        behaviour.url = f"http://127.0.0.1:{listening.server_port}/model.gguf"
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        yield behaviour
-        listening.shutdown()
-        thread.join()
+def files() -> Iterator[HubServer]:
+    with HubServer() as running:
+        running.repositories["site/files"] = Repository({"model.gguf": CONTENT})
+        yield running
+
+
+def url_of(files: HubServer, name: str = "model") -> str:
+    return f"{files.endpoint}/site/files/resolve/main/{name}.gguf"
+
+
+def ranges_of(files: HubServer) -> list[str | None]:
+    """Return which part of the file each request asked for."""
+    return [request.range for request in files.requests if request.server == "cdn"]
 
 
 def fetch(url: str, target: Path, sha256: str = SHA256, count: int = 1) -> list[tuple[int, str]]:
@@ -132,28 +106,29 @@ def test_the_served_path_is_where_the_file_is_put() -> None:
     assert prepare["command"][-1] == server(objects)["args"][1] == f"/models/url/{SHA256[:12]}-m.gguf"
 
 
-def test_a_file_is_downloaded_once(files: Any, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(files: HubServer, tmp_path: Path) -> None:
     target = tmp_path / "url" / "m.gguf"
-    together = fetch(files.url, target, count=3)
+    together = fetch(url_of(files), target, count=3)
     assert [code for code, _ in together] == [0, 0, 0], together
     assert sum("was downloaded and checked" in log for _, log in together) == 1
     assert sum("is there already" in log for _, log in together) == 2
     assert target.read_bytes() == CONTENT
-    assert len(files.requests) == 1
+    assert ranges_of(files) == [None]
 
 
 @pytest.mark.parametrize(("ranges", "there"), [(True, 0), (False, 0), (True, len(CONTENT))])
-def test_a_download_that_was_cut_off_goes_on(files: Any, tmp_path: Path, ranges: bool, there: int) -> None:
+def test_a_download_that_was_cut_off_goes_on(files: HubServer, tmp_path: Path, ranges: bool, there: int) -> None:
     files.ranges = ranges
-    files.breaks_off = [] if there else [3_000_000, 1_000_000]
     target = tmp_path / "m.gguf"
     if there:
         target.with_name("m.gguf.partial").write_bytes(CONTENT[:there])
-    ((code, log),) = fetch(files.url, target)
+    else:
+        files.cuts["model.gguf"] = [2_000_000, 2_000_000]
+    ((code, log),) = fetch(url_of(files), target)
     assert code == 0, log
     assert target.read_bytes() == CONTENT
-    rest = "bytes=4000000-" if ranges else "bytes=1000000-"
-    assert files.requests == ([f"bytes={there}-"] if there else ["", "bytes=3000000-", rest])
+    rest = "bytes=4000000-" if ranges else "bytes=2000000-"
+    assert ranges_of(files) == ([f"bytes={there}-"] if there else [None, "bytes=2000000-", rest])
 
 
 @pytest.mark.parametrize(
@@ -164,9 +139,9 @@ def test_a_download_that_was_cut_off_goes_on(files: Any, tmp_path: Path, ranges:
     ],
 )
 def test_another_content_or_none_is_refused_and_not_kept(
-    files: Any, tmp_path: Path, name: str, sha256: str, sentence: str
+    files: HubServer, tmp_path: Path, name: str, sha256: str, sentence: str
 ) -> None:
-    ((code, log),) = fetch(files.url.replace("model", name), tmp_path / "m.gguf", sha256)
+    ((code, log),) = fetch(url_of(files, name), tmp_path / "m.gguf", sha256)
     assert code == 1
     assert sentence in log
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]

@@ -18,7 +18,6 @@ FROM_PROMETHEUS = {"up"}
 
 
 def metrics_of_the_service(prefix: str) -> set[str]:
-    """Return the names of the samples that a scrape brings."""
     stats = EngineStats(*[0] * len(EngineStats.__dataclass_fields__))
     metrics = ServiceMetrics(prefix, lambda: stats)
     families = list(metrics.registry.collect())
@@ -27,7 +26,6 @@ def metrics_of_the_service(prefix: str) -> set[str]:
 
 
 def queries_of(objects: list[Object]) -> Iterator[str]:
-    """Return the PromQL of alerts and autoscalers."""
     for rule in of_kind(objects, "PrometheusRule"):
         yield from (entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"])
     for scaler in of_kind(objects, "ScaledObject"):
@@ -35,7 +33,6 @@ def queries_of(objects: list[Object]) -> Iterator[str]:
 
 
 def queries_of_the_dashboard() -> Iterator[str]:
-    """Return the PromQL of the dashboard."""
     for panel in dashboard()["panels"]:
         yield from (target["expr"] for target in panel["targets"])
 

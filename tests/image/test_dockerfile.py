@@ -39,12 +39,10 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def arguments(stage: str, instruction: str) -> list[str]:
-    """Return the arguments of one kind of instruction in a stage."""
     return [rest for name, rest in stages()[stage] if name == instruction]
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of the finished image."""
     return dict(item.split("=", 1) for line in arguments("runtime", "ENV") for item in line.split())
 
 

@@ -28,12 +28,12 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.generation import API_DEFAULTS, GenerationResult
-from tests.golden.asked import Asked
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import MODES, Request, RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.parity.conftest import Peers, Verdicts
+from tests.support.engines import Asked
 
 pytestmark = pytest.mark.parity
 

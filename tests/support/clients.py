@@ -64,7 +64,6 @@ class Client:
     # -- asking
 
     def submit(self, core: EngineCore) -> None:
-        """Ask, and check that a refusal is right."""
         self.submitted = self._clock()
         in_flight = core.in_flight
         try:
@@ -91,7 +90,6 @@ class Client:
             raise InjectedError("A logits processor fails.")
 
     def send(self, event: Event) -> None:
-        """Take an event."""
         assert not self.ended, f"request {self.number} is told {event!r} after its end"
         self.events.append((self._clock(), event))
         if self.ask.fault == "send" and len(self.events) > self.ask.fault_at:
@@ -108,36 +106,29 @@ class Client:
 
     @property
     def accepted(self) -> bool:
-        """Whether the engine has taken it."""
         return self.running is not None
 
     @property
     def ended(self) -> bool:
-        """Whether it has had its last event."""
         return bool(self.events) and not isinstance(self.events[-1][1], TokensEvent)
 
     @property
     def in_flight(self) -> bool:
-        """Whether it waits for events."""
         return self.accepted and not self.ended and not self.cancelled
 
     @property
     def final(self) -> Event | None:
-        """Its last event."""
         return self.events[-1][1] if self.ended else None
 
     @property
     def rows(self) -> int:
-        """How many rows it has at most."""
         return max(self.config.num_beams, self.config.num_return_sequences)
 
     @property
     def length(self) -> int:
-        """The longest that one of its sequences may become."""
         return self.config.total_length(len(self.prompt))
 
     def holds(self, position: int, token: int) -> bool:
-        """Return whether one of its rows has a token at a position."""
         assert self.running is not None
         tokens = self.running.decoder.history.tokens
         return position < tokens.shape[1] and token in tokens[:, position].tolist()
@@ -178,7 +169,6 @@ class Client:
         return True
 
     def check_events(self) -> None:
-        """Check what it was told so far."""
         name = f"request {self.number}"
         if self.ask.fault in ("choosing", "masking") and self._left[0] < 0:
             self.fired = True

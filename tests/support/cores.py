@@ -40,7 +40,6 @@ class CheckedHostCache(HostCache):
         self._known = attention.window is None or attention.window_chunk == 1
 
     def match(self, tokens: NDArray[np.int32], window: int | None = None) -> tuple[int, list[Block]]:
-        """Find the longest prefix that is held, and check it."""
         length, blocks = super().match(tokens, window)
         for place, block in enumerate(blocks):
             # What a block holds beyond the beginning of the next one belongs to another branch.
@@ -50,8 +49,6 @@ class CheckedHostCache(HostCache):
         return length, blocks
 
     def save(self, tokens: NDArray[np.int32], start: int, read: Callable[[int, int], NDArray[np.uint8]]) -> None:
-        """Keep a sequence, and check its contents."""
-
         def checked(first: int, end: int) -> NDArray[np.uint8]:
             state = read(first, end)
             self._check(tokens[:end], first, state)

@@ -19,6 +19,7 @@ from typing import Any
 import rich_click as click
 
 from edge_phi3.cli import app
+from tests.support.services import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,7 +80,6 @@ def blocks(text: str, language: str | None = None) -> list[Block]:
 
 
 def unfenced(text: str) -> str:
-    """Return a page without its fenced blocks."""
     return _FENCE.sub("", text)
 
 
@@ -110,13 +110,36 @@ def mistakes(command: str) -> list[str]:
     return found
 
 
-def inline_commands(text: str) -> list[str]:
-    """Return the `edge-phi3` commands that stand in the sentences and tables of a page."""
-    return [command for command in _INLINE.findall(unfenced(text).replace("\n", " ")) if "VERB" not in command]
+def commands_of(text: str) -> Iterator[list[str]]:
+    """Yield the words of each program that the blocks of a page run."""
+    for block in blocks(text):
+        for command in block.commands():
+            yield from parts_of(command)
 
 
-def edge_phi3_mistakes(words: list[str]) -> list[str]:
-    """Return the verbs and flags of an `edge-phi3` command that do not exist."""
+def page_mistakes(text: str) -> list[str]:
+    """Return the `mistakes` of a page's commands, and of those `edge-phi3` commands that stand in its sentences."""
+    inline = [command for command in _INLINE.findall(unfenced(text).replace("\n", " ")) if "VERB" not in command]
+    named = [*inline, *(command for block in blocks(text) for command in block.commands())]
+    return [f"{command}: {mistake}" for command in named for mistake in mistakes(command)]
+
+
+def run(*arguments: str) -> str:
+    """Run a program, which must not fail, and return what it printed."""
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert result.returncode == 0, f"{shlex.join(arguments)}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def run_at(command: str, url: str) -> str:
+    """Run a command of a page as it is written, but for the service's address; return what it printed."""
+    here = command.replace("http://127.0.0.1:8080", url)
+    return run(
+        "bash", "-o", "pipefail", "-c", re.sub(r"\bcurl ", "curl --silent --show-error --fail --noproxy '*' ", here)
+    )
+
+
+def _edge_phi3_mistakes(words: list[str]) -> list[str]:
     command: Any = app
     context = click.Context(app)
     for word in words:
@@ -163,12 +186,12 @@ def _docker_mistakes(words: list[str]) -> list[str]:
         return [f"Dockerfile.cuda has no argument {name}" for name in arguments if name not in known]
     if words[0] == "run":
         image = next(at for at, word in enumerate(words) if re.search(r"(^|/)edge-phi3:", word))
-        return edge_phi3_mistakes(words[image + 1 :])
+        return _edge_phi3_mistakes(words[image + 1 :])
     return []
 
 
 _CHECKS = {
-    "edge-phi3": edge_phi3_mistakes,
+    "edge-phi3": _edge_phi3_mistakes,
     "make": _make_mistakes,
     "python": _python_mistakes,
     "pip": _pip_mistakes,

@@ -75,7 +75,6 @@ def _live(numbered: tuple[int, bool]) -> tuple[Counter[str], str]:
 
 
 def main() -> None:
-    """Run as many scenarios as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenarios", type=int, default=1000, help="how many, in one thread each")
     parser.add_argument("--real-thread", type=int, default=0, help="how many more, with a thread for the engine")

@@ -106,7 +106,6 @@ class HashContext:
 
     @property
     def used(self) -> int:
-        """How many cells some sequence holds."""
         return int(np.count_nonzero(self._owners))
 
     @property
@@ -221,7 +220,6 @@ class HashContext:
     # -- the cells of a sequence
 
     def copy(self, source: int, target: int) -> None:
-        """Let `target` share all cells of `source`."""
         self._check_ids(source, target)
         self._check(source != target, f"sequence {source} is copied onto itself")
         self._check(not len(self._cells_of(target)), f"sequence {target} is copied to while it holds cells")
@@ -249,7 +247,6 @@ class HashContext:
             self._head = min(self._head, int(freed[0]))
 
     def position_range(self, seq_id: int) -> tuple[int, int]:
-        """Return the first and the last position of a sequence, or (-1, -1)."""
         self._check_ids(seq_id)
         at = self._at[self._cells_of(seq_id)]
         return (int(at.min()), int(at.max())) if len(at) else (-1, -1)
@@ -314,11 +311,9 @@ class HashContext:
         self.clear()
 
     def abort(self) -> None:
-        """Let every later decode fail."""
         self._aborted = True
 
     def close(self) -> None:
-        """Take no more calls."""
         self._closed = True
 
     # -- misuse

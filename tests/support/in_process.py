@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +17,7 @@ from edge_phi3.api.app import create_service
 from edge_phi3.api.exchange import Exchanges
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.settings import Settings
-
-PATIENCE = 300.0
-"""Seconds until what comes at once on a quiet machine counts as lost."""
+from tests.support.services import PATIENCE, wait_for
 
 
 @dataclass
@@ -40,20 +37,14 @@ class Running:
     app: Exchanges
 
     def chat(self, **body: Any) -> httpx.Response:
-        """Ask ``/chat``."""
         return self.client.post("/chat", json=body)
 
-    def wait_until(self, condition: Any) -> None:
-        """Wait for something that becomes true soon, where the machine has nothing else to do."""
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, "it did not become true in time"
-            time.sleep(0.005)
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        assert wait_for(condition), "it did not become true in time"
 
 
 @contextlib.contextmanager
 def running(load: Loader, **options: Any) -> Iterator[Running]:
-    """Serve in a thread of this process until the block ends."""
     app, service = create_service(Settings.load(options), load)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -73,7 +64,6 @@ def running(load: Loader, **options: Any) -> Iterator[Running]:
 
 @contextlib.contextmanager
 def ready(load: Loader, **options: Any) -> Iterator[Running]:
-    """Serve, and wait until the model is loaded."""
     with running(load, **options) as it:
         it.wait_until(lambda: it.service.is_ready or it.service.failure)
         assert it.service.failure is None

@@ -8,22 +8,23 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 
-from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, RequestTooLargeError
+from edge_phi3.engine.errors import (
+    DeadlineExceededError,
+    EngineStoppedError,
+    QueueFullError,
+    RequestTooLargeError,
+)
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.sequence import FinishedEvent, RunningRequest
+from edge_phi3.generation import GenerationError
 from edge_phi3.llama import DecodeFailedError
 from tests.support.clients import Client
 from tests.support.cores import CheckedHostCache, make_core
 from tests.support.scenarios import Scenario
 
-KINDS = (
-    "preemption", "trimming", "crossing", "restore", "shared prefix", "forks", "decode failure", "broken", "cancel",
-    "deadline", "exact seed", "stop", "refusal", "full queue", "fault", "generation error", "max time", "beams",
-)  # fmt: skip
-"""What a life may meet; its counter holds 1 for what it has met."""
 ADMISSION, EARLY = "admissions beside others", "of them preempted before a token"
-"""What its counter holds besides: how often a request entered a context in which others ran, and how many of those
-that did were preempted before a token was chosen for them."""
+"""What the counter of a life holds beside 1 for each thing that it met: how often a request entered a context in which
+others ran, and how many of those that did were preempted before a token was chosen for them."""
 
 
 def check_admissions(met: Counter[str]) -> None:
@@ -43,7 +44,7 @@ def live(scenario: Scenario, **options: object) -> Counter[str]:
         options: as `make_core` takes them.
 
     Returns:
-        What was met: `KINDS`, `ADMISSION` and `EARLY`.
+        What was met: `ADMISSION`, `EARLY`, and 0 or 1 for each of what `Life` looks for.
 
     Raises:
         AssertionError: the engine did what it must not do.
@@ -80,7 +81,7 @@ class Life:
         for number, ask in enumerate(scenario.asks):
             self.clients.append(Client(number, ask, scenario, self.clients, lambda: self.now))
         self.steps = 0
-        self.stopped = self.broken = False
+        self.stopped = self.stopped_busy = self.broken = False
         self.met: Counter[str] = Counter()
         self._stood: dict[int, int] = {}
         self._entered: set[tuple[int, int]] = set()
@@ -89,7 +90,6 @@ class Life:
         """The length of each request when it was last admitted beside others; None when it was admitted alone."""
 
     def run(self) -> Counter[str]:
-        """Live to the end."""
         with quiet():
             return self._run()
 
@@ -121,7 +121,7 @@ class Life:
             self._stop()
 
     def _stop(self) -> None:
-        self.met["stop"] += self.core.in_flight > 0
+        self.stopped_busy = self.core.in_flight > 0
         self.core.stop("The service is stopping.")
         self.stopped = True
         for client in self.clients:
@@ -139,14 +139,9 @@ class Life:
         started = {client.number for client in clients if client.ended}
         lengths, traces, preemptions = self._lengths(), self._traces(), self.scheduler.preemptions
         self._entered.clear()
-        try:
-            core.step()
-        except DecodeFailedError:
-            assert any(context.broken for context in self.contexts), "a context works, but the engine is broken"
-            self.broken = True
+        if not self._take_step():
             self._stop()
             return
-        self.steps += 1
         assert self.steps <= self._most_steps(), "the engine takes no end of steps"
         assert progress != self._progress(), "a step did nothing"
         news = [client for client in clients if client.ended and client.number not in started]
@@ -164,6 +159,17 @@ class Life:
         self._check_cells()
         waits = sum(client.in_flight for client in clients)
         assert core.in_flight == waits, f"{core.in_flight} requests are in flight for the engine, {waits} for those"
+
+    def _take_step(self) -> bool:
+        """Let the engine take a step; False when it cannot go on."""
+        try:
+            self.core.step()
+        except DecodeFailedError:
+            assert any(context.broken for context in self.contexts), "a context works, but the engine is broken"
+            self.broken = True
+            return False
+        self.steps += 1
+        return True
 
     def _progress(self) -> tuple[object, ...]:
         computed = sum(context.decoded for context in self.contexts)
@@ -206,7 +212,6 @@ class Life:
         self.scheduler._enter = watched  # type: ignore[method-assign]
 
     def _lengths(self) -> dict[int, int]:
-        """Return how long the rows are that only wait for their next token, by arrival."""
         return {request.arrival: request.length for request in self.scheduler.running if request.decoding}
 
     def _traces(self) -> list[tuple[int, int]]:
@@ -297,32 +302,27 @@ class Life:
                 assert context.used == 0, "cells are used after the end"
 
     def _count(self) -> None:
-        """Note what the life has met."""
-        met, scenario, contexts = self.met, self.scenario, self.contexts
-        finished = [client for client in self.clients if isinstance(client.final, FinishedEvent)]
-        met["preemption"] += self.scheduler.preemptions > 0
-        met["trimming"] += any(context.trims for context in contexts)
-        met["restore"] += any(context.restored for context in contexts)
-        met["decode failure"] += any(context.failed for context in contexts)
-        met["broken"] += self.broken
-        for kind, found in self._kinds_of(finished):
-            met[kind] += found
-        met["exact seed"] += scenario.exact_seeds and any(client.config.seed is not None for client in finished)
-        for kind in KINDS:
-            met[kind] = min(met[kind], 1)
-
-    def _kinds_of(self, finished: list[Client]) -> Iterator[tuple[str, bool]]:
-        for client in self.clients:
-            yield "cancel", client.cancelled
-            yield "deadline", isinstance(client.final, DeadlineExceededError)
-            yield "refusal", client.refusal is not None
-            yield "full queue", type(client.refusal).__name__ == "QueueFullError"
-            yield "fault", client.fired
-            yield "generation error", type(client.final).__name__ == "GenerationError"
-        for client in finished:
-            assert isinstance(client.final, FinishedEvent)
-            yield "crossing", client.expected.crosses
-            yield "forks", client.expected.forks
-            yield "shared prefix", client.final.cached_tokens > 0 and not any(each.restored for each in self.contexts)
-            yield "max time", "time" in client.final.result.finish_reasons
-            yield "beams", client.config.is_beam_search
+        clients, contexts = self.clients, self.contexts
+        ends = [(client, client.final) for client in clients if isinstance(client.final, FinishedEvent)]
+        restored = any(context.restored for context in contexts)
+        met = {
+            "preemption": self.scheduler.preemptions > 0,
+            "trimming": any(context.trims for context in contexts),
+            "crossing": any(client.expected.crosses for client, _ in ends),
+            "restore": restored,
+            "shared prefix": not restored and any(end.cached_tokens > 0 for _, end in ends),
+            "forks": any(client.expected.forks for client, _ in ends),
+            "decode failure": any(context.failed for context in contexts),
+            "broken": self.broken,
+            "cancel": any(client.cancelled for client in clients),
+            "deadline": any(isinstance(client.final, DeadlineExceededError) for client in clients),
+            "exact seed": self.scenario.exact_seeds and any(client.config.seed is not None for client, _ in ends),
+            "stop": self.stopped_busy,
+            "refusal": any(client.refusal is not None for client in clients),
+            "full queue": any(isinstance(client.refusal, QueueFullError) for client in clients),
+            "fault": any(client.fired for client in clients),
+            "generation error": any(isinstance(client.final, GenerationError) for client in clients),
+            "max time": any("time" in end.result.finish_reasons for _, end in ends),
+            "beams": any(client.config.is_beam_search for client, _ in ends),
+        }
+        self.met.update({kind: int(found) for kind, found in met.items()})

@@ -13,7 +13,7 @@ from typing import Any
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.peers import CACHE
 
@@ -78,11 +78,6 @@ def write_random_checkpoint(folder: Path, name: str, *, dtype: str = "bfloat16",
 def make_128k(config: Path) -> None:
     """Change a 4k checkpoint's ``config.json`` to that of a 128k one: all that tells them apart but the weights."""
     values = json.loads(config.read_text(encoding="utf-8"))
-    values |= {
-        "max_position_embeddings": 131072,
-        "original_max_position_embeddings": 4096,
-        "rope_scaling": longrope(values["hidden_size"] // values["num_attention_heads"]),
-        "sliding_window": 262144,
-    }
+    values |= long_context(values["hidden_size"] // values["num_attention_heads"])
     config.unlink()  # it may be a hard link, whose other name must not change
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ source with the same options (those of CMAKE_ARGS included), and run on the whee
 then what surrounds llama.cpp, and not two compilations of it.
 
     python -m tests.support.peers                            # builds them; downloads the source package with pip
-    python -m tests.support.peers --source llama_cpp_python-0.3.36.tar.gz --program llama-quantize
+    python -m tests.support.peers --program llama-quantize   # builds this one only
 """
 
 from __future__ import annotations
@@ -34,14 +34,7 @@ CACHE = platformdirs.user_cache_path("edge-phi3") / "benchmarks"
 TORCH_PYTHON = "TORCH_PYTHON"
 """Environment variable: an interpreter with torch and transformers."""
 
-PROGRAMS = (
-    "llama-server",
-    "llama-bench",
-    "llama-batched-bench",
-    "llama-quantize",
-    "llama-perplexity",
-    "llama-imatrix",
-)
+PROGRAMS = tuple(f"llama-{name}" for name in ("server", "bench", "batched-bench", "quantize", "perplexity", "imatrix"))
 
 # The wheel's own choices, and nothing that a comparison does not run.
 _OPTIONS = (
@@ -62,20 +55,12 @@ class PeerError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """A folder of llama.cpp's programs, whether they are built or not.
-
-    Attributes:
-        folder: where they lie.
-    """
+    """A folder of llama.cpp's programs, whether they are built or not."""
 
     folder: Path
 
     def program(self, name: str) -> Path:
-        """Return the path of one of `PROGRAMS`.
-
-        Raises:
-            PeerError: it is not built.
-        """
+        """Return the path of one of `PROGRAMS`; `PeerError` when it is not built."""
         path = self.folder / name
         if not path.exists():
             raise PeerError(f"{name} is not built; `python -m tests.support.peers` builds it.")
@@ -83,25 +68,16 @@ class Peers:
 
     def environment(self) -> dict[str, str]:
         """Return the environment in which a program finds the wheel's libraries before its own."""
-        libraries = wheel_libraries()
-        before = os.environ.get("LD_LIBRARY_PATH")
-        return os.environ | {"LD_LIBRARY_PATH": f"{libraries}:{before}" if before else str(libraries)}
+        paths = [str(wheel_libraries()), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+        return os.environ | {"LD_LIBRARY_PATH": ":".join(paths)}
 
     def run(self, name: str, *arguments: str | Path) -> str:
-        """Run a program to its end, and return what it wrote to stdout.
-
-        Raises:
-            PeerError: it is not built, or it failed.
-        """
+        """Run a program to its end, and return what it wrote to stdout; `PeerError` when it is not built, or fails."""
         return run_peer([self.program(name), *arguments], environment=self.environment())
 
 
 def run_peer(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
-    """Run a command to its end, and return what it wrote to stdout.
-
-    Raises:
-        PeerError: it failed.
-    """
+    """Run a command to its end, and return what it wrote to stdout; `PeerError` when it fails."""
     words = [str(word) for word in command]
     finished = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
@@ -110,7 +86,6 @@ def run_peer(command: Sequence[str | Path], environment: Mapping[str, str] | Non
 
 
 def find_peers(cache: Path = CACHE) -> Peers:
-    """Return the programs of the installed llama-cpp-python's version; nothing is built."""
     return Peers(cache / f"llama.cpp-{version('llama-cpp-python')}" / "bin")
 
 
@@ -136,7 +111,7 @@ def build_peers(
 
     Args:
         cache: where source and build are kept.
-        source: the source package of llama-cpp-python, or its unpacked folder; None downloads it with pip.
+        source: the unpacked source package of llama-cpp-python; None downloads it with pip.
         jobs: compilers at once; None for one on each core.
         programs: names of those to build.
 
@@ -169,47 +144,35 @@ def llama_cpp_source(cache: Path = CACHE, given: Path | None = None) -> Path:
     """Return the folder of llama.cpp's source as the installed llama-cpp-python was built from it.
 
     Args:
-        cache: where the source package is kept, and unpacked the first time.
-        given: the source package, or its unpacked folder; None downloads it with pip.
+        cache: where the source package is downloaded to and unpacked the first time, whole or not at all.
+        given: the unpacked source package; None for that in the cache.
 
     Raises:
         PeerError: what was given holds no source of this version.
     """
     package = f"llama_cpp_python-{version('llama-cpp-python')}"
-    folder = given if given is not None and given.is_dir() else cache / package
-    inside = folder / "vendor" / "llama.cpp"
-    if not inside.exists() and folder == cache / package:
+    folder = given or cache / package
+    if given is None and not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        _unpack(given or _download(cache, package), folder)
+        with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+            # Of what pip needs to look into the package, wheels will do.
+            options = ("--no-deps", "--no-binary", "llama-cpp-python", "--disable-pip-version-check", "-d", unfinished)
+            requirement = f"llama-cpp-python=={version('llama-cpp-python')}"
+            command = [sys.executable, "-m", "pip", "download", *options, requirement]
+            subprocess.run(command, stdout=sys.stderr, check=True)
+            with tarfile.open(Path(unfinished, f"{package}.tar.gz")) as packed:
+                packed.extractall(unfinished, filter="data")
+            Path(unfinished, package).rename(folder)
+    inside = folder / "vendor" / "llama.cpp"
     if not (inside / "CMakeLists.txt").exists():
         raise PeerError(f"{folder} does not hold the source of {package} with its vendor/llama.cpp.")
     return inside
 
 
-def _download(cache: Path, package: str) -> Path:
-    archive = cache / f"{package}.tar.gz"
-    if not archive.exists():
-        requirement = package.replace("_", "-").replace("python-", "python==", 1)
-        # Of what pip needs to look into the package, wheels will do.
-        options = ("--no-deps", "--no-binary", "llama-cpp-python", "-d", str(cache))
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", *options, requirement]
-        subprocess.run(command, stdout=sys.stderr, check=True)
-    return archive
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
-        with tarfile.open(archive) as packed:
-            packed.extractall(unfinished, filter="data")
-        (Path(unfinished) / folder.name).rename(folder)
-
-
 def main() -> int:
-    """Build, and print where the programs are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, default=CACHE, help="where source and programs are kept")
-    parser.add_argument("--source", type=Path, help="llama-cpp-python's source package or folder; default: pip")
+    parser.add_argument("--source", type=Path, help="llama-cpp-python's unpacked source package; default: pip")
     parser.add_argument("--jobs", type=int, help="compilers at once; default: one on each core")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="build this one only; repeatable")
     arguments = parser.parse_args()

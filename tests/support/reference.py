@@ -49,7 +49,6 @@ class Attention:
     max_tokens: int | None = None
 
     def first_seen(self, position: int, prompt_length: int) -> int:
-        """Return the first position that a token attends to."""
         if self.window is None or position < self.window:
             return 0
         if position < prompt_length:
@@ -57,7 +56,6 @@ class Attention:
         return position - self.window + 1
 
     def rotary(self, length: int) -> int:
-        """Return the set of rotary factors of a sequence of so many tokens."""
         return int(self.max_tokens is not None and length > self.max_tokens)
 
 

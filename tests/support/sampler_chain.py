@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,25 +26,21 @@ class SamplerChain:
 
     def __init__(self, size: int, history: Sequence[int] = (), seed: int = 0, **kwargs: Any) -> None:
         self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-        samplers = []
-        if kwargs.get("repetition_penalty", 1) != 1:
-            window = len(history)
-            samplers.append(
-                llama_cpp.llama_sampler_init_penalties(size, window, kwargs["repetition_penalty"], 0.0, 0.0)
-            )
-        if kwargs.get("temperature", 1) != 1:
-            samplers.append(llama_cpp.llama_sampler_init_temp(kwargs["temperature"]))
-        if kwargs.get("top_k"):
-            samplers.append(llama_cpp.llama_sampler_init_top_k(kwargs["top_k"]))
-        if kwargs.get("top_p", 1) < 1:
-            samplers.append(llama_cpp.llama_sampler_init_top_p(kwargs["top_p"], 1))
-        if kwargs.get("min_p"):
-            samplers.append(llama_cpp.llama_sampler_init_min_p(kwargs["min_p"], 1))
-        if kwargs.get("typical_p", 1) < 1:
-            samplers.append(llama_cpp.llama_sampler_init_typical(kwargs["typical_p"], 1))
-        samplers.append(llama_cpp.llama_sampler_init_dist(seed))
-        for sampler in samplers:
-            llama_cpp.llama_sampler_chain_add(self._chain, sampler)
+        samplers: dict[str, tuple[float, Callable[[Any], Any]]] = {
+            "repetition_penalty": (
+                1,
+                lambda x: llama_cpp.llama_sampler_init_penalties(size, len(history), x, 0.0, 0.0),
+            ),
+            "temperature": (1, llama_cpp.llama_sampler_init_temp),
+            "top_k": (0, llama_cpp.llama_sampler_init_top_k),
+            "top_p": (1, lambda p: llama_cpp.llama_sampler_init_top_p(p, 1)),
+            "min_p": (0, lambda p: llama_cpp.llama_sampler_init_min_p(p, 1)),
+            "typical_p": (1, lambda p: llama_cpp.llama_sampler_init_typical(p, 1)),
+        }
+        for name, (neutral, make) in samplers.items():
+            if (kwargs.get(name) or neutral) != neutral:
+                llama_cpp.llama_sampler_chain_add(self._chain, make(kwargs[name]))
+        llama_cpp.llama_sampler_chain_add(self._chain, llama_cpp.llama_sampler_init_dist(seed))
         for token in history:
             llama_cpp.llama_sampler_accept(self._chain, token)
         self._data = np.zeros(size, dtype=_TOKEN_DATA)
@@ -59,7 +55,6 @@ class SamplerChain:
         llama_cpp.llama_sampler_free(self._chain)
 
     def draw(self, logits: NDArray[np.float32]) -> int:
-        """Return the token that is drawn."""
         return self(logits)[0]
 
     def __call__(self, logits: NDArray[np.float32]) -> tuple[int, NDArray[np.void]]:

@@ -20,7 +20,6 @@ _MODES = ("greedy", "sample", "beam", "beam_sample", "group_beam")
 
 
 def random_scenario(seed: int) -> Scenario:
-    """Return the scenario of a number."""
     return _Maker(seed).make()
 
 
@@ -56,7 +55,6 @@ class _Maker:
     # -- the engine
 
     def make(self) -> Scenario:
-        """Make it."""
         chance = self.chance
         count = self.between(1, 3) if self.often(0.2) else self.between(3, 8)
         rush = chance.choice((0, 1, 2, 4)) if self.crowded else chance.choice((0, 2, 8, 30))
@@ -70,7 +68,6 @@ class _Maker:
         return dataclasses.replace(scenario, asks=tuple(self.asks), failures=tuple(failures), stop_at=stop_at)
 
     def _engine(self) -> Scenario:
-        """Return a scenario without requests."""
         chance = self.chance
         small = self.between(16, 100) if self.often(0.75) else self.between(100, 280)
         two = self.often(0.4)

@@ -112,7 +112,6 @@ class Ask(_Short):
     entropy: int = 0
 
     def config(self) -> GenerationConfig:
-        """Return what it asks for."""
         config = GenerationConfig.resolve(self.kwargs, DEFAULTS)
         return config if self.logprobs is None else dataclasses.replace(config, top_logprobs=self.logprobs)
 
@@ -148,7 +147,6 @@ class Scenario(_Short):
 
     @property
     def attention(self) -> Attention:
-        """What tokens attend to."""
         return Attention(self.window, self.window_chunk, self.max_tokens)
 
     @property

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 CHAT, CHAT_COMPLETIONS, COMPLETIONS = "/chat", "/v1/chat/completions", "/v1/completions"
-_NOTHING_TO_CHOOSE = ("leave no token", "leaves no token")
-"""What a request fails with whose own parameters left nothing to choose: that may come late."""
+Must = Literal["answer", "refusal", ""]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,6 @@ class Ask:
         names: what the sentence of a refusal must hold.
         leaves: seconds after which the client closes its connection; None to stay.
         follows: whether it goes on from the answer to the request before it in its chain.
-        media_type: what the body is said to be.
     """
 
     kind: str
@@ -38,32 +37,34 @@ class Ask:
     body: dict[str, Any] | bytes
     repeats: bool = False
     always: bool = False
-    must: Literal["answer", "refusal", ""] = ""
+    must: Must = ""
     names: str = ""
     leaves: float | None = None
     follows: bool = False
-    media_type: str = "application/json"
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """The generation parameters as they are written in the body; empty where there are none."""
         return (self.body.get("generate_kwargs") or {}) if isinstance(self.body, dict) else {}
 
     @property
     def has_seed(self) -> bool:
         """Whether the request asks to be repeatable."""
-        return isinstance(self.body, dict) and (self.body.get("seed", self.kwargs.get("seed")) is not None)
+        return isinstance(self.body, dict) and self.body.get("seed", self.kwargs.get("seed")) is not None
+
+    def asking(self, **kwargs: Any) -> Ask:
+        """Return this request with other generation parameters beside its own."""
+        assert isinstance(self.body, dict)
+        return dataclasses.replace(self, body=self.body | {"generate_kwargs": self.kwargs | kwargs})
 
     def after(self, before: Ask, text: str) -> Ask:
         """Return this request as one that goes on from what was asked before and the answer to it."""
-        if not (isinstance(self.body, dict) and isinstance(before.body, dict)):
-            return self
+        assert isinstance(self.body, dict)
+        assert isinstance(before.body, dict)
         if "messages" in self.body:
             turns = [*before.body["messages"], {"role": "assistant", "content": text}, *self.body["messages"]]
             return dataclasses.replace(self, body=self.body | {"messages": turns})
-        return dataclasses.replace(
-            self, body=self.body | {"prompt": f"{before.body['prompt']}{text} {self.body['prompt']}"}
-        )
+        prompt = f"{before.body['prompt']}{text} {self.body['prompt']}"
+        return dataclasses.replace(self, body=self.body | {"prompt": prompt})
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +96,23 @@ class Outcome:
     """
 
     status: int
-    seconds: float
+    seconds: float = 0.0
     answer: Answer | None = None
     sentence: str = ""
     retry_after: str | None = None
     trouble: str = ""
 
     @property
-    def has_decided(self) -> bool:
-        """Whether the service answered the request or refused it for good."""
-        return self.status not in {0, 429} and self.status < 500
-
-    @property
-    def failed_by_itself(self) -> bool:
-        """Whether the request's own parameters left no token to choose."""
-        return any(words in self.sentence for words in _NOTHING_TO_CHOOSE)
+    def column(self) -> str:
+        if self.status == LEFT:
+            return "left"
+        if self.status == 200 and self.answer is not None:
+            return "answered"
+        if "leave no token" in self.sentence or "leaves no token" in self.sentence:
+            return "nothing to choose"  # by the request's own parameters, which may show late
+        if self.status == 429:
+            return "queue full"
+        return "refused" if 400 <= self.status < 500 else "failed"
 
 
 LEFT = -1
@@ -117,12 +120,11 @@ LEFT = -1
 
 
 def send(port: int, ask: Ask, patience: float) -> Outcome:
-    """Send a request, and wait for its answer for so many seconds at most."""
     started = time.monotonic()
     body = ask.body if isinstance(ask.body, bytes) else json.dumps(ask.body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
     try:
-        connection.request("POST", ask.path, body, {"Content-Type": ask.media_type})
+        connection.request("POST", ask.path, body, {"Content-Type": "application/json"})
         if ask.leaves is not None:
             time.sleep(ask.leaves)
             return Outcome(LEFT, ask.leaves)
@@ -132,28 +134,26 @@ def send(port: int, ask: Ask, patience: float) -> Outcome:
             pieces.append(piece)
             if time.monotonic() - started > patience:
                 raise TimeoutError
-        return _read(ask, response, b"".join(pieces), time.monotonic() - started)
+        outcome = _read(ask, response, b"".join(pieces))
     except TimeoutError:
-        return Outcome(0, time.monotonic() - started, trouble="no answer came")
+        outcome = Outcome(0, trouble="no answer came")
     except (OSError, http.client.HTTPException) as error:
-        return Outcome(0, time.monotonic() - started, trouble=f"the connection broke: {error!r}")
+        outcome = Outcome(0, trouble=f"the connection broke: {error!r}")
     finally:
         connection.close()
+    return dataclasses.replace(outcome, seconds=time.monotonic() - started)
 
 
-def _read(ask: Ask, response: http.client.HTTPResponse, content: bytes, seconds: float) -> Outcome:
-    retry_after = response.getheader("Retry-After")
+def _read(ask: Ask, response: http.client.HTTPResponse, content: bytes) -> Outcome:
     try:
         if response.status != 200:
             sentence = _sentence(json.loads(content))
-            return Outcome(response.status, seconds, sentence=sentence, retry_after=retry_after)
+            return Outcome(response.status, sentence=sentence, retry_after=response.getheader("Retry-After"))
         if (response.getheader("Content-Type") or "").startswith("text/event-stream"):
-            return _read_stream(ask, content, seconds)
-        return Outcome(200, seconds, _answer(ask, json.loads(content)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return Outcome(
-            response.status, seconds, retry_after=retry_after, trouble=f"not to be read ({error!r}): {content[:500]!r}"
-        )
+            return _read_stream(ask, [*_events(content)])
+        return Outcome(200, answer=_answer([json.loads(content)]))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return Outcome(response.status, trouble=f"not to be read ({error!r}): {content[:500]!r}")
 
 
 def _sentence(body: dict[str, Any]) -> str:
@@ -169,78 +169,48 @@ def _events(content: bytes) -> Iterator[tuple[str, str]]:
             yield fields.get("event", ""), fields["data"]
 
 
-def _read_stream(ask: Ask, content: bytes, seconds: float) -> Outcome:
+def _read_stream(ask: Ask, events: list[tuple[str, str]]) -> Outcome:
     """Read a stream; its pieces together must be what its result says."""
-    events = list(_events(content))
     for name, data in events:
         if name == "error" or '"error"' in data[:9]:
-            return Outcome(200, seconds, sentence=_sentence(json.loads(data)))
-    if ask.path == CHAT:
-        if not events or events[-1][0] != "result":
-            return Outcome(0, seconds, trouble="the stream ended without a result")
-        result = json.loads(events[-1][1])
-        texts: dict[int, str] = {}
-        for _, data in events[:-1]:
-            delta = json.loads(data)
-            texts[delta["index"]] = texts.get(delta["index"], "") + delta["text"]
-        pieces = "".join(texts[index] for index in sorted(texts))
-        beams = ask.kwargs.get("num_beams", 1) > 1
-        differ = not beams and pieces != result["Result"]
-        trouble = f"its pieces are {pieces!r}, but its result is {result['Result']!r}" if differ else ""
-        return Outcome(200, seconds, _answer(ask, result), trouble=trouble)
-    if not events or events[-1][1] != "[DONE]":
-        return Outcome(0, seconds, trouble="the stream ended without [DONE]")
-    return Outcome(200, seconds, _joined([json.loads(data) for _, data in events[:-1]]))
+            return Outcome(200, sentence=_sentence(json.loads(data)))
+    name, last = events[-1] if events else ("", "")
+    if last != "[DONE]" and name != "result":
+        return Outcome(0, trouble="the stream ended without a result or [DONE]")
+    chunks = [json.loads(data) for _, data in events[:-1]]
+    if name != "result":
+        return Outcome(200, answer=_answer(chunks))
+    answer = _answer([json.loads(last)])
+    pieces = "".join(chunk["text"] for chunk in sorted(chunks, key=lambda chunk: chunk["index"]))
+    differ = pieces != answer.text and ask.kwargs.get("num_beams", 1) == 1
+    return Outcome(200, answer=answer, trouble=f"its pieces are {pieces!r}, not {answer.text!r}" if differ else "")
 
 
-def _joined(chunks: list[dict[str, Any]]) -> Answer:
-    """Return the answer whose chunks these are."""
-    texts: dict[int, str] = {}
-    ends: dict[int, Any] = {}
-    numbers: dict[int, list[float | None]] = {}
-    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
-        index = choice["index"]
-        piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
-        texts[index] = texts.get(index, "") + (piece or "")
-        ends[index] = choice.get("finish_reason") or ends.get(index)
-        numbers.setdefault(index, []).extend(_numbers(choice.get("logprobs")))
-    order = sorted(texts)
-    return Answer([[texts[i], ends[i]] for i in order], [number for i in order for number in numbers[i]])
-
-
-def _answer(ask: Ask, body: dict[str, Any]) -> Answer:
-    if ask.path != CHAT:
-        tokens = [
-            [choice["message"]["content"] if "message" in choice else choice["text"], choice["finish_reason"]]
-            for choice in body["choices"]
+def _answer(chunks: list[dict[str, Any]]) -> Answer:
+    """Return the answer whose chunks these are; a plain one is a single chunk."""
+    if "choices" not in chunks[0]:
+        (body,) = chunks
+        scored = [token for sequence in body.get("scores") or [] for token in sequence]
+        numbers = [
+            *(body.get("sequences_scores") or []),
+            *(token[name] for token in scored for name in ("score", "logprob")),
         ]
-        return Answer(tokens, [number for choice in body["choices"] for number in _numbers(choice.get("logprobs"))])
-    numbers = [*(body.get("sequences_scores") or [])]
-    for token in (token for sequence in body.get("scores") or [] for token in sequence):
-        numbers += [token["score"], token["logprob"]]
-    return Answer(body.get("sequences", body["Result"]), numbers, body["Result"])
-
-
-def _numbers(logprobs: dict[str, Any] | None) -> list[float | None]:
-    if logprobs is None:
-        return []
-    return logprobs["token_logprobs"] if "tokens" in logprobs else [token["logprob"] for token in logprobs["content"]]
+        return Answer(body.get("sequences", body["Result"]), numbers, body["Result"])
+    choices: dict[int, tuple[list[Any], list[float | None]]] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        tokens, numbers = choices.setdefault(choice["index"], (["", None], []))
+        part = choice.get("message") or choice.get("delta", choice)
+        tokens[0] += part.get("content") or part.get("text") or ""
+        tokens[1] = choice.get("finish_reason") or tokens[1]
+        logprobs = choice.get("logprobs") or {}
+        numbers += logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or []]
+    return Answer(
+        [choices[index][0] for index in sorted(choices)],
+        [number for index in sorted(choices) for number in choices[index][1]],
+    )
 
 
 # -- judging
-
-
-def column_of(outcome: Outcome) -> str:
-    """Return what an outcome is counted as."""
-    if outcome.status == LEFT:
-        return "left"
-    if outcome.status == 200 and outcome.answer is not None:
-        return "answered"
-    if outcome.failed_by_itself:
-        return "nothing to choose"
-    if outcome.status == 429:
-        return "queue full"
-    return "refused" if 400 <= outcome.status < 500 else "failed"
 
 
 def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: float) -> str:
@@ -252,26 +222,23 @@ def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: flo
         deadline: seconds in which an answer must be there.
         refusal: seconds in which a refusal must be there, whatever the load.
     """
-    status, column = outcome.status, column_of(outcome)
+    column, shown = outcome.column, f"{outcome.status} {outcome.sentence!r}, {outcome.seconds:.1f} s"
     if outcome.trouble:
-        return f"{outcome.trouble} (status {status}, {outcome.seconds:.1f} s)"
+        return f"{outcome.trouble} ({shown})"
     if outcome.seconds > deadline:
-        return f"answered {outcome.seconds:.1f} s after it was sent: {status} {outcome.sentence}"
-    if column == "answered":
-        return "it is wrong and was answered" if ask.must == "refusal" else ""
-    if column in {"left", "nothing to choose"}:
-        return ""
+        return f"answered after its deadline: {shown}"
+    if column == "failed":
+        return f"failed: {shown}"
     if column == "queue full":
         return "" if outcome.retry_after else "429 without Retry-After"
-    if column == "failed":
-        return f"failed: {status} {outcome.sentence}"
+    if column != "refused":
+        return f"it is wrong and was answered: {shown}" if column == "answered" and ask.must == "refusal" else ""
     if ask.must == "answer":
-        return f"it fits and was refused: {status} {outcome.sentence}"
+        return f"it fits and was refused: {shown}"
     if outcome.seconds > refusal:
-        return f"refused after {outcome.seconds:.1f} s: {status} {outcome.sentence}"
-    if len(outcome.sentence) < 10 or ask.names not in outcome.sentence:
-        return f"its refusal does not name {ask.names!r}: {status} {outcome.sentence!r}"
-    return ""
+        return f"refused late: {shown}"
+    named = len(outcome.sentence) >= 10 and ask.names in outcome.sentence
+    return "" if named else f"its refusal does not name {ask.names!r}: {shown}"
 
 
 def difference(one: Outcome, other: Outcome, tolerance: float) -> str:
@@ -287,15 +254,6 @@ def difference(one: Outcome, other: Outcome, tolerance: float) -> str:
         return "" if same else f"{one.status} {one.sentence!r}, but {other.status} {other.sentence!r}"
     if one.answer.tokens != other.answer.tokens:
         return f"{one.answer.tokens!r}, but {other.answer.tokens!r}"
-    if len(one.answer.numbers) != len(other.answer.numbers):
-        return f"{len(one.answer.numbers)} numbers, but {len(other.answer.numbers)}"
-    for place, (a, b) in enumerate(zip(one.answer.numbers, other.answer.numbers, strict=True)):
-        if not _near(a, b, tolerance):
-            return f"equal tokens, but number {place} of {len(one.answer.numbers)} is {a!r}, but {b!r}"
-    return ""
-
-
-def _near(a: float | None, b: float | None, tolerance: float) -> bool:
-    if a is None or b is None or a == b:
-        return a == b
-    return tolerance > 0 and math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+    ours, theirs = (np.array(each.answer.numbers, np.float64) for each in (one, other) if each.answer)  # None is NaN
+    near = ours.shape == theirs.shape and np.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return "" if near else f"equal tokens, but the numbers {ours.tolist()} and {theirs.tolist()}"

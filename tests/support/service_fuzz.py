@@ -19,7 +19,6 @@ What failed is printed as JSON: the service's options, and the request's path an
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import json
@@ -29,13 +28,12 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from tests.support.service_client import CHAT, Ask, Outcome, column_of, complaint_about, difference, send
+from tests.support.service_client import CHAT, Ask, Outcome, complaint_about, difference, send
 from tests.support.service_requests import VOCABULARY, WORDS, AskMaker, Chain
 from tests.support.service_setups import USUAL_KINDS, Setup, make_model, make_setups
 from tests.support.services import Server, serving, wait_for
@@ -48,37 +46,6 @@ _MOST_DOUBTS = 5
 """Differences of one service that are looked into; where there are more, it is not rounding."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Something that is not as it should be, and how to see it again."""
-
-    what: str
-    setup: Setup
-    options: list[str]
-    ask: Ask | None = None
-
-    def to_json(self) -> str:
-        """Return it as one line."""
-        shown: dict[str, Any] = {"what": self.what, "model": self.setup.kind, "options": self.options}
-        if self.ask is not None:
-            body = self.ask.body if isinstance(self.ask.body, dict) else repr(self.ask.body[:200])
-            shown |= {"kind": self.ask.kind, "leaves": self.ask.leaves, "path": self.ask.path, "body": body}
-        return json.dumps(shown)
-
-
-@dataclass
-class Report:
-    """What came of all requests."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    failures: list[Failure] = field(default_factory=list)
-
-    def __iadd__(self, other: Report) -> Self:
-        self.counts += other.counts
-        self.failures += other.failures
-        return self
-
-
 class Trial:
     """One service, tried.
 
@@ -89,70 +56,60 @@ class Trial:
         seed: of all that is random.
         threads: clients at a time.
         refusal: seconds in which a refusal must come, whatever the load.
+
+    Attributes:
+        counts: how many requests of a kind came to what, as pairs.
+        failures: what is not as it should be, as JSON: how to see it again.
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        model: Path,
-        folder: Path,
-        *,
-        seed: int,
-        threads: int = 12,
-        refusal: float = 10.0,
+        self, setup: Setup, model: Path, folder: Path, *, seed: int, threads: int = 12, refusal: float = 10.0
     ) -> None:
-        self.report = Report()
-        self._setup = setup
-        self._model = model
-        self._folder = folder
-        self._random = random.Random(seed)
-        self._threads = threads
-        self._refusal = refusal
-        self._deadline = setup.request_timeout + _SLACK
-        self._options, self._fresh_options = setup.arguments(), setup.arguments(prefix_cache=False)
-        self._lost = threading.Event()
-        self._lock = threading.Lock()
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.failures: list[str] = []
+        self._setup, self._model, self._folder = setup, model, folder
+        self._random, self._threads, self._refusal = random.Random(seed), threads, refusal
+        self._deadline = setup.settings.request_timeout + _SLACK
+        self._lost, self._lock = threading.Event(), threading.Lock()
 
-    def run(self, blocks: Sequence[list[Chain]], share: float) -> Report:
+    def run(self, chains: list[Chain], share: float) -> None:
         """Send all requests, look at the service, and repeat a share of those that can be repeated."""
-        with self._serving(self._options) as server:
-            done = self._send_all(server, [*itertools.chain.from_iterable(blocks)])
+        with self._serving() as server:
             asked = [
                 (ask, outcome)
-                for ask, outcome in done
-                if ask.repeats and outcome.has_decided and (ask.always or self._random.random() < share)
+                for ask, outcome in self._send_all(server, chains)
+                if ask.repeats and outcome.column in {"answered", "refused", "nothing to choose"}
+                if ask.always or self._random.random() < share
             ]
             repeated: list[Outcome] = []
-            if not self._lost.is_set() and not self._note_all(server.troubles(self._deadline)):
+            if not self._lost.is_set() and not self._note(*server.troubles(self._deadline)):
                 repeated = [self._send_alone(server, ask) for ask, _ in asked]
-                self._note_all(server.troubles(self._deadline))
+                self._note(*server.troubles(self._deadline))
             errors = server.logged_errors()
-            self._note_all(errors)
+            self._note(*errors)
             self._stop_while_busy(server)
             # llama.cpp logs what is aborted at the end as an error.
-            self._note_all([line for line in server.logged_errors()[len(errors) :] if "Traceback" in line])
+            self._note(*[line for line in server.logged_errors()[len(errors) :] if "Traceback" in line])
         if repeated and self._setup.is_exact:
-            with self._serving(self._fresh_options) as fresh:
+            with self._serving(prefix_cache=False) as fresh:
                 self._compare(fresh, asked, repeated)
-        return self.report
 
-    def _serving(self, options: list[str]) -> Any:
-        return serving(self._folder, str(self._model), *options, store=self._folder)
+    def _serving(self, **options: Any) -> Any:
+        return serving(self._folder, str(self._model), *self._setup.arguments(**options), store=self._folder)
 
-    def _note_all(self, whats: list[str]) -> int:
+    def _note(self, *whats: str, ask: Ask | None = None) -> int:
         for what in whats:
-            self._note(what)
+            shown = {"what": what, "model": self._setup.kind, "options": self._setup.arguments()}
+            self.failures.append(
+                json.dumps(shown | (asdict(ask) if ask else {}), default=lambda body: repr(body[:200]))
+            )
         return len(whats)
-
-    def _note(self, what: str, ask: Ask | None = None) -> None:
-        self.report.failures.append(Failure(what, self._setup, self._options, ask))
 
     # -- many at a time
 
     def _send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
         with ThreadPoolExecutor(self._threads) as pool:
-            pairs = pool.map(functools.partial(self._send_chain, server), chains)
-            return [*itertools.chain.from_iterable(pairs)]
+            return [*itertools.chain.from_iterable(pool.map(functools.partial(self._send_chain, server), chains))]
 
     def _send_chain(self, server: Server, chain: Chain) -> list[tuple[Ask, Outcome]]:
         done: list[tuple[Ask, Outcome]] = []
@@ -160,15 +117,15 @@ class Trial:
             if self._lost.is_set():
                 break
             ask = planned
-            if planned.follows and done and done[-1][1].answer is not None:
-                ask = planned.after(done[-1][0], done[-1][1].answer.text)
+            if planned.follows and done and (before := done[-1][1].answer) is not None:
+                ask = planned.after(done[-1][0], before.text)
             outcome = send(server.port, ask, self._deadline)
             done.append((ask, outcome))
             complaint = complaint_about(ask, outcome, deadline=self._deadline, refusal=self._refusal)
             with self._lock:
-                self.report.counts[ask.kind, column_of(outcome)] += 1
+                self.counts[ask.kind, outcome.column] += 1
                 if complaint:
-                    self._note(complaint, ask)
+                    self._note(complaint, ask=ask)
             if complaint and (outcome.status == 0 or not server.is_alive()):
                 self._lost.set()
         return done
@@ -185,20 +142,19 @@ class Trial:
             alone = self._send_alone(fresh, ask)
             verdict = "equal"
             for name, outcome in (("under load", under_load), ("alone afterwards", afterwards)):
-                found = difference(outcome, alone, _TOLERANCE)
-                if not found:
+                if not (found := difference(outcome, alone, _TOLERANCE)):
                     continue
                 doubts += 1
                 if doubts <= _MOST_DOUBTS and self._is_rounding(fresh, ask, outcome):
                     verdict = "by rounding" if verdict == "equal" else verdict
                     continue
                 verdict = "different"
-                self._note(f"{name} it is not what a fresh service answers: {found}", ask)
-            if self._setup.exact_seeds and ask.has_seed and (found := difference(under_load, afterwards, 0.0)):
+                self._note(f"{name} it is not what a fresh service answers: {found}", ask=ask)
+            exact = self._setup.settings.exact_seeds and ask.has_seed
+            if exact and (found := difference(under_load, afterwards, 0.0)):
                 verdict = "different"
-                self._note(f"its seed does not repeat it to the last bit: {found}", ask)
-            self.report.counts[ask.kind, "compared"] += 1
-            self.report.counts[ask.kind, verdict] += 1
+                self._note(f"its seed does not repeat it to the last bit: {found}", ask=ask)
+            self.counts[ask.kind, verdict] += 1
 
     def _is_rounding(self, fresh: Server, ask: Ask, outcome: Outcome) -> bool:
         if outcome.answer is None:
@@ -207,12 +163,9 @@ class Trial:
         return any(not difference(outcome, other, 10 * _TOLERANCE) for other in noisy)
 
     def _with_noise(self, ask: Ask, noise: float) -> Ask:
-        assert isinstance(ask.body, dict)
         given = ask.kwargs.get("sequence_bias") or []
-        taken = {tuple(phrase) for phrase, _ in given}
-        tokens = [token for token in range(1, len(VOCABULARY)) if (token,) not in taken]
-        biases = given + [[[token], self._random.gauss(0.0, noise)] for token in tokens]
-        return dataclasses.replace(ask, body=ask.body | {"generate_kwargs": ask.kwargs | {"sequence_bias": biases}})
+        tokens = set(range(1, len(VOCABULARY))) - {phrase[0] for phrase, _ in given if len(phrase) == 1}
+        return ask.asking(sequence_bias=given + [[[token], self._random.gauss(0.0, noise)] for token in sorted(tokens)])
 
     # -- the end
 
@@ -220,33 +173,31 @@ class Trial:
         """Send SIGTERM while requests run; the process ends with 0 within its grace period and a while."""
         most = max(8, min(400, self._setup.cells // 8))
         endless = {"do_sample": False, "max_new_tokens": most, "eos_token_id": [], "max_time": 20}
-        bodies = [
-            {"prompt": word, "stream": beams == 1, "generate_kwargs": endless | {"num_beams": beams}}
+        asks = [
+            Ask("at the end", CHAT, {"prompt": word, "stream": beams == 1}).asking(**endless, num_beams=beams)
             for word, beams in zip(WORDS, (1, 1, 4, 1, 4, 1), strict=False)
         ]
-        with ThreadPoolExecutor(len(bodies)) as pool:
+        with ThreadPoolExecutor(len(asks)) as pool:
             if not self._lost.is_set():
-                asks = [Ask("at the end", CHAT, body) for body in bodies]
                 sent = [pool.submit(send, server.port, ask, self._deadline) for ask in asks]
                 wait_for(lambda: bool(server.metrics()["num_requests_running"]) or all(each.done() for each in sent))
             try:
                 code, _ = server.stop(patience=self._deadline)
-                if code != 0:
-                    self._note(f"SIGTERM ends it with exit code {code}")
+                self._note(*[f"SIGTERM ends it with exit code {code}"] * (code != 0))
             except subprocess.TimeoutExpired:
                 self._note(f"SIGTERM does not end it within {self._deadline:g} seconds")
                 server.process.kill()
 
 
 def main() -> int:
-    """Try all services, print what came of it, and return exit code 1 when anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000, help="how many, over all services (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of services and requests (default: 0)")
     parser.add_argument("--services", type=int, default=24, help="how many share them (default: 24)")
     parser.add_argument("--only", type=int, nargs="+", help="try these services alone, by their numbers")
     arguments = parser.parse_args()
-    report = Report()
+    counts: Counter[tuple[str, str]] = Counter()
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         models = {kind: make_model(folder, kind, arguments.seed) for kind in USUAL_KINDS}
@@ -256,15 +207,14 @@ def main() -> int:
             seed = arguments.seed * 1000 + number
             count = len(range(number, arguments.requests, arguments.services))
             trial = Trial(setup, models[setup.kind], folder, seed=seed)
-            tried = trial.run(AskMaker(seed, setup).chains(count, crosstalk=1), share=0.15)
-            print(f"{number}: {setup}: {len(tried.failures)} failures", flush=True)
-            report += tried
-    for (kind, outcome), count in sorted(report.counts.items()):
+            trial.run(AskMaker(seed, setup).chains(count, crosstalk=1), share=0.15)
+            print(f"{number}: {setup}: {len(trial.failures)} failures", flush=True)
+            counts += trial.counts
+            failures += trial.failures
+    for (kind, outcome), count in sorted(counts.items()):
         print(f"{count:8} {kind}: {outcome}")
-    for failure in report.failures:
-        print(failure.to_json())
-    print(f"seed {arguments.seed}: {len(report.failures)} failures")
-    return int(bool(report.failures))
+    print(*failures, f"seed {arguments.seed}: {len(failures)} failures", sep="\n")
+    return int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,6 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
         return int(self.url.rpartition(":")[2])
 
     def stop(self, how: int = signal.SIGTERM, patience: float = PATIENCE) -> tuple[int, float]:
@@ -57,7 +56,6 @@ class Server:
         return self.process.wait(timeout=patience), time.monotonic() - started
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        """Ask for a path."""
         return _HTTP.get(f"{self.url}{path}", **options)
 
     def metrics(self) -> dict[str, float]:
@@ -66,7 +64,6 @@ class Server:
         return {name: float(value) for name, value in _GAUGE.findall(text)}
 
     def is_alive(self) -> bool:
-        """Return whether it says that it lives."""
         try:
             return self.get("/livez").status_code == 200
         except httpx.HTTPError:
@@ -107,25 +104,31 @@ def _is_error(line: str) -> bool:
     return isinstance(entry, dict) and entry.get("level") in {"error", "critical"}
 
 
-def wait_for(condition: Callable[[], bool], patience: float = PATIENCE) -> bool:
-    """Wait until a condition holds; False when it does not within so many seconds."""
+def wait_for(condition: Callable[[], object], patience: float = PATIENCE) -> bool:
     end = time.monotonic() + patience
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(0.02)
+        time.sleep(0.01)
     return True
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *arguments: str, store: Path, command: Sequence[str] = (COMMAND,)) -> Iterator[Server]:
+def serving(
+    folder: Path,
+    *arguments: str,
+    store: Path | None = None,
+    command: Sequence[str] = (COMMAND,),
+    environment: Mapping[str, str] = os.environ,
+) -> Iterator[Server]:
     """Start ``edge-phi3 serve`` and wait until it is ready.
 
     Args:
         folder: where its log goes.
         arguments: further arguments.
-        store: the model store.
+        store: the model store; None for that of the environment.
         command: what stands for ``edge-phi3``.
+        environment: its environment.
     """
     port = free_port()
     log = folder / f"serve-{port}.log"
@@ -135,7 +138,7 @@ def serving(folder: Path, *arguments: str, store: Path, command: Sequence[str] =
             [*command, "serve", *arguments, "--port", str(port)],
             stderr=stderr,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"EDGE_PHI3_STORE": str(store)},
+            env={**environment, **({"EDGE_PHI3_STORE": str(store)} if store else {})},
             start_new_session=True,  # so that its children can be told from those of the tests
         )
     server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -1,0 +1,105 @@
+"""Loaded engines, and requests to them whose events are collected. Needs no pytest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
+from edge_phi3.generation import API_DEFAULTS
+from edge_phi3.generation.config import GenerationConfig
+from tests.golden.generation_data import Answer, differences
+from tests.golden.requests import Request
+
+OPTIONS = "TEST_ENGINE_OPTIONS"
+"""Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
+
+
+class Asked:
+    """A submitted request whose events are collected; greedy and of no length unless told otherwise."""
+
+    def __init__(self, engine: Engine, prompt: ArrayLike, *, stream: bool = False, **kwargs: Any) -> None:
+        config = GenerationConfig.resolve({"do_sample": False, "max_length": None} | kwargs, engine.model.defaults)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.request = GenerationRequest(np.asarray(prompt, np.int32), config, stream=stream)
+        self.running = engine.submit(self.request, self.events.put)
+
+    def finished(self, timeout: float = 600.0) -> FinishedEvent:
+        """Wait for the end; an error that the engine sent is raised."""
+        while True:
+            event = self.events.get(timeout=timeout)
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, FinishedEvent):
+                return event
+
+
+@contextlib.contextmanager
+def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
+    """Yield a loaded engine with exact settings; audit its KV cells at the end."""
+    everywhere = json.loads(os.environ.get(OPTIONS, "{}"))
+    settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1, "exit_on_stall": False} | everywhere | options
+    engine = Engine(EngineSettings(path, **settings))
+    loaded = engine.load()
+    try:
+        yield engine
+        if engine.status == "ready":
+            with engine_at_rest(engine):
+                for runner in loaded.runners:
+                    runner.kv.audit()
+    finally:
+        engine.close()
+
+
+@contextlib.contextmanager
+def engine_at_rest(engine: Engine) -> Iterator[None]:
+    """Keep the engine's thread from its next step, so that what is asked meanwhile arrives at once."""
+    core, go, rests = engine._core, threading.Event(), threading.Event()
+    assert core is not None
+    step = core.step
+
+    def rest() -> None:
+        rests.set()
+        go.wait(600)
+        step()
+
+    core.step = rest
+    core.wake()
+    assert rests.wait(600)
+    try:
+        yield
+    finally:
+        core.step = step
+        go.set()
+
+
+def ask(engine: Engine, prompt: ArrayLike, **kwargs: Any) -> list[list[int]]:
+    """Run one request to its end, and return the generated tokens of each returned sequence."""
+    return generated(Asked(engine, prompt, **kwargs).finished())
+
+
+def generated(event: FinishedEvent) -> list[list[int]]:
+    return [sequence[event.result.prompt_length :].tolist() for sequence in event.result.sequences]
+
+
+def compared(engine: Engine, recorded: Sequence[tuple[Request, Answer]]) -> list[list[str]]:
+    """Ask recorded requests, all at once; return in what each answer differs from transformers'."""
+    scored = {"output_scores": True, "return_dict_in_generate": True}
+    asked = [Asked(engine, each.prompt, **dict(API_DEFAULTS) | each.kwargs | scored) for each, _ in recorded]
+    pad = engine.model.defaults.pad_token_id
+    assert pad is not None
+    return [
+        differences(running.finished().result, request, answer, request.kwargs.get("pad_token_id", pad))
+        for running, (request, answer) in zip(asked, recorded, strict=True)
+    ]
