@@ -45,8 +45,8 @@ _PATTERNS = {
 """What llama-perplexity prints under our names, and what the two files' rounding can make of it.
 
 Its file is off by 1.2e-4 nats at most at one position, and hardly at all in a mean; of a thousand positions two may
-have their two most likely tokens within that. Ours rounds the log-probability of an unlikely token, such as -12, by up to
-0.004, which is 1e-4 in a mean over a thousand tokens; a divergence gives such tokens no weight.
+have their two most likely tokens within that. Ours rounds the log-probability of an unlikely token, such as -12, by up
+to 0.004, which is 1e-4 in a mean over a thousand tokens; a divergence gives such tokens no weight.
 """
 
 OPTIONS = ("-c", str(SIZE), "-t", str(THREADS), "-ngl", "0")
