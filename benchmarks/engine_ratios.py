@@ -30,7 +30,7 @@ from benchmarks.servers import llama_server, original, ours
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.machine import Machine
-from edge_phi3.bench.serve import RequestDone, ServeBench, measure
+from edge_phi3.bench.serve import ServeBench, measure
 from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
 from tests.support.models import SHAPES, model_path, random_checkpoint
@@ -122,11 +122,11 @@ class Bench:
         self.turn = 0
 
     async def load(
-        self, url: str, api: str, workload: Workload, level: Level, done: RequestDone = lambda _: None
+        self, url: str, api: str, workload: Workload, level: Level, done: Callable[[int], None] = lambda _: None
     ) -> Summary:
         """Put load on a server. In each turn both get the same prompts, which nobody has cached."""
         bench = ServeBench(url, [level], msgspec.structs.replace(workload, seed=self.turn), api=api)
-        (summary,) = (await measure(bench, request_done=done)).levels
+        (summary,) = (await measure(bench, done)).levels
         if summary.failed:
             sys.exit(f"{url}: {summary.failed} requests failed: {next(iter(summary.errors))}")
         return summary
@@ -218,11 +218,11 @@ class Bench:
         try:
             while not load.done():
                 started = time.perf_counter()
-                await client.get(path)
+                await client.exchange("GET", path, None, lambda _: None)
                 times.append(time.perf_counter() - started)
                 await asyncio.sleep(0.010)
         finally:
-            client.close()
+            await client.close()
         await load
         return float(np.percentile(times, 99)) * 1e3
 

@@ -9,6 +9,7 @@ A result file that is not there leaves no trace on the page.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.engine_ratios import Record as EngineRecord
 from benchmarks.measure import DOCS, PARTS, RESULTS, Part, SuiteRecord
 from benchmarks.memory import MemoryRecord
 from edge_phi3.bench.machine import Machine
-from edge_phi3.bench.plots import digest_of, plot_quality, plot_speed
+from edge_phi3.bench.plots import plot_quality, plot_speed
 from edge_phi3.bench.quant_report import Measurement, QuantReport, on_front
 from edge_phi3.files import atomic_output
 from edge_phi3.planning.fit import BEST_FIRST
@@ -58,7 +59,7 @@ def stale(results: Path = RESULTS, docs: Path = DOCS) -> list[str]:
     page = docs / PAGE
     found = [] if page.is_file() and page.read_text("utf-8") == render(results) else [PAGE]
     if (measurements := _measurements(results)) is not None:
-        digest = digest_of(measurements)
+        digest = _digest(measurements)
         for name in PLOTS:
             path = docs / IMAGES / name
             if not path.is_file() or digest not in path.read_text("utf-8"):
@@ -71,7 +72,9 @@ def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
     if (measurements := _measurements(results)) is not None:
         (docs / IMAGES).mkdir(parents=True, exist_ok=True)
         for name, draw in PLOTS.items():
-            draw(measurements, docs / IMAGES / name)
+            path = docs / IMAGES / name
+            draw(measurements, path)
+            path.write_text(f"{path.read_text('utf-8')}<!-- {_digest(measurements)} -->\n", encoding="utf-8")
     with atomic_output(docs / PAGE, force=True) as temporary:
         temporary.write_text(render(results), encoding="utf-8")
 
@@ -79,6 +82,11 @@ def write(results: Path = RESULTS, docs: Path = DOCS) -> None:
 def _measurements(results: Path) -> list[Measurement] | None:
     path = results / "quantizations.json"
     return msgspec.json.decode(path.read_bytes(), type=QuantReport).measurements if path.is_file() else None
+
+
+def _digest(measurements: Sequence[Measurement]) -> str:
+    """Return the digest of drawn figures that a picture carries at its end, so that a stale one can be told."""
+    return hashlib.sha256(msgspec.json.encode(list(measurements))).hexdigest()
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> list[str]:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from benchmarks.gpu.build import find_peers
 from benchmarks.gpu.checkpoints import checkpoint, model
 from benchmarks.gpu.device import MemoryWatch
@@ -22,7 +24,7 @@ from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, Steps
 from benchmarks.servers import llama_server, original, ours
 from edge_phi3.bench.load import Level
-from edge_phi3.bench.serve import ServeBench, run
+from edge_phi3.bench.serve import ServeBench, measure
 from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
 from edge_phi3.llama.options import usable_cores
@@ -100,7 +102,7 @@ def _load(url: str, api: str, workload: Workload, levels: Sequence[Level]) -> li
     Raises:
         RuntimeError: a request failed.
     """
-    report = run(ServeBench(url, levels, workload, api=api))
+    report = uvloop.run(measure(ServeBench(url, levels, workload, api=api)))
     for level in report.levels:
         if level.failed:
             raise RuntimeError(f"{api}: {level.failed} requests failed: {next(iter(level.errors))}")

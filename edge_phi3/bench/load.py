@@ -12,15 +12,13 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 
-from edge_phi3.bench.answers import Answer
+from edge_phi3.bench.endpoints import Answer, Endpoint
 from edge_phi3.bench.errors import ExchangeError
-from edge_phi3.bench.targets import Target
-from edge_phi3.bench.workload import Session, Sessions, Workload
+from edge_phi3.bench.workload import Session, Sessions
 
 
 class RequestRecord(msgspec.Struct):
@@ -71,60 +69,38 @@ class Level(msgspec.Struct, frozen=True):
     warmup: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LevelRun:
-    """A level that has been run.
-
-    Attributes:
-        level: what was asked.
-        seconds: from the first request to the end of the last.
-        cpu_seconds: processor time that the load generator itself took.
-        records: one for each request, in the order of their ends.
-    """
-
-    level: Level
-    seconds: float
-    cpu_seconds: float
-    records: list[RequestRecord]
-
-
-Done = Callable[[RequestRecord], None]
-
-
 async def run_level(
-    target: Target,
+    endpoint: Endpoint,
     sessions: Sessions,
-    workload: Workload,
     level: Level,
     *,
     first_session: int = 0,
-    done: Done = lambda _: None,
-) -> LevelRun:
+    done: Callable[[], None] = lambda: None,
+) -> tuple[list[RequestRecord], float]:
     """Run one level.
 
     Args:
-        target: who is asked.
+        endpoint: who is asked.
         sessions: what is asked.
-        workload: how.
         level: the strength, and when to stop.
         first_session: number of the first session. Two levels with other numbers share no prompt.
-        done: called with each measured request when it ends.
+        done: called when a measured request ends.
+
+    Returns:
+        What happened to each request, in the order of their ends, and the processor seconds of the load generator.
     """
     if level.warmup:
-        numbers = itertools.count(first_session + 1_000_000)
-        warm = _Run(target, workload, lambda _: None)
-        await _closed_loop(
-            warm, (sessions(next(numbers)) for _ in range(level.warmup)), min(level.clients or 4, level.warmup)
-        )
-    run = _Run(target, workload, done)
+        numbers = range(first_session + 1_000_000, first_session + 1_000_000 + level.warmup)
+        await _closed_loop(_Run(endpoint, lambda: None), map(sessions, numbers), min(level.clients or 4, level.warmup))
+    run = _Run(endpoint, done)
     chosen = _until_done(sessions, level, first_session)
     cpu = time.process_time()
     if level.rate is None:
         await _closed_loop(run, chosen, level.clients or 1)
     else:
-        await _open_loop(run, chosen, level.rate, np.random.default_rng([workload.seed, first_session, 2]))
-    ends = [record.started + record.latency for record in run.records]
-    return LevelRun(level, max(ends, default=0.0), time.process_time() - cpu, run.records)
+        random = np.random.default_rng([sessions.workload.seed, first_session, 2])
+        await _open_loop(run, chosen, level.rate, random)
+    return run.records, time.process_time() - cpu
 
 
 def _until_done(sessions: Sessions, level: Level, first: int) -> Iterator[Session]:
@@ -169,10 +145,9 @@ async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random
 class _Run:
     """The requests of one level."""
 
-    def __init__(self, target: Target, workload: Workload, done: Done) -> None:
+    def __init__(self, endpoint: Endpoint, done: Callable[[], None]) -> None:
         self.records: list[RequestRecord] = []
-        self._target = target
-        self._workload = workload
+        self._endpoint = endpoint
         self._done = done
         self._start = time.perf_counter()
 
@@ -180,33 +155,30 @@ class _Run:
         """Run a session to its end, or to its first failure."""
         said: list[str] = []
         for turn in range(len(session.users)):
-            ask = session.ask(said, self._workload)
+            ask = session.ask(said)
             answer, error = Answer(), None
             started = time.perf_counter()
             try:
-                await self._target.generate(ask, answer)
+                await self._endpoint.generate(ask, answer)
             except ExchangeError as failure:
                 error = str(failure)
-            record = self._record(session.number, turn, started, answer, error)
-            self.records.append(record)
-            self._done(record)
+            times = answer.times
+            self.records.append(
+                RequestRecord(
+                    session=session.number,
+                    turn=turn,
+                    started=started - self._start,
+                    latency=time.perf_counter() - started,
+                    first=times[0] - started if times and ask.how.stream else None,
+                    gaps=[after - before for before, after in itertools.pairwise(times)],
+                    prompt_tokens=answer.prompt_tokens,
+                    completion_tokens=answer.completion_tokens or len(times),
+                    counted=answer.completion_tokens is not None,
+                    cached_tokens=answer.cached_tokens,
+                    error=error,
+                )
+            )
+            self._done()
             if error is not None:
                 return
             said = [*ask.turns, answer.text]
-
-    def _record(self, session: int, turn: int, started: float, answer: Answer, error: str | None) -> RequestRecord:
-        times = answer.times
-        counted = answer.completion_tokens is not None
-        return RequestRecord(
-            session=session,
-            turn=turn,
-            started=started - self._start,
-            latency=time.perf_counter() - started,
-            first=times[0] - started if times and self._workload.stream else None,
-            gaps=[after - before for before, after in itertools.pairwise(times)],
-            prompt_tokens=answer.prompt_tokens,
-            completion_tokens=answer.completion_tokens if counted and answer.completion_tokens else len(times),
-            counted=counted,
-            cached_tokens=answer.cached_tokens,
-            error=error,
-        )

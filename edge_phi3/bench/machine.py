@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import os
 import platform
-import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +23,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         cpu: the processor's name.
         cores: processors that this process may use.
         memory: bytes.
-        load: mean number of busy processes in the last minute, before the measurement began; None on Windows.
+        load: mean number of busy processes in the last minute, before the measurement began.
         system: operating system and its version.
         python: version of the interpreter.
         edge_phi3: version of this package.
@@ -45,13 +43,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def here(cls) -> Machine:
         """Describe this machine, now."""
-        cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         return cls(
             date=dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
             cpu=_cpu_name(),
-            cores=len(cores),
+            cores=len(os.sched_getaffinity(0)),
             memory=psutil.virtual_memory().total,
-            load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            load=round(os.getloadavg()[0], 2),
             system=f"{platform.system()} {platform.release()}",
             python=platform.python_version(),
             edge_phi3=__version__,
@@ -60,32 +57,16 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def peak_resident_bytes() -> int:
     """Return the most resident memory that this process has had, mapped files included."""
-    # The kernel's maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    info = psutil.Process().memory_info()
-    if sys.platform == "win32":
-        return int(info.peak_wset)
-    import resource  # noqa: PLC0415 - absent on Windows
-
-    return max(int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss), int(info.rss))
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process now."""
-    return int(psutil.Process().memory_info().rss)
+    # getrusage's ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def gpu_bytes_in_use() -> int | None:

@@ -3,21 +3,32 @@
 Chunks, scored positions and statistics are those of llama.cpp's ``tools/perplexity``: the text is cut into chunks of
 `ctx_size` tokens, each evaluated for itself, and the tokens of a chunk's second half are scored, so that each has half
 a chunk in front of it at least. What fills no chunk is left out.
+
+The reference's log-probabilities lie in an .npy file, rounded as llama-perplexity rounds them: to 65,535 steps between
+a position's likeliest token and what is 16 nats below it, or its least likely. So steps are 0.00024 nats at most, whose
+errors cancel out in means, and a chunk of 512 tokens of Phi-3's vocabulary takes 16 MB.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.logits_file import LogitsFile, LogitsWriter, scored_positions
+from edge_phi3.files import atomic_output
 from edge_phi3.llama.context import Context
 
-ChunkDone = Callable[[int], None]
+Keep = Callable[[NDArray[np.float64]], object]
+"""Takes log-probabilities, shape ``(rows, vocab_size)``."""
+
+_TAIL = 16
+"""Nats below the most likely token beyond which tokens are not told apart."""
+_STEPS = 65535
 
 _ROWS = 32
 """Positions that are computed together: 8 MB of float64 for Phi-3's vocabulary."""
@@ -34,9 +45,9 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
         max: the largest.
         same_top: share of positions at which both find the same token the most likely.
         same_top_error: its standard error.
-        log_ratio: logarithm of perplexity over the reference's perplexity. As in llama-perplexity, the reference's is
-            that of the file, where no token is less likely than 16 nats below the top; on a text that the model is at a
-            loss with, compare the perplexities themselves.
+        log_ratio: logarithm of perplexity over the reference's perplexity, where, as in llama-perplexity, no token of
+            the reference is less likely than 16 nats below the top; on a text that the model is at a loss with, compare
+            the perplexities themselves.
         log_ratio_error: its standard error; smaller than the perplexities' own, since both meet the same text.
     """
 
@@ -92,126 +103,168 @@ def cut_chunks(tokens: NDArray[np.int32], ctx_size: int, chunks: int | None = No
     return tokens[: count * ctx_size].reshape(count, ctx_size)
 
 
-def record(
-    context: Context, chunks: NDArray[np.int32], writer: LogitsWriter, *, bos: int | None, done: ChunkDone
-) -> Quality:
-    """Evaluate a text with the reference model, and keep its log-probabilities.
+def _row_type(vocab_size: int) -> np.dtype[np.void]:
+    """Return what a position is stored as: a token's log-probability is ``scale * steps + lowest``."""
+    return np.dtype([("scale", "<f4"), ("lowest", "<f4"), ("steps", "<u2", (vocab_size,))])
+
+
+def _rounded(log_probs: NDArray[np.float64]) -> NDArray[np.void]:
+    """Return log-probabilities, shape ``(rows, vocab_size)``, as they are stored."""
+    rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
+    top = log_probs.max(axis=1)
+    rows["lowest"] = np.maximum(log_probs.min(axis=1), top - _TAIL)
+    rows["scale"] = (top - rows["lowest"]) / _STEPS
+    scale = np.where(rows["scale"] > 0, rows["scale"], 1)[:, None]
+    rows["steps"] = np.rint((log_probs - rows["lowest"][:, None]) / scale).clip(0, _STEPS)
+    return rows
+
+
+def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
+    """Return the log-probabilities of stored positions."""
+    scale, lowest = (rows[name].astype(np.float64)[:, None] for name in ("scale", "lowest"))
+    read: NDArray[np.float64] = rows["steps"] * scale + lowest
+    return read
+
+
+@contextlib.contextmanager
+def writing(path: Path, chunks: NDArray[np.int32], vocab_size: int) -> Iterator[Keep]:
+    """Write a reference's log-probabilities, whole or not at all; yield what takes them in their order.
 
     Args:
-        context: of the reference, with as many cells as a chunk has tokens.
+        path: an .npy file of a record for each position; `numpy.load` reads it.
+        chunks: what is evaluated.
+        vocab_size: columns.
+    """
+    shape = (len(chunks) * scored_positions(chunks.shape[1]),)
+    descr = np.lib.format.dtype_to_descr(_row_type(vocab_size))
+    with atomic_output(path, force=True) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        yield lambda log_probs: file.write(_rounded(log_probs).tobytes())
+
+
+def evaluate(
+    context: Context,
+    chunks: NDArray[np.int32],
+    *,
+    bos: int | None,
+    keep: Keep = lambda _: None,
+    reference: NDArray[np.void] | None = None,
+    done: Callable[[int], None] = lambda _: None,
+) -> Quality:
+    """Evaluate a text, and compare with a reference position by position.
+
+    Args:
+        context: of the model, with as many cells as a chunk has tokens.
         chunks: shape ``(chunks, ctx_size)``.
-        writer: where the log-probabilities go.
         bos: the token that each chunk's first is replaced by; None where the vocabulary adds none.
+        keep: takes the log-probabilities of the scored positions, a few rows at a time.
+        reference: the records that `writing` made of another model's log-probabilities, shape ``(positions,)``.
         done: called after each chunk with the number of chunks so far.
     """
     losses: list[NDArray[np.float64]] = []
-    for logits, following in _scored(context, chunks, bos, done):
-        writer.write(logits)
-        losses.append(_normalisers(logits) - logits[np.arange(len(logits)), following])
-    return _quality(chunks, np.concatenate(losses), None)
-
-
-def compare(context: Context, reference: LogitsFile, *, bos: int | None, done: ChunkDone) -> Quality:
-    """Evaluate the reference's text with another model, and compare position by position.
-
-    Args:
-        context: of the other model, with as many cells as a chunk has tokens.
-        reference: the reference's log-probabilities.
-        bos: as in `record`.
-        done: as in `record`.
-    """
-    losses: list[NDArray[np.float64]] = []
-    expected: list[NDArray[np.float64]] = []
-    divergences: list[NDArray[np.float64]] = []
-    same: list[NDArray[np.bool_]] = []
+    compared: list[NDArray[np.float64]] = []
     at = 0
-    for logits, following in _scored(context, reference.tokens, bos, done):
-        base = reference.rows(at, at + len(logits))
-        at += len(logits)
-        picked = np.arange(len(logits)), following
-        normalisers = _normalisers(logits)
-        losses.append(normalisers - logits[picked])
-        expected.append(-base[picked].astype(np.float64))
-        # The far tail is not told apart in the file, and llama-perplexity passes over it as well.
-        weights = np.where(base > -16, np.exp(base, dtype=np.float64), 0)
-        differences = base - (logits - normalisers[:, None])
-        divergences.append(np.einsum("ij,ij->i", weights, differences))
-        same.append(base.argmax(axis=1) == logits.argmax(axis=1))
-    loss, base_loss = np.concatenate(losses), np.concatenate(expected)
-    return _quality(
-        reference.tokens, loss, _divergence(loss, base_loss, np.concatenate(divergences), np.concatenate(same))
-    )
-
-
-def _scored(
-    context: Context, chunks: NDArray[np.int32], bos: int | None, done: ChunkDone
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-    """Return logits of scored positions, a few rows at a time, and the token that follows each."""
-    size = chunks.shape[1]
-    first, last = size // 2, size // 2 + scored_positions(size)
-    for number, chunk in enumerate(chunks, start=1):
-        context.clear()
-        for start in range(0, size, context.batch_size):
-            count = min(context.batch_size, size - start)
-            positions = np.arange(start, start + count, dtype=np.int32)
-            context.tokens[:count] = chunk[start : start + count]
-            if bos is not None and start == 0:
-                context.tokens[0] = bos
-            context.positions[:count] = positions
-            context.seq_ids[:count] = 0
-            scored = (positions >= first) & (positions < last)
-            context.wants_logits[:count] = scored
-            logits = context.decode(count, int(np.count_nonzero(scored)))
-            following = chunk[positions[scored] + 1]
-            for row in range(0, len(following), _ROWS):
-                yield logits[row : row + _ROWS], following[row : row + _ROWS]
-        done(number)
-
-
-def _normalisers(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the logarithm of each row's sum of exponentials."""
-    top = logits.max(axis=1, keepdims=True)
-    sums = np.exp(logits - top).sum(axis=1, dtype=np.float64)
-    result: NDArray[np.float64] = top[:, 0] + np.log(sums)
-    return result
-
-
-def _quality(chunks: NDArray[np.int32], losses: NDArray[np.float64], divergence: Divergence | None) -> Quality:
-    mean, error = _mean_and_error(losses)
+    for log_probs, following in _scored(context, chunks, bos, done):
+        losses.append(-log_probs[np.arange(len(following)), following])
+        keep(log_probs)
+        if reference is not None:
+            compared.append(_compare(log_probs, _read(reference[at : at + len(following)]), following))
+        at += len(following)
+    loss = np.concatenate(losses)
+    mean, error = _mean_and_error(loss)
     if not np.isfinite(mean):
         raise BenchError("The model gives logits that are NaN or infinite; it cannot be measured.")
     perplexity = float(np.exp(mean))
     return Quality(
         chunks=len(chunks),
-        positions=len(losses),
+        positions=len(loss),
         perplexity=perplexity,
         perplexity_error=perplexity * error,
-        divergence=divergence,
+        divergence=_divergence(*np.concatenate(compared, axis=1)) if compared else None,
     )
 
 
-def _divergence(
-    losses: NDArray[np.float64],
-    base_losses: NDArray[np.float64],
-    divergences: NDArray[np.float64],
-    same: NDArray[np.bool_],
-) -> Divergence:
+def _compare(
+    log_probs: NDArray[np.float64], base: NDArray[np.float64], following: NDArray[np.int32]
+) -> NDArray[np.float64]:
+    """Return the divergence of each position, whether both have the same top token, and the loss over the base's."""
+    # llama-perplexity passes over the far tail.
+    weights = np.where(base > -_TAIL, np.exp(base), 0)
+    divergences = np.einsum("ij,ij->i", weights, base - log_probs)
+    picked = np.arange(len(following)), following
+    return np.stack([divergences, base.argmax(axis=1) == log_probs.argmax(axis=1), base[picked] - log_probs[picked]])
+
+
+def _divergence(divergences: NDArray[np.float64], same: NDArray[np.float64], ratios: NDArray[np.float64]) -> Divergence:
     mean, error = _mean_and_error(divergences)
-    median, p99 = np.percentile(divergences, [50, 99]).tolist()
+    same_top, same_top_error = _mean_and_error(same)
     # The error of a mean of differences is that of the two means with their covariance taken into account.
-    log_ratio, log_ratio_error = _mean_and_error(losses - base_losses)
-    share = float(same.mean())
+    log_ratio, log_ratio_error = _mean_and_error(ratios)
+    median, p99, largest = np.percentile(divergences, [50, 99, 100]).tolist()
     return Divergence(
         mean=mean,
         error=error,
         median=median,
         p99=p99,
-        max=float(divergences.max()),
-        same_top=share,
-        same_top_error=float(np.sqrt(share * (1 - share) / max(1, len(same) - 1))),
+        max=largest,
+        same_top=same_top,
+        same_top_error=same_top_error,
         log_ratio=log_ratio,
         log_ratio_error=log_ratio_error,
     )
+
+
+def scored_positions(ctx_size: int) -> int:
+    """Return the number of scored positions of a chunk: its second half but the last, whose successor is unknown."""
+    return ctx_size - 1 - ctx_size // 2
+
+
+def _scored(
+    context: Context, chunks: NDArray[np.int32], bos: int | None, done: Callable[[int], None]
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.int32]]]:
+    """Yield log-probabilities of scored positions, a few rows at a time, and the token that follows each."""
+    size = chunks.shape[1]
+    scored = np.zeros(size, np.bool_)
+    scored[size // 2 : size // 2 + scored_positions(size)] = True
+    for number, chunk in enumerate(chunks, start=1):
+        fed = chunk.copy()
+        if bos is not None:
+            fed[0] = bos
+        for start, logits in feed(context, fed, scored):
+            positions = start + np.flatnonzero(scored[start : start + context.batch_size])
+            for row in range(0, len(positions), _ROWS):
+                yield _log_softmax(logits[row : row + _ROWS]), chunk[positions[row : row + _ROWS] + 1]
+        done(number)
+
+
+def feed(
+    context: Context, tokens: NDArray[np.int32], wanted: NDArray[np.bool_]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Decode one sequence in an emptied context.
+
+    Args:
+        context: with room for the sequence.
+        tokens: shape ``(length,)``.
+        wanted: the positions whose logits are wanted, shape ``(length,)``.
+
+    Yields:
+        For each batch its first position, and its wanted logits, which stay valid until the next one.
+    """
+    context.clear()
+    for start in range(0, len(tokens), context.batch_size):
+        part = slice(start, start + context.batch_size)
+        count = len(tokens[part])
+        context.tokens[:count] = tokens[part]
+        context.positions[:count] = np.arange(start, start + count)
+        context.seq_ids[:count] = 0
+        context.wants_logits[:count] = wanted[part]
+        yield start, context.decode(count, int(np.count_nonzero(wanted[part])))
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -12,12 +12,12 @@ from rich.table import Table
 
 from edge_phi3.bench.quality import Divergence
 from edge_phi3.bench.quant_worker import Figures
-from edge_phi3.bench.written import write_csv, write_json
+from edge_phi3.bench.report_files import columns
 
 FORMAT = 1
 
 
-class Measurement(Figures, frozen=True):
+class Measurement(Figures, frozen=True, tag=False):
     """One type's figures.
 
     Attributes:
@@ -26,17 +26,15 @@ class Measurement(Figures, frozen=True):
         reference: whether the others are compared with this one.
         imatrix: whether an importance matrix guided the quantiser.
         bytes: size of the file.
-        bits_per_weight: of all tensors together, metadata not counted.
         quantize_seconds: how long making it took; None for the reference.
     """
 
-    # Not keyword-only, unlike those of `Figures`: so they come first in JSON, CSV and the digests of pictures.
+    # Not keyword-only, unlike those of `Figures`: so they come first in JSON and CSV.
     type: str
     made_from: str
     reference: bool
     imatrix: bool
     bytes: int
-    bits_per_weight: float
     quantize_seconds: float | None
 
 
@@ -63,13 +61,17 @@ class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     measurements: list[Measurement]
 
-    def write_json(self, path: Path) -> None:
-        """Write everything, replacing the file."""
-        write_json(path, self)
-
-    def write_csv(self, path: Path) -> None:
-        """Write one row for each type, replacing the file; nested figures become columns such as ``divergence_p99``."""
-        write_csv(path, [_flat(measurement) for measurement in self.measurements])
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the columns of each type, for a CSV file."""
+        return [
+            {
+                name: value
+                for figures in (item, item.speed, item.quality, item.machine)
+                for name, value in columns(figures, divergence=Divergence).items()
+                if name not in {"made_from", "speed", "turns", "quality", "machine"}
+            }
+            for item in self.measurements
+        ]
 
 
 def read_report(path: Path) -> QuantReport | None:
@@ -81,17 +83,13 @@ def read_report(path: Path) -> QuantReport | None:
     return report if report.format == FORMAT else None
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Return for each point whether no other beats it: none is as small in both coordinates and smaller in one."""
+def on_front(measurements: Sequence[Measurement]) -> list[bool]:
+    """Return for each type whether it is on the Pareto front: no other is as small and as close, and better in one."""
+    points = [(measurement.bytes, mean_divergence(measurement)) for measurement in measurements]
     return [
         not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
         for point in points
     ]
-
-
-def on_front(measurements: Sequence[Measurement]) -> list[bool]:
-    """Return for each type whether it lies on the Pareto front of file size and mean divergence."""
-    return pareto_front([(measurement.bytes, mean_divergence(measurement)) for measurement in measurements])
 
 
 def mean_divergence(measurement: Measurement) -> float:
@@ -104,42 +102,24 @@ def table(report: QuantReport) -> Table:
     """Return the figures as a table; a star marks the Pareto front of size and divergence."""
     result = Table(box=None, padding=(0, 1))
     result.add_column("type", no_wrap=True)
-    for heading in ("size", "bpw", "perplexity", "KL mean", "KL 99 %", "same top"):
-        result.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("prompt/s", "gen/s", "TTFT", "memory", "GPU", "load"):
+    quality, speed = ("perplexity", "KL mean", "KL 99 %", "same top"), ("prompt/s", "gen/s", "TTFT")
+    for heading in ("size", "bpw", *quality, *speed, "memory", "GPU", "load"):
         result.add_column(heading, justify="right", no_wrap=True)
     for measurement, best in zip(report.measurements, on_front(report.measurements), strict=True):
-        quality, speed = measurement.quality, measurement.speed
+        found, divergence, timed = measurement.quality, measurement.quality.divergence, measurement.speed
         result.add_row(
             f"{measurement.type}{' *' if best else ''}",
             decimal(measurement.bytes),
             f"{measurement.bits_per_weight:.2f}",
-            f"{quality.perplexity:.4g} ±{quality.perplexity_error:.2g}",
-            *_divergence_cells(quality.divergence),
-            f"{speed.prompt_per_second:.4g}",
-            f"{speed.generated_per_second:.4g}",
-            f"{speed.first_token * 1e3:.3g} ms",
+            f"{found.perplexity:.4g} ±{found.perplexity_error:.2g}",
+            "-" if divergence is None else f"{divergence.mean:.4g}",
+            "-" if divergence is None else f"{divergence.p99:.3g}",
+            "-" if divergence is None else f"{100 * divergence.same_top:.2f} %",
+            f"{timed.prompt_per_second:.4g}",
+            f"{timed.generated_per_second:.4g}",
+            f"{timed.first_token * 1e3:.3g} ms",
             decimal(measurement.memory_peak),
             "-" if measurement.gpu_memory is None else decimal(measurement.gpu_memory),
             f"{measurement.load_seconds:.2f} s",
         )
     return result
-
-
-def _divergence_cells(divergence: Divergence | None) -> tuple[str, str, str]:
-    if divergence is None:
-        return "-", "-", "-"
-    return f"{divergence.mean:.4g}", f"{divergence.p99:.3g}", f"{100 * divergence.same_top:.2f} %"
-
-
-def _flat(measurement: Measurement) -> dict[str, Any]:
-    fields = {name: getattr(measurement, name) for name in measurement.__struct_fields__}
-    speed, quality, machine = fields.pop("speed"), fields.pop("quality"), fields.pop("machine")
-    del fields["made_from"]
-    for part in ("prompt_tokens", "generated_tokens", "prompt_per_second", "generated_per_second", "first_token"):
-        fields[part] = getattr(speed, part)
-    for part in ("chunks", "positions", "perplexity", "perplexity_error"):
-        fields[part] = getattr(quality, part)
-    for part in Divergence.__struct_fields__:
-        fields[f"divergence_{part}"] = None if quality.divergence is None else getattr(quality.divergence, part)
-    return fields | {"date": machine.date, "cpu": machine.cpu, "cores": machine.cores}

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
+import psutil
+import rich_click as click
 from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.logits_file import LogitsFile, writing
-from edge_phi3.bench.machine import Machine, gpu_bytes_in_use, peak_resident_bytes, resident_bytes
-from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
+from edge_phi3.bench.machine import Machine, gpu_bytes_in_use, peak_resident_bytes
+from edge_phi3.bench.options import ONE_OR_MORE, Option
+from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, feed, writing
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.backend import supports_gpu_offload
@@ -29,27 +33,28 @@ _BATCH = 512
 
 
 class Conditions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a file is measured.
+    """How a file is measured: options of `edge-phi3 bench quants`."""
 
-    Attributes:
-        parse_special: whether ``<|user|>`` in the text is the token, or the characters as in llama-perplexity.
-        ctx_size: tokens of an evaluated chunk.
-        chunks: how many to evaluate at most.
-        threads: CPU threads; None takes the physical cores that the process may use.
-        n_gpu_layers: layers on the GPU where there is one; negative for all.
-        prompt_tokens: length of the prompt that speed is measured with.
-        generated_tokens: tokens generated after it.
-        repetitions: how often.
-    """
-
-    parse_special: bool = True
-    ctx_size: int = 512
-    chunks: int | None = None
-    threads: int | None = None
-    n_gpu_layers: int = -1
-    prompt_tokens: int = 512
-    generated_tokens: int = 64
-    repetitions: int = 3
+    parse_special: Annotated[
+        bool,
+        Option(
+            "Read special tokens such as <|user|> in the text as tokens; llama-perplexity reads them as characters."
+        ),
+    ] = True
+    ctx_size: Annotated[int, Option("Number of tokens in a chunk of the text.", click.IntRange(min=4))] = 512
+    chunks: Annotated[int | None, Option("Maximum number of chunks to evaluate.", ONE_OR_MORE)] = None
+    threads: Annotated[int | None, Option("Number of CPU threads. [default: physical cores]", ONE_OR_MORE)] = None
+    n_gpu_layers: Annotated[int, Option("Number of layers on the GPU; -1 is all.")] = -1
+    prompt_tokens: Annotated[int, Option("Length of the prompt that is timed, in tokens.", ONE_OR_MORE)] = 512
+    generated_tokens: Annotated[
+        int,
+        Option(
+            "Number of tokens that are generated and timed after the prompt.", ONE_OR_MORE, flag="--generate-tokens"
+        ),
+    ] = 64
+    repetitions: Annotated[
+        int, Option("Number of times that speed is measured; medians are reported.", ONE_OR_MORE)
+    ] = 3
 
 
 class Job(Conditions, frozen=True, kw_only=True):
@@ -57,20 +62,22 @@ class Job(Conditions, frozen=True, kw_only=True):
 
     Attributes:
         model: the GGUF file.
-        logits: the reference's log-probabilities: written when `text` is given, and compared with otherwise.
-        text: what the reference is evaluated on; None for every other model.
+        text: what it is evaluated on.
+        logits: the reference's log-probabilities: written for the reference itself, and compared with otherwise.
+        reference: whether this is the reference.
     """
 
     model: str
+    text: str
     logits: str
-    text: str | None
+    reference: bool
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """How fast one sequence runs, without HTTP: medians over the repetitions.
 
     Attributes:
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt, of random tokens.
         generated_tokens: tokens generated after it, greedily.
         prompt_per_second: prompt tokens a second.
         generated_per_second: generated tokens a second, after the first.
@@ -86,10 +93,11 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     turns: list[tuple[float, float]]
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
+class Figures(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a process of its own measures of a file.
 
     Attributes:
+        bits_per_weight: of all tensors together, metadata not counted.
         load_seconds: from opening the file to the first decoded token; the file had just been written or read, so that
             it comes from the system's cache rather than from the disk.
         memory_before: resident bytes of the process before it loads the model.
@@ -101,6 +109,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
         machine: where it was measured, and when.
     """
 
+    bits_per_weight: float
     load_seconds: float
     memory_before: int
     memory_peak: int
@@ -110,16 +119,6 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
 
 
-class Measured(Figures, frozen=True, kw_only=True, tag=True):
-    """The figures of a file.
-
-    Attributes:
-        bits_per_weight: of all tensors together, metadata not counted.
-    """
-
-    bits_per_weight: float
-
-
 class Progress(msgspec.Struct, frozen=True, tag=True):
     """So many of so many chunks are evaluated."""
 
@@ -127,13 +126,13 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     total: int
 
 
-def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Measured:
+def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Figures:
     """Measure a file in a fresh process, which ends with this call whatever happens.
 
     Raises:
         BenchError: it cannot be loaded or evaluated, or the process died, for want of memory most often.
     """
-    with ChildProcess("edge_phi3.bench.quant_worker", Progress | Measured) as child:
+    with ChildProcess("edge_phi3.bench.quant_worker", Progress | Figures) as child:
         child.send(job)
         try:
             while isinstance(event := child.receive(), Progress):
@@ -143,23 +142,19 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Mea
             raise BenchError(f"The process that measured {Path(job.model).name} died: {error}.") from error
         except WorkerError as error:
             raise BenchError(str(error)) from error
-    measured: Measured = event
-    return measured
+    figures: Figures = event
+    return figures
 
 
-def work(job: Job, tell: Callable[[Progress], None]) -> Measured:
-    """Measure a file in this process.
-
-    Args:
-        job: what to measure.
-        tell: called with each evaluated chunk.
+def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
+    """Measure a file in this process, and tell of each evaluated chunk.
 
     Raises:
-        BenchError: the text is too short, or the model's vocabulary is not the reference's.
+        BenchError: the text is too short.
         ModelLoadError, DecodeFailedError: llama.cpp cannot load or evaluate it.
     """
     machine = Machine.here()
-    before, gpu_before = resident_bytes(), gpu_bytes_in_use()
+    before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
     settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
@@ -168,28 +163,24 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Measured:
     context = Context(model, cells=cells, sequences=1, settings=settings)
     context.warm_up()
     load_seconds = time.perf_counter() - started
-    reference = None if job.text is not None else LogitsFile.open(Path(job.logits))
-    chunks = _chunks(model, job) if reference is None else reference.tokens
-    speed = _speed(context, chunks.ravel(), job)
+    speed = _speed(context, model.vocab_size, job)
     peak, gpu_after = peak_resident_bytes(), gpu_bytes_in_use()
     context.close()
-    bos = model.bos_token_id if model.adds_bos else None
-    context = Context(model, cells=job.ctx_size, sequences=1, settings=settings)
-
-    def done(number: int) -> None:
-        tell(Progress(number, len(chunks)))
-
-    if reference is None:
-        with writing(Path(job.logits), chunks, model.vocab_size) as writer:
-            quality = record(context, chunks, writer, bos=bos, done=done)
-    elif reference.vocab_size != model.vocab_size:
-        raise BenchError(
-            f"{job.model} has a vocabulary of {model.vocab_size} words and the reference one of {reference.vocab_size};"
-            " only types of one model can be compared."
-        )
+    tokens = Tokenizer(model).encode(job.text, parse_special=job.parse_special)
+    chunks = cut_chunks(tokens, job.ctx_size, job.chunks)
+    evaluated = functools.partial(
+        evaluate,
+        Context(model, cells=job.ctx_size, sequences=1, settings=settings),
+        chunks,
+        bos=model.bos_token_id if model.adds_bos else None,
+        done=lambda number: tell(Progress(number, len(chunks))),
+    )
+    if job.reference:
+        with writing(Path(job.logits), chunks, model.vocab_size) as keep:
+            quality = evaluated(keep=keep)
     else:
-        quality = compare(context, reference, bos=bos, done=done)
-    return Measured(
+        quality = evaluated(reference=np.load(job.logits, mmap_mode="r"))
+    return Figures(
         bits_per_weight=8 * model.size / model.parameters,
         load_seconds=load_seconds,
         memory_before=before,
@@ -201,14 +192,8 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Measured:
     )
 
 
-def _chunks(model: Model, job: Job) -> NDArray[np.int32]:
-    assert job.text is not None
-    tokens = Tokenizer(model).encode(job.text, parse_special=job.parse_special)
-    return cut_chunks(tokens, job.ctx_size, job.chunks)
-
-
-def _speed(context: Context, tokens: NDArray[np.int32], job: Job) -> Speed:
-    prompt = np.resize(tokens, job.prompt_tokens)
+def _speed(context: Context, vocab_size: int, job: Job) -> Speed:
+    prompt = np.random.default_rng(0).integers(0, vocab_size, job.prompt_tokens, np.int32)
     turns = [_turn(context, prompt, job.generated_tokens) for _ in range(job.repetitions)]
     first = statistics.median(seconds for seconds, _ in turns)
     return Speed(
@@ -223,18 +208,10 @@ def _speed(context: Context, tokens: NDArray[np.int32], job: Job) -> Speed:
 
 def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[float, float]:
     """Feed a prompt and generate; return the seconds to the first token, and the tokens a second after it."""
-    context.clear()
-    context.seq_ids[:] = 0
+    wanted = np.zeros(len(prompt), np.bool_)
+    wanted[-1] = True
     started = time.perf_counter()
-    logits = np.empty((0, 0), np.float32)
-    for start in range(0, len(prompt), context.batch_size):
-        part = prompt[start : start + context.batch_size]
-        context.tokens[: len(part)] = part
-        context.positions[: len(part)] = np.arange(start, start + len(part))
-        last = start + len(part) == len(prompt)
-        context.wants_logits[: len(part)] = 0
-        context.wants_logits[len(part) - 1] = last
-        logits = context.decode(len(part), int(last))
+    *_, (_, logits) = feed(context, prompt, wanted)
     token = int(logits[-1].argmax())
     first = time.perf_counter()
     for position in range(len(prompt), len(prompt) + count):

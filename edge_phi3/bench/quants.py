@@ -10,19 +10,21 @@ import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Annotated
 
 import gguf
 import msgspec
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.logits_file import LogitsFile
 from edge_phi3.bench.machine import Machine
+from edge_phi3.bench.options import FILE, Option
 from edge_phi3.bench.quant_report import FORMAT, Measurement, QuantReport, read_report
-from edge_phi3.bench.quant_worker import Conditions, Job, Measured, measure
+from edge_phi3.bench.quant_worker import Conditions, Job, measure
+from edge_phi3.bench.report_files import write_csv, write_json
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.journey import LOCK_NAME, Journey, Stop, choose_types
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType
-from edge_phi3.files import locked, sha256_of
+from edge_phi3.files import locked
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 EVALUATION_NAME = "edge-phi3 evaluation.txt"
@@ -43,42 +45,45 @@ def evaluation_text() -> str:
 
 
 class QuantBench(Conditions, frozen=True):
-    """What to measure, and how.
+    """What to measure, and how: options of `edge-phi3 bench quants`.
 
-    Attributes:
-        model: a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16.
-        output_dir: where results and what is kept for the next time go.
-        types: names of quantisation types; ``all`` stands for all but the special ones.
-        text: a file to evaluate, UTF-8; None takes the packaged text.
-        imatrix: ``auto`` collects an importance matrix with the packaged calibration text when a type of fewer than
-            8 bits is wanted, ``none`` does without, anything else is the path of one made before.
-        keep_models: keep the quantised files.
-        again: measure anew what was measured already.
-        command: how this was asked for, recorded in the report.
+    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, how this was asked
+    for, is recorded in the report.
     """
 
     model: Path
-    output_dir: Path
-    types: Sequence[str] = DEFAULT_TYPES
-    text: Path | None = None
-    imatrix: str = "auto"
-    keep_models: bool = False
-    again: bool = False
+    output_dir: Annotated[Path, Option("Folder for results, plots, and what the next run can use again.", FILE)] = Path(
+        "bench-quants"
+    )
+    types: Annotated[
+        Sequence[str],
+        Option(
+            f"A quantisation type, or all; repeatable. [default: {', '.join(DEFAULT_TYPES)}]",
+            metavar="TYPE",
+            flag="--type",
+        ),
+    ] = ()
+    text: Annotated[Path | None, Option("Text to evaluate, in UTF-8. [default: the packaged text]", FILE, "FILE")] = (
+        None
+    )
+    imatrix: Annotated[
+        str,
+        Option(
+            "Importance matrix for types of fewer than 8 bits; auto collects one from the packaged calibration text.",
+            metavar="auto|FILE|none",
+        ),
+    ] = "auto"
+    keep_models: Annotated[bool, Option("Keep the quantised files in the output folder.")] = False
+    again: Annotated[bool, Option("Measure again what the output folder has results of.")] = False
     command: str = ""
 
 
-def run(
-    bench: QuantBench,
-    *,
-    progress: ProgressReporter | None = None,
-    measured: Callable[[QuantReport], None] = lambda _: None,
-) -> QuantReport:
+def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> QuantReport:
     """Measure each type and write ``quants.json`` and ``quants.csv``, after each type anew.
 
     Args:
         bench: what to measure.
         progress: told of each step.
-        measured: told of the report so far after each measurement.
 
     Returns:
         The report of the types asked for, and of those that the folder holds from earlier runs with the same inputs.
@@ -88,18 +93,22 @@ def run(
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step before it cannot be done.
     """
     every = [kind.name for kind in QUANTIZATION_TYPES.values() if not kind.special]
-    names = [name for given in bench.types for name in (every if given.lower() == "all" else [given])]
+    names = [name for given in bench.types or DEFAULT_TYPES for name in (every if given.lower() == "all" else [given])]
     types = choose_types(names, bench.imatrix)
     with locked(bench.output_dir / LOCK_NAME):
-        return _Run(bench, progress or SilentProgress(), measured).run(types)
+        return _Run(bench, progress or SilentProgress()).run(types)
 
 
 class _Run:
-    def __init__(self, bench: QuantBench, progress: ProgressReporter, measured: Callable[[QuantReport], None]) -> None:
-        self._bench, self._progress, self._measured = bench, progress, measured
+    def __init__(self, bench: QuantBench, progress: ProgressReporter) -> None:
+        self._bench, self._progress = bench, progress
         self._folder = bench.output_dir
         self._name = bench.model.resolve().name.removesuffix(".gguf")
-        self._text = evaluation_text() if bench.text is None else _read(bench.text)
+        try:
+            self._text = evaluation_text() if bench.text is None else _read(bench.text, "text").decode()
+        except UnicodeDecodeError as error:
+            raise BenchError(f"The text {bench.text} is not UTF-8: {error.reason}.") from error
+        self._text_sha256 = hashlib.sha256(self._text.encode()).hexdigest()
         self._machine = Machine.here()
         self._journey = Journey(
             self._folder, self._name, progress, threads=bench.threads, n_gpu_layers=bench.n_gpu_layers
@@ -111,24 +120,23 @@ class _Run:
         base_type, digest = base.made.type, base.made.seen.sha256
         types = [kind for kind in types if kind.name != base_type]
         matrix = self._matrix(base, types)
-        guide = None if matrix is None else _matrix_digest(matrix)
+        guide = None if matrix is None else hashlib.sha256(_read(matrix, "importance matrix")).hexdigest()
 
         def key(name: str) -> str:
             guided = name != base_type and QUANTIZATION_TYPES[name].uses_imatrix
             return self._key(digest, name, guide if guided else None)
 
-        logits = self._folder / f"{self._name}-{key(base_type)[:12]}.logits"
-        for other in set(self._folder.glob(f"{self._name}-*.logits")) - {logits}:
+        logits = self._folder / f"{self._name}-{key(base_type)[:12]}.log-probs.npy"
+        for other in set(self._folder.glob(f"{self._name}-*.log-probs.npy")) - {logits}:
             other.unlink()
         self._take_over({kind.name for kind in types} | {base_type}, key)
-        if base_type not in self._found or not _whole(logits):
-            done = self._measure(base.path, logits, base_type, text=self._text)
-            self._add(self._entry(base_type, key(base_type), base.path, done, guided=False, seconds=None))
+        if base_type not in self._found or not logits.exists():
+            self._measure(base, logits, base_type, key(base_type), guided=False, reference=True)
         for kind in types:
             if kind.name in self._found:
                 self._progress.note(f"{kind.name} is measured already.")
-                continue
-            self._add(self._quantised(base, logits, kind, matrix, key(kind.name)))
+            else:
+                self._quantised(base, logits, kind, matrix, key(kind.name))
         return self._report()
 
     def _take_over(self, asked: set[str], key: Callable[[str], str]) -> None:
@@ -162,63 +170,52 @@ class _Run:
             return self._journey.collect(base).path
         return None
 
-    def _quantised(
-        self, base: Stop, logits: Path, kind: QuantizationType, matrix: Path | None, key: str
-    ) -> Measurement:
+    def _quantised(self, base: Stop, logits: Path, kind: QuantizationType, matrix: Path | None, key: str) -> None:
         stop = self._journey.quantize(base, kind, matrix)
         guided = matrix is not None and kind.uses_imatrix
         try:
-            done = self._measure(stop.path, logits, kind.name, text=None)
-            return self._entry(kind.name, key, stop.path, done, guided=guided, seconds=stop.made.seconds)
+            self._measure(stop, logits, kind.name, key, guided=guided)
         finally:
             if stop.fresh and not self._bench.keep_models:
                 stop.path.unlink(missing_ok=True)
 
-    def _measure(self, path: Path, logits: Path, kind: str, *, text: str | None) -> Measured:
+    def _measure(self, stop: Stop, logits: Path, kind: str, key: str, *, guided: bool, reference: bool = False) -> None:
+        """Measure a file, and write the report with it."""
         conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
-        job = Job(model=str(path), logits=str(logits), text=text, **conditions)
-        size = path.stat().st_size
+        job = Job(model=str(stop.path), text=self._text, logits=str(logits), reference=reference, **conditions)
+        size = stop.path.stat().st_size
         with self._progress.step(f"Measuring {kind}", size) as step:
             # The bar counts bytes: as many of the file's as chunks of the text are done.
-            return measure(
+            figures = measure(
                 job,
                 lambda now: step.update(size * now.done // now.total, size, f"chunk {now.done} of {now.total}"),
             )
-
-    def _entry(
-        self, kind: str, key: str, path: Path, done: Measured, *, guided: bool, seconds: float | None
-    ) -> Measurement:
-        return Measurement(
+        self._found[kind] = Measurement(
             type=kind,
             made_from=key,
-            reference=seconds is None,
+            reference=reference,
             imatrix=guided,
-            bytes=path.stat().st_size,
-            quantize_seconds=seconds,
-            **msgspec.structs.asdict(done),
+            bytes=size,
+            quantize_seconds=None if reference else stop.made.seconds,
+            **msgspec.structs.asdict(figures),
         )
-
-    def _add(self, measurement: Measurement) -> None:
-        self._found[measurement.type] = measurement
         report = self._report()
-        report.write_json(self._folder / REPORT_NAME)
-        report.write_csv(self._folder / TABLE_NAME)
-        self._measured(report)
+        write_json(self._folder / REPORT_NAME, report)
+        write_csv(self._folder / TABLE_NAME, report.rows())
 
     def _key(self, base: str, kind: str, matrix: str | None) -> str:
-        bench = self._bench
-        inputs = [FORMAT, base, kind, matrix]
-        text = [_text_digest(self._text), bench.parse_special, bench.ctx_size, bench.chunks]
-        speed = [bench.threads, bench.n_gpu_layers, bench.prompt_tokens, bench.generated_tokens, bench.repetitions]
+        """Return a digest of all that a type's figures depend on."""
+        conditions = [getattr(self._bench, name) for name in Conditions.__struct_fields__]
         machine = [self._machine.cpu, self._machine.cores, list(tool_versions().values())]
-        return _digest([inputs, text, speed, machine])
+        inputs = [FORMAT, base, kind, matrix, self._text_sha256, conditions, machine]
+        return hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()
 
     def _report(self) -> QuantReport:
         ordered = sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes))
         return QuantReport(
             model=self._name,
             text=EVALUATION_NAME if self._bench.text is None else self._bench.text.name,
-            text_sha256=_text_digest(self._text),
+            text_sha256=self._text_sha256,
             ctx_size=self._bench.ctx_size,
             threads=self._bench.threads,
             command=self._bench.command,
@@ -239,33 +236,8 @@ def _type_of(path: Path) -> str:
     return names[number]
 
 
-def _whole(logits: Path) -> bool:
+def _read(path: Path, what: str) -> bytes:
     try:
-        LogitsFile.open(logits)
-    except BenchError:
-        return False
-    return True
-
-
-def _matrix_digest(path: Path) -> str:
-    try:
-        return sha256_of(path)
+        return path.read_bytes()
     except OSError as error:
-        raise BenchError(f"The importance matrix {path} cannot be read: {error.strerror}.") from error
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(msgspec.json.encode(value)).hexdigest()
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise BenchError(f"The text {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise BenchError(f"The text {path} is not UTF-8: {error.reason}.") from error
+        raise BenchError(f"The {what} {path} cannot be read: {error.strerror}.") from error

@@ -2,55 +2,49 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+import rich_click as click
 from rich.table import Table
 
+from edge_phi3.bench.endpoints import APIS, measure_ruler, open_endpoint
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.load import Level, LevelRun, RequestRecord, run_level
+from edge_phi3.bench.load import Level, RequestRecord, run_level
 from edge_phi3.bench.machine import Machine
+from edge_phi3.bench.options import FILE, POSITIVE, Option
+from edge_phi3.bench.report_files import columns
 from edge_phi3.bench.summary import Distribution, Summary, summarise
-from edge_phi3.bench.targets import Target, open_target
-from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload, measure_ruler
-from edge_phi3.bench.written import write_csv, write_json
-
-LevelDone = Callable[[Summary], None]
-RequestDone = Callable[[RequestRecord], None]
+from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload
 
 _SESSIONS_APART = 10_000_000
 _DISTRIBUTIONS = ("first_token", "per_token", "gap", "latency")
 
 
-@dataclass(frozen=True, slots=True)
-class ServeBench:
-    """What to measure.
-
-    Attributes:
-        url: address of the service.
-        levels: the levels of load, in order.
-        workload: what is asked.
-        api: which endpoint, a name of `targets.TARGETS`, or "auto".
-        model: the model to name in requests; found when empty.
-        api_key: sent as a bearer token.
-        prompts: a file of prompts, instead of random words.
-        timeout: seconds that a request may take.
-    """
+class ServeBench(msgspec.Struct, frozen=True):
+    """What to measure: the service at `url`, with `workload`, at each of `levels` of load in turn."""
 
     url: str
     levels: Sequence[Level]
-    workload: Workload = field(default_factory=Workload)
-    api: str = "auto"
-    model: str = ""
-    api_key: str | None = None
-    prompts: Path | None = None
-    timeout: float = 600.0
+    workload: Workload = Workload()
+    api: Annotated[str, Option("The kind of endpoint to send requests to.", click.Choice(["auto", *APIS]))] = "auto"
+    model: Annotated[str, Option("Name of the model in requests. [default: the first that the server lists]")] = ""
+    api_key: Annotated[
+        str | None, Option("API key, sent as a bearer token.", str, envvar="EDGE_PHI3_BENCH_API_KEY")
+    ] = None
+    prompts: Annotated[
+        Path | None,
+        Option(
+            'File of prompts instead of random words: one per line, plain or {"prompt": "...", "max_tokens": 64}.',
+            FILE,
+            "FILE",
+        ),
+    ] = None
+    timeout: Annotated[float, Option("Seconds that one request may take.", POSITIVE)] = 600.0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,103 +70,61 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     levels: list[Summary]
     requests: list[list[RequestRecord]]
 
-    def write_json(self, path: Path) -> None:
-        """Write everything, replacing the file."""
-        write_json(path, self)
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the columns of each level, for a CSV file."""
+        nested = dict.fromkeys(_DISTRIBUTIONS, Distribution)
+        return [
+            columns(level, **nested)
+            | {"errors": "; ".join(f"{count}x {error}" for error, count in level.errors.items())}
+            for level in self.levels
+        ]
 
-    def write_csv(self, path: Path) -> None:
-        """Write one row for each level, replacing the file; distributions become columns such as ``latency_p95``."""
-        write_csv(path, [_flat(level) for level in self.levels])
 
-
-def run(
-    bench: ServeBench,
-    *,
-    request_done: RequestDone = lambda _: None,
-    level_done: LevelDone = lambda _: None,
-) -> Report:
+async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: None) -> Report:
     """Measure a service.
 
     Args:
         bench: what to measure.
-        request_done: called with each request when it ends.
-        level_done: called with the figures of each level when it ends.
+        done: called with the number of its level when a request ends.
 
     Raises:
         BenchError: nothing was measured: the service is not there, no request succeeded, or an option is wrong.
     """
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(measure(bench, request_done=request_done, level_done=level_done))
-
-
-async def measure(
-    bench: ServeBench,
-    *,
-    request_done: RequestDone = lambda _: None,
-    level_done: LevelDone = lambda _: None,
-) -> Report:
-    """Do what `run` does, inside an event loop that runs already."""
     machine = Machine.here()
     client = HttpClient(bench.url, api_key=bench.api_key, timeout=bench.timeout)
+    levels: list[Summary] = []
+    requests: list[list[RequestRecord]] = []
     try:
-        target = await open_target(client, bench.api, bench.model)
-        sessions, exact = await _sessions(bench, target)
-        runs: list[LevelRun] = []
-        summaries: list[Summary] = []
+        endpoint = await open_endpoint(client, bench.api, bench.model)
+        exact = False
+        sessions: Sessions
+        if bench.prompts is not None:
+            sessions = FileSessions(bench.prompts, bench.workload)
+        else:
+            ruler = await measure_ruler(endpoint)
+            sessions, exact = RandomSessions(bench.workload, ruler), ruler.exact
         for number, level in enumerate(bench.levels):
             first = number * _SESSIONS_APART
-            runs.append(
-                await run_level(target, sessions, bench.workload, level, first_session=first, done=request_done)
+            records, cpu_seconds = await run_level(
+                endpoint, sessions, level, first_session=first, done=functools.partial(done, number)
             )
-            summaries.append(_checked(summarise(runs[-1]), client))
-            level_done(summaries[-1])
+            levels.append(summarise(level, records, cpu_seconds))
+            requests.append(records)
+            if levels[-1].requests == 0:
+                reason = next(iter(levels[-1].errors), "none was sent")
+                raise BenchError(f"No request to {client.url} succeeded: {reason}")
     finally:
-        client.close()
+        await client.close()
     return Report(
         machine=machine,
         url=client.url,
-        api=target.name,
-        model=target.model,
+        api=endpoint.name,
+        model=endpoint.model,
         workload=bench.workload,
         exact_lengths=exact,
-        levels=summaries,
-        requests=[level_run.records for level_run in runs],
+        levels=levels,
+        requests=requests,
     )
-
-
-async def _sessions(bench: ServeBench, target: Target) -> tuple[Sessions, bool]:
-    """Return what is asked, and whether its prompts have exactly the tokens asked for."""
-    if bench.prompts is not None:
-        return FileSessions(bench.prompts, bench.workload), False
-    ruler = await measure_ruler(target)
-    return RandomSessions(bench.workload, ruler), ruler.exact
-
-
-def _checked(summary: Summary, client: HttpClient) -> Summary:
-    if summary.requests == 0:
-        reason = next(iter(summary.errors), "none was sent")
-        raise BenchError(f"No request to {client.url} succeeded: {reason}")
-    return summary
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
-    import uvloop  # noqa: PLC0415 - there is no uvloop for Windows
-
-    return uvloop.new_event_loop
-
-
-def _flat(summary: Summary) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for name in summary.__struct_fields__:
-        value = getattr(summary, name)
-        if name in _DISTRIBUTIONS:
-            for part in Distribution.__struct_fields__:
-                row[f"{name}_{part}"] = None if value is None else getattr(value, part)
-        else:
-            row[name] = "; ".join(f"{count}x {error}" for error, count in value.items()) if name == "errors" else value
-    return row
 
 
 def table(levels: Sequence[Summary]) -> Table:
@@ -187,7 +139,7 @@ def table(levels: Sequence[Summary]) -> Table:
             str(level.failed) if level.failed == 0 else f"[red]{level.failed}",
             f"{level.tokens_per_second:.1f}",
             f"{level.requests_per_second:.2f}",
-            *(_pair(times) for times in (level.first_token, level.per_token, level.gap, level.latency)),
+            *(_pair(getattr(level, name)) for name in _DISTRIBUTIONS),
         )
     return result
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 
-from edge_phi3.bench.load import LevelRun, RequestRecord
+from edge_phi3.bench.load import Level, RequestRecord
 
 
 class Distribution(msgspec.Struct, frozen=True):
@@ -66,21 +66,22 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     generator_cores: float
 
 
-def summarise(run: LevelRun) -> Summary:
-    """Compute the figures of a level."""
-    finished = [record for record in run.records if record.error is None]
-    seconds = run.seconds or float("nan")
+def summarise(level: Level, records: Sequence[RequestRecord], cpu_seconds: float) -> Summary:
+    """Return the figures of a level, which took so many processor seconds of the load generator."""
+    finished = [record for record in records if record.error is None]
+    errors = [record.error for record in records if record.error is not None]
+    seconds = max((record.started + record.latency for record in records), default=0.0)
     generated = sum(record.completion_tokens for record in finished)
     prompts = [record.prompt_tokens for record in finished if record.prompt_tokens is not None]
     cached = [record.cached_tokens for record in finished if record.cached_tokens is not None]
     all_prompts = len(prompts) == len(finished) > 0
     return Summary(
-        clients=run.level.clients,
-        rate=run.level.rate,
+        clients=level.clients,
+        rate=level.rate,
         requests=len(finished),
-        failed=len(run.records) - len(finished),
-        errors=dict(Counter(record.error for record in run.records if record.error is not None).most_common()),
-        seconds=run.seconds,
+        failed=len(errors),
+        errors=dict(Counter(errors).most_common()),
+        seconds=seconds,
         requests_per_second=len(finished) / seconds if finished else 0.0,
         tokens_per_second=generated / seconds if finished else 0.0,
         total_tokens_per_second=(generated + sum(prompts)) / seconds if all_prompts else None,
@@ -92,7 +93,7 @@ def summarise(run: LevelRun) -> Summary:
         per_token=_distribution(filter(None, map(per_token, finished))),
         gap=_distribution(gap for record in finished for gap in record.gaps),
         latency=_distribution(record.latency for record in finished),
-        generator_cores=run.cpu_seconds / seconds if run.records else 0.0,
+        generator_cores=cpu_seconds / seconds if records else 0.0,
     )
 
 

@@ -1,72 +1,50 @@
-"""What the simulated users ask: sessions of one or more turns, the same ones for every server and every run."""
+"""What the simulated users send: sessions of one or more turns, the same ones for every server and every run."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated
 
 import msgspec
 import numpy as np
+import rich_click as click
 
-from edge_phi3.bench.answers import Answer
-from edge_phi3.bench.errors import BenchError, ExchangeError
-from edge_phi3.bench.targets import Ask, Sampling, Target
+from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.options import ONE_OR_MORE, ZERO_OR_MORE, Option
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
 """Frequent English words, most of which are one token in most vocabularies."""
 
-_FEWEST_WORDS = 32
-
 FORMS = "64, 16-128 (uniform), normal:MEAN,SD, lognormal:MEDIAN,SIGMA or exponential:MEAN"
-"""The forms that `Lengths.parse` reads, for help texts and messages."""
+"""The forms that `parse_lengths` reads, for help texts and messages."""
 
-_Draw = Callable[[np.random.Generator], float]
-_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
+Draw = Callable[[np.random.Generator], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """A distribution of lengths in tokens.
+def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
+    """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`.
 
-    Attributes:
-        text: how it was written.
-        draw_real: draws one value, before it is rounded and kept at 1 or above.
+    Raises:
+        BenchError: it is in none of them.
     """
-
-    text: str
-    draw_real: _Draw
-
-    @classmethod
-    def parse(cls, text: str) -> Lengths:
-        """Read one of the `FORMS`.
-
-        Raises:
-            BenchError: it is none of them.
-        """
-        kind, _, rest = text.strip().partition(":")
-        if not rest:
-            low, separator, high = kind.partition("-")
-            if low.isdecimal() and int(low) > 0 and not separator:
-                return cls(text, lambda _: int(low))
-            if low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high):
-                return cls(text, lambda random: int(random.integers(int(low), int(high) + 1)))
-        else:
-            numbers = [float(part) for part in rest.split(",") if _NUMBER.fullmatch(part.strip())]
-            draw = _named(kind, numbers) if len(numbers) == len(rest.split(",")) else None
-            if draw is not None:
-                return cls(text, draw)
+    draw: Draw | None = None
+    if uniform := re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip()):
+        low, high = int(uniform[1]), int(uniform[2] or uniform[1])
+        draw = (lambda random: float(random.integers(low, high + 1))) if 0 < low <= high else None
+    elif named := re.fullmatch(r"(\w+):([\d.]+)(?:,\s*([\d.]+))?", text.strip()):
+        try:
+            draw = _named(named[1], [float(number) for number in named.groups()[1:] if number])
+        except ValueError:
+            draw = None
+    if draw is None:
         raise BenchError(f"{text!r} is not a distribution of lengths; give {FORMS}.")
-
-    def draw(self, random: np.random.Generator) -> int:
-        """Draw one length, at least 1."""
-        return max(1, round(self.draw_real(random)))
+    return lambda random: max(1, round(draw(random)))
 
 
-def _named(kind: str, numbers: Sequence[float]) -> _Draw | None:
+def _named(kind: str, numbers: Sequence[float]) -> Draw | None:
     match kind, numbers:
         case "normal", [mean, deviation] if mean > 0:
             return lambda random: random.normal(mean, deviation)
@@ -78,71 +56,55 @@ def _named(kind: str, numbers: Sequence[float]) -> _Draw | None:
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of a server.
+    """What is asked of a server: options of `edge-phi3 bench serve`."""
 
-    Attributes:
-        prompt_tokens: length of each user turn, in one of the forms of `Lengths`.
-        output_tokens: tokens to generate for each turn.
-        turns: turns of a session; each continues the conversation so far.
-        shared_prefix: tokens in front of the first turn that sessions have in common.
-        prefixes: how many such prefixes there are, taken by chance.
-        temperature: 0 is greedy.
-        top_k: sampling from the best k; 0 for all.
-        top_p: sampling from the best of this probability mass.
-        ignore_eos: generate `output_tokens` whatever the model says.
-        stream: ask for server-sent events. Without them there is no time to first token.
-        send_seeds: give each sampled request a seed, so that its answer is the same in each run. A server may then
-            take longer: edge-phi3 decodes seeded requests one by one when it was started with --exact-seeds.
-        seed: of everything drawn here.
-    """
+    prompt_tokens: Annotated[str, Option(f"Length of each user turn in tokens: {FORMS}.", metavar="LENGTHS")] = "64"
+    output_tokens: Annotated[str, Option("Length of each answer in tokens, in the same forms.", metavar="LENGTHS")] = (
+        "64"
+    )
+    turns: Annotated[str, Option("Number of turns of a session, in the same forms.", metavar="LENGTHS")] = "1"
+    shared_prefix: Annotated[
+        int, Option("Number of tokens that sessions have in common at their beginning.", ZERO_OR_MORE)
+    ] = 0
+    prefixes: Annotated[int, Option("Number of different shared prefixes.", ONE_OR_MORE)] = 1
+    temperature: Annotated[
+        float, Option("Sampling temperature; 0 always takes the most likely token.", click.FloatRange(min=0))
+    ] = 0.0
+    top_k: Annotated[int, Option("Sample from the K most likely tokens. [default: all]", ZERO_OR_MORE)] = 0
+    top_p: Annotated[
+        float,
+        Option(
+            "Sample from the most likely tokens of this probability mass together. [default: 1]",
+            click.FloatRange(0, 1, min_open=True),
+        ),
+    ] = 1.0
+    ignore_eos: Annotated[bool, Option("Generate answers of the full length, past end tokens.")] = False
+    stream: Annotated[bool, Option("Stream answers as server-sent events.")] = True
+    seed: Annotated[int, Option("Random seed; the same seed sends the same prompts.", ZERO_OR_MORE)] = 0
 
-    prompt_tokens: str = "64"
-    output_tokens: str = "64"
-    turns: str = "1"
-    shared_prefix: int = 0
-    prefixes: int = 1
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    ignore_eos: bool = False
-    stream: bool = True
-    send_seeds: bool = False
-    seed: int = 0
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request, in no server's language; `turns` begin and end with the user's, the assistant's between them."""
+
+    turns: Sequence[str]
+    max_tokens: int
+    how: Workload
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One user's conversation.
-
-    Attributes:
-        number: which session of the run it is.
-        users: what the user says in each turn.
-        max_tokens: how many tokens are generated in each turn.
-    """
+    """One user's conversation: what the user says, and how many tokens are generated, in each turn."""
 
     number: int
     users: Sequence[str]
     max_tokens: Sequence[int]
+    workload: Workload
 
-    def ask(self, said: Sequence[str], workload: Workload) -> Ask:
+    def ask(self, said: Sequence[str]) -> Ask:
         """Return the request of the turn that follows `said`, the conversation so far (user and assistant in turn)."""
         turn = len(said) // 2
-        seeded = workload.send_seeds and workload.temperature > 0
-        return Ask(
-            turns=[*said, self.users[turn]],
-            max_tokens=self.max_tokens[turn],
-            sampling=Sampling(workload.temperature, workload.top_k, workload.top_p),
-            ignore_eos=workload.ignore_eos,
-            seed=(workload.seed * 1_000_003 + self.number * 101 + turn) % 2**31 if seeded else None,
-            stream=workload.stream,
-        )
-
-
-class Sessions(Protocol):
-    """Return session number `number`, always the same one."""
-
-    def __call__(self, number: int, /) -> Session:
-        """Return a session."""
+        return Ask([*said, self.users[turn]], self.max_tokens[turn], self.workload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,48 +124,9 @@ class Ruler:
     exact: bool
 
     def text(self, tokens: int, random: np.random.Generator, *, first: bool) -> str:
-        """Write a text of so many tokens; the first of a conversation counts the server's own in."""
+        """Return a text of so many tokens; in the first of a conversation the server's own are counted."""
         count = max(1, round((tokens - (self.overhead if first else 0)) / self.tokens_per_word))
-        chosen = random.integers(0, len(self.words), count).tolist()
-        return " ".join([self.words[i] for i in chosen])
-
-
-async def measure_ruler(target: Target) -> Ruler:
-    """Find out how a server counts tokens.
-
-    With a ``/tokenize`` endpoint only words of one token each are used, and lengths are exact. Otherwise one request
-    over all words gives their mean length; a server that does not report it is taken to have one token a word.
-
-    Raises:
-        BenchError: the server does not generate.
-    """
-    overhead = await target.count_tokens("")
-    if overhead is not None:
-        words = await _single_token_words(target, WORDS, overhead)
-        if len(words) >= _FEWEST_WORDS:
-            return Ruler(words, 1.0, overhead, exact=True)
-        total = await target.count_tokens(" ".join(WORDS)) or len(WORDS)
-        return Ruler(WORDS, (total - overhead) / len(WORDS), overhead, exact=False)
-    answer = Answer()
-    ask = Ask([" ".join(WORDS)], 1, Sampling(), ignore_eos=False, seed=None, stream=True)
-    try:
-        await target.generate(ask, answer)
-    except ExchangeError as error:
-        raise BenchError(f"{target.client.url}{target.path} does not generate: {error}") from None
-    return Ruler(WORDS, (answer.prompt_tokens or len(WORDS)) / len(WORDS), 0, exact=False)
-
-
-async def _single_token_words(target: Target, words: Sequence[str], overhead: int) -> list[str]:
-    """Find the words of one token each by halving: texts of such words have as many tokens as words."""
-    if await target.count_tokens(" ".join(words)) == overhead + len(words):
-        return list(words)
-    if len(words) == 1:
-        return []
-    half = len(words) // 2
-    return [
-        *await _single_token_words(target, words[:half], overhead),
-        *await _single_token_words(target, words[half:], overhead),
-    ]
+        return " ".join([self.words[i] for i in random.integers(0, len(self.words), count).tolist()])
 
 
 class RandomSessions:
@@ -218,11 +141,11 @@ class RandomSessions:
     """
 
     def __init__(self, workload: Workload, ruler: Ruler) -> None:
-        self._workload = workload
+        self.workload = workload
         self._ruler = ruler
-        self._prompt = Lengths.parse(workload.prompt_tokens)
-        self._output = Lengths.parse(workload.output_tokens)
-        self._turns = Lengths.parse(workload.turns)
+        self._prompt = parse_lengths(workload.prompt_tokens)
+        self._output = parse_lengths(workload.output_tokens)
+        self._turns = parse_lengths(workload.turns)
         random = np.random.default_rng([workload.seed, 0])
         self._prefixes = [
             ruler.text(workload.shared_prefix, random, first=True) + " "
@@ -230,15 +153,22 @@ class RandomSessions:
         ]
 
     def __call__(self, number: int) -> Session:
-        """Return session `number`."""
-        random = np.random.default_rng([self._workload.seed, number + 1])
+        """Return session `number`, always the same one."""
+        random = np.random.default_rng([self.workload.seed, number + 1])
         prefix = self._prefixes[int(random.integers(len(self._prefixes)))] if self._prefixes else ""
         users, outputs = [], []
-        for turn in range(self._turns.draw(random)):
-            text = self._ruler.text(self._prompt.draw(random), random, first=turn == 0 and not prefix)
+        for turn in range(self._turns(random)):
+            text = self._ruler.text(self._prompt(random), random, first=turn == 0 and not prefix)
             users.append(prefix + text if turn == 0 else f" {text}")
-            outputs.append(self._output.draw(random))
-        return Session(number, users, outputs)
+            outputs.append(self._output(random))
+        return Session(number, users, outputs, self.workload)
+
+
+class _Line(msgspec.Struct):
+    """A prompt of a file."""
+
+    prompt: str
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class FileSessions:
@@ -259,26 +189,25 @@ class FileSessions:
             raise BenchError(f"The prompts in {path} cannot be read: {error}.") from None
         if not lines:
             raise BenchError(f"{path} holds no prompt; write one a line.")
-        self._prompts = [_prompt_of(path, number, line) for number, line in enumerate(lines, 1)]
+        self.workload = workload
+        self._prompts = [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
         self._order = np.random.default_rng(workload.seed).permutation(len(lines))
-        self._output = Lengths.parse(workload.output_tokens)
-        self._seed = workload.seed
+        self._output = parse_lengths(workload.output_tokens)
 
     def __call__(self, number: int) -> Session:
         """Return session `number`; they begin anew after the last one."""
-        prompt, max_tokens = self._prompts[int(self._order[number % len(self._order)])]
-        random = np.random.default_rng([self._seed, number + 1])
-        return Session(number, [prompt], [max_tokens or self._output.draw(random)])
+        line = self._prompts[int(self._order[number % len(self._order)])]
+        random = np.random.default_rng([self.workload.seed, number + 1])
+        return Session(number, [line.prompt], [line.max_tokens or self._output(random)], self.workload)
 
 
-def _prompt_of(path: Path, number: int, line: str) -> tuple[str, int | None]:
+def _read_line(path: Path, number: int, line: str) -> _Line:
     if not line.lstrip().startswith("{"):
-        return line, None
+        return _Line(line)
     try:
-        entry: dict[str, Any] = json.loads(line)
-        prompt, max_tokens = entry["prompt"], entry.get("max_tokens")
-    except (json.JSONDecodeError, KeyError) as error:
+        return msgspec.json.decode(line, type=_Line)
+    except msgspec.MsgspecError as error:
         raise BenchError(f'{path}, line {number}: {error}; give {{"prompt": "...", "max_tokens": 64}}.') from None
-    if not isinstance(prompt, str) or not (max_tokens is None or (isinstance(max_tokens, int) and max_tokens > 0)):
-        raise BenchError(f"{path}, line {number}: prompt must be a text and max_tokens a positive integer.")
-    return prompt, max_tokens
+
+
+Sessions = RandomSessions | FileSessions

@@ -6,18 +6,18 @@ import asyncio
 import itertools
 import selectors
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
-from edge_phi3.bench.answers import Answer
+from edge_phi3.bench.endpoints import Answer, Endpoint
 from edge_phi3.bench.errors import ExchangeError
-from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.load import Level, LevelRun, poisson_arrivals, run_level
-from edge_phi3.bench.targets import Ask, Target
-from edge_phi3.bench.workload import WORDS, RandomSessions, Ruler, Workload
+from edge_phi3.bench.load import Level, RequestRecord, poisson_arrivals, run_level
+from edge_phi3.bench.workload import WORDS, Ask, RandomSessions, Ruler, Workload
+from tests.bench.conftest import client_of
 
 RULER = Ruler(WORDS, 1.0, 0, exact=True)
 
@@ -46,14 +46,11 @@ class VirtualTime(asyncio.SelectorEventLoop):
         return self._virtual.now
 
 
-class Slow(Target):
+class Slow(Endpoint):
     """Answers with three pieces, `seconds` after the request; fails where the prompt says so."""
 
-    name = "slow"
-    path = "/"
-
     def __init__(self, seconds: float, fail: str | None = None) -> None:
-        super().__init__(HttpClient("http://nowhere"))
+        super().__init__(client_of(lambda _: httpx.Response(500)), "chat")
         self.seconds = seconds
         self.fail = fail
         self.busy = self.most_busy = 0
@@ -75,49 +72,44 @@ class Slow(Target):
             self.busy -= 1
         answer.prompt_tokens, answer.completion_tokens = len("".join(ask.turns).split()), 3
 
-    def request(self, ask: Ask) -> Mapping[str, Any]:
-        raise NotImplementedError
 
-    def on_event(self, answer: Answer, name: str, data: bytes) -> None:
-        raise NotImplementedError
-
-    def on_whole(self, answer: Answer, body: Mapping[str, Any]) -> None:
-        raise NotImplementedError
-
-
-Load = Callable[..., LevelRun]
+Load = Callable[..., list[RequestRecord]]
 
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Run a level on a target, in a time that passes while everybody waits."""
+    """Run a level on an endpoint, in a time that passes while everybody waits."""
 
-    def run(target: Target, level: Level, workload: Workload | None = None, **options: Any) -> LevelRun:
+    def run(endpoint: Endpoint, level: Level, workload: Workload | None = None, **options: Any) -> list[RequestRecord]:
         workload = workload or Workload(prompt_tokens="5")
-        level_run = run_level(target, RandomSessions(workload, RULER), workload, level, **options)
+        level_run = run_level(endpoint, RandomSessions(workload, RULER), level, **options)
         with asyncio.Runner(loop_factory=VirtualTime) as runner, monkeypatch.context() as patch:
             patch.setattr(time, "perf_counter", runner.get_loop().time)
-            return runner.run(level_run)
+            return runner.run(level_run)[0]
 
     return run
 
 
+def end(records: list[RequestRecord]) -> float:
+    return max(record.started + record.latency for record in records)
+
+
 def test_a_closed_loop_keeps_exactly_its_clients_busy(load: Load) -> None:
-    target = Slow(0.03)
-    run = load(target, Level(clients=4, sessions=12))
-    assert target.most_busy == 4
-    assert len(run.records) == 12
-    assert sorted(record.session for record in run.records) == list(range(12))
-    assert run.seconds == pytest.approx(3 * 0.03)
+    endpoint = Slow(0.03)
+    records = load(endpoint, Level(clients=4, sessions=12))
+    assert endpoint.most_busy == 4
+    assert len(records) == 12
+    assert sorted(record.session for record in records) == list(range(12))
+    assert end(records) == pytest.approx(3 * 0.03)
 
 
 def test_an_open_loop_does_not_wait_for_answers(load: Load) -> None:
-    target = Slow(0.5)
-    run = load(target, Level(rate=200, sessions=60))
+    endpoint = Slow(0.5)
+    records = load(endpoint, Level(rate=200, sessions=60))
     arrivals = [*itertools.islice(poisson_arrivals(200, np.random.default_rng([Workload().seed, 0, 2])), 60)]
-    assert target.times == pytest.approx(arrivals)
-    assert target.most_busy == max(sum(0 <= time - other < 0.5 for other in arrivals) for time in arrivals) > 10
-    assert run.seconds == pytest.approx(arrivals[-1] + 0.5)
+    assert endpoint.times == pytest.approx(arrivals)
+    assert endpoint.most_busy == max(sum(0 <= time - other < 0.5 for other in arrivals) for time in arrivals) > 10
+    assert end(records) == pytest.approx(arrivals[-1] + 0.5)
 
 
 def test_arrivals_are_a_poisson_process() -> None:
@@ -131,43 +123,43 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 def test_a_duration_ends_the_arrivals_and_waits_for_the_answers(load: Load) -> None:
-    target = Slow(0.06)
-    run = load(target, Level(clients=2, duration=0.2))
-    assert sorted(target.times) == pytest.approx([0, 0, 0.06, 0.06, 0.12, 0.12, 0.18, 0.18])
-    assert len(run.records) == 8
-    assert run.seconds == pytest.approx(0.24)
-    assert target.busy == 0
+    endpoint = Slow(0.06)
+    records = load(endpoint, Level(clients=2, duration=0.2))
+    assert sorted(endpoint.times) == pytest.approx([0, 0, 0.06, 0.06, 0.12, 0.12, 0.18, 0.18])
+    assert len(records) == 8
+    assert end(records) == pytest.approx(0.24)
+    assert endpoint.busy == 0
 
 
 def test_turns_carry_the_answers_that_were_given(load: Load) -> None:
-    target = Slow(0.0)
-    run = load(target, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
-    assert [record.turn for record in run.records] == [0, 1, 2]
-    assert list(target.asked[2].turns)[1] == " piece piece piece"
-    assert [record.prompt_tokens for record in run.records] == [4, 11, 18]
+    endpoint = Slow(0.0)
+    records = load(endpoint, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
+    assert [record.turn for record in records] == [0, 1, 2]
+    assert list(endpoint.asked[2].turns)[1] == " piece piece piece"
+    assert [record.prompt_tokens for record in records] == [4, 11, 18]
 
 
 def test_a_failure_ends_its_session_and_nothing_else(load: Load) -> None:
     workload = Workload(prompt_tokens="4", turns="2")
     victim = RandomSessions(workload, RULER)(1).users[0]
-    run = load(Slow(0.0, fail=victim), Level(clients=2, sessions=4), workload)
-    failed = [record for record in run.records if record.error]
+    records = load(Slow(0.0, fail=victim), Level(clients=2, sessions=4), workload)
+    failed = [record for record in records if record.error]
     assert [(record.session, record.turn, record.error) for record in failed] == [
         (1, 0, "HTTP 500: it was told to fail")
     ]
-    assert len(run.records) == 7
+    assert len(records) == 7
 
 
 def test_warm_up_is_not_counted_and_asks_something_else(load: Load) -> None:
-    target = Slow(0.0)
-    seen = []
-    run = load(target, Level(clients=2, sessions=3, warmup=2), done=seen.append)
-    assert len(run.records) == len(seen) == 3
-    assert len({ask.turns[0] for ask in target.asked}) == 5
+    endpoint = Slow(0.0)
+    seen: list[None] = []
+    records = load(endpoint, Level(clients=2, sessions=3, warmup=2), done=lambda: seen.append(None))
+    assert len(records) == len(seen) == 3
+    assert len({ask.turns[0] for ask in endpoint.asked}) == 5
 
 
 def test_times_are_those_of_the_pieces(load: Load) -> None:
-    record = load(Slow(0.06), Level(clients=1, sessions=1)).records[0]
+    record = load(Slow(0.06), Level(clients=1, sessions=1))[0]
     assert record.first == pytest.approx(0.02)
     assert record.gaps == pytest.approx([0.02, 0.02])
     assert record.latency == pytest.approx(0.06)

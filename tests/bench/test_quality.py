@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.bench import quality as quality_module
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.logits_file import LogitsFile, compress, scored_positions, writing
-from edge_phi3.bench.quality import Quality, compare, cut_chunks, record
+from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, scored_positions, writing
 from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import calibration_text
@@ -24,8 +24,6 @@ from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 
 SIZE = 128
-STEP = 16 / 65535
-"""Between two log-probabilities that a file tells apart, at most."""
 
 
 @dataclasses.dataclass
@@ -64,15 +62,16 @@ def chunks(loaded: dict[str, Loaded]) -> NDArray[np.int32]:
 
 
 @pytest.fixture(scope="module")
-def measured(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Quality, Quality, LogitsFile]:
-    """The reference's quality, that of Q3_K_S, and the file between them."""
-    path = tmp_path_factory.mktemp("logits") / "reference.logits"
-    with writing(path, chunks, loaded["F16"].model.vocab_size) as writer:
-        base = record(loaded["F16"].context, chunks, writer, bos=None, done=lambda _: None)
-    reference = LogitsFile.open(path)
-    return base, compare(loaded["Q3_K_S"].context, reference, bos=None, done=lambda _: None), reference
+def log_probs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reference") / "reference.npy"
+
+
+@pytest.fixture(scope="module")
+def measured(loaded: dict[str, Loaded], chunks: NDArray[np.int32], log_probs: Path) -> tuple[Quality, Quality]:
+    """The reference's quality, and that of Q3_K_S, with the file between them."""
+    with writing(log_probs, chunks, loaded["F16"].model.vocab_size) as keep:
+        base = evaluate(loaded["F16"].context, chunks, bos=None, keep=keep)
+    return base, evaluate(loaded["Q3_K_S"].context, chunks, bos=None, reference=np.load(log_probs, mmap_mode="r"))
 
 
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -89,7 +88,7 @@ def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.floa
 
 
 def test_the_figures_are_those_of_their_definitions(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality, LogitsFile]
+    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality]
 ) -> None:
     losses, divergences, same = {"F16": [], "Q3_K_S": []}, [], []
     clipped = []
@@ -102,7 +101,7 @@ def test_the_figures_are_those_of_their_definitions(
             clipped.append(min(losses["F16"][-1], 16 - base.max()))
             divergences.append(float((np.exp(base) * (base - other)).sum()))
             same.append(base.argmax() == other.argmax())
-    base_quality, quality, _ = measured
+    base_quality, quality = measured
     assert base_quality.divergence is None
     assert quality.divergence is not None
     assert quality.positions == base_quality.positions == len(divergences) == 4 * 63
@@ -113,9 +112,9 @@ def test_the_figures_are_those_of_their_definitions(
     assert quality.perplexity_error == pytest.approx(quality.perplexity * spread, rel=5e-3)
     ratios = np.subtract(losses["Q3_K_S"], clipped)
     found_divergence = quality.divergence
-    # Each log-probability of the file is off by half a step at most, and so is their mean by any weights.
-    assert found_divergence.mean == pytest.approx(np.mean(divergences), rel=5e-3, abs=STEP)
-    assert found_divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=5e-3, abs=STEP)
+    # What lies 16 nats below the top counts for that much, and the file's steps are 2.4e-4 wide.
+    assert found_divergence.mean == pytest.approx(np.mean(divergences), rel=5e-3, abs=1e-3)
+    assert found_divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=5e-3, abs=1e-3)
     assert found_divergence.same_top == pytest.approx(np.mean(same), abs=2 / len(same))
     assert found_divergence.log_ratio == pytest.approx(ratios.mean(), abs=5e-3)
     assert found_divergence.log_ratio_error == pytest.approx(np.std(ratios, ddof=1) / np.sqrt(len(ratios)), rel=5e-3)
@@ -123,72 +122,47 @@ def test_the_figures_are_those_of_their_definitions(
 
 
 def test_the_reference_is_as_far_from_itself_as_its_file_rounds(
-    loaded: dict[str, Loaded], measured: tuple[Quality, Quality, LogitsFile]
+    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
 ) -> None:
-    base, _, reference = measured
-    again = compare(loaded["F16"].context, reference, bos=None, done=lambda _: None)
-    assert again.perplexity == base.perplexity
+    again = evaluate(loaded["F16"].context, chunks, bos=None, reference=np.load(log_probs))
+    assert again.perplexity == measured[0].perplexity
     assert again.divergence is not None
     assert abs(again.divergence.mean) < 1e-5
     assert again.divergence.same_top > 0.99
 
 
-def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], tmp_path: Path
+def test_the_file_holds_the_models_log_probabilities(
+    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
 ) -> None:
-    one = loaded["F16"]
+    del measured  # which made the file
+    rows, exact = np.load(log_probs), log_probabilities(loaded["F16"].model, chunks[1])
+    assert rows.shape == (len(chunks) * scored_positions(SIZE),)
+    found = rows["steps"] * rows["scale"][:, None] + rows["lowest"][:, None]
+    exact = np.maximum(exact, exact.max(axis=1, keepdims=True) - 16)
+    # Batches of another size round otherwise, by hundredths where a token is unlikely.
+    assert found[63:126] == pytest.approx(exact[SIZE // 2 : SIZE - 1], abs=0.1)
+
+
+def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(
+    loaded: dict[str, Loaded], chunks: NDArray[np.int32]
+) -> None:
+    context, bos = loaded["F16"].context, loaded["F16"].model.bos_token_id
     replaced = chunks.copy()
-    replaced[:, 0] = one.model.bos_token_id
-    results = []
-    for index, (tokens, bos) in enumerate([(chunks, one.model.bos_token_id), (replaced, None), (chunks, None)]):
-        with writing(tmp_path / str(index), tokens, one.model.vocab_size) as writer:
-            results.append(record(one.context, tokens, writer, bos=bos, done=lambda _: None).perplexity)
+    replaced[:, 0] = bos
+    results = [
+        evaluate(context, tokens, bos=first).perplexity
+        for tokens, first in [(chunks, bos), (replaced, None), (chunks, None)]
+    ]
     assert results[0] == results[1] != results[2]
 
 
-def test_log_probabilities_come_back_from_the_file_to_within_its_steps(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    logits = (4 * random.standard_normal((6, 33))).astype(np.float32)
-    logits[2, 7] = logits[2].max() + 30  # all others are more than 16 nats below
-    logits[3] = 1.25
-    tokens = np.arange(10, dtype=np.int32).reshape(2, 5)
-    assert scored_positions(5) * 2 == 4
-    with writing(tmp_path / "a", tokens, 33) as writer:
-        writer.write(logits[:3])
-        writer.write(logits[3:4])
-    read = LogitsFile.open(tmp_path / "a")
-    assert read.tokens.tolist() == tokens.tolist()
-    exact = logits[:4].astype(np.float64)
-    exact -= np.log(np.exp(exact).sum(1, keepdims=True))
-    exact = np.maximum(exact, exact.max(1, keepdims=True) - 16)
-    assert read.rows(0, 4) == pytest.approx(exact, abs=16 / 65535)
-    assert read.rows(1, 2).tolist() == read.rows(0, 4)[1:2].tolist()
-
-
-def test_what_is_not_a_whole_file_is_refused(tmp_path: Path) -> None:
-    tokens = np.zeros((1, 8), np.int32)
-    with writing(tmp_path / "good", tokens, 10) as writer:
-        writer.write(np.zeros((3, 10), np.float32))
-    data = (tmp_path / "good").read_bytes()
-    assert LogitsFile.open(tmp_path / "good").vocab_size == 10
-    for name, content in {
-        "cut": data[:-1],
-        "longer": data + b"\0",
-        "magic": b"x" + data[1:],
-        "short": data[:12],
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(BenchError, match=r"not whole|not a file of log-probabilities"):
-            LogitsFile.open(tmp_path / name)
-    with pytest.raises(BenchError, match="cannot be read"):
-        LogitsFile.open(tmp_path / "absent")
-
-
-def test_logits_that_are_no_numbers_are_refused() -> None:
-    logits = np.zeros((2, 5), np.float32)
-    logits[1, 3] = np.nan
+def test_logits_that_are_no_numbers_are_refused(
+    loaded: dict[str, Loaded], chunks: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = np.full((63, 9), np.nan, np.float32)
+    monkeypatch.setattr(quality_module, "feed", lambda *_: [(0, broken)])
     with pytest.raises(BenchError, match="NaN"):
-        compress(logits)
+        evaluate(loaded["F16"].context, chunks % 9, bos=None)
 
 
 @pytest.mark.parametrize(("count", "size", "words"), [(255, 128, "two chunks of 128"), (100, 3, "too small")])

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
-import itertools
 import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.load import Level, poisson_arrivals
-from edge_phi3.bench.plots import plot_sweep
-from edge_phi3.bench.serve import ServeBench, run
+from edge_phi3.bench.load import Level
+from edge_phi3.bench.serve import Report, ServeBench, measure
 from edge_phi3.bench.workload import Workload
 from edge_phi3.commands.bench import command
 from tests.support.in_process import Running
 
 
-def measured(service: Running, *levels: Level, **workload: object) -> ServeBench:
-    return ServeBench(f"http://127.0.0.1:{service.port}", levels, Workload(**workload))  # type: ignore[arg-type] # tests
+def run(service: Running, *levels: Level, **workload: object) -> Report:
+    bench = ServeBench(f"http://127.0.0.1:{service.port}", levels, Workload(**workload))  # type: ignore[arg-type] # tests
+    return asyncio.run(measure(bench))
 
 
 def bench(service: Running, *arguments: str) -> Result:
@@ -35,7 +34,7 @@ def bench(service: Running, *arguments: str) -> Result:
 def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> None:
     before = service.service.pipeline.engine.stats()
     levels = Level(clients=1, sessions=2), Level(clients=3, sessions=6)
-    report = run(measured(service, *levels, prompt_tokens="12", output_tokens="5"))
+    report = run(service, *levels, prompt_tokens="12", output_tokens="5")
     after = service.service.pipeline.engine.stats()
     assert [(level.clients, level.requests, level.failed) for level in report.levels] == [(1, 2, 0), (3, 6, 0)]
     assert {level.prompt_tokens for level in report.levels} == {12.0}
@@ -51,29 +50,16 @@ def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> No
 
 def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) -> None:
     before = service.service.pipeline.engine.stats()
-    run(
-        measured(
-            service, Level(clients=1, sessions=3), prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2"
-        )
-    )
+    level = Level(clients=1, sessions=3)
+    run(service, level, prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2")
     after = service.service.pipeline.engine.stats()
     # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
     assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72
 
 
-def test_an_open_loop_keeps_to_its_rate(service: Running) -> None:
-    report = run(measured(service, Level(rate=50.0, sessions=25), prompt_tokens="4", output_tokens="2"))
-    starts = sorted(record.started for record in report.requests[0])
-    due = [*itertools.islice(poisson_arrivals(50.0, np.random.default_rng([Workload().seed, 0, 2])), 25)]
-    assert len(starts) == 25
-    # On a busy machine they are late (how exact they are, tests/bench/test_load.py tells), and uvloop's timers go by
-    # whole milliseconds.
-    assert all(start >= time - 0.002 for start, time in zip(starts, due, strict=True))
-
-
 def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:
     with pytest.raises(BenchError, match=r"No request to .* succeeded: HTTP 400"):
-        run(measured(service, Level(clients=1, sessions=1), output_tokens="1000000"))
+        run(service, Level(clients=1, sessions=1), output_tokens="1000000")
 
 
 def test_the_command_prints_a_table_and_writes_every_file(service: Running, tmp_path: Path) -> None:
@@ -102,18 +88,8 @@ def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> Non
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a list?\nWhat is a tuple?\n", encoding="utf-8")
     file = tmp_path / "out.json"
-    bench(
-        service,
-        "--prompts",
-        str(prompts),
-        "--output-tokens",
-        "2",
-        "--no-stream",
-        "--json",
-        str(file),
-        "--requests",
-        "2",
-    )
+    options = ["--output-tokens", "2", "--no-stream", "--json", str(file), "--requests", "2"]
+    bench(service, "--prompts", str(prompts), *options)
     level = json.loads(file.read_bytes())["levels"][0]
     assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
 
@@ -135,9 +111,3 @@ def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
 def test_an_open_loop_without_an_end_is_refused() -> None:
     result = CliRunner().invoke(command, ["serve", "http://127.0.0.1:9", "--rate", "2"])
     assert "--rate needs --requests or --duration" in str(result.exception)
-
-
-def test_a_picture_of_an_unknown_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="matplotlib writes"):
-        plot_sweep({}, tmp_path / "plot.doc")
-    assert list(tmp_path.iterdir()) == []

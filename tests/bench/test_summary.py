@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
-from edge_phi3.bench.load import Level, LevelRun, RequestRecord
+from edge_phi3.bench.load import Level, RequestRecord
 from edge_phi3.bench.summary import per_token, summarise
 
 
 def record(**changes: Any) -> RequestRecord:
-    fields: dict[str, Any] = {
-        "session": 0,
-        "turn": 0,
-        "started": 0.0,
-        "latency": 2.0,
-        "first": 0.5,
-        "gaps": [0.5, 0.5, 0.5],
-        "prompt_tokens": 100,
-        "completion_tokens": 4,
-        "counted": True,
-        "cached_tokens": 50,
-        "error": None,
-    }
-    return RequestRecord(**fields | changes)
+    usual = RequestRecord(0, 0, 0.0, 2.0, 0.5, [0.5, 0.5, 0.5], 100, 4, counted=True, cached_tokens=50, error=None)
+    return msgspec.structs.replace(usual, **changes)
 
 
 def test_rates_are_over_the_whole_level_and_finished_requests() -> None:
     records = [record(), record(latency=4.0, completion_tokens=8), record(error="HTTP 429: full"), record(error="x")]
-    summary = summarise(LevelRun(Level(clients=3), 4.0, 0.2, records))
+    summary = summarise(Level(clients=3), records, 0.2)
     assert (summary.clients, summary.requests, summary.failed) == (3, 2, 2)
     assert summary.errors == {"HTTP 429: full": 1, "x": 1}
     assert summary.requests_per_second == 0.5
@@ -42,7 +31,7 @@ def test_rates_are_over_the_whole_level_and_finished_requests() -> None:
 
 def test_percentiles_are_those_of_the_requests() -> None:
     records = [record(latency=float(i), first=i / 10) for i in range(1, 101)]
-    latency, first = (summary := summarise(LevelRun(Level(clients=1), 1.0, 0.0, records))).latency, summary.first_token
+    latency, first = (summary := summarise(Level(clients=1), records, 0.0)).latency, summary.first_token
     assert latency is not None
     assert first is not None
     assert (latency.p50, latency.mean, latency.max) == (50.5, 50.5, 100.0)
@@ -59,7 +48,7 @@ def test_time_per_token_leaves_the_first_token_out() -> None:
 
 def test_what_a_server_does_not_tell_is_left_out() -> None:
     records = [record(prompt_tokens=None, cached_tokens=None, counted=False, first=None, gaps=[])]
-    summary = summarise(LevelRun(Level(rate=2.0), 1.0, 0.0, records))
+    summary = summarise(Level(rate=2.0), records, 0.0)
     assert (summary.prompt_tokens, summary.total_tokens_per_second, summary.cached_share) == (None, None, None)
     assert (summary.first_token, summary.per_token, summary.gap) == (None, None, None)
     assert not summary.counted
@@ -67,5 +56,5 @@ def test_what_a_server_does_not_tell_is_left_out() -> None:
 
 
 def test_a_level_where_all_failed_has_no_figures() -> None:
-    summary = summarise(LevelRun(Level(clients=1), 1.0, 0.0, [record(error="HTTP 503")]))
+    summary = summarise(Level(clients=1), [record(error="HTTP 503")], 0.0)
     assert (summary.requests, summary.tokens_per_second, summary.latency) == (0, 0.0, None)

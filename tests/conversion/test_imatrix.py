@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import random
 from pathlib import Path
 
 import gguf
+import msgspec
 import numpy as np
 import pytest
 
+from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import CALIBRATION_NAME, calibration_text, collect_imatrix, make_imatrix
 from edge_phi3.conversion.imatrix_file import (
@@ -16,6 +21,7 @@ from edge_phi3.conversion.imatrix_file import (
     ImatrixFileError,
     merge_imatrices,
     read_imatrix,
+    write_imatrix,
 )
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
@@ -142,3 +148,33 @@ def test_the_command_prints_the_path_and_its_file_quantises(demo: Path, tmp_path
     assert (finished.returncode, finished.stdout) == (0, f"{output}\n"), finished.stderr
     assert "24 matrices, 2 chunks of 64 tokens" in finished.stderr
     assert quantize(demo, tmp_path / "small.gguf", type="IQ2_XS", imatrix=output).bits_per_weight < 4
+
+
+DOCUMENTED = ("json", "shutil", "random", "math", "textwrap", "statistics", "heapq", "shlex", "operator", "calendar")
+
+
+def _questions() -> list[str]:
+    """Ask for docstrings of the standard library, as the demo model was trained to answer."""
+    texts = []
+    for module_name in DOCUMENTED:
+        for name, thing in sorted(vars(importlib.import_module(module_name)).items()):
+            lines = (inspect.getdoc(thing) or "").split("\n\n")[0].split() if callable(thing) else []
+            answer = " ".join(lines)
+            if not name.startswith("_") and 20 < len(answer) <= 240 and answer.endswith("."):
+                question = f"<|user|>\nWhat does {module_name}.{name} do?<|end|>\n<|assistant|>\n"
+                texts.append(f"{question}{answer}<|end|>")
+    random.Random(0).shuffle(texts)
+    return texts
+
+
+def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(demo: Path, tmp_path: Path) -> None:
+    texts = _questions()
+    held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
+    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
+    plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
+    guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
+    assert plain.bits_per_weight == guided.bits_per_weight < 3
+    job = Job(model=str(demo), text=held_out, logits=str(tmp_path / "logits"), reference=True, ctx_size=128)
+    others = [msgspec.structs.replace(job, model=str(made.path), reference=False) for made in (guided, plain)]
+    original, with_matrix, without = (measure(one).quality.perplexity for one in (job, *others))
+    assert original < with_matrix < without

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from tests.support.peers import PeerError, llama_cpp_source, run_peer, torch_pyt
 
 RECORDING = os.environ.get("PARITY_RECORD") == "1"
 """Whether what the peers made is written into ``tests/golden``, for the tests that run without them."""
-
-Verdicts = Counter[tuple[str, str]]
-"""How often a decoding mode had a verdict."""
-
-VERDICTS = ("equal", "by rounding", "different")
-_LIVE = pytest.StashKey[Verdicts]()
 
 
 class Peers:
@@ -59,21 +52,3 @@ class Peers:
 def peers() -> Peers:
     """What this product is compared with."""
     return Peers()
-
-
-@pytest.fixture(scope="session")
-def verdicts(pytestconfig: pytest.Config) -> Verdicts:
-    """What came of the random requests so far."""
-    return pytestconfig.stash.setdefault(_LIVE, Counter())
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Show how many random requests of each decoding mode had which verdict."""
-    found = config.stash.get(_LIVE, Counter())
-    if not found:
-        return
-    terminalreporter.section("random requests against transformers")
-    terminalreporter.line(f"{'mode':28}{'requests':>10}" + "".join(f"{verdict:>14}" for verdict in VERDICTS))
-    for mode in dict.fromkeys(mode for mode, _ in found):
-        counts = [found[mode, verdict] for verdict in VERDICTS]
-        terminalreporter.line(f"{mode:28}{sum(counts):10}" + "".join(f"{count:14}" for count in counts))

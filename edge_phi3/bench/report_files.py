@@ -24,3 +24,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def columns(figures: msgspec.Struct, **nested: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the columns of some figures; those of a `nested` struct, or None, become columns like ``latency_p95``."""
+    row: dict[str, Any] = {}
+    for name in figures.__struct_fields__:
+        value = getattr(figures, name)
+        parts = nested[name].__struct_fields__ if name in nested else ()
+        row |= {f"{name}_{part}": getattr(value, part, None) for part in parts} if parts else {name: value}
+    return row
