@@ -66,7 +66,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c requi
 
 # Of llama.cpp only what llama-cpp-python loads is compiled; CMAKE_ARGS=-DGGML_CUDA=ON adds CUDA.
 define install_llama_cpp
-@echo "[1/2] llama.cpp: compiled once, about 4 minutes on 2 cores; pip keeps the wheel"
+@echo "[1/2] llama.cpp: compiled once, in about 5 minutes of processor time; pip keeps the wheel"
 @CMAKE_ARGS="$(CMAKE_ARGS) -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/scripts/llama_cpp.cmake" \
   $(PIP) llama-cpp-python
 endef
