@@ -28,7 +28,7 @@ def events(response: httpx.Response) -> list[tuple[str, Any]]:
 
 
 def idle(api: Running) -> bool:
-    """Tell whether the engine holds nothing of any request."""
+    """Return whether the engine holds nothing of any request."""
     stats = api.service.pipeline.engine.stats()
     return stats.running == stats.waiting == stats.sequences == 0
 

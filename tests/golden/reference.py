@@ -153,7 +153,7 @@ def _settled(seed: int, *, beams: bool) -> Iterator[None]:
 
 
 def is_undrawable(error: Exception) -> bool:
-    """Tell whether transformers failed to draw from NaN, which its processors make of some combinations."""
+    """Return whether transformers failed to draw from NaN, which its processors make of some combinations."""
     return "not finite" in str(error) or "found invalid values" in str(error)
 
 

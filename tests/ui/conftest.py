@@ -109,7 +109,7 @@ class Playground:
         expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
 
     def put(self, name: str, value: str) -> None:
-        """Give a parameter a value, in its group."""
+        """Set a parameter in its group."""
         control = self.page.locator(f"#parameter-{name}")
         group = self.page.locator("details.group", has=control)
         if group.get_attribute("open") is None:
@@ -120,7 +120,7 @@ class Playground:
             control.fill(value)
 
     def put_all(self, **values: str) -> None:
-        """Give several parameters their values."""
+        """Set several parameters."""
         for name, value in values.items():
             self.put(name, value)
 
