@@ -47,8 +47,8 @@ def evaluation_text() -> str:
 class QuantBench(Conditions, frozen=True):
     """What to measure, and how: options of `edge-phi3 bench quants`.
 
-    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, how this was requested
-    for, is recorded in the report.
+    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, as which this
+    was requested, is recorded in the report.
     """
 
     model: Path
