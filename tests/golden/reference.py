@@ -92,7 +92,7 @@ class Reference:
             ValueError: transformers refuses the request.
             RuntimeError: no token could be drawn.
         """
-        kwargs = dict(API_DEFAULTS) | request.kwargs
+        kwargs: dict[str, Any] = {**API_DEFAULTS, **request.kwargs}
         seed = kwargs.pop("seed", 0)
         if kwargs["max_length"] is None:
             del kwargs["max_length"]
