@@ -82,7 +82,7 @@ def main() -> None:
     """Run the command line; results go to stdout, everything else to stderr."""
     if sys.argv[1:2] == ["serve"]:
         # Until the server takes the signals over there is nothing to finish, and afterwards nothing left; a stop that
-        # was asked for is no failure.
+        # was requested is no failure.
         signal.signal(signal.SIGTERM, _stop)
         signal.signal(signal.SIGINT, _stop)
     else:

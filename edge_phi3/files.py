@@ -20,7 +20,7 @@ PARTIAL_SUFFIX = ".partial"
 
 
 class OutputExistsError(EdgePhi3Error):
-    """The output path exists and overwriting was not asked for."""
+    """The output path exists and overwriting was not requested."""
 
 
 class DiskFullError(EdgePhi3Error):

@@ -52,8 +52,8 @@ def test_help_names_every_verb_and_imports_none_of_the_heavy_parts() -> None:
         "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
         "print(sorted({'litestar', 'pydantic', 'numpy', 'llama_cpp', 'uvicorn', 'gguf'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "[]"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -14,7 +14,7 @@ from edge_phi3.progress import LineProgress, RichProgress, SilentProgress, stder
 
 def test_lines_tell_the_beginning_the_way_and_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("edge_phi3.progress.time.monotonic", lambda: now)
     lines: list[str] = []
     with LineProgress(lines.append, interval=10).step("Downloading a.gguf", 4_000_000) as step:
         for done in range(0, 4_000_001, 100_000):

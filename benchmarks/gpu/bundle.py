@@ -24,6 +24,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 64 << 20
@@ -196,7 +197,8 @@ def strip_source(package: Path, folder: Path) -> tuple[int, int]:
     before = after = 0
     with (
         tarfile.open(package) as source,
-        tarfile.open(folder / f"{name}.tar.xz", "w:xz", preset=9 | lzma.PRESET_EXTREME) as target,
+        lzma.open(folder / f"{name}.tar.xz", "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
+        tarfile.open(fileobj=packed, mode="w") as target,
     ):
         for member in source:
             before += member.size
@@ -211,13 +213,13 @@ def archive_product(path: Path) -> str:
     revision = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    command = ["git", "-C", ROOT, "archive", "--prefix=edge-phi3/", "HEAD", "--", *_PRODUCT, *_PRODUCT_LEFT_OUT]
+    command = ["git", "-C", str(ROOT), "archive", "--prefix=edge-phi3/", "HEAD", "--", *_PRODUCT, *_PRODUCT_LEFT_OUT]
     packed = subprocess.run(command, capture_output=True, check=True).stdout
     path.write_bytes(lzma.compress(packed, preset=9))
     return revision
 
 
-def describe(folder: Path, *, revision: str, source_files: tuple[int, int]) -> dict[str, object]:
+def describe(folder: Path, *, revision: str, source_files: tuple[int, int]) -> dict[str, Any]:
     """Return what ``bundle.json`` says: for what the bundle is, and its files with sizes and digests."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {
@@ -238,10 +240,8 @@ def describe(folder: Path, *, revision: str, source_files: tuple[int, int]) -> d
     }
 
 
-def _sizes(manifest: dict[str, object]) -> str:
-    files = manifest["files"]
-    assert isinstance(files, dict)
-    largest = sorted(files.items(), key=lambda item: -item[1]["bytes"])
+def _sizes(manifest: dict[str, Any]) -> str:
+    largest = sorted(manifest["files"].items(), key=lambda item: -item[1]["bytes"])
     return "\n".join(f"{entry['bytes'] / 2**20:7.2f} MiB  {name}" for name, entry in largest)
 
 

@@ -6,6 +6,7 @@ download.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -34,10 +35,10 @@ def checkpoint(options: Options, variant: str) -> Path:
 def make_models(steps: Steps, options: Options) -> None:
     """Write both checkpoints, convert them, and quantise them."""
     for variant in VARIANTS:
-        if steps.run(f"models.{variant}.checkpoint", lambda v=variant: _write(options, v)) is None:
+        if steps.run(f"models.{variant}.checkpoint", functools.partial(_write, options, variant)) is None:
             return
         for kind in KINDS:
-            if steps.run(f"models.{variant}.{kind}", lambda v=variant, k=kind: _make(options, v, k)) is None:
+            if steps.run(f"models.{variant}.{kind}", functools.partial(_make, options, variant, kind)) is None:
                 return
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ def check_exactness(steps: Steps, options: Options) -> None:
     more += ["--small"] if options.small else []
     more += ["--cpu"] if options.cpu else []
     for kv in ("f32", "f16"):
-        steps.run(f"exactness.{kv}", lambda kv=kv: _ask("--kv", kv, *more))
+        steps.run(f"exactness.{kv}", functools.partial(_ask, "--kv", kv, *more))
     if not options.cpu:
         steps.run("exactness.f32-without-tf32", lambda: _ask("--kv", "f32", *more, NVIDIA_TF32_OVERRIDE="0"))
 

@@ -7,6 +7,7 @@ one step, so that a run can stop after any of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import statistics
 import subprocess
@@ -69,14 +70,14 @@ def measure_speed(steps: Steps, options: Options) -> None:
     for kind in KINDS:
         for number in range(options.rounds):
             name = f"speed.throughput.{kind}.{number + 1}"
-            steps.run(name, lambda k=kind, n=number: _throughput(options, plan, k, n))
-        steps.run(f"speed.stream.{kind}", lambda k=kind: _stream(options, plan, k))
-        steps.run(f"speed.batched-bench.{kind}", lambda k=kind: _batched_bench(options, plan, k))
+            steps.run(name, functools.partial(_throughput, options, plan, kind, number))
+        steps.run(f"speed.stream.{kind}", functools.partial(_stream, options, plan, kind))
+        steps.run(f"speed.batched-bench.{kind}", functools.partial(_batched_bench, options, plan, kind))
     steps.run("speed.prefix", lambda: _prefix(options, plan))
     for variant, tokens, cells in (("4k", plan.long_prompt, 4096), ("128k", plan.longest_prompt, 8192)):
         steps.run(
             f"speed.long-prompt.{variant}",
-            lambda v=variant, t=tokens, c=cells: _long_prompt(options, plan, variant=v, tokens=t, cells=c),
+            functools.partial(_long_prompt, options, plan, variant=variant, tokens=tokens, cells=cells),
         )
     steps.run("speed.memory.four-f16", lambda: _memory(options, plan, contexts=4, kv="f16"))
     steps.run("speed.memory.one-q8_0", lambda: _memory(options, plan, contexts=1, kv="q8_0"))

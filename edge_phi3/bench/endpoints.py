@@ -1,4 +1,4 @@
-"""The generation endpoints that the load generator speaks to: how each is asked, and how its answers are read."""
+"""The generation endpoints that the load generator knows: how to write requests to each and read its answers."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _read_completion(answer: Answer, body: Mapping[str, Any]) -> None:
 
 
 def _openai_body(ask: Ask, model: str) -> dict[str, Any]:
-    """Return what OpenAI's API takes. What it lacks (`top_k`, `ignore_eos`) is sent only when it is asked for."""
+    """Return what OpenAI's API takes. What it lacks (`top_k`, `ignore_eos`) is sent only when it is set."""
     how = ask.how
     body: dict[str, Any] = {
         "model": model,
@@ -135,8 +135,8 @@ def _read_openai(answer: Answer, body: Mapping[str, Any]) -> None:
 class Api:
     """A kind of endpoint.
 
-    `body` makes a request of what is asked and the model's name, `tokenize` one to ``/tokenize`` of a text and the
-    name; `read` adds a whole answer, or an event of a stream, to the answer so far.
+    `body` makes a request from a prompt's settings and the model's name, `tokenize` one to ``/tokenize`` of a text and
+    the name; `read` adds a whole answer, or an event of a stream, to the answer so far.
     """
 
     path: str

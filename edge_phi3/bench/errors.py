@@ -6,7 +6,7 @@ from edge_phi3.errors import EdgePhi3Error
 
 
 class BenchError(EdgePhi3Error):
-    """A measurement cannot be made as it was asked for."""
+    """A measurement cannot be made as requested."""
 
 
 class ExchangeError(EdgePhi3Error):

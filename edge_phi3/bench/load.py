@@ -80,8 +80,8 @@ async def run_level(
     """Run one level.
 
     Args:
-        endpoint: who is asked.
-        sessions: what is asked.
+        endpoint: where the requests go.
+        sessions: what is sent.
         level: the strength, and when to stop.
         first_session: number of the first session. Two levels with other numbers share no prompt.
         done: called when a measured request ends.

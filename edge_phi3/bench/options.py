@@ -22,7 +22,7 @@ class Option:
     """How a field is given on the command line, in its annotation.
 
     Attributes:
-        help: what it means. A default that is not what a user would write is told here.
+        help: what it means. A default that is not what a user would write is explained here.
         type: of its values; by default the field's own type.
         metavar: what stands for the value in the help.
         flag: by default named after the field.

@@ -47,7 +47,7 @@ class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
         text: name of the text that was evaluated.
         text_sha256: of its bytes.
         ctx_size: tokens of a chunk.
-        threads: CPU threads asked for; None for the physical cores.
+        threads: CPU threads requested; None for the physical cores.
         command: how it was measured.
         measurements: the reference first, then the others from large to small.
     """

@@ -47,8 +47,8 @@ def evaluation_text() -> str:
 class QuantBench(Conditions, frozen=True):
     """What to measure, and how: options of `edge-phi3 bench quants`.
 
-    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, how this was asked
-    for, is recorded in the report.
+    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, as which this
+    was requested, is recorded in the report.
     """
 
     model: Path
@@ -83,10 +83,10 @@ def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> Quant
 
     Args:
         bench: what to measure.
-        progress: told of each step.
+        progress: reports each step.
 
     Returns:
-        The report of the types asked for, and of those that the folder holds from earlier runs with the same inputs.
+        The report of the requested types, and of those that the folder holds from earlier runs with the same inputs.
 
     Raises:
         BenchError: the model or the text cannot be measured.
@@ -140,7 +140,7 @@ class _Run:
         return self._report()
 
     def _take_over(self, asked: set[str], key: Callable[[str], str]) -> None:
-        """Begin with what earlier runs measured with the same inputs, whether it is asked for now or not."""
+        """Begin with what earlier runs measured with the same inputs, whether it is requested now or not."""
         known = read_report(self._folder / REPORT_NAME)
         for item in known.measurements if known else []:
             wanted_anew = self._bench.again and item.type in asked
@@ -165,7 +165,7 @@ class _Run:
         chosen = self._bench.imatrix
         if chosen != "auto":
             return None if chosen == "none" else Path(chosen)
-        # What was measured with a matrix before is known by it, whatever is asked for now.
+        # What was measured with a matrix before is known by it, whatever is requested now.
         if self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types):
             return self._journey.collect(base).path
         return None

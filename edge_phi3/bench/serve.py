@@ -55,8 +55,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         url: address of the service.
         api: the endpoint.
         model: the model named in requests, if any.
-        workload: what was asked.
-        exact_lengths: whether prompts had exactly the tokens asked for.
+        workload: the requests.
+        exact_lengths: whether prompts had exactly the requested tokens.
         levels: the figures of each level.
         requests: the requests of each level.
     """

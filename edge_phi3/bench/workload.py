@@ -56,7 +56,7 @@ def _named(kind: str, numbers: Sequence[float]) -> Draw | None:
 
 
 class Workload(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of a server: options of `edge-phi3 bench serve`."""
+    """The requests to a server: options of `edge-phi3 bench serve`."""
 
     prompt_tokens: Annotated[str, Option(f"Length of each user turn in tokens: {FORMS}.", metavar="LENGTHS")] = "64"
     output_tokens: Annotated[str, Option("Length of each answer in tokens, in the same forms.", metavar="LENGTHS")] = (
@@ -115,7 +115,7 @@ class Ruler:
         words: words to write with.
         tokens_per_word: tokens that each takes.
         overhead: tokens that the server puts around a text.
-        exact: whether a text has as many tokens as asked for.
+        exact: whether a text has exactly the requested number of tokens.
     """
 
     words: Sequence[str]

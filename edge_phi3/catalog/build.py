@@ -49,7 +49,7 @@ class Build:
     """One making of the models of one reference, whose shelf the caller has locked; `keep` what is made on the way.
 
     Raises:
-        UnreachableError, HubError: the Hub does not give what is asked for.
+        UnreachableError, HubError: the Hub does not provide the requested files.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ def make_files(
     The folder is locked meanwhile. See `Journey.run` for what is made, and with which matrix.
 
     Raises:
-        HubError: the Hub does not give what is asked for.
+        HubError: the Hub does not provide the requested files.
         DiskFullError: the disk has no room for all files.
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
     """

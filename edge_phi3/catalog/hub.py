@@ -63,7 +63,7 @@ class Repository:
         snapshot: the commit, and which files it has.
 
     Raises:
-        UnreachableError: the Hub cannot be asked.
+        UnreachableError: the Hub cannot be reached.
         HubError: there is no such repository or revision, or it may not be seen.
     """
 

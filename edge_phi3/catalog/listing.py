@@ -36,7 +36,7 @@ _SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors", re.ASCII)
 
 
 class HubError(EdgePhi3Error):
-    """The Hub refuses, or does not have, what was asked for; or a download arrived damaged."""
+    """The Hub refuses, or does not have, what was requested, or a download arrived damaged."""
 
 
 class UnreachableError(HubError):

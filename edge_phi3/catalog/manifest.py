@@ -26,7 +26,7 @@ class FileRecord(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     """Where a model came from and what it is.
 
-    `name` is what was asked for when it was made; `source` is a repository ``owner/name`` or a folder's name, and
+    `name` is what was requested when it was made; `source` is a repository ``owner/name`` or a folder's name, and
     `revision` the commit of the `requested_revision`. The first of `files` is the one to load. `quant` is None for a
     ready-made GGUF, which is kept as it was published.
     """

@@ -88,7 +88,7 @@ Reference = LocalGguf | LocalCheckpoint | HubCheckpoint | HubGguf
 
 
 def parse_reference(text: str | None) -> Reference:
-    """Tell what a MODEL is.
+    """Return what a MODEL is.
 
     What exists on this machine comes before a repository of the same name.
 

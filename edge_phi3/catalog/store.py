@@ -36,7 +36,7 @@ class StoredModel:
     """A model on this machine, ready to be loaded.
 
     `path` is the GGUF to load, the first part of a split one. `name` is what it is served under: the preset, repository
-    or folder that was asked for; `source` is a repository, with the commit as `revision`, or a path. `quant` is None
+    or folder that was requested; `source` is a repository, with the commit as `revision`, or a path. `quant` is None
     when it was ready-made, `manifest` for a file that is served where it lies.
     """
 
@@ -51,7 +51,7 @@ class StoredModel:
 class Catalog:
     """Turns references into models of the store.
 
-    The store may be copied from machine to machine, and may be read-only once it holds what is asked for.
+    The store may be copied from machine to machine, and may be read-only once it holds the requested model.
     """
 
     def __init__(self, store: Path | None = None) -> None:
@@ -82,20 +82,20 @@ class Catalog:
     ) -> list[StoredModel]:
         """Return the models of a reference, one for each type; download, convert and quantise what is missing.
 
-        What is in the store whole is given at once, and the network is not asked. Two processes that want the same
+        What is in the store whole is returned at once, without the network. Two processes that want the same
         model make it once: the second waits. Ready-made GGUFs stay as they are.
 
         Args:
             reference: see `edge_phi3.catalog.reference.parse_reference`.
             quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``.
-            progress: told of downloads, conversion and quantisation.
+            progress: reports downloads, conversion and quantisation.
             refresh: ask the Hub whether the revision has moved, and make the models again when it has.
             keep_intermediate: keep the downloaded checkpoint and the unquantised GGUF, for other quantisations.
 
         Raises:
             ModelReferenceError: the reference means nothing.
             UnknownQuantizationError: one of `quants` is not a file type.
-            HubError: the Hub does not give what is asked for.
+            HubError: the Hub does not provide the requested files.
             CatalogError: it cannot be made here: no network, a type that needs an importance matrix.
             DiskFullError, ConversionError, QuantizeError: the checkpoint cannot be converted or quantised.
         """
@@ -122,7 +122,7 @@ class Catalog:
         return [_stored(folder, manifest, wanted.name) for folder, manifest in found.items() if manifest is not None]
 
     def find(self, wanted: HubGguf) -> StoredModel | None:
-        """Return a ready-made model if the store holds it; the network is not asked."""
+        """Return a ready-made model if the store holds it, without the network."""
         folder = self.store / shelf_name(wanted) / folder_name(wanted)
         manifest = read_manifest(folder)
         return None if manifest is None else _stored(folder, manifest, wanted.name)
@@ -209,7 +209,7 @@ def _file_name(quoted: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Tell the content of a checkpoint from that of another, in milliseconds.
+    """Return a fingerprint of a checkpoint's content, made in milliseconds.
 
     Small files are hashed whole, so that a copy of the bundled model is the same model. Of large ones, size, time of
     change, first and last bytes are: reading gigabytes at every start would take longer than loading them.

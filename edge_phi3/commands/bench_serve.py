@@ -121,7 +121,9 @@ def _explain(levels: Sequence[Summary], *, exact: bool, random: bool) -> None:
     """Print what the table does not show: how to read its pairs, and what weakens the figures."""
     click.echo("Load is clients, or arrivals a second. Times are milliseconds: median/95th percentile.", err=True)
     if random and not exact:
-        click.echo("The server has no /tokenize for exact lengths: prompts are as long as asked on average.", err=True)
+        click.echo(
+            "The server has no /tokenize for exact lengths: prompts have the requested length on average.", err=True
+        )
     if not all(level.counted for level in levels):
         click.echo("The server does not report generated tokens: pieces of text are counted instead.", err=True)
     if max(level.generator_cores for level in levels) > 0.5:

@@ -123,7 +123,7 @@ def make_imatrix(
         force: replace `output` when it exists.
         save_every: after so many chunks each, also write what there is so far, as ``NAME-at-CHUNKS.gguf``.
         parse_special: as in `collect_imatrix`; None reads special tokens in the packaged text only, as
-            llama-imatrix reads none in a text of a person's own unless told to.
+            llama-imatrix reads none in a text of a person's own by default.
         progress: called as that of `collect_imatrix`, with bytes of the text, and the number of the chunk.
         options: the other options of `collect_imatrix`.
 

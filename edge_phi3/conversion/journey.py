@@ -94,7 +94,7 @@ class Journey:
     Args:
         folder: where the files are.
         name: what they are called after.
-        progress: told of each step.
+        progress: reports each step.
         threads: CPU threads.
         n_gpu_layers: layers on the GPU while the matrix is collected; -1 for all.
         elsewhere: what to do when the disk is full, beside freeing space.

@@ -126,7 +126,7 @@ def _execute(
 ) -> None:
     total = sum(tensor.source_bytes for tensor in plan.tensors)
     done = 0
-    # llama.cpp makes the tensors in the order in which its dry run told of them.
+    # llama.cpp makes the tensors in the order in which its dry run listed them.
     remaining = iter(plan.tensors)
     try:
         for step in process.run(job):

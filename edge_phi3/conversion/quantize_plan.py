@@ -25,7 +25,7 @@ _SPLIT = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
 
 class QuantizeError(EdgePhi3Error):
-    """A model that cannot be quantised as asked."""
+    """A model that cannot be quantised as requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> 
         raise explain(error, Path(job.source)) from error
     if not tensors or len(tensors) != process.log.count:
         raise QuantizeError(
-            f"llama.cpp planned {process.log.count} tensors of {job.source} and its log told of {len(tensors)};"
+            f"llama.cpp planned {process.log.count} tensors of {job.source} and its log lists {len(tensors)};"
             " install the version of llama-cpp-python that edge-phi3 asks for."
         )
     weights = sum(math.prod(tensor.shape) for tensor in tensors)

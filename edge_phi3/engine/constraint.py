@@ -38,13 +38,13 @@ class GrammarConstraint:
         self._byte = byte
 
     def permits(self, token: int) -> bool:
-        """Tell whether a token may come next."""
+        """Return whether a token may come next."""
         if token in self._vocabulary.ends:
             return self._is_whole()
         return not self._vocabulary.banned[token] and token not in self._broken() and self._lets(token)
 
     def mask(self, scores: NDArray[np.float32]) -> None:
-        """Give every token that may not come next the score minus infinity.
+        """Set the score of every token that may not come next to minus infinity.
 
         Args:
             scores: shape (vocabulary,); changed in place.
@@ -70,7 +70,7 @@ class GrammarConstraint:
         self._byte = self._vocabulary.byte_of.get(token)
 
     def clone(self) -> GrammarConstraint:
-        """Give a copy that goes its own way."""
+        """Return a copy that goes its own way."""
         return GrammarConstraint(self._grammar.clone(), self._vocabulary, self._byte)
 
     def _is_whole(self) -> bool:
@@ -83,7 +83,7 @@ class GrammarConstraint:
         return bool(candidate["logit"][0] == 0)
 
     def _broken(self) -> list[int]:
-        """Give the byte tokens that cannot follow the last token."""
+        """Return the byte tokens that cannot follow the last token."""
         return [] if self._byte is None else self._vocabulary.not_after.get(self._byte, [])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def exclude_each_other(schemas: list[object]) -> bool:
-    """Tell whether no value can fit two of the schemas: they differ in type, or in a required property's constant."""
+    """Return whether no value can fit two of the schemas: they differ in type, or in a required property's constant."""
     told = [_marks(schema) for schema in schemas]
     return all(_differ(one, other) for at, one in enumerate(told) for other in told[:at])
 

@@ -69,7 +69,7 @@ def quoted(text: str) -> str:
 
 
 def one_of(texts: Iterable[str]) -> str:
-    """Give a rule's body for some texts.
+    """Return a rule's body for some texts.
 
     Common beginnings stand once: llama.cpp follows every alternative that is still possible, at a cost for each token.
     """
@@ -91,7 +91,7 @@ def _branches(texts: list[str], deepest: int) -> str:
 
 
 def between(low: int | None, high: int | None) -> str:
-    """Give a rule's body for the integers from `low` to `high`, both included; None leaves that side open.
+    """Return a rule's body for the integers from `low` to `high`, both included; None leaves that side open.
 
     Args:
         low: at most `high`.
@@ -108,7 +108,7 @@ def between(low: int | None, high: int | None) -> str:
 
 
 def _natural(low: int, high: int | None) -> str:
-    """Give alternatives for the numbers from `low` to `high`, of each count of digits."""
+    """Return alternatives for the numbers from `low` to `high`, of each count of digits."""
     digits = len(str(low))
     longest = digits if high is None else len(str(high))
     parts: list[str] = []
@@ -122,7 +122,7 @@ def _natural(low: int, high: int | None) -> str:
 
 
 def _same_length(low: str, high: str) -> str:
-    """Give what lies between two numbers of equally many digits."""
+    """Return what lies between two numbers of equally many digits."""
     rest = len(low) - 1
     if low[0] == high[0]:
         return f'"{low[0]}"' + (f" ({_same_length(low[1:], high[1:])})" if rest else "")

@@ -54,7 +54,7 @@ _PYTHON_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 
 
 def json_grammar(schema: object | None = None) -> str:
-    """Give the grammar of the JSON texts that a schema accepts.
+    """Return the grammar of the JSON texts that a schema accepts.
 
     Args:
         schema: parsed from JSON; None for any object.
@@ -82,7 +82,7 @@ class _Converter:
         self._depth = 0
 
     def text(self, root: str) -> str:
-        """Give all rules, the shared ones among them."""
+        """Return all rules, the shared ones among them."""
         return with_shared_rules({"root": root, **self._rules})
 
     def rule_of(self, schema: object, place: str) -> str:
@@ -353,7 +353,7 @@ def _count(own: Mapping[str, Any], name: str, place: str) -> int | None:
 
 
 def _whole(own: Mapping[str, Any], name: str, place: str) -> bool:
-    """Tell whether an integer has this bound."""
+    """Return whether an integer has this bound."""
     value = own.get(name)
     if value is None:
         return False
@@ -363,7 +363,7 @@ def _whole(own: Mapping[str, Any], name: str, place: str) -> bool:
 
 
 def _types(own: Mapping[str, Any], place: str) -> list[str]:
-    """Give the types that a schema names, or that its keywords are about."""
+    """Return the types that a schema names, or that its keywords are about."""
     named = own.get("type")
     if named is None:
         named = [kind for kind, keywords in _KEYWORDS.items() if keywords & own.keys()][:1]

@@ -47,7 +47,7 @@ class Context:
     def __init__(self, model: Model, *, cells: int, sequences: int, settings: ContextOptions) -> None:
         params = context_parameters(cells=cells, sequences=sequences, settings=settings)
         # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
-        # time: strlen() of a flag that is "" or "\1" is the same question asked in C.
+        # time: strlen() of a flag that is "" or "\1" is the same check in C.
         self._abort_flag = ctypes.create_string_buffer(2)
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
@@ -116,7 +116,7 @@ class Context:
         self._batch.n_tokens = count
         status = llama_cpp.llama_decode(self._handle, self._batch)
         if status != 0:
-            reason = {1: "found no free KV cells", 2: "was told to stop"}.get(status, f"failed with status {status}")
+            reason = {1: "found no free KV cells", 2: "was aborted"}.get(status, f"failed with status {status}")
             raise DecodeFailedError(f"llama.cpp {reason} while decoding a batch of {count} tokens.")
         if rows == 0:
             return np.empty((0, self._model.vocab_size), np.float32)

@@ -1,4 +1,4 @@
-"""What a model takes of the memory: asked of llama.cpp in a child process, and read from its log."""
+"""What a model takes of the memory: planned by llama.cpp in a child process, and read from its log."""
 
 from __future__ import annotations
 

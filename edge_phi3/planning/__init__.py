@@ -1,1 +1,1 @@
-"""What a model will take of a machine's memory, told before it is downloaded, quantised or loaded."""
+"""What a model will take of a machine's memory, predicted before it is downloaded, quantised or loaded."""

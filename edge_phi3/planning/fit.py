@@ -59,7 +59,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One quantisation, with as many layers on the GPU as asked for, or as many as fit.
+    """One quantisation, with as many layers on the GPU as requested, or as many as fit.
 
     `made` is whether the model that was planned for is such a file already, whose name then is the `type`.
     """

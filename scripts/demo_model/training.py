@@ -217,5 +217,6 @@ def _restore(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[s
         )
     run.model.load_state_dict(value["model"])
     optimizer.load_state_dict(value["optimizer"])
-    run.curve, run.tokens, run.seconds = [tuple(point) for point in value["history"][0]], *value["history"][1:]
+    curve, run.tokens, run.seconds = value["history"]
+    run.curve = [(step, seen, unseen) for step, seen, unseen in curve]
     return int(value["step"])

@@ -20,7 +20,8 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.golden import attention
-from tests.support.in_process import PATIENCE, Running, ready, running
+from tests.support.in_process import Running, ready, running
+from tests.support.services import PATIENCE
 
 __all__ = ["GREEDY", "PATIENCE", "PROMPT", "Clock", "Running", "loader", "ready", "running"]
 
@@ -61,7 +62,7 @@ def loader(path: Path, **options: Any) -> Loader:
     """Return what loads a model with exact settings."""
 
     def load(_: Say) -> TextGenerationPipeline:
-        settings = {"kv_cache_type": "f32", "threads": 1, "parallel": 4, "ctx_size": 2048} | options
+        settings: dict[str, Any] = {"kv_cache_type": "f32", "threads": 1, "parallel": 4, "ctx_size": 2048} | options
         engine = Engine(EngineSettings(path, **settings))
         engine.load()
         return TextGenerationPipeline(engine)

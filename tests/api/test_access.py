@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ SECRET = "correct-horse"
 
 
 @pytest.fixture(scope="module")
-def guarded(model_path: Path):
+def guarded(model_path: Path) -> Iterator[Running]:
     with ready(loader(model_path), api_key=["first", SECRET]) as it:
         yield it
 
@@ -35,7 +36,7 @@ def guarded(model_path: Path):
     ],
 )
 def test_known_keys_are_let_in_and_no_others(guarded: Running, name: str, value: str, status: int) -> None:
-    headers = {name: value.encode("latin-1")}
+    headers = {name.encode(): value.encode("latin-1")}
     assert guarded.client.post("/chat", json=BODY, headers=headers).status_code == status
     for path in ("/chat", "/tokenize", "/detokenize"):
         response = guarded.client.post(path, content=b"not even JSON", headers=headers)

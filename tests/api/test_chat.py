@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ def events(response: httpx.Response) -> list[tuple[str, Any]]:
 
 
 def idle(api: Running) -> bool:
-    """Tell whether the engine holds nothing of any request."""
+    """Return whether the engine holds nothing of any request."""
     stats = api.service.pipeline.engine.stats()
     return stats.running == stats.waiting == stats.sequences == 0
 
@@ -74,7 +75,8 @@ def test_the_details_of_a_generation_are_returned_when_asked_for(api: Running) -
 
 
 def test_a_missing_prompt_has_the_original_s_answer(api: Running) -> None:
-    for body in ({}, {"prompt": None}, {"prompt": ""}, {"messages": []}):
+    bodies: tuple[dict[str, Any], ...] = ({}, {"prompt": None}, {"prompt": ""}, {"messages": []})
+    for body in bodies:
         response = api.chat(**body)
         assert response.status_code == 400
         assert response.json() == {"detail": "Text generation parameter prompt required"}
@@ -208,11 +210,15 @@ def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path,
     with ready(load, request_timeout=60, max_new_tokens=16000) as api, paced.slowly():
         engine = api.service.pipeline.engine
         slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
+
+        def one_runs(waiting: int) -> bool:
+            return (engine.stats().running, engine.stats().waiting) == (1, waiting)
+
         with ThreadPoolExecutor(2) as pool:
             answers = []
             for count in range(2):  # the first runs before the second waits
                 answers.append(pool.submit(api.chat, **slow))
-                api.wait_until(lambda count=count: (engine.stats().running, engine.stats().waiting) == (1, count))
+                api.wait_until(functools.partial(one_runs, count))
             for stream in (False, True):
                 response = api.chat(stream=stream, **slow)
                 assert (response.status_code, response.headers["retry-after"]) == (429, "1")

@@ -18,7 +18,8 @@ COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
 def greedy(api: Running, **kwargs: Any) -> str:
     """Ask `/chat` the same question."""
     body = {"messages": USER, "generate_kwargs": {"do_sample": False, **kwargs}}
-    return api.client.post("/chat", json=body).json()["Result"]
+    result: str = api.client.post("/chat", json=body).json()["Result"]
+    return result
 
 
 def test_a_conversation_is_answered_as_by_chat(api: Running, client: Any) -> None:
@@ -121,7 +122,8 @@ def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     assert alone.usage.prompt_tokens == len(tokens[0])
     with pytest.raises(openai.BadRequestError, match="token id from 0 to"):
         client.completions.create(prompt=[10**6], **COMPLETION)
-    for mixed in ([1, "a"], ["a", [1]], [[]], []):
+    prompts: tuple[Any, ...] = ([1, "a"], ["a", [1]], [[]], [])
+    for mixed in prompts:
         with pytest.raises(openai.BadRequestError, match="`prompt`"):
             client.completions.create(prompt=mixed, **COMPLETION)
 

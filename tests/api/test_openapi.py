@@ -28,7 +28,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 def document(api: Running) -> dict[str, Any]:
     response = api.client.get("/openapi.json")
     assert response.status_code == 200
-    return response.json()
+    document: dict[str, Any] = response.json()
+    return document
 
 
 def test_every_route_is_documented_and_every_documented_route_exists(api: Running, document: dict[str, Any]) -> None:

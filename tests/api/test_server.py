@@ -67,7 +67,7 @@ def logged(server: Server, words: str) -> bool:
 
 
 def group_is_gone(server: Server) -> bool:
-    """Tell whether no process of the service's session is left."""
+    """Return whether no process of the service's session is left."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.process.pid, 0)
         return False

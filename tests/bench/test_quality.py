@@ -90,7 +90,8 @@ def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.floa
 def test_the_figures_are_those_of_their_definitions(
     loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality]
 ) -> None:
-    losses, divergences, same = {"F16": [], "Q3_K_S": []}, [], []
+    losses: dict[str, list[float]] = {"F16": [], "Q3_K_S": []}
+    divergences, same = [], []
     clipped = []
     for chunk in chunks:
         found = {name: log_probabilities(one.model, chunk) for name, one in loaded.items()}

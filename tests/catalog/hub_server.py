@@ -16,7 +16,7 @@ import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 LARGE = 4096
 """Files from so many bytes on are stored in Git LFS, with a SHA-256; smaller ones have git's own id."""
@@ -130,6 +130,12 @@ class HubServer:
         return sum(request.sent for request in self.gets(file))
 
 
+class _Refusal(NamedTuple):
+    status: int
+    code: str
+    message: str
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
@@ -163,24 +169,31 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.hub.requests.append(Request(self.name, self.command, path, wanted, token, self._sent))
 
     def _repository(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | None:
+        found = self._look_up(name, revision, listing=listing)
+        if isinstance(found, _Refusal):
+            self._error(*found)
+            return None
+        return found
+
+    def _look_up(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | _Refusal:
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if given and given != self.hub.token:
-            return self._error(401, "", "Invalid credentials in Authorization header")
+            return _Refusal(401, "", "Invalid credentials in Authorization header")
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not given):
             # To those without a token the Hub does not tell what does not exist from what is private.
             if given:
-                return self._error(404, "RepoNotFound", "Repository not found")
-            return self._error(401, "", "Invalid username or password.")
+                return _Refusal(404, "RepoNotFound", "Repository not found")
+            return _Refusal(401, "", "Invalid username or password.")
         commit = {"main": repository.commit, repository.commit: repository.commit, **repository.revisions}.get(revision)
         if commit is None:
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if repository.gated and not listing and given != self.hub.token:
-            return self._error(401, "GatedRepo", "Access to model is restricted.")
+            return _Refusal(401, "GatedRepo", "Access to model is restricted.")
         if repository.gated and not listing and not repository.granted:
-            return self._error(403, "GatedRepo", "Your access request is awaiting a review.")
+            return _Refusal(403, "GatedRepo", "Your access request is awaiting a review.")
         if repository.forbidden and not listing:
-            return self._error(403, "", "Fine-grained token lacks the permission")
+            return _Refusal(403, "", "Fine-grained token lacks the permission")
         return repository, commit
 
     def _listing(self, name: str, revision: str) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from edge_phi3.catalog import Catalog, HubError
-from edge_phi3.conversion.convert import SourceInfo, convert
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.quantize import quantize
 from tests.catalog.conftest import SHARD, Notes, files_below
 from tests.catalog.hub_server import HubServer, Repository

@@ -13,8 +13,8 @@ import pytest
 from edge_phi3.catalog import Catalog
 from edge_phi3.catalog.build import fetch_checkpoint
 from edge_phi3.catalog.hub import Repository
-from edge_phi3.conversion.convert import SourceInfo
 from edge_phi3.conversion.journey import Journey
+from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.files import DiskFullError
 from edge_phi3.progress import SilentProgress

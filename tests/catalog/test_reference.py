@@ -50,6 +50,7 @@ def test_presets_are_repositories(text: str, repository: str) -> None:
 def test_the_hub(text: str, expected: object) -> None:
     reference = parse_reference(text)
     assert reference == expected
+    assert isinstance(reference, HubCheckpoint | HubGguf)
     assert parse_reference(reference.text) == reference
     assert reference.name in {"owner/name", "file", "big"}
 

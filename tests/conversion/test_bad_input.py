@@ -132,11 +132,14 @@ def test_no_weights(checkpoint: Path) -> None:
     refused(checkpoint, CheckpointError, "has pickled weights .* save it as safetensors first")
 
 
+NO_MAPS: tuple[Any, ...] = (..., None, [], {"a": 1})
+
+
 @pytest.mark.parametrize(
     ("weight_map", "sentence"),
     [
         *(({"model.norm.weight": name}, "is not in") for name in ("../x.safetensors", "/etc/hostname", "sub/x", "..")),
-        *((wrong, f"{INDEX}: .*weight_map") for wrong in (..., None, [], {"a": 1})),
+        *((wrong, f"{INDEX}: .*weight_map") for wrong in NO_MAPS),
     ],
 )
 def test_an_index_without_a_map_of_files_beside_it(

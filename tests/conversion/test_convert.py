@@ -228,7 +228,8 @@ def every_finite(dtype: str, below: float = np.inf) -> tuple[NDArray[np.uint16],
 
 def reference(values: NDArray[np.float32], target: GgmlType) -> bytes:
     with np.errstate(all="ignore"):
-        return quants.quantize(values.reshape(1, -1), target).tobytes()
+        data: bytes = quants.quantize(values.reshape(1, -1), target).tobytes()
+    return data
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

@@ -12,8 +12,8 @@ import gguf
 import llama_cpp
 import pytest
 
-from edge_phi3.conversion.convert import SourceInfo, convert
-from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY, SourceInfo
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
 from tests.conversion import llama

@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
@@ -93,7 +94,7 @@ def test_progress_names_each_tensor_once_and_reaches_the_end(source: Path, tmp_p
 def test_overrides_reach_the_tensors_they_name(source: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.gguf"
     overrides = {r"BLK\.\d\.ffn_down": "q8_0", "ffn_": "iq4_nl"}
-    others = {"output_tensor_type": "F16", "token_embedding_type": "Q5_1"}
+    others: dict[str, Any] = {"output_tensor_type": "F16", "token_embedding_type": "Q5_1"}
     quantize(source, output, type="Q4_K_M", tensor_types=overrides, **others)
     types = {tensor.name: tensor.tensor_type.name for tensor in tensors_of(output).values()}
     assert types["output.weight"] == "F16"
@@ -236,7 +237,7 @@ UNFIT = [
     [(UnknownQuantizationError, *case) for case in UNKNOWN] + [(QuantizeError, *case) for case in UNFIT],
 )
 def test_what_cannot_be_made_is_refused_in_a_sentence(
-    source: Path, tmp_path: Path, error: type[Exception], options: dict, words: str
+    source: Path, tmp_path: Path, error: type[Exception], options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         quantize(source, tmp_path / "out.gguf", **({"type": "Q4_K_M"} | options))

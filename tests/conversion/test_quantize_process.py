@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from edge_phi3.conversion import quantize as module
-from edge_phi3.conversion.quantize import QuantizeError, quantize
-from edge_phi3.llama import child_process
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.quantize_plan import QuantizeError
 from edge_phi3.llama.quantizer import LogReader, TensorType
 from tests.conversion.random_gguf import write_random
 
@@ -83,7 +83,8 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
     source = tmp_path / "source" / "model.gguf"
     source.parent.mkdir()
     write_random(source, layers=30, vocabulary=64, feed_forward=256)
-    monkeypatch.setattr(child_process.subprocess, "Popen", functools.partial(subprocess.Popen, pipesize=4096))
+    slow = functools.partial(subprocess.Popen, pipesize=4096)
+    monkeypatch.setattr("edge_phi3.llama.child_process.subprocess.Popen", slow)
 
     told: list[str] = []
 

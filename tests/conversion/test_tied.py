@@ -118,7 +118,7 @@ def test_the_embedding_once_more_is_left_out(checkpoint: Path, caplog: pytest.Lo
 
 
 def replace(checkpoint: Path, bits: Bits) -> None:
-    """Give the embedding other values."""
+    """Replace the values of the embedding."""
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(read(checkpoint, EMBEDDING)[1].tobytes(), bits.tobytes()))
 

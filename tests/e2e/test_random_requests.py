@@ -23,7 +23,7 @@ from tests.support.service_setups import Setup, make_model
 from tests.support.services import PATIENCE, Server, serving, wait_for
 
 QUESTIONS = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))
-CROSSING = {"num_beams": 4, "max_length": 4100, "do_sample": False}
+CROSSING: dict[str, Any] = {"num_beams": 4, "max_length": 4100, "do_sample": False}
 """Beams that grow beyond the original context of a long-rope model, from a prompt of 3,000 tokens."""
 
 Model = Callable[[str], Path]
@@ -121,7 +121,7 @@ def test_beams_whose_clients_leave_do_not_touch_the_answers_beside_them(model: M
     ids=["beams", "sequences"],
 )
 def test_sequences_that_outgrow_the_original_context_stop_nobody(
-    model: Model, folder: Path, options: tuple[str, ...], seed: dict[str, int], kwargs: dict[str, Any]
+    model: Model, folder: Path, options: tuple[str, ...], seed: dict[str, Any], kwargs: dict[str, Any]
 ) -> None:
     enough = "20000" in options
     with served(folder, model("128k"), *options) as server:
@@ -136,7 +136,7 @@ def test_sequences_that_outgrow_the_original_context_stop_nobody(
 
 
 def test_several_sequences_fit_beside_another_request_whose_window_has_moved(model: Model, folder: Path) -> None:
-    new = {"max_new_tokens": 120, "eos_token_id": []}
+    new: dict[str, Any] = {"max_new_tokens": 120, "eos_token_id": []}
     with served(folder, model("4k")) as server, begun(server, ask(1800, stream=True, do_sample=False, **new)) as lines:
         several = send(server.port, ask(2000, do_sample=True, num_return_sequences=4, **new), PATIENCE)
         assert is_answered(several), several
@@ -150,8 +150,8 @@ def test_small_windows_break_nothing(model: Model, folder: Path, window: str) ->
 
 
 def test_scores_that_leave_no_token_fail_that_request_alone(folder: Path, store: Path) -> None:
-    odd = {"temperature": 0.9, "repetition_penalty": 1e-38, "max_new_tokens": 5, "top_k": 1, "typical_p": 0.5}
-    odd |= {"min_p": 0.05, "no_repeat_ngram_size": 2}
+    odd: dict[str, Any] = {"temperature": 0.9, "repetition_penalty": 1e-38, "max_new_tokens": 5, "top_k": 1}
+    odd |= {"typical_p": 0.5, "min_p": 0.05, "no_repeat_ngram_size": 2}
     questions = [f"<|user|>\n{entry['question']}<|end|>\n<|assistant|>\n" for entry in QUESTIONS]
     asked = ask(questions[0], do_sample=False)
     with served(folder, store=store) as server:
@@ -190,7 +190,7 @@ def test_what_can_never_run_is_refused_without_waiting_in_the_queue(model: Model
 
 
 @pytest.mark.parametrize("seed", [{}, {"seed": 1}], ids=["no seed", "seed"])
-def test_sigterm_ends_the_service_while_such_requests_run(model: Model, folder: Path, seed: dict[str, int]) -> None:
+def test_sigterm_ends_the_service_while_such_requests_run(model: Model, folder: Path, seed: dict[str, Any]) -> None:
     asks = [ask(3000, **CROSSING, **seed), ask(20, num_beams=4, max_new_tokens=900, do_sample=False, **seed)]
     options = ("--threads", "1", "--grace-period", "1", "--log-format", "json")
     with (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import CASES, Case, recorded
 
-ENDLESS = {"eos_token_id": []}
+ENDLESS: dict[str, Any] = {"eos_token_id": []}
 
 
 def cases(model: str) -> list[object]:

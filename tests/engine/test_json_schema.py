@@ -53,7 +53,7 @@ class Vocabulary:
         return None
 
     def reads(self, schema: object, text: str) -> bool:
-        """Tell whether a grammar lets a text through, byte by byte."""
+        """Return whether a grammar lets a text through, byte by byte."""
         constraint = self.start(schema)
         for byte in text.encode():
             token = next(token for token, each in self.tokenizer.byte_of.items() if each == byte)

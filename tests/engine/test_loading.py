@@ -75,8 +75,13 @@ def test_a_context_that_cannot_be_made_leaves_nothing_behind(
             super().close()
 
     close = Model.close
+
+    def close_model(model: Model) -> None:
+        freed.append("model")
+        close(model)
+
     monkeypatch.setattr(loader, "Context", Second)
-    monkeypatch.setattr(Model, "close", lambda model: (freed.append("model"), close(model)))
+    monkeypatch.setattr(Model, "close", close_model)
     with pytest.raises(ModelLoadError, match="8192 KV cells"):
         loader.load(EngineSettings(make_model("128k")))
     assert freed == ["context", "model"]

@@ -27,7 +27,8 @@ def table_model(seed: int, size: int = VOCABULARY, spread: float = 2.0) -> Model
 
     def logits(prefix: Prefix) -> NDArray[np.float32]:
         before = prefix[-2] if len(prefix) > 1 else 0
-        return (table[0, before] + table[1, prefix[-1]]) * np.float32(spread)
+        scores: NDArray[np.float32] = (table[0, before] + table[1, prefix[-1]]) * np.float32(spread)
+        return scores
 
     return logits
 

@@ -36,6 +36,7 @@ def test_as_many_beams_as_continuations_find_the_best_of_all() -> None:
     every = [(1, 2, 3, *tail) for tail in itertools.product(range(6), repeat=3)]
     best = sorted(every, key=lambda tokens: log_probability(model, tokens))[::-1][:5]
     assert [tuple(tokens.tolist()) for tokens in result.sequences] == best
+    assert result.sequences_scores is not None
     np.testing.assert_allclose(
         result.sequences_scores, [log_probability(model, tokens) / 3 for tokens in best], rtol=1e-5
     )

@@ -109,7 +109,7 @@ def test_whole_numbers_are_good_numbers() -> None:
         ("epsilon_cutoff", 1.0), ("eta_cutoff", -0.1), ("output_scores", "yes"),
     ],
 )  # fmt: skip
-def test_wrong_types_and_ranges_are_refused_by_name(name: str, value: object) -> None:
+def test_wrong_types_and_ranges_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ParameterError) as caught:
         resolve(**{name: value})
     assert caught.value.parameter == name
@@ -167,7 +167,7 @@ def test_unknown_names_are_refused_with_a_hint() -> None:
      ("prompt_lookup_num_tokens", 3), ("watermarking_config", {}), ("dola_layers", "low"), ("low_memory", True),
      ("cache_implementation", "static"), ("constraints", [])],
 )  # fmt: skip
-def test_unsupported_names_are_refused_with_their_reason(name: str, value: object) -> None:
+def test_unsupported_names_are_refused_with_their_reason(name: str, value: Any) -> None:
     with pytest.raises(ParameterError, match=f"`{name}` is not supported: ") as caught:
         resolve(**{name: value})
     assert caught.value.parameter == name

@@ -19,7 +19,7 @@ def random_scores(seed: int, rows: int, size: int, kind: str) -> NDArray[np.floa
     random = np.random.Generator(np.random.PCG64(seed))
     scores = (random.standard_normal((rows, size)) * 3).astype(np.float32)
     if kind == "ties":
-        scores = np.round(scores * 2) / 2
+        scores[:] = np.round(scores * 2) / 2
     elif kind == "banned":
         scores[random.random(scores.shape) < 0.9] = -np.inf
         scores[:, 0] = 0

@@ -41,7 +41,7 @@ def test_they_are_the_log_softmax_of_the_raw_logits(options: dict[str, Any], top
 
 
 def test_steps_hold_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids_come_first() -> None:
-    each, other = (decoder(PROMPT, do_sample=False, **more) for more in ({"top_logprobs": 3}, {}))
+    each, other = decoder(PROMPT, do_sample=False, top_logprobs=3), decoder(PROMPT, do_sample=False)
     logits = np.zeros((2, VOCABULARY), np.float32)
     logits[:, [9, 40]] = 2
     first, second = advance([each, other], logits)

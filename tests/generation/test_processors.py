@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_warpers_see_the_same_rows_whole_or_cut_to_candidates(name: str, value: 
 def test_openais_penalties_are_those_of_its_formula_and_leave_the_prompt_out() -> None:
     tokens = np.array([[1, 2, 7, 7, 9, 7], [1, 2, 8, 9, 9, 8]], np.int32)
     scores = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
-    penalties = {"presence_penalty": 1.25, "frequency_penalty": 0.5}
+    penalties: dict[str, Any] = {"presence_penalty": 1.25, "frequency_penalty": 0.5}
     config = dataclasses.replace(GenerationConfig.resolve({"do_sample": False}, DEFAULTS), **penalties)
     for start in (2, 6):  # with four tokens generated, and with none
         expected = scores.copy()

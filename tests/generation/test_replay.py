@@ -40,8 +40,9 @@ def start(request: Request) -> Decoder:
 
 
 def compare(running: Decoder, request: Request, answer: Answer) -> list[str]:
-    pad = request.kwargs.get("pad_token_id", REPLAY_DEFAULTS.pad_token_id)
-    return differences(running.result(), request, answer, pad)
+    pad = REPLAY_DEFAULTS.pad_token_id
+    assert pad is not None
+    return differences(running.result(), request, answer, request.kwargs.get("pad_token_id", pad))
 
 
 @pytest.mark.parametrize("mode", MODES)

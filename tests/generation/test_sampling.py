@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from edge_phi3.generation import GenerationError, ParameterError, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
+from edge_phi3.generation.sampling import SequenceDecoder
 from tests.generation.conftest import END, VOCABULARY, answer, decoder, run, table_model
 
 PROMPT = (5, 6, 7)
@@ -66,7 +67,8 @@ def test_a_request_gives_the_same_whatever_runs_beside_it(order: list[int], coun
 
 
 def test_steps_emit_what_each_sequence_got() -> None:
-    options = {"num_return_sequences": 6, "top_k": 0, "temperature": 3.0, "eos_token_id": [*range(2, 12)]}
+    options: dict[str, Any] = {"num_return_sequences": 6, "top_k": 0, "temperature": 3.0}
+    options["eos_token_id"] = [*range(2, 12)]
     each = decoder(PROMPT, seed=5, max_new_tokens=60, **options)
     emitted = run(table_model(4), (each, PROMPT))[0]
     streamed: dict[int, list[int]] = {index: [] for index in range(6)}
@@ -89,6 +91,7 @@ def test_rows_that_end_leave_the_others_in_order() -> None:
     (step,) = advance([each], logits)
     assert (list(step.parents), list(step.tokens)) == ([0, 2], [60, 62])
     assert step.emitted == [(0, 60), (1, END), (2, 62)]
+    assert isinstance(each, SequenceDecoder)
     assert (each.rows, each.live) == (2, [0, 2])
 
 

@@ -68,4 +68,5 @@ def write_logits_case(folder: Path, name: str) -> Path:
 
 
 def prompt_of(length: int, vocab_size: int) -> list[int]:
-    return (np.random.PCG64(length).random_raw(length) % np.uint64(vocab_size)).astype(int).tolist()
+    prompt: list[int] = (np.random.PCG64(length).random_raw(length) % np.uint64(vocab_size)).astype(int).tolist()
+    return prompt

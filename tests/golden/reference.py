@@ -92,7 +92,7 @@ class Reference:
             ValueError: transformers refuses the request.
             RuntimeError: no token could be drawn.
         """
-        kwargs = dict(API_DEFAULTS) | request.kwargs
+        kwargs: dict[str, Any] = {**API_DEFAULTS, **request.kwargs}
         seed = kwargs.pop("seed", 0)
         if kwargs["max_length"] is None:
             del kwargs["max_length"]
@@ -153,7 +153,7 @@ def _settled(seed: int, *, beams: bool) -> Iterator[None]:
 
 
 def is_undrawable(error: Exception) -> bool:
-    """Tell whether transformers failed to draw from NaN, which its processors make of some combinations."""
+    """Return whether transformers failed to draw from NaN, which its processors make of some combinations."""
     return "not finite" in str(error) or "found invalid values" in str(error)
 
 

@@ -114,7 +114,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, add_bos: bool = Fal
 
 def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str, Any]:
     """Return the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
-    made = _of_the_demo("tokenizer.json")
+    made: dict[str, Any] = _of_the_demo("tokenizer.json")
     made["added_tokens"] = [{"id": token.id, **_added_token_fields(token)} for token in vocabulary.added]
     made["model"]["vocab"] = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
     made["model"]["merges"] = _merges(vocabulary.pieces)

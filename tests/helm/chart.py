@@ -79,11 +79,13 @@ def pod_of(objects: list[Object]) -> Object:
 
 
 def server(objects: list[Object]) -> Object:
+    found: Object
     (found,) = [container for container in pod_of(objects)["containers"] if container["name"] == "edge-phi3"]
     return found
 
 
 def preparer(objects: list[Object]) -> Object:
+    found: Object
     (found,) = pod_of(objects)["initContainers"]
     return found
 

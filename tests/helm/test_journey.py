@@ -15,14 +15,15 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from edge_phi3.catalog.reference import parse_reference
+from edge_phi3.catalog.reference import LocalCheckpoint, parse_reference
 from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
-from tests.helm.processes import NOWHERE, PATIENCE, command_of, environment_of, prepare, served
+from tests.helm.processes import NOWHERE, command_of, environment_of, prepare, served
 from tests.ports import free_port
 from tests.support.documents import blocks, run_at
+from tests.support.services import PATIENCE
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
@@ -139,7 +140,9 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
     command[command.index("--port") + 1] = str(port)
     # Until it has answered once, it waits for another process that makes the model.
     store = Path(environment_of(container)["EDGE_PHI3_STORE"])
-    shelf = shelf_name(parse_reference("demo"))
+    demo = parse_reference("demo")
+    assert isinstance(demo, LocalCheckpoint)
+    shelf = shelf_name(demo)
     (store / ".locks").mkdir()
     making = FileLock(store / ".locks" / f"{shelf}.lock")
     making.acquire()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import helm_python
 import pytest
@@ -58,7 +59,7 @@ def options() -> st.SearchStrategy[Object]:
     return some(**{key: option(key, described[key]) for key in described})
 
 
-def mixtures() -> Iterator[tuple[str, st.SearchStrategy[object]]]:
+def mixtures() -> Iterator[tuple[str, st.SearchStrategy[Any]]]:
     """Yield, for each value that an example sets, what any of the examples has there."""
     examples = [values_of(path) for path in EXAMPLES.values()]
     for key in sorted({key for example in examples for key in example if not key.startswith("extra")}):

@@ -15,7 +15,8 @@ import pytest
 
 from tests.catalog.hub_server import HubServer, Repository
 from tests.helm.chart import CHART, containers, of_kind, preparer, render, server
-from tests.helm.processes import PATIENCE, command_of, environment_of, prepare, served
+from tests.helm.processes import command_of, environment_of, prepare, served
+from tests.support.services import PATIENCE
 
 FETCH = CHART / "files" / "fetch_model.py"
 CONTENT = bytes(range(256)) * 40_000

@@ -120,7 +120,7 @@ def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Ite
     """
     port = free_port()
     endpoint = f"127.0.0.1:{port}"
-    command = [sys.executable, SITE / "rpc_plugin.py", plugin, endpoint, str(THREADS)]
+    command: list[str | Path] = [sys.executable, SITE / "rpc_plugin.py", plugin, endpoint, str(THREADS)]
     command += [] if memory is None else [str(memory)]
     told = os.environ | {"GGML_RPC_DEBUG": "1"}
     with (

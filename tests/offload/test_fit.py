@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.api.test_server import serving
 from tests.offload.device import Device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_allocations import Made
+from tests.support.services import serving
 
 GIB = 1 << 30
 ALL = -1
@@ -89,7 +89,7 @@ def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
-def serve_as_recommended(device: Device, found: dict[str, Any]) -> None:
+def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) -> None:
     """Run the command of a plan, and compare what it takes of the device with the plan."""
     (row,) = found["types"]
     assert row["fits"]
@@ -97,25 +97,25 @@ def serve_as_recommended(device: Device, found: dict[str, Any]) -> None:
     (command,) = found["recommended"]["commands"]
     program, verb, *arguments = shlex.split(command)
     assert (program, verb) == ("edge-phi3", "serve")
-    with serving(*arguments, environment=device.environment(), fast=()) as process:
-        process.wait_for(f"{row['layers_on_gpu']} of 7 layers on the GPU")
+    with serving(folder, *arguments, environment=device.environment()) as server:
+        assert f"{row['layers_on_gpu']} of 7 layers on the GPU" in server.log.read_text()
         # What its server was asked to allocate, of all that it was asked.
         allocated = sum(device.calls("alloc_buffer").elements())
     assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
 
 
-def test_the_recommended_command_serves_as_planned(device: Device, demo_f16: Path) -> None:
+def test_the_recommended_command_serves_as_planned(device: Device, demo_f16: Path, tmp_path: Path) -> None:
     found = answer(device, demo_f16, "--quant", "F16")
     # NVML knows of no GPU here; llama.cpp told of this one, and how much of its memory is free.
     assert found["machine"]["name"].startswith(device.endpoint)
     assert found["machine"]["free"] > GIB
     assert found["types"][0]["layers_on_gpu"] == found["layers"] == 7
-    serve_as_recommended(device, found)
+    serve_as_recommended(device, tmp_path, found)
 
 
-def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f16: Path) -> None:
+def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f16: Path, tmp_path: Path) -> None:
     options = (demo_f16, "--quant", "F16", "--ctx-size", "2048")
     needed = answer(device, *options)["types"][0]["gpu"]["total"]
     found = answer(device, *options, "--device", "gpu", "--memory", str(needed * 3 // 4), "--reserve", "0")
     assert 0 < found["types"][0]["layers_on_gpu"] < 7
-    serve_as_recommended(device, found)
+    serve_as_recommended(device, tmp_path, found)

@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from tests.api.conftest import PATIENCE
-from tests.api.test_server import serving
 from tests.golden.pipeline import cases, recorded, write_model
 from tests.offload.device import Device, running_device
+from tests.support.services import PATIENCE, serving
 
 AT_ONCE = 8
+EXACT = ("--threads", "1", "--ctx-size", "4096", "--kv-cache-type", "f32")
 MIB = 1 << 20
 
 
@@ -27,14 +27,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("layers", [-1, 2, 0])
-def test_chat_answers_as_transformers_does(device: Device, model: Path, layers: int) -> None:
+def test_chat_answers_as_transformers_does(device: Device, model: Path, tmp_path: Path, layers: int) -> None:
+    options = (str(model), *EXACT, "--n-gpu-layers", str(layers))
     with (
-        serving(str(model), "--n-gpu-layers", str(layers), environment=device.environment()) as process,
-        httpx.Client(base_url=process.url, timeout=PATIENCE, trust_env=False) as client,
+        serving(tmp_path, *options, environment=device.environment()) as server,
+        httpx.Client(base_url=server.url, timeout=PATIENCE, trust_env=False) as client,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):
         # Two blocks and the output.
-        process.wait_for(f"{layers if layers >= 0 else 3} of 3 layers on the GPU")
+        assert f"{layers if layers >= 0 else 3} of 3 layers on the GPU" in server.log.read_text()
 
         def text(case: dict[str, Any]) -> str:
             options = {name: value for name, value in case.items() if name != "kwargs"}
@@ -51,7 +52,10 @@ def test_chat_answers_as_transformers_does(device: Device, model: Path, layers: 
 
 @pytest.mark.parametrize("verb", ["serve", "imatrix"])
 def test_weights_that_do_not_fit(plugin: Path, demo_f16: Path, tmp_path: Path, verb: str) -> None:
-    rest = {"serve": ("--port", "0", "--log-level", "error"), "imatrix": ("-o", tmp_path / "m.gguf", "--chunks", "1")}
+    rest: dict[str, tuple[str | Path, ...]] = {
+        "serve": ("--port", "0", "--log-level", "error"),
+        "imatrix": ("-o", tmp_path / "m.gguf", "--chunks", "1"),
+    }
     with running_device(plugin, tmp_path / "device.log", memory=8 * MIB) as device:
         refused = device.run("-m", "edge_phi3", verb, demo_f16, *rest[verb])
         assert refused.returncode == 1

@@ -95,7 +95,8 @@ def ask_engine(model: Path, answered: list[tuple[Request, Any]]) -> list[Compare
     """Run all requests at once, and put our answers beside theirs."""
     engine = Engine(EngineSettings(model, ctx_size=4096, kv_cache_type="f32", window_chunk=1, max_queue=len(answered)))
     engine.load()
-    usual, scored = dict(API_DEFAULTS), {"return_dict_in_generate": True, "output_scores": True}
+    usual: dict[str, Any] = {**API_DEFAULTS}
+    scored = {"return_dict_in_generate": True, "output_scores": True}
     try:
         asked = [Asked(engine, request.prompt, **usual | request.kwargs | scored) for request, _ in answered]
         configs = [one.request.config for one in asked]

@@ -9,7 +9,8 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import make_imatrix
-from edge_phi3.conversion.quantize import QUANTIZATION_TYPES, quantize
+from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
+from edge_phi3.conversion.quantize import quantize
 from edge_phi3.planning.fit import Machine, Options, fit
 from edge_phi3.planning.gguf_layout import read_layout
 from edge_phi3.planning.source import find_base

@@ -181,7 +181,8 @@ def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: py
     from edge_phi3 import system_resources
 
     monkeypatch.setattr(system_resources, "_CGROUP", tmp_path)
-    monkeypatch.setattr(system_resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    memory = SimpleNamespace(available=8 * GIB)
+    monkeypatch.setattr("edge_phi3.system_resources.psutil.virtual_memory", lambda: memory)
     assert system_resources.available_memory() == 8 * GIB
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")

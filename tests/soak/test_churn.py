@@ -2,9 +2,9 @@
 
 Requests come in random sizes and modes (greedy, sampling, several sequences, beams), many beginning alike, into a KV
 cache that is too small for all of them, so that the scheduler preempts, beside a prefix store of one MiB, so that it
-drops. While they run, and at rest after every tenth part, the engine's books are checked against themselves and against
-the positions that llama.cpp holds for every sequence. The process's memory is sampled at rest: from the first fifth to
-the end it must not grow by more than 2 %.
+drops. While they run, and at rest after every tenth part, the engine's records of cells are checked against themselves
+and against the positions that llama.cpp holds for every sequence. The process's memory is sampled at rest: from the
+first fifth to the end it must not grow by more than 2 %.
 
     pytest -m soak                          # 5,000 requests on each model; SOAK_REQUESTS=N for another number
 """
@@ -137,7 +137,7 @@ class Churn:
         return {"do_sample": False, "num_beams": int(self._random.integers(2, 5))}
 
     def _receive(self, number: int, event: Event) -> None:
-        """Take an event, in the engine's thread: the one moment at which its books can be read while it is busy."""
+        """Take an event, in the engine's thread: the one moment at which its records can be read while it is busy."""
         if isinstance(event, FinishedEvent) and number % 16 == 0:
             try:
                 for runner in self._engine.model.runners:

@@ -50,8 +50,8 @@ class Client:
         self.number, self.ask = number, ask
         self._scenario, self._clock = scenario, clock
         before = others[ask.after].expected.result if ask.after is not None else None
-        whole = [] if before is None else before.sequences[ask.entropy % len(before.sequences)]
-        start = [*whole[:LONGEST_REPEATED]]
+        whole: Sequence[int] = [] if before is None else before.sequences[ask.entropy % len(before.sequences)].tolist()
+        start = whole[:LONGEST_REPEATED]
         self.prompt = np.array([*start, *ask.prompt], np.int32)
         self.config = ask.config()
         self.running: RunningRequest | None = None

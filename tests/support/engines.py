@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -74,13 +75,12 @@ def engine_at_rest(engine: Engine) -> Iterator[None]:
         go.wait(600)
         step()
 
-    core.step = rest
-    core.wake()
-    assert rests.wait(600)
     try:
-        yield
+        with mock.patch.object(core, "step", rest):
+            core.wake()
+            assert rests.wait(600)
+            yield
     finally:
-        core.step = step
         go.set()
 
 
@@ -95,8 +95,9 @@ def generated(event: FinishedEvent) -> list[list[int]]:
 
 def compared(engine: Engine, recorded: Sequence[tuple[Request, Answer]]) -> list[list[str]]:
     """Ask recorded requests, all at once; return in what each answer differs from transformers'."""
+    usual: dict[str, Any] = {**API_DEFAULTS}
     scored = {"output_scores": True, "return_dict_in_generate": True}
-    asked = [Asked(engine, each.prompt, **dict(API_DEFAULTS) | each.kwargs | scored) for each, _ in recorded]
+    asked = [Asked(engine, each.prompt, **usual | each.kwargs | scored) for each, _ in recorded]
     pad = engine.model.defaults.pad_token_id
     assert pad is not None
     return [

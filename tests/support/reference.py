@@ -18,9 +18,9 @@ _randbits = secrets.randbits
 _entropy = threading.local()
 
 
-def _repeatable_bits(count: int) -> int:
+def _repeatable_bits(k: int) -> int:
     bits: int | None = getattr(_entropy, "bits", None)
-    return _randbits(count) if bits is None else bits
+    return _randbits(k) if bits is None else bits
 
 
 @contextlib.contextmanager

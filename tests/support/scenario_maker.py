@@ -201,8 +201,8 @@ def _fit(kwargs: dict[str, Any], most: int) -> None:
 def _most_cells(scenario: Scenario, ask: Ask, longest: int | None) -> int:
     """Return the cells that a request needs at most in a context for sequences up to `longest`."""
     prompt, kwargs = len(ask.prompt), ask.kwargs
-    rows = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
-    length = kwargs.get("max_length") or prompt + kwargs.get("max_new_tokens", 20)
+    rows: int = max(kwargs.get("num_beams", 1), kwargs.get("num_return_sequences", 1))
+    length: int = kwargs.get("max_length") or prompt + kwargs.get("max_new_tokens", 20)
     if longest is not None:
         length, prompt = min(length, longest), min(prompt, longest)
     needed = prompt + rows * (length - prompt)

@@ -167,8 +167,9 @@ class AskMaker:
     def _openai(self, new: int) -> dict[str, Any]:
         """Return what the bodies of OpenAI's two routes have in common."""
         chance = self._chance
-        drawn = {"temperature": 0.9, "top_p": 0.9, "seed": chance.randrange(2**31)}
-        body = {"max_tokens": new, "n": chance.choice((1, 1, 1, 2, 4)), "stream": chance.random() < 0.25}
+        drawn: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "seed": chance.randrange(2**31)}
+        body: dict[str, Any] = {"max_tokens": new, "n": chance.choice((1, 1, 1, 2, 4))}
+        body["stream"] = chance.random() < 0.25
         body |= chance.choice(({"temperature": 0}, drawn))
         for more in ({"presence_penalty": 0.7, "frequency_penalty": -0.2}, {"stop": [" t", "the"]}):
             body |= more if chance.random() < 0.2 else {}
@@ -197,7 +198,8 @@ class AskMaker:
 
     def _conversation(self) -> Chain:
         """Make requests each of which goes on from the answer before it, in one of two ways."""
-        greedy = {"do_sample": False, "max_new_tokens": self._chance.choice((8, 40, 150)), "eos_token_id": []}
+        greedy: dict[str, Any] = {"do_sample": False, "eos_token_id": []}
+        greedy["max_new_tokens"] = self._chance.choice((8, 40, 150))
         texts = [self._words(self._sizes(1)[0]) for _ in range(3)]
         bodies = [_scored(text, greedy) for text in texts]
         if self._chance.random() < 0.5:

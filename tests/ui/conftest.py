@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
 from tests import paced
 from tests.support.services import PATIENCE, Server, serving
@@ -103,13 +103,18 @@ class Playground:
         """Remember what the page asks for. Playwright marks its handlers, which `list.append` does not let it."""
         self.requests.append(request)
 
+    def hear(self, line: ConsoleMessage) -> None:
+        """Remember what the page complains of on its console."""
+        if line.type in {"error", "warning"}:
+            self.complaints.append(line.text)
+
     def open(self) -> None:
         """Load the page, and wait until it knows its model."""
         self.page.goto(f"{self.url}/ui")
         expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
 
     def put(self, name: str, value: str) -> None:
-        """Give a parameter a value, in its group."""
+        """Set a parameter in its group."""
         control = self.page.locator(f"#parameter-{name}")
         group = self.page.locator("details.group", has=control)
         if group.get_attribute("open") is None:
@@ -120,7 +125,7 @@ class Playground:
             control.fill(value)
 
     def put_all(self, **values: str) -> None:
-        """Give several parameters their values."""
+        """Set several parameters."""
         for name, value in values.items():
             self.put(name, value)
 
@@ -147,7 +152,7 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     page = playground.page
     context.on("request", playground.note)
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
-    page.on("console", lambda line: line.type in {"error", "warning"} and playground.complaints.append(line.text))
+    page.on("console", playground.hear)
     playground.open()
     yield playground
     refusal = "Failed to load resource: the server responded" if playground.refusals_expected else "\0"

@@ -22,7 +22,8 @@ AWKWARD = """it's "$HOME" `id` \\ 'x' <b>ü</b> 🙂"""
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=PATIENCE)
     assert answer.status_code == 200, answer.text
-    return answer.json()
+    result: dict[str, Any] = answer.json()
+    return result
 
 
 def body_of(command: str) -> str:

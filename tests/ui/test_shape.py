@@ -6,9 +6,10 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, ViewportSize, expect
 
 from edge_phi3.api.service import LoadCancelledError, Say
 from edge_phi3.pipeline import TextGenerationPipeline
@@ -22,14 +23,16 @@ KEY = "correct-horse"
 @pytest.fixture
 def phone(browser: Browser, server: Server) -> Iterator[Playground]:
     """Return the playground on a small phone."""
-    size = {"width": 360, "height": 640}
+    size: ViewportSize = {"width": 360, "height": 640}
     with browser.new_context(viewport=size, has_touch=True, is_mobile=True) as context:
         yield from watched(context, server.url)
 
 
 def overflow(playground: Playground) -> int:
     """Return by how many pixels the page is wider than its window."""
-    return playground.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    pixels: int = playground.page.evaluate(wide)
+    return pixels
 
 
 def lightness(playground: Playground) -> float:
@@ -78,7 +81,9 @@ def test_no_width_scrolls_sideways(playground: Playground, width: int) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_system_s_scheme_is_followed_until_another_is_chosen(browser: Browser, server: Server, scheme: str) -> None:
+def test_the_system_s_scheme_is_followed_until_another_is_chosen(
+    browser: Browser, server: Server, scheme: Literal["light", "dark"]
+) -> None:
     is_dark = scheme == "dark"
     with browser.new_context(color_scheme=scheme) as context:
         for playground in watched(context, server.url):

@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 PLUGIN, ENDPOINT = "TEST_RPC_PLUGIN", "TEST_RPC_ENDPOINT"
 """Environment variables: the backend's shared library, and the ``host:port`` of its server."""
@@ -41,7 +42,7 @@ class RpcBackend:
         if not self._registry:
             raise RuntimeError(f"ggml cannot load {plugin}")
 
-    def _function(self, name: str, result: object, *arguments: object) -> ctypes._CFuncPtr:
+    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
         find = self._ggml.ggml_backend_reg_get_proc_address
         find.argtypes, find.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
         return ctypes.CFUNCTYPE(result, *arguments)(find(self._registry, name.encode()))
