@@ -83,7 +83,8 @@ class StillContext:
 def _engine(rows: int, vocabulary: int, parameters: dict[str, Any]) -> tuple[EngineCore, StillContext]:
     """Return an engine whose every row decodes."""
     context = StillContext(rows, vocabulary)
-    runner = ModelRunner(context, window=WINDOW, window_chunk=32)  # type: ignore[arg-type]
+    # The context has only what a step calls: nothing is saved, restored, warmed up or aborted here.
+    runner = ModelRunner(context, window=WINDOW, window_chunk=32)  # type: ignore[arg-type]  # see above
     core = EngineCore(Scheduler([runner], parallel=rows), EventBatcher(0.1))
     defaults = ModelDefaults(
         vocab_size=vocabulary, bos_token_id=1, eos_token_ids=(2,), pad_token_id=2, context_length=4096
