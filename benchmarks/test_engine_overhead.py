@@ -65,8 +65,9 @@ class StillContext:
         # What a trained model's logits look like: most far below a few.
         self.logits = (np.random.default_rng(1).standard_normal((rows, vocabulary)) * 3).astype(np.float32)
 
-    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
+    def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Return logits at once."""
+        beside()
         assert count <= self.batch_size
         return self.logits[:rows]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +45,13 @@ class DecodeContext(Protocol):
     seq_ids: NDArray[np.int32]
     wants_logits: NDArray[np.int8]
 
-    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
+    def decode(self, count: int, rows: int, beside: Callable[[], None] = ...) -> NDArray[np.float32]:
         """Decode the first `count` tokens of the batch, and return the logits that are wanted, in its order.
+
+        Args:
+            count: tokens in the batch.
+            rows: how many logits are wanted.
+            beside: called once, while a device of its own computes, or before this thread does.
 
         Returns:
             Shape ``(rows, vocab_size)``: a writable view that the next call overwrites.

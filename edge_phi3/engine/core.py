@@ -62,6 +62,8 @@ class EngineCore:
         self._arrivals = itertools.count()
         self._inbox: queue.SimpleQueue[RunningRequest | None] = queue.SimpleQueue()
         self._in_flight: set[RunningRequest] = set()
+        self._chosen: list[tuple[RunningRequest, Step, float]] = []
+        """What the last batch chose for whom, and when: sent while the next one is decoded."""
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._aborted = False
@@ -191,11 +193,8 @@ class EngineCore:
             if request.started is None:
                 request.started = now
                 self.cached_tokens += request.cached_tokens
-        # Only now: the event loop would take the interpreter lock from this thread while it plans. It works beside
-        # llama.cpp, which does not hold it.
-        self._outbox.flush_if_due()
         try:
-            logits = runner.decode(batch)
+            logits = runner.decode(batch, beside=self._deliver)
         except DecodeFailedError as error:
             self._recover(runner, batch, error)
             return
@@ -203,6 +202,8 @@ class EngineCore:
         chosen = advance([request.decoder for request in batch.choosing], logits)
         now = self._clock()
         for request, step in zip(batch.choosing, chosen, strict=True):
+            if request.failed:
+                continue
             try:
                 self._continue(runner, request, step, now)
             except Exception:
@@ -210,23 +211,43 @@ class EngineCore:
                 self._fail(request, "it cannot go on")
 
     def _continue(self, runner: ModelRunner, request: RunningRequest, step: Step, now: float) -> None:
-        """Send what a request's decoder chose, and continue or finish its sequences."""
-        decoder = request.decoder
-        if request.first_token is None:
-            request.first_token = now
-            self._outbox.urgent = True
-        if request.request.stream and step.emitted:
-            request.send(TokensEvent([*step.emitted], [*step.logprobs]))
-        if decoder.finished:
-            request.failed = decoder.error is not None
+        """Continue a request's sequences with what its decoder chose, or finish them."""
+        self._chosen.append((request, step, now))
+        if request.decoder.finished:
+            request.failed = request.decoder.error is not None
             self.scheduler.retire(request)
-            self._end(request, decoder.error or self._finished(request, now))
             return
         runner.reorder(request, step.parents)
         if runner.max_tokens is not None and request.length > runner.max_tokens:
             # Beyond the original context every position is scaled by the long factors, so all is computed anew.
             self.scheduler.retire(request)
             self.scheduler.enqueue(request)
+
+    def _deliver(self) -> None:
+        """Send what the last batch chose.
+
+        The event loop, which this wakes, would take the interpreter lock from this thread while it plans or chooses; it
+        works beside llama.cpp, which does not hold it.
+        """
+        chosen, self._chosen = self._chosen, []
+        for request, step, now in chosen:
+            if request not in self._in_flight:
+                continue
+            try:
+                self._send(request, step, now)
+            except Exception:
+                logger.exception("What request %s generated cannot be sent.", request.request.request_id)
+                self._fail(request, "it cannot be answered")
+        self._outbox.flush_if_due()
+
+    def _send(self, request: RunningRequest, step: Step, now: float) -> None:
+        if request.first_token is None:
+            request.first_token = now
+            self._outbox.urgent = True
+        if request.request.stream and step.emitted:
+            request.send(TokensEvent([*step.emitted], [*step.logprobs]))
+        if request.decoder.finished:
+            self._end(request, request.decoder.error or self._finished(request, now))
 
     def _finished(self, request: RunningRequest, now: float) -> FinishedEvent:
         result = request.decoder.result()
@@ -272,6 +293,7 @@ class EngineCore:
         """Free the cells of those who have finished; they hear of it first."""
         unsettled = [runner.kv for runner in self.scheduler.runners if runner.kv.unsettled]
         if unsettled or not self.scheduler.running:
+            self._deliver()
             self._outbox.flush()
         for kv in unsettled:
             kv.settle()

@@ -81,14 +81,28 @@ class KVCache:
     def append(self, seq_id: int, count: int) -> None:
         """Add `count` cells to a sequence. There must be as many free."""
         length = self.length[seq_id]
-        held = self._held[seq_id]
-        if len(held) < length + count:
-            grown = np.empty(max(length + count, 2 * len(held), _GROWTH), np.int32)
-            grown[:length] = held[:length]
-            self._held[seq_id] = held = grown
+        held = self._hold(seq_id, length + count)
         self.free -= count
         held[length : length + count] = self._free_cells[self.free : self.free + count]
         self.length[seq_id] = length + count
+
+    def append_one(self, seq_ids: list[int]) -> None:
+        """Add one cell to each of some sequences. There must be as many free."""
+        self.free -= len(seq_ids)
+        cells = self._free_cells[self.free : self.free + len(seq_ids)].tolist()
+        for seq_id, cell in zip(seq_ids, cells, strict=True):
+            length = self.length[seq_id]
+            self._hold(seq_id, length + 1)[length] = cell
+            self.length[seq_id] = length + 1
+
+    def _hold(self, seq_id: int, length: int) -> NDArray[np.int32]:
+        """Return the cells of a sequence, with room for so many."""
+        held = self._held[seq_id]
+        if len(held) < length:
+            grown = np.empty(max(length, 2 * len(held), _GROWTH), np.int32)
+            grown[: len(held)] = held
+            self._held[seq_id] = held = grown
+        return held
 
     def trim(self, seq_id: int, start: int) -> None:
         """Drop the positions of a sequence below `start`, which it reaches: they have left the sliding window."""

@@ -11,7 +11,9 @@ was cut into batches.
 
 from __future__ import annotations
 
+import operator
 from collections import abc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,8 +117,8 @@ class ModelRunner:
                 self._add_prompt(batch, request)
         return batch
 
-    def decode(self, batch: Batch) -> NDArray[np.float32]:
-        """Decode a batch.
+    def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
+        """Decode a batch, and call `beside` meanwhile.
 
         Returns:
             The logits for `batch.choosing`, as `DecodeContext.decode` returns them.
@@ -125,7 +127,7 @@ class ModelRunner:
             DecodeFailedError: it failed.
         """
         rows = sum(request.decoder.rows for request in batch.choosing)
-        logits = self.context.decode(batch.count, rows + batch.padding)
+        logits = self.context.decode(batch.count, rows + batch.padding, beside)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
         return logits[:rows]
@@ -170,10 +172,11 @@ class ModelRunner:
         self._batches += 1
         for request in decoding:
             request.batch = self._batches
+        kv.append_one([sequence.seq_id for sequence in rows])
+        scattered = count > 1
         for sequence in rows:
-            kv.append(sequence.seq_id, 1)
             sequence.computed += 1
-            sequence.scattered += count > 1
+            sequence.scattered += scattered
         batch.count = count
         batch.choosing, batch.members = decoding[:], decoding[:]
         return True
@@ -224,7 +227,7 @@ class ModelRunner:
     def reorder(self, request: RunningRequest, parents: abc.Sequence[int]) -> None:
         """Continue a request's sequences: new row i goes on with what row ``parents[i]`` holds."""
         old = request.sequences
-        if [*parents] == [*range(len(old))]:
+        if all(map(operator.eq, parents, range(len(old)))) and len(parents) == len(old):
             return
         for row in set(range(len(old))).difference(parents):
             self.kv.release(old[row].seq_id)

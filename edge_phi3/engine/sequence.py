@@ -165,8 +165,11 @@ class RunningRequest:
     @property
     def decoding(self) -> bool:
         """Whether every row has been computed but for the token that was chosen last."""
-        held, before = self.sequences, self.decoder.history.length - 1
-        return len(held) == self.decoder.rows and all(sequence.computed == before for sequence in held)
+        before = self.decoder.history.length - 1
+        for sequence in self.sequences:
+            if sequence.computed != before:
+                return False
+        return len(self.sequences) == self.decoder.rows
 
     def stem_tokens(self) -> NDArray[np.int32]:
         """Return what all rows begin with, shape ``(tokens,)``; their last tokens are decoded in any case."""

@@ -16,10 +16,10 @@ from edge_phi3.generation.decoding import (
     Decoder,
     GenerationError,
     GenerationResult,
-    Isolated,
     Step,
     TokenScore,
     Turn,
+    fail_alone,
 )
 from edge_phi3.generation.drawing import fresh_seed, random_stream
 from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
@@ -209,6 +209,10 @@ class BeamDecoder(Decoder):
         tokens = self.history.tokens
         return tokens if self.rows == len(tokens) else tokens[self._live]
 
+    def last_tokens(self) -> list[int]:
+        """Return the newest token of each beam of `row_tokens`."""
+        return [self.history.last[beam] for beam in self._live.tolist()]
+
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
         """Return the best continuations of one group, or None when the scores allow no choice.
 
@@ -343,5 +347,8 @@ def _choose(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, BeamDecoder)
-        with Isolated(turn, steps), np.errstate(all="ignore"):
-            steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
+        try:
+            with np.errstate(all="ignore"):
+                steps[turn.place] = decoder.step(logits[turn.row : turn.row + decoder.rows])
+        except Exception as error:  # noqa: BLE001 - it is logged
+            fail_alone(turn, steps, error)

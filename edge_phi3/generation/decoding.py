@@ -123,7 +123,7 @@ Chooser = Callable[[Sequence[Turn], Scores, list[Step]], None]
 """A way of choosing tokens: chooses for all rows of the given requests, and puts each request's step into the list.
 
 All requests that choose in the same way share one, and are grouped by it. An exception that one request's parameters
-cause ends that request alone: see `Isolated`.
+cause ends that request alone: see `fail_alone`.
 """
 
 
@@ -170,8 +170,7 @@ class Decoder(ABC):
 
     def last_tokens(self) -> list[int]:
         """Return the newest token of each row that wants logits."""
-        tokens: list[int] = self.row_tokens()[:, -1].tolist()
-        return tokens
+        return self.history.last
 
     def fail(self, error: EdgePhi3Error) -> Step:
         """End the request with an error, without touching those beside it."""
@@ -195,24 +194,10 @@ class Decoder(ABC):
         """Return what a request that has not failed generated."""
 
 
-class Isolated:
-    """A context manager inside which an exception ends the request of one turn alone, and is logged."""
-
-    __slots__ = ("_steps", "_turn")
-
-    def __init__(self, turn: Turn, steps: list[Step]) -> None:
-        self._turn = turn
-        self._steps = steps
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        logger.error("A request's tokens cannot be chosen.", exc_info=error)
-        self._steps[self._turn.place] = self._turn.decoder.fail(InternalError())
-        return True
+def fail_alone(turn: Turn, steps: list[Step], error: Exception) -> None:
+    """End the request of one turn for an exception that it has caused; those beside it go on."""
+    logger.error("A request's tokens cannot be chosen.", exc_info=error)
+    steps[turn.place] = turn.decoder.fail(InternalError())
 
 
 def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:

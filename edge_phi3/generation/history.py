@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +13,11 @@ class TokenHistory:
 
     The rows lie in one array that grows in blocks, so that a step costs one assignment, and reordering
     (beams, ended rows) one gather.
+
+    Attributes:
+        length: tokens of each row.
+        rows: how many rows there are.
+        last: the newest token of each row.
     """
 
     def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:
@@ -26,6 +29,7 @@ class TokenHistory:
         """
         self.length = len(prompt)
         self.rows = rows
+        self.last: list[int] = [int(prompt[-1])] * rows
         self._buffer = np.empty((rows, self.length + _GROWTH), dtype=np.int32)
         self._buffer[:, : self.length] = prompt
 
@@ -50,7 +54,7 @@ class TokenHistory:
         self.rows = rows
         self.append(tokens.tolist())
 
-    def append(self, tokens: Sequence[int]) -> None:
+    def append(self, tokens: list[int]) -> None:
         """Continue each row in place.
 
         Args:
@@ -66,8 +70,10 @@ class TokenHistory:
         else:
             self._buffer[: self.rows, self.length] = tokens
         self.length += 1
+        self.last = tokens
 
     def keep(self, rows: NDArray[np.intp]) -> None:
         """Let go of all rows but the given ones."""
         self._buffer[: len(rows), : self.length] = self._buffer[rows, : self.length]
         self.rows = len(rows)
+        self.last = [self.last[row] for row in rows.tolist()]

@@ -15,11 +15,11 @@ from edge_phi3.generation.decoding import (
     Decoder,
     GenerationError,
     GenerationResult,
-    Isolated,
     Step,
     TokenLogprobs,
     TokenScore,
     Turn,
+    fail_alone,
     rows_of,
 )
 from edge_phi3.generation.drawing import Draws, draw, fresh_seed, uniforms
@@ -60,7 +60,7 @@ class SequenceDecoder(Decoder):
         """Draw one number for each live sequence."""
         return [next(self._uniforms[sequence]) for sequence in self.live]
 
-    def accept_all(self, tokens: Sequence[int]) -> Step:
+    def accept_all(self, tokens: list[int]) -> Step:
         """Continue all live sequences, and let go of those that end.
 
         Args:
@@ -76,6 +76,9 @@ class SequenceDecoder(Decoder):
             history.extend(np.array(parents), np.array(tokens, dtype=np.int32))
         emitted = list(zip(live, tokens, strict=True))
         bound = stopping.bound(history.length)
+        if bound is None and stopping.strings is None and stopping.ends.isdisjoint(tokens):
+            self.rows = len(live)
+            return Step(parents, tokens, emitted)
         going: list[int] = []
         for row, (sequence, token) in enumerate(emitted):
             reason = bound
@@ -107,10 +110,12 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
     going: list[Turn] = []
     for turn in turns:
         decoder = turn.decoder
-        with Isolated(turn, steps):
+        try:
             if decoder.processes:
                 decoder.process(logits[turn.row : turn.row + decoder.rows])
             going.append(turn)
+        except Exception as error:  # noqa: BLE001 - it is logged
+            fail_alone(turn, steps, error)
     return going
 
 
@@ -126,7 +131,7 @@ def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) ->
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         first, row = row, row + decoder.rows
-        with Isolated(turn, steps):
+        try:
             # Before the first step, the prompt's one row stands for all sequences.
             copies = len(decoder.live) // decoder.rows
             if decoder.scores is not None:
@@ -134,6 +139,8 @@ def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) ->
                 for sequence, score in zip(decoder.live, scored, strict=True):
                     decoder.scores[sequence].append(score)
             steps[turn.place] = decoder.accept_all(best[first:row] * copies)
+        except Exception as error:  # noqa: BLE001 - it is logged
+            fail_alone(turn, steps, error)
 
 
 def _scored(scores: Scores, tokens: Sequence[int]) -> list[TokenScore]:
@@ -163,8 +170,10 @@ def _sample(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         draws = _draw_together(going, rows_of(going, logits), numbers)
     except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
         for turn, drawn in zip(going, numbers, strict=True):
-            with Isolated(turn, steps):
+            try:
                 _accept([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
+            except Exception as error:  # noqa: BLE001 - it is logged
+                fail_alone(turn, steps, error)
         return
     _accept(going, draws, steps)
 
@@ -193,7 +202,7 @@ def _accept(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
         end = at + len(decoder.live)
-        with Isolated(turn, steps):
+        try:
             if not all_possible and not draws.possible[at:end].all():
                 steps[turn.place] = decoder.fail(GenerationError(NO_CHOICE))
             else:
@@ -202,6 +211,8 @@ def _accept(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
                         score = TokenScore(tokens[place], float(draws.scores[place]), draws.logprob(place))
                         decoder.scores[sequence].append(score)
                 steps[turn.place] = decoder.accept_all(tokens[at:end])
+        except Exception as error:  # noqa: BLE001 - it is logged
+            fail_alone(turn, steps, error)
         at = end
 
 
@@ -218,12 +229,14 @@ def _recorder(chooser: Chooser, top: int) -> Chooser:
         for turn, rows in zip(turns, read, strict=True):
             decoder = turn.decoder
             assert isinstance(decoder, SequenceDecoder)
-            with Isolated(turn, steps):
+            try:
                 step = steps[turn.place]
                 step.logprobs = _logprobs(rows, [token for _, token in step.emitted], top)
                 assert decoder.logprobs is not None
                 for (sequence, _), logprobs in zip(step.emitted, step.logprobs, strict=True):
                     decoder.logprobs[sequence].append(logprobs)
+            except Exception as error:  # noqa: BLE001 - it is logged
+                fail_alone(turn, steps, error)
 
     return choose
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import llama_cpp
@@ -99,12 +100,14 @@ class Context:
             logits=self.wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
 
-    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
+    def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of `tokens`, `positions`, `seq_ids` and `wants_logits`.
 
         Args:
             count: tokens in the batch.
             rows: how many logits are wanted: those of the first tokens that ask for them.
+            beside: what Python does meanwhile. On a GPU, llama.cpp returns before the device has computed, and waits
+                for it where the logits are read; on a CPU it computes in this thread, and `beside` comes first.
 
         Returns:
             The logits in batch order: float32, shape ``(rows, vocab_size)``, a writable view of llama.cpp's memory
@@ -114,10 +117,14 @@ class Context:
             DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.
         """
         self._batch.n_tokens = count
+        if not self.offloaded:
+            beside()
         status = llama_cpp.llama_decode(self._handle, self._batch)
         if status != 0:
             reason = {1: "found no free KV cells", 2: "was aborted"}.get(status, f"failed with status {status}")
             raise DecodeFailedError(f"llama.cpp {reason} while decoding a batch of {count} tokens.")
+        if self.offloaded:
+            beside()
         if rows == 0:
             return np.empty((0, self._model.vocab_size), np.float32)
         address = _logits_address(self._handle)

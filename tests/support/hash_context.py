@@ -7,7 +7,7 @@ llama.cpp would refuse or answer with nonsense, is an AssertionError, and noted 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -121,8 +121,10 @@ class HashContext:
 
     # -- decoding
 
-    def decode(self, count: int, rows: int) -> NDArray[np.float32]:
+    def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of the arrays; return the logits that were asked for."""
+        if not self.offloaded:
+            beside()
         self._check(not self._closed, "decode after close")
         self._check(0 < count <= self.batch_size, f"a batch of {count} tokens, of {self.batch_size} at most")
         tokens, positions = self.tokens[:count].tolist(), self.positions[:count].tolist()
@@ -153,6 +155,8 @@ class HashContext:
             self._spoilt |= self._owners == 0
             self._anything_spoilt = True
             self._fail(failure.status, list(zip(seq_ids, positions, tokens, strict=True)))
+        if self.offloaded:
+            beside()
         self.decoded += count
         logits = self._logits[:rows]
         if rows:

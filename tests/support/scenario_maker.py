@@ -85,7 +85,7 @@ class _Maker:
             block_size=chance.choice((1, 2, 4, 8, 16)),
             exact_seeds=self.often(0.2),
             max_queue=self.between(1, 4) if self.often(0.1) else 256,
-            offloaded=self.often(0.15),
+            offloaded=self.often(0.5),
             sizes=tuple(chance.choices((1, 2, 3, 5, 8), k=8)) if self.often(0.4) else (),
         )
 
