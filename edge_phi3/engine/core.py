@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
+from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
@@ -64,6 +65,8 @@ class EngineCore:
         self._in_flight: set[RunningRequest] = set()
         self._chosen: list[tuple[RunningRequest, Step, float]] = []
         """What the last batch chose for whom, and when: sent while the next one is decoded."""
+        self._unsendable: list[RunningRequest] = []
+        """Requests that failed while a batch was decoded, which may hold their tokens."""
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._aborted = False
@@ -132,7 +135,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._in_flight or self.scheduler.waiting or self.scheduler.running)
+        return bool(self._in_flight or self.scheduler.waiting or self.scheduler.running or self._untidy)
 
     def wait(self) -> None:
         """Wait until something arrives."""
@@ -237,7 +240,9 @@ class EngineCore:
                 self._send(request, step, now)
             except Exception:
                 logger.exception("What request %s generated cannot be sent.", request.request.request_id)
-                self._fail(request, "it cannot be answered")
+                self._end(request, InternalError())
+                request.failed = True
+                self._unsendable.append(request)
         self._outbox.flush_if_due()
 
     def _send(self, request: RunningRequest, step: Step, now: float) -> None:
@@ -290,10 +295,16 @@ class EngineCore:
         runner.context.warm_up()
 
     def _tidy_up(self) -> None:
-        """Free the cells of those who have finished; they hear of it first."""
-        unsettled = [runner.kv for runner in self.scheduler.runners if runner.kv.unsettled]
-        if unsettled or not self.scheduler.running:
+        """Free cells of those who have finished; they hear of it first."""
+        untidy = self._untidy
+        if untidy or not self.scheduler.running:
             self._deliver()
             self._outbox.flush()
-        for kv in unsettled:
-            kv.settle()
+        while self._unsendable:
+            self.scheduler.retire(self._unsendable.pop())
+        for kv in untidy:
+            kv.tidy()
+
+    @property
+    def _untidy(self) -> list[KVCache]:
+        return [runner.kv for runner in self.scheduler.runners if runner.kv.untidy]

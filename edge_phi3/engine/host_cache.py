@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Tokens = NDArray[np.int32]
 State = NDArray[np.uint8]
+BLOCK_SIZE = 256
+PER_STEP = 16 << 20
 _NOTHING: State = np.empty(0, np.uint8)
 
 
@@ -62,14 +64,16 @@ class HostCache:
     Args:
         capacity: bytes of main memory that states may take.
         block_size: tokens of a block: what is copied anew at most when a sequence goes on where another ended.
+        per_step: bytes that are to be copied in one step of the engine, which waits meanwhile; a block more at most.
 
     Attributes:
         used: bytes that states take.
         tokens: how many tokens' keys and values are held.
     """
 
-    def __init__(self, capacity: int, block_size: int = 256) -> None:
+    def __init__(self, capacity: int, block_size: int = BLOCK_SIZE, per_step: int = PER_STEP) -> None:
         self.capacity = capacity
+        self.per_step = per_step
         self.used = 0
         self.tokens = 0
         self._block_size = block_size
@@ -100,13 +104,16 @@ class HostCache:
         self._touch(chain)
         return matched, blocks
 
-    def save(self, tokens: Tokens, start: int, read: Callable[[int, int], State]) -> None:
-        """Keep a sequence.
+    def save(
+        self, tokens: Tokens, start: int, read: Callable[[int, int], State], go_on: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Keep a sequence, or as much of it as may be copied now.
 
         Args:
             tokens: the tokens whose keys and values it holds, shape ``(tokens,)``.
             start: its first position that is still held.
             read: returns the state of the positions ``[first, end)``; called for those that are not kept yet.
+            go_on: returns whether another block may be read.
         """
         matched, chain = self._chain(tokens)
         self._touch(chain)
@@ -114,6 +121,8 @@ class HostCache:
             return
         parent, begin = self._going_on(chain, matched)
         for first in range(begin, len(tokens), self._block_size):
+            if not go_on():
+                return
             end = min(first + self._block_size, len(tokens))
             held = min(max(first, start), end)
             state = read(held, end) if held < end else _NOTHING

@@ -4,15 +4,20 @@ llama.cpp keeps the keys and values; `KVCache` records every change that the eng
 many cells are free before it decodes. A cell may belong to many sequences (beams, returned sequences, prompts that
 begin alike); it is free when the last one lets go.
 
-Cells hold running sequences only. A new one begins with the cells of a running sequence that begins as it does, or with
-what the host cache has kept of finished ones, or with both.
+A new sequence begins with the cells of another that begins as it does, or with what the host cache has kept, or with
+both. Finished sequences are kept: on a device with memory of its own in their cells, until there is no room for them,
+least recently used out first. On a CPU they move to the host cache, since there every step looks over all cells up to
+the highest in use. Copying stops everybody, so a step copies a little at most.
 """
 
 from __future__ import annotations
 
-import functools
 import heapq
 import logging
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +29,23 @@ from edge_phi3.engine.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 _GROWTH = 512
+_LEAST_FREE = 1 / 8
+"""The share of a device's cells below which finished sequences leave them."""
 _LEAST_RESTORED = 8
 """Tokens that the host cache must know beyond what can be shared: fewer are computed faster than copied."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A finished sequence that still holds its cells.
+
+    Attributes:
+        tokens: what it holds, shape ``(tokens,)``.
+        worth: how many of them are worth a copy in main memory.
+    """
+
+    tokens: Tokens
+    worth: int
 
 
 class KVCache:
@@ -37,13 +57,17 @@ class KVCache:
     Args:
         context: where the cells are.
         window: how many tokens attention reaches back, the token itself included; None for all.
-        host_cache: where finished sequences are kept; None for nowhere.
+        host_cache: where finished sequences are kept when they leave their cells; None for nowhere.
+        retain: whether finished sequences stay in their cells while there is room.
     """
 
-    def __init__(self, context: DecodeContext, *, window: int | None, host_cache: HostCache | None) -> None:
+    def __init__(
+        self, context: DecodeContext, *, window: int | None, host_cache: HostCache | None, retain: bool = False
+    ) -> None:
         self.cells = context.cells
         self.sequences = context.sequences
         self.host_cache = host_cache
+        self._retain = retain
         self._context = context
         self._window = window
         self._reset()
@@ -59,12 +83,20 @@ class KVCache:
         self._free_ids = list(range(self.sequences))
         self._prefixes: dict[int, Tokens] = {}
         """What others may share of each running sequence."""
-        self._finished: list[tuple[int, Tokens | None]] = []
+        self._kept: OrderedDict[int, _Kept] = OrderedDict()
+        """Finished sequences by id, the least recently used first."""
+        self._keepers = np.zeros(self.cells, np.int32)
+        """How many of them hold each cell."""
+
+    @property
+    def available(self) -> int:
+        """How many cells are free, or would be without finished sequences."""
+        return self.free + (int(np.count_nonzero(self._keepers > self._sharers)) if self._kept else 0)
 
     @property
     def used(self) -> int:
-        """How many cells hold at least one sequence's token."""
-        return self.cells - self.free
+        """How many cells hold a token of a running sequence."""
+        return self.cells - self.available
 
     @property
     def free_sequences(self) -> int:
@@ -72,9 +104,14 @@ class KVCache:
         return len(self._free_ids)
 
     @property
-    def unsettled(self) -> bool:
-        """Whether finished sequences still hold cells."""
-        return bool(self._finished)
+    def kept(self) -> int:
+        """How many finished sequences still hold their cells."""
+        return len(self._kept)
+
+    @property
+    def untidy(self) -> bool:
+        """Whether finished sequences are to leave their cells."""
+        return bool(self._kept) and not (self._retain and self.free >= _LEAST_FREE * self.cells)
 
     # -- cells
 
@@ -122,7 +159,10 @@ class KVCache:
         """Free a sequence's id and cells."""
         self._prefixes.pop(seq_id, None)
         self._context.remove(seq_id, -1, -1)
-        self._let_go(self._held[seq_id][self.start[seq_id] : self.length[seq_id]])
+        cells = self._held[seq_id][self.start[seq_id] : self.length[seq_id]]
+        if self._kept.pop(seq_id, None) is not None:
+            self._keepers[cells] -= 1
+        self._let_go(cells)
         self.start[seq_id] = self.length[seq_id] = 0
         self._held[seq_id] = np.empty(0, np.int32)
         heapq.heappush(self._free_ids, seq_id)
@@ -134,6 +174,8 @@ class KVCache:
 
     def _fork(self, source: int, length: int) -> int:
         """Take a sequence id and let it share the positions of `source` below `length` that are still held."""
+        if not self._free_ids:
+            self._evict(next(iter(self._kept)))
         target = heapq.heappop(self._free_ids)
         self._context.copy(source, target)
         if length < self.length[source]:
@@ -164,10 +206,17 @@ class KVCache:
 
         Args:
             tokens: token ids, int32, shape ``(tokens,)``; all of them may be held.
-            share: whether it may begin with the cells of a running sequence.
+            share: whether it may begin with the cells of another sequence.
             restore: whether it may begin, or go on, with what the host cache holds.
         """
-        shared, owner = self.shared_prefix(tokens) if share else (0, None)
+        shared, owner = self._longest_shared(tokens, self._prefixes) if share else (0, None)
+        if owner is not None and owner in self._kept:
+            self._kept.move_to_end(owner)
+        if not self._free_ids:
+            leaving = next(iter(self._kept))
+            self._evict(leaving)
+            if leaving == owner:
+                shared, owner = 0, None
         stored, blocks = self.host_cache.match(tokens, self._window) if restore and self.host_cache else (0, [])
         if stored < shared + _LEAST_RESTORED:
             stored = 0
@@ -183,10 +232,15 @@ class KVCache:
             self._restore(sequence, tokens[:stored], [block for block in blocks if block.begin >= shared])
         return sequence
 
-    def shared_prefix(self, tokens: Tokens) -> tuple[int, int | None]:
-        """Return the longest beginning of `tokens` that a running sequence's cells hold, and that sequence."""
+    def shared_with_running(self, tokens: Tokens) -> int:
+        """Return the length of the longest beginning of `tokens` that the cells of a running sequence hold."""
+        running = {seq_id: known for seq_id, known in self._prefixes.items() if seq_id not in self._kept}
+        return self._longest_shared(tokens, running)[0]
+
+    def _longest_shared(self, tokens: Tokens, prefixes: Mapping[int, Tokens]) -> tuple[int, int | None]:
+        """Return the longest beginning of `tokens` that one of some sequences' cells hold, and that sequence."""
         longest, owner = 0, None
-        for seq_id, known in self._prefixes.items():
+        for seq_id, known in prefixes.items():
             matched = common_length(known, tokens)
             reach = 0 if self._window is None else max(0, matched - self._window + 1)
             if matched > longest and self.start[seq_id] <= reach:
@@ -201,6 +255,7 @@ class KVCache:
         """Let a sequence go on with blocks of the host cache up to `tokens`; without them if they do not fit."""
         seq_id, computed = sequence.seq_id, sequence.computed
         start, end = blocks[0].start, blocks[-1].end
+        self.make_room(max(block.end for block in blocks) - start)
         if max(block.end for block in blocks) - start > self.free:
             return
         reached = computed
@@ -222,25 +277,65 @@ class KVCache:
 
     # -- finished sequences
 
-    def finish(self, sequence: Sequence, tokens: Tokens | None) -> None:
-        """Take a sequence that has ended; its cells are free after the next `settle`.
+    def finish(self, sequence: Sequence, tokens: Tokens | None, worth: int = 0) -> None:
+        """Take a sequence that has ended.
 
         Args:
             sequence: which.
-            tokens: what the host cache keeps of it; None for nothing.
+            tokens: what others may begin with; None for nothing.
+            worth: how many of them are worth a copy in main memory.
         """
-        self._finished.append((sequence.seq_id, tokens))
-
-    def settle(self) -> None:
-        """Free the cells of finished sequences, keeping their content in the host cache."""
-        while self._finished:
-            seq_id, tokens = self._finished.pop()
-            if self.host_cache is not None and tokens is not None:
-                try:
-                    self.host_cache.save(tokens, self.start[seq_id], functools.partial(self._context.save, seq_id))
-                except MemoryError:
-                    logger.warning("There is no memory to keep %d tokens for later prompts.", len(tokens))
+        seq_id = sequence.seq_id
+        keeps = self._retain or (self.host_cache is not None and worth > 0)
+        if tokens is None or not keeps or len(tokens) <= self.start[seq_id]:
             self.release(seq_id)
+            return
+        self._truncate(seq_id, len(tokens))
+        for other, kept in list(self._kept.items()):
+            covered = self.start[seq_id] <= self.start[other] and kept.worth <= worth
+            if covered and common_length(kept.tokens, tokens) == len(kept.tokens):
+                self.release(other)
+        self._kept[seq_id] = _Kept(tokens.copy(), worth)
+        self._keepers[self._held[seq_id][self.start[seq_id] : self.length[seq_id]]] += 1
+        self._prefixes[seq_id] = self._kept[seq_id].tokens
+
+    def make_room(self, cells: int) -> None:
+        """Let finished sequences go, the least recently used first, until so many cells are free or none is left."""
+        while self.free < cells and self._kept:
+            self._evict(next(iter(self._kept)))
+
+    def tidy(self) -> None:
+        """Let finished sequences leave their cells, once a step, as far as what is copied then allows."""
+        left: float = 1 if self.host_cache is None else self.host_cache.per_step
+        while self.untidy and left > 0:
+            seq_id = next(iter(self._kept))
+            left -= self._save(seq_id, left)
+            if left > 0:
+                self.release(seq_id)
+
+    def _evict(self, seq_id: int) -> None:
+        """Let a finished sequence go. What a device computes again is not worth that all wait for a copy."""
+        if not self._retain:
+            self._save(seq_id, math.inf)
+        self.release(seq_id)
+
+    def _save(self, seq_id: int, most: float) -> int:
+        """Copy a finished sequence to the host cache, as far as `most` bytes allow; return how many were copied."""
+        copied = 0
+
+        def read(first: int, end: int) -> NDArray[np.uint8]:
+            nonlocal copied
+            state = self._context.save(seq_id, first, end)
+            copied += len(state)
+            return state
+
+        kept = self._kept[seq_id]
+        if self.host_cache is not None:
+            try:
+                self.host_cache.save(kept.tokens[: kept.worth], self.start[seq_id], read, lambda: copied < most)
+            except MemoryError:
+                logger.warning("There is no memory to keep %d tokens for later prompts.", kept.worth)
+        return copied
 
     def audit(self) -> None:
         """Check that the records are consistent, and that they agree with the positions that the context holds.
@@ -258,5 +353,9 @@ class KVCache:
         free = self._free_cells[: self.free]
         assert len(np.unique(free)) == len(free), "a cell is free twice"
         assert not counted[free].any(), "a free cell is held"
-        assert np.count_nonzero(counted) == self.used, "used cells are counted wrongly"
+        assert np.count_nonzero(counted) == self.cells - self.free, "used cells are counted wrongly"
+        kept = np.zeros(self.cells, np.int32)
+        for seq_id in self._kept:
+            np.add.at(kept, self._held[seq_id][self.start[seq_id] : self.length[seq_id]], 1)
+        assert np.array_equal(kept, self._keepers), "cells of finished sequences are counted wrongly"
         assert all(self.length[seq_id] == 0 for seq_id in self._free_ids), "a free sequence holds cells"

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_phi3.engine.batch_sizes import measure
-from edge_phi3.engine.contexts import ContextShape, context_shapes
+from edge_phi3.engine.contexts import MAX_PARALLEL, ContextShape, context_shapes
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.host_cache import HostCache
+from edge_phi3.engine.host_cache import BLOCK_SIZE, PER_STEP, HostCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT = "phi3.context_length"
 _ORIGINAL_CONTEXT = "phi3.rope.scaling.original_context_length"
+
+_KEPT_SEQUENCES = 64
+"""Finished sequences that stay on a GPU at most, beside those that run."""
 
 PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 """The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
@@ -76,7 +79,11 @@ def load(settings: EngineSettings) -> LoadedModel:
         tokenizer = Tokenizer(model)
         runners = []
         for shape in shapes:
-            context = Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings)
+            sequences = shape.sequences
+            if gpu:
+                most = min(MAX_PARALLEL, max(sequences, settings.batch_size - 1))
+                sequences = min(sequences + _KEPT_SEQUENCES, most)
+            context = Context(model, cells=shape.cells, sequences=sequences, settings=settings)
             stack.callback(context.close)
             context.warm_up()
             runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
@@ -89,13 +96,15 @@ def _runner(
     model: Model, context: Context, shape: ContextShape, settings: EngineSettings, *, share: float
 ) -> ModelRunner:
     capacity = int((settings.prefix_cache_mib << 20 or available_memory() // 8) * share)
+    block_size = max(1, min(BLOCK_SIZE, PER_STEP // context.bytes_per_token))
     window = int(model.metadata("phi3.attention.sliding_window") or 0)
     return ModelRunner(
         context,
         max_tokens=shape.max_tokens,
         window=window if 0 < window < model.context_length else None,
         window_chunk=settings.window_chunk,
-        host_cache=HostCache(capacity) if settings.prefix_cache and context.saves else None,
+        host_cache=HostCache(capacity, block_size) if settings.prefix_cache and context.saves else None,
+        retain=settings.prefix_cache and context.offloaded,
         sizes=None if context.offloaded else measure(context),
     )
 

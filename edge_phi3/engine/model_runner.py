@@ -55,6 +55,7 @@ class ModelRunner:
         window: how many tokens attention reaches back, the token itself included; None for all.
         window_chunk: tokens of a prompt fed at a time beyond the window.
         host_cache: where finished sequences are kept for later prompts; None for nowhere.
+        retain: whether they stay in their cells while there is room.
         sizes: which numbers of rows are fast; None to decode all together.
 
     Attributes:
@@ -70,11 +71,12 @@ class ModelRunner:
         window: int | None = None,
         window_chunk: int = 1,
         host_cache: HostCache | None = None,
+        retain: bool = False,
         sizes: BatchSizes | None = None,
     ) -> None:
         self.context = context
         self.max_tokens = max_tokens
-        self.kv = KVCache(context, window=window, host_cache=host_cache)
+        self.kv = KVCache(context, window=window, host_cache=host_cache, retain=retain)
         self.running: list[RunningRequest] = []
         self._window = window
         self._window_chunk = window_chunk
@@ -163,6 +165,7 @@ class ModelRunner:
                 for sequence in request.sequences:
                     kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
         count = len(rows)
+        kv.make_room(count)
         if count > kv.free:
             return False
         context.tokens[:count] = [token for request in decoding for token in request.decoder.last_tokens()]
@@ -192,8 +195,9 @@ class ModelRunner:
                 self.kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
             end = min(end, rows[0].computed + self._chunk(request, rows[0].computed))
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
-        room = min(self.context.batch_size - batch.count, self.kv.free) // len(rows)
-        count = min(end - rows[0].computed, room)
+        count = min(end - rows[0].computed, (self.context.batch_size - batch.count) // len(rows))
+        self.kv.make_room(count * len(rows))
+        count = min(count, self.kv.free // len(rows))
         if count == 0:
             return
         for sequence, line in zip(rows, tokens, strict=False):
@@ -238,7 +242,7 @@ class ModelRunner:
             continued.add(parent)
 
     def leave(self, request: RunningRequest) -> None:
-        """Take out a request that has ended, or waits again. Its cells are free after the next `KVCache.settle`."""
+        """Take out a request that has ended, or waits again."""
         self.running.remove(request)
         lines = request.decoder.history.tokens
         # What has failed may have failed between its history and its sequences.
@@ -246,18 +250,17 @@ class ModelRunner:
         if request.request.config.is_beam_search:
             kept = min(kept, 1)  # the rows have changed places since their sequences were computed
         for row, sequence in enumerate(request.sequences):
-            self.kv.finish(sequence, lines[row, : self._worth_keeping(request, sequence)] if row < kept else None)
+            if row >= kept:
+                self.kv.finish(sequence, None)
+                continue
+            # Beams have changed places since their sequences were computed.
+            certain = request.prompt_length if request.request.config.is_beam_search else sequence.computed
+            # A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
+            # others lie apart.
+            costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
+            worth = min(sequence.computed, request.prompt_length if costly else certain)
+            self.kv.finish(sequence, lines[row, : min(sequence.computed, certain)], worth)
         request.sequences = []
-
-    def _worth_keeping(self, request: RunningRequest, sequence: Sequence) -> int:
-        """Return how many tokens of a leaving sequence are kept: all, or the prompt's where the rest is not worth it.
-
-        A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
-        others lie apart.
-        """
-        costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
-        prompt_only = costly or request.request.config.is_beam_search
-        return min(sequence.computed, request.prompt_length) if prompt_only else sequence.computed
 
     # -- the window
 

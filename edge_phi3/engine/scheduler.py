@@ -120,7 +120,6 @@ class Scheduler:
             if place in closed:
                 continue
             runner = self.runners[place]
-            runner.kv.settle()
             if self._may_enter(request, runner):
                 self.waiting.remove(request)
                 self._enter(request, runner)
@@ -137,13 +136,13 @@ class Scheduler:
         rows = sum(running.rows for running in runner.running)
         if rows + request.rows > self.parallel:
             return False
-        shared = runner.kv.shared_prefix(request.stem_tokens())[0] if self._reuses(request) else 0
+        shared = runner.kv.shared_with_running(request.stem_tokens()) if self._reuses(request) else 0
         # It is to have room until it decodes, so that it is not preempted before: for all prompts that are not computed
         # yet, and in each of the steps that these take for one token of every running row.
         prompts = max(0, self._cells_to_start(request, runner) - shared)
         prompts += sum(self._cells_missing(running, runner) for running in runner.running)
         steps = 2 + prompts // max(1, runner.context.batch_size - rows)
-        return prompts + rows * steps + request.rows <= runner.kv.free
+        return prompts + rows * steps + request.rows <= runner.kv.available
 
     def _cells_missing(self, request: RunningRequest, runner: ModelRunner) -> int:
         """Return the cells that a running request still takes until it decodes."""
@@ -158,6 +157,7 @@ class Scheduler:
 
     def _enter(self, request: RunningRequest, runner: ModelRunner) -> None:
         if request.exact:
+            runner.kv.make_room(runner.kv.cells)
             runner.kv.clear()
         stem = request.stem_tokens()
         request.stem = len(stem)
@@ -177,7 +177,7 @@ class Scheduler:
         return self._exact_seeds and request.request.config.seed is not None
 
     def retire(self, request: RunningRequest) -> None:
-        """Take a request out. Its cells are free after the next `KVCache.settle`."""
+        """Take a request out."""
         if request in self.waiting:
             self.waiting.remove(request)
         for runner in self.runners:
@@ -203,14 +203,10 @@ class Scheduler:
             batch = runner.plan()
             if batch.count:
                 return batch
-            if runner.kv.unsettled:
-                runner.kv.settle()
-                continue
             if len(runner.running) == 1:
                 break
             youngest = max(runner.running, key=lambda request: request.arrival)
             self.retire(youngest)
-            runner.kv.settle()
             self.enqueue(youngest)
             self.preemptions += 1
         return Batch()

@@ -40,6 +40,7 @@ class Context:
         offloaded: whether the KV cache lies on a GPU.
         saves: whether `save` and `restore` are fast enough to be of use.
         scratch: a sequence id beyond the others, empty between calls.
+        bytes_per_token: what `save` returns for one token; known after `warm_up`.
 
     Raises:
         ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
@@ -64,6 +65,7 @@ class Context:
         self._apply_adapters()
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
         self.sequences = self.scratch = sequences
+        self.bytes_per_token = 1
         # The output is the first layer to be offloaded; the KV cache goes with the others.
         self.offloaded = settings.n_gpu_layers not in {0, 1} and supports_gpu_offload()
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
@@ -184,6 +186,7 @@ class Context:
         self.positions[0] = self.seq_ids[0] = 0
         self.wants_logits[0] = 1
         self.decode(1, 1)
+        self.bytes_per_token = int(llama_cpp.llama_state_seq_get_size(self._handle, 0))
         self.clear()
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ class CheckedHostCache(HostCache):
     Args:
         capacity: bytes of main memory.
         block_size: tokens of a block.
+        per_step: bytes that are to be copied in a step.
         attention: what tokens attend to.
         rotary: the number of the set of rotary factors.
 
@@ -33,8 +34,8 @@ class CheckedHostCache(HostCache):
         saves: sequences that it was given.
     """
 
-    def __init__(self, capacity: int, block_size: int, attention: Attention, rotary: int) -> None:
-        super().__init__(capacity, block_size)
+    def __init__(self, capacity: int, block_size: int, per_step: int, attention: Attention, rotary: int) -> None:
+        super().__init__(capacity, block_size, per_step)
         self.saves = 0
         self._attention, self._rotary = attention, rotary
         self._known = attention.window is None or attention.window_chunk == 1
@@ -48,14 +49,20 @@ class CheckedHostCache(HostCache):
                 self._check(tokens[:end], block.start, block.state)
         return length, blocks
 
-    def save(self, tokens: NDArray[np.int32], start: int, read: Callable[[int, int], NDArray[np.uint8]]) -> None:
+    def save(
+        self,
+        tokens: NDArray[np.int32],
+        start: int,
+        read: Callable[[int, int], NDArray[np.uint8]],
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> None:
         def checked(first: int, end: int) -> NDArray[np.uint8]:
             state = read(first, end)
             self._check(tokens[:end], first, state)
             return state
 
         self.saves += 1
-        super().save(tokens, start, checked)
+        super().save(tokens, start, checked, go_on)
         self._audit()
 
     def _audit(self) -> None:
@@ -97,7 +104,7 @@ def make_core(
             make_context(
                 MODEL,
                 cells=cells,
-                sequences=scenario.parallel,
+                sequences=scenario.parallel + scenario.kept_sequences,
                 batch_size=scenario.batch_size,
                 rotary=number,
                 window=scenario.window,
@@ -109,7 +116,7 @@ def make_core(
         host_cache = None
         if scenario.host_cache is not None:
             attention, capacity = scenario.attention, scenario.host_cache
-            host_cache = CheckedHostCache(capacity, scenario.block_size, attention, number)
+            host_cache = CheckedHostCache(capacity, scenario.block_size, scenario.per_step, attention, number)
         runners.append(
             ModelRunner(
                 contexts[-1],
@@ -117,6 +124,7 @@ def make_core(
                 window=None if scenario.window is None else scenario.window + wrong_window,
                 window_chunk=scenario.window_chunk,
                 host_cache=host_cache,
+                retain=scenario.offloaded and scenario.share_prefixes,
                 sizes=BatchSizes({rows: float(size) for rows, size in enumerate(scenario.sizes, 1)})
                 if scenario.sizes
                 else None,

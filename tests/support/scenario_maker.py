@@ -83,6 +83,8 @@ class _Maker:
             share_prefixes=self.often(0.8),
             host_cache=self.maybe(0.6, lambda: TOKEN_BYTES * (self.between(1, 60) if self.often(0.4) else 2000)),
             block_size=chance.choice((1, 2, 4, 8, 16)),
+            per_step=TOKEN_BYTES * chance.choice((1, 10, 2000)),
+            kept_sequences=chance.choice((0, 0, 1, 3, 20)),
             exact_seeds=self.often(0.2),
             max_queue=self.between(1, 4) if self.often(0.1) else 256,
             offloaded=self.often(0.5),

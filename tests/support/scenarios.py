@@ -123,6 +123,8 @@ class Scenario(_Short):
     Attributes:
         cells: of each context, one or two.
         max_tokens: the longest sequence of the first context, or None; where there is but one, none is longer.
+        per_step: how many bytes are copied to the host cache in a step.
+        kept_sequences: ids beyond `parallel`, for finished sequences that stay in their cells.
         sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
         failures: decodes that fail.
         stop_at: the step before which the engine is stopped, or None.
@@ -138,6 +140,8 @@ class Scenario(_Short):
     share_prefixes: bool = True
     host_cache: int | None = None
     block_size: int = 16
+    per_step: int = 1 << 20
+    kept_sequences: int = 0
     exact_seeds: bool = False
     max_queue: int = 256
     offloaded: bool = False
