@@ -1,24 +1,29 @@
-"""The chart renders to valid objects: as it stands, and with every example under ci/."""
+"""The chart renders to valid objects, or refuses values with a sentence; what it watches is there to be watched."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import helm_python
 import pytest
 
 from edge_phi3 import __version__
+from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.catalog.reference import HubCheckpoint, parse_reference
+from edge_phi3.engine.stats import EngineStats
 from tests.helm.chart import (
     CHART,
+    DATA,
     EXAMPLES,
     NEWEST,
     Object,
-    app_version,
     containers,
     deployment,
     environment,
-    header_of,
     loaded,
     of_kind,
     oldest_kubernetes,
@@ -32,10 +37,22 @@ from tests.helm.chart import (
 )
 from tests.helm.invariants import check_all, check_service_options, routes
 
+REJECTIONS = values_of(DATA / "rejections.yaml")
+DASHBOARD = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
 
-@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
-def test_an_example_makes_a_sound_release_under_any_name(example: Path, tmp_path: Path) -> None:
-    values, keys = values_of(example), tmp_path / "api-keys"
+_METRIC = re.compile(r"(?<![\w.$])([a-zA-Z_:][a-zA-Z0-9_:]*)(?=\{)")
+"""A metric in PromQL: every query of ours gives its labels."""
+
+
+def header_of(example: str, key: str) -> str | None:
+    """Return what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
+    found = re.search(rf"^# {key}: (.+)$", EXAMPLES[example].read_text(encoding="utf-8"), re.MULTILINE)
+    return found and found[1]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path: Path) -> None:
+    values, keys = values_of(EXAMPLES[example]), tmp_path / "api-keys"
     keys.write_text("key\n")
     report = helm_python.lint(CHART, values, strict=True)
     assert report["errors"] == []
@@ -46,16 +63,14 @@ def test_an_example_makes_a_sound_release_under_any_name(example: Path, tmp_path
     for release in ("edge-phi3", "r", "a-release-name-of-the-53-characters-that-helm-allows-x"):
         objects = render(values, name=release)
         check_all(objects, is_restricted=header_of(example, "restricted") != "false")
-        for version in (oldest, NEWEST):
-            assert [error for obj in objects for error in schema_errors(obj, version)] == []
+        assert schema_errors(objects, oldest, NEWEST) == []
     options = values.get("serve", {}).get("options", {})
     check_service_options(objects, {"log-format": "json", **options}, keys)
 
 
 def test_examples_span_the_supported_versions() -> None:
-    assert header_of(EXAMPLES["defaults"], "kubernetes") == oldest_kubernetes()
-    objects = render(values_of(EXAMPLES["dra"]))
-    assert [error for obj in objects for error in schema_errors(obj, "1.33")], "the checks see what is too new"
+    assert header_of("defaults", "kubernetes") == oldest_kubernetes()
+    assert schema_errors(render(values_of(EXAMPLES["dra"])), "1.33"), "the checks see what is too new"
 
 
 def test_defaults_serve_phi_3_mini_on_one_gpu() -> None:
@@ -80,7 +95,7 @@ def test_defaults_for_the_gpu_operator_can_be_taken_away() -> None:
 def test_cpu_pods_ask_for_no_gpu_and_take_the_cpu_image() -> None:
     objects = render({"gpu": {"enabled": False}})
     assert "resources" not in server(objects)
-    assert server(objects)["image"] == f"edge-phi3:{app_version()}-cpu"
+    assert server(objects)["image"] == f"edge-phi3:{__version__}-cpu"
     assert "nodeSelector" not in pod_of(objects)
 
 
@@ -116,11 +131,9 @@ def test_model_references_are_those_of_the_catalog(model: Object, expected: str)
 
 
 def test_only_pods_that_fetch_may_reach_out() -> None:
-    def egress(example: str, suffix: str = "") -> list[Object]:
-        policies = of_kind(render(values_of(EXAMPLES[example])), "NetworkPolicy")
-        (policy,) = [p for p in policies if p["metadata"]["name"].endswith("-prepare") == bool(suffix)]
-        found: list[Object] = policy["spec"]["egress"]
-        return found
+    def egress(example: str, suffix: str = "edge-phi3") -> Any:
+        (policy,) = of_kind(render(values_of(EXAMPLES[example])), "NetworkPolicy", suffix)
+        return policy["spec"]["egress"]
 
     assert {port["port"] for rule in egress("defaults") for port in rule["ports"]} == {53, 443}
     assert egress("air-gapped-claim") == egress("image-volume") == egress("cpu-demo") == []
@@ -184,11 +197,8 @@ def test_the_pool_takes_the_paths_whose_requests_name_a_model() -> None:
 
 
 def test_changed_keys_restart_the_pods() -> None:
-    def template(*keys: str) -> Object:
-        found: Object = deployment(render({"auth": {"keys": list(keys)}}))["spec"]["template"]
-        return found
-
-    assert template("a") == template("a") != template("b")
+    first, again, other = (deployment(render({"auth": {"keys": [key]}}))["spec"]["template"] for key in "aab")
+    assert first == again != other
 
 
 @pytest.mark.parametrize(
@@ -225,6 +235,71 @@ def test_package_and_show(tmp_path: Path) -> None:
 
 def test_every_value_is_used_by_a_template() -> None:
     templates = "\n".join(template["data"] for template in loaded().templates)
-    unused = [key for key in loaded().values if f".Values.{key}" not in templates and f"$v.{key}" not in templates]
-    # Looked up by name in a loop over both autoscalers, or checked above through the objects that it makes.
-    assert unused == []
+    assert [key for key in loaded().values if not re.search(rf"(\.Values|\$v)\.{key}", templates)] == []
+
+
+@pytest.mark.parametrize(("values", "named"), REJECTIONS["schema"], ids=str)
+def test_the_schema_refuses(values: Object, named: str) -> None:
+    with pytest.raises(helm_python.HelmValuesError) as caught:
+        render(values)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(("values", "sentence"), REJECTIONS["templates"], ids=str)
+def test_values_that_do_not_fit_together_are_refused(values: Object, sentence: str) -> None:
+    with pytest.raises(helm_python.HelmRenderError) as caught:
+        render(values)
+    assert sentence in str(caught.value)
+
+
+def metrics_of_the_service(prefix: str) -> set[str]:
+    stats = EngineStats(*[0] * len(EngineStats.__dataclass_fields__))
+    families = list(ServiceMetrics(prefix, lambda: stats).registry.collect())
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
+    return {family.name + suffix for family in families for suffix in suffixes.get(family.type, ("",))}
+
+
+def queries_of(objects: list[Object]) -> Iterator[str]:
+    for rule in of_kind(objects, "PrometheusRule"):
+        yield from (entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"])
+    for scaler in of_kind(objects, "ScaledObject"):
+        yield from (trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"])
+
+
+@pytest.mark.parametrize(("example", "prefix"), [("scaled", "edge_phi3_"), ("hpa-ephemeral", "vllm:")])
+def test_alerts_and_autoscalers_ask_for_metrics_there_are_of_this_release_alone(example: str, prefix: str) -> None:
+    objects = render(values_of(EXAMPLES[example]), name="other", namespace="there")
+    known, queries = metrics_of_the_service(prefix), list(queries_of(objects))
+    asked = {name for query in queries for name in _METRIC.findall(query)}
+    assert {f"{prefix}num_requests_waiting", f"{prefix}requests_total", "up"} <= asked
+    assert asked - {"up"} <= known
+    for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
+        assert {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]} <= known
+    for query in queries:
+        assert query.count("{") == query.count('namespace="there", service="other-edge-phi3"')
+
+
+def test_the_dashboard_asks_for_metrics_there_are() -> None:
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in _METRIC.findall(query)}
+    assert len(asked) > 10
+    assert asked <= metrics_of_the_service("edge_phi3_")
+    assert all(query.count("(") == query.count(")") for query in queries)
+
+
+def test_the_dashboard_is_rendered_under_the_prefix_and_covers_the_engine() -> None:
+    (map_,) = of_kind(render(values_of(EXAMPLES["hpa-ephemeral"])), "ConfigMap", "-dashboard")
+    text = map_["data"]["edge-phi3.json"]
+    assert "vllm:num_requests_running" in text
+    assert "edge_phi3_" not in text
+    assert map_["metadata"]["labels"]["grafana_dashboard"] == "1"
+
+
+def test_panels_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        grid = panel["gridPos"]
+        cells = {(grid["x"] + dx, grid["y"] + dy) for dx in range(grid["w"]) for dy in range(grid["h"])}
+        assert not cells & taken, panel["title"]
+        assert grid["x"] + grid["w"] <= 24
+        taken |= cells
