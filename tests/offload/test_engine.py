@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import OPTIONS
-from tests.offload.device import Device
+from tests.offload.conftest import Device
 
 EXACT = (
     # 400 requests in all modes, against transformers.

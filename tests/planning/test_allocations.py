@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.planning.fit import Machine, Options, fit
-from edge_phi3.planning.gguf_layout import read_layout
+from edge_phi3.planning.gguf_layout import Layout, read_layout
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.golden.checkpoints import longrope, write_checkpoint
-from tests.planning.buffers import Places, allocated, check, planned
+from tests.planning.buffers import Places, check, loaded, planned
 
 MACHINE = Machine(gpu=False, name="a machine", free=64 << 30, reserve=0)
 
@@ -28,10 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "128k": {"max_position_embeddings": 131072, "rope_scaling": longrope(64), "sliding_window": None},
 }
 
-TYPES = (
-    *("F32", "F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q2_K"),
-    *("IQ3_XXS", "IQ2_XS"),
-)
+TYPES = "F32 F16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL IQ4_XS Q3_K_M Q2_K IQ3_XXS IQ2_XS"
 FEW_TYPES = ("F16", "Q4_K_M", "Q4_0")
 
 GRID: dict[str, dict[str, Any]] = {
@@ -48,32 +47,26 @@ GRID: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
 class Made:
-    """The models, each made once."""
+    """The models in a folder, each made once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    folder: Path
 
     def checkpoint(self, name: str) -> Path:
-        folder = self._folder / name
-        if not folder.exists():
-            write_checkpoint(folder, **(SHAPE | MODELS[name]))
-        return folder
+        path = self.folder / name
+        return path if path.exists() else write_checkpoint(path, **(SHAPE | MODELS[name]))
 
     def gguf(self, name: str, kind: str) -> Path:
-        path = self._folder / f"{name}-{kind}.gguf"
-        if not path.exists() and kind in {"F32", "F16"}:
-            convert(self.checkpoint(name), path, outtype=kind.lower())
-        elif not path.exists():
-            needed = QUANTIZATION_TYPES[kind].needs_imatrix
-            quantize(self.gguf(name, "F16"), path, type=kind, imatrix=self._imatrix(name) if needed else None)
-        return path
-
-    def _imatrix(self, name: str) -> Path:
-        path = self._folder / f"{name}-imatrix.gguf"
-        if not path.exists():
-            make_imatrix(self.gguf(name, "F16"), path, chunks=2)
-        return path
+        path = self.folder / f"{name}-{kind}.gguf"
+        if path.exists():
+            return path
+        if kind in {"F32", "F16"}:
+            return convert(self.checkpoint(name), path, outtype=kind.lower()).path
+        matrix = self.folder / f"{name}-imatrix.gguf" if QUANTIZATION_TYPES[kind].needs_imatrix else None
+        if matrix and not matrix.exists():
+            make_imatrix(self.gguf(name, "F16"), matrix, chunks=2)
+        return quantize(self.gguf(name, "F16"), path, type=kind, imatrix=matrix).path
 
 
 @pytest.fixture(scope="module")
@@ -81,39 +74,42 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("models"))
 
 
-def plans_of(checkpoint: Path, folder: Path, types: tuple[str, ...], **options: Any) -> dict[str, Places]:
-    """Plan each type of a checkpoint."""
-    base = find_base(str(checkpoint), folder, store=None, progress=SilentProgress())
+def plans_of(base: Layout, types: Sequence[str], **options: Any) -> dict[str, Places]:
+    """Plan each type of a model."""
     return {row.type: planned(row) for row in fit(base, Options(**options), MACHINE, types).rows}
+
+
+def skeleton(checkpoint: Path, folder: Path) -> Layout:
+    return find_base(str(checkpoint), folder, store=None, progress=SilentProgress())
 
 
 @pytest.mark.parametrize("case", GRID)
 @pytest.mark.parametrize("model", ["4k", "128k"])
 def test_contexts_and_parallelism(made: Made, model: str, case: str) -> None:
     path = made.gguf(model, "Q4_K_M")
-    (row,) = fit(read_layout(path), Options(**GRID[case]), MACHINE).rows
-    assert row.type == path.stem
-    check(planned(row), allocated(path, **GRID[case]))
+    ((name, plan),) = plans_of(read_layout(path), (), **GRID[case]).items()
+    assert name == path.stem
+    check(plan, loaded(path, **GRID[case]).places())
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_types(made: Made, tmp_path: Path, model: str) -> None:
     options = {"ctx_size": 8192, "parallel": 2} if model == "128k" else {"ctx_size": 512}
-    plans = plans_of(made.checkpoint(model), tmp_path, () if model == "4k" else FEW_TYPES, **options)
+    plans = plans_of(skeleton(made.checkpoint(model), tmp_path), () if model == "4k" else FEW_TYPES, **options)
     if model == "4k":
         assert plans.keys() == {type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.special}
-    for name in TYPES if model == "4k" else FEW_TYPES:
-        check(plans[name], allocated(made.gguf(model, name), **options))
+    for name in TYPES.split() if model == "4k" else FEW_TYPES:
+        check(plans[name], loaded(made.gguf(model, name), **options).places())
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16"])
-def test_a_file_is_planned_as_its_checkpoint(made: Made, tmp_path: Path, kind: str) -> None:
-    found = fit(read_layout(made.gguf("128k", kind)), Options(), MACHINE, FEW_TYPES)
-    assert {row.type: planned(row) for row in found.rows} == plans_of(made.checkpoint("128k"), tmp_path, FEW_TYPES)
+def test_a_file_is_planned_as_its_checkpoint(made: Made, tmp_path: Path) -> None:
+    expected = plans_of(skeleton(made.checkpoint("128k"), tmp_path), FEW_TYPES)
+    for kind in ("F32", "F16"):
+        assert plans_of(read_layout(made.gguf("128k", kind)), FEW_TYPES) == expected
 
 
 def test_two_contexts_are_counted_for_a_model_with_two_sets_of_rotary_factors(made: Made, tmp_path: Path) -> None:
-    base = find_base(str(made.checkpoint("128k")), tmp_path, store=None, progress=SilentProgress())
+    base = skeleton(made.checkpoint("128k"), tmp_path)
     assert fit(base, Options(ctx_size=4096), MACHINE, ["F16"]).cells == (4096,)
     both = fit(base, Options(ctx_size=16384, parallel=3), MACHINE, ["F16"])
     # Half as many cells for short sequences, which take at least one and at most three of the original context.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from edge_phi3.llama.memory import ContextMemory, context_memory
 from edge_phi3.planning.budget import Placement, host_pattern, place
-from edge_phi3.planning.fit import Fit, Machine, Options, fit
+from edge_phi3.planning.fit import Machine, Options, Row, fit
 from edge_phi3.planning.gguf_layout import Layout
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
@@ -25,8 +27,13 @@ def placed(layout: Layout, offloaded: int, *, gpu_asked: bool = True) -> Placeme
     return place(layout, [CONTEXT], set(), offloaded=offloaded, gpu_asked=gpu_asked)
 
 
-def gpu(free: int, **options: object) -> Machine:
-    return Machine(gpu=True, name="a GPU", free=free, reserve=0, **options)  # type: ignore[arg-type]  # fields
+def gpu(free: int, main_memory: int | None = None) -> Machine:
+    return Machine(gpu=True, name="a GPU", free=free, reserve=0, main_memory=main_memory)
+
+
+def row_of(layout: Layout, options: Options, machine: Machine) -> Row:
+    (row,) = fit(layout, options, machine, ["Q8_0"]).rows
+    return row
 
 
 def test_offloaded_layers_move_from_the_machine_to_the_gpu(mini: Layout) -> None:
@@ -44,9 +51,7 @@ def test_offloaded_layers_move_from_the_machine_to_the_gpu(mini: Layout) -> None
         assert (found.device.compute, found.host.compute) == (70 * MIB, 9 * MIB)
         assert (found.device.output, found.host.output) == (0, 30 * MIB)
     assert placed(mini, 33).host.weights == sizes["token_embd.weight"]
-
-
-def test_a_gpu_that_was_not_asked_is_thought_to_take_all_compute_buffers(mini: Layout) -> None:
+    # A GPU that was not asked is thought to take all compute buffers.
     assert placed(mini, 33, gpu_asked=False).device.compute == 79 * MIB
     assert placed(mini, 0, gpu_asked=False).device.compute == 0
 
@@ -57,65 +62,56 @@ def test_the_pattern_names_the_tensors_that_stay(mini: Layout) -> None:
     assert host_pattern(mini, 31) == r"^token_embd\.|^blk\.(0|1)\."
 
 
-def recommended(found: Fit) -> str | None:
-    return found.best.type if found.best else None
-
-
 def test_less_memory_means_fewer_bits_then_fewer_layers_then_nothing(mini: Layout) -> None:
     options = Options(ctx_size=2048)
     types = ("Q8_0", "Q4_K_M", "Q2_K")
     large, middle, small, none = (fit(mini, options, gpu(eighths * GIB // 8), types) for eighths in (44, 28, 18, 1))
-    assert [recommended(found) for found in (large, middle, small, none)] == ["Q8_0", "Q4_K_M", "Q2_K", None]
+    best = [found.best and found.best.type for found in (large, middle, small, none)]
+    assert best == ["Q8_0", "Q4_K_M", "Q2_K", None]
     assert [row.placement.layers for row in large.rows] == [33, 33, 33]
     assert not any(row.fits for row in none.rows)
     for found in (middle, small):
-        for row in found.rows:
-            assert row.fits
-            assert row.placement.device.total <= found.machine.budget
+        assert all(row.fits and row.placement.device.total <= found.machine.budget for row in found.rows)
     # As many layers as fit, and not one more.
-    layers = small.rows[0].placement.layers
-    assert layers is not None
+    layers = small.rows[0].placement.layers or 0
     assert 0 < layers < 33
-    more = Options(ctx_size=2048, n_gpu_layers=layers + 1)
-    assert not fit(mini, more, small.machine, ["Q8_0"]).rows[0].fits
+    assert not row_of(mini, Options(ctx_size=2048, n_gpu_layers=layers + 1), small.machine).fits
     # When no type fits whole, the default one is recommended with the layers that fit.
-    assert recommended(fit(mini, options, gpu(GIB), types)) == "Q4_K_M"
+    partly = fit(mini, options, gpu(GIB), types).best
+    assert partly
+    assert partly.type == "Q4_K_M"
 
 
 def test_asked_for_layers_are_planned_as_asked(mini: Layout) -> None:
-    (row,) = fit(mini, Options(n_gpu_layers=10), gpu(1 * GIB), ["Q8_0"]).rows
-    assert row.placement.layers == 10
-    assert not row.fits
-    (row,) = fit(mini, Options(n_gpu_layers=10), gpu(8 * GIB), ["Q8_0"]).rows
-    assert row.fits
+    for free, fits in ((1, False), (8, True)):
+        row = row_of(mini, Options(n_gpu_layers=10), gpu(free * GIB))
+        assert (row.placement.layers, row.fits) == (10, fits)
 
 
 def test_what_stays_beside_the_gpu_needs_room_too_and_the_reserve_is_left_free(mini: Layout) -> None:
-    (row,) = fit(mini, Options(), gpu(3 * GIB, main_memory=GIB // 4), ["Q8_0"]).rows
+    row = row_of(mini, Options(), gpu(3 * GIB, main_memory=GIB // 4))
     assert 0 < (row.placement.layers or 0) < 33
     assert not row.fits
-    (row,) = fit(mini, Options(ctx_size=512), Machine(False, "", 64 * GIB, 0), ["Q4_K_M"]).rows
-    total = row.placement.host.total
-    for reserve, fits in ((0, True), (1, False)):
-        (row,) = fit(mini, Options(ctx_size=512), Machine(False, "", total, reserve), ["Q4_K_M"]).rows
-        assert row.fits is fits
+    cpu = Machine(False, "", 64 * GIB, 0)
+    total = row_of(mini, Options(ctx_size=512), cpu).placement.host.total
+    for reserve in (0, 1):
+        exact = dataclasses.replace(cpu, free=total, reserve=reserve)
+        assert row_of(mini, Options(ctx_size=512), exact).fits is (reserve == 0)
 
 
 def test_of_contexts_for_several_batches_the_largest_buffers_count() -> None:
     # llama.cpp's words on a CUDA build, planning a context for batches of 64 tokens and of 17: the second needs more
     # beside the GPU, which is handed large batches of any layer.
     cells = "4096 cells,   3 layers, 17/1 seqs"
-    log = [
+    both = [
         "llama_context:  CUDA_Host  output buffer size =     0.04 MiB",
         f"llama_kv_cache: size =   24.00 MiB (  {cells}), K (f32):   12.00 MiB, V (f32):   12.00 MiB",
-        "sched_reserve:      CUDA0 compute buffer size =    10.88 MiB",
-        "sched_reserve:  CUDA_Host compute buffer size =     0.86 MiB",
-        "llama_context:  CUDA_Host  output buffer size =     0.04 MiB",
-        f"llama_kv_cache: size =   24.00 MiB (  {cells}), K (f32):   12.00 MiB, V (f32):   12.00 MiB",
-        "sched_reserve:      CUDA0 compute buffer size =     4.18 MiB",
-        "sched_reserve:  CUDA_Host compute buffer size =     4.20 MiB",
     ]
-    found = context_memory(log)
+    first, second = (
+        [f"sched_reserve:  {name} compute buffer size =     {size} MiB" for name, size in sizes.items()]
+        for sizes in ({"CUDA0": 10.88, "CUDA_Host": 0.86}, {"CUDA0": 4.18, "CUDA_Host": 4.20})
+    )
+    found = context_memory([*both, *first, *both, *second])
     assert (found.cells, found.kv) == (4096, 24 * MIB)
     assert found.compute == {"CUDA0": round(10.88 * MIB), "CUDA_Host": round(4.20 * MIB)}
     assert found.output == round(0.04 * MIB)
