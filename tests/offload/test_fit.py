@@ -13,7 +13,7 @@ import pytest
 
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
-from tests.planning.test_allocations import Made
+from tests.planning.test_fit import Made
 from tests.support.services import PATIENCE, Server, serving
 
 GIB = 1 << 30
