@@ -50,7 +50,9 @@ def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> No
 def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) -> None:
     before = service.service.pipeline.engine.stats()
     level = Level(clients=1, sessions=3)
-    run(service, level, prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2")
+    report = run(service, level, prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2")
+    assert report.exact_lengths
+    assert {record.prompt_tokens for record in report.requests[0] if record.turn == 0} == {72}
     after = service.service.pipeline.engine.stats()
     # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
     assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.bench.endpoints import Answer, Endpoint, measure_ruler, open_endpoint
+from edge_phi3.bench.endpoints import Endpoint, measure_ruler
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.workload import WORDS, FileSessions, RandomSessions, Ruler, Workload, parse_lengths
+from edge_phi3.bench.workload import FileSessions, RandomSessions, Workload, parse_lengths
 from tests.bench.conftest import RULER, client_of
-from tests.support.in_process import Running
 
 
 def test_a_seed_asks_the_same_again_and_another_asks_something_else() -> None:
@@ -50,24 +48,6 @@ def test_each_turn_carries_the_conversation_so_far() -> None:
     second = session.ask([*first.turns, "the answer"])
     assert list(second.turns) == [session.users[0], "the answer", session.users[1]]
     assert (second.max_tokens, second.how.temperature) == (64, 0.5)
-
-
-def test_prompts_have_exactly_the_tokens_asked_for(service: Running) -> None:
-    async def scenario() -> tuple[Ruler, int | None, int | None]:
-        endpoint = await open_endpoint(HttpClient(f"http://127.0.0.1:{service.port}"))
-        ruler = await measure_ruler(endpoint)
-        workload = Workload(prompt_tokens="37", shared_prefix=20, output_tokens="2", turns="2")
-        session = RandomSessions(workload, ruler)(0)
-        answer = Answer()
-        await endpoint.generate(session.ask([]), answer)
-        second = await endpoint.count_tokens(session.users[1].lstrip())
-        await endpoint.client.close()
-        return ruler, answer.prompt_tokens, second
-
-    ruler, first, second = asyncio.run(scenario())
-    assert ruler.exact
-    assert len(ruler.words) > len(WORDS) / 2
-    assert (first, second) == (57, 37)
 
 
 def test_without_a_tokenizer_the_mean_length_of_words_is_measured() -> None:

@@ -48,22 +48,15 @@ def oldest_kubernetes() -> str:
 
 def render_texts(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> dict[str, str]:
     """Render the chart: template -> text. Values that the schema refuses raise."""
-    chart = loaded()
-    chart.validate_schema(values or {})
-    return {
-        path.removeprefix("edge-phi3/templates/"): text
-        for path, text in chart.render(values or {}, name=name, namespace=namespace).items()
-    }
+    loaded().validate_schema(values or {})
+    texts = loaded().render(values or {}, name=name, namespace=namespace)
+    return {path.removeprefix("edge-phi3/templates/"): text for path, text in texts.items()}
 
 
-def render(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> list[Object]:
-    return [
-        obj
-        for path, text in render_texts(values, name, namespace).items()
-        if not path.endswith("NOTES.txt")
-        for obj in yaml.load_all(text, _SafeLoader)
-        if obj
-    ]
+def render(values: Object | None = None, **release: str) -> list[Object]:
+    texts = render_texts(values, **release)
+    texts.pop("NOTES.txt")
+    return [obj for text in texts.values() for obj in yaml.load_all(text, _SafeLoader) if obj]
 
 
 def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:

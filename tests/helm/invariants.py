@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 from click.testing import CliRunner
 
@@ -105,10 +105,9 @@ def _selectors(objects: list[Object]) -> Iterator[dict[str, str]]:
     for constraint in pod_of(objects).get("topologySpreadConstraints", []):
         yield constraint["labelSelector"]["matchLabels"]
     for obj in objects:
-        if obj["kind"] == "Service":
-            yield obj["spec"]["selector"]
-        elif obj["kind"] in {"PodDisruptionBudget", "InferencePool"}:
-            yield obj["spec"]["selector"]["matchLabels"]
+        if obj["kind"] in {"Service", "PodDisruptionBudget", "InferencePool"}:
+            selector = obj["spec"]["selector"]
+            yield selector.get("matchLabels", selector)
         elif obj["kind"] == "NetworkPolicy" and not obj["metadata"]["name"].endswith("-prepare"):
             yield obj["spec"]["podSelector"]["matchLabels"]
 
@@ -128,12 +127,12 @@ def check_references(objects: list[Object]) -> None:
         assert mounted <= set(volumes), mounted - set(volumes)
         assert set(volumes) - mounted <= {"scripts"}, "a volume that nothing mounts"
         for volume in volumes.values():
-            if "persistentVolumeClaim" in volume:
-                exists("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
-            if "configMap" in volume:
-                exists("ConfigMap", volume["configMap"]["name"])
-            if "secret" in volume:
-                exists("Secret", volume["secret"]["secretName"])
+            for key, kind, field in (
+                ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
+                ("configMap", "ConfigMap", "name"),
+                ("secret", "Secret", "secretName"),
+            ):
+                exists(kind, volume.get(key, {}).get(field, ""))
         for claim in pod["spec"].get("resourceClaims", []):
             exists("ResourceClaimTemplate", claim["resourceClaimTemplateName"])
         exists("ServiceAccount", pod["spec"].get("serviceAccountName", ""))
@@ -147,10 +146,7 @@ def check_references(objects: list[Object]) -> None:
 
 @functools.cache
 def routes() -> frozenset[str]:
-    def load(_: object) -> Any:
-        raise NotImplementedError
-
-    application, _ = create_service(Settings(), load)
+    application, _ = create_service(Settings(), mock.Mock())
     inner = next(value for value in vars(application).values() if hasattr(value, "routes"))
     return frozenset(route.path for route in inner.routes)
 

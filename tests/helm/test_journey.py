@@ -220,34 +220,28 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
     (program,) = re.findall(r'-- python -c "(.*)"$', TEXT, re.MULTILINE)
     values = SMALL | {"model": {"name": "demo", "prepare": {"mode": "none"}}, "storage": {"mountPath": str(tmp_path)}}
     container = server(render(values))
-    port = free_port()
-    command = command_of(container)
-    command[command.index("--port") + 1] = str(port)
+    port = str(free_port())
+    command, env = command_of(container), environment_of(container)
+    command[command.index("--port") + 1] = port
     # Until it has answered once, it waits for another process that makes the model.
-    store = Path(environment_of(container)["EDGE_PHI3_STORE"])
-    demo = parse_reference("demo")
+    demo, locks = parse_reference("demo"), Path(env["EDGE_PHI3_STORE"]) / ".locks"
     assert isinstance(demo, LocalCheckpoint)
-    shelf = shelf_name(demo)
-    (store / ".locks").mkdir()
-    making = FileLock(store / ".locks" / f"{shelf}.lock")
-    making.acquire()
-    process = subprocess.Popen(command, env=environment_of(container), stderr=subprocess.DEVNULL)
-    try:
-        said: list[Object] = []
-        while not said or said[-1] != {"status": "Healthy"}:
-            assert process.poll() is None
-            asked = subprocess.run(
-                [sys.executable, "-c", program.replace("8080", str(port))], capture_output=True, text=True, check=False
-            )
-            if "ConnectionRefusedError" in asked.stderr:
-                continue
-            assert asked.returncode == 0, asked.stderr
-            said.append(json.loads(asked.stdout))
-            making.release()
-    finally:
-        making.release()
-        process.terminate()
-    assert process.wait(timeout=PATIENCE) == 0
+    locks.mkdir()
+    making = FileLock(locks / f"{shelf_name(demo)}.lock")
+    said: list[Object] = []
+    with making, subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not said or said[-1] != {"status": "Healthy"}:
+                assert process.poll() is None
+                question = [sys.executable, "-c", program.replace("8080", port)]
+                ((code, printed, log),) = run_together(question, dict(os.environ), 1)
+                if "ConnectionRefusedError" not in log:
+                    assert code == 0, log
+                    said.append(json.loads(printed))
+                    making.release()
+        finally:
+            process.terminate()
+        assert process.wait(timeout=PATIENCE) == 0
     assert "detail" in said[0], "it answers while it converts and loads"
 
 

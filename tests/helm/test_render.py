@@ -22,7 +22,6 @@ from tests.helm.chart import (
     NEWEST,
     Object,
     deployment,
-    environment,
     loaded,
     of_kind,
     oldest_kubernetes,
@@ -90,34 +89,10 @@ def test_the_chart(case: Any) -> None:
     assert {path: part_of(named, path.split()) for path in expected} == expected
     notes = render_texts(values)["NOTES.txt"]
     assert [line for line in case.get("notes", []) if line not in notes] == []
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        ({"name": "microsoft/Phi-3-mini-4k-instruct", "revision": "abc"}, "microsoft/Phi-3-mini-4k-instruct@abc"),
-        ({"name": "o/n/sub/file.gguf", "revision": "v1"}, "o/n@v1/sub/file.gguf"),
-        ({"name": "o/n"}, "o/n"),
-        ({"name": "demo"}, "demo"),
-    ],
-)
-def test_model_references_are_those_of_the_catalog(model: Object, expected: str) -> None:
-    objects = render({"model": model})
-    args = server(objects)["args"]
-    assert args[1] == expected
-    assert preparer(objects)["command"][:3] == ["edge-phi3", "pull", expected]
-    parse_reference(expected)
-
-
-def test_the_token_reaches_only_the_container_that_fetches() -> None:
-    objects = render(values_of(EXAMPLES["mirror-token"]))
-    prepare = preparer(objects)
-    token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub-token", "key": "HF_TOKEN"}}}
-    assert token in prepare["env"]
-    assert environment(prepare)["HF_ENDPOINT"] == "https://hub.site.example"
-    assert token not in server(objects)["env"]
-    serving = server(render(values_of(EXAMPLES["mirror-token"]) | {"model": {"prepare": {"mode": "none"}}}))
-    assert not [mount for mount in serving["volumeMounts"] if mount["name"] == "models" and mount.get("readOnly")]
+    if model := case.get("serves"):
+        parse_reference(model)
+        assert server(objects)["args"][:2] == ["serve", model]
+        assert preparer(objects)["command"][:3] == ["edge-phi3", "pull", model]
 
 
 def test_changed_keys_restart_the_pods() -> None:

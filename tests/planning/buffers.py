@@ -1,13 +1,15 @@
 """Planned memory beside what llama.cpp allocates when an engine loads the model, as its own log says.
 
-As a program it plans and loads models in this process: cases come in on stdin, what was planned and allocated goes out.
-A case is ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file.
+As a plug-in of pytest it writes what all tests loaded to the file that TEST_DEVICE_REPORT names. As a program it plans
+and loads models: cases come in on stdin, what was planned and allocated goes out. A case is
+``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections import Counter
@@ -88,6 +90,18 @@ def check(plan: Places, truth: Places) -> None:
             size = truth[place].get(kind, 0)
             assert plan[place][kind] == pytest.approx(size, rel=TOLERANCE, abs=2 * ROUNDING), (place, kind)
         assert sum(plan[place].values()) == pytest.approx(sum(truth[place].values()), rel=TOLERANCE), place
+
+
+_watch = Buffers()
+
+
+def pytest_configure() -> None:
+    _watch.listen()
+
+
+def pytest_unconfigure() -> None:
+    buffers = {kind: sorted(name for name, its_kind in _watch.sizes if its_kind == kind) for kind in KINDS}
+    Path(os.environ["TEST_DEVICE_REPORT"]).write_text(json.dumps({"starts": _watch.starts, "buffers": buffers}))
 
 
 def _answer(case: dict[str, Any]) -> dict[str, Any]:
