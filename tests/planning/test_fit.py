@@ -111,16 +111,6 @@ def test_a_file_is_planned_as_its_checkpoint(made: Made, tmp_path: Path) -> None
         assert plans_of(read_layout(made.gguf("128k", kind)), FEW_TYPES) == expected
 
 
-def test_two_contexts_are_counted_for_a_model_with_two_sets_of_rotary_factors(made: Made, tmp_path: Path) -> None:
-    base = skeleton(made.checkpoint("128k"), tmp_path)
-    assert fit(base, Options(ctx_size=4096), CPU, ["F16"]).cells == (4096,)
-    both = fit(base, Options(ctx_size=16384, parallel=3), CPU, ["F16"])
-    # Half as many cells for short sequences, which take at least one and at most three of the original context.
-    assert both.cells == (8192, 16384)
-    cell = 2 * 3 * 256 * 2
-    assert both.rows[0].placement.host.kv_cache == pytest.approx((8192 + 16384) * cell, rel=0.001)
-
-
 CONTEXT = ContextMemory(4096, 320 * MIB, {"CUDA0": 70 * MIB, "CUDA_Host": 9 * MIB}, 30 * MIB)
 
 
