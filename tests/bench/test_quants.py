@@ -128,7 +128,7 @@ def test_what_is_measured_is_not_measured_again(
 def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("<|user|>\nWhat does len do?<|end|>\n<|assistant|>\nReturn the number of items.<|end|>\n" * 20)
-    options = ("--type", "IQ2_XS", "--text", text, "--output-dir", tmp_path / "out", *QUICK)
+    options = ("--type", "IQ2_XS", "--text", str(text), "--output-dir", str(tmp_path / "out"), *QUICK)
     result = bench("demo", *options, "--json")
     assert result.returncode == 0, result.stderr
     report = msgspec.json.decode(result.stdout, type=QuantReport)

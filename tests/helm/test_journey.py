@@ -132,7 +132,7 @@ def test_replicas_that_start_together_make_the_default_model_once_and_all_serve(
     (test_pod,) = of_kind(closed, "Pod", "-test")
     (asking,) = containers(test_pod)
     env = {"HF_ENDPOINT": hub.endpoint}
-    with served(objects, **env) as first, served(closed, keys, **env) as second:
+    with served(objects, None, **env) as first, served(closed, keys, **env) as second:
         for text in (TEXT, render_texts(values)["NOTES.txt"]):
             assert_answers(first, text)
         # The test pod of `helm test` itself, with the service's address in place of the cluster's.

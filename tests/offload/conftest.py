@@ -96,8 +96,8 @@ def plugin() -> Path:
             folders = [f"-I{folder}" for folder in (ggml / "include", ggml / "src", backend)]
             linked = [f"-L{libraries}", "-lggml-base", f"-Wl,-rpath,{libraries}", "-pthread"]
             sources = [backend / name for name in ("ggml-rpc.cpp", "transport.cpp")]
-            command = [compiler, "-shared", *_FLAGS.split(), *folders, *sources, "-o", unfinished, *linked]
-            subprocess.run(command, check=True)
+            compile_: list[str | Path] = [compiler, "-shared", *_FLAGS.split(), *folders, *sources]
+            subprocess.run([*compile_, "-o", unfinished, *linked], check=True)
             unfinished.rename(output)
     return output
 

@@ -148,7 +148,7 @@ NO_CACHE = r"llama\.cpp cannot make a context of 65536 KV cells of type f16 \(.*
 def test_what_does_not_fit_is_told(
     plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: tuple[str, ...], sentence: str
 ) -> None:
-    command = ("-m", "edge_phi3", verb, demo_f16, *(option.format(tmp_path) for option in options))
+    command = ("-m", "edge_phi3", verb, str(demo_f16), *(option.format(tmp_path) for option in options))
     with running_device(plugin, tmp_path / "device.log", memory=memory << 20) as device:
         refused = device.run(*command)
         assert refused.returncode == 1

@@ -164,7 +164,7 @@ def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, .
 
 def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(system_resources, "_CGROUP", tmp_path)
-    monkeypatch.setattr(system_resources.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
     assert system_resources.available_memory() == 8 * GIB
     (tmp_path / "memory.current").write_text(f"{3 * GIB}\n")
     (tmp_path / "memory.stat").write_text(f"anon {GIB}\ninactive_file {GIB}\n")
