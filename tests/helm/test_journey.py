@@ -205,7 +205,7 @@ def test_a_site_without_internet_with_a_file_server(hub: HubServer, carried: Pat
     hub.repositories["site/files"] = Repository({file.name: file.read_bytes()})
     url = f"{hub.endpoint}/site/files/resolve/main/{file.name}?x=/y.gguf"
     checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-    replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
+    replaced = {"https://files.site.example/phi3.gguf": f'"{url}"', "THE_SUM": checksum}
     values = SMALL | values_of_the_site("sha256", replaced)
     values["storage"] = {"mountPath": str(tmp_path)}
     objects = render(values)
