@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults
 from edge_phi3.generation.processors import build_processors
-from edge_phi3.generation.warpers import Warping, warp
+from edge_phi3.generation.warpers import Warping
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
@@ -27,41 +26,6 @@ def test_invalid_values_become_0_and_the_largest_numbers() -> None:
     scores = np.array([[np.inf, -np.inf, np.nan, 1.5]], dtype=np.float32)
     processor(np.ones((1, 1), dtype=np.int32), scores)
     np.testing.assert_array_equal(scores, np.array([[largest, -largest, 0, 1.5]], dtype=np.float32))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("top_p", 0.7), ("min_p", 0.1), ("typical_p", 0.6), ("epsilon_cutoff", 0.03), ("eta_cutoff", 0.1)],
-)
-def test_warpers_see_the_same_rows_whole_or_cut_to_candidates(name: str, value: float) -> None:
-    """Top-k cuts rows down; every later warper must make the same of the rest as of the whole row."""
-    scores = (np.random.default_rng(0).standard_normal((6, VOCABULARY)) * 3).astype(np.float32)
-    cut = warp(scores.copy(), [Warping(("top_k", name), (20, value), 1)] * 6)
-    scores[scores < np.sort(scores, axis=1)[:, -20:-19]] = -np.inf
-    whole = warp(scores, [Warping((name,), (value,), 1)] * 6)
-    found = []
-    for left in (cut, whole):
-        rows, columns = np.nonzero(left.scores > -np.inf)
-        found.append((rows, left.token_ids(rows, columns), left.scores[rows, columns]))
-    for ours, theirs in zip(*found, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_openais_penalties_are_those_of_its_formula_and_leave_the_prompt_out() -> None:
-    tokens = np.array([[1, 2, 7, 7, 9, 7], [1, 2, 8, 9, 9, 8]], np.int32)
-    scores = np.random.default_rng(0).standard_normal((2, 12)).astype(np.float32)
-    penalties: dict[str, Any] = {"presence_penalty": 1.25, "frequency_penalty": 0.5}
-    config = dataclasses.replace(GenerationConfig.resolve({"do_sample": False}, DEFAULTS), **penalties)
-    for start in (2, 6):  # with four tokens generated, and with none
-        expected = scores.copy()
-        for row, line in enumerate(tokens[:, start:].tolist()):
-            for token in range(12):
-                count = line.count(token)
-                expected[row, token] -= np.float32(count * 0.5) + np.float32(1.25 if count else 0)
-        found = scores.copy()
-        (processor,) = build_processors(config, tokens[0, :start])
-        processor(tokens, found)
-        np.testing.assert_array_equal(found, expected)
 
 
 def test_processors_follow_the_order_of_transformers() -> None:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from edge_phi3.generation import GenerationError, ParameterError, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
-from edge_phi3.generation.sampling import SequenceDecoder
-from tests.generation.conftest import END, VOCABULARY, answer, decoder, run, table_model
+from tests.generation.conftest import VOCABULARY, answer, decoder, run, table_model
 
 PROMPT = (5, 6, 7)
 
@@ -64,35 +63,6 @@ def test_a_request_gives_the_same_whatever_runs_beside_it(order: list[int], coun
     together = generated(*(MIXED[index] for index in order[:count]), seed=seed)
     for index, sequences in zip(order, together, strict=False):
         assert generated(MIXED[index], seed=seed) == [sequences]
-
-
-def test_steps_emit_what_each_sequence_got() -> None:
-    options: dict[str, Any] = {"num_return_sequences": 6, "top_k": 0, "temperature": 3.0}
-    options["eos_token_id"] = [*range(2, 12)]
-    each = decoder(PROMPT, seed=5, max_new_tokens=60, **options)
-    emitted = run(table_model(4), (each, PROMPT))[0]
-    streamed: dict[int, list[int]] = {index: [] for index in range(6)}
-    for sequence, token in emitted:
-        streamed[sequence].append(token)
-    result = each.result()
-    assert [streamed[index] for index in range(6)] == [tokens[3:].tolist() for tokens in result.sequences]
-    assert len({len(tokens) for tokens in result.sequences}) > 2
-    assert set(result.finish_reasons) == {"stop"}
-
-
-def test_rows_that_end_leave_the_others_in_order() -> None:
-    each = decoder(PROMPT, seed=5, num_return_sequences=3, top_k=0, max_new_tokens=5)
-    logits = np.full((1, VOCABULARY), -np.inf, dtype=np.float32)
-    logits[0, 50] = 0
-    (step,) = advance([each], logits)
-    assert (list(step.parents), list(step.tokens)) == ([0, 0, 0], [50, 50, 50])
-    logits = np.full((3, VOCABULARY), -np.inf, dtype=np.float32)
-    logits[[0, 1, 2], [60, END, 62]] = 0
-    (step,) = advance([each], logits)
-    assert (list(step.parents), list(step.tokens)) == ([0, 2], [60, 62])
-    assert step.emitted == [(0, 60), (1, END), (2, 62)]
-    assert isinstance(each, SequenceDecoder)
-    assert (each.rows, each.live) == (2, [0, 2])
 
 
 @pytest.mark.parametrize("beams", [1, 2])

@@ -92,24 +92,3 @@ def test_no_end_token_ends_nothing(ends: object) -> None:
     for token in (END, END, END):
         advance([each], forced(token))
     assert each.result().sequences[0].tolist() == [*PROMPT, END, END, END]
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    st.integers(0, 30),
-    st.integers(1, 30),
-    st.sampled_from([{}, {"num_beams": 3}, {"num_return_sequences": 3}, {"do_sample": False}]),
-    st.booleans(),
-)
-def test_lengths_are_kept(least: int, most: int, options: dict[str, Any], in_new_tokens: bool) -> None:
-    bounds = (
-        {"min_new_tokens": least, "max_new_tokens": most}
-        if in_new_tokens
-        else {"min_length": least + len(PROMPT), "max_length": most + len(PROMPT)}
-    )
-    result = answer(table_model(5), PROMPT, seed=1, eos_token_id=[*range(2, 40)], **bounds, **options)
-    for tokens in result.sequences:
-        new = tokens[len(PROMPT) :]
-        assert 1 <= len(new) <= most
-        ended = np.flatnonzero((new >= 2) & (new < 40))
-        assert all(place >= min(least, most) for place in ended)
