@@ -47,13 +47,6 @@ def test_short_and_long_prompts_side_by_side(make_model: MakeModel) -> None:
     assert answers == {case.name: recorded()[case.name] for case in together}
 
 
-def test_128k_model_within_its_original_context_needs_one_context(make_model: MakeModel) -> None:
-    case = next(case for case in CASES if case.name == "128k-100+24")
-    with running_engine(make_model("128k"), ctx_size=4096) as engine:
-        assert len(engine.model.runners) == 1
-        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
-
-
 def test_beams_cross_the_original_context_together(make_model: MakeModel) -> None:
     case = next(case for case in CASES if case.name == "128k-4085+32")
     options = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 24, **ENDLESS}

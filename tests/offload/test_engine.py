@@ -33,11 +33,9 @@ EXACT = (
 
 # What is saved to main memory and restored; on a device that is done with flash attention only, see `Context.saves`.
 REUSE = (
-    "tests/engine/test_engine.py::test_a_prompt_seen_before_starts_from_the_cache",
     "tests/engine/test_reuse.py::test_a_conversation_goes_on_from_the_store[options1]",
     "tests/engine/test_reuse.py::test_running_prompts_share_cells_and_the_store_adds_the_rest",
     "tests/engine/test_reuse.py::test_a_window_model_goes_on_from_the_store",
-    "tests/engine/test_reuse.py::test_the_store_keeps_to_its_size",
     "tests/engine/test_reuse.py::test_a_state_that_cannot_be_restored_is_computed",
     "tests/engine/test_reuse.py::test_a_seed_repeats_exactly_on_a_quantised_model_wherever_its_cells_lie",
 )
