@@ -18,7 +18,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     folder = tmp_path_factory.mktemp("golden")
     model = convert(write_engine_model(folder), folder / "model.gguf", outtype="f32").path
     with running_engine(model, ctx_size=4096, parallel=16, max_queue=len(RECORDED)) as engine:
-        return compared(engine, RECORDED)
+        return [each.differences for each in compared(engine, RECORDED)]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,8 +9,10 @@ import functools
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -19,10 +21,10 @@ from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.fuzz import time_limit
-from tests.support.hash_context import Failure, HashContext
+from tests.support.hash_context import HashContext
 from tests.support.lives import ADMISSION, EARLY, Life, check_admissions, live
 from tests.support.scenario_maker import random_scenario
-from tests.support.scenarios import Ask, Scenario
+from tests.support.scenarios import VOCABULARY, Ask, Scenario
 from tests.support.threads import live_in_threads
 
 BATCH, BATCHES = 25, 10
@@ -86,112 +88,7 @@ def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
         assert live(Scenario((ask,), cells=(cells,), window=5, window_chunk=6))["refusal"] == refused
 
 
-def _tokens(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split()))
-
-
-GREEDY, DRAWN = {"do_sample": False}, {"do_sample": True}
-
-
-def in_groups(beams: int, groups: int, penalty: float) -> dict[str, Any]:
-    return GREEDY | {"num_beams": beams, "num_beam_groups": groups, "diversity_penalty": penalty}
-
-
-FAILED_ONCE = {
-    "an event cannot be sent after a row has ended": Scenario(
-        (
-            Ask(
-                _tokens("13 27 68 21 6 36 60 30 1 25 31 40 39 16 33 20"),
-                DRAWN | {"num_return_sequences": 3, "max_length": 35},
-                fault="send",
-                fault_at=1,
-                entropy=720236688083281350,
-            ),
-        ),
-        cells=(47,),
-        window=9,
-        window_chunk=6,
-        share_prefixes=False,
-    ),
-    "what a request that failed while choosing leaves in the host cache": Scenario(
-        (
-            Ask(
-                (2,),
-                DRAWN | {"eos_token_id": [29, 50, 5, 54, 14, 42, 27], "num_return_sequences": 2, "max_new_tokens": 3},
-                constrained=True,
-                fault="masking",
-                fault_at=9,
-            ),
-        ),
-        cells=(78,),
-        host_cache=672,
-    ),
-    "a shared beginning in front of a block that begins late": Scenario(
-        (
-            Ask(_tokens("22 41 60 3 65 57 64 1 67 64 22 38"), GREEDY | {"max_new_tokens": 20}),
-            Ask((8,), GREEDY | {"max_new_tokens": 20}, after=0),
-            Ask(
-                _tokens(
-                    "27 49 37 11 18 56 45 60 56 30 52 53 64 49 6 56 29 54 56 26 1 47 52 33 56 13"
-                    " 50 42 42 36 35 63 30 64 68 56 50 12"
-                ),
-                in_groups(2, 2, 0.293) | {"max_new_tokens": 12},
-                arrives=2,
-            ),
-            Ask((62,), GREEDY | {"max_new_tokens": 1}, arrives=4, after=1),
-        ),
-        cells=(56, 75),
-        max_tokens=27,
-        window=30,
-        host_cache=32000,
-    ),
-    "one that crosses into a context where another's prompt is its answer": Scenario(
-        (
-            Ask(
-                _tokens("12 59 39 61 38 38 10 15 9 16 15 17 39 27 21 59 28 51 67 52 53 21 19 42 15 19 35 52"),
-                GREEDY | {"max_length": 53},
-            ),
-            Ask((4,), GREEDY | {"max_new_tokens": 1}, arrives=2, after=0),
-        ),
-        cells=(41, 42),
-        max_tokens=30,
-        window=5,
-        window_chunk=5,
-        share_prefixes=False,
-    ),
-    "a failed batch that holds the last of those who came together, but not the one before": Scenario(
-        (
-            Ask((36, 41, 11, 59, 42, 16, 38), GREEDY | {"max_new_tokens": 1}),
-            Ask((61, 47), DRAWN | {"max_length": 25}),
-            Ask((61,), GREEDY | {"max_new_tokens": 1}),
-        ),
-        cells=(174,),
-        batch_size=8,
-        share_prefixes=False,
-        failures=(Failure(0, 1, 1, False, 0),),
-    ),
-    "a batch number of the other context makes a request wait": Scenario(
-        (
-            Ask((53, 68, 17, 19, 34, 3), GREEDY | {"max_length": 15}),
-            Ask((64, 56, 7, 69, 1, 67, 13, 56, 16, 21, 39), in_groups(6, 3, 1.176) | {"max_new_tokens": 6}, arrives=5),
-        ),
-        cells=(217, 227),
-        max_tokens=12,
-        share_prefixes=False,
-        sizes=(8, 5, 2, 2, 3, 1, 3, 3),
-    ),
-    "another comes, crosses and leaves in the step in which a request with a seed leaves": Scenario(
-        (
-            Ask((64, 60, 19), DRAWN | {"max_new_tokens": 10, "seed": 205230327074452889}, leaves=9),
-            Ask(tuple(range(1, 35)), in_groups(2, 2, 0.914) | {"max_length": 42}),
-        ),
-        cells=(70, 71),
-        max_tokens=34,
-        share_prefixes=False,
-        host_cache=32000,
-        exact_seeds=True,
-    ),
-}
+FAILED_ONCE = msgspec.json.decode(Path(__file__).with_name("failed_once.json").read_bytes(), type=dict[str, Scenario])
 
 
 @pytest.mark.parametrize("name", FAILED_ONCE)
@@ -237,8 +134,9 @@ class NothingZeroed(HashContext):
 class OneRotarySet(HashContext):
     """Has the same rotary factors in all contexts."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options | {"rotary": 0})
+    def __init__(self, scenario: Scenario, number: int) -> None:
+        super().__init__(scenario, number)
+        self._rotary = 0
 
 
 class NoWindowCheck(HashContext):
@@ -324,3 +222,40 @@ def test_a_wrong_engine_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     owner, attribute, wrong, count = WRONG[name]
     monkeypatch.setattr(owner, attribute, wrong(getattr(owner, attribute)))
     assert caught_within(count)
+
+
+# -- the context finds misuse
+
+
+def decode(context: HashContext, seq_id: int, first: int, *tokens: int) -> None:
+    count = len(tokens)
+    context.tokens[:count], context.positions[:count] = tokens, range(first, first + count)
+    context.seq_ids[:count], context.wants_logits[:count] = seq_id, 0
+    context.decode(count, 0)
+
+
+MISUSE: dict[str, Callable[[HashContext], Any]] = {
+    "a position is left out": lambda context: decode(context, 0, 4, 5),
+    "a position comes twice": lambda context: decode(context, 0, 2, 5),
+    "a sequence begins late": lambda context: decode(context, 1, 1, 5),
+    "there is no such sequence": lambda context: decode(context, 5, 0, 5),
+    "there is no such token": lambda context: decode(context, 1, 0, VOCABULARY),
+    "other logits are asked for": lambda context: context.decode(1, 1),
+    "an empty batch": lambda context: context.decode(0, 0),
+    "too large a batch": lambda context: context.decode(9, 0),
+    "copied onto what is held": lambda context: (context.copy(0, 1), context.copy(0, 1)),
+    "copied onto itself": lambda context: context.copy(0, 0),
+    "a hole": lambda context: (context.remove(0, 1, 2), decode(context, 0, 3, 5)),
+    "not held": lambda context: context.save(0, 0, 4),
+    "behind a gap": lambda context: context.restore(1, context.save(0, 1, 3), behind=True),
+    "closed": lambda context: (context.close(), decode(context, 1, 0, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MISUSE)
+def test_misuse_is_found(name: str) -> None:
+    context = HashContext(Scenario((), cells=(16,), parallel=4, batch_size=8))
+    decode(context, 0, 0, 5, 6, 7)
+    with pytest.raises(AssertionError):
+        MISUSE[name](context)
+    assert context.violations

@@ -15,9 +15,9 @@ from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.hash_context import HashContext
 from tests.support.reference import Attention, contents_of
-from tests.support.scenarios import MODEL, TEXTS, Scenario
+from tests.support.scenarios import TEXTS, Scenario
 
-MakeContext = Callable[..., HashContext]
+MakeContext = Callable[[Scenario, int], HashContext]
 
 
 class CheckedHostCache(HostCache):
@@ -91,21 +91,8 @@ def make_core(
         wrong_window: by how much the engine's window is too wide, for checks of the checks.
     """
     contexts, runners = [], []
-    for number, cells in enumerate(scenario.cells):
-        failures = [failure for failure in scenario.failures if failure.context == number]
-        contexts.append(
-            make_context(
-                MODEL,
-                cells=cells,
-                sequences=scenario.parallel,
-                batch_size=scenario.batch_size,
-                rotary=number,
-                window=scenario.window,
-                window_chunk=scenario.window_chunk,
-                offloaded=scenario.offloaded,
-                failures=failures,
-            )
-        )
+    for number in range(len(scenario.cells)):
+        contexts.append(make_context(scenario, number))
         host_cache = None
         if scenario.host_cache is not None:
             attention, capacity = scenario.attention, scenario.host_cache

@@ -61,8 +61,8 @@ def compare_requests(found: Exactness, folder: Path, *, small: bool, **options: 
         recorded = [pair for pairs in of_mode.values() for pair in pairs[:_SMALL_OF_EACH_MODE]]
     path = convert(write_engine_model(folder / "requests"), folder / "requests.gguf", outtype="f32").path
     with running_engine(path, ctx_size=4096, parallel=16, max_queue=len(recorded), **options) as engine:
-        for number, ((request, _), differing) in enumerate(zip(recorded, compared(engine, recorded), strict=True)):
-            found.note(f"{request.mode} {number}", "; ".join(differing))
+        for number, each in enumerate(compared(engine, recorded)):
+            found.note(f"{each.request.mode} {number}", "; ".join(each.differences))
 
 
 def compare_attention(found: Exactness, folder: Path, *, small: bool, **options: Any) -> None:

@@ -214,19 +214,20 @@ class Life:
     def _lengths(self) -> dict[int, int]:
         return {request.arrival: request.length for request in self.scheduler.running if request.decoding}
 
-    def _traces(self) -> list[tuple[int, int]]:
-        """Return for each context how often it was emptied, and how many sequences its host cache was given."""
+    def _traces(self) -> list[tuple[int, int, int]]:
+        """Return how often each context was emptied, its host cache was given a sequence, and a batch was filled up."""
         caches = [runner.kv.host_cache for runner in self.scheduler.runners]
         saves = [cache.saves if isinstance(cache, CheckedHostCache) else 0 for cache in caches]
-        return [(context.clears, count) for context, count in zip(self.contexts, saves, strict=True)]
+        return [(each.clears, count, each.padded) for each, count in zip(self.contexts, saves, strict=True)]
 
-    def _check_exact(self, before: list[set[int]], traces: list[tuple[int, int]], news: list[Client]) -> None:
+    def _check_exact(self, before: list[set[int]], traces: list[tuple[int, int, int]], news: list[Client]) -> None:
         """Check that requests that run alone do so in an emptied context, and leave nothing behind."""
         ended_exact = all(client.running is None or client.running.exact for client in news)
         for place, runner in enumerate(self.scheduler.runners):
             exact = {request.arrival for request in runner.running if request.exact}
             assert not exact or len(runner.running) == 1, "a request that wants a context to itself has none"
-            (clears, saves), (cleared, saved) = traces[place], self._traces()[place]
+            (clears, saves, padded), (cleared, saved, filled) = traces[place], self._traces()[place]
+            assert not exact or filled == padded, "what repeats to the bit depends on what was measured"
             assert cleared > clears or not exact - before[place], "a request with a seed began in a used context"
             alone = before[place] and before[place] <= self._exact and ended_exact
             # Others may have come, run and left within the step.

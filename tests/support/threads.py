@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+
+from msgspec.structs import replace
 
 from tests.support.clients import Client
 from tests.support.lives import Life
@@ -79,7 +80,7 @@ class ThreadedLife(Life):
 
 def _for_threads(scenario: Scenario) -> Scenario:
     asks = [
-        dataclasses.replace(
+        replace(
             ask,
             kwargs={name: value for name, value in ask.kwargs.items() if name != "max_time"},
             timeout=None,
@@ -87,7 +88,7 @@ def _for_threads(scenario: Scenario) -> Scenario:
         )
         for ask in scenario.asks
     ]
-    return dataclasses.replace(scenario, asks=tuple(asks), max_queue=256)
+    return replace(scenario, asks=tuple(asks), max_queue=256)
 
 
 def live_in_threads(scenario: Scenario, **options: object) -> Counter[str]:
