@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import queue
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.errors import EngineStoppedError, QueueFullError, RequestTooLargeError
+from edge_phi3.engine.errors import EngineStoppedError, RequestTooLargeError
 from edge_phi3.engine.sequence import GenerationRequest, TokensEvent
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.llama import DecodeFailedError, ModelLoadError
@@ -25,37 +22,10 @@ from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 from tests.support.services import wait_for
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
-MODES: tuple[dict[str, Any], ...] = (
-    {},
-    {"do_sample": True, "seed": 3, "top_k": 10},
-    {"do_sample": True, "seed": 4, "top_k": 0, "top_p": 0.8, "temperature": 1.3, "num_return_sequences": 3},
-    {"num_beams": 4, "num_return_sequences": 2},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
-    {"num_beams": 3, "do_sample": True, "seed": 9},
-    {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
-    {"do_sample": True, "seed": 5, "min_p": 0.05, "typical_p": 0.9},
-)
 
 
 def prompt(seed: int, length: int) -> NDArray[np.int32]:
     return np.random.default_rng(seed).integers(FIRST_TOKEN, LAST_TOKEN, length, dtype=np.int32)
-
-
-def requests(count: int) -> Iterator[tuple[NDArray[np.int32], dict[str, Any]]]:
-    for index in range(count):
-        mode = MODES[index % len(MODES)]
-        yield prompt(index, 3 + 7 * index % 90), {"max_new_tokens": 4 + index % 21, **mode}
-
-
-def test_requests_at_once_give_what_each_gives_alone(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), parallel=16, prefix_cache=False) as engine:
-        alone = [ask(engine, tokens, **options) for tokens, options in requests(64)]
-        assert wait_for(lambda: engine.stats().cells_used == 0)
-        assert engine.stats().stored_tokens == 0
-    with running_engine(make_model("4k"), parallel=16) as engine:
-        asked = [Asked(engine, tokens, **options) for tokens, options in requests(64)]
-        assert [generated(one.finished()) for one in asked] == alone
-        assert engine.stats().running == engine.stats().waiting == engine.stats().sequences == 0
 
 
 def test_preempted_requests_are_recomputed_and_right(make_model: MakeModel) -> None:
@@ -112,28 +82,6 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
         assert wait_for(lambda: engine.status == "broken")
         with pytest.raises(EngineStoppedError, match="broken"):
             Asked(engine, prompt(1, 10), max_new_tokens=5)
-
-
-def test_a_request_is_refused_or_ends_whenever_the_engine_stops(make_model: MakeModel) -> None:
-    """Many threads submit while another one closes: who was not refused hears of the end."""
-    for _ in range(5):
-        with running_engine(make_model("4k"), parallel=2) as engine:
-            accepted: queue.SimpleQueue[Asked] = queue.SimpleQueue()
-
-            def send(engine: Engine = engine, accepted: queue.SimpleQueue[Asked] = accepted) -> None:
-                with contextlib.suppress(EngineStoppedError, QueueFullError):
-                    while True:
-                        accepted.put(Asked(engine, prompt(1, 5), max_new_tokens=3))
-
-            senders = [threading.Thread(target=send) for _ in range(4)]
-            for sender in senders:
-                sender.start()
-            engine.close()
-            for sender in senders:
-                sender.join(60)
-            while not accepted.empty():
-                with contextlib.suppress(EngineStoppedError):
-                    accepted.get().finished()
 
 
 def test_draining_finishes_what_runs(make_model: MakeModel) -> None:

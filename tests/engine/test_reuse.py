@@ -36,6 +36,8 @@ def test_a_conversation_goes_on_from_the_store(make_model: MakeModel, options: d
     if not options:
         with running_engine(make_model("4k"), ctx_size=2048, prefix_cache=False) as engine:
             assert ask(engine, tokens, max_new_tokens=30, **ENDLESS) == cached
+            settled(engine)
+            assert engine.stats().stored_tokens == 0
 
 
 def test_running_prompts_share_cells_and_the_store_adds_the_rest(make_model: MakeModel) -> None:

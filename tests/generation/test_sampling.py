@@ -40,46 +40,6 @@ def test_the_sequences_of_a_request_are_drawn_independently() -> None:
     assert generated(request) == [sequences[:1]]
 
 
-MIXED: tuple[dict[str, Any], ...] = (
-    {"seed": 1},
-    {"do_sample": False},
-    {"seed": 2, "top_k": 0, "top_p": 0.9, "num_return_sequences": 3},
-    {"seed": 3, "top_k": 100},
-    {"do_sample": False, "num_beams": 3, "num_return_sequences": 3},
-    {"seed": 4, "temperature": 0.7, "repetition_penalty": 1.2},
-    {"seed": 5, "top_k": 0},
-    {"do_sample": False, "no_repeat_ngram_size": 2, "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0},
-    {"seed": 6, "num_beams": 3},
-    {"do_sample": False, "repetition_penalty": 1.3},
-    {"seed": 7, "top_k": 3, "typical_p": 0.5},
-    {"seed": 8, "top_k": 70, "typical_p": 0.9},
-    {"seed": 9, "top_p": 0.3, "top_k": 0},
-)
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.permutations(range(len(MIXED))), st.integers(1, len(MIXED)), st.integers(0, 5))
-def test_a_request_gives_the_same_whatever_runs_beside_it(order: list[int], count: int, seed: int) -> None:
-    together = generated(*(MIXED[index] for index in order[:count]), seed=seed)
-    for index, sequences in zip(order, together, strict=False):
-        assert generated(MIXED[index], seed=seed) == [sequences]
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-def test_a_request_without_a_possible_token_fails_alone(beams: int) -> None:
-    model = table_model(1)
-    good = decoder(PROMPT, seed=1, max_new_tokens=3)
-    bad = decoder(PROMPT, seed=1, num_beams=beams, suppress_tokens=[*range(VOCABULARY)])
-    first, second = advance([bad, good], np.stack([model(PROMPT)] * 2))
-    assert bad.finished
-    assert len(first.parents) == 0
-    assert len(second.parents) == 1
-    with pytest.raises(GenerationError, match="leave no token"):
-        bad.result()
-    assert not good.finished
-    assert second.emitted == advance([decoder(PROMPT, seed=1, max_new_tokens=3)], model(PROMPT)[None])[0].emitted
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize(
     "options",

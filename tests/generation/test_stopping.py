@@ -57,19 +57,6 @@ def test_a_stop_string_may_begin_in_the_prompt() -> None:
     assert each.result().sequences[0].tolist() == [4, 2, 3]
 
 
-def test_beams_stop_when_all_end_on_a_stop_string() -> None:
-    each = decoder([2], vocabulary=TEXTS, stop_strings=["ab", "ac"], do_sample=False, num_beams=2, eos_token_id=9,
-                   num_return_sequences=2)  # fmt: skip
-    logits = np.zeros((1, VOCABULARY), dtype=np.float32)
-    logits[0, [3, 6]] = 9, 8
-    advance([each], logits)
-    assert each.finished
-    result = each.result()
-    assert result.finish_reasons == ["stop_string"] * 2
-    # transformers appends the end token to beams that were cut off.
-    assert [tokens.tolist() for tokens in result.sequences] == [[2, 3, 9], [2, 6, 9]]
-
-
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_return_sequences": 2}, {"num_beams": 2}])
 def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) -> None:
     # The clock is read when the request is made, and after each step.

@@ -17,11 +17,11 @@ from tests.offload.device import Device
 
 EXACT = (
     # 400 requests in all modes, against transformers.
-    "tests/engine/test_golden.py",
+    "tests/engine/test_golden.py::test_all_modes_of_decoding_at_once",
     # Windows, trimmed caches, and the two sets of rotary factors with a context for each, against transformers.
-    "tests/engine/test_attention.py::test_window_is_exact_one_token_at_a_time",
-    "tests/engine/test_attention.py::test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning",
-    "tests/engine/test_attention.py::test_short_and_long_prompts_side_by_side",
+    "tests/engine/test_golden.py::test_window_is_exact_one_token_at_a_time",
+    "tests/engine/test_golden.py::test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning",
+    "tests/engine/test_golden.py::test_short_and_long_prompts_side_by_side",
     # KV cache in F32, F16 and Q8_0, and a LoRA adapter.
     "tests/engine/test_loading.py::test_smaller_kv_types_serve",
     "tests/engine/test_loading.py::test_f16_cells_begin_like_f32_ones",
@@ -42,8 +42,8 @@ REUSE = (
 
 # Of the two blocks and the output of a small random model, or of what else a test loads.
 PARTLY = (
-    "tests/engine/test_golden.py",
-    "tests/engine/test_attention.py::test_window_is_exact_one_token_at_a_time[4k-2500+24]",
+    "tests/engine/test_golden.py::test_all_modes_of_decoding_at_once",
+    "tests/engine/test_golden.py::test_window_is_exact_one_token_at_a_time[4k-2500+24]",
     "tests/engine/test_loading.py::test_a_lora_adapter_equals_merged_weights",
 )
 
