@@ -1,7 +1,8 @@
-"""Selections and sums over the vocabulary, and warpers, against the plain way of doing them."""
+"""Selections and sums over the vocabulary, and warpers, against the plain way of doing them; processors' order."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_phi3.generation import GenerationConfig
 from edge_phi3.generation.logits import log_softmax, softmax, top_candidates, top_of_all, totals, weights
+from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.warpers import Warping, warp
+from tests.golden.generation_data import REPLAY_DEFAULTS
 
 SIZES = (5, 64, 96, 1000, 4096, 5003, 32064)
 KINDS = ("plain", "ties", "banned", "flat", "peaks")
@@ -206,3 +210,39 @@ def test_the_best_tokens_are_kept_and_the_order_of_rows_does_not_matter(
     random.shuffle(order)
     assert survivors(scores[order], [warpings[row] for row in order]) == [together[row] for row in order]
     assert [survivors(scores[row : row + 1], warpings[row : row + 1])[0] for row in range(len(scores))] == together
+
+
+# -- processors
+
+
+def test_invalid_values_become_0_and_the_largest_numbers() -> None:
+    config = GenerationConfig.resolve({"do_sample": False, "remove_invalid_values": True}, REPLAY_DEFAULTS)
+    (processor,) = build_processors(config, np.ones(1, dtype=np.int32))
+    largest = np.finfo(np.float32).max
+    scores = np.array([[np.inf, -np.inf, np.nan, 1.5]], dtype=np.float32)
+    processor(np.ones((1, 1), dtype=np.int32), scores)
+    np.testing.assert_array_equal(scores, np.array([[largest, -largest, 0, 1.5]], dtype=np.float32))
+
+
+def test_processors_follow_the_order_of_transformers() -> None:
+    everything = {
+        "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": False,
+        "sequence_bias": [[[3], 1.0]], "repetition_penalty": 1.1, "no_repeat_ngram_size": 2,
+        "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[4]], "min_length": 50, "forced_bos_token_id": 5,
+        "forced_eos_token_id": 6, "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 1.1],
+        "suppress_tokens": [9], "begin_suppress_tokens": [9], "renormalize_logits": True,
+    }  # fmt: skip
+    config = dataclasses.replace(GenerationConfig.resolve(everything, REPLAY_DEFAULTS), presence_penalty=1.0)
+    built = build_processors(config, np.ones(1, dtype=np.int32))
+    functions = [getattr(processor, "func", processor) for processor in built]
+    assert [getattr(function, "__name__", type(function).__name__) for function in functions] == [
+        "SequenceBias", "HammingDiversity", "penalize_repetition", "penalize_occurrences", "ban_repeated_ngrams",
+        "ban_repeated_ngrams", "SequenceBias", "ban_tokens", "force_tokens", "force_tokens", "make_finite",
+        "favour_the_end", "ban_tokens", "ban_tokens", "renormalize",
+    ]  # fmt: skip
+
+
+def test_what_is_off_is_not_built() -> None:
+    config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
+    assert build_processors(config, np.ones(11, dtype=np.int32)) == ()
+    assert Warping.of(config).active == ("top_k",)

@@ -29,9 +29,9 @@ from edge_phi3.conversion.convert import convert
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.golden.generation_data import Answer
 from tests.golden.requests import MODES, Request, RequestMaker
-from tests.golden.vocabularies import phi3_vocabulary
 from tests.parity.conftest import Peers
 from tests.support.engines import Compared, compared, running_engine
+from tests.support.service_requests import ORDINARY, TEXTS
 
 pytestmark = pytest.mark.parity
 
@@ -50,11 +50,7 @@ _SPARE = 1.1
 
 def random_requests(seed: int, count: int) -> list[Request]:
     """Make requests, the modes in turn, over the ordinary pieces of the small Phi-3 vocabulary."""
-    vocabulary = phi3_vocabulary(merges=300)
-    added = {token.id for token in vocabulary.added}
-    usual = [token for token in range(259, len(vocabulary.pieces)) if token not in added]
-    texts = [piece.text.replace("▁", " ") for piece in vocabulary.pieces]
-    maker = RequestMaker(seed, usual, texts=texts, longest_prompt=60, most_new=20, most_beams=8)
+    maker = RequestMaker(seed, ORDINARY, texts=TEXTS, longest_prompt=60, most_new=20, most_beams=8)
     return [maker.make(MODES[index % len(MODES)]) for index in range(count)]
 
 

@@ -113,7 +113,9 @@ WORDS = [
 ]
 """Words of one token each: so many words, separated by spaces, are so many tokens."""
 
-_ORDINARY = range(259, 500)
+TEXTS = [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
+"""The text of each token."""
+ORDINARY = range(259, 500)
 """Token ids that are neither bytes nor special."""
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "forced_bos_token_id")
 _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "beam_sample": 2}
@@ -154,8 +156,7 @@ class AskMaker:
         self._chance = random.Random(seed)
         self._setup, self._cells, self._parallel = setup, setup.cells, setup.settings.parallel
         self._longest = min(longest, self._cells + 300)
-        texts = [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
-        self._maker = RequestMaker(seed, _ORDINARY, texts=texts, longest_prompt=20, most_new=60, most_beams=8)
+        self._maker = RequestMaker(seed, ORDINARY, texts=TEXTS, longest_prompt=20, most_new=60, most_beams=8)
         self._heads = [self._chance.choices(WORDS, k=self._longest) for _ in range(4)]
 
     def chains(self, count: int, crosstalk: int) -> list[Chain]:
@@ -283,7 +284,7 @@ class AskMaker:
         chance = self._chance
         prompt, new = self._sizes(4)
         body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.3 else {})
-        tokens = chance.choices(_ORDINARY, k=prompt)
+        tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
             (self._words(prompt), tokens, [self._words(prompt), self._words(min(prompt, 9))])
         )
