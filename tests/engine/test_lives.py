@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.kv_cache import KVCache
+from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.fuzz import time_limit
 from tests.support.hash_context import HashContext
@@ -99,129 +100,97 @@ def test_what_failed_once(name: str) -> None:
 # -- the checks can fail
 
 
-class ShortCopy(HashContext):
-    """Shares one cell too few."""
-
-    def _cells_to_copy(self, source: int) -> NDArray[np.intp]:
-        return super()._cells_to_copy(source)[1:]
+def _one_too_many(original: Any, kv: KVCache, tokens: NDArray[np.int32]) -> tuple[int, int | None]:
+    length, owner = original(kv, tokens)
+    return length + (owner is not None and length < min(len(tokens), kv.length[owner])), owner
 
 
-class StaleRestore(HashContext):
-    """Takes cells for what is restored, and leaves in them what they held."""
-
-    def restore(self, seq_id: int, state: NDArray[np.uint8], *, behind: bool) -> bool:
-        before = self._data.copy()
-        restored = super().restore(seq_id, state, behind=behind)
-        self._data[:] = before
-        return restored
-
-
-class NothingFreed(HashContext):
-    """Forgets to take what has left the window."""
-
-    def remove(self, seq_id: int, start: int, end: int) -> None:
-        if start != 0:
-            super().remove(seq_id, start, end)
-
-
-class NothingZeroed(HashContext):
-    """Leaves what is no number after a failure."""
-
-    def clear(self, *, zero: bool = False) -> None:  # noqa: ARG002 - that is what is wrong
-        super().clear(zero=False)
-
-
-class OneRotarySet(HashContext):
-    """Has the same rotary factors in all contexts."""
-
-    def __init__(self, scenario: Scenario, number: int) -> None:
-        super().__init__(scenario, number)
-        self._rotary = 0
-
-
-class NoWindowCheck(HashContext):
-    """Leaves it to the answers whether tokens saw what they should."""
-
-    def _check_window(self, seq_id: int, begin: int, position: int) -> None:
-        pass
-
-
-class Slot(HashContext):
-    """Writes a token where another one is."""
-
-    def _free_slots(self, count: int) -> NDArray[np.intp] | None:
-        slots = super()._free_slots(count)
-        if slots is not None and self.used > 12:
-            self._data[(self._owners > 0).nonzero()[0][0]] += np.uint64(1)
-        return slots
-
-
-def caught_within(count: int, **options: Any) -> str:
-    """Return the first error of some scenarios."""
-    for seed in range(count):
-        try:
-            live(random_scenario(seed), **options)
-        except AssertionError as error:
-            return str(error)
-    return ""
-
-
-@pytest.mark.parametrize(
-    ("context", "count"),
-    [(ShortCopy, 20), (StaleRestore, 60), (NothingFreed, 20), (NothingZeroed, 100), (OneRotarySet, 60), (Slot, 20)],
-)
-def test_a_wrong_context_is_found(context: type[HashContext], count: int) -> None:
-    assert caught_within(count, make_context=context)
-
-
-@pytest.mark.parametrize("wrong", [-1, 1])
-@pytest.mark.parametrize("context", [HashContext, NoWindowCheck])
-def test_a_wrong_window_is_found(wrong: int, context: type[HashContext]) -> None:
-    assert caught_within(40, wrong_window=wrong, make_context=context)
-
-
-def _at_the_end(scheduler: Scheduler, request: Any) -> None:
-    scheduler.waiting.append(request)
-
-
-def _one_too_few(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda kv, cells: original(kv, cells[1:])
-
-
-def _one_too_many(original: Callable[..., Any]) -> Callable[..., Any]:
-    def shared_prefix(kv: KVCache, tokens: NDArray[np.int32]) -> tuple[int, int | None]:
-        length, owner = original(kv, tokens)
-        more = owner is not None and length < min(len(tokens), kv.length[owner])
-        return length + more, owner
-
-    return shared_prefix
-
-
-def _for_all(core: EngineCore, request: Any, why: str) -> None:
+def _for_all(_: Any, core: EngineCore, _request: Any, why: str) -> None:
     for each in [*core.scheduler.running]:
         core.scheduler.retire(each)
         core._end(each, RuntimeError(why))
 
 
-def _nothing(*_arguments: Any) -> None:
-    pass
+def _without_content(original: Any, context: HashContext, *arguments: Any, **options: Any) -> bool:
+    before = context._data.copy()
+    restored: bool = original(context, *arguments, **options)
+    context._data[:] = before
+    return restored
 
 
-WRONG: dict[str, tuple[type, str, Callable[[Any], Any], int]] = {
-    "who comes back waits behind all others": (Scheduler, "enqueue", lambda _: _at_the_end, 60),
+def _in_one_rotary_set(original: Any, context: HashContext, *arguments: Any) -> None:
+    original(context, *arguments)
+    context._rotary = 0
+
+
+def _over_another(original: Any, context: HashContext, count: int) -> NDArray[np.intp] | None:
+    slots: NDArray[np.intp] | None = original(context, count)
+    if slots is not None and context.used > 12:
+        context._data[(context._owners > 0).nonzero()[0][0]] += np.uint64(1)
+    return slots
+
+
+WRONG: dict[str, tuple[type, str, Callable[..., Any], int]] = {
+    "who comes back waits behind all others": (
+        Scheduler, "enqueue", lambda _, scheduler, request: scheduler.waiting.append(request), 60,
+    ),
     "one token too many is shared": (KVCache, "shared_prefix", _one_too_many, 60),
-    "one request's failure ends others": (EngineCore, "_fail", lambda _: _for_all, 60),
-    "a cell is never freed": (KVCache, "_let_go", _one_too_few, 20),
-    "finished sequences keep their cells": (KVCache, "settle", lambda _: _nothing, 20),
-    "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda _: _nothing, 40),
-}
+    "one request's failure ends others": (EngineCore, "_fail", _for_all, 60),
+    "a cell is never freed": (KVCache, "_let_go", lambda original, kv, cells: original(kv, cells[1:]), 20),
+    "finished sequences keep their cells": (KVCache, "settle", lambda *_: None, 20),
+    "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda *_: None, 40),
+    "the context shares one cell too few": (
+        HashContext, "_cells_to_copy", lambda original, context, source: original(context, source)[1:], 20,
+    ),
+    "the context takes cells for what is restored, and leaves in them what they held": (
+        HashContext, "restore", _without_content, 60,
+    ),
+    "the context keeps what has left the window": (
+        HashContext, "remove", lambda original, context, *ids: ids[1] and original(context, *ids), 20,
+    ),
+    "the context leaves what is no number after a failure": (
+        HashContext, "clear", lambda original, context, **_: original(context), 100,
+    ),
+    "the contexts have the same rotary factors": (HashContext, "__init__", _in_one_rotary_set, 60),
+    "the context writes a token where another one is": (HashContext, "_free_slots", _over_another, 20),
+}  # fmt: skip
+"""A method, what stands in its place and is given the method first, and the scenarios of which one fails then."""
+
+
+def replace(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, wrong: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments, **options: wrong(original, *arguments, **options))
+
+
+def is_caught_within(count: int) -> bool:
+    """Return whether one of some scenarios fails."""
+    for seed in range(count):
+        try:
+            live(random_scenario(seed))
+        except AssertionError:
+            return True
+    return False
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_engine_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner, attribute, wrong, count = WRONG[name]
-    monkeypatch.setattr(owner, attribute, wrong(getattr(owner, attribute)))
-    assert caught_within(count)
+def test_what_is_wrong_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, method, wrong, count = WRONG[name]
+    replace(monkeypatch, owner, method, wrong)
+    assert is_caught_within(count)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1])
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_wrong_window_is_found(wrong: int, checked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is left to the answers whether tokens saw what they should."""
+
+    def in_another(original: Any, runner: ModelRunner, *arguments: Any, window: int | None, **options: Any) -> None:
+        original(runner, *arguments, window=None if window is None else window + wrong, **options)
+
+    replace(monkeypatch, ModelRunner, "__init__", in_another)
+    if not checked:
+        replace(monkeypatch, HashContext, "_check_window", lambda *_: None)
+    assert is_caught_within(40)
 
 
 # -- the context finds misuse

@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.events import EventBatcher
-from edge_phi3.engine.host_cache import Block, HostCache
+from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.hash_context import HashContext
 from tests.support.reference import Attention, contents_of
 from tests.support.scenarios import TEXTS, Scenario
 
-MakeContext = Callable[[Scenario, int], HashContext]
-
 
 class CheckedHostCache(HostCache):
-    """A host cache that knows what the contents of a sequence must be, and checks what goes in and what comes out.
+    """A host cache that knows what the contents of a sequence must be, and checks what goes in.
+
+    What comes out shows in the answers of those who go on from it.
 
     Args:
         capacity: bytes of main memory.
@@ -38,15 +38,6 @@ class CheckedHostCache(HostCache):
         self.saves = 0
         self._attention, self._rotary = attention, rotary
         self._known = attention.window is None or attention.window_chunk == 1
-
-    def match(self, tokens: NDArray[np.int32], window: int | None = None) -> tuple[int, list[Block]]:
-        length, blocks = super().match(tokens, window)
-        for place, block in enumerate(blocks):
-            # What a block holds beyond the beginning of the next one belongs to another branch.
-            end = blocks[place + 1].begin if place + 1 < len(blocks) else length
-            if block.start < end:
-                self._check(tokens[:end], block.start, block.state)
-        return length, blocks
 
     def save(self, tokens: NDArray[np.int32], start: int, read: Callable[[int, int], NDArray[np.uint8]]) -> None:
         def checked(first: int, end: int) -> NDArray[np.uint8]:
@@ -75,24 +66,11 @@ class CheckedHostCache(HostCache):
             assert right, f"the host cache holds other contents than those of {tokens.tolist()} from {start} on"
 
 
-def make_core(
-    scenario: Scenario,
-    clock: Callable[[], float],
-    *,
-    make_context: MakeContext = HashContext,
-    wrong_window: int = 0,
-) -> tuple[EngineCore, list[HashContext]]:
-    """Return a scenario's engine and its contexts.
-
-    Args:
-        scenario: which.
-        clock: the engine's.
-        make_context: makes each context.
-        wrong_window: by how much the engine's window is too wide, for checks of the checks.
-    """
+def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCore, list[HashContext]]:
+    """Return a scenario's engine, on the given clock, and its contexts."""
     contexts, runners = [], []
     for number in range(len(scenario.cells)):
-        contexts.append(make_context(scenario, number))
+        contexts.append(HashContext(scenario, number))
         host_cache = None
         if scenario.host_cache is not None:
             attention, capacity = scenario.attention, scenario.host_cache
@@ -101,7 +79,7 @@ def make_core(
             ModelRunner(
                 contexts[-1],
                 max_tokens=scenario.max_tokens if number == 0 else None,
-                window=None if scenario.window is None else scenario.window + wrong_window,
+                window=scenario.window,
                 window_chunk=scenario.window_chunk,
                 host_cache=host_cache,
                 sizes=BatchSizes({rows: float(size) for rows, size in enumerate(scenario.sizes, 1)})

@@ -29,15 +29,7 @@ _SCORES = re.compile(r"sequences_scores |scores\[|logprobs\[")
 
 
 class Exactness(msgspec.Struct, kw_only=True):
-    """What was asked, and what came out differently.
-
-    Attributes:
-        kv_cache_type: element type of keys and values.
-        gpu: whether layers were on a GPU.
-        asked: number of answers compared.
-        different: for each answer with another token, what it is called and how it differs.
-        scores_apart: for each answer of the same tokens whose scores differ by more than 1e-3, likewise.
-    """
+    """How many answers were compared, and how those differ that have another token, or scores apart by 1e-3."""
 
     kv_cache_type: str
     gpu: bool

@@ -36,12 +36,8 @@ def check_admissions(met: Counter[str]) -> None:
     assert met[EARLY] <= met[ADMISSION] / 50, f"{met[EARLY]} of {met[ADMISSION]} requests are admitted too early"
 
 
-def live(scenario: Scenario, **options: object) -> Counter[str]:
+def live(scenario: Scenario) -> Counter[str]:
     """Live a scenario in one thread, checking after every step.
-
-    Args:
-        scenario: which.
-        options: as `make_core` takes them.
 
     Returns:
         What was met: `ADMISSION`, `EARLY`, and 0 or 1 for each of what `Life` looks for.
@@ -49,7 +45,7 @@ def live(scenario: Scenario, **options: object) -> Counter[str]:
     Raises:
         AssertionError: the engine did what it must not do.
     """
-    return Life(scenario, **options).run()
+    return Life(scenario).run()
 
 
 @contextlib.contextmanager
@@ -65,17 +61,12 @@ def quiet() -> Iterator[None]:
 
 
 class Life:
-    """One life.
+    """One life."""
 
-    Args:
-        scenario: which.
-        options: as `make_core` takes them.
-    """
-
-    def __init__(self, scenario: Scenario, **options: object) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.now = 1.0
-        self.core, self.contexts = make_core(scenario, lambda: self.now, **options)  # type: ignore[arg-type]
+        self.core, self.contexts = make_core(scenario, lambda: self.now)
         self.scheduler = self.core.scheduler
         self.clients: list[Client] = []
         for number, ask in enumerate(scenario.asks):
