@@ -72,7 +72,12 @@ def test_a_context_that_cannot_be_made_leaves_nothing_behind(
 
     def noted(owner: type[Context | Model]) -> None:
         close = owner.close
-        monkeypatch.setattr(owner, "close", lambda self: (freed.append(owner.__name__), close(self)))
+
+        def note(self: Any) -> None:
+            freed.append(owner.__name__)
+            close(self)
+
+        monkeypatch.setattr(owner, "close", note)
 
     class Second(Context):
         def __init__(self, model: Model, **options: Any) -> None:

@@ -29,7 +29,8 @@ TOLERANCE = 0.02
 
 @pytest.mark.parametrize("kind", ["4k", "window of 64"])
 def test_nothing_leaks(kind: str, tmp_path: Path) -> None:
-    setup, sizes = Setup(kind, OPTIONS), []
+    setup = Setup(kind, OPTIONS)
+    sizes: list[int] = []
     trial = Trial(setup, make_model(tmp_path, kind, 1), tmp_path, seed=1, threads=48, refusal=math.inf)
     maker = AskMaker(1, setup, longest=400)
     with trial.serving() as server:

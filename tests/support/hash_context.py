@@ -60,7 +60,7 @@ class HashContext:
         self._anything_spoilt = False
         self._head = 0
         self._logits = np.full((batch_size, self.vocab_size), np.nan, np.float32)
-        self._aborted = self.broken = self._closed = False
+        self.broken = self._closed = False
         self.violations: list[str] = []
         self.failed: list[list[tuple[int, int, int]]] = []
         self.decodes = self.decoded = self.padded = self.refused = self.trims = self.restored = self.clears = 0
@@ -75,12 +75,6 @@ class HashContext:
     def held(self) -> int:
         """How many positions the sequences hold, summed over the sequences."""
         return int(np.bitwise_count(self._owners).sum())
-
-    def contents(self, seq_id: int) -> list[int]:
-        """Return the contents that a sequence holds, in the order of their positions."""
-        cells = self._cells_of(seq_id)
-        found: list[int] = self._data[cells[np.argsort(self._at[cells])]].tolist()
-        return found
 
     # -- decoding
 
@@ -129,8 +123,6 @@ class HashContext:
         failure = self._failures.pop(self.decodes, None)
         if failure is not None:
             self.broken = failure.lasting
-        elif self._aborted:
-            failure = Failure(self.decodes, 2)
         elif self.broken:
             failure = Failure(self.decodes)
         return failure
@@ -275,7 +267,7 @@ class HashContext:
         self.clear()
 
     def abort(self) -> None:
-        self._aborted = True
+        self.broken = True
 
     def close(self) -> None:
         self._closed = True

@@ -127,7 +127,6 @@ _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     (CHAT, b'{"prompt": "' + b"a " * 140_000 + b'"}', "--max-body-size"),
     ("/chats", {"prompt": "a"}, "/chats"),
     (CHAT, {"prompt": "a", "generate_kwargs": {"max_lenght": 5}}, "max_lenght"),
-    (CHAT, {"prompt": "a", "generate_kwargs": {"eos_token_id": 10**6}}, "eos_token_id"),
     (CHAT_COMPLETIONS, {"messages": []}, "messages"),
     (COMPLETIONS, {"prompt": [10**6]}, "prompt[0]"),
 )
