@@ -226,7 +226,6 @@ MISUSE: dict[str, Any] = {
     "a hole": lambda context: (context.remove(0, 1, 2), decode(context, 0, 3, 5)),
     "not held": lambda context: context.save(0, 0, 4),
     "behind a gap": lambda context: context.restore(1, context.save(0, 1, 3), behind=True),
-    "closed": lambda context: (context.close(), decode(context, 1, 0, 5)),
 }
 
 

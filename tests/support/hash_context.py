@@ -60,7 +60,7 @@ class HashContext:
         self._anything_spoilt = False
         self._head = 0
         self._logits = np.full((batch_size, self.vocab_size), np.nan, np.float32)
-        self.broken = self._closed = False
+        self.broken = False
         self.violations: list[str] = []
         self.failed: list[list[tuple[int, int, int]]] = []
         self.decodes = self.decoded = self.padded = self.refused = self.trims = self.restored = self.clears = 0
@@ -80,7 +80,6 @@ class HashContext:
 
     def decode(self, count: int, rows: int) -> NDArray[np.float32]:
         """Decode the first `count` tokens of the arrays; return the logits that were asked for."""
-        self._check(not self._closed, "decode after close")
         self._check(0 < count <= self.batch_size, f"a batch of {count} tokens, of {self.batch_size} at most")
         tokens, positions = self.tokens[:count].tolist(), self.positions[:count].tolist()
         seq_ids, wants = self.seq_ids[:count].tolist(), self.wants_logits[:count].nonzero()[0].tolist()
@@ -247,7 +246,6 @@ class HashContext:
 
     def clear(self, *, zero: bool = False) -> None:
         """Forget all sequences; with `zero` also what the cells hold."""
-        self._check(not self._closed, "clear after close")
         self._owners[:] = 0
         self._head = 0
         self.clears += 1
@@ -270,12 +268,11 @@ class HashContext:
         self.broken = True
 
     def close(self) -> None:
-        self._closed = True
+        self.broken = True
 
     # -- misuse
 
     def _check_ids(self, *seq_ids: int) -> None:
-        self._check(not self._closed, "a closed context is used")
         for seq_id in seq_ids:
             self._check(0 <= seq_id <= self.scratch, f"there is no sequence {seq_id}")
 
