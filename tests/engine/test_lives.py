@@ -83,6 +83,12 @@ def test_with_a_thread_for_the_engine() -> None:
     live_all(range(10_000, 10_000 + 2 * BATCH), live_in_threads)
 
 
+def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
+    ask = Ask(tuple(range(3, 23)), {"do_sample": False, "max_new_tokens": 4})
+    for cells, refused in ((9, 1), (10, 0)):
+        assert live(Scenario((ask,), cells=(cells,), window=5, window_chunk=6))["refusal"] == refused
+
+
 FAILED_ONCE = msgspec.json.decode(Path(__file__).with_name("failed_once.json").read_bytes(), type=dict[str, Scenario])
 
 
@@ -205,11 +211,11 @@ def test_a_wrong_window_is_found(wrong: int, checked: bool, monkeypatch: pytest.
 # -- the context finds misuse
 
 
-def decode(context: HashContext, seq_id: int, first: int, *tokens: int) -> None:
+def decode(context: HashContext, seq_id: int, first: int, *tokens: int) -> NDArray[np.float32]:
     count = len(tokens)
     context.tokens[:count], context.positions[:count] = tokens, range(first, first + count)
     context.seq_ids[:count], context.wants_logits[:count] = seq_id, 0
-    context.decode(count, 0)
+    return context.decode(count, 0)
 
 
 MISUSE: dict[str, Any] = {

@@ -72,8 +72,8 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> None:
             rows[index] = [(*rows[index][p], t) for p, t in zip(parents, tokens, strict=True)]
             emitted[index] += step.emitted
     for (each, prompt), found in zip(decoders, emitted, strict=True):
-        if isinstance(each, SequenceDecoder) and each.error is None:
+        if not isinstance(each, SequenceDecoder):
+            assert found == [], "beams emit nothing before the end"
+        elif each.error is None:
             for index, sequence in enumerate(each.result().sequences):
                 assert [token for of, token in found if of == index] == sequence[len(prompt) :].tolist()
-        else:
-            assert found == [], "beams emit nothing before the end"
