@@ -18,8 +18,7 @@ import pytest
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.support.service_client import CHAT, Ask, Outcome, send
 from tests.support.service_fuzz import Trial
-from tests.support.service_requests import WORDS, AskMaker
-from tests.support.service_setups import Setup, make_model
+from tests.support.service_requests import WORDS, AskMaker, Setup, make_model
 from tests.support.services import PATIENCE, Server, serving, wait_for
 
 QUESTIONS = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))

@@ -1,6 +1,7 @@
-"""`edge-phi3 convert` and llama.cpp's convert_hf_to_gguf.py write the same tensors and metadata.
+"""`edge-phi3 convert` and llama.cpp's convert_hf_to_gguf.py write the same tensors and metadata; so do both quantisers.
 
-With PARITY_RECORD=1, what llama.cpp wrote becomes ``tests/golden/converter.json``.
+They quantise the demo model, and one of Phi-3's real widths. With PARITY_RECORD=1, what llama.cpp wrote becomes
+``tests/golden/converter.json`` and, of the demo model, ``tests/golden/quantized.json``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.llama.options import usable_cores
 from tests.golden.cases import CONVERTER_CASES, write_converter_case
 from tests.golden.describe import Description, describe, differences
+from tests.golden.quantized import CASES, digest, write_inputs, write_matrix
+from tests.golden.quantized import RECORD as QUANTIZED
 from tests.parity.conftest import RECORDING, Peers
+from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
 
@@ -65,3 +71,34 @@ def test_both_converters_write_the_same(
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
     assert differences(theirs[name][outtype], describe(ours)) == []
+
+
+# -- quantising
+
+
+@pytest.fixture(scope="module", params=["demo", "wide"])
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """Name, BF16 file and importance matrix of a model."""
+    folder = tmp_path_factory.mktemp("inputs")
+    if request.param == "demo":
+        return "demo", *write_inputs(folder)
+    model = model_path(request.param, kind="BF16")
+    return request.param, model, write_matrix(folder / "imatrix.gguf", model)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_both_quantisers_write_the_same_tensors(
+    inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
+) -> None:
+    name, model, matrix = inputs
+    guided = CASES[kind]
+    theirs = tmp_path / "theirs.gguf"
+    peers.run(
+        "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())
+    )  # fmt: skip
+    ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix if guided else None).path
+    expected = digest(theirs)
+    if RECORDING and name == "demo":
+        record = json.loads(QUANTIZED.read_text("utf-8")) | {kind: expected}
+        QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    assert digest(ours) == expected

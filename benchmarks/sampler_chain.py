@@ -55,6 +55,7 @@ class SamplerChain:
         llama_cpp.llama_sampler_free(self._chain)
 
     def draw(self, logits: NDArray[np.float32]) -> int:
+        """Return the token that is drawn."""
         return self(logits)[0]
 
     def __call__(self, logits: NDArray[np.float32]) -> tuple[int, NDArray[np.void]]:
