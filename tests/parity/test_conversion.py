@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from tests.golden.cases import CONVERTER_CASES, write_converter_case
-from tests.golden.describe import Description, describe, differences
+from tests.golden.gguf_digests import (
+    CONVERTED,
+    CONVERTER_CASES,
+    Description,
+    describe,
+    differences,
+    write_converter_case,
+)
 from tests.parity.conftest import RECORDING, Peers
 
 pytestmark = pytest.mark.parity
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-RECORD = Path(__file__).parents[1] / "golden" / "converter.json"
 
 # One process for all conversions: importing torch takes longer than converting a small checkpoint.
 _REFERENCE = """
@@ -50,7 +55,7 @@ def theirs(
     for name, outtype, path in jobs:
         found.setdefault(name, {})[outtype] = describe(path)
     if RECORDING:
-        RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
-from tests.golden.quantized import CASES, RECORD, digest, write_inputs, write_matrix
+from tests.golden.gguf_digests import QUANTIZED, QUANTIZED_TYPES, digest, write_matrix, write_quantizer_inputs
 from tests.parity.conftest import RECORDING, Peers
 from tests.support.models import model_path
 
@@ -24,17 +24,17 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Name, BF16 file and importance matrix of a model."""
     folder = tmp_path_factory.mktemp("inputs")
     if request.param == "demo":
-        return "demo", *write_inputs(folder)
+        return "demo", *write_quantizer_inputs(folder)
     model = model_path(request.param, kind="BF16")
     return request.param, model, write_matrix(folder / "imatrix.gguf", model)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
 def test_both_quantisers_write_the_same_tensors(
     inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
 ) -> None:
     name, model, matrix = inputs
-    guided = CASES[kind]
+    guided = QUANTIZED_TYPES[kind]
     theirs = tmp_path / "theirs.gguf"
     peers.run(
         "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())
@@ -42,6 +42,6 @@ def test_both_quantisers_write_the_same_tensors(
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix if guided else None).path
     expected = digest(theirs)
     if RECORDING and name == "demo":
-        record = json.loads(RECORD.read_text("utf-8")) | {kind: expected}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = json.loads(QUANTIZED.read_text("utf-8")) | {kind: expected}
+        QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     assert digest(ours) == expected

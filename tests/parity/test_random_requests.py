@@ -29,7 +29,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.generation import API_DEFAULTS, GenerationResult
-from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.golden.attention import MODELS
+from tests.golden.checkpoints import write_checkpoint
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import MODES, Request, RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
@@ -41,11 +42,7 @@ pytestmark = pytest.mark.parity
 REQUESTS = int(os.environ.get("PARITY_REQUESTS", "500"))
 SEED = int(os.environ.get("PARITY_SEED", secrets.randbits(32)))
 
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "4k": {},
-    "grouped-query": {"kv_heads": 2},
-    "128k": {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": longrope(16)},
-}
+CHECKPOINTS = ("4k", "gqa", "128k")
 _NOISE, _NOISY_RUNS = 1e-4, 40
 _SPARE = 1.1
 """transformers fails on some requests (it draws from NaN), so that many times more are asked."""
@@ -111,9 +108,9 @@ def ask_engine(model: Path, answered: list[tuple[Request, Any]]) -> list[Compare
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_answers_are_those_of_transformers(name: str, peers: Peers, tmp_path: Path) -> None:
-    index = list(CHECKPOINTS).index(name)
+    index = CHECKPOINTS.index(name)
     seed, share = SEED + index, len(range(index, REQUESTS, len(CHECKPOINTS)))
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=seed, gain=2.0, **CHECKPOINTS[name])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=seed, gain=2.0, **MODELS[name])
     requests = random_requests(seed, int(share * _SPARE) + 1)
     theirs = ask_transformers(peers, checkpoint, requests)
     answered = [pair for pair in zip(requests, theirs, strict=True) if pair[1] is not None][:share]
