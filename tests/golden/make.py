@@ -135,10 +135,11 @@ def record_attention() -> None:
         with tempfile.TemporaryDirectory() as folder:
             reference = Reference(attention.write_model(Path(folder), name), None)
         for case in [case for case in attention.CASES if case.model == name]:
-            kwargs = {"do_sample": False, "max_length": None, "max_new_tokens": case.new_tokens, "eos_token_id": None}
-            kwargs |= {"use_cache": not case.from_scratch}
-            (sequence,) = reference.answer(Request("greedy", case.prompt().tolist(), kwargs)).sequences
-            results[case.name] = sequence[case.prompt_length :]
+            tokens = torch.from_numpy(case.prompt()).long()[None]
+            options = {"do_sample": False, "max_new_tokens": case.new_tokens, "eos_token_id": None, "pad_token_id": 0}
+            options |= {"attention_mask": torch.ones_like(tokens), "use_cache": not case.from_scratch}
+            results[case.name] = reference.model.generate(tokens, **options)[0, case.prompt_length :].tolist()
+            assert len(results[case.name]) == case.new_tokens
     text = json.dumps(results, separators=(",", ":")).replace("],", "],\n")
     attention.GOLDEN.write_text(text + "\n", encoding="utf-8")
 
