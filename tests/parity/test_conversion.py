@@ -14,17 +14,25 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
-from tests.golden.cases import CONVERTER_CASES, write_converter_case
-from tests.golden.describe import Description, describe, differences
-from tests.golden.quantized import CASES, digest, write_inputs, write_matrix
-from tests.golden.quantized import RECORD as QUANTIZED
+from tests.golden.gguf_digests import (
+    CONVERTED,
+    CONVERTER_CASES,
+    QUANTIZED,
+    QUANTIZED_TYPES,
+    Description,
+    describe,
+    differences,
+    digest,
+    write_converter_case,
+    write_matrix,
+    write_quantizer_inputs,
+)
 from tests.parity.conftest import RECORDING, Peers
 from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-RECORD = Path(__file__).parents[1] / "golden" / "converter.json"
 
 # One process for all conversions: importing torch takes longer than converting a small checkpoint.
 _REFERENCE = """
@@ -56,7 +64,7 @@ def theirs(
     for name, outtype, path in jobs:
         found.setdefault(name, {})[outtype] = describe(path)
     if RECORDING:
-        RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return found
 
 
@@ -81,17 +89,17 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Name, BF16 file and importance matrix of a model."""
     folder = tmp_path_factory.mktemp("inputs")
     if request.param == "demo":
-        return "demo", *write_inputs(folder)
+        return "demo", *write_quantizer_inputs(folder)
     model = model_path(request.param, kind="BF16")
     return request.param, model, write_matrix(folder / "imatrix.gguf", model)
 
 
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
 def test_both_quantisers_write_the_same_tensors(
     inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
 ) -> None:
     name, model, matrix = inputs
-    guided = CASES[kind]
+    guided = QUANTIZED_TYPES[kind]
     theirs = tmp_path / "theirs.gguf"
     peers.run(
         "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())

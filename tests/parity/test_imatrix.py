@@ -11,7 +11,7 @@ from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
-from tests.golden.quantized import digest
+from tests.golden.gguf_digests import digest
 from tests.parity.conftest import Peers
 from tests.support.models import model_path
 

@@ -26,7 +26,8 @@ from typing import Any
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.golden.attention import MODELS
+from tests.golden.checkpoints import write_checkpoint
 from tests.golden.generation_data import Answer
 from tests.golden.requests import MODES, Request, RequestMaker
 from tests.parity.conftest import Peers
@@ -38,11 +39,7 @@ pytestmark = pytest.mark.parity
 REQUESTS = int(os.environ.get("PARITY_REQUESTS", "500"))
 SEED = int(os.environ.get("PARITY_SEED", secrets.randbits(32)))
 
-CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "4k": {},
-    "grouped-query": {"kv_heads": 2},
-    "128k": {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_scaling": longrope(16)},
-}
+CHECKPOINTS = ("4k", "gqa", "128k")
 _NOISE, _NOISY_RUNS = 1e-4, 40
 _SPARE = 1.1
 """transformers fails on some requests (it draws from NaN), so that many times more are asked."""
@@ -73,9 +70,9 @@ def is_among(one: Compared, answers: list[list[list[int]]]) -> bool:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_answers_are_those_of_transformers(name: str, peers: Peers, tmp_path: Path) -> None:
-    index = list(CHECKPOINTS).index(name)
+    index = CHECKPOINTS.index(name)
     seed, share = SEED + index, len(range(index, REQUESTS, len(CHECKPOINTS)))
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=seed, gain=2.0, **CHECKPOINTS[name])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=seed, gain=2.0, **MODELS[name])
     requests = random_requests(seed, int(share * _SPARE) + 1)
     theirs = ask_transformers(peers, checkpoint, requests)
     pairs = zip(requests, theirs, strict=True)
