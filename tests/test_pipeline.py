@@ -1,4 +1,4 @@
-"""The text side against transformers' text-generation pipeline, and what it refuses."""
+"""The text side against transformers' text-generation pipeline; what it refuses, `tests/api/test_chat.py` asks for."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextGeneratio
         yield TextGenerationPipeline(engine)
 
 
-def prepare(pipeline: TextGenerationPipeline, case: dict[str, Any], **more: Any) -> Any:
+def prepare(pipeline: TextGenerationPipeline, case: dict[str, Any]) -> Any:
     options = {"prompt": None, "messages": None} | {k: v for k, v in case.items() if k != "kwargs"}
-    return pipeline.prepare(**options, generate_kwargs={"do_sample": False} | case["kwargs"] | more)
+    return pipeline.prepare(**options, generate_kwargs={"do_sample": False} | case["kwargs"])
 
 
 @pytest.mark.parametrize("index", range(len(cases())))
@@ -44,61 +44,26 @@ def test_streamed_pieces_are_the_answer(pipeline: TextGenerationPipeline, index:
     case = cases()[index]
     prepared = prepare(pipeline, case)
 
-    async def collect() -> tuple[str, GenerationOutput]:
-        pieces = [piece async for step in pipeline.stream(prepared) for piece in step]
-        output = pieces.pop()
-        assert isinstance(output, GenerationOutput)
-        assert all(isinstance(piece, TextDelta) for piece in pieces)
-        return "".join(piece.text for piece in pieces), output
+    async def collect() -> list[TextDelta | GenerationOutput]:
+        return [piece async for step in pipeline.stream(prepared) for piece in step]
 
-    text, output = asyncio.run(collect())
+    *pieces, output = asyncio.run(collect())
+    assert isinstance(output, GenerationOutput)
     assert output.texts == recorded()[index]
-    if "num_beams" in case["kwargs"]:
-        assert text == ""
-    else:
-        assert prepared.lead + text == output.text
+    text = "".join(piece.text for piece in pieces if isinstance(piece, TextDelta))
+    assert text == ("" if "num_beams" in case["kwargs"] else output.text.removeprefix(prepared.lead))
 
 
-def test_usage_counts_tokens(pipeline: TextGenerationPipeline) -> None:
-    prepared = prepare(pipeline, {"prompt": QUESTION, "kwargs": {"max_new_tokens": 9, "eos_token_id": []}})
-    output = asyncio.run(pipeline.generate(prepared))
-    assert output.prompt_tokens == len(pipeline.tokenize(QUESTION))
-    assert output.completion_tokens == 9
-    assert output.finish_reasons == ["length"]
-    assert output.sequences[0][: output.prompt_tokens] == pipeline.tokenize(QUESTION)
-
-
-@pytest.mark.parametrize(
-    ("case", "sentence"),
-    [
-        ({"prompt": None}, "^Text generation parameter prompt required$"),
-        ({"prompt": ""}, "^Text generation parameter prompt required$"),
-        ({"prompt": "a", "messages": [{"role": "user", "content": "b"}]}, "prompt or messages, not both"),
-        ({"messages": [{"role": "robot", "content": "b"}]}, "role must be one of system, user, assistant"),
-        ({"prompt": "a", "handle_long_generation": "cut"}, "null or 'hole', not 'cut'"),
-        (
-            {"prompt": "a", "handle_long_generation": "hole", "kwargs": {"max_new_tokens": 400}},
-            "400 new tokens are wanted in a context of 192",
-        ),
-    ],
-)
-def test_wrong_prompts_are_refused_with_a_sentence(
-    pipeline: TextGenerationPipeline, case: dict[str, Any], sentence: str
-) -> None:
-    with pytest.raises(PromptError, match=sentence):
-        prepare(pipeline, {"kwargs": {}} | case)
-
-
-def test_a_prompt_that_leaves_no_room_names_both_numbers(pipeline: TextGenerationPipeline) -> None:
+def test_a_prompt_that_leaves_no_room_names_the_numbers(pipeline: TextGenerationPipeline) -> None:
     tokens = len(pipeline.tokenize(QUESTION * 5))
     with pytest.raises(ParameterError, match=rf"`max_length` is 30, .* {tokens} tokens"):
         prepare(pipeline, {"prompt": QUESTION * 5, "kwargs": {"max_length": 30}})
+    hole = {"prompt": "a", "handle_long_generation": "hole", "kwargs": {"max_new_tokens": 400}}
+    with pytest.raises(PromptError, match="400 new tokens are wanted in a context of 192"):
+        prepare(pipeline, hole)
 
 
 def test_a_chat_template_runs_in_a_sandbox(pipeline: TextGenerationPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    hostile = ChatTemplate(
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    )
-    monkeypatch.setattr(pipeline, "_template", hostile)
+    monkeypatch.setattr(pipeline, "_template", ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}"))
     with pytest.raises(PromptError, match="chat template"):
         prepare(pipeline, {"messages": [{"role": "user", "content": "hi"}], "kwargs": {}})

@@ -29,12 +29,13 @@ def block(*_, **__):
 sys.argv = ["edge-phi3", *{arguments!r}]
 cli.main()
 """
+SERVE = ("serve", "--port", "0")
 
 
 @contextlib.contextmanager
-def running(code: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a program, and wait until it says that it is where it should be."""
-    command = [sys.executable, "-c", code]
+def running(patch: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command, changed, and wait until it says that it is where it should be."""
+    command = [sys.executable, "-c", WAITING.format(patch=patch, arguments=arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout is not None
@@ -54,24 +55,22 @@ def running(code: str) -> Iterator[subprocess.Popen[str]]:
     ],
 )
 def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str, number: int) -> None:
-    with running(WAITING.format(patch=patch, arguments=["serve", "--port", "0"])) as popen:
+    with running(patch, *SERVE) as popen:
         popen.send_signal(number)
         assert popen.communicate(timeout=300)[1] == ""
     assert popen.returncode == 0
 
 
-def test_a_service_that_is_told_to_stop_while_it_starts_exits_with_0() -> None:
-    # Wherever its start is after so many milliseconds, on whatever machine.
-    for delay in (0.0, 0.05, 0.2, 0.5, 0.9):
-        code = WAITING.format(patch="os.write(1, b'here\\n')", arguments=["serve", "--port", "0"])
-        with running(code) as popen:
-            time.sleep(delay)
-            # It may still be one step before the first line of `main`.
-            while popen.poll() is None and not _catches(popen.pid, signal.SIGTERM):
-                time.sleep(0.005)
-            popen.send_signal(signal.SIGTERM)
-            popen.communicate(timeout=300)
-        assert popen.returncode == 0
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 0.9])  # wherever its start is then, on whatever machine
+def test_a_service_that_is_told_to_stop_while_it_starts_exits_with_0(delay: float) -> None:
+    with running("os.write(1, b'here\\n')", *SERVE) as popen:
+        time.sleep(delay)
+        # It may still be one step before the first line of `main`.
+        while popen.poll() is None and not _catches(popen.pid, signal.SIGTERM):
+            time.sleep(0.005)
+        popen.send_signal(signal.SIGTERM)
+        popen.communicate(timeout=300)
+    assert popen.returncode == 0
 
 
 def _catches(pid: int, number: int) -> bool:
@@ -83,21 +82,21 @@ def _catches(pid: int, number: int) -> bool:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
 @pytest.mark.parametrize("verb", ["convert", "quantize", "pull"])
 def test_verbs_that_write_leave_no_unfinished_file(tmp_path: Path, verb: str, number: int, code: int) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
-    output = tmp_path / "out"
-    arguments = [verb, str(checkpoint), "-o", str(output / "model.gguf")]
+    source, output = write_checkpoint(tmp_path / "checkpoint", layers=1), tmp_path / "out"
     if verb == "quantize":
-        arguments[1] = str(convert(checkpoint, tmp_path / "f32.gguf", outtype="f32").path)
-        arguments += ["--type", "q8_0"]
-    elif verb == "pull":
-        arguments = [verb, str(checkpoint), "--store", str(output), "--quant", "q8_0"]
+        source = convert(source, tmp_path / "f32.gguf", outtype="f32").path
+    options = {
+        "convert": ["-o", f"{output}/model.gguf"],
+        "quantize": ["-o", f"{output}/model.gguf", "--type", "q8_0"],
+        "pull": ["--store", f"{output}", "--quant", "q8_0"],
+    }
 
     def unfinished() -> list[Path]:
         return list(output.rglob(".*.partial"))
 
     # It stops where the file has been written and is still to be renamed.
     patch = "import edge_phi3.files\nedge_phi3.files._fsync = block"
-    with running(WAITING.format(patch=patch, arguments=arguments)) as popen:
+    with running(patch, verb, str(source), *options[verb]) as popen:
         assert unfinished()
         popen.send_signal(number)
         errors = popen.communicate(timeout=300)[1]

@@ -21,9 +21,8 @@ from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
 from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
 from tests.helm.processes import NOWHERE, command_of, environment_of, prepare, served
-from tests.ports import free_port
 from tests.support.documents import blocks, run_at
-from tests.support.services import PATIENCE
+from tests.support.services import PATIENCE, free_port
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"

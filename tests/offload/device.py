@@ -26,8 +26,8 @@ import pytest
 from filelock import FileLock
 
 from tests.offload.site.rpc_plugin import ENDPOINT, PLUGIN
-from tests.ports import free_port
 from tests.support.peers import CACHE, llama_cpp_source, wheel_libraries
+from tests.support.services import free_port
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
