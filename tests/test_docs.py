@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 from pathlib import Path
 
@@ -23,9 +24,7 @@ LINKED = [
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _QUOTED = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
 
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+name_of = operator.attrgetter("name")
 
 
 def anchors(page: Path) -> set[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import shlex
-import socket
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_phi3.conversion.convert import convert
+from edge_phi3.pipeline.prompt import ChatTemplate
 from tests import paced
 from tests.api.conftest import GREEDY, PROMPT, USER, Clock, Running, loader, ready
+from tests.golden import pipeline as golden
 
 ORIGINAL = Path(__file__).with_name("data") / "original_examples.txt"
 LONG = {"do_sample": False, "max_new_tokens": 1500, "eos_token_id": -1}
@@ -31,12 +36,6 @@ def events(text: str) -> list[tuple[str, Any]]:
     return found
 
 
-def idle(api: Running) -> bool:
-    """Return whether the engine holds nothing of any request."""
-    stats = api.service.pipeline.engine.stats()
-    return stats.running == stats.waiting == stats.sequences == 0
-
-
 def test_a_prompt_or_what_a_template_makes_of_messages_is_continued(api: Running) -> None:
     response = api.chat(prompt=PROMPT, generate_kwargs=GREEDY)
     assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
@@ -44,14 +43,10 @@ def test_a_prompt_or_what_a_template_makes_of_messages_is_continued(api: Running
     assert list(new) == ["Result"]
     assert new["Result"]
     assert response.json() == {"Result": PROMPT + new["Result"]}
-    assert api.chat(messages=USER, generate_kwargs=GREEDY).json() == new
-
-
-def test_explicit_nulls_mean_the_defaults(api: Running) -> None:
-    nulls = ["messages", "return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation"]
-    plain = api.chat(prompt="json", generate_kwargs=GREEDY).json()
-    assert api.chat(prompt="json", generate_kwargs=GREEDY, **dict.fromkeys(nulls)).json() == plain
-    assert api.chat(prompt="json", generate_kwargs=None).status_code == 200
+    nulls = dict.fromkeys(["return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation"])
+    assert api.chat(prompt=PROMPT, messages=None, generate_kwargs=GREEDY, **nulls).json() == response.json()
+    assert api.chat(prompt=PROMPT, generate_kwargs=None).status_code == 200
+    assert api.chat(messages=USER, return_full_text=False, generate_kwargs=GREEDY).json() == new
 
 
 @pytest.mark.parametrize("command", ORIGINAL.read_text(encoding="utf-8").split("\n\n")[1:])
@@ -106,6 +101,10 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str
         ({"prompt": "a", "generate_kwargs": {"guidance_scale": 2}}, "`guidance_scale` is not supported"),
         ({"prompt": "a", "handle_long_generation": "pit"}, "handle_long_generation must be null or 'hole', not 'pit'"),
         ({"prompt": "a", "stream": True, "generate_kwargs": {"temperature": -1}}, "temperature"),
+        (
+            {"prompt": "a", "handle_long_generation": "hole", "generate_kwargs": {"max_new_tokens": 4096}},
+            "4096 new tokens are wanted in a context of 4096",
+        ),
         (b"", NO_JSON),
         (b"{", NO_JSON),
         (b"[]", "The body must be an object, but is a list."),
@@ -156,22 +155,53 @@ def test_a_stream_holds_the_pieces_of_each_text_and_then_the_plain_answer(
     assert "".join(texts) == (plain["Result"] if count else "")
 
 
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The service with the model that transformers' text-generation pipeline was recorded on."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    golden.write_model(folder)
+    with ready(loader(convert(folder, folder / "pipeline.gguf", outtype="f32").path)) as it:
+        yield it
+
+
+@pytest.mark.parametrize("index", range(len(golden.cases())))
+def test_texts_and_their_pieces_are_those_of_transformers(recorder: Running, index: int) -> None:
+    case, text = golden.cases()[index], "".join(golden.recorded()[index])
+    kwargs = {"do_sample": False} | case.pop("kwargs")
+    *pieces, last = events(recorder.chat(**case, stream=True, generate_kwargs=kwargs).text)
+    assert last == ("result", {"Result": text})
+    streamed = "".join(piece["text"] for _, piece in pieces)
+    assert text.endswith(streamed)
+    assert bool(streamed) is ("num_beams" not in kwargs)
+    assert streamed == text or case.get("return_full_text", True) or not streamed
+
+
+def test_a_chat_template_runs_in_a_sandbox(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    monkeypatch.setattr(api.service.pipeline, "_template", hostile)
+    response = api.chat(messages=USER)
+    assert response.status_code == 400
+    assert "chat template" in response.json()["detail"]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
-    api.wait_until(lambda: idle(api))
     engine = api.service.pipeline.engine
+
+    def idle() -> bool:
+        stats = engine.stats()
+        return stats.running == stats.waiting == stats.sequences == 0
+
+    api.wait_until(idle)
     generated = engine.stats().generated_tokens_total
-    body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG}).encode()
-    with paced.slowly(), socket.create_connection(("127.0.0.1", api.port)) as connection:
-        connection.sendall(
-            b"POST /chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
+    body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG})
+    with paced.slowly(), contextlib.closing(http.client.HTTPConnection("127.0.0.1", api.port)) as connection:
+        connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
         api.wait_until(lambda: engine.stats().running == 1)
         if stream:
-            assert connection.recv(64).startswith(b"HTTP/1.1 200")
+            assert connection.getresponse().status == 200
         connection.close()
-        api.wait_until(lambda: idle(api))
+        api.wait_until(idle)
     # Whose tokens are counted when they finish.
     assert engine.stats().generated_tokens_total == generated
 

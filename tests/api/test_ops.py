@@ -1,9 +1,10 @@
-"""Health, readiness, versions, tokens, long texts, and both faces of ``/metrics``."""
+"""Who is let in; health, readiness, versions, tokens, long texts, and both faces of ``/metrics``."""
 
 from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.system_resources import gpus
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready, running
 
+BODY = {"prompt": "a", "generate_kwargs": GREEDY}
+SECRET = "correct-horse"
 PROMETHEUS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"}
 
 
@@ -155,6 +158,12 @@ def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, acce
 
 def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1024**3
+
+    def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
+        if index == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return pynvml.c_nvmlUtilization_t(gpu=25)
+
     answers = {
         "Init": lambda: None,
         "Shutdown": lambda: None,
@@ -163,16 +172,10 @@ def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch
         "DeviceGetName": lambda index: ["GeForce GTX 950", b"A100 MIG"][index],
         "DeviceGetMemoryInfo": lambda _: pynvml.c_nvmlMemory_t(total=2 * gib, free=gib, used=gib),
         "DeviceGetTemperature": lambda _index, _sensor: 55,
+        "DeviceGetUtilizationRates": utilization,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", answer)
-
-    def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
-        if index == 1:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return pynvml.c_nvmlUtilization_t(gpu=25)
-
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", utilization)
     memory = {"used": "1.00 GB", "total": "2.00 GB"}
     assert api.client.get("/metrics").json() == {
         "gpu_info": [
@@ -190,14 +193,17 @@ def samples(api: Running) -> dict[str, float]:
     return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in found}
 
 
-def test_prometheus_gets_its_own_formats(api: Running) -> None:
-    response = api.client.get("/metrics", headers=PROMETHEUS)
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    names = {family.name for family in parse_openmetrics(response.text)}
-    assert {"edge_phi3_num_requests_waiting", "edge_phi3_kv_cache_usage_perc", "edge_phi3_requests"} <= names
-    response = api.client.get("/metrics/prometheus")
-    assert response.headers["content-type"].startswith("text/plain")
-    assert list(parse_text(response.text))
+def test_prometheus_gets_its_own_formats_under_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
+    names = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "requests"}
+    names |= {"generation_tokens", "request_success", "time_to_first_token_seconds", "e2e_request_latency_seconds"}
+    with ready(loader(model_path), metrics_prefix="vllm:") as api:
+        api.chat(prompt="a", generate_kwargs=GREEDY)
+        answer = api.client.get("/metrics", headers=PROMETHEUS)
+        assert answer.headers["content-type"].startswith("application/openmetrics-text")
+        assert {f"vllm:{name}" for name in names} <= {family.name for family in parse_openmetrics(answer.text)}
+        plain = api.client.get("/metrics/prometheus")
+        assert plain.headers["content-type"].startswith("text/plain")
+        assert {f"vllm:{name}" for name in names} <= {family.name for family in parse_text(plain.text)}
 
 
 def test_requests_are_counted_and_what_has_finished_moves_to_the_prefix_cache(api: Running) -> None:
@@ -224,11 +230,63 @@ def test_requests_are_counted_and_what_has_finished_moves_to_the_prefix_cache(ap
     assert samples(api)["edge_phi3_prefix_cache_bytes random-4k"] > 0
 
 
-def test_metrics_take_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
-    with ready(loader(model_path), metrics_prefix="vllm:") as api:
-        api.chat(prompt="a", generate_kwargs=GREEDY)
-        names = {name.partition(" ")[0] for name in samples(api)}
-    gauges = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
-    counters = {"prompt_tokens_total", "generation_tokens_total", "request_success_total"}
-    histograms = {"time_to_first_token_seconds_bucket", "e2e_request_latency_seconds_bucket"}
-    assert {f"vllm:{name}" for name in gauges | counters | histograms} <= names
+@pytest.fixture(scope="module")
+def guarded(model_path: Path) -> Iterator[Running]:
+    with ready(loader(model_path), api_key=["first", SECRET]) as it:
+        yield it
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("authorization", f"Bearer {SECRET}", 200),
+        ("authorization", f"bearer  {SECRET}", 200),
+        ("x-api-key", SECRET, 200),
+        ("x-api-key", "first", 200),
+        ("accept", "*/*", 401),
+        ("authorization", f"Bearer {SECRET}x", 401),
+        ("authorization", SECRET, 401),
+        ("authorization", f"Basic {SECRET}", 401),
+        ("x-api-key", "", 401),
+        ("x-api-key", SECRET.upper(), 401),
+        ("x-api-key", "é", 401),
+    ],
+)
+def test_known_keys_are_let_in_and_no_others(guarded: Running, name: str, value: str, status: int) -> None:
+    headers = {name.encode(): value.encode("latin-1")}
+    assert guarded.client.post("/chat", json=BODY, headers=headers).status_code == status
+    for path in ("/chat", "/tokenize", "/detokenize"):
+        response = guarded.client.post(path, content=b"not even JSON", headers=headers)
+        assert response.status_code == (400 if status == 200 else 401)
+        assert response.headers.get("www-authenticate") == (None if status == 200 else "Bearer")
+        assert ("API key" in response.json()["detail"]) is (status == 401)
+
+
+def test_probes_and_scrapers_need_no_key_nor_does_a_service_without_any(guarded: Running, api: Running) -> None:
+    for path in ("/", "/healthz", "/livez", "/readyz", "/version", "/metrics", "/metrics/prometheus", "/docs"):
+        assert guarded.client.get(path).status_code == 200
+    assert api.client.post("/chat", json=BODY, headers={"authorization": "Bearer anything"}).status_code == 200
+
+
+def test_each_key_has_its_own_rate(model_path: Path) -> None:
+    with ready(loader(model_path), api_key=["one", "two"], rate_limit="2/hour") as api:
+        keys = ("one", "one", "two", "guess", "other", "again", "one")
+        answers = [api.client.post("/chat", json=BODY, headers={"x-api-key": key}) for key in keys]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 401, 401, 429, 429]
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 3600
+        assert "--rate-limit" in answers[-1].json()["detail"]
+        assert api.client.get("/healthz").status_code == 200
+
+
+def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, model_path: Path) -> None:
+    def allowed(api: Running, method: str, origin: str) -> str | None:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        response = api.client.request(method, "/chat", json=BODY, headers={"origin": origin} | asks)
+        header: str | None = response.headers.get("access-control-allow-origin")
+        return header
+
+    ours, evil = "https://app.example", "https://evil.example"
+    assert allowed(api, "OPTIONS", ours) is None
+    with ready(loader(model_path), cors_origin=[ours]) as it:
+        assert allowed(it, "OPTIONS", ours) == allowed(it, "POST", ours) == ours
+        assert allowed(it, "OPTIONS", evil) != evil
