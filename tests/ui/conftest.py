@@ -129,8 +129,7 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     context.set_default_timeout(1000 * PATIENCE)
     playground = Playground(context.new_page(), url)
     page = playground.page
-    # Playwright marks its handlers, which `list.append` itself does not let it.
-    context.on("request", lambda request: playground.requests.append(request))
+    context.on("request", lambda request: playground.requests.append(request))  # noqa: PLW0108 - Playwright marks it
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
     page.on("console", playground.hear)
     playground.open()
