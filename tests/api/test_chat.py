@@ -74,6 +74,9 @@ def test_the_details_of_a_generation_are_returned_when_asked_for(api: Running) -
     chosen = [score["token_id"] for score in body["scores"][0]]
     assert chosen == body["sequences"][0][body["usage"]["prompt_tokens"] :]
 
+    infinite = api.chat(prompt=PROMPT, generate_kwargs={**kwargs, "num_beams": 2, "length_penalty": -1e6}).json()
+    assert infinite["sequences_scores"] == [None]
+
 
 @pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ""}, {"messages": []}])
 def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str, Any]) -> None:
