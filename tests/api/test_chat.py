@@ -240,13 +240,15 @@ def test_a_full_queue_is_answered_429_what_never_fits_400_and_too_long_a_wait_50
             pieces = begun.iter_text()
             text = next(pieces)
             waits = pool.submit(api.chat, **slow)
-            api.wait_until(lambda: api.service.pipeline.engine.stats().waiting == 1)
-            for response in refusals(429, **slow):
-                assert response.headers["retry-after"] == "1"
-                assert "queue is full" in response.json()["detail"]
-            for never in ({"max_new_tokens": 0}, {"num_beams": 2, "max_new_tokens": 2}, {"max_new_tokens": 100_000}):
-                refusals(400, prompt="a", generate_kwargs={"do_sample": False} | never)
-            clock.now += 61
+            try:
+                api.wait_until(lambda: api.service.pipeline.engine.stats().waiting == 1)
+                for response in refusals(429, **slow):
+                    assert response.headers["retry-after"] == "1"
+                    assert "queue is full" in response.json()["detail"]
+                for never in ({"max_new_tokens": 0}, {"num_beams": 2}):
+                    refusals(400, prompt="a", generate_kwargs={"do_sample": False} | never)
+            finally:
+                clock.now += 61
             text += "".join(pieces)
         assert begun.status_code == 200
         assert waits.result().status_code == 504
