@@ -21,7 +21,7 @@ def slowly(wait: Callable[[], None] = lambda: time.sleep(SECONDS)) -> Iterator[N
     # Imported where it is wanted only: most tests that import this start processes.
     import llama_cpp
 
-    decode = llama_cpp.llama_decode
+    decode: Callable[..., int] = llama_cpp.llama_decode
 
     def slow(*arguments: object) -> int:
         wait()

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import grimp
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 
 from edge_phi3 import __version__
 from edge_phi3.cli import VERBS, app
@@ -41,12 +42,18 @@ cli.main()
 SERVE = ("serve", "--port", "0")
 
 
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def edge_phi3(*arguments: str, **environment: str) -> Result:
     """Run the command in this process, with no option in the environment but those given."""
     clean = {name: None for name in os.environ if name.startswith("EDGE_PHI3_")}
     result = CliRunner().invoke(app, arguments, env=clean | {"COLUMNS": "200"} | environment, prog_name="edge-phi3")
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result
+    return Result(result.exit_code, result.stdout, result.stderr)
 
 
 def test_version() -> None:
@@ -58,7 +65,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(("verb", "text"), VERBS.items())
 def test_each_verb_is_listed_documented_and_explained_with_an_example(verb: str, text: str) -> None:
     listed, explained = edge_phi3("--help"), edge_phi3(verb, "--help")
-    assert listed.exit_code == explained.exit_code == 0
+    assert listed.returncode == explained.returncode == 0
     page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
     assert verb in listed.stdout
     assert f"`edge-phi3 {verb}" in page
@@ -90,7 +97,7 @@ def test_serve_has_a_flag_for_every_option() -> None:
 )
 def test_wrong_usage_has_exit_code_2(arguments: str, sentence: str | None) -> None:
     result = edge_phi3(*arguments.split())
-    assert result.exit_code == 2
+    assert result.returncode == 2
     assert not arguments or result.stdout == ""
     assert sentence is None or result.stderr == f"edge-phi3: {sentence}\n"
 
@@ -104,7 +111,7 @@ def test_print_config_goes_to_stdout_and_comes_back_through_config(tmp_path: Pat
         "serve", "phi-3-mini-4k-instruct", "--print-config", "--lora", "a b.gguf=0.5", *flags.split(),
         EDGE_PHI3_PORT="1234",
     )  # fmt: skip
-    assert (first.exit_code, first.stderr) == (0, "")
+    assert (first.returncode, first.stderr) == (0, "")
     for line in ("port = 1234", 'lora = ["a b.gguf=0.5", "c.gguf=1"]', "log-prompts = true"):
         assert f"\n{line}\n" in first.stdout
     for name in Settings.model_fields:
@@ -122,13 +129,13 @@ def test_convert_and_quantize_print_the_file_they_made(tmp_path: Path) -> None:
     converted, quantised = tmp_path / "model-f16.gguf", tmp_path / "model-q8_0.gguf"
     quantize = ("quantize", str(converted), "-o", str(quantised), "--type", "q8_0")
     result = edge_phi3("convert", str(checkpoint), "-o", str(converted), "--outtype", "f16")
-    assert (result.exit_code, result.stdout) == (0, f"{converted}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{converted}\n"), result.stderr
     assert "f16" in result.stderr
     result = edge_phi3(*quantize)
-    assert (result.exit_code, result.stdout) == (0, f"{quantised}\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, f"{quantised}\n"), result.stderr
     assert quantised.stat().st_size < converted.stat().st_size
     again = edge_phi3(*quantize)
-    assert (again.exit_code, again.stdout) == (1, "")
+    assert (again.returncode, again.stdout) == (1, "")
     refusal = f"edge-phi3: {quantised} exists; give --force to replace it, or another output path."
     assert again.stderr.splitlines()[-1] == refusal
 

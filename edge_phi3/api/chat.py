@@ -67,6 +67,8 @@ def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatRes
     if not config.return_dict_in_generate:
         return ChatResponse(output.text)
     # In JSON, null stands for a number that is infinite: msgspec writes it so.
-    scores = output.scores and [[TokenScore(*token) for token in sequence] for sequence in output.scores]
+    scores: list[list[TokenScore]] | None = None
+    if output.scores is not None:
+        scores = [[TokenScore(*token) for token in sequence] for sequence in output.scores]
     usage = Usage(output.prompt_tokens, output.completion_tokens)
     return ChatResponse(output.text, output.sequences, output.sequences_scores, scores, usage)

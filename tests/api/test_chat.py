@@ -154,7 +154,7 @@ def test_a_stream_holds_the_pieces_of_each_text_and_then_the_plain_answer(
     assert {name for name, _ in pieces} <= {""}
     texts = ["".join(piece["text"] for _, piece in pieces if piece["index"] == index) for index in range(count)]
     assert len(set(texts)) == count
-    assert len(pieces) > count or pieces == texts == []
+    assert len(pieces) > count or not (pieces or texts)
     assert "".join(texts) == (plain["Result"] if count else "")
 
 

@@ -23,16 +23,6 @@ def greedy(api: Running, **kwargs: Any) -> str:
     return result
 
 
-def tokens_of(api: Running, text: str) -> list[int]:
-    tokens: list[int] = api.client.post("/tokenize", json={"text": text}).json()["tokens"]
-    return tokens
-
-
-def text_of(api: Running, tokens: list[int]) -> str:
-    text: str = api.client.post("/detokenize", json={"tokens": tokens}).json()["text"]
-    return text
-
-
 def test_a_conversation_is_answered_as_by_chat(api: Running, ask: Any) -> None:
     completion = ask(max_completion_tokens=12)
     (choice,) = completion.choices
@@ -75,9 +65,10 @@ def test_an_answer_ends_before_a_stop_text(api: Running, ask: Any, stream: bool)
 
 
 def test_a_bias_bans_or_forces_a_token(api: Running, ask: Any) -> None:
-    token = tokens_of(api, "the")[-1]
+    token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
     forced = ask(logit_bias={str(token): 100}, max_tokens=4)
-    assert forced.choices[0].message.content == f" {text_of(api, [token] * 4)}"
+    text = api.client.post("/detokenize", json={"tokens": [token] * 4}).json()["text"]
+    assert forced.choices[0].message.content == f" {text}"
 
 
 def test_messages_may_come_in_parts_and_from_developers(ask: Any) -> None:
@@ -110,13 +101,14 @@ def test_prompts_are_continued(api: Running, client: Any) -> None:
 
 def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     texts = [PROMPT, "json"]
-    tokens = [tokens_of(api, text) for text in texts]
+    tokens = [api.client.post("/tokenize", json={"text": text}).json()["tokens"] for text in texts]
     by_text = client.completions.create(prompt=texts, echo=True, **COMPLETION)
     by_tokens = client.completions.create(prompt=tokens, **COMPLETION)
     for text, choice in zip(texts, by_text.choices, strict=True):
         assert choice.text == text + by_tokens.choices[choice.index].text
     alone = client.completions.create(prompt=tokens[0], echo=True, **COMPLETION)
-    assert alone.choices[0].text == text_of(api, tokens[0]) + by_tokens.choices[0].text
+    prompt = api.client.post("/detokenize", json={"tokens": tokens[0]}).json()["text"]
+    assert alone.choices[0].text == prompt + by_tokens.choices[0].text
     assert alone.usage.prompt_tokens == len(tokens[0])
 
 

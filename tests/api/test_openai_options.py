@@ -247,7 +247,10 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(
         ({"logprobs": 1, "echo": True}, "`logprobs`"),
         ({"logprobs": 6}, "`logprobs`"),
         ({"prompt": [10**6]}, "token id from 0 to"),
-        *(({"prompt": prompt}, "`prompt`") for prompt in ([1, "a"], ["a", [1]], [[]], [])),
+        ({"prompt": [1, "a"]}, "`prompt`"),
+        ({"prompt": ["a", [1]]}, "`prompt`"),
+        ({"prompt": [[]]}, "`prompt`"),
+        ({"prompt": []}, "`prompt`"),
     ],
 )
 def test_completions_refuse_likewise(client: Any, arguments: dict[str, Any], sentence: str) -> None:

@@ -234,12 +234,9 @@ def test_opentelemetry_s_own_variables_are_honoured_and_failures_are_failed_span
     assert tracing_of(Settings.load({})) is None, "without the extra a variable, which clusters set for all, is none"
 
 
-def test_a_collector_that_is_away_disturbs_nobody(model_path: Path) -> None:
+def test_the_option_needs_the_extra_and_a_collector_that_is_away_disturbs_nobody(model_path: Path) -> None:
     with ready(loader(model_path), otel_endpoint="http://127.0.0.1:9") as api:
         assert api.client.get("/version").status_code == 200
-
-
-def test_without_the_extra_the_option_is_one_sentence() -> None:
     hidden = 'import sys; sys.modules["opentelemetry"] = None; from edge_phi3.cli import main; main()'
     options = ["--port", "0", "--otel-endpoint", "http://127.0.0.1:4318", "--log-level", "error"]
     command = [sys.executable, "-c", hidden, "serve", *options]

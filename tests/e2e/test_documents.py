@@ -98,11 +98,11 @@ def test_the_card_questions_are_answered(tmp_path: Path, store: Path, quant: str
     def answer(question: str) -> str:
         body = {"prompt": f"<|user|>\n{question}<|end|>\n<|assistant|>\n", "return_full_text": False}
         body |= {"generate_kwargs": {"do_sample": False}}
-        text: str = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE).json()["Result"]
+        text: str = httpx.post(f"{another.url}/chat", json=body, timeout=PATIENCE).json()["Result"]
         return text.strip()
 
     questions = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))
-    with serving(tmp_path, "--quant", quant, store=store) as server:
+    with serving(tmp_path, "--quant", quant, store=store) as another:
         right = [entry["question"] for entry in questions if answer(entry["question"]) == entry["answer"]]
     assert len(questions) == 10
     assert len(right) >= 8, f"answered only {right}"

@@ -21,7 +21,6 @@ import httpx
 
 COMMAND = str(Path(sys.executable).with_name("edge-phi3"))
 _TAKEN = ("num_requests_running", "num_requests_waiting", "num_sequences_running", "kv_cache_cells_used")
-HEALTH = ("/healthz", "/livez", "/readyz")
 PATIENCE = 600.0
 """Seconds until what comes in a few on a quiet machine counts as lost."""
 
@@ -84,7 +83,7 @@ class Server:
             if not wait_for(self.is_idle, patience):
                 metrics = self.metrics()
                 found.append("it does not come to rest: " + ", ".join(f"{name} {metrics[name]:g}" for name in _TAKEN))
-            for route in HEALTH:
+            for route in ("/healthz", "/livez", "/readyz"):
                 response = self.get(route)
                 if response.status_code != 200:
                     found.append(f"{route} gives {response.status_code}: {response.text}")

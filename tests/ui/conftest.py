@@ -14,7 +14,6 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 from tests import paced
 from tests.support.services import PATIENCE, Server, serving
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=1000 * PATIENCE)  # machines may be busy; what is there is seen at once
 
 OPTIONS = ("--threads", "1")
@@ -49,7 +48,7 @@ def slow_answers(store: Path) -> Iterator[None]:
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Return Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         reason = "the playground is tested in Chromium, which is not installed (apt-get install chromium)"
         if os.environ.get("REQUIRE_CHROMIUM"):
