@@ -180,7 +180,7 @@ def test_formats_go_with_logprobs_penalties_and_stop_texts(ask: Any) -> None:
     (choice,) = ask(response_format=format_of(SCHEMA), **options).choices
     assert choice.finish_reason == "stop"
     assert choice.message.content.rstrip().endswith('"')
-    assert "".join(token.token for token in choice.logprobs.content).startswith(choice.message.content)
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).startswith(choice.message.content.encode())
     assert all(math.isfinite(token.logprob) for token in choice.logprobs.content)
 
 
