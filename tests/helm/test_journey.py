@@ -34,9 +34,8 @@ from tests.helm.chart import (
     render_texts,
     server,
 )
-from tests.ports import free_port
 from tests.support.documents import ROOT, blocks, run_at
-from tests.support.services import PATIENCE, Server, serving
+from tests.support.services import PATIENCE, Server, free_port, serving
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"

@@ -27,9 +27,8 @@ from filelock import FileLock
 from edge_phi3.conversion.convert import convert
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.offload.site.rpc_plugin import ENDPOINT, PLUGIN
-from tests.ports import free_port
 from tests.support.peers import CACHE, llama_cpp_source, wheel_libraries
-from tests.support.services import wait_for
+from tests.support.services import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent / "site"
