@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.sampler_chain import SamplerChain
 from benchmarks.timings import timings
 from edge_phi3.generation import Decoder, GenerationConfig, ModelDefaults, advance, make_decoder
-from tests.support.sampler_chain import SamplerChain
 
 VOCABULARY = 32064
 ENDS = (32000, 32001, 32007)

@@ -16,13 +16,18 @@ SECONDS = 0.05
 
 
 @contextlib.contextmanager
-def slowly(seconds: float = SECONDS) -> Iterator[None]:
-    """Let each decode call take so many seconds more until the block ends."""
-    # Where it is wanted only: most tests that import this start processes.
+def slowly(wait: Callable[[], None] = lambda: time.sleep(SECONDS)) -> Iterator[None]:
+    """Wait before each decode call until the block ends."""
+    # Imported where it is wanted only: most tests that import this start processes.
     import llama_cpp
 
-    decode = llama_cpp.llama_decode
-    llama_cpp.llama_decode = _after(decode, lambda: time.sleep(seconds))
+    decode: Callable[..., int] = llama_cpp.llama_decode
+
+    def slow(*arguments: object) -> int:
+        wait()
+        return decode(*arguments)
+
+    llama_cpp.llama_decode = slow
     try:
         yield
     finally:
@@ -37,30 +42,19 @@ def command(file: Path) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), str(file)]
 
 
-def _after(decode: Callable[..., int], wait: Callable[[], None]) -> Callable[..., int]:
-    def slow(*arguments: object) -> int:
-        wait()
-        return decode(*arguments)
-
-    return slow
-
-
 def _main() -> None:
     # Not this folder, whose packages have the names of others.
     sys.path[:] = [entry for entry in sys.path if Path(entry) != Path(__file__).parent]
     file = Path(sys.argv.pop(1))
     sys.argv[0] = "edge-phi3"
-
-    import llama_cpp
-
     from edge_phi3.cli import main
 
     def wait() -> None:
         with contextlib.suppress(FileNotFoundError):
             time.sleep(float(file.read_text(encoding="ascii") or SECONDS))
 
-    llama_cpp.llama_decode = _after(llama_cpp.llama_decode, wait)
-    main()
+    with slowly(wait):
+        main()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,48 @@
-"""The command line: help, exit codes, what goes where."""
+"""The command line: help, exit codes, what goes where, what imports what, and signals."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
+import grimp
 import pytest
 from click.testing import CliRunner
 
 from edge_phi3 import __version__
 from edge_phi3.cli import VERBS, app
+from edge_phi3.conversion.convert import convert
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import flag_of
-from tests.golden import attention
+from tests.golden.checkpoints import write_checkpoint
+
+HEAVY = {"litestar", "pydantic", "numpy", "llama_cpp", "uvicorn", "gguf"}
+WAITING = """
+import os, signal, sys, threading
+# A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import edge_phi3.cli as cli
+
+def block(*_, **__):
+    os.write(1, b"here\\n")
+    threading.Event().wait()
+
+{patch}
+sys.argv = ["edge-phi3", *{arguments!r}]
+cli.main()
+"""
+SERVE = ("serve", "--port", "0")
 
 
-@dataclass
-class Result:
-    """What a run of the command left."""
-
+class Result(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
@@ -41,26 +62,16 @@ def test_version() -> None:
     assert result.stdout == f"edge-phi3, version {__version__}\n"
 
 
-def test_help_names_every_verb_and_imports_none_of_the_heavy_parts() -> None:
-    result = edge_phi3("--help")
-    assert result.returncode == 0
-    for verb, text in VERBS.items():
-        assert verb in result.stdout
-        assert text in result.stdout
-    code = (
-        "import sys\nfrom edge_phi3.cli import app\n"
-        "try:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'litestar', 'pydantic', 'numpy', 'llama_cpp', 'uvicorn', 'gguf'} & set(sys.modules)))"
-    )
-    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert finished.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_help_with_an_example(verb: str) -> None:
-    result = edge_phi3(verb, "--help")
-    assert result.returncode == 0
-    assert f"Example: `edge-phi3 {verb}" in result.stdout
+@pytest.mark.parametrize(("verb", "text"), VERBS.items())
+def test_each_verb_is_listed_documented_and_explained_with_an_example(verb: str, text: str) -> None:
+    listed, explained = edge_phi3("--help"), edge_phi3(verb, "--help")
+    assert listed.returncode == explained.returncode == 0
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert verb in listed.stdout
+    assert f"`edge-phi3 {verb}" in page
+    assert f"Example: `edge-phi3 {verb}" in explained.stdout
+    for place in (listed.stdout, page):
+        assert text in place
 
 
 def test_serve_has_a_flag_for_every_option() -> None:
@@ -70,38 +81,41 @@ def test_serve_has_a_flag_for_every_option() -> None:
     assert "[default: 8080]" in text
 
 
-def test_the_documentation_has_every_verb() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
-    for verb, text in VERBS.items():
-        assert f"`edge-phi3 {verb}" in page
-        assert text in page
-
-
-@pytest.mark.parametrize("arguments", [["serv"], ["serve", "--prot", "1"], ["convert"], []])
-def test_wrong_usage_has_exit_code_2(arguments: list[str]) -> None:
-    result = edge_phi3(*arguments)
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", None),
+        ("serv", None),
+        ("serve --prot 1", None),
+        ("convert", None),
+        ("serve --port 99999", "--port: '99999' is not allowed; give a whole number from 0 to 65535."),
+        (
+            "quantize a.gguf -o b.gguf --tensor-type attn_v",
+            "--tensor-type: 'attn_v' is not allowed; give PATTERN=TYPE, as in attn_v=q8_0.",
+        ),
+    ],
+)
+def test_wrong_usage_has_exit_code_2(arguments: str, sentence: str | None) -> None:
+    result = edge_phi3(*arguments.split())
     assert result.returncode == 2
-    if arguments:
-        assert result.stdout == ""
-
-
-def test_a_wrong_value_is_one_sentence_and_exit_code_2() -> None:
-    result = edge_phi3("serve", "--port", "99999")
-    assert result.returncode == 2
-    assert result.stderr == "edge-phi3: --port: '99999' is not allowed; give a whole number from 0 to 65535.\n"
-    result = edge_phi3("serve", EDGE_PHI3_FLASH_ATTN="maybe")
-    assert result.returncode == 2
-    assert result.stderr == "edge-phi3: EDGE_PHI3_FLASH_ATTN: 'maybe' is not allowed; give one of auto, on, off.\n"
+    assert not arguments or result.stdout == ""
+    assert sentence is None or result.stderr == f"edge-phi3: {sentence}\n"
 
 
 def test_print_config_goes_to_stdout_and_comes_back_through_config(tmp_path: Path) -> None:
-    first = edge_phi3(
-        "serve", "phi-3-mini-4k-instruct", "--print-config", "--lora", "a.gguf", "--log-prompts", EDGE_PHI3_PORT="1234"
+    flags = (
+        "--lora c.gguf --cors-origin https://a.example --cors-origin https://b.example --max-body-size 1MiB "
+        "--rate-limit 5/second --store models --log-prompts --metrics-prefix vllm:"
     )
-    assert first.returncode == 0
-    assert first.stderr == ""
-    assert "port = 1234" in first.stdout
-    assert 'lora = ["a.gguf=1"]' in first.stdout
+    first = edge_phi3(
+        "serve", "phi-3-mini-4k-instruct", "--print-config", "--lora", "a b.gguf=0.5", *flags.split(),
+        EDGE_PHI3_PORT="1234",
+    )  # fmt: skip
+    assert (first.returncode, first.stderr) == (0, "")
+    for line in ("port = 1234", 'lora = ["a b.gguf=0.5", "c.gguf=1"]', "log-prompts = true"):
+        assert f"\n{line}\n" in first.stdout
+    for name in Settings.model_fields:
+        assert f"{name.replace('_', '-')} =" in first.stdout
     config = tmp_path / "config.toml"
     config.write_text(first.stdout)
     assert edge_phi3("serve", "--config", str(config), "--print-config").stdout == first.stdout
@@ -111,29 +125,107 @@ def test_print_config_goes_to_stdout_and_comes_back_through_config(tmp_path: Pat
 
 
 def test_convert_and_quantize_print_the_file_they_made(tmp_path: Path) -> None:
-    checkpoint = attention.write_model(tmp_path / "checkpoint", "4k")
-    converted = tmp_path / "model-f16.gguf"
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
+    converted, quantised = tmp_path / "model-f16.gguf", tmp_path / "model-q8_0.gguf"
+    quantize = ("quantize", str(converted), "-o", str(quantised), "--type", "q8_0")
     result = edge_phi3("convert", str(checkpoint), "-o", str(converted), "--outtype", "f16")
     assert (result.returncode, result.stdout) == (0, f"{converted}\n"), result.stderr
     assert "f16" in result.stderr
-    quantised = tmp_path / "model-q8_0.gguf"
-    result = edge_phi3("quantize", str(converted), "-o", str(quantised), "--type", "q8_0")
+    result = edge_phi3(*quantize)
     assert (result.returncode, result.stdout) == (0, f"{quantised}\n"), result.stderr
     assert quantised.stat().st_size < converted.stat().st_size
-    again = edge_phi3("quantize", str(converted), "-o", str(quantised), "--type", "q8_0")
-    assert again.returncode == 1
-    assert again.stdout == ""
+    again = edge_phi3(*quantize)
+    assert (again.returncode, again.stdout) == (1, "")
     refusal = f"edge-phi3: {quantised} exists; give --force to replace it, or another output path."
     assert again.stderr.splitlines()[-1] == refusal
 
 
-def test_a_wrong_tensor_type_is_wrong_usage(tmp_path: Path) -> None:
-    result = edge_phi3("quantize", "a.gguf", "-o", str(tmp_path / "b.gguf"), "--tensor-type", "attn_v")
-    assert result.returncode == 2
-    assert result.stderr == "edge-phi3: --tensor-type: 'attn_v' is not allowed; give PATTERN=TYPE, as in attn_v=q8_0.\n"
+def test_no_module_imports_itself_through_others() -> None:
+    graph = grimp.build_graph("edge_phi3", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert imports["edge_phi3.__main__"] == {"edge_phi3.cli"}, "the graph is that of the package"
+    TopologicalSorter(imports).prepare()  # raises an error that names the modules of a circle
 
 
-def test_the_types_are_listed_on_stdout() -> None:
-    result = edge_phi3("quantize", "--list")
-    assert result.returncode == 0
-    assert "Q4_K_M" in result.stdout
+@pytest.mark.parametrize("start", ["import edge_phi3", "from edge_phi3.cli import app; app(['--help'], 'edge-phi3')"])
+def test_the_public_names_and_help_import_nothing_heavy(start: str) -> None:
+    code = f"import atexit, sys; atexit.register(lambda: print({HEAVY} & {{*sys.modules}})); {start}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+# -- signals: a service that is told to stop has not failed, and other verbs leave nothing unfinished
+
+
+@contextlib.contextmanager
+def running(patch: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command, changed, and wait until it says that it is where it should be."""
+    command = [sys.executable, "-c", WAITING.format(patch=patch, arguments=arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stdout is not None
+            assert popen.stdout.readline() == "here\n"
+            yield popen
+        finally:
+            popen.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "cli.app = block",
+        "import edge_phi3.api.server as server; server.create_service = block",
+        "import edge_phi3.api.server as server; server._bind = block",
+    ],
+)
+def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str, number: int) -> None:
+    with running(patch, *SERVE) as popen:
+        popen.send_signal(number)
+        assert popen.communicate(timeout=300)[1] == ""
+    assert popen.returncode == 0
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 0.9])  # wherever its start is then, on whatever machine
+def test_a_service_that_is_told_to_stop_while_it_starts_exits_with_0(delay: float) -> None:
+    with running("os.write(1, b'here\\n')", *SERVE) as popen:
+        time.sleep(delay)
+        # It may still be one step before the first line of `main`.
+        while popen.poll() is None and not _catches(popen.pid, signal.SIGTERM):
+            time.sleep(0.005)
+        popen.send_signal(signal.SIGTERM)
+        popen.communicate(timeout=300)
+    assert popen.returncode == 0
+
+
+def _catches(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("verb", ["convert", "quantize", "pull"])
+def test_verbs_that_write_leave_no_unfinished_file(tmp_path: Path, verb: str, number: int, code: int) -> None:
+    source, output = write_checkpoint(tmp_path / "checkpoint", layers=1), tmp_path / "out"
+    if verb == "quantize":
+        source = convert(source, tmp_path / "f32.gguf", outtype="f32").path
+    options = {
+        "convert": ["-o", f"{output}/model.gguf"],
+        "quantize": ["-o", f"{output}/model.gguf", "--type", "q8_0"],
+        "pull": ["--store", f"{output}", "--quant", "q8_0"],
+    }
+
+    def unfinished() -> list[Path]:
+        return list(output.rglob(".*.partial"))
+
+    # It stops where the file has been written and is still to be renamed.
+    patch = "import edge_phi3.files\nedge_phi3.files._fsync = block"
+    with running(patch, verb, str(source), *options[verb]) as popen:
+        assert unfinished()
+        popen.send_signal(number)
+        errors = popen.communicate(timeout=300)[1]
+    assert popen.returncode == code, errors
+    assert "Traceback" not in errors
+    assert unfinished() == []
+    assert not list(output.rglob("*.gguf"))

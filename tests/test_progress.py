@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -29,81 +29,51 @@ def test_lines_tell_the_beginning_the_way_and_the_end(monkeypatch: pytest.Monkey
     ]
 
 
-def test_lines_do_without_a_total(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_do_without_a_total_and_a_failed_step_is_not_told_as_done() -> None:
     lines: list[str] = []
-    with LineProgress(lines.append, interval=0).step("Reading") as step:
+    with contextlib.suppress(ValueError), LineProgress(lines.append, interval=0).step("Reading") as step:
         step.update(1000)
         step.update(2000, 8000)
-    assert lines[:3] == ["Reading.", "Reading: 1.0 kB.", "Reading: 2.0 kB of 8.0 kB (25 %)."]
-
-
-def test_a_failed_step_is_not_told_as_done() -> None:
-    lines: list[str] = []
-    with pytest.raises(ValueError, match="no"), LineProgress(lines.append).step("Converting x"):
         raise ValueError("no")
-    assert lines == ["Converting x."]
+    assert lines == ["Reading.", "Reading: 1.0 kB.", "Reading: 2.0 kB of 8.0 kB (25 %)."]
 
 
-def terminal() -> tuple[Console, io.StringIO]:
-    text = io.StringIO()
-    return Console(file=text, force_terminal=True, width=160), text
-
-
-def test_bars_show_title_amount_and_detail() -> None:
-    console, written = terminal()
-    shown = RichProgress(console)
-    with shown.bars as bars:
+def test_stderr_gets_bars_when_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=160)
+    monkeypatch.setattr(module, "Console", lambda **_: console)
+    with stderr_progress() as shown:
+        assert isinstance(shown, RichProgress)
         with shown.step("Quantising x", 2000) as step:
             step.update(500, detail="blk.0.ffn_up.weight")
-            bars.refresh()
+            shown.bars.refresh()
             step.update(1500, 3000)
         shown.note("Half [way] there.")
+        with pytest.raises(ValueError, match="no"), shown.step("Converting x", 10):
+            raise ValueError("no")
+        assert [task.description for task in shown.bars.tasks] == ["Quantising x"]
     for text in ("Quantising x", "0.5/2.0 kB", "1.5/3.0 kB", "blk.0.ffn_up.weight", "Half [way] there."):
         assert text in written.getvalue()
 
 
-def test_the_bar_of_a_failed_step_goes_away() -> None:
-    shown = RichProgress(terminal()[0])
-    with shown.bars as bars:
-        with pytest.raises(ValueError, match="no"), shown.step("Converting x", 10):
-            raise ValueError("no")
-        assert bars.tasks == []
-
-
-def test_stderr_gets_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_stderr_gets_lines_when_it_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "A note that is longer than a line of eighty columns, if this were one of those terminals."
     with stderr_progress() as reporter, reporter.step("Converting [x]"):
-        reporter.note("A note that is longer than a line of eighty columns, if this were one of those terminals.")
+        reporter.note(note)
     out, err = capsys.readouterr()
-    assert out == ""
     first, second, third = err.splitlines()
-    assert first == "Converting [x]."
-    assert second.startswith("A note")
-    assert second.endswith("terminals.")
+    assert (out, first, second) == ("", "Converting [x].", note)
     assert third.startswith("Converting [x]: done in ")
 
 
-def test_stderr_gets_bars_when_it_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, written = terminal()
-    monkeypatch.setattr(module, "Console", lambda **_: console)
-    with stderr_progress() as reporter, reporter.step("Downloading y", 10) as step:
-        assert isinstance(reporter, RichProgress)
-        step.update(10)
-    assert "Downloading y" in written.getvalue()
-
-
-def test_where_the_work_is_is_said_in_sentences() -> None:
+def test_silence_but_for_sentences_on_where_the_work_is(capsys: pytest.CaptureFixture[str]) -> None:
     said: list[str] = []
     reporter = SilentProgress()
-    reporter.say = said.append
-    with reporter.step("Converting") as step:
-        step.update(1)
-        step.update(2, 8)
+    for say in (reporter.say, said.append):
+        reporter.say = say
+        with reporter.step("Converting") as step:
+            step.update(1)
+            step.update(2, 8, "detail")
+        reporter.note("Nobody hears this.")
     assert said == ["Converting.", "Converting.", "Converting: 25 %."]
-
-
-def test_silence(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = SilentProgress()
-    with reporter.step("Converting", 3) as step:
-        step.update(1, 2, "detail")
-    reporter.note("Nobody hears this.")
     assert capsys.readouterr() == ("", "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -12,15 +11,12 @@ from litestar.di import NamedDependency
 from litestar.params import RawBody
 
 from edge_phi3.api.body import decode_body, work_on
-from edge_phi3.api.errors import detail_of
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
-from edge_phi3.api.schemas import ChatRequest, ChatResponse, ErrorResponse, TokenScore, Usage
+from edge_phi3.api.schemas import ChatRequest, ChatResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
-
-_encode = msgspec.json.Encoder().encode
 
 
 @post("/chat", status_code=200, body=ChatRequest)
@@ -31,10 +27,10 @@ async def chat(
     wanted = decode_body(request, body, ChatRequest)
     exchange = exchange_of(request.scope)
     if service.settings.log_prompts:
-        exchange.prompt = wanted.prompt or _encode(wanted.messages).decode()
+        exchange.prompt = wanted.prompt or msgspec.json.encode(wanted.messages).decode()
     prepared = await work_on(body, lambda: _prepare(service, wanted))
     if wanted.stream:
-        return EventStream(_events(service, prepared, exchange), _failure_event)
+        return EventStream(_events(service, prepared, exchange))
     async with cancelled_when_client_leaves(request.receive):
         exchange.output = output = await service.generate(prepared, exchange.request_id)
     return Response(chat_response(output, prepared.config))
@@ -57,38 +53,22 @@ async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange
 
     def encoded(item: TextDelta | GenerationOutput) -> bytes:
         if isinstance(item, TextDelta):
-            return event(_encode({"index": item.index, "text": item.text}))
+            return event({"index": item.index, "text": item.text})
         exchange.output = item
-        return event(_encode(chat_response(item, prepared.config)), "result")
+        return event(chat_response(item, prepared.config), "result")
 
     async with service.stream(prepared, exchange.request_id) as steps:
         async for items in steps:
             yield b"".join(map(encoded, items))
 
 
-def _failure_event(error: Exception) -> bytes:
-    return event(_encode(ErrorResponse(detail_of(error))), "error")
-
-
 def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatResponse:
     """Return an answer as `/chat` sends it, with all that `return_dict_in_generate` adds."""
     if not config.return_dict_in_generate:
         return ChatResponse(output.text)
-    beam_scores, scores = output.sequences_scores, None
+    # In JSON, null stands for a number that is infinite: msgspec writes it so.
+    scores: list[list[TokenScore]] | None = None
     if output.scores is not None:
-        scores = [
-            [TokenScore(token.token_id, _finite(token.score), _finite(token.logprob)) for token in sequence]
-            for sequence in output.scores
-        ]
-    return ChatResponse(
-        output.text,
-        sequences=output.sequences,
-        sequences_scores=None if beam_scores is None else [_finite(score) for score in beam_scores],
-        scores=scores,
-        usage=Usage(output.prompt_tokens, output.completion_tokens),
-    )
-
-
-def _finite(number: float) -> float | None:
-    """Return a number as JSON can hold it: null stands for what is infinite."""
-    return number if math.isfinite(number) else None
+        scores = [[TokenScore(*token) for token in sequence] for sequence in output.scores]
+    usage = Usage(output.prompt_tokens, output.completion_tokens)
+    return ChatResponse(output.text, output.sequences, output.sequences_scores, scores, usage)

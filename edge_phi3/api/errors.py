@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
-from litestar.types import ExceptionHandlersMap
+from litestar.types import ExceptionHandlersMap, Scope
 
 from edge_phi3.api.openai.schemas import OpenAIError, OpenAIErrorBody
 from edge_phi3.api.schemas import ErrorResponse
@@ -101,16 +101,22 @@ def detail_of(error: BaseException) -> str:
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
-def openai_error(message: str, status: int) -> OpenAIError:
-    """Return the body of an error as OpenAI has it; its `param` is the first field that the sentence names."""
+def is_openai(scope: Scope) -> bool:
+    """Return whether a request is answered in OpenAI's shapes."""
+    return "route_handler" in scope and scope["path"].startswith("/v1/")
+
+
+def error_body(scope: Scope, message: str, status: int) -> ErrorResponse | OpenAIError:
+    """Return the body of an error; in OpenAI's shape its `param` is the first field that the sentence names."""
+    if not is_openai(scope):
+        return ErrorResponse(message)
     field = _FIELD.search(message) if status == 400 else None
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, _OPENAI_CODES.get(status)))
 
 
 def _respond(request: Request[Any, Any, Any], detail: str, status: int, headers: dict[str, str]) -> Response[Any]:
-    is_openai = "route_handler" in request.scope and request.scope["path"].startswith("/v1/")
-    body = openai_error(detail, status) if is_openai else ErrorResponse(detail)
+    body = error_body(request.scope, detail, status)
     return Response(body, status_code=status, headers=headers, media_type=MediaType.JSON)
 
 

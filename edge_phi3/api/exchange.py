@@ -18,6 +18,7 @@ from edge_phi3.api.errors import ClientDisconnectedError
 from edge_phi3.pipeline import GenerationOutput
 
 _PROBED = frozenset({"/", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
+_OPERATIONS = {"/chat": "text_completion", "/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -49,6 +50,11 @@ class Exchange:
     def path(self) -> str:
         """The request's path."""
         return self.scope["path"]
+
+    @property
+    def operation(self) -> str | None:
+        """OpenTelemetry's name for what a request for text does, None for others."""
+        return _OPERATIONS.get(self.path)
 
     @property
     def is_probe(self) -> bool:

@@ -18,8 +18,6 @@ from edge_phi3.engine.stats import EngineStats
 from edge_phi3.pipeline import ModelCard
 from edge_phi3.version import __version__
 
-GENERATION_PATHS = frozenset({"/chat", "/v1/chat/completions", "/v1/completions"})
-
 _OUTCOMES = {
     200: "ok",
     401: "unauthorized",
@@ -42,7 +40,6 @@ _LATENCY_BUCKETS = (
     480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
-
 
 _GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
     "num_requests_running": ("Requests being decoded.", lambda stats: stats.running),
@@ -89,25 +86,18 @@ class ServiceMetrics(Collector):
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(prefix + name, text, ["model_name"], buckets=buckets, registry=self.registry)
 
-        self._requests = Counter(
-            f"{prefix}requests",
-            "Requests for text, by endpoint and outcome.",
-            ["endpoint", "outcome"],
-            registry=self.registry,
-        )
-        self._success = Counter(
-            f"{prefix}request_success",
-            "Returned sequences, by what finished them.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(prefix + name, text, labels, registry=self.registry)
+
+        self._requests = counter("requests", "Requests for text, by endpoint and outcome.", "endpoint", "outcome")
+        self._success = counter(
+            "request_success", "Returned sequences, by what finished them.", "model_name", "finished_reason"
         )
         self._first_token = histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN_BUCKETS
         )
         self._per_token = histogram(
-            "time_per_output_token_seconds",
-            "Seconds per token after the first, a request's mean.",
-            _PER_TOKEN_BUCKETS,
+            "time_per_output_token_seconds", "Seconds per token after the first, a request's mean.", _PER_TOKEN_BUCKETS
         )
         self._latency = histogram(
             "e2e_request_latency_seconds", "From arrival to the end of a finished request.", _LATENCY_BUCKETS
@@ -125,7 +115,7 @@ class ServiceMetrics(Collector):
 
     def record(self, exchange: Exchange) -> None:
         """Count a request for text that has ended; other paths are not counted."""
-        if exchange.path not in GENERATION_PATHS:
+        if exchange.operation is None:
             return
         outcome = _OUTCOMES.get(exchange.status, "invalid" if 400 <= exchange.status < 500 else "error")
         if outcome == "ok" and exchange.error is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
+from importlib.resources import files
 from types import ModuleType
 from typing import Any, get_args
 
@@ -49,38 +51,8 @@ _REQUEST_ID: JSON = {
     "when it is absent or anything else, and returned.",
     "schema": {"type": "string"},
 }
+_CHAT_EXAMPLES = files("edge_phi3.api") / "static" / "chat_examples.json"
 _MODEL_NAME: JSON = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-
-
-def _example(summary: str, *, prompt: str | None = None, **body: Any) -> JSON:
-    if prompt is not None:
-        body = {"prompt": f"<|user|>\n{prompt}<|end|>\n<|assistant|>\n", **body}
-    return {"summary": summary, "value": body}
-
-
-_BEAMS = {"do_sample": False, "num_beams": 4, "num_return_sequences": 2}
-_CHAT_EXAMPLES: JSON = {
-    "basic": _example(
-        "A prompt in Phi-3's chat format",
-        prompt="How to explain Internet for a medieval knight?",
-        return_full_text=False,
-    ),
-    "conversation": _example(
-        "A conversation, answered greedily",
-        messages=[{"role": "user", "content": "What does json.dumps do?"}],
-        generate_kwargs={"do_sample": False, "max_new_tokens": 64},
-    ),
-    "sampling": _example(
-        "Sampling that can be repeated",
-        prompt="Tell me a story.",
-        generate_kwargs={"temperature": 0.8, "top_p": 0.95, "seed": 42, "max_new_tokens": 200},
-    ),
-    "beams": _example(
-        "Beam search with scores",
-        prompt="What does json.dumps do?",
-        generate_kwargs={**_BEAMS, "return_dict_in_generate": True, "output_scores": True},
-    ),
-}
 
 
 @functools.lru_cache(maxsize=1)
@@ -138,7 +110,7 @@ def _paths(app: Litestar) -> JSON:
         if isinstance(route, HTTPRoute)
     }
     chat = paths["/chat"]["post"]
-    chat["requestBody"]["content"]["application/json"]["examples"] = _CHAT_EXAMPLES
+    chat["requestBody"]["content"]["application/json"]["examples"] = json.loads(_CHAT_EXAMPLES.read_bytes())
     chat["responses"]["200"]["description"] = f"The answer. {_STREAM_TEXT}"
     paths["/"]["get"]["responses"]["307"] = {"description": "A browser, which prefers HTML, is sent to the playground."}
     paths["/v1/models/{name}"]["get"]["parameters"] += [_MODEL_NAME]

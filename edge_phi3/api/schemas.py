@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -78,7 +79,7 @@ class ChatResponse(Struct):
         list[list[int]] | UnsetType, about("Token ids of each returned sequence, prompt included.")
     ] = UNSET
     sequences_scores: Annotated[
-        list[float | None] | UnsetType | None, about("The final score of each beam; null outside beam modes.")
+        Sequence[float | None] | UnsetType | None, about("The final score of each beam; null outside beam modes.")
     ] = UNSET
     scores: Annotated[
         list[list[TokenScore]] | UnsetType | None,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
+import msgspec
 from litestar.response.base import Response
 from litestar.types import Receive, Scope, Send
 
-from edge_phi3.api.errors import ClientDisconnectedError
+from edge_phi3.api.errors import ClientDisconnectedError, detail_of, error_body, is_openai, status_code_of
 from edge_phi3.api.exchange import cancelled_when_client_leaves, exchange_of
 
 FIRST_EVENT_PATIENCE = 1.0
@@ -27,9 +28,12 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),
 ]
 
+_encode = msgspec.json.Encoder().encode
 
-def event(data: bytes, name: str = "") -> bytes:
-    """Return one event; `data` is JSON, so it holds no line break."""
+
+def event(content: object, name: str = "") -> bytes:
+    """Return one event, whose data is its content as JSON, which holds no line break; bytes are sent as they are."""
+    data = content if isinstance(content, bytes) else _encode(content)
     return b"event: %s\ndata: %s\n\n" % (name.encode(), data) if name else b"data: %s\n\n" % data
 
 
@@ -37,14 +41,13 @@ class EventStream(Response[bytes]):
     """A response of server-sent events.
 
     Args:
-        events: the events, encoded. What it raises before its first event is answered with its own status code.
-        failed: makes the last event from what `events` raises later.
+        events: the events, encoded. What it raises before its first event is answered with its own status code; what
+            it raises later makes the last event.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], failed: Callable[[Exception], bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__(content=b"", media_type="text/event-stream")
         self._events = events
-        self._failed = failed
         self._begun = False
         self._last = time.monotonic()
 
@@ -66,7 +69,8 @@ class EventStream(Response[bytes]):
             exchange_of(scope).error = type(error).__name__
             if isinstance(error, ClientDisconnectedError):
                 return
-            await self._send(send, self._failed(error))
+            body = error_body(scope, detail_of(error), status_code_of(error))
+            await self._send(send, event(body, "" if is_openai(scope) else "error"))
         finally:
             keep_alive.cancel()
         await self._send(send, b"", more=False)

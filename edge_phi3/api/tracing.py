@@ -23,12 +23,6 @@ _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_E
 _PATIENCE: Final = 3.0
 """Seconds that sending a batch may take where OTEL_EXPORTER_OTLP_TIMEOUT does not say: a stop waits for it."""
 
-_OPERATIONS: Final = {
-    "/chat": "text_completion",
-    "/v1/chat/completions": "chat",
-    "/v1/completions": "text_completion",
-}
-
 
 class TracingError(EdgePhi3Error):
     """Traces are configured, and the packages that send them are not installed."""
@@ -126,9 +120,9 @@ def _attributes(exchange: Exchange, model: str) -> dict[str, Any]:
         "http.request.header.x-request-id": [exchange.request_id],
         "error.type": exchange.error or failed,
     }
-    if exchange.path in _OPERATIONS:
+    if exchange.operation is not None:
         known |= {
-            "gen_ai.operation.name": _OPERATIONS[exchange.path],
+            "gen_ai.operation.name": exchange.operation,
             "gen_ai.provider.name": "edge-phi3",
             "gen_ai.response.model": model,
         }

@@ -12,7 +12,7 @@ from edge_phi3.conversion.plan import OUTTYPES
 from edge_phi3.progress import stderr_progress
 
 
-@click.command("convert", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path), help="A folder in the Hugging Face layout.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF file to write.")
 @click.option(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edge_phi3.catalog.reference import LocalGguf, parse_reference
+from edge_phi3.commands.serve import option_of, settings_of
 from edge_phi3.errors import WrongUsageError
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import devices
@@ -23,22 +23,12 @@ from edge_phi3.planning.budget import Memory
 from edge_phi3.planning.fit import Fit, Machine, Options, Row, fit
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import stderr_progress
-from edge_phi3.settings import Settings, SettingsError
-from edge_phi3.settings_text import choices_of, flag_of
+from edge_phi3.settings import Settings
+from edge_phi3.settings_text import flag_of
 from edge_phi3.system_resources import available_memory, gpus
 
 _MIB = 1 << 20
 _OPTIONS = tuple(field.name for field in dataclasses.fields(Options))
-
-
-def _serve_options(command: Callable[..., None]) -> Callable[..., None]:
-    # `Settings` reads their values, from wherever they come.
-    for name in reversed(_OPTIONS):
-        field = Settings.model_fields[name]
-        metavar = "|".join(choices_of(field)) or "INTEGER"
-        text = f"{field.description} [default: {field.default}]"
-        command = click.option(flag_of(name), metavar=metavar, help=text, panel="As for serve")(command)
-    return command
 
 
 def _size(_ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
@@ -80,7 +70,7 @@ def _mib(count: int) -> str:
 
 def _short(count: int) -> str:
     # Tenths only of small sizes, of which they are more than a thousandth.
-    return f"{count / _MIB:,.1f}" if count < 100 * _MIB else f"{count / _MIB:,.0f}"
+    return _mib(count) if count < 100 * _MIB else f"{count / _MIB:,.0f}"
 
 
 def _table(answer: Fit, rows: list[Row]) -> Table:
@@ -176,9 +166,8 @@ def _explain(answer: Fit, *, all_rows: bool) -> None:
     click.echo("\n".join(lines), err=True)
 
 
-@click.command("fit", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("fit", params=[option_of(name, panel="As for serve") for name in _OPTIONS])
 @click.argument("model", help="What serve takes: a preset, a Hub repository, a checkpoint, a GGUF file.")
-@_serve_options
 @click.option(
     "--device",
     type=click.Choice(["auto", "gpu", "cpu"]),
@@ -234,10 +223,7 @@ def command(
 
     Another: `edge-phi3 fit phi-3-mini-128k-instruct --device gpu --memory 8GiB --ctx-size 32768 --kv-cache-type q8_0`
     """
-    try:
-        settings = Settings.load({name: value for name, value in flags.items() if value is not None})
-    except SettingsError as error:
-        raise WrongUsageError(str(error)) from None
+    settings = settings_of(flags)
     options = Options(**{name: getattr(settings, name) for name in _OPTIONS})
     machine = _machine(device, memory, reserve)
     with stderr_progress() as progress, tempfile.TemporaryDirectory(prefix="edge-phi3-fit-") as folder:

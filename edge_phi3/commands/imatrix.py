@@ -13,7 +13,7 @@ from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 
 
-@click.command("imatrix", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("imatrix")
 @click.argument("model", type=click.Path(path_type=Path), help="A GGUF file; the better its weights, the better.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The matrix to write (GGUF).")
 @click.option(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edge_phi3.conversion.journey import Stop
 
 
-@click.command("pull", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("pull")
 @click.argument(
     "model", help="A preset's name, a Hub repository (OWNER/NAME, OWNER/NAME@REVISION), or a checkpoint folder."
 )

@@ -37,7 +37,7 @@ def _tensor_types(given: tuple[str, ...]) -> dict[str, str]:
     return {pattern: kind for pattern, _, kind in pairs}
 
 
-@click.command("quantize", context_settings={"help_option_names": ["-h", "--help"]})
+@click.command("quantize")
 @click.argument("source", type=click.Path(path_type=Path), help="A GGUF file in F32, F16 or BF16.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option("--type", "kind", default="Q4_K_M", show_default=True, metavar="TYPE", help="What to quantise to.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +21,24 @@ if TYPE_CHECKING:
 logger = structlog.get_logger(__name__)
 
 
-def _option(name: str, field: FieldInfo) -> click.Parameter:
-    """Make the flag of a field. Values stay texts: `Settings` reads them, from wherever they come."""
-    flag = flag_of(name)
+def option_of(name: str, panel: str | None = None) -> click.Parameter:
+    """Return the flag of one of the `Settings`. Values stay texts: `Settings` reads them, from wherever they come.
+
+    Args:
+        name: of the field.
+        panel: the group of `--help`; by default the field's own.
+    """
+    field, flag = Settings.model_fields[name], flag_of(name)
     is_boolean, is_many = field.annotation is bool, isinstance(field.default, tuple)
     metavar = metavar_of(field) or "|".join(choices_of(field)) or _kind(field)
-    default = (
-        ""
-        if field.default in (None, ())
-        else f" [default: {str(field.default).lower() if is_boolean else field.default}]"
-    )
+    shown = str(field.default).lower() if is_boolean else field.default
     return click.RichOption(
         [f"{flag}/--no-{flag[2:]}" if is_boolean else flag],
         multiple=is_many,
         default=None,
         metavar=None if is_boolean else metavar,
-        help=f"{field.description}{default}",
-        panel=group_of(field),
+        help=f"{field.description}" + ("" if shown in (None, ()) else f" [default: {shown}]"),
+        panel=panel or group_of(field),
         **({"is_flag": True} if is_boolean else {"type": str}),
     )
 
@@ -48,11 +50,10 @@ def _kind(field: FieldInfo) -> str:
 
 
 def _parameters() -> list[click.Parameter]:
-    fields = dict(Settings.model_fields)
-    model = fields.pop("model")
+    model = f"{Settings.model_fields['model'].description} [default: demo]"
     return [
-        click.RichArgument(["model"], required=False, metavar="[MODEL]", help=f"{model.description} [default: demo]"),
-        *(_option(name, field) for name, field in fields.items()),
+        click.RichArgument(["model"], required=False, metavar="[MODEL]", help=model),
+        *(option_of(name) for name in Settings.model_fields if name != "model"),
         click.RichOption(
             ["--config"],
             type=click.Path(path_type=Path),
@@ -70,12 +71,16 @@ def _parameters() -> list[click.Parameter]:
     ]
 
 
-def _serve(config: Path | None, print_config: bool, **flags: Any) -> None:
-    given = {name: value for name, value in flags.items() if value not in (None, ())}
+def settings_of(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Return the `Settings` of some flags, of which those not given are None or empty; wrong ones are wrong usage."""
     try:
-        settings = Settings.load(given, config)
+        return Settings.load({name: value for name, value in flags.items() if value not in (None, ())}, config)
     except SettingsError as error:
         raise WrongUsageError(str(error)) from None
+
+
+def _serve(config: Path | None, print_config: bool, **flags: Any) -> None:
+    settings = settings_of(flags, config)
     if print_config:
         click.echo(to_toml(settings), nl=False)
         return
@@ -105,7 +110,6 @@ command = click.RichCommand(
     name="serve",
     params=_parameters(),
     callback=_serve,
-    context_settings={"help_option_names": ["-h", "--help"]},
     help="""Serve a model over HTTP until Ctrl-C or SIGTERM.
 
 Each option is also an environment variable (`--ctx-size`: `EDGE_PHI3_CTX_SIZE`; several values with commas) and a key

@@ -59,7 +59,7 @@ class ConstrainedDecoder(SequenceDecoder):
             if not self._best_only or not constraint.permits(int(row.argmax())):
                 constraint.mask(row)
 
-    def accept_all(self, tokens: Sequence[int]) -> Step:
+    def accept_all(self, tokens: list[int]) -> Step:
         """Continue all live sequences and their constraints.
 
         Args:

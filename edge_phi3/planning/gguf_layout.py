@@ -89,15 +89,10 @@ def read_layout(path: Path) -> Layout:
             raise PlanningError(f"{part} cannot be read as a GGUF: {error}.") from error
         if number == 0:
             hyper_parameters = _hyper_parameters(part, reader)
-        tensors += [
-            Tensor(item.name, _rows_first(item), item.tensor_type, int(item.n_bytes), int(item.data_offset), number)
-            for item in reader.tensors
-        ]
+        for item in reader.tensors:
+            shape = tuple(int(size) for size in reversed(item.shape))
+            tensors.append(Tensor(item.name, shape, item.tensor_type, int(item.n_bytes), int(item.data_offset), number))
     return Layout(path, hyper_parameters, tuple(tensors))
-
-
-def _rows_first(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParameter, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace as Clock
 from typing import Any
 
 import openai
@@ -40,21 +41,11 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(folder, folder / "random-4k.gguf", outtype="f32").path
 
 
-class Clock:
-    """Seconds that pass when a test says so, in place of the engine's."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """Return what the time limits of requests go by, in engines that the test makes."""
-    clock = Clock()
-    monkeypatch.setattr(engine_module, "EngineCore", functools.partial(EngineCore, clock=clock))
+    """Return the time, `now`, that the limits of requests go by in engines that the test makes."""
+    clock = Clock(now=1000.0)
+    monkeypatch.setattr(engine_module, "EngineCore", functools.partial(EngineCore, clock=lambda: clock.now))
     return clock
 
 
@@ -89,24 +80,32 @@ def client(api: Running) -> Iterator[openai.OpenAI]:
         yield client
 
 
+@pytest.fixture(scope="session")
+def ask(client: openai.OpenAI) -> Callable[..., Any]:
+    """What asks the ready service one question through OpenAI's client, greedily unless it is told otherwise."""
+
+    def ask(**arguments: Any) -> Any:
+        if "generate_kwargs" in arguments:
+            arguments["extra_body"] = {"generate_kwargs": arguments.pop("generate_kwargs")}
+        return client.chat.completions.create(**{"model": "any", "messages": USER, "temperature": 0} | arguments)
+
+    return ask
+
+
 def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
     """Return text, finish reason and tokens of each choice of an answer of OpenAI's API, whole or streamed."""
-    texts: dict[int, str] = {}
-    reasons: dict[int, str | None] = {}
-    tokens: dict[int, list[Any]] = {}
+    found: dict[int, tuple[str, str | None, list[Any]]] = {}
     for part in [answer] if hasattr(answer, "choices") else answer:
         for choice in part.choices:
             message = getattr(choice, "message", None) or getattr(choice, "delta", None)
             text = (choice.text if message is None else message.content) or ""
-            texts[choice.index] = texts.get(choice.index, "") + text
-            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
-            told = getattr(getattr(choice, "logprobs", None), "content", None) or []
-            assert text or not told, "tokens come with their text"
-            tokens[choice.index] = tokens.get(choice.index, []) + told
-    return [(texts[index], reasons[index], tokens[index]) for index in sorted(texts)]
+            tokens = getattr(getattr(choice, "logprobs", None), "content", None) or []
+            assert text or not tokens, "tokens come with their text"
+            before, reason, earlier = found.get(choice.index, ("", None, []))
+            found[choice.index] = (before + text, choice.finish_reason or reason, earlier + tokens)
+    return [found[index] for index in sorted(found)]
 
 
 USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
-GREEDY_CHAT: dict[str, Any] = {"model": "any", "messages": USER, "temperature": 0}
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"

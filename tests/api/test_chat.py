@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import http.client
 import json
-import socket
+import shlex
+import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,59 +15,57 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_phi3.conversion.convert import convert
+from edge_phi3.pipeline.prompt import ChatTemplate
 from tests import paced
-from tests.api.conftest import GREEDY, PROMPT, Clock, Running, loader, ready
+from tests.api.conftest import GREEDY, PROMPT, USER, Clock, Running, loader, ready
+from tests.golden import pipeline as golden
 
+ORIGINAL = Path(__file__).with_name("data") / "original_examples.txt"
 LONG = {"do_sample": False, "max_new_tokens": 1500, "eos_token_id": -1}
+NO_JSON = "The body is not valid JSON"
 
 
-def events(response: httpx.Response) -> list[tuple[str, Any]]:
+def events(text: str) -> list[tuple[str, Any]]:
     """Parse server-sent events into pairs of name and JSON."""
     found = []
-    for block in response.text.split("\n\n"):
+    for block in text.split("\n\n"):
         lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
         if lines:
             found.append((lines.get("event", ""), json.loads(lines["data"])))
     return found
 
 
-def idle(api: Running) -> bool:
-    """Return whether the engine holds nothing of any request."""
-    stats = api.service.pipeline.engine.stats()
-    return stats.running == stats.waiting == stats.sequences == 0
+def test_a_prompt_or_what_a_template_makes_of_messages_is_continued(api: Running) -> None:
+    response = api.chat(prompt=PROMPT, generate_kwargs=GREEDY)
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    new = api.chat(prompt=PROMPT, return_full_text=False, generate_kwargs=GREEDY).json()
+    assert list(new) == ["Result"]
+    assert new["Result"]
+    assert response.json() == {"Result": PROMPT + new["Result"]}
+    nulls = dict.fromkeys(["return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation"])
+    assert api.chat(prompt=PROMPT, messages=None, generate_kwargs=GREEDY, **nulls).json() == response.json()
+    assert api.chat(prompt=PROMPT, generate_kwargs=None).status_code == 200
+    assert api.chat(messages=USER, return_full_text=False, generate_kwargs=GREEDY).json() == new
 
 
-def test_a_prompt_is_continued_and_the_full_text_returned(api: Running) -> None:
-    response = api.chat(prompt="json.dumps", generate_kwargs=GREEDY)
-    assert response.status_code == 200
-    assert response.headers["content-type"] == "application/json"
-    assert list(response.json()) == ["Result"]
-    full = response.json()["Result"]
-    assert full.startswith("json.dumps")
-    assert len(full) > len("json.dumps")
-    new = api.chat(prompt="json.dumps", return_full_text=False, generate_kwargs=GREEDY).json()["Result"]
-    assert full == "json.dumps" + new
-
-
-def test_messages_are_answered_as_the_prompt_that_their_template_makes(api: Running) -> None:
-    by_prompt = api.chat(prompt=PROMPT, return_full_text=False, generate_kwargs=GREEDY)
-    messages = [{"role": "user", "content": "What does json.dumps do?"}]
-    assert api.chat(messages=messages, generate_kwargs=GREEDY).json() == by_prompt.json()
-
-
-def test_explicit_nulls_mean_the_defaults(api: Running) -> None:
-    nulls = ["messages", "return_full_text", "clean_up_tokenization_spaces", "prefix", "handle_long_generation"]
-    plain = api.chat(prompt="json", generate_kwargs=GREEDY).json()
-    assert api.chat(prompt="json", generate_kwargs=GREEDY, **dict.fromkeys(nulls)).json() == plain
-    assert api.chat(prompt="json", generate_kwargs=None).status_code == 200
+@pytest.mark.parametrize("command", ORIGINAL.read_text(encoding="utf-8").split("\n\n")[1:])
+def test_an_example_of_the_original_s_document_answers(api: Running, command: str) -> None:
+    words = shlex.split(command)
+    body = json.loads(words[words.index("-d") + 1])
+    here = command.replace("<SERVICE>:80", f"127.0.0.1:{api.port}").replace("curl", "curl --silent --fail", 1)
+    answer = json.loads(subprocess.run(["bash", "-c", here], capture_output=True, text=True, check=True).stdout)
+    assert list(answer) == ["Result"]
+    full_text = body.get("return_full_text", True)
+    assert answer["Result"].removeprefix(body["prompt"])
+    assert answer["Result"].startswith(body["prompt"]) is full_text
 
 
 def test_the_details_of_a_generation_are_returned_when_asked_for(api: Running) -> None:
     kwargs = {**GREEDY, "return_dict_in_generate": True}
     body = api.chat(prompt=PROMPT, generate_kwargs=kwargs).json()
     assert set(body) == {"Result", "sequences", "sequences_scores", "scores", "usage"}
-    assert body["sequences_scores"] is None
-    assert body["scores"] is None
+    assert body["sequences_scores"] is body["scores"] is None
     assert body["usage"]["completion_tokens"] == 8
     assert len(body["sequences"][0]) == body["usage"]["prompt_tokens"] + 8
 
@@ -73,13 +74,15 @@ def test_the_details_of_a_generation_are_returned_when_asked_for(api: Running) -
     chosen = [score["token_id"] for score in body["scores"][0]]
     assert chosen == body["sequences"][0][body["usage"]["prompt_tokens"] :]
 
+    infinite = api.chat(prompt=PROMPT, generate_kwargs={**kwargs, "num_beams": 2, "length_penalty": -1e6}).json()
+    assert infinite["sequences_scores"] == [None]
 
-def test_a_missing_prompt_has_the_original_s_answer(api: Running) -> None:
-    bodies: tuple[dict[str, Any], ...] = ({}, {"prompt": None}, {"prompt": ""}, {"messages": []})
-    for body in bodies:
-        response = api.chat(**body)
-        assert response.status_code == 400
-        assert response.json() == {"detail": "Text generation parameter prompt required"}
+
+@pytest.mark.parametrize("body", [{}, {"prompt": None}, {"prompt": ""}, {"messages": []}])
+def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str, Any]) -> None:
+    response = api.chat(**body)
+    assert response.status_code == 400
+    assert response.json() == {"detail": "Text generation parameter prompt required"}
 
 
 @pytest.mark.parametrize(
@@ -99,34 +102,29 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running) -> None:
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "Give prompt or messages, not both."),
         ({"prompt": "a", "generate_kwargs": {"temperatur": 1}}, "Did you mean `temperature`?"),
         ({"prompt": "a", "generate_kwargs": {"guidance_scale": 2}}, "`guidance_scale` is not supported"),
-        ({"prompt": "a", "handle_long_generation": "pit"}, "handle_long_generation must be null or 'hole'"),
-    ],
-)
-def test_a_wrong_request_is_one_sentence_that_names_the_field(
-    api: Running, body: dict[str, Any], sentence: str
-) -> None:
-    response = api.chat(**body)
-    assert response.status_code == 400
-    assert list(response.json()) == ["detail"]
-    assert sentence in response.json()["detail"]
-
-
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        (b"", "The body is not valid JSON"),
-        (b"{", "The body is not valid JSON"),
+        ({"prompt": "a", "handle_long_generation": "pit"}, "handle_long_generation must be null or 'hole', not 'pit'"),
+        ({"prompt": "a", "stream": True, "generate_kwargs": {"temperature": -1}}, "temperature"),
+        (
+            {"prompt": "a", "handle_long_generation": "hole", "generate_kwargs": {"max_new_tokens": 4096}},
+            "4096 new tokens are wanted in a context of 4096",
+        ),
+        (b"", NO_JSON),
+        (b"{", NO_JSON),
         (b"[]", "The body must be an object, but is a list."),
-        (b'{"prompt": "\xff"}', "The body is not valid JSON"),
-        (b'{"prompt": "\\ud800"}', "The body is not valid JSON"),
-        (b'{"prompt": "a", "generate_kwargs": {"top_p": NaN}}', "The body is not valid JSON"),
+        (b'{"prompt": "\xff"}', NO_JSON),
+        (b'{"prompt": "\\ud800"}', NO_JSON),
+        (b'{"prompt": "a", "generate_kwargs": {"top_p": NaN}}', NO_JSON),
         (b'{"prompt": "a", "generate_kwargs": {"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}", "nested too deeply"),
         (b'{"prompt": "a", "generate_kwargs": {"top_k": ' + b"1" * 5000 + b"}}", ""),
     ],
 )
-def test_a_body_that_is_no_json_is_refused(api: Running, content: bytes, sentence: str) -> None:
+def test_a_wrong_request_is_one_sentence_that_names_the_field(
+    api: Running, body: dict[str, Any] | bytes, sentence: str
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(body)
     response = api.client.post("/chat", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
+    assert list(response.json()) == ["detail"]
     assert sentence in response.json()["detail"]
 
 
@@ -136,58 +134,79 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
     assert "Content-Type: application/json" in response.json()["detail"]
 
 
-def test_a_stream_holds_the_pieces_and_then_the_plain_answer(api: Running) -> None:
-    body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": {**GREEDY, "max_new_tokens": 20}}
+@pytest.mark.parametrize(
+    ("kwargs", "count"),
+    [({}, 1), ({"do_sample": True, "num_return_sequences": 3, "seed": 5}, 3), ({"num_beams": 3}, 0)],
+    ids=["one sequence", "several", "beams, whose texts are not known before the end"],
+)
+def test_a_stream_holds_the_pieces_of_each_text_and_then_the_plain_answer(
+    api: Running, kwargs: dict[str, Any], count: int
+) -> None:
+    kwargs = {**GREEDY, "max_new_tokens": 20, **kwargs}
+    body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": kwargs}
     plain = api.chat(**body).json()
     with paced.slowly():  # tokens wait for each other no longer than for --stream-interval
         response = api.chat(stream=True, **body)
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/event-stream")
-    *pieces, last = events(response)
+    *pieces, last = events(response.text)
     assert last == ("result", plain)
-    assert len(pieces) > 1
-    assert {name for name, _ in pieces} == {""}
-    assert "".join(piece["text"] for _, piece in pieces) == plain["Result"]
+    assert {name for name, _ in pieces} <= {""}
+    texts = ["".join(piece["text"] for _, piece in pieces if piece["index"] == index) for index in range(count)]
+    assert len(set(texts)) == count
+    assert len(pieces) > count or not (pieces or texts)
+    assert "".join(texts) == (plain["Result"] if count else "")
 
 
-def test_a_stream_of_several_sequences_tells_them_apart(api: Running) -> None:
-    kwargs = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "seed": 5}
-    *pieces, (_, result) = events(api.chat(prompt=PROMPT, return_full_text=False, stream=True, generate_kwargs=kwargs))
-    texts = ["".join(piece["text"] for _, piece in pieces if piece["index"] == index) for index in range(3)]
-    assert "".join(texts) == result["Result"]
-    assert len(set(texts)) == 3
+@pytest.fixture(scope="module")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The service with the model that transformers' text-generation pipeline was recorded on."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    golden.write_model(folder)
+    with ready(loader(convert(folder, folder / "pipeline.gguf", outtype="f32").path)) as it:
+        yield it
 
 
-def test_beam_search_streams_its_result_alone(api: Running) -> None:
-    kwargs = {**GREEDY, "num_beams": 3}
-    found = events(api.chat(prompt=PROMPT, stream=True, generate_kwargs=kwargs))
-    assert [name for name, _ in found] == ["result"]
-    assert found[0][1] == api.chat(prompt=PROMPT, generate_kwargs=kwargs).json()
+@pytest.mark.parametrize("index", range(len(golden.cases())))
+def test_texts_and_their_pieces_are_those_of_transformers(recorder: Running, index: int) -> None:
+    case, text = golden.cases()[index], "".join(golden.recorded()[index])
+    kwargs = {"do_sample": False} | case.pop("kwargs")
+    *pieces, last = events(recorder.chat(**case, stream=True, generate_kwargs=kwargs).text)
+    assert last == ("result", {"Result": text})
+    streamed = "".join(piece["text"] for _, piece in pieces)
+    assert text.endswith(streamed)
+    assert bool(streamed) is ("num_beams" not in kwargs)
+    assert streamed == text or case.get("return_full_text", True) or not streamed
 
 
-def test_a_stream_that_is_refused_keeps_its_status_code(api: Running) -> None:
-    response = api.chat(prompt="a", stream=True, generate_kwargs={"temperature": -1})
+def test_a_chat_template_runs_in_a_sandbox(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    hostile = ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    monkeypatch.setattr(api.service.pipeline, "_template", hostile)
+    response = api.chat(messages=USER)
     assert response.status_code == 400
-    assert "temperature" in response.json()["detail"]
+    assert "chat template" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
-    api.wait_until(lambda: idle(api))
-    generated = api.service.pipeline.engine.stats().generated_tokens_total
-    body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG}).encode()
-    with paced.slowly(), socket.create_connection(("127.0.0.1", api.port)) as connection:
-        connection.sendall(
-            b"POST /chat HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-        api.wait_until(lambda: api.service.pipeline.engine.stats().running == 1)
+    engine = api.service.pipeline.engine
+
+    def idle() -> bool:
+        stats = engine.stats()
+        return stats.running == stats.waiting == stats.sequences == 0
+
+    api.wait_until(idle)
+    generated = engine.stats().generated_tokens_total
+    body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG})
+    with paced.slowly(), contextlib.closing(http.client.HTTPConnection("127.0.0.1", api.port)) as connection:
+        connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
+        api.wait_until(lambda: engine.stats().running == 1)
         if stream:
-            assert connection.recv(64).startswith(b"HTTP/1.1 200")
+            assert connection.getresponse().status == 200
         connection.close()
-        api.wait_until(lambda: idle(api))
+        api.wait_until(idle)
     # Whose tokens are counted when they finish.
-    assert api.service.pipeline.engine.stats().generated_tokens_total == generated
+    assert engine.stats().generated_tokens_total == generated
 
 
 def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
@@ -205,37 +224,35 @@ def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
         assert api.chat(prompt="a", generate_kwargs={"max_new_tokens": 10}).status_code == 200
 
 
-def test_a_full_queue_is_answered_429_and_an_overlong_wait_504(model_path: Path, clock: Clock) -> None:
+def test_a_full_queue_is_answered_429_what_never_fits_400_and_too_long_a_wait_504(
+    model_path: Path, clock: Clock
+) -> None:
+    slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
+
+    def refusals(status: int, **body: Any) -> list[httpx.Response]:
+        found = [api.chat(**body, stream=stream) for stream in (False, True)]
+        assert [response.status_code for response in found] == [status] * 2
+        return found
+
     load = loader(model_path, parallel=1, max_queue=1, ctx_size=16384)
-    with ready(load, request_timeout=60, max_new_tokens=16000) as api, paced.slowly():
-        engine = api.service.pipeline.engine
-        slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
-
-        def one_runs(waiting: int) -> bool:
-            return (engine.stats().running, engine.stats().waiting) == (1, waiting)
-
-        with ThreadPoolExecutor(2) as pool:
-            answers = []
-            for count in range(2):  # the first runs before the second waits
-                answers.append(pool.submit(api.chat, **slow))
-                api.wait_until(functools.partial(one_runs, count))
-            for stream in (False, True):
-                response = api.chat(stream=stream, **slow)
-                assert (response.status_code, response.headers["retry-after"]) == (429, "1")
-                assert "queue is full" in response.json()["detail"]
-            clock.now += 61
-        assert [answer.result().status_code for answer in answers] == [504, 504]
-
-
-def test_a_stream_that_runs_out_of_time_ends_with_the_error(model_path: Path, clock: Clock) -> None:
-    body = {"prompt": PROMPT, "stream": True, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
-    load = loader(model_path, ctx_size=16384)
-    with ready(load, request_timeout=60, max_new_tokens=16000) as api, paced.slowly():
-        with api.client.stream("POST", "/chat", json=body) as response:
-            assert response.status_code == 200
-            pieces = response.iter_text()
+    with ready(load, request_timeout=60, max_new_tokens=0) as api, paced.slowly(), ThreadPoolExecutor(1) as pool:
+        with api.client.stream("POST", "/chat", json=slow | {"stream": True}) as begun:
+            pieces = begun.iter_text()
             text = next(pieces)
-            clock.now += 61
+            waits = pool.submit(api.chat, **slow)
+            try:
+                api.wait_until(lambda: api.service.pipeline.engine.stats().waiting == 1)
+                for response in refusals(429, **slow):
+                    assert response.headers["retry-after"] == "1"
+                    assert "queue is full" in response.json()["detail"]
+                for never in ({"max_new_tokens": 0}, {"num_beams": 2}):
+                    refusals(400, prompt="a", generate_kwargs={"do_sample": False} | never)
+            finally:
+                clock.now += 61
             text += "".join(pieces)
-        assert "time limit" in json.loads(text.split("event: error\ndata: ")[1])["detail"]
-        assert text.endswith("\n\n")
+        assert begun.status_code == 200
+        assert waits.result().status_code == 504
+    name, data = events(text)[-1]
+    assert name == "error"
+    assert "time limit" in data["detail"]
+    assert text.endswith("\n\n")

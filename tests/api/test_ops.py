@@ -1,11 +1,13 @@
-"""Health, readiness, versions, tokens, and both faces of ``/metrics``."""
+"""Who is let in; health, readiness, versions, tokens, long texts, and both faces of ``/metrics``."""
 
 from __future__ import annotations
 
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pynvml
 import pytest
@@ -18,40 +20,36 @@ from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.system_resources import gpus
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready, running
 
+BODY = {"prompt": "a", "generate_kwargs": GREEDY}
+SECRET = "correct-horse"
 PROMETHEUS = {"accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"}
 
 
-@pytest.fixture
-def loading(model_path: Path) -> Iterator[tuple[Running, threading.Event]]:
-    """A service whose model loads when the event is set."""
-    go = threading.Event()
+def test_the_service_answers_while_its_model_loads(model_path: Path) -> None:
+    go, progress = threading.Event(), {"detail": "Downloading the model: 34 %."}
 
     def load(say: Say) -> TextGenerationPipeline:
-        say("Downloading the model: 34 %.")
+        say(progress["detail"])
         assert go.wait(PATIENCE)
         return loader(model_path)(say)
 
-    with running(load) as it:
-        yield it, go
-        go.set()
-
-
-def test_the_service_answers_while_its_model_loads(loading: tuple[Running, threading.Event]) -> None:
-    api, go = loading
-    statuses = {"/": 200, "/healthz": 500, "/livez": 200, "/readyz": 503, "/version": 200, "/metrics/prometheus": 200}
-    answers = {path: api.client.get(path) for path in statuses}
-    assert {path: answer.status_code for path, answer in answers.items()} == statuses
-    progress = {"detail": "Downloading the model: 34 %."}
-    assert answers["/healthz"].json() == answers["/readyz"].json() == progress
-    assert answers["/version"].json()["model"] is None
-    refused = api.chat(prompt="a")
-    assert (refused.status_code, refused.json()) == (503, progress)
-    go.set()
-    api.wait_until(lambda: api.client.get("/readyz").status_code == 200)
-    assert api.client.get("/").json() == {"message": "Server is running"}
-    assert api.client.get("/healthz").json() == {"status": "Healthy"}
-    assert api.client.get("/readyz").json() == {"status": "Ready"}
-    assert api.chat(prompt="a", generate_kwargs=GREEDY).status_code == 200
+    with running(load) as api:
+        try:
+            for path, status in {"/": 200, "/livez": 200, "/version": 200, "/metrics/prometheus": 200}.items():
+                assert api.client.get(path).status_code == status
+            assert api.client.get("/version").json()["model"] is None
+            for path, status in {"/healthz": 500, "/readyz": 503}.items():
+                answer = api.client.get(path)
+                assert (answer.status_code, answer.json()) == (status, progress)
+            refused = api.chat(prompt="a")
+            assert (refused.status_code, refused.json()) == (503, progress)
+        finally:
+            go.set()
+        api.wait_until(lambda: api.client.get("/readyz").status_code == 200)
+        assert api.client.get("/").json() == {"message": "Server is running"}
+        assert api.client.get("/healthz").json() == {"status": "Healthy"}
+        assert api.client.get("/readyz").json() == {"status": "Ready"}
+        assert api.chat(prompt="a", generate_kwargs=GREEDY).status_code == 200
 
 
 def test_a_broken_engine_is_unhealthy_and_not_alive(model_path: Path) -> None:
@@ -64,23 +62,19 @@ def test_a_broken_engine_is_unhealthy_and_not_alive(model_path: Path) -> None:
         assert api.client.get("/").status_code == 200
 
 
-def test_the_version_names_the_model(api: Running) -> None:
+def test_the_version_names_the_model_and_what_is_not_there_is_said_so(api: Running) -> None:
     body = api.client.get("/version").json()
-    assert body["version"] == __version__
-    assert body["model"]["name"] == "random-4k"
+    assert (body["version"], body["model"]["name"]) == (__version__, "random-4k")
     assert body["model"]["context_length"] == 4096
+    for path, status, sentence in (
+        ("/nowhere", 404, "There is nothing at /nowhere; /docs shows what there is."),
+        ("/chat", 405, "GET is not a method of /chat."),
+    ):
+        response = api.client.get(path)
+        assert (response.status_code, response.json()) == (status, {"detail": sentence})
 
 
-def test_what_is_not_there_is_said_so(api: Running) -> None:
-    response = api.client.get("/nowhere")
-    assert response.status_code == 404
-    assert response.json() == {"detail": "There is nothing at /nowhere; /docs shows what there is."}
-    response = api.client.get("/chat")
-    assert response.status_code == 405
-    assert response.json() == {"detail": "GET is not a method of /chat."}
-
-
-def test_text_goes_to_tokens_and_back(api: Running) -> None:
+def test_text_goes_to_tokens_and_back_and_what_is_no_token_is_refused(api: Running) -> None:
     tokens = api.client.post("/tokenize", json={"text": PROMPT}).json()["tokens"]
     body = api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "return_dict_in_generate": True}).json()
     assert body["sequences"][0][: len(tokens)] == tokens
@@ -91,13 +85,58 @@ def test_text_goes_to_tokens_and_back(api: Running) -> None:
         text = api.client.post("/detokenize", json=body).json()["text"]
         assert "json.dumps" in text
         assert ("<|user|>" in text) is not skip
+    for token in (-1, 10**6, 2**70):
+        response = api.client.post("/detokenize", json={"tokens": [1, token]})
+        assert response.status_code == 400
+        assert "tokens[1]" in response.json()["detail"]
 
 
-@pytest.mark.parametrize("token", [-1, 10**6, 2**70])
-def test_a_token_that_does_not_exist_is_refused(api: Running, token: int) -> None:
-    response = api.client.post("/detokenize", json={"tokens": [1, token]})
-    assert response.status_code == 400
-    assert "tokens[1]" in response.json()["detail"]
+LONG = "a long story " * 4000
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body"),
+    [
+        ("/chat", "prepare", {"prompt": LONG}),
+        ("/v1/chat/completions", "prepare", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/v1/completions", "prepare", {"prompt": LONG}),
+        ("/tokenize", "tokenize", {"text": LONG}),
+        ("/detokenize", "detokenize", {"tokens": [300] * len(LONG)}),
+    ],
+)
+def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
+    api: Running, monkeypatch: pytest.MonkeyPatch, path: str, method: str, body: dict[str, Any]
+) -> None:
+    works = getattr(TextGenerationPipeline, method)
+    begun, answered = threading.Event(), threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert answered.wait(PATIENCE)
+        return works(*args, **kwargs)
+
+    monkeypatch.setattr(TextGenerationPipeline, method, slow)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(api.client.post, path, json=body)
+        assert begun.wait(PATIENCE)
+        assert api.client.get("/healthz").status_code == 200
+        answered.set()
+        assert long.result().status_code in {200, 400}
+
+
+def test_a_short_text_is_spared_the_thread(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    tokenize = TextGenerationPipeline.tokenize
+
+    def noted(*args: Any, **kwargs: Any) -> list[int]:
+        threads.append(threading.get_ident())
+        return tokenize(*args, **kwargs)
+
+    monkeypatch.setattr(TextGenerationPipeline, "tokenize", noted)
+    for text in ("a short story", "another", LONG):
+        assert api.client.post("/tokenize", json={"text": text}).status_code == 200
+    first, second, third = threads
+    assert first == second != third
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "text/html,application/xhtml+xml,*/*;q=0.8"])
@@ -116,6 +155,12 @@ def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, acce
 
 def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1024**3
+
+    def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
+        if index == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return pynvml.c_nvmlUtilization_t(gpu=25)
+
     answers = {
         "Init": lambda: None,
         "Shutdown": lambda: None,
@@ -124,16 +169,10 @@ def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch
         "DeviceGetName": lambda index: ["GeForce GTX 950", b"A100 MIG"][index],
         "DeviceGetMemoryInfo": lambda _: pynvml.c_nvmlMemory_t(total=2 * gib, free=gib, used=gib),
         "DeviceGetTemperature": lambda _index, _sensor: 55,
+        "DeviceGetUtilizationRates": utilization,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", answer)
-
-    def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
-        if index == 1:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return pynvml.c_nvmlUtilization_t(gpu=25)
-
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetUtilizationRates", utilization)
     memory = {"used": "1.00 GB", "total": "2.00 GB"}
     assert api.client.get("/metrics").json() == {
         "gpu_info": [
@@ -145,62 +184,106 @@ def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch
 
 
 def samples(api: Running) -> dict[str, float]:
-    """Scrape, and give each sample's value by name and labels."""
+    """Scrape, and return each sample's value by its name and the values of its labels."""
     text = api.client.get("/metrics", headers={"accept": "text/plain"}).text
-    found = {}
-    for family in parse_text(text):
-        for sample in family.samples:
-            labels = ",".join(f"{name}={value}" for name, value in sorted(sample.labels.items()))
-            found[f"{sample.name}{{{labels}}}"] = sample.value
-    return found
+    found = [sample for family in parse_text(text) for sample in family.samples]
+    return {" ".join([sample.name, *sample.labels.values()]): sample.value for sample in found}
 
 
-def test_prometheus_gets_its_own_formats(api: Running) -> None:
-    response = api.client.get("/metrics", headers=PROMETHEUS)
-    assert response.headers["content-type"].startswith("application/openmetrics-text")
-    names = {family.name for family in parse_openmetrics(response.text)}
-    assert {"edge_phi3_num_requests_waiting", "edge_phi3_kv_cache_usage_perc", "edge_phi3_requests"} <= names
-    response = api.client.get("/metrics/prometheus")
-    assert response.headers["content-type"].startswith("text/plain")
-    assert list(parse_text(response.text))
-
-
-def test_requests_are_counted(api: Running) -> None:
-    model = "model_name=random-4k"
-    before = samples(api)
-    api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "eos_token_id": -1})
-    api.chat(prompt="a", generate_kwargs={"top_p": 7})
-    after = samples(api)
-
-    def grown(name: str) -> float:
-        return after[name] - before.get(name, 0.0)
-
-    assert grown("edge_phi3_requests_total{endpoint=/chat,outcome=ok}") == 1
-    assert grown("edge_phi3_requests_total{endpoint=/chat,outcome=invalid}") == 1
-    assert grown(f"edge_phi3_generation_tokens_total{{{model}}}") == 8
-    assert grown(f"edge_phi3_request_success_total{{finished_reason=length,{model}}}") == 1
-    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "time_per_output_token_seconds"):
-        assert grown(f"edge_phi3_{name}_count{{{model}}}") == 1
-    assert after[f"edge_phi3_kv_cache_cells_total{{{model}}}"] == 2048
-    api.wait_until(lambda: samples(api)[f"edge_phi3_num_requests_running{{{model}}}"] == 0)
-
-
-def test_what_has_finished_moves_from_the_cells_to_the_prefix_cache(api: Running) -> None:
-    def value(name: str) -> float:
-        return samples(api)[f"edge_phi3_{name}{{model_name=random-4k}}"]
-
-    kept = value("prefix_cache_tokens")
-    api.chat(prompt="Nobody has asked this before.", generate_kwargs={**GREEDY, "eos_token_id": -1})
-    api.wait_until(lambda: value("kv_cache_usage_perc") == 0)
-    assert value("prefix_cache_tokens") > kept
-    assert value("prefix_cache_bytes") > 0
-
-
-def test_metrics_take_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
+def test_prometheus_gets_its_own_formats_under_the_names_of_vllm_s_dashboards(model_path: Path) -> None:
+    names = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "requests"}
+    names |= {"generation_tokens", "request_success", "time_to_first_token_seconds", "e2e_request_latency_seconds"}
     with ready(loader(model_path), metrics_prefix="vllm:") as api:
         api.chat(prompt="a", generate_kwargs=GREEDY)
-        names = {name.partition("{")[0] for name in samples(api)}
-    gauges = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
-    counters = {"prompt_tokens_total", "generation_tokens_total", "request_success_total"}
-    histograms = {"time_to_first_token_seconds_bucket", "e2e_request_latency_seconds_bucket"}
-    assert {f"vllm:{name}" for name in gauges | counters | histograms} <= names
+        answer = api.client.get("/metrics", headers=PROMETHEUS)
+        assert answer.headers["content-type"].startswith("application/openmetrics-text")
+        assert {f"vllm:{name}" for name in names} <= {family.name for family in parse_openmetrics(answer.text)}
+        plain = api.client.get("/metrics/prometheus")
+        assert plain.headers["content-type"].startswith("text/plain")
+        assert {f"vllm:{name}" for name in names} <= {family.name for family in parse_text(plain.text)}
+
+
+def test_requests_are_counted_and_what_has_finished_moves_to_the_prefix_cache(api: Running) -> None:
+    before = samples(api)
+    api.chat(prompt="Nobody has asked this before.", generate_kwargs={**GREEDY, "eos_token_id": -1})
+    api.chat(prompt="a", generate_kwargs={"top_p": 7})
+    after = samples(api)
+    expected = {
+        "requests_total /chat ok": 1,
+        "requests_total /chat invalid": 1,
+        "generation_tokens_total random-4k": 8,
+        "request_success_total length random-4k": 1,
+        "time_to_first_token_seconds_count random-4k": 1,
+        "e2e_request_latency_seconds_count random-4k": 1,
+        "time_per_output_token_seconds_count random-4k": 1,
+    }
+    grown = {name: after[f"edge_phi3_{name}"] - before.get(f"edge_phi3_{name}", 0.0) for name in expected}
+    assert grown == expected
+    assert after["edge_phi3_kv_cache_cells_total random-4k"] == 2048
+    busy = {f"edge_phi3_{name} random-4k" for name in ("num_requests_running", "kv_cache_usage_perc")}
+    api.wait_until(lambda: not any(value for name, value in samples(api).items() if name in busy))
+    kept = "edge_phi3_prefix_cache_tokens random-4k"
+    assert samples(api)[kept] > before[kept]
+    assert samples(api)["edge_phi3_prefix_cache_bytes random-4k"] > 0
+
+
+@pytest.fixture(scope="module")
+def guarded(model_path: Path) -> Iterator[Running]:
+    with ready(loader(model_path), api_key=["first", SECRET]) as it:
+        yield it
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "status"),
+    [
+        ("authorization", f"Bearer {SECRET}", 200),
+        ("authorization", f"bearer  {SECRET}", 200),
+        ("x-api-key", SECRET, 200),
+        ("x-api-key", "first", 200),
+        ("accept", "*/*", 401),
+        ("authorization", f"Bearer {SECRET}x", 401),
+        ("authorization", SECRET, 401),
+        ("authorization", f"Basic {SECRET}", 401),
+        ("x-api-key", "", 401),
+        ("x-api-key", SECRET.upper(), 401),
+        ("x-api-key", "é", 401),
+    ],
+)
+def test_known_keys_are_let_in_and_no_others(guarded: Running, name: str, value: str, status: int) -> None:
+    headers = {name.encode(): value.encode("latin-1")}
+    assert guarded.client.post("/chat", json=BODY, headers=headers).status_code == status
+    for path in ("/chat", "/tokenize", "/detokenize"):
+        response = guarded.client.post(path, content=b"not even JSON", headers=headers)
+        assert response.status_code == (400 if status == 200 else 401)
+        assert response.headers.get("www-authenticate") == (None if status == 200 else "Bearer")
+        assert ("API key" in response.json()["detail"]) is (status == 401)
+
+
+def test_probes_and_scrapers_need_no_key_nor_does_a_service_without_any(guarded: Running, api: Running) -> None:
+    for path in ("/", "/healthz", "/livez", "/readyz", "/version", "/metrics", "/metrics/prometheus", "/docs"):
+        assert guarded.client.get(path).status_code == 200
+    assert api.client.post("/chat", json=BODY, headers={"authorization": "Bearer anything"}).status_code == 200
+
+
+def test_each_key_has_its_own_rate(model_path: Path) -> None:
+    with ready(loader(model_path), api_key=["one", "two"], rate_limit="2/hour") as api:
+        keys = ("one", "one", "two", "guess", "other", "again", "one")
+        answers = [api.client.post("/chat", json=BODY, headers={"x-api-key": key}) for key in keys]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 401, 401, 429, 429]
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 3600
+        assert "--rate-limit" in answers[-1].json()["detail"]
+        assert api.client.get("/healthz").status_code == 200
+
+
+def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, model_path: Path) -> None:
+    def allowed(api: Running, method: str, origin: str) -> str | None:
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+        response = api.client.request(method, "/chat", json=BODY, headers={"origin": origin} | asks)
+        header: str | None = response.headers.get("access-control-allow-origin")
+        return header
+
+    ours, evil = "https://app.example", "https://evil.example"
+    assert allowed(api, "OPTIONS", ours) is None
+    with ready(loader(model_path), cors_origin=[ours]) as it:
+        assert allowed(it, "OPTIONS", ours) == allowed(it, "POST", ours) == ours
+        assert allowed(it, "OPTIONS", evil) != evil

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -24,9 +24,8 @@ from tests import paced
 from tests.api.conftest import PATIENCE, PROMPT
 from tests.support.services import COMMAND, Server, serving, wait_for
 
-ENDLESS = {"do_sample": False, "max_new_tokens": 3500, "eos_token_id": -1}
 FOR_EVER = ("--grace-period", "3600")
-STOPPING = (503, {"detail": "The service is stopping."})
+STOPPING = {"detail": "The service is stopping."}
 
 Serve = Callable[..., AbstractContextManager[Server]]
 
@@ -42,23 +41,20 @@ def slow(tmp_path: Path) -> Path:
 @pytest.fixture
 def serve(model_path: Path, slow: Path, tmp_path: Path) -> Serve:
     """Return what starts a service that decodes slowly, and waits until it is ready."""
-    exact = ("--threads", "1", "--ctx-size", "4096", "--kv-cache-type", "f32")
+    exact = ("--threads", "1", "--ctx-size", "4096", "--kv-cache-type", "f32", "--log-format", "json")
+    return functools.partial(serving, tmp_path, str(model_path), *exact, store=tmp_path, command=paced.command(slow))
 
-    def serve(*arguments: str, log_format: str = "json") -> AbstractContextManager[Server]:
-        options = (str(model_path), *exact, "--log-format", log_format, *arguments)
-        return serving(tmp_path, *options, store=tmp_path, command=paced.command(slow))
 
-    return serve
+def question(tokens: int = 3500) -> dict[str, Any]:
+    return {"prompt": PROMPT, "generate_kwargs": {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": -1}}
 
 
 @contextlib.contextmanager
-def asked(server: Server, *, stream: bool = False, **kwargs: Any) -> Iterator[Future[httpx.Response]]:
+def asked(server: Server, tokens: int = 3500) -> Iterator[Future[httpx.Response]]:
     """Ask for an answer that takes long, and go on when it is being written."""
-    body = {"prompt": PROMPT, "stream": stream, "generate_kwargs": ENDLESS | kwargs}
-    before = server.metrics()["num_requests_running"]
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(httpx.post, f"{server.url}/chat", json=body, timeout=PATIENCE)
-        assert wait_for(lambda: server.metrics()["num_requests_running"] > before)
+        answer = pool.submit(httpx.post, f"{server.url}/chat", json=question(tokens), timeout=PATIENCE)
+        assert wait_for(lambda: server.metrics()["num_requests_running"])
         yield answer
 
 
@@ -96,36 +92,29 @@ def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(serve: Serve
 
 
 def test_running_requests_finish_while_the_service_is_no_longer_ready(serve: Serve, slow: Path) -> None:
-    with serve(*FOR_EVER) as server, asked(server, max_new_tokens=1000) as answer:
+    with serve(*FOR_EVER) as server, asked(server, 1000) as answer:
         server.process.send_signal(signal.SIGTERM)
         assert logged(server, '"event":"stopping"')
         assert server.get("/readyz").status_code == 503
         assert server.get("/livez").status_code == 200
         refused = httpx.post(f"{server.url}/chat", json={"prompt": PROMPT}, timeout=PATIENCE)
-        assert (refused.status_code, refused.json()) == STOPPING
+        assert (refused.status_code, refused.json()) == (503, STOPPING)
         slow.unlink()
         assert answer.result(PATIENCE).status_code == 200
         assert server.process.wait(PATIENCE) == 0
 
 
 def test_after_the_grace_period_requests_end_with_a_clear_error(serve: Serve) -> None:
-    begun = threading.Event()
-
-    def stream(server: Server) -> str:
-        body = {"prompt": PROMPT, "stream": True, "generate_kwargs": ENDLESS}
-        with httpx.stream("POST", f"{server.url}/chat", json=body, timeout=PATIENCE) as response:
-            pieces = response.iter_text()
-            first = next(pieces)
-            begun.set()
-            return first + "".join(pieces)
-
-    with serve("--grace-period", "0.2") as server, asked(server) as plain, ThreadPoolExecutor(1) as pool:
-        streamed = pool.submit(stream, server)
-        assert begun.wait(PATIENCE)
-        assert server.stop()[0] == 0
+    with serve("--grace-period", "0.2") as server, asked(server) as plain:
+        body = question() | {"stream": True}
+        with httpx.stream("POST", f"{server.url}/chat", json=body, timeout=PATIENCE) as streamed:
+            pieces = streamed.iter_text()
+            next(pieces)
+            server.process.send_signal(signal.SIGTERM)
+            assert "".join(pieces).endswith(f"event: error\ndata: {json.dumps(STOPPING, separators=(',', ':'))}\n\n")
         answer = plain.result(PATIENCE)
-        assert (answer.status_code, answer.json()) == STOPPING
-        assert streamed.result(PATIENCE).endswith('event: error\ndata: {"detail":"The service is stopping."}\n\n')
+        assert (answer.status_code, answer.json()) == (503, STOPPING)
+        assert server.process.wait(PATIENCE) == 0
         assert group_is_gone(server)
 
 
@@ -137,9 +126,12 @@ def test_a_second_signal_does_not_wait(serve: Serve) -> None:
         answer.exception(PATIENCE)
 
 
-def test_the_start_tells_where_what_and_how(serve: Serve, slow: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_the_start_tells_where_what_and_how_and_an_idle_service_stops_at_once(
+    serve: Serve, slow: Path, how: signal.Signals
+) -> None:
     slow.unlink()
-    with serve(log_format="text") as server:
+    with serve("--log-format", "text", *FOR_EVER) as server:
         assert logged(server, "curl ")
         text = server.log.read_text()
         assert f"on {server.url}" in text
@@ -147,39 +139,31 @@ def test_the_start_tells_where_what_and_how(serve: Serve, slow: Path) -> None:
         (command,) = re.findall(r"^ +(curl .*)$", text, flags=re.MULTILINE)
         answer = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
         assert "Result" in json.loads(answer.stdout)
+        assert server.stop(how)[0] == 0
+        assert group_is_gone(server)
 
 
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("http://0.0.0.0:80", "http://127.0.0.1:80/chat"),
-        ("http://[::]:80", "http://[::1]:80/chat"),
-        ("http://10.1.2.3:8080", "http://10.1.2.3:8080/chat"),
-    ],
-)
-def test_the_example_command_is_one_that_works_here(url: str, shown: str) -> None:
-    assert f" {shown} " in example_command(url)
-
-
-def failed(*arguments: str) -> str:
-    """Run ``edge-phi3 serve`` that cannot start, and return the last line of stderr: llama.cpp may write others."""
-    command = [COMMAND, "serve", "--log-level", "error", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert result.returncode == 1
-    return result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(("host", "shown"), [("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]"), ("10.1.2.3", "10.1.2.3")])
+def test_the_example_command_is_one_that_works_here(host: str, shown: str) -> None:
+    assert f" http://{shown}:80/chat " in example_command(f"http://{host}:80")
 
 
 def test_what_cannot_start_is_one_sentence(model_path: Path, tmp_path: Path) -> None:
+    def sentence(*arguments: str) -> str:
+        """Return the last line of stderr: llama.cpp may write others."""
+        command = [COMMAND, "serve", "--log-level", "error", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert result.returncode == 1
+        return result.stderr.splitlines()[-1]
+
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert failed(str(model_path), "--port", str(port)) == (
+        assert sentence(str(model_path), "--port", str(port)) == (
             f"edge-phi3: Port {port} on 127.0.0.1 cannot be listened on: Address already in use."
             " Choose another with --port or --host."
         )
-    sentence = failed(str(model_path), "--port", "0", "--host", "192.0.2.1")
-    assert sentence.startswith("edge-phi3: Port 0 on 192.0.2.1 cannot be listened on: ")
+    elsewhere = sentence(str(model_path), "--port", "0", "--host", "192.0.2.1")
+    assert elsewhere.startswith("edge-phi3: Port 0 on 192.0.2.1 cannot be listened on: ")
     path = tmp_path / "no-model.gguf"
     path.write_bytes(b"GGUF but not really")
-    sentence = failed(str(path), "--port", "0")
-    assert sentence.startswith("edge-phi3: ")
-    assert str(path) in sentence
+    assert re.match(rf"edge-phi3: .*{re.escape(str(path))}", sentence(str(path), "--port", "0"))

@@ -1,49 +1,45 @@
-"""Closed and open loops, on an endpoint whose answers take exactly as long as a test says."""
+"""Closed and open loops, on an endpoint whose answers take exactly as long as a test says, and the figures of both."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import selectors
 import time
-from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
 from edge_phi3.bench.endpoints import Answer, Endpoint
 from edge_phi3.bench.errors import ExchangeError
 from edge_phi3.bench.load import Level, RequestRecord, poisson_arrivals, run_level
-from edge_phi3.bench.workload import WORDS, Ask, RandomSessions, Ruler, Workload
-from tests.bench.conftest import client_of
+from edge_phi3.bench.summary import per_token, summarise
+from edge_phi3.bench.workload import Ask, RandomSessions, Workload
+from tests.bench.conftest import RULER, client_of
 
-RULER = Ruler(WORDS, 1.0, 0, exact=True)
 
-
-class Waiting(selectors.SelectSelector):
+class VirtualTime(asyncio.SelectorEventLoop):
     """Lets time pass when everybody waits: exact on any machine, and a minute passes in no time."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.now = 0.0
+        waiting = selectors.SelectSelector()
+        super().__init__(mock.Mock(wraps=waiting, select=functools.partial(self._select, waiting)))
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        ready = super().select(0)
+    def _select(self, waiting: selectors.BaseSelector, timeout: float | None) -> list[Any]:
+        ready = waiting.select(0)
         if not ready:
             assert timeout is not None, "everybody waits for ever"
             self.now += timeout
         return ready
 
-
-class VirtualTime(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self._virtual = Waiting()
-        super().__init__(self._virtual)
-
     def time(self) -> float:
-        return self._virtual.now
+        return self.now
 
 
 class Slow(Endpoint):
@@ -73,37 +69,33 @@ class Slow(Endpoint):
         answer.prompt_tokens, answer.completion_tokens = len("".join(ask.turns).split()), 3
 
 
-Load = Callable[..., list[RequestRecord]]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Load:
+def load(endpoint: Endpoint, level: Level, workload: Workload | None = None, **options: Any) -> list[RequestRecord]:
     """Run a level on an endpoint, in a time that passes while everybody waits."""
-
-    def run(endpoint: Endpoint, level: Level, workload: Workload | None = None, **options: Any) -> list[RequestRecord]:
-        workload = workload or Workload(prompt_tokens="5")
-        level_run = run_level(endpoint, RandomSessions(workload, RULER), level, **options)
-        with asyncio.Runner(loop_factory=VirtualTime) as runner, monkeypatch.context() as patch:
-            patch.setattr(time, "perf_counter", runner.get_loop().time)
-            return runner.run(level_run)[0]
-
-    return run
+    sessions = RandomSessions(workload or Workload(prompt_tokens="5"), RULER)
+    with (
+        asyncio.Runner(loop_factory=VirtualTime) as runner,
+        mock.patch.object(time, "perf_counter", runner.get_loop().time),
+    ):
+        return runner.run(run_level(endpoint, sessions, level, **options))[0]
 
 
 def end(records: list[RequestRecord]) -> float:
     return max(record.started + record.latency for record in records)
 
 
-def test_a_closed_loop_keeps_exactly_its_clients_busy(load: Load) -> None:
+def test_a_closed_loop_keeps_exactly_its_clients_busy() -> None:
     endpoint = Slow(0.03)
     records = load(endpoint, Level(clients=4, sessions=12))
     assert endpoint.most_busy == 4
     assert len(records) == 12
     assert sorted(record.session for record in records) == list(range(12))
     assert end(records) == pytest.approx(3 * 0.03)
+    for record in records:
+        assert (record.first, record.latency) == pytest.approx((0.01, 0.03))
+        assert record.gaps == pytest.approx([0.01, 0.01])
 
 
-def test_an_open_loop_does_not_wait_for_answers(load: Load) -> None:
+def test_an_open_loop_does_not_wait_for_answers() -> None:
     endpoint = Slow(0.5)
     records = load(endpoint, Level(rate=200, sessions=60))
     arrivals = [*itertools.islice(poisson_arrivals(200, np.random.default_rng([Workload().seed, 0, 2])), 60)]
@@ -122,7 +114,7 @@ def test_arrivals_are_a_poisson_process() -> None:
     assert (gaps > 1).mean() == pytest.approx(np.exp(-1), rel=0.03)
 
 
-def test_a_duration_ends_the_arrivals_and_waits_for_the_answers(load: Load) -> None:
+def test_a_duration_ends_the_arrivals_and_waits_for_the_answers() -> None:
     endpoint = Slow(0.06)
     records = load(endpoint, Level(clients=2, duration=0.2))
     assert sorted(endpoint.times) == pytest.approx([0, 0, 0.06, 0.06, 0.12, 0.12, 0.18, 0.18])
@@ -131,7 +123,7 @@ def test_a_duration_ends_the_arrivals_and_waits_for_the_answers(load: Load) -> N
     assert endpoint.busy == 0
 
 
-def test_turns_carry_the_answers_that_were_given(load: Load) -> None:
+def test_turns_carry_the_answers_that_were_given() -> None:
     endpoint = Slow(0.0)
     records = load(endpoint, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
     assert [record.turn for record in records] == [0, 1, 2]
@@ -139,7 +131,7 @@ def test_turns_carry_the_answers_that_were_given(load: Load) -> None:
     assert [record.prompt_tokens for record in records] == [4, 11, 18]
 
 
-def test_a_failure_ends_its_session_and_nothing_else(load: Load) -> None:
+def test_a_failure_ends_its_session_and_nothing_else() -> None:
     workload = Workload(prompt_tokens="4", turns="2")
     victim = RandomSessions(workload, RULER)(1).users[0]
     records = load(Slow(0.0, fail=victim), Level(clients=2, sessions=4), workload)
@@ -150,7 +142,7 @@ def test_a_failure_ends_its_session_and_nothing_else(load: Load) -> None:
     assert len(records) == 7
 
 
-def test_warm_up_is_not_counted_and_asks_something_else(load: Load) -> None:
+def test_warm_up_is_not_counted_and_asks_something_else() -> None:
     endpoint = Slow(0.0)
     seen: list[None] = []
     records = load(endpoint, Level(clients=2, sessions=3, warmup=2), done=lambda: seen.append(None))
@@ -158,8 +150,43 @@ def test_warm_up_is_not_counted_and_asks_something_else(load: Load) -> None:
     assert len({ask.turns[0] for ask in endpoint.asked}) == 5
 
 
-def test_times_are_those_of_the_pieces(load: Load) -> None:
-    record = load(Slow(0.06), Level(clients=1, sessions=1))[0]
-    assert record.first == pytest.approx(0.02)
-    assert record.gaps == pytest.approx([0.02, 0.02])
-    assert record.latency == pytest.approx(0.06)
+def record(**changes: Any) -> RequestRecord:
+    usual = RequestRecord(0, 0, 0.0, 2.0, 0.5, [0.5, 0.5, 0.5], 100, 4, counted=True, cached_tokens=50, error=None)
+    return msgspec.structs.replace(usual, **changes)
+
+
+def test_rates_are_over_the_whole_level_and_finished_requests() -> None:
+    records = [record(), record(latency=4.0, completion_tokens=8), record(error="HTTP 429: full"), record(error="x")]
+    summary = summarise(Level(clients=3), records, 0.2)
+    assert (summary.clients, summary.requests, summary.failed) == (3, 2, 2)
+    assert summary.errors == {"HTTP 429: full": 1, "x": 1}
+    assert (summary.requests_per_second, summary.tokens_per_second) == (0.5, 3.0)
+    assert (summary.total_tokens_per_second, summary.completion_tokens) == (53.0, 6.0)
+    assert (summary.cached_share, summary.generator_cores) == pytest.approx((0.5, 0.05))
+
+
+def test_percentiles_are_those_of_the_requests() -> None:
+    records = [record(latency=float(i), first=i / 10) for i in range(1, 101)]
+    summary = summarise(Level(clients=1), records, 0.0)
+    expected = {"mean": 50.5, "p50": 50.5, "p90": 90.1, "p95": 95.05, "p99": 99.01, "max": 100.0}
+    assert msgspec.to_builtins(summary.latency) == pytest.approx(expected)
+    assert msgspec.to_builtins(summary.first_token) == pytest.approx({name: v / 10 for name, v in expected.items()})
+
+
+def test_time_per_token_leaves_the_first_token_out() -> None:
+    assert per_token(record()) == pytest.approx(0.5)
+    assert per_token(record(completion_tokens=7)) == pytest.approx(0.25), "pieces of several tokens"
+    assert per_token(record(completion_tokens=1, gaps=[])) is None
+    assert per_token(record(first=None)) is None
+
+
+def test_what_a_server_does_not_tell_is_left_out() -> None:
+    records = [record(prompt_tokens=None, cached_tokens=None, counted=False, first=None, gaps=[])]
+    summary = summarise(Level(rate=2.0), records, 0.0)
+    assert (summary.prompt_tokens, summary.total_tokens_per_second, summary.cached_share) == (None, None, None)
+    assert (summary.first_token, summary.per_token, summary.gap) == (None, None, None)
+    assert not summary.counted
+    assert summary.rate == 2.0
+    # Where all failed there are no figures.
+    summary = summarise(Level(clients=1), [record(error="HTTP 503")], 0.0)
+    assert (summary.requests, summary.tokens_per_second, summary.latency) == (0, 0.0, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,41 +24,30 @@ from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 
 SIZE = 128
-
-
-@dataclasses.dataclass
-class Loaded:
-    """A type of the demo model, ready to evaluate chunks."""
-
-    model: Model
-    context: Context
+KINDS = ("F16", "Q3_K_S")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Context]]:
+    """Contexts of the demo model in two types, for one chunk each."""
     folder = tmp_path_factory.mktemp("quality")
-    source = convert(DEMO_CHECKPOINT, folder / "demo-F16.gguf", outtype="f16").path
-    return {"F16": source, "Q3_K_S": quantize(source, folder / "demo-Q3_K_S.gguf", type="Q3_K_S").path}
+    source = convert(DEMO_CHECKPOINT, folder / "F16.gguf", outtype="f16").path
+    quantize(source, folder / "Q3_K_S.gguf", type="Q3_K_S")
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for name in KINDS:
+            model = stack.enter_context(contextlib.closing(Model(folder / f"{name}.gguf", n_gpu_layers=0)))
+            # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With
+            # quantised weights batches of other sizes round otherwise.
+            settings = EngineSettings(model.path, threads=1, batch_size=80 if name == "F16" else SIZE)
+            context = Context(model, cells=SIZE, sequences=1, settings=settings)
+            found[name] = stack.enter_context(contextlib.closing(context))
+        yield found
 
 
 @pytest.fixture(scope="module")
-def loaded(files: dict[str, Path]) -> Iterator[dict[str, Loaded]]:
-    result = {}
-    for name, path in files.items():
-        model = Model(path, n_gpu_layers=0)
-        # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With quantised
-        # weights batches of other sizes round otherwise.
-        settings = EngineSettings(path, threads=1, batch_size=80 if name == "F16" else SIZE)
-        result[name] = Loaded(model, Context(model, cells=SIZE, sequences=1, settings=settings))
-    yield result
-    for one in result.values():
-        one.context.close()
-        one.model.close()
-
-
-@pytest.fixture(scope="module")
-def chunks(loaded: dict[str, Loaded]) -> NDArray[np.int32]:
-    return cut_chunks(Tokenizer(loaded["F16"].model).encode(evaluation_text()), SIZE, 4)
+def chunks(contexts: dict[str, Context]) -> NDArray[np.int32]:
+    return cut_chunks(Tokenizer(contexts["F16"]._model).encode(evaluation_text()), SIZE, 4)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +56,15 @@ def log_probs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def measured(loaded: dict[str, Loaded], chunks: NDArray[np.int32], log_probs: Path) -> tuple[Quality, Quality]:
+def measured(contexts: dict[str, Context], chunks: NDArray[np.int32], log_probs: Path) -> tuple[Quality, Quality]:
     """The reference's quality, and that of Q3_K_S, with the file between them."""
-    with writing(log_probs, chunks, loaded["F16"].model.vocab_size) as keep:
-        base = evaluate(loaded["F16"].context, chunks, bos=None, keep=keep)
-    return base, evaluate(loaded["Q3_K_S"].context, chunks, bos=None, reference=np.load(log_probs, mmap_mode="r"))
+    with writing(log_probs, chunks, contexts["F16"]._model.vocab_size) as keep:
+        base = evaluate(contexts["F16"], chunks, bos=None, keep=keep)
+    return base, evaluate(contexts["Q3_K_S"], chunks, bos=None, reference=np.load(log_probs, mmap_mode="r"))
 
 
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Evaluate a chunk at once, and give float64 log-probabilities of all positions."""
+    """Evaluate a chunk at once, and return float64 log-probabilities of all positions."""
     settings = EngineSettings(model.path, threads=1, batch_size=SIZE)
     context = Context(model, cells=SIZE, sequences=1, settings=settings)
     context.tokens[:], context.positions[:] = chunk, np.arange(SIZE)
@@ -88,13 +77,12 @@ def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.floa
 
 
 def test_the_figures_are_those_of_their_definitions(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality]
+    contexts: dict[str, Context], chunks: NDArray[np.int32], measured: tuple[Quality, Quality]
 ) -> None:
-    losses: dict[str, list[float]] = {"F16": [], "Q3_K_S": []}
-    divergences, same = [], []
-    clipped = []
+    losses: dict[str, list[float]] = {name: [] for name in KINDS}
+    divergences, same, clipped = [], [], []
     for chunk in chunks:
-        found = {name: log_probabilities(one.model, chunk) for name, one in loaded.items()}
+        found = {name: log_probabilities(one._model, chunk) for name, one in contexts.items()}
         for position in range(SIZE // 2, SIZE - 1):
             for name in found:
                 losses[name].append(-found[name][position, chunk[position + 1]])
@@ -112,58 +100,45 @@ def test_the_figures_are_those_of_their_definitions(
     spread = np.std(losses["Q3_K_S"], ddof=1) / np.sqrt(len(divergences))
     assert quality.perplexity_error == pytest.approx(quality.perplexity * spread, rel=5e-3)
     ratios = np.subtract(losses["Q3_K_S"], clipped)
-    found_divergence = quality.divergence
     # What lies 16 nats below the top counts for that much, and the file's steps are 2.4e-4 wide.
-    assert found_divergence.mean == pytest.approx(np.mean(divergences), rel=5e-3, abs=1e-3)
-    assert found_divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=5e-3, abs=1e-3)
-    assert found_divergence.same_top == pytest.approx(np.mean(same), abs=2 / len(same))
-    assert found_divergence.log_ratio == pytest.approx(ratios.mean(), abs=5e-3)
-    assert found_divergence.log_ratio_error == pytest.approx(np.std(ratios, ddof=1) / np.sqrt(len(ratios)), rel=5e-3)
-    assert found_divergence.mean > 1e-3
+    assert quality.divergence.mean == pytest.approx(np.mean(divergences), rel=5e-3, abs=1e-3)
+    assert quality.divergence.p99 == pytest.approx(np.percentile(divergences, 99), rel=5e-3, abs=1e-3)
+    assert quality.divergence.same_top == pytest.approx(np.mean(same), abs=2 / len(same))
+    assert quality.divergence.log_ratio == pytest.approx(ratios.mean(), abs=5e-3)
+    assert quality.divergence.log_ratio_error == pytest.approx(np.std(ratios, ddof=1) / np.sqrt(len(ratios)), rel=5e-3)
+    assert quality.divergence.mean > 1e-3
 
 
 def test_the_reference_is_as_far_from_itself_as_its_file_rounds(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
+    contexts: dict[str, Context], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
 ) -> None:
-    again = evaluate(loaded["F16"].context, chunks, bos=None, reference=np.load(log_probs))
+    rows = np.load(log_probs)
+    assert rows.shape == (len(chunks) * scored_positions(SIZE),)
+    again = evaluate(contexts["F16"], chunks, bos=None, reference=rows)
     assert again.perplexity == measured[0].perplexity
     assert again.divergence is not None
     assert abs(again.divergence.mean) < 1e-5
     assert again.divergence.same_top > 0.99
 
 
-def test_the_file_holds_the_models_log_probabilities(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
-) -> None:
-    del measured  # which made the file
-    rows, exact = np.load(log_probs), log_probabilities(loaded["F16"].model, chunks[1])
-    assert rows.shape == (len(chunks) * scored_positions(SIZE),)
-    found = rows["steps"] * rows["scale"][:, None] + rows["lowest"][:, None]
-    exact = np.maximum(exact, exact.max(axis=1, keepdims=True) - 16)
-    # Batches of another size round otherwise, by hundredths where a token is unlikely.
-    assert found[63:126] == pytest.approx(exact[SIZE // 2 : SIZE - 1], abs=0.1)
-
-
 def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32]
+    contexts: dict[str, Context], chunks: NDArray[np.int32]
 ) -> None:
-    context, bos = loaded["F16"].context, loaded["F16"].model.bos_token_id
+    context, bos = contexts["F16"], contexts["F16"]._model.bos_token_id
     replaced = chunks.copy()
     replaced[:, 0] = bos
-    results = [
-        evaluate(context, tokens, bos=first).perplexity
-        for tokens, first in [(chunks, bos), (replaced, None), (chunks, None)]
-    ]
-    assert results[0] == results[1] != results[2]
+    given = [(chunks, bos), (replaced, None), (chunks, None)]
+    first, second, third = (evaluate(context, tokens, bos=token).perplexity for tokens, token in given)
+    assert first == second != third
 
 
 def test_logits_that_are_no_numbers_are_refused(
-    loaded: dict[str, Loaded], chunks: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
+    contexts: dict[str, Context], chunks: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = np.full((63, 9), np.nan, np.float32)
     monkeypatch.setattr(quality_module, "feed", lambda *_: [(0, broken)])
     with pytest.raises(BenchError, match="NaN"):
-        evaluate(loaded["F16"].context, chunks % 9, bos=None)
+        evaluate(contexts["F16"], chunks % 9, bos=None)
 
 
 @pytest.mark.parametrize(("count", "size", "words"), [(255, 128, "two chunks of 128"), (100, 3, "too small")])
@@ -178,8 +153,7 @@ def test_what_fills_no_chunk_is_left_out() -> None:
     assert cut_chunks(tokens, 8, 2).shape == (2, 8)
 
 
-def test_the_evaluation_text_is_not_the_calibration_text() -> None:
-    """No sentence of one stands in the other."""
+def test_no_sentence_of_the_evaluation_text_is_in_the_calibration_text() -> None:
     evaluation = {line for line in evaluation_text().splitlines() if len(line) > 30}
     assert len(evaluation) > 100
     assert not evaluation & set(calibration_text().splitlines())

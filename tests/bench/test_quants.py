@@ -11,7 +11,6 @@ from xml.etree import ElementTree as ET
 import msgspec
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
 from edge_phi3.bench import quants
 from edge_phi3.bench.errors import BenchError
@@ -20,19 +19,15 @@ from edge_phi3.bench.quant_report import QuantReport, on_front, read_report
 from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import QuantBench
 from edge_phi3.bench.report_files import write_json
-from edge_phi3.commands.bench import command
 from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.test_cli import Result, edge_phi3
 
-FAST: dict[str, Any] = {
-    "ctx_size": 64,
-    "chunks": 3,
-    "threads": 1,
-    "prompt_tokens": 32,
-    "generated_tokens": 8,
-    "repetitions": 2,
-    "imatrix": "none",
-}
+QUICK = ["--ctx-size", "64", "--chunks", "3", "--threads", "1", "--repetitions", "2"]
+QUICK += ["--prompt-tokens", "32", "--generate-tokens", "8"]
+FAST: dict[str, Any] = {"ctx_size": 64, "chunks": 3, "threads": 1, "prompt_tokens": 32, "generated_tokens": 8}
+FAST |= {"repetitions": 2, "imatrix": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +46,12 @@ def report(model: Path, folder: Path) -> QuantReport:
 
 
 def bench(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(command, ["quants", *map(str, arguments)])
+    return edge_phi3("bench", "quants", *map(str, arguments))
 
 
 def test_every_figure_is_measured(report: QuantReport, model: Path) -> None:
-    assert [(item.type, item.reference) for item in report.measurements] == [
-        ("F16", True),
-        ("Q8_0", False),
-        ("Q2_K", False),
-    ]
+    assert [item.type for item in report.measurements] == ["F16", "Q8_0", "Q2_K"]
+    assert [item.reference for item in report.measurements] == [True, False, False]
     for item in report.measurements:
         assert item.speed.first_token > 0
         assert item.speed.prompt_per_second == pytest.approx(32 / item.speed.first_token)
@@ -74,12 +66,13 @@ def test_every_figure_is_measured(report: QuantReport, model: Path) -> None:
     assert f16.bytes == model.stat().st_size
     assert f16.bytes > q8.bytes > q2.bytes
     assert (round(f16.bits_per_weight), round(q8.bits_per_weight, 1)) == (16, 8.5)
+    near, far = q8.quality.divergence, q2.quality.divergence
     assert f16.quality.divergence is None
-    assert q8.quality.divergence is not None
-    assert q2.quality.divergence is not None
-    assert 0 < q8.quality.divergence.mean < q2.quality.divergence.mean / 10
-    assert q2.quality.divergence.mean < q2.quality.divergence.p99 <= q2.quality.divergence.max
-    assert q8.quality.divergence.same_top >= q2.quality.divergence.same_top
+    assert near
+    assert far
+    assert 0 < near.mean < far.mean / 10
+    assert far.mean < far.p99 <= far.max
+    assert near.same_top >= far.same_top
 
 
 def test_peak_memory_is_the_files_own(report: QuantReport, tmp_path: Path, model: Path) -> None:
@@ -97,10 +90,9 @@ def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) 
     with (folder / "quants.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["type"] for row in rows] == ["F16", "Q8_0", "Q2_K"]
-    last = report.measurements[-1]
-    assert last.quality.divergence is not None
-    assert float(rows[-1]["divergence_p99"]) == last.quality.divergence.p99
-    assert float(rows[-1]["generated_per_second"]) == last.speed.generated_per_second
+    last = msgspec.to_builtins(report.measurements[-1])
+    assert float(rows[-1]["divergence_p99"]) == last["quality"]["divergence"]["p99"]
+    assert float(rows[-1]["generated_per_second"]) == last["speed"]["generated_per_second"]
     assert rows[0]["divergence_mean"] == ""
     assert not list(folder.glob("*Q8_0.gguf"))
 
@@ -136,11 +128,9 @@ def test_what_is_measured_is_not_measured_again(
 def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("<|user|>\nWhat does len do?<|end|>\n<|assistant|>\nReturn the number of items.<|end|>\n" * 20)
-    options: list[str | Path] = ["--type", "IQ2_XS", "--text", text, "--output-dir", tmp_path / "out"]
-    options += ["--ctx-size", "64", "--chunks", "2", "--threads", "1", "--repetitions", "1"]
-    options += ["--prompt-tokens", "8", "--generate-tokens", "4"]
+    options = ("--type", "IQ2_XS", "--text", str(text), "--output-dir", str(tmp_path / "out"), *QUICK)
     result = bench("demo", *options, "--json")
-    assert result.exit_code == 0, result.output
+    assert result.returncode == 0, result.stderr
     report = msgspec.json.decode(result.stdout, type=QuantReport)
     assert [(item.type, item.imatrix) for item in report.measurements] == [("F16", False), ("IQ2_XS", True)]
     assert report.text == "text.txt"
@@ -150,7 +140,7 @@ def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> N
     for name in ("quality.svg", "speed.svg"):
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
     table = bench("demo", *options)
-    assert table.exit_code == 0
+    assert table.returncode == 0
     assert "IQ2_XS is measured already" in table.stderr
     assert {"F16", "IQ2_XS"} <= {line.split()[0] for line in table.stdout.splitlines() if line.strip()}
 
@@ -162,11 +152,11 @@ def test_the_pareto_front_holds_what_nothing_beats(report: QuantReport) -> None:
 
 
 def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantReport, tmp_path: Path) -> None:
-    for name in ("a.svg", "b.svg"):
-        plot_quality(report.measurements, tmp_path / name)
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    plot_quality(report.measurements[:2], tmp_path / "b.svg")
-    assert (tmp_path / "a.svg").read_bytes() != (tmp_path / "b.svg").read_bytes()
+    def drawn(count: int) -> bytes:
+        plot_quality(report.measurements[:count], tmp_path / "plot.svg")
+        return (tmp_path / "plot.svg").read_bytes()
+
+    assert drawn(3) == drawn(3) != drawn(2)
     with pytest.raises(BenchError, match="only the reference"):
         plot_quality(report.measurements[:1], tmp_path / "c.svg")
     with pytest.raises(BenchError, match="matplotlib writes"):
@@ -174,44 +164,35 @@ def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantRep
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("arguments", "words"),
     [
         (["--type", "Q9_K"], "'Q9_K' is not a quantisation type"),
         (["--type", "IQ1_S", "--imatrix", "none"], "IQ1_S needs an importance matrix"),
         (["--type", "Q8_0", "--text", "absent.txt"], "absent.txt cannot be read"),
         (["--type", "Q4_0", "--imatrix", "absent.gguf"], "absent.gguf cannot be read"),
         (["--type", "Q8_0", "--ctx-size", "4000"], "two chunks of 4000 are needed"),
+        (["small.gguf"], "quantised to Q8_0 already"),
+        (["text.gguf"], "not a whole GGUF"),
+        (["absent"], "neither a GGUF file nor a checkpoint"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(
-    model: Path, tmp_path: Path, options: list[str], words: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
-    result = bench(model, "--output-dir", tmp_path, *options)
-    assert words in str(result.exception)
-
-
-def test_a_model_that_is_no_reference_is_refused(model: Path, tmp_path: Path) -> None:
-    from edge_phi3.conversion.quantize import quantize
-
-    small = quantize(model, tmp_path / "small.gguf", type="Q8_0").path
+    monkeypatch.chdir(tmp_path)
+    quantize(model, tmp_path / "small.gguf", type="Q8_0")
     (tmp_path / "text.gguf").write_text("no model")
-    for path, words in {
-        small: "quantised to Q8_0 already",
-        tmp_path / "text.gguf": "not a whole GGUF",
-        tmp_path / "absent": "neither a GGUF file nor a checkpoint",
-    }.items():
-        with pytest.raises(BenchError, match=words):
-            quants.run(QuantBench(path, tmp_path / "out", types=["Q8_0"], **FAST))
+    result = bench(*([model] if arguments[0].startswith("-") else []), *arguments)
+    assert result.returncode == 1
+    assert words in " ".join(result.stderr.split())
 
 
 def test_a_damaged_report_counts_as_none(report: QuantReport, tmp_path: Path) -> None:
     write_json(tmp_path / "quants.json", report)
-    assert read_report(tmp_path / "quants.json") == report
-    data = json.loads((tmp_path / "quants.json").read_text())
-    (tmp_path / "quants.json").write_text(json.dumps(data | {"format": 0}))
-    assert read_report(tmp_path / "quants.json") is None
-    (tmp_path / "quants.json").write_text("{")
-    assert read_report(tmp_path / "quants.json") is None
+    other = json.dumps(json.loads((tmp_path / "quants.json").read_text()) | {"format": 0})
+    for damaged in (other, "{"):
+        (tmp_path / "quants.json").write_text(damaged)
+        assert read_report(tmp_path / "quants.json") is None
 
 
 def test_a_process_that_dies_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from click.testing import CliRunner, Result
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import Report, ServeBench, measure
 from edge_phi3.bench.workload import Workload
-from edge_phi3.commands.bench import command
 from tests.support.in_process import Running
+from tests.test_cli import edge_phi3
 
 
 def run(service: Running, *levels: Level, **workload: object) -> Report:
@@ -25,10 +24,10 @@ def run(service: Running, *levels: Level, **workload: object) -> Report:
     return asyncio.run(measure(bench))
 
 
-def bench(service: Running, *arguments: str) -> Result:
-    result = CliRunner().invoke(command, ["serve", f"http://127.0.0.1:{service.port}", *arguments])
-    assert result.exception is None, result.output
-    return result
+def bench(service: Running, *arguments: str) -> str:
+    result = edge_phi3("bench", "serve", f"http://127.0.0.1:{service.port}", *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> None:
@@ -51,7 +50,9 @@ def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> No
 def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) -> None:
     before = service.service.pipeline.engine.stats()
     level = Level(clients=1, sessions=3)
-    run(service, level, prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2")
+    report = run(service, level, prompt_tokens="8", output_tokens="4", shared_prefix=64, turns="2")
+    assert report.exact_lengths
+    assert {record.prompt_tokens for record in report.requests[0] if record.turn == 0} == {72}
     after = service.service.pipeline.engine.stats()
     # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
     assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72
@@ -63,32 +64,28 @@ def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None
 
 
 def test_the_command_prints_a_table_and_writes_every_file(service: Running, tmp_path: Path) -> None:
-    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "svg")}
-    result = bench(
-        service, "--clients", "1,2", "--requests", "4", "--prompt-tokens", "6", "--output-tokens", "3",
-        "--json", str(files["json"]), "--csv", str(files["csv"]), "--plot", str(files["svg"]),
-    )  # fmt: skip
-    rows = [line.split() for line in result.stdout.splitlines() if re.match(r"\s+\d+\s", line)]
-    assert [(row[0], row[1], row[2]) for row in rows] == [("1", "4", "0"), ("2", "4", "0")]
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "plot.svg")}
+    options = ["--clients", "1,2", "--requests", "4", "--prompt-tokens", "6", "--output-tokens", "3"]
+    options += [part for kind, path in files.items() for part in (f"--{kind.partition('.')[0]}", str(path))]
+    rows = [line.split() for line in bench(service, *options).splitlines() if re.match(r"\s+\d+\s", line)]
+    assert [row[:3] for row in rows] == [["1", "4", "0"], ["2", "4", "0"]]
     report = json.loads(files["json"].read_bytes())
     assert report["workload"]["prompt_tokens"] == "6"
     assert report["machine"]["cores"] >= 1
     assert [len(level) for level in report["requests"]] == [4, 4]
     with files["csv"].open(encoding="utf-8") as file:
         written = list(csv.DictReader(file))
-    assert [float(row["tokens_per_second"]) for row in written] == [
-        level["tokens_per_second"] for level in report["levels"]
-    ]
-    assert float(written[0]["latency_p95"]) == report["levels"][0]["latency"]["p95"]
-    groups = {group.get("id") for group in ET.parse(files["svg"]).getroot().iter("{http://www.w3.org/2000/svg}g")}
+    for row, level in zip(written, report["levels"], strict=True):
+        assert float(row["tokens_per_second"]) == level["tokens_per_second"]
+        assert float(row["latency_p95"]) == level["latency"]["p95"]
+    groups = {group.get("id") for group in ET.parse(files["plot.svg"]).iter("{http://www.w3.org/2000/svg}g")}
     assert {"axes_1", "axes_2", "legend_1"} <= groups
 
 
 def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "out.json"
     prompts.write_text("What is a list?\nWhat is a tuple?\n", encoding="utf-8")
-    file = tmp_path / "out.json"
-    options = ["--output-tokens", "2", "--no-stream", "--json", str(file), "--requests", "2"]
+    options = ("--output-tokens", "2", "--no-stream", "--json", str(file), "--requests", "2")
     bench(service, "--prompts", str(prompts), *options)
     level = json.loads(file.read_bytes())["levels"][0]
     assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
@@ -100,14 +97,10 @@ def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> Non
         (["--clients", "0"], "give positive numbers"),
         (["--clients", "two"], "give positive numbers"),
         (["--api", "grpc"], "grpc"),
+        (["--rate", "2"], "--rate needs --requests or --duration"),
     ],
 )
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
-    result = CliRunner().invoke(command, ["serve", "http://127.0.0.1:9", *arguments])
-    assert result.exit_code == 2
-    assert message in result.output
-
-
-def test_an_open_loop_without_an_end_is_refused() -> None:
-    result = CliRunner().invoke(command, ["serve", "http://127.0.0.1:9", "--rate", "2"])
-    assert "--rate needs --requests or --duration" in str(result.exception)
+    result = edge_phi3("bench", "serve", "http://127.0.0.1:9", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr

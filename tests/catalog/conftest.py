@@ -21,15 +21,15 @@ class Notes(ProgressReporter):
     """A progress reporter that remembers what it was told."""
 
     def __init__(self) -> None:
-        self.titles: list[str] = []
+        self.steps: list[Step] = []
         self.notes: list[str] = []
-        self.updates: dict[str, list[tuple[int, int | None]]] = {}
+
+    @property
+    def titles(self) -> list[str]:
+        return [step.title for step in self.steps]
 
     def _begun(self, step: Step) -> None:
-        self.titles.append(step.title)
-
-    def _show(self, step: Step) -> None:
-        self.updates.setdefault(step.title, []).append((step.done, step.total))
+        self.steps.append(step)
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
@@ -50,15 +50,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """The Hub, with the checkpoint as owner/tiny and files beside it that nobody needs."""
     with HubServer() as server:
-        extra = {
+        repository = server.repositories["owner/tiny"] = Repository.of(checkpoint)
+        repository.files |= {
             "pytorch_model.bin": b"pickle" * 1000,
             "modeling_phi3.py": b"import os",
             "figures/loss.png": b"\x89PNG",
             "README.md": b"---\nlicense: mit\n---\n# Tiny",
         }
-        repository = Repository.of(checkpoint)
-        repository.files |= extra
-        server.repositories["owner/tiny"] = repository
         monkeypatch.setenv("HF_ENDPOINT", f"{server.endpoint}/")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
         monkeypatch.delenv("HF_TOKEN", raising=False)

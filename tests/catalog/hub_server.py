@@ -1,8 +1,7 @@
 """A small server on loopback that speaks the Hub's API: listings, files, redirects to another host, and its errors.
 
-It answers as huggingface.co does to what `huggingface_hub` asks: status codes, `X-Error-Code`, `X-Repo-Commit`, ETags,
-ranges. Large files are redirected to a second server, as the Hub does to its content network, which has no business
-with the token.
+It answers what `huggingface_hub` asks as huggingface.co does: status codes, `X-Error-Code`, ranges. Large files are
+redirected to another host name, as the Hub does to its content network, which has no business with the token.
 """
 
 from __future__ import annotations
@@ -22,258 +21,178 @@ LARGE = 4096
 """Files from so many bytes on are stored in Git LFS, with a SHA-256; smaller ones have git's own id."""
 
 
+class Refusal(NamedTuple):
+    """An error of the Hub: the status, the `X-Error-Code` or an empty string, and the `X-Error-Message`."""
+
+    status: int
+    code: str
+    message: str
+
+
 @dataclass
 class Repository:
-    """A repository. `gated`, `private`: needs the server's token; `granted`: whether its account was let in."""
+    """A repository: its files, the commits of branches and tags, and how reading a file is refused, if it is."""
 
     files: dict[str, bytes]
     commit: str = "c0ffee" * 6 + "c0ff"
     revisions: dict[str, str] = field(default_factory=dict)
-    gated: bool = False
-    granted: bool = True
-    private: bool = False
-    forbidden: bool = False
+    refusal: Refusal | None = None
 
     @classmethod
-    def of(cls, folder: Path, **options: object) -> Repository:
+    def of(cls, folder: Path) -> Repository:
         """Publish the files of a folder."""
-        return cls({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}, **options)  # type: ignore[arg-type]  # fields
+        return cls({path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()})
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked: by which server, path, range and token; and how many bytes of a file went out."""
+class Request(NamedTuple):
+    """A request: to which server, path, range and token; and how many bytes of a file went out."""
 
     server: str
-    method: str
     path: str
     range: str | None
     authorization: str | None
-    sent: int = 0
-
-
-class Hold:
-    """Keep back the rest of a file, once `after` bytes are sent, until it is released."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-        self.reached = threading.Event()
-        self.released = threading.Event()
-
-    def pause(self) -> None:
-        """Wait, in the server's thread."""
-        self.reached.set()
-        self.released.wait()
-
-
-def once(change: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
-    """Return a change of the bodies of a file that is made to the first only."""
-    changes = iter([change])
-
-    def altered(body: bytes) -> bytes:
-        return next(changes, bytes)(body)
-
-    return altered
+    sent: int
 
 
 class HubServer:
-    """The Hub and its content network; a context manager."""
+    """The Hub and its content network; a context manager.
+
+    Attributes:
+        cuts: bytes of a file after which the connection breaks, once each.
+        altered: what is sent of a file in place of a body.
+        served: what there is of a file in place of what is listed.
+        ranges: whether a part of a file may be asked for.
+        endpoint: what HF_ENDPOINT is set to.
+        cdn: the content network; another host name, so that redirects there leave the origin.
+    """
 
     token = "hf_right"
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.cuts: dict[str, list[int]] = {}
-        """Bytes of a file after which the connection breaks, once each."""
         self.altered: dict[str, Callable[[bytes], bytes]] = {}
-        """What is sent of a file in place of a body."""
-        self.ranges = True
-        """Whether a part of a file may be asked for."""
         self.served: dict[str, bytes] = {}
-        """What there is of a file in place of what is listed."""
-        self.holds: dict[str, Hold] = {}
+        self.ranges = True
         self.requests: list[Request] = []
-        self._servers: list[http.server.ThreadingHTTPServer] = []
 
     def __enter__(self) -> Self:
-        for name in ("hub", "cdn"):
-            handler = type("Handler", (_Handler,), {"hub": self, "name": name})
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            self._servers.append(server)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.cdn = f"http://localhost:{self._server.server_port}"
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hold in self.holds.values():
-            hold.released.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
-
-    @property
-    def endpoint(self) -> str:
-        """What HF_ENDPOINT is set to."""
-        return f"http://127.0.0.1:{self._servers[0].server_port}"
-
-    @property
-    def cdn(self) -> str:
-        """Another host name, so that redirects there leave the origin."""
-        return f"http://localhost:{self._servers[1].server_port}"
+        self._server.shutdown()
+        self._server.server_close()
 
     def gets(self, file: str) -> list[Request]:
         """The requests that were answered with the content of a file."""
-        return [r for r in self.requests if r.method == "GET" and r.path.endswith(f"/{file}") and r.sent]
+        return [request for request in self.requests if request.path.endswith(f"/{file}") and request.sent]
 
     def bytes_sent(self, file: str) -> int:
         """How much of a file went out in all."""
         return sum(request.sent for request in self.gets(file))
 
 
-class _Refusal(NamedTuple):
-    status: int
-    code: str
-    message: str
-
-
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
-    name: str
 
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
         self._sent = 0
+        self._token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        server = "cdn" if self.headers["Host"].startswith("localhost") else "hub"
         try:
-            if self.name == "cdn":
-                self._cdn(path)
+            if server == "cdn":
+                owner, name, file = path.lstrip("/").split("/", 2)
+                self._content(file, self.hub.repositories[f"{owner}/{name}"].files[file])
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 self._listing(match[1], match[2] or "main")
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self._file(*match.groups())
             else:
-                self._error(404, "", "Not here")
+                self._refuse(404, "", "Not here")
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         finally:
-            wanted, token = self.headers.get("Range"), self.headers.get("Authorization")
-            self.hub.requests.append(Request(self.name, self.command, path, wanted, token, self._sent))
+            asked = (self.headers.get("Range"), self.headers.get("Authorization"))
+            self.hub.requests.append(Request(server, path, *asked, self._sent))
 
-    def _repository(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | None:
-        found = self._look_up(name, revision, listing=listing)
-        if isinstance(found, _Refusal):
-            self._error(*found)
-            return None
-        return found
-
-    def _look_up(self, name: str, revision: str, *, listing: bool) -> tuple[Repository, str] | _Refusal:
-        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if given and given != self.hub.token:
-            return _Refusal(401, "", "Invalid credentials in Authorization header")
+    def _found(self, name: str, revision: str) -> tuple[Repository, str] | None:
+        """Return a repository and a commit of it, or refuse and return None."""
         repository = self.hub.repositories.get(name)
-        if repository is None or (repository.private and not given):
+        if self._token not in {"", self.hub.token}:
+            self._refuse(401, "", "Invalid credentials in Authorization header")
+        elif repository is None and self._token:
+            self._refuse(404, "RepoNotFound", "Repository not found")
+        elif repository is None:
             # To those without a token the Hub does not tell what does not exist from what is private.
-            if given:
-                return _Refusal(404, "RepoNotFound", "Repository not found")
-            return _Refusal(401, "", "Invalid username or password.")
-        commit = {"main": repository.commit, repository.commit: repository.commit, **repository.revisions}.get(revision)
-        if commit is None:
-            return _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        if repository.gated and not listing and given != self.hub.token:
-            return _Refusal(401, "GatedRepo", "Access to model is restricted.")
-        if repository.gated and not listing and not repository.granted:
-            return _Refusal(403, "GatedRepo", "Your access request is awaiting a review.")
-        if repository.forbidden and not listing:
-            return _Refusal(403, "", "Fine-grained token lacks the permission")
-        return repository, commit
+            self._refuse(401, "", "Invalid username or password.")
+        else:
+            revisions = {"main": repository.commit} | repository.revisions
+            if commit := (revisions | {commit: commit for commit in revisions.values()}).get(revision):
+                return repository, commit
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return None
 
     def _listing(self, name: str, revision: str) -> None:
-        found = self._repository(name, revision, listing=True)
-        if found is None:
+        if (found := self._found(name, revision)) is None:
             return
-        repository, commit = found
         siblings = []
-        for file, content in repository.files.items():
-            sibling: dict[str, object] = {"rfilename": file, "size": len(content), "blobId": _blob_id(content)}
+        for file, content in found[0].files.items():
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            sibling: dict[str, object] = {"rfilename": file, "size": len(content), "blobId": blob}
             if len(content) >= LARGE:
                 sha256 = hashlib.sha256(content).hexdigest()
                 sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 134}
             siblings.append(sibling)
-        body = json.dumps({"id": name, "modelId": name, "sha": commit, "siblings": siblings}).encode()
+        body = json.dumps({"id": name, "modelId": name, "sha": found[1], "siblings": siblings}).encode()
         self._send(200, {"Content-Type": "application/json"}, body)
 
     def _file(self, name: str, revision: str, file: str) -> None:
-        found = self._repository(name, revision, listing=False)
-        if found is None:
+        if (found := self._found(name, revision)) is None:
             return
-        repository, commit = found
-        if file not in repository.files:
-            self._error(404, "EntryNotFound", "Entry not found")
-            return
-        content = repository.files[file]
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_blob_id(content)}"'}
-        if len(content) < LARGE:
-            self._content(file, content, headers)
-            return
-        headers |= {
-            "Location": f"{self.hub.cdn}/{name}/{file}",
-            "X-Linked-Size": str(len(content)),
-            "X-Linked-ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-        }
-        self._send(302, headers, b"")
+        repository, _ = found
+        if repository.refusal:
+            self._refuse(*repository.refusal)
+        elif file not in repository.files:
+            self._refuse(404, "EntryNotFound", "Entry not found")
+        elif len(repository.files[file]) < LARGE:
+            self._content(file, repository.files[file])
+        else:
+            self._send(302, {"Location": f"{self.hub.cdn}/{name}/{file}"}, b"")
 
-    def _cdn(self, path: str) -> None:
-        owner, name, file = path.lstrip("/").split("/", 2)
-        self._content(file, self.hub.repositories[f"{owner}/{name}"].files[file], {})
-
-    def _content(self, file: str, content: bytes, headers: dict[str, str]) -> None:
+    def _content(self, file: str, content: bytes) -> None:
         content = self.hub.served.get(file, content)
-        status, start = 200, 0
+        status, start, headers = 200, 0, {}
         if self.hub.ranges and (match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")):
             start = int(match[1])
             if start >= len(content):
                 self._send(416, {"Content-Range": f"bytes */{len(content)}"}, b"")
                 return
-            status = 206
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        body, cut = content[start:], None
-        if self.command == "GET":
-            body = self.hub.altered.get(file, bytes)(body)
-            cut = self.hub.cuts[file].pop(0) if self.hub.cuts.get(file) else None
-        self._send(status, headers, body, cut=cut, hold=self.hub.holds.get(file))
+            status, headers = 206, {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+        body = self.hub.altered.get(file, bytes)(content[start:])
+        cut = self.hub.cuts[file].pop(0) if self.hub.cuts.get(file) else None
+        self._send(status, headers, body, cut)
 
-    def _error(self, status: int, code: str, message: str) -> None:
+    def _refuse(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
         self._send(status, headers, json.dumps({"error": message}).encode())
 
-    def _send(
-        self, status: int, headers: dict[str, str], body: bytes, *, cut: int | None = None, hold: Hold | None = None
-    ) -> None:
+    def _send(self, status: int, headers: dict[str, str], body: bytes, cut: int | None = None) -> None:
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "HEAD":
-            return
-        for start in range(0, len(body), 16384):
-            chunk = body[start : start + 16384][: None if cut is None else max(0, cut - start)]
-            if hold is not None and self._sent >= hold.after:
-                hold.pause()
-            self.wfile.write(chunk)
-            self._sent += len(chunk)
+        while left := memoryview(body)[self._sent : cut]:
+            self._sent += self.wfile.write(left[:16384])
         if cut is not None:
             self.close_connection = True
-
-
-def _blob_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,20 +1,24 @@
-"""Pulling from the Hub with the real client: what comes of it, what is asked for, and what is told of a refusal."""
+"""Pulling from the Hub with the real client: what comes of it, refusals, and downloads that break off or are killed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import filelock
 import pytest
 
-from edge_phi3.catalog import Catalog, HubError
+from edge_phi3.catalog import Catalog, CatalogError, HubError
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.quantize import quantize
 from tests.catalog.conftest import SHARD, Notes, files_below
-from tests.catalog.hub_server import HubServer, Repository
+from tests.catalog.hub_server import HubServer, Refusal, Repository
 
 
 def test_a_pull_gives_what_convert_and_quantize_give(
@@ -22,8 +26,7 @@ def test_a_pull_gives_what_convert_and_quantize_give(
 ) -> None:
     model = catalog.resolve("owner/tiny", quant="q4_k_m", progress=notes)
     commit, content = hub.repositories["owner/tiny"].commit, hub.repositories["owner/tiny"].files
-    copy = tmp_path / "copy"
-    shutil.copytree(checkpoint, copy)
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / "README.md").write_bytes(content["README.md"])
     convert(copy, tmp_path / "auto.gguf", source=SourceInfo("owner/tiny", commit))
     quantize(tmp_path / "auto.gguf", tmp_path / "expected.gguf", type="Q4_K_M")
@@ -45,22 +48,21 @@ def test_a_pull_gives_what_convert_and_quantize_give(
     assert model.manifest.requested_revision == "main"
     # Each step tells how far it is.
     assert notes.titles[-2:] == ["Converting tiny", "Quantising tiny to Q4_K_M"]
-    for title in (f"Downloading {SHARD}", *notes.titles[-2:]):
-        done, total = notes.updates[title][-1]
-        assert done == total
-        assert total
+    assert f"Downloading {SHARD}" in notes.titles
+    assert all(step.total and step.done == step.total for step in notes.steps)
 
 
 def test_the_second_time_needs_no_network_and_makes_nothing(
-    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, catalog: Catalog, notes: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = catalog.resolve("owner/tiny", quant="F16")
-    asked = len(hub.requests)
+    asked, made = len(hub.requests), first.path.stat().st_mtime_ns
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    made = first.path.stat()
-    assert catalog.resolve("owner/tiny", quant="F16") == first
-    assert first.path.stat().st_mtime_ns == made.st_mtime_ns
-    assert len(hub.requests) == asked
+    assert catalog.resolve("owner/tiny", quant="F16", progress=notes) == first
+    assert notes.notes == []
+    assert catalog.resolve("owner/tiny", quant="F16", refresh=True, progress=notes) == first
+    assert notes.notes == ["HF_HUB_OFFLINE is set; the model stays as it is in the store."]
+    assert (len(hub.requests), first.path.stat().st_mtime_ns) == (asked, made)
 
 
 def test_a_full_store_works_when_it_is_read_only_and_copied(hub: HubServer, catalog: Catalog, tmp_path: Path) -> None:
@@ -77,18 +79,13 @@ def test_a_full_store_works_when_it_is_read_only_and_copied(hub: HubServer, cata
 
 
 def test_the_intermediate_files_can_be_kept_for_the_next_quantisation(hub: HubServer, catalog: Catalog) -> None:
-    catalog.resolve("owner/tiny", quant="Q4_0", keep_intermediate=True)
-    asked = len(hub.gets(SHARD))
-    other = catalog.resolve("owner/tiny", quant="Q5_0", keep_intermediate=True)
-    assert len(hub.gets(SHARD)) == asked == 1
-    assert other.manifest is not None
-    assert SHARD in {file.name for file in other.manifest.made_from}
-    catalog.resolve("owner/tiny", quant="F16", keep_intermediate=True)
+    for quant in ("Q4_0", "Q5_0", "F16"):
+        model = catalog.resolve("owner/tiny", quant=quant, keep_intermediate=True)
+        assert model.manifest is not None
+        assert SHARD in {file.name for file in model.manifest.made_from}
     assert len(hub.gets(SHARD)) == 1
     assert [(model.source, model.quant) for model in catalog.stored()] == [
-        ("owner/tiny", "F16"),
-        ("owner/tiny", "Q4_0"),
-        ("owner/tiny", "Q5_0"),
+        ("owner/tiny", quant) for quant in ("F16", "Q4_0", "Q5_0")
     ]
 
 
@@ -103,18 +100,8 @@ def test_a_moved_branch_is_made_again_when_asked(hub: HubServer, catalog: Catalo
     assert len(hub.gets(SHARD)) == asked
 
 
-def test_a_refresh_without_network_keeps_what_is_there(
-    hub: HubServer, catalog: Catalog, notes: Notes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = catalog.resolve("owner/tiny", quant="F16")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert catalog.resolve("owner/tiny", quant="F16", refresh=True, progress=notes) == first
-    assert notes.notes == ["HF_HUB_OFFLINE is set; the model stays as it is in the store."]
-
-
 def test_revisions_are_models_of_their_own(hub: HubServer, catalog: Catalog) -> None:
     hub.repositories["owner/tiny"].revisions["v1"] = "2" * 40
-    hub.repositories["owner/tiny"].revisions["2" * 40] = "2" * 40
     model = catalog.resolve("owner/tiny@v1", quant="F16")
     assert model.revision == "2" * 40
     assert model.path.parent.parent.name == "owner--tiny@v1"
@@ -124,7 +111,6 @@ def test_revisions_are_models_of_their_own(hub: HubServer, catalog: Catalog) -> 
 def test_the_token_goes_to_the_hub_and_not_to_its_content_network(
     hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.repositories["owner/tiny"].gated = True
     monkeypatch.setenv("HF_TOKEN", hub.token)
     catalog.resolve("owner/tiny", quant="F16")
     assert {request.authorization for request in hub.requests if request.server == "hub"} == {f"Bearer {hub.token}"}
@@ -132,16 +118,19 @@ def test_the_token_goes_to_the_hub_and_not_to_its_content_network(
     assert any(request.sent for request in hub.requests if request.server == "cdn")
 
 
-def test_ready_made_ggufs_are_kept_as_they_are(hub: HubServer, catalog: Catalog) -> None:
-    content = b"GGUF" + bytes(range(256)) * 64
-    hub.repositories["owner/ready"] = Repository({"sub/model-q4.gguf": content, "README.md": b"# Ready"})
-    model = catalog.resolve("owner/ready/sub/model-q4.gguf", quant="Q8_0")
-    assert model.path.read_bytes() == content
-    assert (model.name, model.quant, model.source) == ("model-q4", None, "owner/ready")
-    assert files_below(catalog.store) == [
-        "owner--ready@main/sub%2Fmodel-q4.gguf/manifest.json",
-        "owner--ready@main/sub%2Fmodel-q4.gguf/model-q4.gguf",
-    ]
+def test_ready_made_ggufs_are_kept_as_they_are_each_with_its_own_content(hub: HubServer, catalog: Catalog) -> None:
+    names = ["Q4/model.gguf", "Q8/model.gguf", "model-00001-of-00002.gguf", "model-00002-of-00002.gguf"]
+    contents = {name: b"GGUF" + bytes([place]) * 9000 for place, name in enumerate(names)}
+    hub.repositories["o/r"] = Repository({"README.md": b"# Ready", **contents})
+    pulled = {name: catalog.resolve(f"o/r/{name}", quant="Q8_0") for name in names}
+    assert {name: model.path.with_name(Path(name).name).read_bytes() for name, model in pulled.items()} == contents
+    assert {name: catalog.resolve(f"o/r/{name}") for name in names} == pulled
+    for model in pulled.values():
+        catalog.verify(model)
+    first = pulled["Q4/model.gguf"]
+    assert (first.name, first.quant, first.source) == ("model", None, "o/r")
+    assert files_below(first.path.parent) == ["manifest.json", "model.gguf"]
+    assert first.path.parent.relative_to(catalog.store).as_posix() == "o--r@main/Q4%2Fmodel.gguf"
     assert not hub.gets("README.md")
 
 
@@ -150,33 +139,40 @@ OTHERS = {
     "owner/old": {"config.json": b"{}", "pytorch_model.bin": b"x"},
     "owner/data": {"train.csv": b"1,2"},
 }
+GATED = Refusal(401, "GatedRepo", "Access to model is restricted.")
+WAITING = Refusal(403, "GatedRepo", "Your access request is awaiting a review.")
+FORBIDDEN = Refusal(403, "", "Fine-grained token lacks the permission")
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("reference", "refusal", "token", "words"),
     [
-        ("owner/tiny", {"gated": True}, "", r"is gated: accept its terms on http\S+/owner/tiny .*; then set HF_TOKEN"),
-        ("owner/tiny", {"gated": True, "granted": False}, HubServer.token, r"\(HF_TOKEN\) has not been let in yet"),
-        ("owner/tiny", {}, "hf_wrong", r"does not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
-        ("owner/tiny", {"private": True}, "", r"no repository owner/tiny, or it is private, which takes a token in"),
-        ("owner/tiny", {"forbidden": True}, "", r"forbids reading config\.json; the token in HF_TOKEN lacks the"),
-        ("owner/absent", {}, "", r"has no repository owner/absent, or it is private"),
-        ("owner/absent", {}, HubServer.token, r"owner/absent, or the token may not see it; check the name"),
-        ("owner/tiny@v9", {}, "", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
-        ("owner/ready/c.gguf", {}, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
-        ("owner/tiny/m.gguf", {}, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
-        ("owner/ready", {}, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
-        ("owner/old", {}, "", r"holds only pickled weights \(\.bin\)"),
-        ("owner/data", {}, "", r"owner/data holds no config\.json with safetensors beside it"),
+        ("owner/tiny", GATED, "", r"is gated: accept its terms on http\S+/owner/tiny .*; then set HF_TOKEN"),
+        ("owner/tiny", WAITING, HubServer.token, r"\(HF_TOKEN\) has not been let in yet"),
+        ("owner/tiny", None, "hf_wrong", r"not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
+        ("owner/tiny", FORBIDDEN, "", r"forbids reading config\.json; the token in HF_TOKEN lacks the"),
+        ("owner/absent", None, "", r"has no repository owner/absent, or it is private, which takes a token in"),
+        ("owner/absent", None, HubServer.token, r"owner/absent, or the token may not see it; check the name"),
+        ("owner/tiny@v9", None, "", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
+        ("owner/ready/c.gguf", None, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
+        ("owner/tiny/m.gguf", None, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
+        ("owner/ready", None, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
+        ("owner/old", None, "", r"holds only pickled weights \(\.bin\)"),
+        ("owner/data", None, "", r"owner/data holds no config\.json with safetensors beside it"),
     ],
 )
 def test_a_refusal_is_a_sentence_and_leaves_nothing(
-    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, case: tuple[str, dict[str, bool], str, str]
+    hub: HubServer,
+    catalog: Catalog,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    reference: str,
+    refusal: Refusal | None,
+    token: str,
+    words: str,
 ) -> None:
-    reference, traits, token, words = case
     hub.repositories |= {name: Repository(files) for name, files in OTHERS.items()}
-    for name, value in traits.items():
-        setattr(hub.repositories["owner/tiny"], name, value)
+    hub.repositories["owner/tiny"].refusal = refusal
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=words):
@@ -227,7 +223,111 @@ def test_a_json_file_of_absurd_size_is_not_fetched(
 
 def test_an_index_of_files_that_are_not_there_is_told(hub: HubServer, catalog: Catalog) -> None:
     del hub.repositories["owner/tiny"].files[SHARD]
-    with pytest.raises(
-        HubError, match=rf"owner/tiny lacks the file {SHARD} that its model\.safetensors\.index\.json names"
-    ):
+    with pytest.raises(HubError, match=rf"lacks the file {SHARD} that its model\.safetensors\.index\.json names"):
         catalog.resolve("owner/tiny", quant="F16")
+
+
+def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
+    size = len(hub.repositories["owner/tiny"].files[SHARD])
+    hub.cuts[SHARD] = [50_000, 50_000]
+    catalog.resolve("owner/tiny", quant="F16", progress=notes)
+    assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=50000-", "bytes=100000-"]
+    assert hub.bytes_sent(SHARD) == size
+    assert [note.partition(" (")[0] for note in notes.notes] == [f"{SHARD} broke off"] * 2
+
+
+def test_a_file_that_ends_short_is_told_and_continued_the_next_time(
+    hub: HubServer, catalog: Catalog, notes: Notes
+) -> None:
+    # The first part arrives; each request for the rest brings nothing.
+    size = len(hub.repositories["owner/tiny"].files[SHARD])
+    hub.altered[SHARD] = lambda body: body[:30_000] if len(body) == size else b""
+    with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny ended at 30,000 of [\d,]+ bytes, time and again; try"):
+        catalog.resolve("owner/tiny", quant="F16", progress=notes)
+    assert set(notes.notes) == {f"{SHARD} ended at 30,000 of {size:,} bytes; trying again."}
+    hub.altered.clear()
+    catalog.resolve("owner/tiny", quant="F16")
+    assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=30000-"]
+    assert hub.bytes_sent(SHARD) == size
+
+
+def test_a_server_that_has_less_than_it_lists_is_not_asked_for_ever(hub: HubServer, catalog: Catalog) -> None:
+    hub.served[SHARD] = hub.repositories["owner/tiny"].files[SHARD][:30_000]
+    with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny .*, time and again; try later, or another mirror"):
+        catalog.resolve("owner/tiny", quant="F16")
+    assert hub.bytes_sent(SHARD) <= 5 * 30_000
+
+
+@pytest.mark.parametrize("file", [SHARD, "config.json"])
+def test_damaged_content_is_fetched_again(hub: HubServer, catalog: Catalog, notes: Notes, file: str) -> None:
+    damaged = iter([True])
+    hub.altered[file] = lambda body: bytes(len(body)) if next(damaged, False) else body
+    model = catalog.resolve("owner/tiny", quant="F16", progress=notes)
+    assert notes.notes == [f"{file} arrived with other content than the Hub lists; trying again."]
+    catalog.verify(model)
+    hub.altered[file] = lambda body: bytes(len(body))
+    with pytest.raises(HubError, match=r"arrived with other content than the Hub lists, time and again"):
+        catalog.resolve("owner/tiny@main", quant="Q8_0")
+
+
+def test_a_killed_pull_goes_on_where_it_stopped(hub: HubServer, catalog: Catalog) -> None:
+    def kill(body: bytes) -> bytes:
+        if len(body) < len(hub.repositories["owner/tiny"].files[SHARD]):
+            pull.kill()
+            pull.wait()
+        return body
+
+    # The connection breaks once, and the process is killed when it asks for the rest.
+    hub.cuts[SHARD], hub.altered[SHARD] = [60_000], kill
+    script = "import sys; from pathlib import Path; from edge_phi3.catalog import Catalog\n"
+    script += "Catalog(Path(sys.argv[1])).resolve('owner/tiny')"
+    pull = subprocess.Popen([sys.executable, "-c", script, str(catalog.store)])
+    assert pull.wait(300) == -signal.SIGKILL
+    hub.altered.clear()
+    [partial] = catalog.store.rglob(f"{SHARD}.partial")
+    assert partial.stat().st_size == 60_000
+    catalog.resolve("owner/tiny")
+    assert [request.range for request in hub.gets(SHARD)].count(None) == 1
+    assert len(hub.gets("tokenizer.json")) == 1
+
+
+def test_two_pulls_at_once_do_the_work_once(
+    hub: HubServer, catalog: Catalog, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def the_other_ends(sentence: str) -> None:
+        notes.notes.append(sentence)
+        lock.release()
+        catalog.resolve("owner/tiny")
+
+    monkeypatch.setattr(notes, "note", the_other_ends)
+    (catalog.store / ".locks").mkdir(parents=True)
+    lock = filelock.FileLock(catalog.store / ".locks" / "owner--tiny@main.lock")
+    lock.acquire()
+    catalog.resolve("owner/tiny", progress=notes)
+    assert notes.notes == ["Another process is making owner--tiny@main; waiting for it."]
+    assert notes.titles == []
+    for file in hub.repositories["owner/tiny"].files:
+        assert len(hub.gets(file)) <= 1, file
+
+
+def test_an_empty_store_without_network_says_what_to_do(
+    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog.resolve("owner/tiny", quant="Q4_0")
+    words = (
+        r"owner/tiny as Q8_0 is not in the store \S+, and {}\. On a machine with a network run"
+        r" `edge-phi3 pull owner/tiny --quant Q8_0` and copy the folder owner--tiny@main of its store into this one"
+        r".* It holds owner/tiny \(Q4_0\)\."
+    )
+    asked = len(hub.requests)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CatalogError, match=words.format("HF_HUB_OFFLINE is set")):
+        catalog.resolve("owner/tiny", quant="Q8_0")
+    assert len(hub.requests) == asked
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    # A port that was free a moment ago: nobody listens there.
+    with HubServer() as gone:
+        endpoint = gone.endpoint
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(CatalogError, match=words.format(rf"{endpoint} cannot be reached \(.*\)")):
+        catalog.resolve("owner/tiny", quant="Q8_0")

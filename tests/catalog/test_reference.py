@@ -15,26 +15,15 @@ from edge_phi3.catalog.store import folder_name, shelf_name
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
 
-
-@pytest.mark.parametrize("text", [None, "", "demo", "phi-3-demo"])
-def test_the_demo_is_the_default(text: str | None) -> None:
-    assert parse_reference(text) == LocalCheckpoint(DEMO_CHECKPOINT, "phi-3-demo")
-
-
-@pytest.mark.parametrize(
-    ("text", "repository"),
-    [
-        ("phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-4k-instruct"),
-        ("Phi-3-Mini-128K-Instruct", "microsoft/Phi-3-mini-128k-instruct"),
-    ],
-)
-def test_presets_are_repositories(text: str, repository: str) -> None:
-    assert parse_reference(text) == HubCheckpoint(repository, "main", text.lower())
+DEMO = LocalCheckpoint(DEMO_CHECKPOINT, "phi-3-demo")
+PRESET = HubCheckpoint("microsoft/Phi-3-mini-128k-instruct", "main", "phi-3-mini-128k-instruct")
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        *((text, DEMO) for text in (None, "", "demo", "phi-3-demo")),
+        ("Phi-3-Mini-128K-Instruct", PRESET),
         ("owner/name", HubCheckpoint("owner/name", "main", "owner/name")),
         ("owner/name@v1.2", HubCheckpoint("owner/name", "v1.2", "owner/name")),
         ("owner/name@refs/pr/7", HubCheckpoint("owner/name", "refs/pr/7", "owner/name")),
@@ -47,12 +36,12 @@ def test_presets_are_repositories(text: str, repository: str) -> None:
         ),
     ],
 )
-def test_the_hub(text: str, expected: object) -> None:
+def test_the_demo_presets_and_the_hub(text: str | None, expected: object) -> None:
     reference = parse_reference(text)
     assert reference == expected
-    assert isinstance(reference, HubCheckpoint | HubGguf)
-    assert parse_reference(reference.text) == reference
-    assert reference.name in {"owner/name", "file", "big"}
+    if isinstance(reference, HubCheckpoint | HubGguf) and reference != PRESET:
+        assert parse_reference(reference.text) == reference
+        assert reference.name in {"owner/name", "file", "big"}
 
 
 def test_what_lies_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,15 +52,14 @@ def test_what_lies_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest
     assert parse_reference("owner/name") == LocalCheckpoint(Path("owner/name"), "name")
     (folder / "file.gguf").write_bytes(b"GGUF...")
     assert parse_reference("owner/name/file.gguf") == LocalGguf(Path("owner/name/file.gguf"))
+    model = Catalog(tmp_path / "store").resolve("owner/name/file.gguf")
+    assert (model.path, model.name, model.quant, model.manifest) == (Path("owner/name/file.gguf"), "file", None, None)
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (
-            "phi-3-mini-4k",
-            r"'phi-3-mini-4k' is neither .* owner/name/file\.gguf\. Did you mean phi-3-mini-4k-instruct\?",
-        ),
+        ("phi-3-mini-4k", r"is neither .* owner/name/file\.gguf\. Did you mean phi-3-mini-4k-instruct\?"),
         ("llama", r"give phi-3-demo, phi-3-mini-4k-instruct, phi-3-mini-128k-instruct, a Hub repository"),
         ("/no/such/folder", r"/no/such/folder does not exist"),
         ("./model.gguf", r"\./model\.gguf does not exist"),
@@ -89,16 +77,16 @@ def test_what_means_nothing_is_answered_in_a_sentence(text: str, words: str) -> 
 
 
 def test_local_mistakes_are_answered_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ModelReferenceError, match=r"has no config\.json; give a Hugging Face checkpoint"):
-        parse_reference(str(tmp_path))
+    def refused(name: str, words: str) -> None:
+        with pytest.raises(ModelReferenceError, match=words):
+            parse_reference(str(tmp_path / name))
+
+    refused(".", r"has no config\.json; give a Hugging Face checkpoint")
     (tmp_path / "part-00002-of-00002.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelReferenceError, match=r"has no config\.json; it holds part-00002-of-00002\.gguf"):
-        parse_reference(str(tmp_path))
-    with pytest.raises(ModelReferenceError, match=r"give its first part, part-00001-of-00002\.gguf"):
-        parse_reference(str(tmp_path / "part-00002-of-00002.gguf"))
+    refused(".", r"has no config\.json; it holds part-00002-of-00002\.gguf")
+    refused("part-00002-of-00002.gguf", r"give its first part, part-00001-of-00002\.gguf")
     (tmp_path / "page.gguf").write_bytes(b"<html>")
-    with pytest.raises(ModelReferenceError, match=r"page\.gguf is not a GGUF file \(it begins with b'<htm'\)"):
-        parse_reference(str(tmp_path / "page.gguf"))
+    refused("page.gguf", r"page\.gguf is not a GGUF file \(it begins with b'<htm'\)")
 
 
 NAME = st.sampled_from(["a", "b", "a-", "a.b", "a_b", "Q4_K_M", "a" * 96, "a" * 95 + "b"])
@@ -118,20 +106,6 @@ REFERENCE = st.one_of(
 )
 
 
-def folders(texts: list[str]) -> dict[object, set[str]]:
-    """Return for each different thing that the references mean, which folders it has."""
-    found: dict[object, set[str]] = {}
-    for text in texts:
-        with contextlib.suppress(ModelReferenceError):
-            wanted = parse_reference(text)
-            assert isinstance(wanted, HubCheckpoint | HubGguf)
-            quants = [""] if isinstance(wanted, HubGguf) else ["Q4_K_M", "F16"]
-            for quant in quants:
-                folder = f"{shelf_name(wanted)}/{folder_name(wanted, quant)}"
-                found.setdefault((wanted, quant), set()).add(folder)
-    return found
-
-
 @given(st.lists(REFERENCE, max_size=6))
 @example(["o/r/Q4/model.gguf", "o/r/Q8/model.gguf", "o/r/model-00001-of-00002.gguf", "o/r/model-00002-of-00002.gguf"])
 @example(["o/r/Q4_K_M.gguf", "o/r", "o/r/Q4--model.gguf", "o/r/Q4/model.gguf", "o/r/Q4%2Fmodel.gguf"])
@@ -139,10 +113,16 @@ def folders(texts: list[str]) -> dict[object, set[str]]:
 @example(["a-/b", "a/b-", "o/r/.work-c0ffee.gguf", "o/r/work-c0ffee.gguf", "o/r/%2Ework-c0ffee.gguf"])
 @example(["o/r/" + "x" * 200 + ".gguf", "o/r/" + "x" * 201 + ".gguf", "o/r/m-00000-of-00000.gguf"])
 def test_what_means_something_else_has_another_folder(texts: list[str]) -> None:
-    found = folders(texts)
-    names = [name for (name,) in found.values()]
-    assert len(set(names)) == len(names)
-    for part in {part for name in names for part in name.split("/", 1)}:
+    folders: dict[object, str] = {}
+    for text in texts:
+        with contextlib.suppress(ModelReferenceError):
+            wanted = parse_reference(text)
+            assert isinstance(wanted, HubCheckpoint | HubGguf)
+            for quant in [""] if isinstance(wanted, HubGguf) else ["Q4_K_M", "F16"]:
+                folder = f"{shelf_name(wanted)}/{folder_name(wanted, quant)}"
+                assert folders.setdefault((wanted, quant), folder) == folder
+    assert len(set(folders.values())) == len(folders)
+    for part in {part for folder in folders.values() for part in folder.split("/", 1)}:
         assert "/" not in part
         assert "\0" not in part
         assert not part.startswith(".")
@@ -154,17 +134,6 @@ def test_a_folder_here_has_another_shelf_than_a_repository(checkpoint: Path) -> 
     assert len(names) == 5
     assert shelf_name(HubCheckpoint("owner/tiny", "main", "owner/tiny")) not in names
     assert not any(name.startswith(".") for name in names)
-
-
-def test_files_of_one_name_are_pulled_each_with_its_own_content(hub: HubServer, catalog: Catalog) -> None:
-    names = ["Q4/model.gguf", "Q8/model.gguf", "model-00001-of-00002.gguf", "model-00002-of-00002.gguf"]
-    contents = {name: b"GGUF" + bytes([place]) * 9000 for place, name in enumerate(names)}
-    hub.repositories["o/r"] = Repository(dict(contents))
-    pulled = {name: catalog.resolve(f"o/r/{name}") for name in names}
-    assert {name: model.path.with_name(Path(name).name).read_bytes() for name, model in pulled.items()} == contents
-    assert {name: catalog.resolve(f"o/r/{name}") for name in names} == pulled
-    for model in pulled.values():
-        catalog.verify(model)
 
 
 def test_a_pull_that_broke_off_is_not_continued_for_a_file_of_the_same_name(hub: HubServer, catalog: Catalog) -> None:

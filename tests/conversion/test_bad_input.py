@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
+from edge_phi3.conversion.safetensors import SafetensorsFile
+from tests.conversion.conftest import edit, edited_weights
 from tests.golden.checkpoints import longrope, write_checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-NORM = "model.layers.0.input_layernorm.weight"
-
-Edit = Callable[..., None]
+NORM, HEAD = "model.layers.0.input_layernorm.weight", "lm_head.weight"
 
 
 def refused(checkpoint: Path, error: type[ConversionError], sentence: str, *, outtype: str = "f16") -> None:
@@ -30,23 +31,10 @@ def refused(checkpoint: Path, error: type[ConversionError], sentence: str, *, ou
     assert not output.parent.exists() or list(output.parent.iterdir()) == []
 
 
-def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the header of a safetensors file, its data kept."""
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    encoded = json.dumps(header).encode()
-    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
-
-
-def poke(path: Path, name: str, value: int) -> None:
-    """Set the last bfloat16 of a tensor."""
-    content = bytearray(path.read_bytes())
-    length = int.from_bytes(content[:8], "little")
-    end = 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][1]
-    content[end - 2 : end] = np.uint16(value).tobytes()
-    path.write_bytes(content)
+def weight_map(checkpoint: Path) -> dict[str, str]:
+    """Return which shard each tensor is in."""
+    found: dict[str, str] = json.loads((checkpoint / INDEX).read_text())["weight_map"]
+    return found
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -55,11 +43,8 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path / "file", CheckpointError, "file is not a folder; give the folder")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", CheckpointError, "has no config.json")
-    for content, sentence in (
-        ("{", "is not valid JSON"),
-        ("[" * 9999, "is not valid JSON"),
-        ("[]", "must hold a JSON"),
-    ):
+    contents = {"{": "is not valid JSON", "[" * 9999: "is not valid JSON", "[]": "must hold a JSON"}
+    for content, sentence in contents.items():
         (tmp_path / "empty" / "config.json").write_text(content)
         refused(tmp_path / "empty", CheckpointError, f"config.json {sentence}")
 
@@ -75,10 +60,7 @@ OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": 7}, "names the architecture 7"),
     ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, as in Phi-4-mini"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-    (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        "the rope scaling type is 'linear'; Phi-3 has 'longrope'",
-    ),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling type is 'linear'; Phi-3 has 'longrope'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Phi-3 has silu"),
     ({"attention_bias": True}, "attention_bias is set"),
     ({"quantization_config": {"quant_method": "gptq"}}, "The checkpoint is quantised already"),
@@ -89,7 +71,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 0}, "num_hidden_layers: expected `int` >= 1"),
     ({"num_hidden_layers": 513}, "num_hidden_layers: expected `int` <= 512"),
     ({"num_hidden_layers": True}, "num_hidden_layers: expected `int`, got `bool`"),
+    ({"num_hidden_layers": 2}, r"lacks model.layers.1.input_layernorm.weight, .* 3 more; a shard may be missing"),
     ({"vocab_size": 10**12}, "vocab_size: expected `int` <= 2147483647"),
+    ({"vocab_size": 700}, r"(model.embed_tokens|lm_head).weight has the shape \[672, 64\], but config.json asks for"),
+    ({"intermediate_size": 80}, r"has the shape \[\d+, \d+\], but config.json asks for \[\d+, \d+\]"),
     ({"sliding_window": -1}, "sliding_window: expected `int` >= 0"),
     ({"rms_norm_eps": 10**400}, "rms_norm_eps: number out of range"),
     ({"rope_theta": float("nan")}, "rope_theta: expected `float` > 0"),
@@ -110,89 +95,125 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     [(UnsupportedModelError, *case) for case in OTHER_MODELS] + [(CheckpointError, *case) for case in IMPOSSIBLE],
 )
 def test_a_config_of_another_model_or_of_none(
-    checkpoint: Path, edit: Edit, error: type[ConversionError], entries: dict[str, Any], sentence: str
+    checkpoint: Path, error: type[ConversionError], entries: dict[str, Any], sentence: str
 ) -> None:
     (checkpoint / "generation_config.json").unlink()
     edit(checkpoint / "config.json", **entries)
     refused(checkpoint, error, sentence)
 
 
-def test_a_missing_or_damaged_shard(checkpoint: Path) -> None:
+def test_missing_or_damaged_weights(checkpoint: Path) -> None:
     (checkpoint / SECOND).write_bytes((checkpoint / SECOND).read_bytes()[:-1])
     refused(checkpoint, CheckpointError, rf"{SECOND} is not a sound safetensors file \(.*incomplete")
     (checkpoint / SECOND).unlink()
     refused(checkpoint, CheckpointError, f"The shard '{SECOND}', which {INDEX} names, is not in")
-
-
-def test_no_weights(checkpoint: Path) -> None:
-    for name in (FIRST, SECOND, INDEX):
+    for name in (FIRST, INDEX):
         (checkpoint / name).unlink()
     refused(checkpoint, CheckpointError, f"has neither model.safetensors nor {INDEX}")
     (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
     refused(checkpoint, CheckpointError, "has pickled weights .* save it as safetensors first")
+    (checkpoint / "model.safetensors").mkdir()
+    refused(checkpoint, CheckpointError, "model.safetensors cannot be read: Is a directory")
 
 
 NO_MAPS: tuple[Any, ...] = (..., None, [], {"a": 1})
 
 
 @pytest.mark.parametrize(
-    ("weight_map", "sentence"),
+    ("wrong", "sentence"),
     [
         *(({"model.norm.weight": name}, "is not in") for name in ("../x.safetensors", "/etc/hostname", "sub/x", "..")),
         *((wrong, f"{INDEX}: .*weight_map") for wrong in NO_MAPS),
     ],
 )
-def test_an_index_without_a_map_of_files_beside_it(
-    checkpoint: Path, edit: Edit, weight_map: object, sentence: str
-) -> None:
-    edit(checkpoint / INDEX, weight_map=weight_map)
+def test_an_index_without_a_map_of_files_beside_it(checkpoint: Path, wrong: object, sentence: str) -> None:
+    edit(checkpoint / INDEX, weight_map=wrong)
     refused(checkpoint, CheckpointError, sentence)
 
 
-def test_an_index_that_disagrees_with_its_shards(checkpoint: Path, edit: Edit) -> None:
-    weight_map = json.loads((checkpoint / INDEX).read_text())["weight_map"]
-    edit(checkpoint / INDEX, weight_map={k: v for k, v in weight_map.items() if k != NORM})
+def test_an_index_that_disagrees_with_its_shards(checkpoint: Path) -> None:
+    right = weight_map(checkpoint)
+    edit(checkpoint / INDEX, weight_map={k: v for k, v in right.items() if k != NORM})
     refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} does not name it")
-    other = FIRST if weight_map[NORM] == SECOND else SECOND
-    edit(checkpoint / INDEX, weight_map=weight_map | {NORM: other})
+    other = FIRST if right[NORM] == SECOND else SECOND
+    edit(checkpoint / INDEX, weight_map=right | {NORM: other})
     refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} names {other}")
-    edit(checkpoint / INDEX, weight_map=weight_map | {"ghost": FIRST})
+    edit(checkpoint / INDEX, weight_map=right | {"ghost": FIRST})
     refused(checkpoint, CheckpointError, f"promises ghost in {FIRST}, but it is not there")
 
 
-def test_tensors_missing_or_surplus(tmp_path: Path, checkpoint: Path, edit: Edit) -> None:
-    edit(checkpoint / "config.json", num_hidden_layers=2)
-    refused(checkpoint, CheckpointError, r"lacks model.layers.1.input_layernorm.weight, .* 3 more; a shard may be miss")
-    checkpoint = write_checkpoint(tmp_path / "two", layers=2)
-    edit(checkpoint / "config.json", num_hidden_layers=1)
-    refused(checkpoint, CheckpointError, r"has model.layers.1.*and 3 more, which a 1-layer Phi-3 lacks")
-
-
-def test_a_tensor_of_the_wrong_shape_or_dtype(checkpoint: Path, edit: Edit) -> None:
-    edit(checkpoint / "config.json", intermediate_size=80)
-    refused(checkpoint, CheckpointError, r"has the shape \[\d+, \d+\], but config.json asks for \[\d+, \d+\]")
-    edit(checkpoint / "config.json", intermediate_size=160)
-    shard = json.loads((checkpoint / INDEX).read_text())["weight_map"][NORM]
-    edit_header(checkpoint / shard, lambda header: header[NORM].update(dtype="I16"))
+def test_a_tensor_of_the_wrong_dtype(checkpoint: Path) -> None:
+    with edited_weights(checkpoint / weight_map(checkpoint)[NORM]) as (header, _):
+        header[NORM]["dtype"] = "I16"
     refused(checkpoint, CheckpointError, f"{NORM} has the dtype I16; BF16, F16 and F32 can be converted")
 
 
 def test_weights_that_no_file_can_hold(checkpoint: Path) -> None:
-    shard = checkpoint / json.loads((checkpoint / INDEX).read_text())["weight_map"]["lm_head.weight"]
-    poke(shard, "lm_head.weight", 0x7FC0)
-    refused(checkpoint, CheckpointError, "lm_head.weight has NaN or infinite values")
-    poke(shard, "lm_head.weight", 0x4880)
-    refused(checkpoint, ConversionError, "lm_head.weight has values too large for f16; convert to bf16 or f32")
+    for bits, error, sentence in (
+        (0x7FC0, CheckpointError, f"{HEAD} has NaN or infinite values"),
+        (0x4880, ConversionError, f"{HEAD} has values too large for f16; convert to bf16 or f32"),
+    ):
+        with edited_weights(checkpoint / weight_map(checkpoint)[HEAD]) as (header, data):
+            end = header[HEAD]["data_offsets"][1]
+            data[end - 2 : end] = np.uint16(bits).tobytes()
+        refused(checkpoint, error, sentence)
     convert(checkpoint, checkpoint.parent / "out.gguf", outtype="bf16")
 
 
-def test_a_vocabulary_that_does_not_fit_the_embedding(checkpoint: Path, edit: Edit) -> None:
-    edit(checkpoint / "config.json", vocab_size=700)
-    refused(checkpoint, CheckpointError, r"model.embed_tokens.weight|lm_head.weight")
-
-
-def test_more_tokens_than_rows(tmp_path: Path, edit: Edit) -> None:
+def test_more_tensors_than_layers_and_more_tokens_than_rows(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "two", layers=2)
+    edit(checkpoint / "config.json", num_hidden_layers=1)
+    refused(checkpoint, CheckpointError, r"has model.layers.1.*and 3 more, which a 1-layer Phi-3 lacks")
     checkpoint = write_checkpoint(tmp_path / "narrow", layers=1, vocab_size=600)
     refused(checkpoint, CheckpointError, r"tokenizer.model has \d+ pieces, but the model's vocab_size is 600")
     checkpoint = write_checkpoint(tmp_path / "tight", layers=1, vocab_size=660)
     refused(checkpoint, CheckpointError, r"has the id 66\d, but the model's vocab_size is 660")
+
+
+def write_safetensors(path: Path, header: dict[str, Any], data: bytes) -> Path:
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (1 - len(encoded) % 2)  # of odd length: all values lie off alignment
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    return path
+
+
+def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_tensors_are_read_as_they_lie_in_the_file(tmp_path: Path) -> None:
+    wide, bits = np.arange(6, dtype="<f4"), np.arange(100, 104, dtype="<u2")
+    # Values of other sizes lie between.
+    header = {"b": entry(36, 44, [4], "BF16"), "a": entry(1, 25, [2, 3]), "mask": entry(0, 1, [1], "BOOL")}
+    header |= {"ids": entry(25, 33, [1], "I64"), "small": entry(33, 36, [3, 1], "F8_E4M3"), "none": entry(25, 25, [0])}
+    data = b"\1" + wide.tobytes() + bytes(11) + bits.tobytes()
+    path = write_safetensors(tmp_path / "x.safetensors", {"__metadata__": {"format": "pt"}} | header, data)
+    file = SafetensorsFile(path)
+    assert list(file.tensors) == ["mask", "a", "none", "ids", "small", "b"], "in the order of their bytes"
+    a, b = file.tensors["a"], file.tensors["b"]
+    assert (a.dtype, a.shape, a.size) == ("F32", (2, 3), 6)
+    np.testing.assert_array_equal(a.read(2, 5), wide[2:5])
+    a.drop(0, 6)
+    np.testing.assert_array_equal(a.read(0, 6), wide, "dropped pages can be read again")
+    np.testing.assert_array_equal(b.read(1, 3), bits[1:3])
+    assert not b.read(0, 4).flags.writeable
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_change_of_bytes_makes_the_reader_fail_in_another_way(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "x.safetensors"
+    write_safetensors(path, {"a": entry(0, 8, [2]), "b": entry(8, 12, [2], "BF16")}, bytes(12))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        file = SafetensorsFile(path)
+    except CheckpointError as error:
+        assert str(error).startswith(f"{path} is not a sound safetensors file (")  # noqa: PT017 - it may be sound
+        return
+    for tensor in file.tensors.values():
+        assert tensor.begin + tensor.nbytes <= path.stat().st_size

@@ -1,13 +1,13 @@
-"""Importance matrices from Python: what is summed, chunks, merging and resuming, and answers to bad input."""
+"""Importance matrices: what is summed, merged and resumed, both file formats, quantising with one, and bad input."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import random
+import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import gguf
 import msgspec
 import numpy as np
 import pytest
@@ -23,14 +23,17 @@ from edge_phi3.conversion.imatrix_file import (
     read_imatrix,
     write_imatrix,
 )
+from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.conversion.quantize import quantize
+from edge_phi3.conversion.quantize_plan import QuantizeError, predict_size
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import OutputExistsError
 from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model
+from scripts.demo_model.corpus import read_corpus
+from tests.conversion.conftest import fields_of, tensors_of, write_model
 from tests.test_cli import edge_phi3
 
-LAYERS, HIDDEN, FEED_FORWARD = 6, 256, 768
 TEXT = calibration_text()[:3000]
 
 
@@ -46,19 +49,10 @@ def matrix(demo: Path) -> Imatrix:
     return collect_imatrix(demo, TEXT, ctx_size=64, chunks=4)
 
 
-def assert_equal(left: Imatrix, right: Imatrix) -> None:
-    assert left.entries.keys() == right.entries.keys()
-    for name, entry in left.entries.items():
-        np.testing.assert_array_equal(entry.counts, right.entries[name].counts)
-        np.testing.assert_allclose(entry.sums, right.entries[name].sums, rtol=1e-5)
-
-
 def test_every_matrix_of_every_layer_has_its_columns_and_all_tokens(matrix: Imatrix) -> None:
-    columns = {"attn_qkv": HIDDEN, "attn_output": HIDDEN, "ffn_up": HIDDEN, "ffn_down": FEED_FORWARD}
-    names = {f"blk.{layer}.{kind}.weight": size for layer in range(LAYERS) for kind, size in columns.items()}
-    assert {name: entry.sums.shape for name, entry in matrix.entries.items()} == {
-        name: (1, size) for name, size in names.items()
-    }
+    columns = {"attn_qkv": 256, "attn_output": 256, "ffn_up": 256, "ffn_down": 768}
+    shapes = {f"blk.{layer}.{kind}.weight": (1, size) for layer in range(6) for kind, size in columns.items()}
+    assert {name: entry.sums.shape for name, entry in matrix.entries.items()} == shapes
     assert all(entry.counts == [4 * 64] for entry in matrix.entries.values())
     assert all((entry.sums >= 0).all() and entry.sums.max() > 0 for entry in matrix.entries.values())
     assert (matrix.chunk_count, matrix.chunk_size, matrix.datasets) == (4, 64, [CALIBRATION_NAME])
@@ -67,22 +61,18 @@ def test_every_matrix_of_every_layer_has_its_columns_and_all_tokens(matrix: Imat
 def test_the_sums_are_those_of_the_first_layers_normalised_embeddings(demo: Path) -> None:
     """The first matrix sees RMS norm of the embeddings: computed here from the file itself, in float64."""
     seen = collect_imatrix(demo, TEXT, ctx_size=64, chunks=2, parse_special=False)
-    tensors = {tensor.name: np.array(tensor.data, np.float64) for tensor in gguf.GGUFReader(demo).tensors}
+    tensors = tensors_of(demo)
     model = Model(demo)
-    tokens = model.tokenize(TEXT)[:128]
+    rows = tensors["token_embd.weight"].data[model.tokenize(TEXT)[:128]].astype(np.float64)
     model.close()
-    rows = tensors["token_embd.weight"][tokens]
     rows /= np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
-    rows *= tensors["blk.0.attn_norm.weight"]
+    rows *= tensors["blk.0.attn_norm.weight"].data
     np.testing.assert_allclose(seen.entries["blk.0.attn_qkv.weight"].sums[0], (rows**2).sum(axis=0), rtol=1e-4)
 
 
 def test_special_tokens_are_tokens_only_when_asked_for(demo: Path) -> None:
-    chunks = [
-        collect_imatrix(demo, TEXT, ctx_size=64, parse_special=parse_special).chunk_count
-        for parse_special in (True, False)
-    ]
-    assert chunks[0] < chunks[1]
+    read, unread = (collect_imatrix(demo, TEXT, ctx_size=64, parse_special=parse) for parse in (True, False))
+    assert read.chunk_count < unread.chunk_count
 
 
 def test_a_collection_goes_on_from_another(demo: Path, matrix: Imatrix, tmp_path: Path) -> None:
@@ -90,26 +80,28 @@ def test_a_collection_goes_on_from_another(demo: Path, matrix: Imatrix, tmp_path
     part = read_imatrix(tmp_path / "m-at-2.gguf")
     assert part.chunk_count == 2
     resumed = collect_imatrix(demo, calibration_text(), ctx_size=64, chunks=2, from_chunk=2, earlier=[part])
-    assert_equal(resumed, whole)
-    assert_equal(whole, matrix)
+    for other in (resumed, matrix):
+        assert other.entries.keys() == whole.entries.keys()
+        for name, entry in whole.entries.items():
+            np.testing.assert_array_equal(other.entries[name].counts, entry.counts)
+            np.testing.assert_allclose(other.entries[name].sums, entry.sums, rtol=1e-5)
     assert resumed.chunk_count == 4
     assert resumed.datasets == [CALIBRATION_NAME, CALIBRATION_NAME]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-at-2.gguf", "m-at-4.gguf", "m.gguf"]
 
 
-def test_older_files_count_chunks_and_merge_as_tokens() -> None:
-    new = Imatrix({"w": ImatrixEntry(np.full((1, 2), 640, np.float32), np.array([64], np.float32))}, ["a"], 1, 64)
-    old = Imatrix({"w": ImatrixEntry(np.full((1, 2), 30, np.float32), np.array([3], np.float32))}, ["b"], 3)
+def entry(value: float, calls: int, columns: int = 2) -> ImatrixEntry:
+    return ImatrixEntry(np.full((1, columns), value, np.float32), np.array([calls], np.float32))
+
+
+def test_older_files_count_chunks_and_merge_as_tokens_and_those_of_other_models_do_not() -> None:
+    new, old = Imatrix({"w": entry(640, 64)}, ["a"], 1, 64), Imatrix({"w": entry(30, 3)}, ["b"], 3)
     merged = merge_imatrices([new, old], 64)
     np.testing.assert_array_equal(merged.entries["w"].sums, [[640 + 30 * 64] * 2])
     assert (merged.entries["w"].counts.tolist(), merged.chunk_count, merged.datasets) == ([256], 4, ["a", "b"])
     np.testing.assert_allclose(merged.importance()["w"], 10)
-
-
-def test_matrices_of_different_models_do_not_merge(demo: Path) -> None:
-    other = Imatrix({"blk.0.attn_qkv.weight": ImatrixEntry(np.ones((1, 8), np.float32), np.ones(1, np.float32))})
-    with pytest.raises(ImatrixFileError, match="8 columns in one and 256 in another"):
-        collect_imatrix(demo, TEXT, ctx_size=64, chunks=1, earlier=[other])
+    with pytest.raises(ImatrixFileError, match="8 columns in one and 2 in another"):
+        merge_imatrices([Imatrix({"w": entry(1, 1, columns=8)}), new], 64)
 
 
 def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path, tmp_path: Path) -> None:
@@ -117,27 +109,29 @@ def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path
         if done:
             raise KeyboardInterrupt
 
+    options: dict[str, Any] = {"ctx_size": 64, "chunks": 2}
     with pytest.raises(KeyboardInterrupt):
-        make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=3, progress=interrupt)
+        make_imatrix(demo, tmp_path / "m.gguf", progress=interrupt, **options)
     assert not list(tmp_path.iterdir())
-    assert make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=1).chunk_count == 1
+    assert make_imatrix(demo, tmp_path / "m.gguf", **options).chunk_count == 2
     with pytest.raises(OutputExistsError, match="--force"):
-        make_imatrix(demo, tmp_path / "m.gguf", ctx_size=64, chunks=1)
+        make_imatrix(demo, tmp_path / "m.gguf", **options)
 
 
 def test_bad_input_is_a_sentence(demo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImatrixError, match=r"The text has \d+ tokens, and 1 chunks of 4096 are needed"):
-        collect_imatrix(demo, TEXT, ctx_size=4096)
-    with pytest.raises(ModelLoadError, match="There is no model file"):
-        collect_imatrix(tmp_path / "absent.gguf", TEXT)
-    (tmp_path / "cut.gguf").write_bytes(demo.read_bytes()[:100_000])
-    with pytest.raises(ModelLoadError, match=r"llama\.cpp cannot load"):
-        collect_imatrix(tmp_path / "cut.gguf", TEXT)
-    (tmp_path / "latin1.txt").write_bytes("Käse ".encode("latin-1") * 100)
-    with pytest.raises(ImatrixError, match="is not UTF-8"):
-        make_imatrix(demo, tmp_path / "m.gguf", text=tmp_path / "latin1.txt")
-    with pytest.raises(ImatrixError, match="cannot be read: No such file"):
-        make_imatrix(demo, tmp_path / "m.gguf", text=tmp_path / "absent.txt")
+    cut, latin1 = tmp_path / "cut.gguf", tmp_path / "latin1.txt"
+    cut.write_bytes(demo.read_bytes()[:100_000])
+    latin1.write_bytes("Käse ".encode("latin-1") * 100)
+    cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (demo, {"ctx_size": 1 << 20}, ImatrixError, r"The text has \d+ tokens, and 1 chunks of 1048576 are needed"),
+        (tmp_path / "absent.gguf", {}, ModelLoadError, "There is no model file"),
+        (cut, {}, ModelLoadError, r"llama\.cpp cannot load"),
+        (demo, {"text": latin1}, ImatrixError, "is not UTF-8"),
+        (demo, {"text": tmp_path / "absent.txt"}, ImatrixError, "cannot be read: No such file"),
+    ]
+    for model, options, error, words in cases:
+        with pytest.raises(error, match=words):
+            make_imatrix(model, tmp_path / "m.gguf", **options)
 
 
 def test_the_command_prints_the_path_and_its_file_quantises(demo: Path, tmp_path: Path) -> None:
@@ -150,25 +144,11 @@ def test_the_command_prints_the_path_and_its_file_quantises(demo: Path, tmp_path
     assert quantize(demo, tmp_path / "small.gguf", type="IQ2_XS", imatrix=output).bits_per_weight < 4
 
 
-DOCUMENTED = ("json", "shutil", "random", "math", "textwrap", "statistics", "heapq", "shlex", "operator", "calendar")
-
-
-def _questions() -> list[str]:
-    """Ask for docstrings of the standard library, as the demo model was trained to answer."""
-    texts = []
-    for module_name in DOCUMENTED:
-        for name, thing in sorted(vars(importlib.import_module(module_name)).items()):
-            lines = (inspect.getdoc(thing) or "").split("\n\n")[0].split() if callable(thing) else []
-            answer = " ".join(lines)
-            if not name.startswith("_") and 20 < len(answer) <= 240 and answer.endswith("."):
-                question = f"<|user|>\nWhat does {module_name}.{name} do?<|end|>\n<|assistant|>\n"
-                texts.append(f"{question}{answer}<|end|>")
-    random.Random(0).shuffle(texts)
-    return texts
-
-
 def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(demo: Path, tmp_path: Path) -> None:
-    texts = _questions()
+    # Docstrings, as the demo model was trained to answer.
+    asked = "<|user|>\nWhat does {0.name} do?<|end|>\n<|assistant|>\n{0.answer}<|end|>"
+    known = [item for item in read_corpus() if item.emphasised]
+    texts = [asked.format(item) for item in random.Random(0).sample(known, 300)]
     held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
     write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
     plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
@@ -178,3 +158,126 @@ def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(
     others = [msgspec.structs.replace(job, model=str(made.path), reference=False) for made in (guided, plain)]
     original, with_matrix, without = (measure(one).quality.perplexity for one in (job, *others))
     assert original < with_matrix < without
+
+
+CALLS = 7
+UP = "blk.0.ffn_up.weight"
+Sums = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "model-f16.gguf"
+    return write_model(path, layers=1, intermediate_size=256)
+
+
+@pytest.fixture
+def sums(source: Path) -> Sums:
+    """Sums of squares, far from uniform, for each matrix that llama.cpp collects them for."""
+    random = np.random.default_rng(0)
+    return {
+        tensor.name: random.gamma(0.3, size=tensor.shape[0]).astype(np.float32) * CALLS
+        for tensor in tensors_of(source).values()
+        if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+    }
+
+
+def write_gguf(path: Path, sums: Sums) -> Path:
+    counts = np.array([CALLS], dtype=np.float32)
+    entries = {name: ImatrixEntry(values.reshape(1, -1), counts) for name, values in sums.items()}
+    write_imatrix(path, Imatrix(entries, ["calibration.txt"], 3, 512))
+    return path
+
+
+def write_legacy(path: Path, sums: Sums) -> Path:
+    content = struct.pack("<i", len(sums))
+    for name, values in sums.items():
+        content += struct.pack("<i", len(name)) + name.encode() + struct.pack("<ii", CALLS, values.size)
+        content += values.tobytes()
+    dataset = b"calibration.txt"
+    path.write_bytes(content + struct.pack("<ii", 3, len(dataset)) + dataset)
+    return path
+
+
+# One of each grid that ggml builds, for seconds, when it meets a type.
+@pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", "IQ1_S"])
+def test_types_that_need_a_matrix_are_made_with_one_and_name_it(
+    source: Path, tmp_path: Path, sums: Sums, name: str
+) -> None:
+    assert QUANTIZATION_TYPES[name].needs_imatrix
+    imatrix = write_legacy(tmp_path / "imatrix.dat", sums)
+    result = quantize(source, tmp_path / "out.gguf", type=name, imatrix=imatrix)
+    assert predict_size(source, type=name, imatrix=imatrix).bytes == pytest.approx(result.bytes, rel=0.01)
+    recorded = {key: value for key, value in fields_of(result.path).items() if key.startswith("quantize.imatrix.")}
+    assert list(recorded.values()) == ["imatrix.dat", "calibration.txt", len(sums), 3]
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_legacy])
+def test_what_was_written_is_read(tmp_path: Path, sums: Sums, write: Callable[[Path, Sums], Path]) -> None:
+    matrix = read_imatrix(write(tmp_path / "imatrix", sums))
+    assert matrix.entries.keys() == sums.keys()
+    for name, values in sums.items():
+        np.testing.assert_array_equal(matrix.entries[name].sums, values.reshape(1, -1))
+        assert matrix.entries[name].counts == [CALLS]
+    assert (matrix.datasets, matrix.chunk_count) == (["calibration.txt"], 3)
+    unseen = ImatrixEntry(np.array([[2, 4], [9, 9]], dtype=np.float32), np.array([2, 0], dtype=np.float32))
+    np.testing.assert_array_equal(Imatrix({"ffn": unseen}).importance()["ffn"], [1, 2, 1, 1])
+
+
+def test_a_matrix_of_another_model_is_refused(source: Path, tmp_path: Path, sums: Sums) -> None:
+    for others, words in (
+        (sums | {UP: np.ones(512, np.float32)}, "another model: it has 512 values for .*, which has 256 columns"),
+        ({"model.layers.0": np.ones(256, np.float32)}, "names no tensor of this model"),
+    ):
+        imatrix = write_legacy(tmp_path / "imatrix.dat", others)
+        with pytest.raises(QuantizeError, match=words):
+            quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_matrix_that_lacks_a_tensor_is_refused_when_the_tensor_needs_it(
+    source: Path, tmp_path: Path, sums: Sums
+) -> None:
+    del sums[UP]
+    imatrix = write_gguf(tmp_path / "imatrix.gguf", sums)
+    with pytest.raises(QuantizeError, match=rf"{UP} cannot become iq2_xs without a row in"):
+        quantize(source, tmp_path / "out.gguf", type="IQ2_XS", imatrix=imatrix)
+    # llama.cpp itself notices this one, while it works.
+    with pytest.raises(QuantizeError, match=rf"importance matrix has nothing for {UP}"):
+        quantize(source, tmp_path / "out.gguf", type="Q2_K_S", imatrix=imatrix)
+    assert not (tmp_path / "out.gguf").exists()
+    quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("absent", "cannot be read: No such file"),
+        ("empty", "it ends early, or is another kind of file"),
+        ("cut-legacy", "it ends early, or is another kind of file"),
+        ("cut-gguf-header", "not a whole importance matrix"),
+        ("cut-gguf-data", "not a whole importance matrix"),
+        ("no-sums", r"no tensor whose name ends with \.in_sum2"),
+        ("wrong-type", "it is a GGUF of type 'adapter', not 'imatrix'"),
+        ("nan", rf"holds NaN or infinite values for {UP}"),
+    ],
+)
+def test_a_bad_matrix_is_refused_in_a_sentence(source: Path, tmp_path: Path, sums: Sums, kind: str, words: str) -> None:
+    if kind == "nan":
+        sums[UP][4] = np.nan
+    new, old = (write(tmp_path / write.__name__, sums).read_bytes() for write in (write_gguf, write_legacy))
+    contents = {
+        "empty": b"",
+        "cut-legacy": old[:-1200],
+        "cut-gguf-header": new[:60],
+        "cut-gguf-data": new[:-300],
+        "no-sums": new.replace(b".in_sum2", b".in_sumX"),
+        "wrong-type": new.replace(b"\0imatrix", b"\0adapter", 1),
+        "nan": new,
+    }
+    path = tmp_path / "imatrix.file"
+    if kind in contents:
+        path.write_bytes(contents[kind])
+    with pytest.raises(ImatrixFileError, match=words):
+        quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=path)
+    assert not (tmp_path / "out.gguf").exists()

@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import llama_cpp
 import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY, SourceInfo
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.llama.model import Model
-from tests.conversion import llama
+from edge_phi3.llama.model import Model, tokenize
+from tests.conversion.conftest import edit, fields_of
 from tests.golden.vocabularies import phi3_vocabulary
-
-Edit = Callable[..., None]
 
 ENDS = [phi3_vocabulary(merges=300).id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
 
-CARD = """---
-license: mit
-license_link: https://example.org/LICENSE
-language:
-- en
-tags:
-- nlp
-- code
----
-# A model
-"""
+CARD = (
+    "---\nlicense: mit\nlicense_link: https://example.org/LICENSE\n"
+    "language:\n- en\ntags:\n- nlp\n- code\n---\n# A model\n"
+)
 
 
 def converted(checkpoint: Path, source: SourceInfo | None = None) -> dict[str, Any]:
     output = checkpoint.parent / "out.gguf"
-    convert(checkpoint, output, source=source, force=True)
-    return {key: field.contents() for key, field in gguf.GGUFReader(output).fields.items()}
+    return fields_of(convert(checkpoint, output, source=source, force=True).path)
+
+
+def ends_of(checkpoint: Path) -> list[int]:
+    """Return the tokens that llama.cpp ends a generation on."""
+    model = Model(checkpoint.parent / "out.gguf")
+    found = [token for token in range(model.vocab_size) if llama_cpp.llama_vocab_is_eog(model._vocab, token)]
+    model.close()
+    return found
 
 
 @pytest.mark.parametrize(
-    "case",
+    ("repository", "stated", "folder", "name"),
     [
         ("microsoft/Phi-3-mini-4k-instruct", "other", "folder", "Phi-3-mini-4k-instruct"),
         (None, "Phi-3-mini-4k-instruct", "folder", "Phi-3-mini-4k-instruct"),
@@ -54,30 +50,26 @@ def converted(checkpoint: Path, source: SourceInfo | None = None) -> dict[str, A
     ],
 )
 def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
-    case: tuple[str | None, object, str, str], checkpoint: Path, edit: Edit
+    checkpoint: Path, repository: str | None, stated: object, folder: str, name: str
 ) -> None:
-    repository, stated, folder, name = case
     checkpoint = checkpoint.rename(checkpoint.parent / folder)
     edit(checkpoint / "config.json", _name_or_path=stated)
     keys = converted(checkpoint, SourceInfo(repository) if repository else None)
     assert keys["general.name"] == name
     chat = "<|user|>\n Hello<|end|>\n<|assistant|>\n"
     model = Model(checkpoint.parent / "out.gguf")
-    with llama.loaded(checkpoint.parent / "out.gguf") as alone:
-        assert llama.Vocabulary(alone).tokenize(chat) == Tokenizer(model).encode(chat).tolist()
+    assert tokenize(model._vocab, chat, parse_special=True).tolist() == Tokenizer(model).encode(chat).tolist()
     model.close()
 
 
-def test_size_licence_languages_window_and_rope(checkpoint: Path, edit: Edit) -> None:
+def test_size_licence_languages_window_and_rope(checkpoint: Path) -> None:
     (checkpoint / "README.md").write_text(CARD, encoding="utf-8")
     edit(checkpoint / "config.json", sliding_window=None, rope_theta=25000.5)
     keys = converted(checkpoint)
     assert keys["general.type"] == "model"
     assert keys["general.size_label"] == "133K"
-    assert keys["general.license"] == "mit"
-    assert keys["general.license.link"] == "https://example.org/LICENSE"
-    assert keys["general.languages"] == ["en"]
-    assert keys["general.tags"] == ["nlp", "code"]
+    assert (keys["general.license"], keys["general.license.link"]) == ("mit", "https://example.org/LICENSE")
+    assert (keys["general.languages"], keys["general.tags"]) == (["en"], ["nlp", "code"])
     assert (keys["phi3.attention.sliding_window"], keys["phi3.rope.freq_base"]) == (0, 25000.5)
 
 
@@ -96,8 +88,7 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
         (None, "microsoft/Phi-3-mini-4k-instruct", "0a67737c"),
     ):
         keys = converted(snapshot, source)
-        assert keys["general.name"] == repository.split("/")[1]
-        assert keys["general.organization"] == repository.split("/")[0]
+        assert [keys["general.organization"], keys["general.name"]] == repository.split("/")
         assert keys["general.source.repo_url"] == f"https://huggingface.co/{repository}"
         assert keys["general.source.huggingface.repository"] == repository
         assert keys["general.source.huggingface.revision"] == revision
@@ -105,51 +96,33 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
     assert not any(key.startswith("general.source") for key in converted(elsewhere))
 
 
-def test_llama_cpp_ends_on_every_token_of_the_generation_config(checkpoint: Path) -> None:
+def test_llama_cpp_learns_of_all_ends_that_it_can_and_our_key_has_all(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     keys = converted(checkpoint)
     assert keys[EOS_TOKEN_IDS_KEY] == ENDS
-    assert keys[PAD_TOKEN_ID_KEY] == ENDS[0]
-    with llama.loaded(checkpoint.parent / "out.gguf") as model:
-        # "</s>" is one of llama.cpp's own accord, by its text.
-        assert llama.Vocabulary(model).ends() == [2, *ENDS]
-        assert llama_cpp.llama_vocab_eos(llama_cpp.llama_model_get_vocab(model)) == ENDS[0]
+    assert keys[PAD_TOKEN_ID_KEY] == keys["tokenizer.ggml.eos_token_id"] == ENDS[0]
+    # "</s>" is one of llama.cpp's own accord, by its text.
+    assert ends_of(checkpoint) == [2, *ENDS]
+    edit(checkpoint / "generation_config.json", eos_token_id=[300, 301, 302, ENDS[2]])
+    assert converted(checkpoint)[EOS_TOKEN_IDS_KEY] == [300, 301, 302, ENDS[2]]
+    assert set(ends_of(checkpoint)) >= {300, 301, ENDS[0], ENDS[2]}
+    vocabulary = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert f"will not end a generation on {list(vocabulary)[302]}" in caplog.text
 
 
-def test_llama_cpp_learns_of_two_more_ends_and_our_key_has_all(
-    checkpoint: Path, edit: Edit, caplog: pytest.LogCaptureFixture
-) -> None:
-    more = [300, 301, 302]
-    edit(checkpoint / "generation_config.json", eos_token_id=[*more, ENDS[2]])
-    assert converted(checkpoint)[EOS_TOKEN_IDS_KEY] == [*more, ENDS[2]]
-    with llama.loaded(checkpoint.parent / "out.gguf") as model:
-        assert set(llama.Vocabulary(model).ends()) >= {300, 301, ENDS[0], ENDS[2]}
-    text = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
-    assert f"will not end a generation on {next(k for k, v in text.items() if v == 302)}" in caplog.text
+def test_the_generation_config_is_kept_whole(checkpoint: Path) -> None:
+    stated: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "do_sample": True, "stop_strings": ["\u00e9"]}
+    edit(checkpoint / "generation_config.json", transformers_version="4.49.0", **stated)
+    tokens = {"bos_token_id": 1, "eos_token_id": ENDS, "pad_token_id": ENDS[0]}
+    assert json.loads(converted(checkpoint)[GENERATION_CONFIG_KEY]) == tokens | stated
 
 
-def test_the_generation_config_is_kept_whole(checkpoint: Path, edit: Edit) -> None:
-    edit(
-        checkpoint / "generation_config.json",
-        temperature=0.7, top_p=0.9, do_sample=True, stop_strings=["\u00e9"], transformers_version="4.49.0",
-    )  # fmt: skip
-    assert json.loads(converted(checkpoint)[GENERATION_CONFIG_KEY]) == {
-        "bos_token_id": 1,
-        "eos_token_id": ENDS,
-        "pad_token_id": ENDS[0],
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "do_sample": True,
-        "stop_strings": ["\u00e9"],
-    }
-
-
-def test_without_a_generation_config_the_model_config_counts(checkpoint: Path, edit: Edit) -> None:
+def test_without_a_generation_config_the_model_config_counts(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").unlink()
     keys = converted(checkpoint)
     assert keys[EOS_TOKEN_IDS_KEY] == [ENDS[0]]
     expected = {"bos_token_id": 1, "eos_token_id": ENDS[0], "pad_token_id": ENDS[0]}
     assert json.loads(keys[GENERATION_CONFIG_KEY]) == expected
     edit(checkpoint / "config.json", eos_token_id=..., pad_token_id=None, bos_token_id=...)
-    keys = converted(checkpoint)
-    assert EOS_TOKEN_IDS_KEY not in keys
-    assert PAD_TOKEN_ID_KEY not in keys
+    assert not {EOS_TOKEN_IDS_KEY, PAD_TOKEN_ID_KEY} & converted(checkpoint).keys()

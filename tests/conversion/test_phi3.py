@@ -1,10 +1,10 @@
-"""config.json becomes hyper-parameters with the meaning that transformers gives them."""
+"""config.json becomes hyper-parameters with the meaning that transformers gives them; tied embeddings among them."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from edge_phi3.conversion import plan
 from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.encode import to_float32
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
+from edge_phi3.conversion.journey import Journey
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
-from tests.golden.checkpoints import longrope, phi3_tensors, write_checkpoint
+from edge_phi3.conversion.safetensors import SafetensorsFile
+from edge_phi3.planning.source import find_base
+from edge_phi3.progress import SilentProgress
+from tests.conversion.conftest import JSON, edit, edited_weights, tensors_of
+from tests.golden.checkpoints import long_context, longrope, write_checkpoint
 
 MINI_4K: dict[str, Any] = {
     "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
@@ -25,18 +33,7 @@ MINI_4K: dict[str, Any] = {
     "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
     "vocab_size": 32064,
 }  # fmt: skip
-MINI_128K = MINI_4K | {
-    "max_position_embeddings": 131072,
-    "rope_scaling": longrope(96),
-    "sliding_window": 262144,
-}
-MEDIUM = MINI_4K | {
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "num_attention_heads": 40,
-    "num_hidden_layers": 40,
-    "num_key_value_heads": 10,
-}
+MINI_128K = MINI_4K | long_context(96)
 
 
 def test_entries_that_transformers_does_not_write_have_its_defaults() -> None:
@@ -44,61 +41,12 @@ def test_entries_that_transformers_does_not_write_have_its_defaults() -> None:
     assert read_phi3(absent) == read_phi3(MINI_4K | {"sliding_window": None})
 
 
-def test_phi3_mini_128k() -> None:
-    model = read_phi3(MINI_128K)
-    assert model.rope.longrope is not None
-    assert model.rope.longrope.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
-    for name in ("long_factor", "short_factor"):
-        np.testing.assert_array_equal(getattr(model.rope.longrope, name), np.float32(MINI_128K["rope_scaling"][name]))
-
-
-@pytest.mark.parametrize(
-    ("changes", "factor"),
-    [({"rope_scaling": longrope(96) | {"attention_factor": 1.5}}, 1.5), ({"max_position_embeddings": 4096}, 1.0)],
-)
-def test_an_attention_factor_is_stated_or_follows_from_the_context(changes: dict[str, Any], factor: float) -> None:
-    model = read_phi3(MINI_128K | changes)
-    assert model.rope.longrope is not None
-    assert model.rope.longrope.attention_factor == factor
-
-
-@pytest.mark.parametrize("config", [MINI_4K, MEDIUM, MINI_4K | {"tie_word_embeddings": True}])
-def test_the_tensors_are_those_of_the_model_class(config: dict[str, Any]) -> None:
-    model = read_phi3(config)
-    expected = {
-        tensor.name: tensor.shape
-        for tensor in phi3_tensors(
-            model.hidden_size,
-            model.intermediate_size,
-            model.num_hidden_layers,
-            heads=model.num_attention_heads,
-            kv_heads=model.kv_heads,
-            rows=model.vocab_size,
-            gain=1.0,
-        )
-        if tensor.name != "lm_head.weight" or not model.tie_word_embeddings
-    }
-    assert {name: spec.shape for name, spec in model.tensors().items()} == expected
-    parameters = sum(math.prod(shape) for shape in expected.values())
-    assert parameters == {3072: 3_821_079_552, 5120: 13_960_238_080}[model.hidden_size] - (
-        32064 * 3072 if model.tie_word_embeddings else 0
-    )
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
 ROPE = st.fixed_dictionaries(
     {},
     optional={
         "type": st.sampled_from(["longrope", "su", "default"]) | JSON,
-        "rope_type": JSON,
-        "rope_theta": JSON,
-        "short_factor": JSON,
         "long_factor": st.just([1.0] * 48) | JSON,
-        "attention_factor": JSON,
+        **dict.fromkeys(("rope_type", "rope_theta", "short_factor", "attention_factor"), JSON),
         "original_max_position_embeddings": JSON,
     },
 )
@@ -112,12 +60,27 @@ def test_no_entry_makes_it_fail_in_another_way(changes: dict[str, Any], rope: di
         assert isinstance(read_phi3(config), Phi3)
 
 
-FACTORS = {name: values for name, values in longrope(96).items() if name != "type"}
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config says on rotary positions, comparable."""
+    rope = read_phi3(config).rope
+    factors = rope.longrope and {name: np.asarray(value).tolist() for name, value in vars(rope.longrope).items()}
+    return vars(rope) | {"longrope": factors}
+
+
+SCALING = longrope(96)
+FACTORS = {name: values for name, values in SCALING.items() if name != "type"}
 OTHERS = {name: [value + 1 for value in values] for name, values in FACTORS.items()}
 DEFAULT: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 NEW: dict[str, Any] = {**DEFAULT, **FACTORS, "rope_type": "longrope", "original_max_position_embeddings": 4096}
 LONG_CONTEXT = MINI_128K | {"rope_scaling": None}
-EXPECTED = read_phi3(MINI_128K)
+EXPECTED = rope_of(MINI_128K)
+NOTE = "config.json: {} has the factors of longrope and {} the type 'default'; the factors are kept."
+
+
+def factor(value: float) -> dict[str, Any]:
+    """Return what another attention factor changes of `EXPECTED`."""
+    return {"longrope": EXPECTED["longrope"] | {"attention_factor": value}}
+
 
 SPELLINGS = [
     {"type": "longrope"},
@@ -128,117 +91,202 @@ SPELLINGS = [
 ]
 
 
-def same_as_128k(config: dict[str, Any]) -> tuple[str, ...]:
-    """Assert that a config means what Phi-3-mini-128k's means; give what is said of it."""
-    model = read_phi3(config)
-    found, expected = model.rope.longrope, EXPECTED.rope.longrope
-    assert found is not None
-    assert expected is not None
-    np.testing.assert_array_equal(found.short_factor, expected.short_factor)
-    np.testing.assert_array_equal(found.long_factor, expected.long_factor)
-    assert found.attention_factor == expected.attention_factor
-    assert (model.rope.theta, model.rope.original_context) == (10000.0, 4096)
-    return model.rope.notes
-
-
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
-@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("places", [("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling")])
 @pytest.mark.parametrize("other", [None, {}, DEFAULT, {"type": "default"}, {"rope_theta": 10000.0}], ids=str)
-def test_the_factors_of_either_place_count(field: str, spelling: dict[str, Any], other: dict[str, Any] | None) -> None:
-    neighbour = {"rope_scaling": "rope_parameters", "rope_parameters": "rope_scaling"}[field]
-    notes = same_as_128k(LONG_CONTEXT | {field: FACTORS | spelling, neighbour: other})
-    if other:
-        assert notes == (
-            f"config.json: {field} has the factors of longrope and {neighbour} the type 'default'; "
-            "the factors are kept.",
-        )
-    else:
-        assert notes == ()
+def test_the_factors_of_either_place_count(
+    places: tuple[str, str], spelling: dict[str, Any], other: dict[str, Any] | None
+) -> None:
+    config = LONG_CONTEXT | {places[0]: FACTORS | spelling, places[1]: other}
+    assert rope_of(config) == EXPECTED | {"notes": (NOTE.format(*places),) if other else ()}
 
 
-def test_both_places_may_say_the_same() -> None:
-    assert same_as_128k(LONG_CONTEXT | {"rope_scaling": {"type": "su"} | FACTORS, "rope_parameters": NEW}) == ()
-    # Whole numbers and floats are the same numbers.
-    scaling = {"type": "longrope", "rope_theta": 10000} | FACTORS
-    assert same_as_128k(LONG_CONTEXT | {"rope_scaling": scaling, "rope_parameters": NEW}) == ()
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"rope_scaling": SCALING}, factor(math.sqrt(1 + math.log(32) / math.log(4096)))),
+        ({"rope_scaling": SCALING, "max_position_embeddings": 4096}, factor(1.0)),
+        ({"rope_scaling": SCALING | {"attention_factor": 1.5}}, factor(1.5)),
+        ({"rope_scaling": SCALING, "rope_parameters": NEW | {"attention_factor": 1.5}}, factor(1.5)),
+        ({"rope_scaling": SCALING, "rope_parameters": NEW}, {}),
+        # Whole numbers and floats are the same numbers.
+        ({"rope_scaling": SCALING | {"rope_theta": 10000}, "rope_parameters": NEW}, {}),
+        # What stands inside goes before what stands beside, as in transformers 5.
+        ({"rope_parameters": NEW | {"rope_theta": 3e4}}, {"theta": 3e4}),
+        (
+            {"rope_theta": None, "rope_scaling": SCALING, "rope_parameters": {"rope_theta": 2e4}},
+            {"theta": 2e4, "notes": (NOTE.format("rope_scaling", "rope_parameters"),)},
+        ),
+    ],
+)
+def test_an_entry_may_stand_in_one_place_or_in_both(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert rope_of(LONG_CONTEXT | changes) == EXPECTED | expected
 
 
 @pytest.mark.parametrize(
     ("scaling", "parameters", "entry"),
     [
-        ({"type": "longrope"} | OTHERS, NEW, "short_factor"),
-        ({"type": "longrope"} | FACTORS, NEW | {"long_factor": OTHERS["long_factor"]}, "long_factor"),
-        ({"type": "longrope"} | FACTORS, NEW | {"rope_theta": 20000.0}, "rope_theta"),
-        ({"type": "longrope"} | FACTORS, DEFAULT | {"rope_theta": 20000.0}, "rope_theta"),
+        (SCALING | OTHERS, NEW, "short_factor"),
+        (SCALING, NEW | {"long_factor": OTHERS["long_factor"]}, "long_factor"),
+        (SCALING, NEW | {"rope_theta": 20000.0}, "rope_theta"),
+        (SCALING, DEFAULT | {"rope_theta": 20000.0}, "rope_theta"),
         ({"type": "default", "rope_theta": 20000.0}, NEW, "rope_theta"),
-        ({"type": "longrope"} | FACTORS, NEW | {"original_max_position_embeddings": 8192}, "original_max_position"),
-        ({"type": "longrope"} | FACTORS, DEFAULT | {"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
-        (
-            {"type": "longrope", "attention_factor": 1.5} | FACTORS,
-            NEW | {"attention_factor": 1.25},
-            "attention_factor",
-        ),
+        (SCALING, NEW | {"original_max_position_embeddings": 8192}, "original_max_position"),
+        (SCALING, DEFAULT | {"partial_rotary_factor": 0.75}, "partial_rotary_factor"),
+        (SCALING | {"attention_factor": 1.5}, NEW | {"attention_factor": 1.25}, "attention_factor"),
     ],
 )
 def test_places_that_contradict_each_other_are_refused(
     scaling: dict[str, Any], parameters: dict[str, Any], entry: str
 ) -> None:
     config = LONG_CONTEXT | {"partial_rotary_factor": 1.0, "rope_scaling": scaling, "rope_parameters": parameters}
-    with pytest.raises(
-        CheckpointError,
-        match=f"^config.json: rope_scaling and rope_parameters contradict each other on {entry}.*; remove the one",
-    ):
+    words = f"^config.json: rope_scaling and rope_parameters contradict each other on {entry}.*; remove the one"
+    with pytest.raises(CheckpointError, match=words):
         read_phi3(config)
 
 
-def test_an_entry_that_stands_in_one_place_counts() -> None:
-    nothing_beside = {name: value for name, value in LONG_CONTEXT.items() if name != "rope_theta"}
-    scaling = {"type": "longrope"} | FACTORS
-    model = read_phi3(nothing_beside | {"rope_scaling": scaling, "rope_parameters": DEFAULT | {"rope_theta": 2e4}})
-    assert model.rope.theta == 2e4
-    model = read_phi3(LONG_CONTEXT | {"rope_parameters": NEW | {"rope_theta": 3e4}})
-    assert model.rope.theta == 3e4, "inside goes before beside, as in transformers 5"
-    model = read_phi3(LONG_CONTEXT | {"rope_scaling": scaling, "rope_parameters": NEW | {"attention_factor": 1.5}})
-    assert model.rope.longrope is not None
-    assert model.rope.longrope.attention_factor == 1.5
-
-
-def test_one_place_with_two_types_is_refused() -> None:
-    rope = {"rope_type": "default", "type": "longrope"} | FACTORS
-    with pytest.raises(CheckpointError, match="rope_scaling has the rope_type 'default' and the type 'longrope'; give"):
-        read_phi3(MINI_128K | {"rope_scaling": rope})
-
-
-@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
-def test_a_type_that_phi3_has_not_is_refused_wherever_it_stands(field: str) -> None:
-    neighbour = {"rope_scaling": "rope_parameters", "rope_parameters": "rope_scaling"}[field]
+@pytest.mark.parametrize("places", [("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling")])
+def test_a_type_that_phi3_has_not_is_refused_wherever_it_stands(places: tuple[str, str]) -> None:
+    field, neighbour = places
     for kind in ("llama3", 7, ["longrope"]):
-        config = LONG_CONTEXT | {field: {"rope_type": kind, "factor": 8.0}, neighbour: {"type": "longrope"} | FACTORS}
+        config = LONG_CONTEXT | {field: {"rope_type": kind, "factor": 8.0}, neighbour: SCALING}
         with pytest.raises(UnsupportedModelError, match=f"{field}: the rope scaling type is .*Phi-3 has 'longrope'"):
             read_phi3(config)
-    with pytest.raises(CheckpointError, match=rf"{field}: expected `object \| null`, got `str`"):
-        read_phi3(MINI_4K | {field: "longrope", neighbour: DEFAULT})
+    for rope, words in (
+        ("longrope", r": expected `object \| null`, got `str`"),
+        (SCALING | {"rope_type": "default"}, " has the rope_type 'default' and the type 'longrope'; give"),
+    ):
+        with pytest.raises(CheckpointError, match=field + words):
+            read_phi3(LONG_CONTEXT | {field: rope})
 
 
 @pytest.mark.parametrize("kind", [{}, {"type": "default"}, {"rope_type": "default"}], ids=str)
 def test_factors_without_their_type_have_no_effect_and_are_told(kind: dict[str, Any]) -> None:
-    model = read_phi3(MINI_128K | {"rope_scaling": FACTORS | kind})
-    assert model.rope.longrope is None
-    assert model.rope.notes == tuple(
+    rope = read_phi3(MINI_128K | {"rope_scaling": FACTORS | kind}).rope
+    assert rope.longrope is None
+    assert rope.notes == tuple(
         f"config.json: rope_scaling has a {name}, but its type is not 'longrope'; as in transformers, it has no effect."
         for name in ("short_factor", "long_factor")
     )
 
 
 def test_the_file_is_that_of_the_factors_alone_and_the_converter_says_so(
-    tmp_path: Path, edit: Callable[..., None], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = write_checkpoint(
-        tmp_path / "phi-3-long", layers=1, max_position_embeddings=131072, rope_scaling=longrope(16)
-    )
+    folder = write_checkpoint(tmp_path / "phi-3-long", layers=1, **long_context())
     alone = convert(folder, tmp_path / "alone.gguf").path.read_bytes()
     assert caplog.messages == []
     edit(folder / "config.json", rope_parameters=DEFAULT)
     assert convert(folder, tmp_path / "both.gguf").path.read_bytes() == alone
-    (told,) = caplog.messages
-    assert "rope_scaling has the factors of longrope and rope_parameters the type 'default'" in told
+    assert caplog.messages == [NOTE.format("rope_scaling", "rope_parameters")]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+Bits = NDArray[Any]
+
+
+@pytest.fixture(params=["bfloat16", "float16", "float32"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint of one file with tied embeddings, stored once."""
+    return write_checkpoint(tmp_path / "phi-3-tied", layers=1, dtype=request.param, tie_word_embeddings=True)
+
+
+def embedding_of(checkpoint: Path) -> tuple[str, Bits]:
+    """Return the dtype of the embedding, and its bits."""
+    tensor = SafetensorsFile(checkpoint / "model.safetensors").tensors[EMBEDDING]
+    bits = tensor.read(0, tensor.size).reshape(tensor.shape).copy()
+    return tensor.dtype, bits.view(np.uint32) if tensor.dtype == "F32" else bits
+
+
+def add_head(checkpoint: Path, dtype: str, bits: Bits) -> None:
+    """Store an output matrix as well."""
+    with edited_weights(checkpoint / "model.safetensors") as (header, data):
+        header[HEAD] = {"dtype": dtype, "shape": bits.shape, "data_offsets": [len(data), len(data) + bits.nbytes]}
+        data.extend(bits.tobytes())
+
+
+def converted(checkpoint: Path, name: str, **options: Any) -> Path:
+    return convert(checkpoint, checkpoint.parent / f"{name}.gguf", **options).path
+
+
+@pytest.mark.parametrize("outtype", ["auto", "q8_0"])
+def test_a_head_of_its_own_is_kept_and_told(checkpoint: Path, caplog: pytest.LogCaptureFixture, outtype: str) -> None:
+    dtype, bits = embedding_of(checkpoint)
+    add_head(checkpoint, dtype, bits[::-1])
+    kept = converted(checkpoint, "kept", outtype=outtype)
+    assert caplog.messages == [
+        "config.json: tie_word_embeddings is true, but lm_head.weight is stored and differs from "
+        "model.embed_tokens.weight; both are kept, as in transformers 5."
+    ]
+    caplog.clear()
+    edit(checkpoint / "config.json", tie_word_embeddings=False)
+    assert kept.read_bytes() == converted(checkpoint, "untied", outtype=outtype).read_bytes()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("widened", [False, True], ids=["the same dtype", "float32"])
+def test_one_value_is_difference_enough_wherever_it_lies(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, widened: bool
+) -> None:
+    monkeypatch.setattr(plan, "_CHUNK", 1000)  # the matrix is compared in many pieces, the last of them short
+    dtype, bits = embedding_of(checkpoint)
+    if widened:
+        dtype, bits = "F32", widen(dtype, bits)
+    bits[-1, -1] ^= 1
+    add_head(checkpoint, dtype, bits)
+    found = tensors_of(converted(checkpoint, "out", outtype="f32"))
+    assert len(caplog.messages) == 1
+    np.testing.assert_array_equal(found["output.weight"].data.view(np.uint32), widen(dtype, bits))
+    assert (found["output.weight"].data != found["token_embd.weight"].data).sum() == 1
+
+
+def widen(dtype: str, bits: Bits) -> Bits:
+    """Return the bits of the values in float32."""
+    return bits if dtype == "F32" else to_float32(bits, dtype).view(np.uint32)
+
+
+@pytest.mark.parametrize("stored", ["the same", "with a negative zero", "in float32"])
+def test_the_embedding_once_more_is_left_out(checkpoint: Path, caplog: pytest.LogCaptureFixture, stored: str) -> None:
+    dtype, bits = embedding_of(checkpoint)
+    if stored == "with a negative zero":
+        with edited_weights(checkpoint / "model.safetensors") as (header, data):
+            begin = header[EMBEDDING]["data_offsets"][0]
+            data[begin : begin + bits[0].nbytes] = bytes(bits[0].nbytes)
+        bits[0] = bits.dtype.type(1 << 8 * bits.itemsize - 1)
+    if stored == "in float32":
+        dtype, bits = "F32", widen(dtype, bits)
+    once = converted(checkpoint, "once")
+    add_head(checkpoint, dtype, bits)
+    assert converted(checkpoint, "twice").read_bytes() == once.read_bytes()
+    assert caplog.messages == []
+    assert "output.weight" not in tensors_of(once)
+
+
+def test_what_is_no_head_is_refused_by_name(checkpoint: Path) -> None:
+    dtype, bits = embedding_of(checkpoint)
+    original = (checkpoint / "model.safetensors").read_bytes()
+    for kind, head, sentence in (
+        (dtype, bits[1:], r"lm_head.weight has the shape \[\d+, 64\]"),
+        ("I8", bits.view(np.int8)[:, :64], "lm_head.weight has the dtype I8"),
+    ):
+        (checkpoint / "model.safetensors").write_bytes(original)
+        add_head(checkpoint, kind, head)
+        with pytest.raises(CheckpointError, match=sentence):
+            converted(checkpoint, "out")
+
+
+def test_the_journey_and_the_plan_count_it(checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def planned() -> bool:
+        return find_base(str(checkpoint), tmp_path, store=None, progress=SilentProgress()).tied
+
+    assert planned()
+    dtype, bits = embedding_of(checkpoint)
+    add_head(checkpoint, dtype, bits[::-1])
+    assert not planned()
+    with caplog.at_level(logging.WARNING):
+        stop = Journey(tmp_path, "tied").convert(checkpoint)
+    assert len(caplog.messages) == 1
+    assert "output.weight" in tensors_of(stop.path)
+    (checkpoint / "model.safetensors").unlink()
+    assert planned(), "without weights the config alone counts"

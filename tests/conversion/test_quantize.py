@@ -13,7 +13,6 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
 
 from edge_phi3.conversion.phi3 import ARCHITECTURE, read_phi3
 from edge_phi3.conversion.quantization_types import (
@@ -28,18 +27,11 @@ from edge_phi3.files import DiskFullError
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, QuantizerProcess
 from edge_phi3.planning.gguf_layout import write_base
-from tests.conversion.random_gguf import write_random
-from tests.golden.quantized import CASES, RECORD, digest, write_inputs
+from tests.conversion.conftest import fields_of, tensors_of, write_model
+from tests.golden.gguf_digests import QUANTIZED, QUANTIZED_TYPES, digest, write_quantizer_inputs
+from tests.test_cli import edge_phi3
 
 WITHOUT_MATRIX = [type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.needs_imatrix]
-
-
-def tensors_of(path: Path) -> dict[str, gguf.ReaderTensor]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-
-
-def fields_of(path: Path) -> dict[str, object]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +60,11 @@ def test_each_type_is_made_at_the_predicted_size(
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_the_bytes_are_those_of_ggufs_numpy_quantisers(source: Path, tmp_path: Path, name: str) -> None:
-    output = tmp_path / "out.gguf"
-    quantize(source, output, type=name, pure=True)
-    type_ = GGMLQuantizationType[name]
-    made = tensors_of(output)
-    for tensor in gguf.GGUFReader(source).tensors:
-        if len(tensor.shape) < 2:
-            expected = np.array(tensor.data)
-        else:
-            expected = gguf.quants.quantize(np.array(tensor.data, dtype=np.float32), type_)
+    made = tensors_of(quantize(source, tmp_path / "out.gguf", type=name, pure=True).path)
+    for tensor in tensors_of(source).values():
+        expected = np.array(tensor.data)
+        if len(tensor.shape) > 1:
+            expected = gguf.quants.quantize(expected.astype(np.float32), gguf.GGMLQuantizationType[name])
         assert made[tensor.name].data.tobytes() == expected.tobytes(), tensor.name
 
 
@@ -105,12 +93,6 @@ def test_overrides_reach_the_tensors_they_name(source: Path, tmp_path: Path) -> 
         assert types[f"blk.{layer}.ffn_norm.weight"] == "F32"
 
 
-def test_pure_gives_every_matrix_the_same_type(source: Path, tmp_path: Path) -> None:
-    quantize(source, tmp_path / "out.gguf", type="Q4_K_M", pure=True)
-    matrices = [tensor for tensor in tensors_of(tmp_path / "out.gguf").values() if len(tensor.shape) > 1]
-    assert {tensor.tensor_type.name for tensor in matrices} == {"Q4_K"}
-
-
 def test_the_number_of_threads_does_not_change_a_byte(source: Path, tmp_path: Path) -> None:
     quantize(source, tmp_path / "one.gguf", type="Q4_K_M", threads=1)
     quantize(source, tmp_path / "three.gguf", type="Q4_K_M", threads=3)
@@ -118,8 +100,7 @@ def test_the_number_of_threads_does_not_change_a_byte(source: Path, tmp_path: Pa
 
 
 def test_columns_that_do_not_fill_blocks_fall_back_and_are_counted(tmp_path: Path) -> None:
-    source = tmp_path / "narrow.gguf"
-    write_random(source, hidden=96, heads=2, feed_forward=160)
+    source = write_model(tmp_path / "narrow.gguf", hidden_size=96, heads=2, intermediate_size=160)
     result = quantize(source, tmp_path / "out.gguf", type="Q4_K_M")
     types = {tensor.tensor_type.name for tensor in tensors_of(tmp_path / "out.gguf").values()}
     assert types <= {"F32", "Q5_0", "Q8_0"}
@@ -130,37 +111,39 @@ def test_columns_that_do_not_fill_blocks_fall_back_and_are_counted(tmp_path: Pat
 
 
 def test_a_split_model_becomes_one_file(source: Path, tmp_path: Path) -> None:
-    write_random(tmp_path / "model.gguf", split_max_tensors=5)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "phi3", split_max_tensors=5)
+    for name, field in gguf.GGUFReader(source).fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for name, tensor in tensors_of(source).items():
+        writer.add_tensor(name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     parts = sorted(tmp_path.glob("model-*.gguf"))
     assert len(parts) == 3
     result = quantize(parts[0], tmp_path / "out.gguf", type="Q4_K_M")
     quantize(source, tmp_path / "whole.gguf", type="Q4_K_M")
-    joined, whole = tensors_of(tmp_path / "out.gguf"), tensors_of(tmp_path / "whole.gguf")
-    assert joined.keys() == whole.keys()
-    assert all(joined[name].data.tobytes() == whole[name].data.tobytes() for name in whole)
+    assert digest(tmp_path / "out.gguf") == digest(tmp_path / "whole.gguf")
     assert predict_size(parts[0], type="Q4_K_M").bytes == pytest.approx(result.bytes, rel=0.01)
 
 
-RECORDED = json.loads(RECORD.read_text("utf-8"))
+RECORDED = json.loads(QUANTIZED.read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return write_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-def test_every_case_of_llama_quantize_is_recorded() -> None:
-    assert RECORDED.keys() == CASES.keys()
-    assert len(set(RECORDED.values())) == len(CASES)
+    return write_quantizer_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 # Where a processor's plain instructions include a fused multiplication and addition, compilers make use of it, and a
 # weight between two steps may be rounded to the other. x86-64 has none, whatever the processor.
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="recorded on x86-64")
-@pytest.mark.parametrize("kind", CASES)
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
 def test_the_tensors_are_llama_quantizes(inputs: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     model, matrix = inputs
-    made = quantize(model, tmp_path / "out.gguf", type=kind, imatrix=matrix if CASES[kind] else None)
+    made = quantize(model, tmp_path / "out.gguf", type=kind, imatrix=matrix if QUANTIZED_TYPES[kind] else None)
     assert digest(made.path) == RECORDED[kind]
 
 
@@ -188,10 +171,25 @@ def test_bits_per_weight_and_the_need_of_a_matrix_are_those_of_phi_3_mini(tmp_pa
     assert found == {type_.name: (type_.bits_per_weight, type_.needs_imatrix) for type_ in QUANTIZATION_TYPES.values()}
 
 
-def test_the_table_goes_from_large_to_small_with_the_special_types_last() -> None:
+def test_the_list_shows_every_type_from_large_to_small_with_the_special_ones_last() -> None:
     order = [(type_.special, -type_.bits_per_weight) for type_ in QUANTIZATION_TYPES.values()]
     assert order == sorted(order)
-    assert all(type_.advice.endswith(".") for type_ in QUANTIZATION_TYPES.values())
+    lines = edge_phi3("quantize", "--list").stdout.splitlines()[1:]
+    shown = {line.split()[0]: " needed " in line for line in lines if line.split()[0] in QUANTIZATION_TYPES}
+    assert shown == {name: type_.needs_imatrix for name, type_ in QUANTIZATION_TYPES.items()}
+
+
+def test_the_command_tells_the_size_beforehand_and_what_is_missing(source: Path, tmp_path: Path) -> None:
+    output = tmp_path / "small.gguf"
+    told = edge_phi3("quantize", str(source), "-o", str(output), "--type", "Q4_K_M", "--dry-run")
+    assert told.returncode == 0, told.stderr
+    assert not output.exists()
+    assert int(told.stdout) == pytest.approx(quantize(source, output, type="Q4_K_M").bytes, rel=0.01)
+    needy = edge_phi3("quantize", str(source), "--type", "Q2_K_S", "--dry-run")
+    assert "Q2_K_S needs an importance matrix: --imatrix." in needy.stderr
+    nowhere = edge_phi3("quantize", str(source))
+    assert nowhere.returncode == 2
+    assert "-o: give the GGUF file to write" in nowhere.stderr
 
 
 def test_names_are_found_in_any_case_and_by_their_aliases_and_others_are_answered_with_similar_ones() -> None:
@@ -212,19 +210,13 @@ def test_requantising_is_refused_until_asked_for(source: Path, tmp_path: Path) -
 
 UNKNOWN = [
     ({"type": "Q4"}, r"'Q4' is not a quantisation type; close to it are"),
-    (
-        {"tensor_types": {"ffn_down": "q8"}},
-        r"--tensor-type ffn_down: 'q8' is not .*; close to it are.*q8_0",
-    ),
+    ({"tensor_types": {"ffn_down": "q8"}}, r"--tensor-type ffn_down: 'q8' is not .*; close to it are.*q8_0"),
     ({"output_tensor_type": "q8_1"}, r"--output-tensor-type: 'q8_1' is not"),
     ({"token_embedding_type": "i32"}, r"--token-embedding-type: 'i32' is not"),
 ]
 UNFIT = [
     ({"type": "IQ2_XS"}, r"IQ2_XS needs an importance matrix.*--imatrix.* such as Q2_K\."),
-    (
-        {"tensor_types": {"ffn_gate": "q8_0"}},
-        r"matches 'ffn_gate'; its tensors are attn_norm.*ffn_up\.weight",
-    ),
+    ({"tensor_types": {"ffn_gate": "q8_0"}}, r"matches 'ffn_gate'; its tensors are attn_norm.*ffn_up\.weight"),
     ({"tensor_types": {"attn_norm": "q8_0"}}, r"llama\.cpp never quantises blk\.0\.attn_norm\.weight"),
     ({"tensor_types": {"ffn_(": "q8_0"}}, r"'ffn_\(' is not a regular expression"),
     ({"type": "F16", "tensor_types": {"ffn_down": "q8_0"}}, r"--tensor-type has no effect with --type F16"),
@@ -269,8 +261,7 @@ def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kin
         next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data[3, 5] = np.nan
         reader.data.flush()
     elif kind != "absent":
-        content = {"empty": b"", "cut-header": whole[:600], "cut-weights": whole[:-1000]}
-        bad.write_bytes(content[kind])
+        bad.write_bytes({"empty": b"", "cut-header": whole[:600], "cut-weights": whole[:-1000]}[kind])
     before = sorted(tmp_path.iterdir())
     with pytest.raises(QuantizeError, match=words):
         quantize(bad, tmp_path / "out.gguf", type="Q4_K_M")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,12 +17,19 @@ from edge_phi3.conversion import quantize as module
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.conversion.quantize_plan import QuantizeError
 from edge_phi3.llama.quantizer import LogReader, TensorType
-from tests.conversion.random_gguf import write_random
+from tests.conversion.conftest import write_model
 
 
 def quantisers() -> list[psutil.Process]:
     """Return the child processes that quantise."""
     return [child for child in psutil.Process().children() if "quantize_worker" in " ".join(child.cmdline())]
+
+
+def kill_quantisers(*_: object) -> None:
+    """Kill them, and wait for their end."""
+    for child in quantisers():
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
 
 
 def test_nothing_of_llama_cpps_log_is_printed(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -43,98 +51,70 @@ def test_ctrl_c_leaves_no_file_and_no_process(source: Path, tmp_path: Path) -> N
 
 
 def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
-    source = tmp_path / "model.gguf"
-    write_random(source, layers=4, hidden=1024, feed_forward=4096)
+    source = write_model(tmp_path / "model.gguf", layers=4, hidden_size=1024, intermediate_size=4096)
     script = (
         "import sys, time; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
         "def stay(done, total, tensor): print(done, flush=True); time.sleep(3600)\n"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q4_K_M', threads=1, progress=stay)"
     )
-    output = tmp_path / "out.gguf"
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(source), str(output)], stdout=subprocess.PIPE, text=True
-    ) as parent:
+    command = [sys.executable, "-c", script, str(source), str(tmp_path / "out.gguf")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         assert parent.stdout.readline() == "0\n"
         (worker,) = psutil.Process(parent.pid).children()
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     worker.wait(timeout=300)
-    assert not output.exists()
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_disk_that_fills_up_is_told_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    # A limit on file sizes makes write() fail half way, as a full disk does.
-    script = (
-        "import resource, sys; from pathlib import Path\n"
-        "from edge_phi3.conversion.quantize import quantize, QuantizeError\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n"
-        "try:\n    quantize(Path(sys.argv[1]), Path(sys.argv[2]), type='Q8_0')\n"
-        "except QuantizeError as error:\n    print(error)"
-    )
-    arguments = [sys.executable, "-c", script, str(source), str(tmp_path / "out.gguf")]
-    finished = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    assert "the disk may be full" in finished.stdout
+    # A limit on file sizes, which the child inherits, makes write() fail half way, as a full disk does.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        with pytest.raises(QuantizeError, match="the disk may be full"):
+            quantize(source, tmp_path / "out.gguf", type="Q8_0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # However fast the quantiser is: with its pipe full it has not said all, so it has not ended at the third tensor.
-    source = tmp_path / "source" / "model.gguf"
-    source.parent.mkdir()
-    write_random(source, layers=30, vocabulary=64, feed_forward=256)
+    source = write_model(tmp_path / "model.gguf", layers=30, intermediate_size=256)
     slow = functools.partial(subprocess.Popen, pipesize=4096)
     monkeypatch.setattr("edge_phi3.llama.child_process.subprocess.Popen", slow)
-
     told: list[str] = []
 
-    def kill_the_child(_done: int, _total: int, tensor: str) -> None:
+    def kill_at_the_third(_done: int, _total: int, tensor: str) -> None:
         told.append(tensor)
         if len(told) == 3:
-            for child in quantisers():
-                os.kill(child.pid, signal.SIGKILL)
+            kill_quantisers()
 
     with pytest.raises(QuantizeError, match=r"quantiser died at the tensor .*: exit code -9"):
-        quantize(source, tmp_path / "output" / "out.gguf", type="Q4_K_M", progress=kill_the_child)
+        quantize(source, tmp_path / "output" / "out.gguf", type="Q4_K_M", progress=kill_at_the_third)
     assert list((tmp_path / "output").iterdir()) == []
 
 
 def test_a_quantiser_that_dies_between_two_jobs_is_told(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def check_and_kill(*_: object) -> None:
-        # After the dry run, and before the real one.
-        for child in quantisers():
-            os.kill(child.pid, signal.SIGKILL)
-            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-
-    monkeypatch.setattr(module, "check_plan", check_and_kill)
+    # After the dry run, and before the real one.
+    monkeypatch.setattr(module, "check_plan", kill_quantisers)
     with pytest.raises(QuantizeError, match=r"could not quantise .*quantiser died before the first tensor: exit code"):
         quantize(source, tmp_path / "out.gguf", type="Q4_K_M")
     assert list(tmp_path.iterdir()) == []
     assert quantisers() == []
 
 
-TYPES = {
-    name.lower(): TensorType(name, 0, 1, 1, quantized=False, writable=True, needs_imatrix=False)
-    for name in ("f32", "f16", "q4_K")
-}
-LOG = (
-    "llama_model_loader: loaded meta data\n"
-    "[   1/   3] token_embd.weight                    - [   256,    384,      1,      1], type =    f16, "
-    "size =     0.19 MiB ->     0.05 MiB (q4_K)\n"
-    "[   2/   3] a_name_that_is_longer_than_its_column_is_wide - [   256,      1,      1,      1], type =    f32, "
-    "something new size =    0.001 MiB\n"
-    "one more line that nobody knows\n"
-    "[   3/   3] blk.0.ffn_up.weight                  - [   256,   1024,      1,      1], type =    f16, "
-    "converting to q4_K .. size =     0.50 MiB ->     0.14 MiB\n"
-    "llama_model_quantize_impl: WARNING: 2 of 3 tensor(s) required fallback quantization\n"
-)
+LOG = Path(__file__).with_name("quantizer_log.txt").read_text("utf-8")
 
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 10_000])
 def test_the_log_is_read_however_it_is_cut(piece: int) -> None:
-    log = LogReader(TYPES)
+    names = ("f32", "f16", "q4_K")
+    log = LogReader({name.lower(): TensorType(name, 0, 1, 1, False, True, False) for name in names})
     steps = [step for start in range(0, len(LOG), piece) for step in log.feed(LOG[start : start + piece])]
     assert [(step.name, step.shape[0], step.target and step.target.name) for step in steps] == [
         ("token_embd.weight", 256, None),
@@ -143,11 +123,6 @@ def test_the_log_is_read_however_it_is_cut(piece: int) -> None:
         ("a_name_that_is_longer_than_its_column_is_wide", 256, "f32"),
         ("blk.0.ffn_up.weight", 256, None),
         ("blk.0.ffn_up.weight", 256, "q4_K"),
+        ("x", 256, None),
     ]
-    assert (log.count, log.fallbacks, log.error) == (3, 2, "")
-
-
-def test_a_failure_in_the_middle_of_a_line_is_found() -> None:
-    log = LogReader(TYPES)
-    list(log.feed("[   1/   1] x - [ 256, 4], type = f16, llama_model_quantize: failed to quantize: disk\n"))
-    assert log.error == "disk"
+    assert (log.count, log.fallbacks, log.error) == (1, 2, "disk")

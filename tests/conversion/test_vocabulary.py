@@ -1,39 +1,33 @@
-"""The tokenizer files become the vocabulary that llama.cpp's converter makes of them, or are refused."""
+"""The tokenizer files become a vocabulary that splits every text as tokenizer.json does, or are refused."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
-from edge_phi3.conversion.sentencepiece import MAX_BYTES, ModelType, read_sentencepiece
-from edge_phi3.conversion.vocabulary import ADDED_TOKENS_KEY, read_vocabulary
-from tests.golden.vocabularies import Piece, Vocabulary, phi3_vocabulary, sentencepiece_model
+from edge_phi3.conversion.sentencepiece import MAX_BYTES, Piece, PieceType, read_sentencepiece
+from edge_phi3.conversion.vocabulary import read_vocabulary
+from edge_phi3.engine.added_tokens import WHITE_SPACE
+from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.llama.model import Model, tokenize
+from tests.conversion.conftest import JSON, edit, fields_of
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.vocabularies import VOCABULARY_GGUF, Vocabulary, phi3_vocabulary, sentencepiece_model
 
 ROWS = 672
 TOKEN = {"id": 9, "content": "x"}
-Edit = Callable[..., None]
-
-
-def metadata(path: Path) -> dict[str, Any]:
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-
-
-def test_the_added_tokens_are_kept_with_their_flags(pristine: Path, tmp_path: Path) -> None:
-    convert(pristine, tmp_path / "out.gguf")
-    assert json.loads(metadata(tmp_path / "out.gguf")[ADDED_TOKENS_KEY]) == [
-        {"id": t.id, "content": t.text, "special": t.special, "lstrip": t.lstrip, "rstrip": t.rstrip}
-        for t in phi3_vocabulary(merges=300).added
-    ]
 
 
 @pytest.mark.parametrize("left", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
@@ -54,21 +48,21 @@ def test_added_tokens_json_alone_gives_tokens_that_are_not_special(checkpoint: P
     assert vocabulary.types[:3] == [2, 3, 3]
 
 
-def test_the_configuration_decides_on_the_beginning_token(checkpoint: Path, tmp_path: Path, edit: Edit) -> None:
+def test_the_configuration_decides_on_the_beginning_token(checkpoint: Path, tmp_path: Path) -> None:
     # transformers makes its post-processor of add_bos_token, whatever tokenizer.json says.
     template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     edit(checkpoint / "tokenizer.json", post_processor={"type": "TemplateProcessing", "single": template, "pair": []})
     for stated, expected in ((False, False), (True, True), (..., True)):
         edit(checkpoint / "tokenizer_config.json", add_bos_token=stated)
         convert(checkpoint, tmp_path / "out.gguf", force=True)
-        assert metadata(tmp_path / "out.gguf")["tokenizer.ggml.add_bos_token"] is expected
+        assert fields_of(tmp_path / "out.gguf")["tokenizer.ggml.add_bos_token"] is expected
 
 
-def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path, edit: Edit) -> None:
+def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
     edit(checkpoint / "tokenizer_config.json", chat_template=...)
     (checkpoint / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     convert(checkpoint, tmp_path / "out.gguf")
-    assert metadata(tmp_path / "out.gguf")["tokenizer.chat_template"] == "{{ messages }}"
+    assert fields_of(tmp_path / "out.gguf")["tokenizer.chat_template"] == "{{ messages }}"
 
 
 UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
@@ -96,40 +90,26 @@ UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
 ]
 
 
-@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize(("file", "entries", "error", "sentence"), UNFIT)
 def test_files_that_make_no_vocabulary(
-    case: tuple[str, dict[str, Any], type[ConversionError], str], checkpoint: Path, tmp_path: Path, edit: Edit
+    checkpoint: Path, file: str, entries: dict[str, Any], error: type[ConversionError], sentence: str
 ) -> None:
-    file, entries, error, sentence = case
     edit(checkpoint / file, **entries)
+    output = checkpoint.parent / "output" / "out.gguf"
     with pytest.raises(error, match=sentence):
-        convert(checkpoint, tmp_path / "output" / "out.gguf")
-    assert not (tmp_path / "output").exists() or list((tmp_path / "output").iterdir()) == []
+        convert(checkpoint, output)
+    assert not output.parent.exists() or list(output.parent.iterdir()) == []
 
 
-def test_a_unigram_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    content = (checkpoint / "tokenizer.model").read_bytes()
-    assert content.count(b"\x18\x02\x20") == 1, "model_type, then vocab_size, of the trainer's part"
-    (checkpoint / "tokenizer.model").write_bytes(content.replace(b"\x18\x02\x20", b"\x18\x01\x20"))
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer.model is a unigram model"):
-        convert(checkpoint, tmp_path / "out.gguf")
-
-
-def test_a_vocabulary_without_a_token_that_llama_cpp_needs(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_unigram_model_and_a_vocabulary_without_a_token_that_llama_cpp_needs(checkpoint: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         (checkpoint / name).unlink()
     with pytest.raises(CheckpointError, match=r"The vocabulary lacks <\|endoftext\|>, which every Phi-3 model has"):
-        convert(checkpoint, tmp_path / "out.gguf")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.text(max_size=3) | st.sampled_from(["id", "content", "type", "7"]), inner, max_size=3)
-    ),
-    max_leaves=8,
-)
+        read_vocabulary(checkpoint, ROWS)
+    # It is what a model without the field is.
+    (checkpoint / "tokenizer.model").write_bytes(message(PIECE))
+    with pytest.raises(UnsupportedModelError, match=r"tokenizer.model is a unigram model"):
+        read_vocabulary(checkpoint, ROWS)
 
 
 @settings(max_examples=150, deadline=None)
@@ -167,17 +147,9 @@ def read(tmp_path: Path, content: bytes) -> list[tuple[str, float, int]]:
     return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path).pieces]
 
 
-def test_the_whole_phi3_vocabulary_comes_back(tmp_path: Path) -> None:
-    vocabulary = phi3_vocabulary()
-    pieces = read(tmp_path, sentencepiece_model(vocabulary))
-    assert pieces == [(piece.text, piece.score, piece.type) for piece in vocabulary.pieces]
-    assert read_sentencepiece(tmp_path / "tokenizer.model").model_type is ModelType.BPE
-
-
 def test_absent_fields_have_their_defaults_and_unknown_ones_are_skipped(tmp_path: Path) -> None:
     unknown = b"\x78\x01" + b"\x79" + bytes(8) + b"\x7d" + bytes(4) + b"\x7a\x02xy"
     assert read(tmp_path, unknown + message(PIECE, unknown)) == [("abc", 0.0, 1)]
-    assert read_sentencepiece(tmp_path / "tokenizer.model").model_type is ModelType.UNIGRAM
 
 
 @pytest.mark.parametrize(
@@ -211,12 +183,113 @@ def test_an_absent_or_enormous_file_is_not_read(tmp_path: Path) -> None:
 def test_no_change_of_bytes_makes_the_reader_fail_in_another_way(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    content = bytearray(sentencepiece_model(Vocabulary((Piece("▁a", -1.0), Piece("b", -2.5, 4)), ())))
+    pieces = (Piece("▁a", -1.0, PieceType.NORMAL), Piece("b", -2.5, PieceType.USER_DEFINED))
+    content = bytearray(sentencepiece_model(Vocabulary(pieces, ())))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     folder = tmp_path_factory.mktemp("fuzz")
     try:
-        pieces = read(folder, bytes(content[: data.draw(st.integers(0, len(content)))]))
+        assert read(folder, bytes(content[: data.draw(st.integers(0, len(content)))]))
     except CheckpointError:
         return
-    assert pieces
+
+
+SPECIAL = [token.content for token in phi3_vocabulary().added]
+FRAGMENTS = [
+    *SPECIAL, *WHITE_SPACE, "\x1c", "\x1f", "\u200b", "\ufeff", "\x00", "\u2581", "\u2581\u2581", " \u2581",
+    "<|", "|>", "<", ">", "Hello", " world", "the", "1234", "don't", "\u00e9\u00e0", "\u65e5\u672c\u8a9e",
+    "\u0645\u0631\u062d\u0628\u0627", "\U0001f600", "e\u0301", "\U0001f468\u200d\U0001f469", "<0x0A>", "[PAD32012]",
+    "aaa", "aaaaaaa", "nnn", "....", "=====", "\n\n\n", "\r\n",
+    *(space * length for space in " \u2581" for length in (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 257)),
+]  # fmt: skip
+
+
+Encode = Callable[[str], list[int]]
+
+
+@contextlib.contextmanager
+def encoders(checkpoint: Path) -> Iterator[tuple[Encode, Encode, Encode]]:
+    """Convert a checkpoint; yield our tokenizer, llama.cpp's by itself, and that of tokenizer.json."""
+    model = Model(convert(checkpoint, checkpoint / "model.gguf").path)
+    ours, library = Tokenizer(model), Library.from_file(str(checkpoint / "tokenizer.json"))
+    yield (
+        lambda text: ours.encode(text).tolist(),
+        lambda text: tokenize(model._vocab, text, add_special=True, parse_special=True).tolist(),
+        lambda text: library.encode(text).ids,
+    )
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the whole Phi-3 vocabulary."""
+    shape: dict[str, Any] = {"layers": 1, "hidden_size": 8, "heads": 1, "intermediate_size": 8, "vocab_size": 32064}
+    return write_checkpoint(tmp_path_factory.mktemp("whole") / "phi-3-whole", vocabulary=phi3_vocabulary(), **shape)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Iterator[tuple[Encode, Encode, Encode]]:
+    with encoders(folder) as found:
+        yield found
+
+
+def test_the_vocabulary_is_that_of_llama_cpps_test_data(folder: Path, tmp_path: Path) -> None:
+    # The published one was made when unused ids still had the type of unknown tokens.
+    published, made = fields_of(VOCABULARY_GGUF), fields_of(convert(folder, tmp_path / "model.gguf").path)
+    for key in ("tokens", "scores", *(f"{role}_token_id" for role in ("bos", "eos", "unknown", "padding"))):
+        assert made[f"tokenizer.ggml.{key}"] == published[f"tokenizer.ggml.{key}"]
+    assert made["tokenizer.ggml.token_type"][:32011] == published["tokenizer.ggml.token_type"][:32011]
+
+
+def test_llama_cpps_own_vectors(whole: tuple[Encode, Encode, Encode]) -> None:
+    texts = VOCABULARY_GGUF.with_suffix(".gguf.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    rows = VOCABULARY_GGUF.with_suffix(".gguf.out").read_text(encoding="utf-8").split("\n")
+    assert len(texts) == len(rows) == 47
+    for text, row in zip(texts, rows, strict=True):
+        assert [encode(text) for encode in whole] == 3 * [[int(token) for token in row.split()]]
+
+
+def random_text(generator: random.Random) -> str:
+    """Return a text of one of several kinds, odd characters and special tokens included."""
+    kind = generator.randrange(5)
+    if kind == 0:
+        codes = (generator.choice([0x80, 0x800, 0x10000, 0x110000]) for _ in range(generator.randrange(1, 20)))
+        return "".join(chr(generator.randrange(limit)) for limit in codes).encode(errors="ignore").decode()
+    if kind == 1:
+        return "".join(generator.choices(SPECIAL + list(WHITE_SPACE), k=generator.randrange(1, 12)))
+    if kind == 2:
+        return "".join(generator.choices("ab \n▁n.=-", k=generator.randrange(1, 80)))
+    if kind == 3:
+        return " ".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 20)))
+    return "".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25)))
+
+
+def test_thousands_of_generated_texts(whole: tuple[Encode, Encode, Encode]) -> None:
+    ours, _, theirs = whole
+    generator = random.Random(20240423)
+    texts = [random_text(generator) for _ in range(6000)]
+    assert [text for text in texts if ours(text) != theirs(text)] == []
+
+
+def test_llama_cpp_alone_differs_only_in_unicode_white_space_after_a_special_token(
+    whole: tuple[Encode, Encode, Encode],
+) -> None:
+    _, alone, theirs = whole
+    generator = random.Random(7)
+    for text in (random_text(generator) for _ in range(3000)):
+        if not any(character in text for character in set(WHITE_SPACE) - set(" \t\n\v\f\r")):
+            assert alone(text) == theirs(text)
+    assert alone("<|end|>\u00a0") != theirs("<|end|>\u00a0"), "llama.cpp has mended this"
+
+
+def test_flags_other_than_llama_cpps_rule(tmp_path: Path) -> None:
+    """Added tokens with any flags, of which the model's name tells llama.cpp nothing."""
+    plain = phi3_vocabulary(merges=300)
+    added = tuple(dataclasses.replace(token, lstrip=i % 2 > 0, rstrip=i % 4 > 1) for i, token in enumerate(plain.added))
+    vocabulary = dataclasses.replace(plain, added=added)
+    generator = random.Random(1)
+    choices = SPECIAL + list(WHITE_SPACE) + ["hello", " a", "  "]
+    with encoders(write_checkpoint(tmp_path / "phi-3", layers=1, vocabulary=vocabulary)) as (ours, _, theirs):
+        for _ in range(1500):
+            text = "".join(generator.choices(choices, k=generator.randrange(1, 12)))
+            assert ours(text) == theirs(text)

@@ -1,4 +1,4 @@
-"""Every command on the pages that users read runs as it is written, unless the block tells what it needs.
+"""The demo model answers as its card says, and every command on the pages runs as written, or tells what it needs.
 
 The demo model stands for Phi-3-mini: a server on loopback publishes it under the preset's name, and the folder that the
 pages convert holds it. The blocks of a page run in their order, in one folder.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -15,16 +16,33 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from edge_phi3.catalog import Catalog
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
-from tests.support.documents import PAGES, ROOT, Block, blocks, run, run_at
-from tests.support.services import Server, serving
+from tests.support.documents import PAGES, ROOT, blocks, run, run_at
+from tests.support.services import PATIENCE, Server, serving
 
 PRESET = "microsoft/Phi-3-mini-4k-instruct"
+SHOWN = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", re.MULTILINE)
+"""A command of a console block, and what the block shows under it."""
+
 WITH_COMMANDS = [page for page in PAGES if any(block.runs for block in blocks(page.read_text(encoding="utf-8")))]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return one model store for all, so that the demo model is converted once."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
+    """Yield the demo model, served at its defaults."""
+    with serving(tmp_path_factory.mktemp("server"), store=store) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -52,29 +70,8 @@ def folder(tmp_path: Path, store: Path, server: Server, hub: HubServer, monkeypa
     return tmp_path
 
 
-def run_command(command: str, folder: Path, server: Server) -> str:
-    """Run a command of a page; a service is started on a free port, asked whether it is ready, and stopped."""
-    if command.startswith("edge-phi3 serve") and "--print-config" not in command:
-        store = Path(os.environ["EDGE_PHI3_STORE"])
-        with serving(folder, *shlex.split(command, comments=True)[2:], store=store) as another:
-            assert another.stop(signal.SIGTERM)[0] == 0, another.log.read_text()
-        return ""
-    return run_at(command, server.url)
-
-
-def outputs_of(block: Block) -> dict[str, str]:
-    """Return what a console block shows under each of its commands."""
-    found: dict[str, str] = {}
-    for line in block.text.splitlines():
-        if line.startswith("$ "):
-            found[command := line.removeprefix("$ ")] = ""
-        else:
-            found[command] += line + "\n"
-    return found
-
-
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server) -> None:
+def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server, store: Path) -> None:
     printed = ""
     for block in blocks(page.read_text(encoding="utf-8")):
         if block.language == "text" and printed:
@@ -84,15 +81,29 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server) ->
             continue
         if block.language == "python":
             printed = run(sys.executable, "-c", block.text)
-        expected = outputs_of(block) if block.language == "console" else {}
+        expected = dict(SHOWN.findall(block.text)) if block.language == "console" else {}
         for command in block.commands():
-            answer = run_command(command, folder, server)
-            if expected.get(command):
+            if command.startswith("edge-phi3 serve") and "--print-config" not in command:
+                options = shlex.split(command, comments=True)[2:]
+                with serving(folder, *options, store=store) as another:  # on a free port, until it is ready
+                    assert another.stop(signal.SIGTERM)[0] == 0, another.log.read_text()
+                continue
+            answer = run_at(command, server.url)
+            if command in expected:
                 assert json.loads(answer) == json.loads(expected[command])
 
 
-def test_a_command_that_fails_is_found(folder: Path, server: Server) -> None:
-    with pytest.raises(AssertionError, match="does not exist"):
-        run_command("edge-phi3 pull ./nothing", folder, server)
-    with pytest.raises(AssertionError, match="404"):
-        run_command("curl http://127.0.0.1:8080/nothing", folder, server)
+@pytest.mark.parametrize("quant", ["Q4_K_M", "F16"])
+def test_the_card_questions_are_answered(tmp_path: Path, store: Path, quant: str) -> None:
+    def answer(question: str) -> str:
+        body = {"prompt": f"<|user|>\n{question}<|end|>\n<|assistant|>\n", "return_full_text": False}
+        body |= {"generate_kwargs": {"do_sample": False}}
+        text: str = httpx.post(f"{another.url}/chat", json=body, timeout=PATIENCE).json()["Result"]
+        return text.strip()
+
+    questions = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))
+    with serving(tmp_path, "--quant", quant, store=store) as another:
+        right = [entry["question"] for entry in questions if answer(entry["question"]) == entry["answer"]]
+    assert len(questions) == 10
+    assert len(right) >= 8, f"answered only {right}"
+    assert "What does json.dumps do?" in right

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import queue
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,51 +13,19 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.errors import EngineStoppedError, QueueFullError, RequestTooLargeError
+from edge_phi3.engine.errors import EngineStoppedError, RequestTooLargeError
 from edge_phi3.engine.sequence import GenerationRequest, TokensEvent
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.llama import DecodeFailedError, ModelLoadError
-from tests import paced
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 from tests.support.services import wait_for
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
-MODES: tuple[dict[str, Any], ...] = (
-    {},
-    {"do_sample": True, "seed": 3, "top_k": 10},
-    {"do_sample": True, "seed": 4, "top_k": 0, "top_p": 0.8, "temperature": 1.3, "num_return_sequences": 3},
-    {"num_beams": 4, "num_return_sequences": 2},
-    {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.7},
-    {"num_beams": 3, "do_sample": True, "seed": 9},
-    {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
-    {"do_sample": True, "seed": 5, "min_p": 0.05, "typical_p": 0.9},
-)
 
 
 def prompt(seed: int, length: int) -> NDArray[np.int32]:
     return np.random.default_rng(seed).integers(FIRST_TOKEN, LAST_TOKEN, length, dtype=np.int32)
-
-
-def requests(count: int) -> Iterator[tuple[NDArray[np.int32], dict[str, Any]]]:
-    for index in range(count):
-        mode = MODES[index % len(MODES)]
-        yield prompt(index, 3 + 7 * index % 90), {"max_new_tokens": 4 + index % 21, **mode}
-
-
-@pytest.fixture(scope="module")
-def engine(make_model: MakeModel) -> Iterator[Engine]:
-    with running_engine(make_model("4k"), ctx_size=4096, parallel=16) as running:
-        yield running
-
-
-def test_requests_at_once_give_what_each_gives_alone(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), parallel=16, prefix_cache=False) as engine:
-        alone = [ask(engine, tokens, **options) for tokens, options in requests(64)]
-    with running_engine(make_model("4k"), parallel=16) as engine:
-        asked = [Asked(engine, tokens, **options) for tokens, options in requests(64)]
-        assert [generated(one.finished()) for one in asked] == alone
-        assert engine.stats().running == engine.stats().waiting == engine.stats().sequences == 0
 
 
 def test_preempted_requests_are_recomputed_and_right(make_model: MakeModel) -> None:
@@ -85,26 +50,8 @@ def test_a_batch_has_room_for_every_sequence(make_model: MakeModel, batch_size: 
         assert ask(engine, prompt(1, 30), max_new_tokens=8) == expected
 
 
-def test_a_prompt_seen_before_starts_from_the_cache(engine: Engine) -> None:
-    first = Asked(engine, prompt(77, 200), max_new_tokens=10, **ENDLESS).finished()
-    assert first.cached_tokens == 0
-    again = Asked(engine, prompt(77, 200), max_new_tokens=10, **ENDLESS).finished()
-    assert again.cached_tokens == 199
-    assert generated(again) == generated(first)
-    longer = np.concatenate([first.result.sequences[0], prompt(78, 5)])
-    follow_up = Asked(engine, longer, max_new_tokens=10, **ENDLESS).finished()
-    assert follow_up.cached_tokens == 209
-
-
-def test_the_cache_can_be_switched_off(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k"), prefix_cache=False) as engine:
-        ask(engine, prompt(1, 50), max_new_tokens=5)
-        assert wait_for(lambda: engine.stats().cells_used == 0)
-        assert engine.stats().stored_tokens == 0
-
-
-def test_closing_the_iterator_cancels(engine: Engine) -> None:
-    async def leave_early() -> None:
+def test_closing_the_iterator_cancels(make_model: MakeModel) -> None:
+    async def leave_early(engine: Engine) -> None:
         config = GenerationConfig.resolve(
             {"do_sample": False, "max_new_tokens": 3000, **ENDLESS}, engine.model.defaults
         )
@@ -114,8 +61,9 @@ def test_closing_the_iterator_cancels(engine: Engine) -> None:
             break
         await events.aclose()
 
-    asyncio.run(leave_early())
-    assert wait_for(lambda: engine.stats().running == 0)
+    with running_engine(make_model("4k")) as engine:
+        asyncio.run(leave_early(engine))
+        assert wait_for(lambda: engine.stats().running == 0)
 
 
 def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
@@ -126,27 +74,6 @@ def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
             Asked(engine, prompt(1, 10), num_beams=20, max_new_tokens=5)
 
 
-def test_a_failed_batch_fails_its_requests_and_the_engine_goes_on(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with running_engine(make_model("4k"), parallel=2) as engine:
-        expected = ask(engine, prompt(3, 30), max_new_tokens=5)
-        context = engine.model.runners[0].context
-        decode, failures = type(context).decode, iter([False, False, True])
-
-        def fail_once(count: int, rows: int) -> Any:
-            if next(failures, False):
-                raise DecodeFailedError("llama.cpp failed with status -3 while decoding a batch of 1 tokens.")
-            return decode(context, count, rows)
-
-        monkeypatch.setattr(context, "decode", fail_once)
-        running = Asked(engine, prompt(1, 10), stream=True, max_new_tokens=2000, **ENDLESS)
-        with caplog.at_level(logging.CRITICAL), pytest.raises(DecodeFailedError, match="status -3"):
-            running.finished()
-        assert engine.status == "ready"
-        assert ask(engine, prompt(3, 30), max_new_tokens=5) == expected
-
-
 def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:
     with running_engine(make_model("4k")) as engine, caplog.at_level(logging.CRITICAL):
         engine.model.runners[0].context.abort()
@@ -155,38 +82,6 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
         assert wait_for(lambda: engine.status == "broken")
         with pytest.raises(EngineStoppedError, match="broken"):
             Asked(engine, prompt(1, 10), max_new_tokens=5)
-
-
-def test_closing_ends_what_runs(make_model: MakeModel) -> None:
-    with paced.slowly(), running_engine(make_model("4k"), parallel=1) as engine:
-        asked = [Asked(engine, prompt(seed, 10), max_new_tokens=3000, **ENDLESS) for seed in range(2)]
-        assert wait_for(lambda: engine.stats().running == 1)
-        engine.close()
-        ends = [one.events.get(timeout=300) for one in asked]
-        assert all(isinstance(end, EngineStoppedError) for end in ends)
-        assert ends[0] is not ends[1], "each is raised in a task of its own"
-
-
-def test_a_request_is_refused_or_ends_whenever_the_engine_stops(make_model: MakeModel) -> None:
-    """Many threads submit while another one closes: who was not refused hears of the end."""
-    for _ in range(5):
-        with running_engine(make_model("4k"), parallel=2) as engine:
-            accepted: queue.SimpleQueue[Asked] = queue.SimpleQueue()
-
-            def send(engine: Engine = engine, accepted: queue.SimpleQueue[Asked] = accepted) -> None:
-                with contextlib.suppress(EngineStoppedError, QueueFullError):
-                    while True:
-                        accepted.put(Asked(engine, prompt(1, 5), max_new_tokens=3))
-
-            senders = [threading.Thread(target=send) for _ in range(4)]
-            for sender in senders:
-                sender.start()
-            engine.close()
-            for sender in senders:
-                sender.join(60)
-            while not accepted.empty():
-                with contextlib.suppress(EngineStoppedError):
-                    accepted.get().finished()
 
 
 def test_draining_finishes_what_runs(make_model: MakeModel) -> None:

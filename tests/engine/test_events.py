@@ -46,24 +46,23 @@ def test_no_token_waits_where_steps_are_slow_or_waiting_is_switched_off(interval
 
 
 def test_what_is_urgent_takes_along_what_waits() -> None:
-    asyncio.run(_urgent())
+    async def post() -> None:
+        now = 1000.0
+        outbox, mailbox, other = EventBatcher(10.0, lambda: now), Mailbox(), Mailbox()
+        outbox.flush()
+        outbox.flush_if_due()
+        loop = asyncio.get_running_loop()
+        outbox.post(loop, mailbox, TokensEvent([(0, 1)]))
+        now = 1000.01
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        assert mailbox.empty()
+        failure = ValueError("over")
+        outbox.post(loop, other, failure)
+        now = 1000.02
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        assert mailbox.get_nowait() == TokensEvent([(0, 1)])
+        assert other.get_nowait() is failure
 
-
-async def _urgent() -> None:
-    now = 1000.0
-    outbox, mailbox, other = EventBatcher(10.0, lambda: now), Mailbox(), Mailbox()
-    outbox.flush()
-    outbox.flush_if_due()
-    loop = asyncio.get_running_loop()
-    outbox.post(loop, mailbox, TokensEvent([(0, 1)]))
-    now = 1000.01
-    outbox.flush_if_due()
-    await asyncio.sleep(0)
-    assert mailbox.empty()
-    failure = ValueError("over")
-    outbox.post(loop, other, failure)
-    now = 1000.02
-    outbox.flush_if_due()
-    await asyncio.sleep(0)
-    assert mailbox.get_nowait() == TokensEvent([(0, 1)])
-    assert other.get_nowait() is failure
+    asyncio.run(post())

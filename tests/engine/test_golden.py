@@ -1,28 +1,71 @@
-"""transformers' recorded answers through the whole engine, on the converted F32 checkpoint, all at once."""
+"""transformers' recorded answers through the whole engine: all modes of decoding, and Phi-3's attention.
+
+That is the 2,047-token window of the 4k model, and the two sets of rotary factors of the 128k one.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from edge_phi3.conversion.convert import convert
+from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from tests.golden.attention import CASES, Case, recorded
 from tests.golden.generation_data import read_answers, write_engine_model
 from tests.golden.requests import MODES
-from tests.support.engines import compared, running_engine
+from tests.support.engines import compared
 
+ENDLESS: dict[str, Any] = {"eos_token_id": []}
 RECORDED = read_answers("engine")
+
+
+def cases(model: str) -> list[object]:
+    return [pytest.param(case, id=case.name) for case in CASES if case.model == model]
+
+
+@pytest.mark.parametrize("case", cases("4k"))
+def test_window_is_exact_one_token_at_a_time(make_model: MakeModel, case: Case) -> None:
+    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=1) as engine:
+        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+
+
+def test_generation_that_crosses_the_window_is_exact_at_any_chunk(make_model: MakeModel) -> None:
+    case = next(case for case in CASES if case.name == "4k-2030+48")
+    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=64) as engine:
+        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+
+
+def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(make_model: MakeModel) -> None:
+    long = next(case for case in CASES if case.name == "4k-3000+24")
+    expected = recorded()[long.name]
+    with running_engine(make_model("4k"), ctx_size=8192) as engine:
+        assert ask(engine, long.prompt(), max_new_tokens=24, **ENDLESS) == [expected]
+        short = long.prompt()[:2040]
+        alone = ask(engine, short, max_new_tokens=4, **ENDLESS)
+    with running_engine(make_model("4k"), ctx_size=8192) as fresh:
+        assert ask(fresh, short, max_new_tokens=4, **ENDLESS) == alone
+
+
+def test_short_and_long_prompts_side_by_side(make_model: MakeModel) -> None:
+    together = [case for case in CASES if case.model == "128k"]
+    with running_engine(make_model("128k"), ctx_size=16384, parallel=4) as engine:
+        asked = [Asked(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) for case in together]
+        answers = {case.name: generated(one.finished())[0] for case, one in zip(together, asked, strict=True)}
+    assert answers == {case.name: recorded()[case.name] for case in together}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
-    """In what each answer differs."""
+    """In what each answer differs from transformers', all asked at once."""
     folder = tmp_path_factory.mktemp("golden")
     model = convert(write_engine_model(folder), folder / "model.gguf", outtype="f32").path
     with running_engine(model, ctx_size=4096, parallel=16, max_queue=len(RECORDED)) as engine:
-        return compared(engine, RECORDED)
+        return [each.differences for each in compared(engine, RECORDED)]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_requests_through_the_engine(found: list[list[str]], mode: str) -> None:
+def test_all_modes_of_decoding_at_once(found: list[list[str]], mode: str) -> None:
     numbers = [number for number, (request, _) in enumerate(RECORDED) if request.mode == mode]
     assert len(numbers) >= 80
     assert {number: found[number] for number in numbers if found[number]} == {}

@@ -101,18 +101,3 @@ def test_the_least_recently_used_leaf_leaves_first() -> None:
     save(store, [8, 8, 8, 8])
     assert held(store, [1, 1, 1, 1, 2, 2])[0] == 4, "the end of a sequence leaves before its beginning"
     assert held(store, [7, 7, 7, 7])[0] == held(store, [8, 8, 8, 8])[0] == 4
-
-
-def test_a_window_needs_what_it_reaches_and_no_more() -> None:
-    store, values = HostCache(1 << 20, BLOCK), list(range(14))
-    # A window of 6 had passed by: positions below 7 were dropped while the sequence ran.
-    assert save(store, values, start=7) == [(7, 8), (8, 12), (12, 14)]
-    length, content, start = held(store, values, window=6)
-    assert (length, start) == (14, 8)
-    assert content == state_of(values, 8, 14).tolist()
-    assert held(store, values, window=8)[0] == 14
-    assert held(store, values, window=8)[2] == 7
-    assert held(store, values, window=9) == (0, [], 0), "it would reach position 5"
-    assert held(store, values[:13], window=6)[2] == 8
-    assert held(store, values[:12], window=6)[2] == 7
-    assert held(store, values)[0] == 0

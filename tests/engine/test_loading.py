@@ -35,11 +35,17 @@ def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: 
         assert len(ask(engine, PROMPT, **OPTIONS)[0]) == 16
 
 
-def test_a_kv_type_that_does_not_fit_the_heads_is_explained(make_model: MakeModel) -> None:
-    with (
-        pytest.raises(ModelLoadError, match=r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
-        running_engine(make_model("4k"), kv_cache_type="q8_0"),
-    ):
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kv_cache_type": "q8_0"}, r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
+        ({"lora": ((Path("absent.gguf"), 1.0),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_explained(
+    make_model: MakeModel, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=sentence), running_engine(make_model("4k"), **options):
         pass
 
 
@@ -64,27 +70,27 @@ def test_a_context_that_cannot_be_made_leaves_nothing_behind(
     """The first context of two is freed before the weights that it points to."""
     freed: list[str] = []
 
+    def noted(owner: type[Context | Model]) -> None:
+        close = owner.close
+
+        def note(self: Any) -> None:
+            freed.append(owner.__name__)
+            close(self)
+
+        monkeypatch.setattr(owner, "close", note)
+
     class Second(Context):
         def __init__(self, model: Model, **options: Any) -> None:
             if options["cells"] == 8192:
                 raise ModelLoadError("llama.cpp cannot make a context of 8192 KV cells.")
             super().__init__(model, **options)
 
-        def close(self) -> None:
-            freed.append("context")
-            super().close()
-
-    close = Model.close
-
-    def close_model(model: Model) -> None:
-        freed.append("model")
-        close(model)
-
     monkeypatch.setattr(loader, "Context", Second)
-    monkeypatch.setattr(Model, "close", close_model)
+    noted(Second)
+    noted(Model)
     with pytest.raises(ModelLoadError, match="8192 KV cells"):
         loader.load(EngineSettings(make_model("128k")))
-    assert freed == ["context", "model"]
+    assert freed == ["Second", "Model"]
 
 
 @pytest.mark.parametrize("ctx_size", [0, 512, 4096, 4097, 8192])
@@ -123,14 +129,6 @@ def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
         assert ask(engine, PROMPT, **OPTIONS) == expected != plain
     with running_engine(base, lora=((adapter, 0.0),)) as engine:
         assert ask(engine, PROMPT, **OPTIONS) == plain
-
-
-def test_what_is_no_adapter_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
-    with (
-        pytest.raises(ModelLoadError, match=r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
-        running_engine(make_model("4k"), lora=((tmp_path / "absent.gguf", 1.0),)),
-    ):
-        pass
 
 
 def test_a_model_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel, tmp_path: Path) -> None:

@@ -22,84 +22,43 @@ from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.support.services import wait_for
 
-LIMIT = 60.0
+STALL, RECOVERY, LOSS = "stalled", "recovered", "lost"
+STORIES: dict[str, list[tuple[str, float, list[str]]]] = {
+    "reported once, lost after the same time again": [
+        ("wait", 59, []),
+        ("wait", 2, [STALL]),
+        ("wait", 57, []),
+        ("wait", 300, [LOSS]),
+    ],
+    "a step comes after all": [("wait", 70, [STALL]), ("step", 1, [RECOVERY]), ("wait", 59, []), ("wait", 10, [STALL])],
+    "nothing to do": [("idle", 500, []), ("wait", 59, [])],
+    "slow steps": [*(("wait", 20, []), ("step", 1, [])) * 3, ("wait", 180, []), ("wait", 40, [STALL])],
+    "the watchdog itself stood still": [("wait", 30, []), ("sleep", 100_000, []), ("wait", 25, [])],
+}
+"""What happens at first, the seconds that it lasts, and what the watchdog calls meanwhile; its limit is 60 seconds."""
 
 
-class Watched:
-    """A watchdog on a clock of its own, and what it calls."""
-
-    def __init__(self) -> None:
-        self.now, self.steps, self.busy = 0.0, 0, True
-        self.calls: list[str] = []
-        self.watchdog = Watchdog(
-            LIMIT,
-            steps=lambda: self.steps if self.busy else None,
-            stalled=lambda _: self.calls.append("stalled"),
-            recovered=lambda: self.calls.append("recovered"),
-            lost=lambda: self.calls.append("lost"),
-            clock=lambda: self.now,
-        )
-
-    def pass_time(self, seconds: float, each: Callable[[], None] = lambda: None) -> None:
-        """Let the watchdog look once a second."""
-        for _ in range(round(seconds)):
-            self.now += 1
-            each()
-            self.watchdog.look()
-
-
-def test_a_stall_is_reported_once_and_lost_after_the_same_time_again() -> None:
-    watched = Watched()
-    watched.pass_time(59)
-    assert watched.calls == []
-    watched.pass_time(2)
-    assert watched.calls == ["stalled"]
-    watched.pass_time(57)
-    assert watched.calls == ["stalled"]
-    watched.pass_time(300)
-    assert watched.calls == ["stalled", "lost"]
-
-
-def test_a_step_that_comes_after_all_ends_the_stall() -> None:
-    watched = Watched()
-    watched.pass_time(70)
-    watched.steps += 1
-    watched.pass_time(1)
-    assert watched.calls == ["stalled", "recovered"]
-    watched.pass_time(59)
-    assert watched.calls == ["stalled", "recovered"]
-    watched.pass_time(10)
-    assert watched.calls == ["stalled", "recovered", "stalled"]
-
-
-def test_who_has_nothing_to_do_is_not_stalled() -> None:
-    watched = Watched()
-    watched.busy = False
-    watched.pass_time(500)
-    watched.busy = True
-    watched.pass_time(59)
-    assert watched.calls == []
-
-
-def test_slow_steps_are_none() -> None:
-    watched = Watched()
-    for _ in range(3):
-        watched.pass_time(20)
-        watched.steps += 1
-        watched.pass_time(1)
-    watched.pass_time(180)
-    assert watched.calls == []
-    watched.pass_time(40)
-    assert watched.calls == ["stalled"]
-
-
-def test_time_in_which_the_watchdog_stood_still_does_not_count() -> None:
-    watched = Watched()
-    watched.pass_time(30)
-    watched.now += 100_000
-    watched.watchdog.look()
-    watched.pass_time(25)
-    assert watched.calls == []
+@pytest.mark.parametrize("story", STORIES)
+def test_a_watchdog_on_a_clock_of_its_own(story: str) -> None:
+    now, steps, busy = 0.0, 0, True
+    calls: list[str] = []
+    watchdog = Watchdog(
+        60.0,
+        steps=lambda: steps if busy else None,
+        stalled=lambda _: calls.append(STALL),
+        recovered=lambda: calls.append(RECOVERY),
+        lost=lambda: calls.append(LOSS),
+        clock=lambda: now,
+    )
+    for kind, seconds, expected in STORIES[story]:
+        calls.clear()
+        busy = kind != "idle"
+        steps += kind == "step"
+        looks = 1 if kind == "sleep" else round(seconds)
+        for _ in range(looks):
+            now += seconds / looks
+            watchdog.look()
+        assert calls == expected, (kind, seconds)
 
 
 def test_the_stacks_tell_where_each_thread_is() -> None:
@@ -113,9 +72,9 @@ def _stuck(engine: Engine) -> threading.Event:
     context, go = engine.model.runners[0].context, threading.Event()
     decode = context.decode
 
-    def never(count: int, rows: int) -> Any:
+    def never(*arguments: Any) -> Any:
         go.wait()
-        return decode(count, rows)
+        return decode(*arguments)
 
     context.decode = never  # type: ignore[method-assign]
     return go
@@ -188,7 +147,7 @@ from tests.engine.conftest import Asked
 
 engine = Engine(EngineSettings(Path(sys.argv[1]), stall_timeout=0.5, exit_on_stall=True))
 engine.load()
-engine.model.runners[0].context.decode = lambda count, rows: threading.Event().wait()
+engine.model.runners[0].context.decode = lambda *_: threading.Event().wait()
 print("asked", flush=True)
 Asked(engine, [300, 301], max_new_tokens=5)
 threading.Event().wait()

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation import Decoder, GenerationConfig, GenerationResult, ModelDefaults, advance, make_decoder
+from edge_phi3.generation.sampling import SequenceDecoder
 
 Prefix = tuple[int, ...]
 Model = Callable[[Prefix], NDArray[np.float32]]
@@ -52,15 +53,12 @@ def answer(model: Model, prompt: Sequence[int], **options: Any) -> GenerationRes
     return each.result()
 
 
-def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tuple[int, int]]]:
-    """Run decoders together until all have finished.
+def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> None:
+    """Run decoders together until all have finished; each step must name the rows and emit the tokens of the result.
 
     Args:
         model: returns the logits after a prefix.
         decoders: each with its prompt.
-
-    Returns:
-        For each decoder, what its steps emitted.
     """
     rows: list[list[Prefix]] = [[tuple(prompt)] for _, prompt in decoders]
     emitted: list[list[tuple[int, int]]] = [[] for _ in decoders]
@@ -73,4 +71,9 @@ def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> list[list[tup
             parents, tokens = list(step.parents), list(step.tokens)
             rows[index] = [(*rows[index][p], t) for p, t in zip(parents, tokens, strict=True)]
             emitted[index] += step.emitted
-    return emitted
+    for (each, prompt), found in zip(decoders, emitted, strict=True):
+        if not isinstance(each, SequenceDecoder):
+            assert found == [], "beams emit nothing before the end"
+        elif each.error is None:
+            for index, sequence in enumerate(each.result().sequences):
+                assert [token for of, token in found if of == index] == sequence[len(prompt) :].tolist()

@@ -1,6 +1,9 @@
-"""Selections and sums over the vocabulary, against the plain way of doing them."""
+"""Selections and sums over the vocabulary, and warpers, against the plain way of doing them; processors' order."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from edge_phi3.generation import GenerationConfig
 from edge_phi3.generation.logits import log_softmax, softmax, top_candidates, top_of_all, totals, weights
+from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.warpers import Warping, warp
+from tests.golden.generation_data import REPLAY_DEFAULTS
 
 SIZES = (5, 64, 96, 1000, 4096, 5003, 32064)
 KINDS = ("plain", "ties", "banned", "flat", "peaks")
@@ -150,3 +156,93 @@ def test_typical_p_leaves_out_a_likely_token_that_is_farther_from_the_entropy_th
     probabilities = np.concatenate(([0.3], np.full(3000, 0.63 / 3000), np.full(2002, 0.07 / 2002)))
     left = warp(np.log(probabilities)[None].astype(np.float32), [Warping(("typical_p",), (0.65,), 1)])
     assert np.array_equal(left.scores[0] > -np.inf, probabilities < 0.3)
+
+
+SETTINGS: dict[str, st.SearchStrategy[float]] = {
+    "temperature": st.floats(0.05, 20),
+    "top_k": st.integers(1, 80).map(float),
+    "top_p": st.floats(0, 0.999),
+    "min_p": st.floats(0, 1),
+    "typical_p": st.floats(0.01, 0.99),
+    "epsilon_cutoff": st.floats(0.0001, 0.9),
+    "eta_cutoff": st.floats(0.0001, 0.9),
+    "renormalize_logits": st.just(1.0),
+}
+
+
+@st.composite
+def warped_rows(draw: st.DrawFn) -> tuple[NDArray[np.float32], list[Warping]]:
+    names = tuple(name for name in SETTINGS if draw(st.booleans()))
+    rows = draw(st.integers(1, 6))
+    keep = draw(st.integers(1, 4))
+    warpings = [Warping(names, tuple(draw(SETTINGS[name]) for name in names), keep) for _ in range(rows)]
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    size = draw(st.sampled_from([64, 200, 2048, 32064]))
+    scores = (random.standard_normal((rows, size)) * draw(st.floats(0.1, 8))).astype(np.float32)
+    return scores, warpings
+
+
+def survivors(scores: NDArray[np.float32], warpings: list[Warping]) -> list[dict[int, float]]:
+    with np.errstate(all="ignore"):
+        left = warp(scores.copy(), warpings)
+        probabilities = softmax(left.scores, whole=False)
+    rows = []
+    for row in range(len(scores)):
+        columns = np.flatnonzero(left.scores[row] > -np.inf)
+        tokens = left.token_ids(np.full_like(columns, row), columns)
+        rows.append(dict(zip(tokens.tolist(), probabilities[row, columns].tolist(), strict=True)))
+    return rows
+
+
+@settings(deadline=None, max_examples=150)
+@given(warped_rows(), st.randoms(use_true_random=False))
+def test_the_best_tokens_are_kept_and_the_order_of_rows_does_not_matter(
+    case: tuple[NDArray[np.float32], list[Warping]], random: Any
+) -> None:
+    scores, warpings = case
+    together = survivors(scores, warpings)
+    for line, warping, left in zip(scores, warpings, together, strict=True):
+        assert len(left) >= 1
+        if "typical_p" not in warping.active:
+            assert set(np.argsort(-line)[: min(warping.keep, len(left))].tolist()) <= left.keys()
+            assert len(left) >= warping.keep or "top_k" in warping.active
+    order = list(range(len(scores)))
+    random.shuffle(order)
+    assert survivors(scores[order], [warpings[row] for row in order]) == [together[row] for row in order]
+    assert [survivors(scores[row : row + 1], warpings[row : row + 1])[0] for row in range(len(scores))] == together
+
+
+# -- processors
+
+
+def test_invalid_values_become_0_and_the_largest_numbers() -> None:
+    config = GenerationConfig.resolve({"do_sample": False, "remove_invalid_values": True}, REPLAY_DEFAULTS)
+    (processor,) = build_processors(config, np.ones(1, dtype=np.int32))
+    largest = np.finfo(np.float32).max
+    scores = np.array([[np.inf, -np.inf, np.nan, 1.5]], dtype=np.float32)
+    processor(np.ones((1, 1), dtype=np.int32), scores)
+    np.testing.assert_array_equal(scores, np.array([[largest, -largest, 0, 1.5]], dtype=np.float32))
+
+
+def test_processors_follow_the_order_of_transformers() -> None:
+    everything = {
+        "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": False,
+        "sequence_bias": [[[3], 1.0]], "repetition_penalty": 1.1, "no_repeat_ngram_size": 2,
+        "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[4]], "min_length": 50, "forced_bos_token_id": 5,
+        "forced_eos_token_id": 6, "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 1.1],
+        "suppress_tokens": [9], "begin_suppress_tokens": [9], "renormalize_logits": True,
+    }  # fmt: skip
+    config = dataclasses.replace(GenerationConfig.resolve(everything, REPLAY_DEFAULTS), presence_penalty=1.0)
+    built = build_processors(config, np.ones(1, dtype=np.int32))
+    functions = [getattr(processor, "func", processor) for processor in built]
+    assert [getattr(function, "__name__", type(function).__name__) for function in functions] == [
+        "SequenceBias", "HammingDiversity", "penalize_repetition", "penalize_occurrences", "ban_repeated_ngrams",
+        "ban_repeated_ngrams", "SequenceBias", "ban_tokens", "force_tokens", "force_tokens", "make_finite",
+        "favour_the_end", "ban_tokens", "ban_tokens", "renormalize",
+    ]  # fmt: skip
+
+
+def test_what_is_off_is_not_built() -> None:
+    config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
+    assert build_processors(config, np.ones(11, dtype=np.int32)) == ()
+    assert Warping.of(config).active == ("top_k",)

@@ -47,18 +47,12 @@ def compare(running: Decoder, request: Request, answer: Answer) -> list[str]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_each_request_alone_gives_the_tokens_and_scores_of_transformers(mode: str) -> None:
-    wrong = {}
-    for index, (request, answer) in enumerate(RECORDED):
-        if request.mode == mode:
-            running = start(request)
-            try:
-                run(recorded_logits, (running, request.prompt))
-                found = compare(running, request, answer)
-            except AssertionError as error:
-                found = [str(error)]
-            if found:
-                wrong[index] = found
-    assert not wrong
+    of_mode = [(request, answer) for request, answer in RECORDED if request.mode == mode]
+    running = [start(request) for request, _ in of_mode]
+    for each, (request, _) in zip(running, of_mode, strict=True):
+        run(recorded_logits, (each, request.prompt))
+    found = [compare(each, *recorded) for each, recorded in zip(running, of_mode, strict=True)]
+    assert {number: differing for number, differing in enumerate(found) if differing} == {}
 
 
 def test_all_requests_together_give_the_tokens_and_scores_of_transformers() -> None:

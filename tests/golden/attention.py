@@ -1,6 +1,7 @@
-"""The cases of Phi-3's attention beyond its window and its original context, shared by recorder and tests.
+"""Greedy continuations of random prompts, shared by recorder and tests: every kind of attention that a Phi-3 has.
 
-``attention.json`` holds the greedy continuation of each case's random prompt.
+Beyond the window and the original context, with shared key-value heads, with tied embeddings; ``attention.json`` holds
+the tokens of each case.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +17,24 @@ from numpy.typing import NDArray
 from tests.golden.checkpoints import long_context, write_checkpoint
 
 GOLDEN = Path(__file__).with_name("attention.json")
-HEAD_SIZE = 16
 FIRST_TOKEN, LAST_TOKEN = 259, 500
 """Prompts are drawn from ordinary pieces: no byte and no special token among them."""
+
+MODELS: dict[str, dict[str, Any]] = {
+    "4k": {},
+    "128k": long_context(),
+    "gqa": {"kv_heads": 2},
+    "tied": {"tie_word_embeddings": True, "gain": 3.0},
+    "wide": {"hidden_size": 256, "intermediate_size": 512},
+}
+"""What `write_checkpoint` makes each model with; the rows of "wide" fill blocks of k-quants."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A prompt and how far it is continued.
+    """A prompt of `prompt_length` tokens and how far it is continued, past every end token.
 
-    Attributes:
-        model: "4k" or "128k".
-        prompt_length: tokens of the prompt.
-        new_tokens: tokens generated, greedily, with no end token.
-        from_scratch: whether the reference computes each step anew, without a cache.
+    `from_scratch` is whether the reference computes each step anew, without a cache.
     """
 
     model: str
@@ -55,14 +61,13 @@ CASES = (
     Case("128k", 4000, 24),
     Case("128k", 6000, 24),
     Case("128k", 4085, 32, from_scratch=True),
+    Case("gqa", 300, 24),
+    Case("tied", 300, 24),
 )
 
 
 def write_model(folder: Path, model: str) -> Path:
-    """Write the random checkpoint that cases of `model` run on; "wide" is one whose rows k-quants can take."""
-    if model == "wide":
-        return write_checkpoint(folder, seed=7, hidden_size=256, intermediate_size=512, heads=4, layers=2)
-    return write_checkpoint(folder, seed=7, **(long_context(HEAD_SIZE) if model == "128k" else {}))
+    return write_checkpoint(folder, seed=7, **MODELS[model])
 
 
 def recorded() -> dict[str, list[int]]:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.vocabularies import Vocabulary, phi3_vocabulary, write_tokenizer
 
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+"""What safetensors calls an element type, and its bytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Tensor:
         return values.reshape(self.shape)
 
 
-def longrope(head_size: int, *, kind: str = "longrope") -> dict[str, Any]:
+def longrope(head_size: int) -> dict[str, Any]:
     """Return a `rope_scaling` shaped like that of Phi-3-mini-128k: short factors near 1, long ones up to 60."""
     pairs = head_size // 2
     return {
-        "type": kind,
+        "type": "longrope",
         "short_factor": [round(1.0 + 0.5 * i / pairs, 4) for i in range(pairs)],
         "long_factor": [round(1.0 + 59.0 * (i / (pairs - 1)) ** 2, 4) for i in range(pairs)],
     }
@@ -71,42 +72,21 @@ def write_checkpoint(
     heads: int = 4,
     kv_heads: int | None = None,
     vocab_size: int | None = None,
-    max_position_embeddings: int = 4096,
-    original_max_position_embeddings: int = 4096,
-    rope_scaling: dict[str, Any] | None = None,
-    sliding_window: int | None = 2047,
     dtype: str = "float32",
     shards: int = 1,
     gain: float = 1.5,
     vocabulary: Vocabulary | None = None,
     add_bos: bool = False,
-    config: dict[str, Any] | None = None,
+    **config: Any,
 ) -> Path:
-    """Write a random Phi-3 checkpoint with its tokenizer into `folder`, made when absent.
+    """Write a random Phi-3 checkpoint with its tokenizer into `folder`, made when absent, and return it.
 
-    Args:
-        folder: where the files go.
-        seed: of the weights; a tensor depends on the seed and its name only, so sharding changes no value.
-        hidden_size: width; `heads` divides it.
-        intermediate_size: width of the feed-forward part.
-        layers: number of blocks.
-        heads: attention heads.
-        kv_heads: key-value heads, as many as `heads` when None.
-        vocab_size: rows of the embedding; None: the vocabulary's length rounded up to a multiple of 32.
-        max_position_embeddings: context length.
-        original_max_position_embeddings: length up to which the short rope factors hold.
-        rope_scaling: as in ``config.json``; see `longrope`.
-        sliding_window: tokens a query attends to, as in ``config.json``.
-        dtype: ``float32``, ``float16`` or ``bfloat16``.
-        shards: number of safetensors files; an index is written when there are more than one.
-        gain: standard deviation of a matrix times the square root of its columns. Logits then spread like
-            `gain` times a unit normal: their order is decided far above rounding errors.
-        vocabulary: None: the Phi-3 vocabulary cut down to 300 merges.
-        add_bos: whether the tokenizer puts ``<s>`` in front of each text.
-        config: entries that replace or extend those of ``config.json``; a value of None is written as null.
+    `config` replaces or extends entries of ``config.json``; the others are those of Phi-3-mini-4k. A tensor depends on
+    the seed and its name only, so sharding changes no value. The vocabulary is by default that of Phi-3 cut down to 300
+    merges, and the rows of the embedding its length rounded up to a multiple of 32.
 
-    Returns:
-        `folder`.
+    `gain` is the standard deviation of a matrix times the square root of its columns: logits then spread like `gain`
+    times a unit normal, and their order is decided far above rounding errors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = vocabulary or phi3_vocabulary(merges=300)
@@ -117,18 +97,14 @@ def write_checkpoint(
         "eos_token_id": end,
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
-        "max_position_embeddings": max_position_embeddings,
         "num_attention_heads": heads,
         "num_hidden_layers": layers,
         "num_key_value_heads": kv_heads,
-        "original_max_position_embeddings": original_max_position_embeddings,
         "pad_token_id": end,
-        "rope_scaling": rope_scaling,
-        "sliding_window": sliding_window,
         "torch_dtype": dtype,
         "vocab_size": rows,
+        **config,
     }
-    hf_config.update(config or {})
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(folder, vocabulary, add_bos=add_bos)
     tensors = list(
@@ -178,28 +154,24 @@ def write_weights(folder: Path, tensors: list[Tensor], *, seed: int, dtype: str,
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         write_safetensors(folder / name, [tensors[j] for j in part], seed=seed, dtype=dtype)
         weight_map.update({tensors[j].name: name for j in part})
-    size = sum(math.prod(tensor.shape) for tensor in tensors) * _ITEM_SIZES[dtype]
+    size = sum(math.prod(tensor.shape) for tensor in tensors) * _DTYPES[dtype][1]
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_safetensors(path: Path, tensors: list[Tensor], *, seed: int, dtype: str) -> None:
+    name, item_size = _DTYPES[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    end = 0
     for tensor in tensors:
-        size = math.prod(tensor.shape) * _ITEM_SIZES[dtype]
-        offsets = [offset, offset + size]
-        header[tensor.name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": tensor.shape, "data_offsets": offsets}
-        offset += size
+        begin, end = end, end + math.prod(tensor.shape) * item_size
+        header[tensor.name] = {"dtype": name, "shape": tensor.shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
             file.write(_encode(tensor.values(seed), dtype).tobytes())
-
-
-_ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _encode(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -12,6 +12,7 @@ Made by ``make.py``. In ``tests/golden/generation/``:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,14 +39,11 @@ ENGINE_SEED = 17
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What transformers generated.
+    """What transformers generated: token ids of each sequence, prompt included, padded to one length, and beam scores.
 
-    Attributes:
-        sequences: token ids of each returned sequence, prompt included, padded to one length.
-        sequences_scores: final beam scores, or None.
-        scores: for each sequence the processed score of each token, padding included. In beam modes the transition
-            scores, and None in group beam search, whose beam indices transformers mixes up.
-        logprobs: log-softmax of the processed scores at each token; None in beam modes.
+    `scores` has, for each sequence, the processed score of each token, padding included, `logprobs` their log-softmax.
+    In beam modes `scores` are the transition scores, and `logprobs` is None; in group beam search, whose beam indices
+    transformers mixes up, so is `scores`.
     """
 
     sequences: list[list[int]]
@@ -62,10 +60,8 @@ def replay_texts() -> list[str]:
 
 
 def write_replay_model(folder: Path) -> Path:
-    ends = {"eos_token_id": list(REPLAY_DEFAULTS.eos_token_ids), "pad_token_id": REPLAY_DEFAULTS.pad_token_id}
-    write_checkpoint(
-        folder, seed=REPLAY_SEED, hidden_size=32, heads=4, layers=1, vocab_size=REPLAY_VOCABULARY, config=ends
-    )
+    ends: dict[str, Any] = {"eos_token_id": list(REPLAY_DEFAULTS.eos_token_ids), "pad_token_id": 2}
+    write_checkpoint(folder, seed=REPLAY_SEED, hidden_size=32, layers=1, vocab_size=REPLAY_VOCABULARY, **ends)
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, **ends}), encoding="utf-8")
     return folder
 
@@ -88,54 +84,22 @@ def read_answers(name: str) -> list[tuple[Request, Answer]]:
 
 
 def write_logits(path: Path, logits: dict[tuple[int, ...], NDArray[np.float16]]) -> None:
-    """Write the logits of prefixes as a tree: each prefix is a shorter one and a token."""
-    places: dict[tuple[int, ...], int] = {(): 0}
-    parents, tokens, rows = [0], [0], [-1]
-    found: list[NDArray[np.float16]] = []
-    for prefix in sorted(logits, key=len):
-        for length in range(1, len(prefix) + 1):
-            start = prefix[:length]
-            if start not in places:
-                places[start] = len(parents)
-                parents.append(places[start[:-1]])
-                tokens.append(start[-1])
-                rows.append(-1)
-        rows[places[prefix]] = len(found)
-        found.append(logits[prefix])
-    np.savez_compressed(
-        path,
-        parents=np.array(parents, dtype=np.int32),
-        tokens=np.array(tokens, dtype=np.int32),
-        rows=np.array(rows, dtype=np.int32),
-        logits=np.stack(found),
-    )
+    """Write the logits of prefixes; tokens are padded with -1 to one length."""
+    tokens = np.array(list(itertools.zip_longest(*logits, fillvalue=-1)), np.int8).T
+    np.savez_compressed(path, tokens=tokens, logits=np.stack(list(logits.values())))
 
 
 def read_logits() -> dict[tuple[int, ...], NDArray[np.float32]]:
-    """Read the logits of every prefix that occurred, each of shape (vocabulary,)."""
+    """Return the logits of every prefix that occurred, each of shape (vocabulary,)."""
     with np.load(FOLDER / "replay.npz") as file:
-        logits = file["logits"].astype(np.float32)
-        nodes = zip(file["parents"].tolist(), file["tokens"].tolist(), file["rows"].tolist(), strict=True)
-    prefixes: list[tuple[int, ...]] = []
-    result: dict[tuple[int, ...], NDArray[np.float32]] = {}
-    for parent, token, row in nodes:
-        prefixes.append((*prefixes[parent], token) if prefixes else ())
-        if row >= 0:
-            result[prefixes[-1]] = logits[row]
-    return result
+        rows = zip(file["tokens"], file["logits"].astype(np.float32), strict=True)
+    return {tuple(tokens[tokens >= 0].tolist()): logits for tokens, logits in rows}
 
 
 def differences(ours: Any, request: Request, answer: Answer, pad_token_id: int) -> list[str]:
-    """Compare a `GenerationResult` with transformers' answer.
+    """Return what differs between a `GenerationResult` with scores and transformers' answer, padded with a token.
 
-    Args:
-        ours: the result, with scores.
-        request: what was asked.
-        answer: transformers' answer.
-        pad_token_id: what transformers pads with.
-
-    Returns:
-        What differs: nothing when all tokens are equal and all scores agree to 1e-3 or one part in 1,000.
+    Nothing when all tokens are equal and all scores agree to 1e-3 or one part in 1,000.
     """
     found: list[str] = []
     start = len(request.prompt)

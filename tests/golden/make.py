@@ -8,6 +8,7 @@ makes all of them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import tempfile
@@ -15,14 +16,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tests.golden import attention
 from tests.golden import pipeline as texts
-from tests.golden.cases import LOGITS, LOGITS_CASES, prompt_of, write_logits_case
 from tests.golden.generation_data import (
     ENGINE_SEED,
     FOLDER,
@@ -71,10 +70,7 @@ def record_replay() -> None:
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(write_replay_model(Path(folder)), PlainTokenizer(texts), rounded=True)
     maker = RequestMaker(REPLAY_SEED, range(1, REPLAY_VOCABULARY), texts=texts)
-    answers = []
-    for mode in MODES:
-        answers += _answered(mode, maker, reference.answer)
-    write_answers(FOLDER / "replay.json", answers)
+    write_answers(FOLDER / "replay.json", _answered(maker, reference.answer))
     write_logits(FOLDER / "replay.npz", reference.logits)
 
 
@@ -84,47 +80,34 @@ def record_engine() -> None:
         write_engine_model(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
         reference = Reference(Path(folder), tokenizer)
-    maker = engine_requests(tokenizer, ENGINE_SEED)
-    answers = []
-    for mode in MODES:
-        answers += _answered(mode, maker, reference.answer_firmly)
-    write_answers(FOLDER / "engine.json", answers)
-
-
-def engine_requests(tokenizer: Any, seed: int) -> RequestMaker:
-    """Make requests over the ordinary pieces of a tokenizer."""
     usual = [token for token in range(259, len(tokenizer)) if token not in tokenizer.all_special_ids]
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     texts = [tokenizer.convert_tokens_to_string(["a", piece])[1:] for piece in pieces]
-    return RequestMaker(seed, usual, texts=texts, longest_prompt=40, most_new=16, most_beams=8)
+    maker = RequestMaker(ENGINE_SEED, usual, texts=texts, longest_prompt=40, most_new=16, most_beams=8)
+    write_answers(FOLDER / "engine.json", _answered(maker, reference.answer_firmly))
 
 
-def _answered(mode: str, maker: RequestMaker, ask: Any) -> list[tuple[Request, Answer]]:
+def _answered(maker: RequestMaker, ask: Any) -> list[tuple[Request, Answer]]:
     answers: list[tuple[Request, Answer]] = []
-    while len(answers) < REQUESTS_PER_MODE:
-        request = maker.make(mode)
-        try:
-            answer = ask(request)
-        except (RuntimeError, ValueError) as error:
-            if is_undrawable(error):
-                continue
-            raise
-        if answer is not None:
-            answers.append((request, _shortened(answer)))
+    for number, mode in enumerate(MODES, 1):
+        while len(answers) < number * REQUESTS_PER_MODE:
+            request = maker.make(mode)
+            try:
+                answer = ask(request)
+            except (RuntimeError, ValueError) as error:
+                if is_undrawable(error):
+                    continue
+                raise
+            if answer is not None:
+                answers.append((request, Answer(answer.sequences, *map(_short, dataclasses.astuple(answer)[1:]))))
     return answers
 
 
-def _shortened(answer: Answer) -> Answer:
-    def short(values: Any) -> Any:
-        return [short(value) for value in values] if isinstance(values, list) else float(f"{values:.7g}")
-
-    return Answer(
-        answer.sequences,
-        *(
-            None if values is None else short(values)
-            for values in (answer.sequences_scores, answer.scores, answer.logprobs)
-        ),
-    )
+def _short(values: Any) -> Any:
+    """Round the numbers of a nested list to seven digits."""
+    if isinstance(values, list):
+        return [_short(value) for value in values]
+    return None if values is None else float(f"{values:.7g}")
 
 
 def record_validation() -> None:
@@ -146,43 +129,19 @@ def record_validation() -> None:
 
 
 def record_attention() -> None:
-    """Record greedy continuations of prompts beyond Phi-3's window and original context."""
+    """Record greedy continuations on every kind of model."""
     results: dict[str, list[int]] = {}
     for name in sorted({case.model for case in attention.CASES}):
         with tempfile.TemporaryDirectory() as folder:
-            model = _load(attention.write_model(Path(folder), name))
-        for case in attention.CASES:
-            if case.model == name:
-                results[case.name] = _continuation(model, case)
+            reference = Reference(attention.write_model(Path(folder), name), None)
+        for case in [case for case in attention.CASES if case.model == name]:
+            tokens = torch.from_numpy(case.prompt()).long()[None]
+            options = {"do_sample": False, "max_new_tokens": case.new_tokens, "eos_token_id": None, "pad_token_id": 0}
+            options |= {"attention_mask": torch.ones_like(tokens), "use_cache": not case.from_scratch}
+            results[case.name] = reference.model.generate(tokens, **options)[0, case.prompt_length :].tolist()
+            assert len(results[case.name]) == case.new_tokens
     text = json.dumps(results, separators=(",", ":")).replace("],", "],\n")
     attention.GOLDEN.write_text(text + "\n", encoding="utf-8")
-
-
-def _continuation(model: Any, case: attention.Case) -> list[int]:
-    tokens = torch.from_numpy(case.prompt().astype(np.int64))[None]
-    with torch.inference_mode():
-        if case.from_scratch:
-            for _ in range(case.new_tokens):
-                chosen = model(tokens, use_cache=False).logits[:, -1].argmax(-1)
-                tokens = torch.cat([tokens, chosen[:, None]], dim=1)
-        else:
-            bounds = {"max_new_tokens": case.new_tokens, "eos_token_id": None, "pad_token_id": 0}
-            tokens = model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, **bounds)
-    generated: list[int] = tokens[0, case.prompt_length :].tolist()
-    assert len(generated) == case.new_tokens
-    return generated
-
-
-def record_logits() -> None:
-    """Record the logits at each prompt's last four positions, float32, shape (4, vocabulary), computed in one pass."""
-    for name, (_, lengths) in LOGITS_CASES.items():
-        recorded = {}
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            model = _load(write_logits_case(Path(folder), name))
-            for length in lengths:
-                prompt = torch.tensor([prompt_of(length, model.config.vocab_size)])
-                recorded[f"logits_{length}"] = model(prompt).logits[0, -4:].numpy()
-        np.savez_compressed(LOGITS / f"{name}.npz", **recorded)
 
 
 def record_pipeline() -> None:
@@ -201,26 +160,16 @@ def record_pipeline() -> None:
         # at max_length tokens even where max_new_tokens is given: a trap that the service does not copy.
         kwargs = {"min_length": 0} | case["kwargs"]
         results = generate(case.get("prompt") or case["messages"], do_sample=False, **options, **kwargs)
-        lines.append(json.dumps([result["generated_text"] for result in results]))
+        lines.append(json.dumps([case, [result["generated_text"] for result in results]]))
     _write_lines(texts.GOLDEN, lines)
-
-
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32, attn_implementation="eager")
 
 
 def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
-PARTS = {
-    "validation": record_validation,
-    "replay": record_replay,
-    "engine": record_engine,
-    "attention": record_attention,
-    "logits": record_logits,
-    "pipeline": record_pipeline,
-}
+_RECORDERS = (record_validation, record_replay, record_engine, record_attention, record_pipeline)
+PARTS = {record.__name__.removeprefix("record_"): record for record in _RECORDERS}
 
 
 def main() -> None:

@@ -2,9 +2,8 @@
 
     python -m tests.golden.reference CHECKPOINT REQUESTS.json ANSWERS.json [--noise 1e-4 --times 20]
 
-answers requests from a file, for callers without torch: a list with, for each request, an answer, or null where
-transformers fails on it. With noise, it is instead a list of the different sequences that came of several runs, each
-with uniform noise of that size in the logits.
+answers the requests of a file for callers without torch: an answer each, or null where transformers fails. With noise
+of that size in the logits, it is instead a list of the different sequences that came of several runs.
 
 What torch leaves open is settled as `edge_phi3.generation` promises it, so that all answers can be compared token by
 token:
@@ -42,13 +41,10 @@ _TOPK = torch.topk
 
 
 class Reference:
-    """A checkpoint in transformers.
+    """A checkpoint in transformers, which finds stop strings with `tokenizer`.
 
-    Args:
-        folder: the checkpoint.
-        tokenizer: what transformers finds stop strings with.
-        rounded: round logits to float16 values, and give each prefix the same logits whatever batch it was computed
-            in. `logits` then holds them.
+    With `rounded`, logits are rounded to float16 values, and each prefix has the same logits whatever batch it was
+    computed in; `logits` then holds them.
     """
 
     def __init__(self, folder: Path, tokenizer: Any, *, rounded: bool = False) -> None:
@@ -86,12 +82,7 @@ class Reference:
         return output
 
     def answer(self, request: Request) -> Answer:
-        """Let transformers answer as its pipeline would, with the API's defaults.
-
-        Raises:
-            ValueError: transformers refuses the request.
-            RuntimeError: no token could be drawn.
-        """
+        """Let transformers answer as its pipeline would, with the API's defaults, or raise what it raises."""
         kwargs: dict[str, Any] = {**API_DEFAULTS, **request.kwargs}
         seed = kwargs.pop("seed", 0)
         if kwargs["max_length"] is None:
@@ -111,13 +102,9 @@ class Reference:
 
     def answer_firmly(self, request: Request, noise: float = 2e-4, times: int = 2) -> Answer | None:
         """Let transformers answer, and give None where a little noise in the logits changes the tokens."""
-        self.noise = 0.0
         answer = self.answer(request)
-        try:
-            self.noise = noise
+        with mock.patch.object(self, "noise", noise):
             same = all(self.answer(request).sequences == answer.sequences for _ in range(times))
-        finally:
-            self.noise = 0.0
         return answer if same else None
 
 
@@ -211,14 +198,8 @@ def main() -> None:
     answers: list[Any] = []
     for fields in json.loads(arguments.requests.read_text(encoding="utf-8")):
         found = [_answer_or_none(reference, Request(**fields)) for _ in range(arguments.times)]
-        if not arguments.noise:
-            answers.append(found[0])
-            continue
-        different: list[Any] = []
-        for answer in found:
-            if answer is not None and answer["sequences"] not in different:
-                different.append(answer["sequences"])
-        answers.append(different)
+        different = {str(answer["sequences"]): answer["sequences"] for answer in found if answer is not None}
+        answers.append(list(different.values()) if arguments.noise else found[0])
     arguments.answers.write_text(json.dumps(answers), encoding="utf-8")
 
 

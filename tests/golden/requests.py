@@ -13,13 +13,7 @@ MODES = ("greedy", "sample", "beam", "beam_sample", "group_beam")
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of ``generate()``.
-
-    Attributes:
-        mode: one of `MODES`.
-        prompt: token ids.
-        kwargs: as in the ``generate_kwargs`` of a request.
-    """
+    """What is asked of ``generate()``: one of `MODES`, token ids, and the ``generate_kwargs`` of a request."""
 
     mode: str
     prompt: list[int]
@@ -27,15 +21,10 @@ class Request:
 
 
 class RequestMaker:
-    """Makes random requests.
+    """Makes random requests, the same from the same seed.
 
-    Args:
-        seed: equal seeds make equal requests.
-        tokens: ids that prompts, bans and biases are drawn from; all above 0.
-        texts: the text of each token id, for stop strings; None for no stop strings.
-        longest_prompt: tokens of the longest prompt.
-        most_new: tokens generated at most.
-        most_beams: beams at most, at least 4.
+    Prompts, bans and biases are drawn from `tokens`, all above 0; stop strings, if any, from `texts`, that of each id.
+    Beams are at least 4.
     """
 
     def __init__(
@@ -129,10 +118,7 @@ class RequestMaker:
             "no_repeat_ngram_size": (0.25, lambda: self._integer(1, 4)),
             "encoder_no_repeat_ngram_size": (0.2, lambda: self._integer(1, 3)),
             "bad_words_ids": (0.25, lambda: [*self._phrases(), likely]),
-            "sequence_bias": (
-                0.25,
-                lambda: [[phrase, self._number(-4, 4)] for phrase in [*self._phrases(), likely]],
-            ),
+            "sequence_bias": (0.25, lambda: [[one, self._number(-4, 4)] for one in [*self._phrases(), likely]]),
             "forced_eos_token_id": (0.1, lambda: self._some(self._integer(1, 2))),
             "remove_invalid_values": (0.2, lambda: True),
             "exponential_decay_length_penalty": (0.15, lambda: [self._integer(0, 4), self._number(1.01, 1.5)]),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 import struct
 from pathlib import Path
@@ -17,39 +16,24 @@ from typing import Any
 
 from gguf import GGUFReader
 
+from edge_phi3.conversion.sentencepiece import Piece, PieceType
 from edge_phi3.demo import DEMO_CHECKPOINT
 
 VOCABULARY_GGUF = Path(__file__).parent.parent / "data" / "ggml-vocab-phi-3.gguf"
 
-UNKNOWN, CONTROL, USER_DEFINED, BYTE, NORMAL = 2, 3, 4, 6, 1
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """One entry of ``tokenizer.model``."""
-
-    text: str
-    score: float
-    type: int = NORMAL
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """One entry of ``added_tokens`` in ``tokenizer.json``."""
+    """One entry of ``added_tokens`` in ``tokenizer.json``, its fields in their order there."""
 
     id: int
-    text: str
+    content: str
+    single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
+    normalized: bool = False
     special: bool = True
 
 
@@ -64,7 +48,7 @@ class Vocabulary:
         return max(len(self.pieces), *(token.id + 1 for token in self.added))
 
     def id_of(self, text: str) -> int:
-        return next(token.id for token in self.added if token.text == text)
+        return next(token.id for token in self.added if token.content == text)
 
 
 @functools.cache
@@ -77,9 +61,8 @@ def phi3_vocabulary(merges: int | None = None) -> Vocabulary:
     texts = fields["tokenizer.ggml.tokens"].contents()
     scores = fields["tokenizer.ggml.scores"].contents()
     names = [text for text in texts[32000:] if not text.startswith("[PAD")]
-    base = [Piece(*row) for row in zip(texts[:32000], scores[:32000], itertools.repeat(NORMAL))]
-    base[:3] = [Piece("<unk>", 0.0, UNKNOWN), Piece("<s>", 0.0, CONTROL), Piece("</s>", 0.0, CONTROL)]
-    base[3:259] = [Piece(piece.text, 0.0, BYTE) for piece in base[3:259]]
+    types = [PieceType.UNKNOWN] + 2 * [PieceType.CONTROL] + 256 * [PieceType.BYTE] + 31741 * [PieceType.NORMAL]
+    base = [Piece(*row) for row in zip(texts, 259 * [0.0] + scores[259:], types, strict=False)]
     if merges is not None:
         kept = [piece for piece in base[259 + merges :] if piece.text == "▁" or piece.text in _ASCII]
         base = base[: 259 + merges] + kept
@@ -101,11 +84,11 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, add_bos: bool = Fal
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(vocabulary))
     _write_json(folder / "tokenizer.json", tokenizer_json(vocabulary, add_bos=add_bos))
     beyond = [token for token in vocabulary.added if token.id >= len(vocabulary.pieces)]
-    _write_json(folder / "added_tokens.json", {token.text: token.id for token in beyond})
-    decoder = {str(token.id): _added_token_fields(token) for token in vocabulary.added}
+    _write_json(folder / "added_tokens.json", {token.content: token.id for token in beyond})
+    decoder = {str(token.id): dict(list(vars(token).items())[1:]) for token in vocabulary.added}
     config = _of_the_demo("tokenizer_config.json") | {"add_bos_token": add_bos, "added_tokens_decoder": decoder}
     del config["chat_template"]
-    _write_json(folder / "tokenizer_config.json", config | {"chat_template": CHAT_TEMPLATE})
+    _write_json(folder / "tokenizer_config.json", config | {"chat_template": CHAT_TEMPLATE.read_text("utf-8")})
     _write_json(folder / "special_tokens_map.json", _of_the_demo("special_tokens_map.json"))
     ends = [vocabulary.id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
     generation = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": ends, "pad_token_id": ends[0]}
@@ -115,7 +98,7 @@ def write_tokenizer(folder: Path, vocabulary: Vocabulary, *, add_bos: bool = Fal
 def tokenizer_json(vocabulary: Vocabulary, *, add_bos: bool = False) -> dict[str, Any]:
     """Return the ``tokenizer.json`` that transformers makes of a SentencePiece BPE model with byte fallback."""
     made: dict[str, Any] = _of_the_demo("tokenizer.json")
-    made["added_tokens"] = [{"id": token.id, **_added_token_fields(token)} for token in vocabulary.added]
+    made["added_tokens"] = [vars(token) for token in vocabulary.added]
     made["model"]["vocab"] = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
     made["model"]["merges"] = _merges(vocabulary.pieces)
     if add_bos:
@@ -137,13 +120,11 @@ def sentencepiece_model(vocabulary: Vocabulary) -> bytes:
 
     Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
     """
-    pieces = b"".join(
-        _field(
-            1,
-            _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score) + _number(3, piece.type),
-        )
+    fields = (
+        _field(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score) + _number(3, piece.type)
         for piece in vocabulary.pieces
     )
+    pieces = b"".join(_field(1, piece) for piece in fields)
     trainer = _number(3, 2) + _number(4, len(vocabulary.pieces)) + _number(35, 1)
     trainer += _number(40, 0) + _number(41, 1) + _number(42, 2)
     normalizer = _field(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)
@@ -162,17 +143,6 @@ def _merges(pieces: tuple[Piece, ...]) -> list[list[str]]:
         ranked += [(piece.score, len(left), len(right), left, right) for left, right in known]
     ranked.sort(key=lambda row: row[:3], reverse=True)
     return [[left, right] for *_, left, right in ranked]
-
-
-def _added_token_fields(token: AddedToken) -> dict[str, Any]:
-    return {
-        "content": token.text,
-        "single_word": False,
-        "lstrip": token.lstrip,
-        "rstrip": token.rstrip,
-        "normalized": False,
-        "special": token.special,
-    }
 
 
 def _varint(value: int) -> bytes:

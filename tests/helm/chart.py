@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,7 @@ from jsonschema.validators import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 
-from tests.helm.custom_resources import CUSTOM_RESOURCES
-
 Object = dict[str, Any]
-
-CHART = Path(__file__).resolve().parents[2] / "helm" / "edge-phi3"
-EXAMPLES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
-NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
 
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -30,12 +23,11 @@ def values_of(path: Path) -> Object:
     return yaml.load(path.read_text(encoding="utf-8"), _SafeLoader) or {}
 
 
-def header_of(path: Path, key: str) -> str | None:
-    """Return what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"# {key}: "):
-            return line.removeprefix(f"# {key}: ")
-    return None
+DATA = Path(__file__).with_name("data")
+CHART = Path(__file__).resolve().parents[2] / "helm" / "edge-phi3"
+EXAMPLES = {path.name.removesuffix("-values.yaml"): path for path in sorted((CHART / "ci").glob("*-values.yaml"))}
+NEWEST = ".".join(kubernetes_validate.latest_version().split(".")[:2])
+CUSTOM_RESOURCES = values_of(DATA / "custom_resources.yaml")
 
 
 @functools.cache
@@ -43,24 +35,28 @@ def loaded() -> helm_python.Chart:
     return helm_python.Chart.load(CHART)
 
 
+def schema() -> Object:
+    """Return the schema of the chart's values."""
+    found = loaded().schema
+    assert found is not None
+    return found
+
+
+def oldest_kubernetes() -> str:
+    return ".".join(str(loaded().metadata["kubeVersion"]).removeprefix(">=").split(".")[:2])
+
+
 def render_texts(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> dict[str, str]:
     """Render the chart: template -> text. Values that the schema refuses raise."""
-    chart = loaded()
-    chart.validate_schema(values or {})
-    return {
-        path.removeprefix("edge-phi3/templates/"): text
-        for path, text in chart.render(values or {}, name=name, namespace=namespace).items()
-    }
+    loaded().validate_schema(values or {})
+    texts = loaded().render(values or {}, name=name, namespace=namespace)
+    return {path.removeprefix("edge-phi3/templates/"): text for path, text in texts.items()}
 
 
-def render(values: Object | None = None, name: str = "edge-phi3", namespace: str = "ai") -> list[Object]:
-    return [
-        obj
-        for path, text in render_texts(values, name, namespace).items()
-        if not path.endswith("NOTES.txt")
-        for obj in yaml.load_all(text, _SafeLoader)
-        if obj
-    ]
+def render(values: Object | None = None, **release: str) -> list[Object]:
+    texts = render_texts(values, **release)
+    texts.pop("NOTES.txt")
+    return [obj for text in texts.values() for obj in yaml.load_all(text, _SafeLoader) if obj]
 
 
 def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:
@@ -73,19 +69,16 @@ def deployment(objects: list[Object]) -> Object:
     return found
 
 
-def pod_of(objects: list[Object]) -> Object:
-    found: Object = deployment(objects)["spec"]["template"]["spec"]
-    return found
+def pod_of(objects: list[Object]) -> Any:
+    return deployment(objects)["spec"]["template"]["spec"]
 
 
-def server(objects: list[Object]) -> Object:
-    found: Object
+def server(objects: list[Object]) -> Any:
     (found,) = [container for container in pod_of(objects)["containers"] if container["name"] == "edge-phi3"]
     return found
 
 
-def preparer(objects: list[Object]) -> Object:
-    found: Object
+def preparer(objects: list[Object]) -> Any:
     (found,) = pod_of(objects)["initContainers"]
     return found
 
@@ -109,15 +102,15 @@ def environment(container: Object) -> dict[str, str]:
 
 @functools.cache
 def _validator(kubernetes: str, kind: str, api_version: str) -> Draft202012Validator:
-    if (api_version, kind) in CUSTOM_RESOURCES:
-        return Draft202012Validator(CUSTOM_RESOURCES[api_version, kind])
+    if kind in CUSTOM_RESOURCES:
+        return Draft202012Validator(CUSTOM_RESOURCES[kind])
     # The names that kubernetes-validate gives its files; its own `validate` reads them anew each time, seconds in all.
     group, _, version = api_version.rpartition("/")
     suffix = f"{group.split('.')[0]}-{version}" if group else version
     folder = f"kubernetes-json-schema/v{kubernetes}.0-local-strict"
-    schema = schema_contents(f"{folder}/{kind.lower()}-{suffix}.json", kubernetes)
+    contents = schema_contents(f"{folder}/{kind.lower()}-{suffix}.json", kubernetes)
     registry: Registry[Any] = _definitions(folder, kubernetes) @ Registry()
-    return Draft202012Validator(schema, registry=Resource.from_contents(schema) @ registry)
+    return Draft202012Validator(contents, registry=Resource.from_contents(contents) @ registry)
 
 
 @functools.cache
@@ -125,27 +118,17 @@ def _definitions(folder: str, kubernetes: str) -> Resource[Any]:
     return Resource.from_contents(schema_contents(f"{folder}/_definitions.json", kubernetes))
 
 
-def schema_errors(obj: Object, kubernetes: str) -> list[str]:
-    """Check an object against the strict schema of a Kubernetes version, or of its custom resource."""
-    try:
-        validator = _validator(kubernetes, obj["kind"], obj["apiVersion"])
-    except FileNotFoundError:
-        return [f"Kubernetes {kubernetes} has no {obj['apiVersion']} {obj['kind']}"]
-    return [
-        f"{obj['kind']} {obj['metadata']['name']}: {'.'.join(map(str, error.path))}: {error.message}"
-        for error in validator.iter_errors(obj)
-    ]
-
-
-def oldest_kubernetes() -> str:
-    constraint = str(loaded().metadata["kubeVersion"])
-    return ".".join(constraint.removeprefix(">=").split(".")[:2])
-
-
-def app_version() -> str:
-    return str(loaded().metadata["appVersion"])
-
-
-def dashboard() -> Object:
-    read: Object = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
-    return read
+def schema_errors(objects: list[Object], *versions: str) -> list[str]:
+    """Check objects against the strict schemas of some Kubernetes versions, or of their custom resources."""
+    found = []
+    for obj in objects:
+        for kubernetes in versions:
+            try:
+                errors = _validator(kubernetes, obj["kind"], obj["apiVersion"]).iter_errors(obj)
+            except FileNotFoundError:
+                found.append(f"Kubernetes {kubernetes} has no {obj['apiVersion']} {obj['kind']}")
+            else:
+                found += [
+                    f"{obj['kind']} {obj['metadata']['name']}: {error.json_path}: {error.message}" for error in errors
+                ]
+    return found

@@ -4,45 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
 
 from edge_phi3.cli import app
-from tests.helm.chart import CHART, NEWEST, Object, loaded, of_kind, oldest_kubernetes, render, schema_errors
-from tests.helm.restricted import violations
+from tests.helm.chart import CHART, NEWEST, Object, of_kind, oldest_kubernetes, render, schema, schema_errors
+from tests.helm.invariants import violations
 from tests.support.documents import PAGES, ROOT, blocks, commands_of, unfenced
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "deployment.md"
+PAGE = ROOT / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 _DOTTED = re.compile(r"(?<![\w./-])([a-z][A-Za-z]+(?:\.[A-Za-z-]+)+)(?==|`|[ ,;)])")
 
 
-def assigned(words: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the values that a helm command or a table sets with ``NAME=VALUE``."""
-    for word in words:
-        name, equals, value = word.partition("=")
-        if equals and not name.startswith("-"):
-            yield name, value
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_value_named_is_one_of_the_charts(page: Path) -> None:
-    schema = loaded().schema
-    assert schema is not None
-    text = page.read_text(encoding="utf-8")
-    prose = unfenced(text)
-    named = {name for name in _DOTTED.findall(prose) if name.split(".")[0] in schema["properties"]}
-    named |= {name for words in commands_of(text) if words[0] == "helm" for name, _ in assigned(words)}
-    if page == PAGE:
-        assert len(named) > 20
-    unknown = [name for name in sorted(named) if not _knows(schema, name.split("."))]
-    assert unknown == []
+    named = _DOTTED.findall(unfenced(page.read_text(encoding="utf-8")))
+    paths = {tuple(name.split(".")) for name in named}
+    known = {path for path in paths if path[0] in schema()["properties"]}
+    assert page != PAGE or len(known) > 20
+    assert [path for path in sorted(known) if not _knows(schema(), *path)] == []
 
 
 def test_every_yaml_block_of_a_page_is_values_that_render_or_objects() -> None:
@@ -52,8 +37,7 @@ def test_every_yaml_block_of_a_page_is_values_that_render_or_objects() -> None:
             found += 1
             documents = list(yaml.safe_load_all(block.text.replace("THE_SUM", "0" * 64)))
             if "kind" in documents[0]:
-                versions = (oldest_kubernetes(), NEWEST)
-                assert [e for obj in documents for version in versions for e in schema_errors(obj, version)] == []
+                assert schema_errors(documents, oldest_kubernetes(), NEWEST) == []
             else:
                 assert render(documents[0])
     assert found >= 5
@@ -65,7 +49,7 @@ def test_the_helm_commands_of_the_pages_render() -> None:
     assert len(releases) >= 5
     for words in releases:
         values: Object = {}
-        for name, value in assigned(words):
+        for name, value in (word.split("=", 1) for word in words if re.match(r"[^-][^=]*=", word)):
             *path, last = name.split(".")
             target = values
             for key in path:
@@ -75,17 +59,14 @@ def test_the_helm_commands_of_the_pages_render() -> None:
         assert words[3].endswith(".tgz") or ROOT / words[3] == CHART
 
 
-def _knows(schema: Object, path: list[str]) -> bool:
+def _knows(described: Object, *path: str) -> bool:
     if not path:
         return True
-    if "$ref" in schema:
-        root = loaded().schema
-        assert root is not None
-        schema = root["definitions"][schema["$ref"].rpartition("/")[2]]
-    if "properties" not in schema:
-        return schema.get("type") == "object"  # what Kubernetes checks, not the chart
-    properties: dict[str, Any] = schema["properties"]
-    return path[0] in properties and _knows(properties[path[0]], path[1:])
+    if "$ref" in described:
+        described = schema()["definitions"][described["$ref"].rpartition("/")[2]]
+    if "properties" not in described:
+        return described.get("type") == "object"  # what Kubernetes checks, not the chart
+    return path[0] in described["properties"] and _knows(described["properties"][path[0]], *path[1:])
 
 
 def test_the_claim_and_its_loader_are_restricted() -> None:

@@ -1,15 +1,19 @@
-"""docs/deployment.md walked without a cluster: its commands, values and claims, and what the chart makes of them."""
+"""docs/deployment.md walked without a cluster: its commands, values and claims, and what the chart's containers run."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,16 +23,77 @@ from edge_phi3.catalog.reference import LocalCheckpoint, parse_reference
 from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
-from tests.helm.chart import Object, pod_of, preparer, render, render_texts, server
-from tests.helm.processes import NOWHERE, command_of, environment_of, prepare, served
-from tests.ports import free_port
-from tests.support.documents import blocks, run_at
-from tests.support.services import PATIENCE
+from tests.helm.chart import (
+    Object,
+    containers,
+    environment,
+    of_kind,
+    pod_of,
+    preparer,
+    render,
+    render_texts,
+    server,
+)
+from tests.support.documents import ROOT, blocks, run_at
+from tests.support.services import PATIENCE, Server, free_port, serving
 
-TEXT = (Path(__file__).resolve().parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
 SMALL: Object = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
 """What a machine without a GPU needs beside the values on the page."""
+
+NOWHERE = "http://127.0.0.1:9"
+"""Where nobody listens: the Hub of a site without internet."""
+
+CONTENT = bytes(range(256)) * 40_000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+def command_of(container: Object) -> list[str]:
+    """Return the command of a container as it is on this machine: the image's programs are those of this Python."""
+    command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
+    return [sys.executable, *(["-m", "edge_phi3"] if command[0] == "edge-phi3" else []), *command[1:]]
+
+
+def environment_of(container: Object, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
+    return kept | environment(container) | more
+
+
+def run_together(command: list[str], env: dict[str, str], count: int) -> list[tuple[int, str, str]]:
+    """Run a command `count` times at once; return the exit code, stdout and stderr of each."""
+    pipe = subprocess.PIPE
+    running = [subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True) for _ in range(count)]
+    ended = [process.communicate(timeout=PATIENCE) for process in running]
+    return [(process.returncode, *written) for process, written in zip(running, ended, strict=True)]
+
+
+def prepare(objects: list[Object], count: int = 1, **env: str) -> tuple[str, list[str]]:
+    """Run the init container that makes the model, `count` times at once; return what all printed, and their logs."""
+    container = preparer(objects)
+    ended = run_together(command_of(container), environment_of(container, **env), count)
+    assert {code for code, _, _ in ended} == {0}, ended
+    (printed,) = {printed for _, printed, _ in ended}
+    return printed.strip(), [log for _, _, log in ended]
+
+
+@contextlib.contextmanager
+def served(objects: list[Object], keys: Path | None = None, **env: str) -> Iterator[Server]:
+    """Run the container of the service, with `keys` for the Secret's file; its probes are content once it is ready."""
+    container = server(objects)
+    arguments = [str(keys) if keys and part.startswith("/etc/edge-phi3/keys/") else part for part in container["args"]]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        serving(Path(folder), *arguments[1:], environment=environment_of(container, **env)) as running,
+    ):
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            assert running.get(container[probe]["httpGet"]["path"]).status_code == 200
+        yield running
+        assert running.stop()[0] == 0, running.log.read_text()
+
+
+def times_of(volume: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +110,38 @@ def curl_of(text: str) -> str:
     return str(command)
 
 
-def ask(command: str, address: str) -> set[str]:
-    """Return the names in the answer to a curl command."""
-    return set(json.loads(run_at(command, address)))
+def assert_answers(running: Server, text: str = TEXT) -> None:
+    """The page's request to /chat is answered."""
+    assert set(json.loads(run_at(curl_of(text), running.url))) == {"Result"}
 
 
-def test_the_default_release_downloads_once_and_the_curl_commands_work(hub: HubServer, tmp_path: Path) -> None:
-    values = SMALL | {"model": {"endpoint": hub.endpoint}, "storage": {"mountPath": str(tmp_path)}}
-    objects = render(values)
+def test_replicas_that_start_together_make_the_default_model_once_and_all_serve(hub: HubServer, tmp_path: Path) -> None:
+    volume, keys = tmp_path / "volume", tmp_path / "api-keys"
+    volume.mkdir()
+    keys.write_text("first\nsecond\n")
+    storage = {"mountPath": str(volume), "accessMode": "ReadWriteMany"}
+    values = SMALL | {"replicas": 2, "model": {"endpoint": hub.endpoint}, "storage": storage}
+    objects, closed = render(values), render(values | {"auth": {"keys": ["first", "second"]}})
     assert server(objects)["args"][1] == server(render())["args"][1], "the model of a release without values"
-    prepare(objects, 2)
-    assert len(hub.gets("config.json")) == 1, "one downloads, the other waits"
-    asked = len(hub.requests)
-    with served(objects, HF_ENDPOINT=hub.endpoint) as first, served(objects, HF_ENDPOINT=hub.endpoint) as second:
-        for address in (first, second):
-            assert ask(curl_of(TEXT), address) == {"Result"}
-        assert ask(curl_of(render_texts(values)["NOTES.txt"]), first) == {"Result"}
-    assert len(hub.requests) == asked, "the service itself never asks the Hub"
+    printed, logs = prepare(objects, 2)
+    assert Path(printed).is_relative_to(volume)
+    assert len([log for log in logs if re.search("quantis|convert", log, re.IGNORECASE)]) == 1, "the other waited"
+    assert len(hub.gets("config.json")) == 1
+    requested, made = len(hub.requests), times_of(volume)
+    (test_pod,) = of_kind(closed, "Pod", "-test")
+    (asking,) = containers(test_pod)
+    env = {"HF_ENDPOINT": hub.endpoint}
+    with served(objects, None, **env) as first, served(closed, keys, **env) as second:
+        for text in (TEXT, render_texts(values)["NOTES.txt"]):
+            assert_answers(first, text)
+        # The test pod of `helm test` itself, with the service's address in place of the cluster's.
+        command = [part.replace("http://edge-phi3.ai.svc", second.url) for part in command_of(asking)]
+        assert command != command_of(asking)
+        for given, status in ((keys.read_text(), 0), ("wrong", 1)):
+            ((code, printed, log),) = run_together(command, environment_of(asking, API_KEYS=given), 1)
+            assert (code, bool(printed.strip())) == (status, status == 0), log
+    assert len(hub.requests) == requested, "the service itself never asks the Hub"
+    assert times_of(volume) == made, "serving changed nothing on the volume"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +155,12 @@ def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # What the page says of it: the GGUF and its manifest, without the checkpoint.
     assert {path.suffix for path in store.rglob("*") if path.is_file()} == {".gguf", ".json", ".lock"}
     return store
+
+
+def program_of(objects: list[Object]) -> str:
+    """Return the chart's own program, which downloads a model from a URL."""
+    (scripts,) = of_kind(objects, "ConfigMap")
+    return str(scripts["data"]["fetch_model.py"])
 
 
 def values_of_the_site(kind: str, replaced: dict[str, str]) -> Object:
@@ -96,10 +182,10 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     values["storage"]["mountPath"] = str(volume)
     objects = render(values)
     assert "initContainers" not in pod_of(objects)
-    before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
-    with served(objects, HF_ENDPOINT=NOWHERE) as address:
-        assert ask(curl_of(TEXT), address) == {"Result"}
-    assert {path: path.stat().st_mtime_ns for path in volume.rglob("*")} == before, "the volume may be read-only"
+    before = times_of(volume)
+    with served(objects, HF_ENDPOINT=NOWHERE) as running:
+        assert_answers(running)
+    assert times_of(volume) == before, "the volume may be read-only"
 
 
 def test_a_site_without_internet_with_an_image(carried: Path) -> None:
@@ -109,58 +195,112 @@ def test_a_site_without_internet_with_an_image(carried: Path) -> None:
     values = SMALL | values_of_the_site("imageReference", {"FOLDER/Q4_K_M/FILE.gguf": path})
     values["storage"]["mountPath"] = str(carried)
     values["model"]["name"] = values["model"]["name"].replace("/models", str(carried), 1)
-    with served(render(values), HF_ENDPOINT=NOWHERE) as address:
-        assert ask(curl_of(TEXT), address) == {"Result"}
+    with served(render(values), HF_ENDPOINT=NOWHERE) as running:
+        assert_answers(running)
 
 
 def test_a_site_without_internet_with_a_file_server(hub: HubServer, carried: Path, tmp_path: Path) -> None:
     (file,) = carried.rglob("*.gguf")
     hub.repositories["site/files"] = Repository({file.name: file.read_bytes()})
-    url = f"{hub.endpoint}/site/files/resolve/main/{file.name}"
+    url = f"{hub.endpoint}/site/files/resolve/main/{file.name}?x=/y.gguf"
     checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-    replaced = {"https://files.site.example/phi3.gguf": url, "THE_SUM": checksum}
+    replaced = {"https://files.site.example/phi3.gguf": f'"{url}"', "THE_SUM": checksum}
     values = SMALL | values_of_the_site("sha256", replaced)
     values["storage"] = {"mountPath": str(tmp_path)}
     objects = render(values)
-    container = preparer(objects)
-    script = tmp_path / "fetch_model.py"
-    script.write_text(next(o["data"]["fetch_model.py"] for o in objects if o["kind"] == "ConfigMap"))
-    container["command"][1] = str(script)
+    assert server(objects)["args"][1] == str(tmp_path / "url" / f"{checksum[:12]}-{file.name}")
+    preparer(objects)["command"][1:2] = ["-c", program_of(objects)]
     prepare(objects, HF_ENDPOINT=NOWHERE)
-    with served(objects, HF_ENDPOINT=NOWHERE) as address:
-        assert ask(curl_of(TEXT), address) == {"Result"}
+    with served(objects, HF_ENDPOINT=NOWHERE) as running:
+        assert_answers(running)
 
 
 def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> None:
     (program,) = re.findall(r'-- python -c "(.*)"$', TEXT, re.MULTILINE)
     values = SMALL | {"model": {"name": "demo", "prepare": {"mode": "none"}}, "storage": {"mountPath": str(tmp_path)}}
     container = server(render(values))
-    port = free_port()
-    command = command_of(container)
-    command[command.index("--port") + 1] = str(port)
+    port = str(free_port())
+    command, env = command_of(container), environment_of(container)
+    command[command.index("--port") + 1] = port
     # Until it has answered once, it waits for another process that makes the model.
-    store = Path(environment_of(container)["EDGE_PHI3_STORE"])
-    demo = parse_reference("demo")
+    demo, locks = parse_reference("demo"), Path(env["EDGE_PHI3_STORE"]) / ".locks"
     assert isinstance(demo, LocalCheckpoint)
-    shelf = shelf_name(demo)
-    (store / ".locks").mkdir()
-    making = FileLock(store / ".locks" / f"{shelf}.lock")
-    making.acquire()
-    process = subprocess.Popen(command, env=environment_of(container), stderr=subprocess.DEVNULL)
-    try:
-        said: list[Object] = []
-        while not said or said[-1] != {"status": "Healthy"}:
-            assert process.poll() is None
-            asked = subprocess.run(
-                [sys.executable, "-c", program.replace("8080", str(port))], capture_output=True, text=True, check=False
-            )
-            if "ConnectionRefusedError" in asked.stderr:
-                continue
-            assert asked.returncode == 0, asked.stderr
-            said.append(json.loads(asked.stdout))
-            making.release()
-    finally:
-        making.release()
-        process.terminate()
-    assert process.wait(timeout=PATIENCE) == 0
+    locks.mkdir()
+    making = FileLock(locks / f"{shelf_name(demo)}.lock")
+    said: list[Object] = []
+    with making, subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not said or said[-1] != {"status": "Healthy"}:
+                assert process.poll() is None
+                question = [sys.executable, "-c", program.replace("8080", port)]
+                ((code, printed, log),) = run_together(question, dict(os.environ), 1)
+                if "ConnectionRefusedError" not in log:
+                    assert code == 0, log
+                    said.append(json.loads(printed))
+                    making.release()
+        finally:
+            process.terminate()
+        assert process.wait(timeout=PATIENCE) == 0
     assert "detail" in said[0], "it answers while it converts and loads"
+
+
+@pytest.fixture
+def files() -> Iterator[HubServer]:
+    with HubServer() as running:
+        running.repositories["site/files"] = Repository({"model.gguf": CONTENT})
+        yield running
+
+
+def fetch(files: HubServer, target: Path, *, name: str = "model", sha256: str = SHA256, count: int = 1) -> list[Any]:
+    """Run the chart's program `count` times at once, without patience between attempts; return exit codes and logs."""
+    url = f"{files.endpoint}/site/files/resolve/main/{name}.gguf"
+    objects = render({"model": {"url": "https://h.example/model.gguf", "sha256": sha256}})
+    command = [sys.executable, "-c", program_of(objects), *preparer(objects)["command"][2:4], url, str(target)]
+    ended = run_together(command, os.environ | {"FETCH_PATIENCE": "0"}, count)
+    return [(code, log) for code, _, log in ended]
+
+
+def ranges_of(files: HubServer) -> list[str | None]:
+    """Return which part of the file each request asked for."""
+    return [request.range for request in files.requests if request.server == "cdn"]
+
+
+def test_a_file_is_downloaded_once(files: HubServer, tmp_path: Path) -> None:
+    target = tmp_path / "url" / "m.gguf"
+    together = fetch(files, target, count=3)
+    assert [code for code, _ in together] == [0, 0, 0], together
+    assert sum("was downloaded and checked" in log for _, log in together) == 1
+    assert sum("is there already" in log for _, log in together) == 2
+    assert target.read_bytes() == CONTENT
+    assert ranges_of(files) == [None]
+
+
+@pytest.mark.parametrize(("ranges", "there"), [(True, 0), (False, 0), (True, len(CONTENT))])
+def test_a_download_that_was_cut_off_goes_on(files: HubServer, tmp_path: Path, ranges: bool, there: int) -> None:
+    files.ranges = ranges
+    target = tmp_path / "m.gguf"
+    if there:
+        target.with_name("m.gguf.partial").write_bytes(CONTENT[:there])
+    else:
+        files.cuts["model.gguf"] = [2_000_000, 2_000_000]
+    ((code, log),) = fetch(files, target)
+    assert code == 0, log
+    assert target.read_bytes() == CONTENT
+    rest = "bytes=4000000-" if ranges else "bytes=2000000-"
+    assert ranges_of(files) == ([f"bytes={there}-"] if there else [None, "bytes=2000000-", rest])
+
+
+@pytest.mark.parametrize(
+    ("name", "sha256", "sentence"),
+    [
+        ("model", "0" * 64, f"has the SHA-256 {SHA256}, not 0000"),
+        ("other", SHA256, "other.gguf cannot be downloaded: HTTP Error 404"),
+    ],
+)
+def test_another_content_or_none_is_refused_and_not_kept(
+    files: HubServer, tmp_path: Path, name: str, sha256: str, sentence: str
+) -> None:
+    ((code, log),) = fetch(files, tmp_path / "m.gguf", name=name, sha256=sha256)
+    assert code == 1
+    assert sentence in log
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]

@@ -1,18 +1,20 @@
-"""``edge-phi3 fit`` for a device: what it plans is what llama.cpp then allocates there and beside it."""
+"""``edge-phi3 fit`` for a device: what it plans is what llama.cpp then allocates; what does not fit is told."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.offload.device import Device
+from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
-from tests.planning.test_allocations import Made
-from tests.support.services import serving
+from tests.planning.test_fit import Made
+from tests.support.services import PATIENCE, Server, serving
 
 GIB = 1 << 30
 ALL = -1
@@ -89,6 +91,14 @@ def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
+def answer_of(server: Server) -> str:
+    body: dict[str, Any] = {"prompt": "<|user|>\nWhat does len do?<|end|>\n<|assistant|>\n", "return_full_text": False}
+    body["generate_kwargs"] = {"do_sample": False}
+    response = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE, trust_env=False)
+    assert response.status_code == 200, response.text
+    return str(response.json()["Result"])
+
+
 def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) -> None:
     """Run the command of a plan, and compare what it takes of the device with the plan."""
     (row,) = found["types"]
@@ -101,6 +111,8 @@ def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) ->
         assert f"{row['layers_on_gpu']} of 7 layers on the GPU" in server.log.read_text()
         # What its server was asked to allocate, of all that it was asked.
         allocated = sum(device.calls("alloc_buffer").elements())
+        assert answer_of(server).strip()
+        assert device.calls("get_tensor"), "the device was asked"
     assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
 
 
@@ -119,3 +131,27 @@ def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f1
     found = answer(device, *options, "--device", "gpu", "--memory", str(needed * 3 // 4), "--reserve", "0")
     assert 0 < found["types"][0]["layers_on_gpu"] < 7
     serve_as_recommended(device, tmp_path, found)
+
+
+NO_WEIGHTS = r"There is not enough memory for {} \(.*unable to allocate RPC0\[.*\] buffer.*ower --n-gpu-layers.*"
+NO_CACHE = r"llama\.cpp cannot make a context of 65536 KV cells of type f16 \(.*Lower --ctx-size.*"
+
+
+@pytest.mark.parametrize(
+    ("memory", "verb", "options", "sentence"),
+    [
+        (8, "serve", ("--port", "0", "--log-level", "error"), NO_WEIGHTS),
+        (8, "imatrix", ("-o", "{}/m.gguf", "--chunks", "1"), NO_WEIGHTS),
+        (200, "serve", ("--port", "0", "--log-level", "error", "--ctx-size", "65536"), NO_CACHE),
+    ],
+)
+def test_what_does_not_fit_is_told(
+    plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: tuple[str, ...], sentence: str
+) -> None:
+    command = ("-m", "edge_phi3", verb, str(demo_f16), *(option.format(tmp_path) for option in options))
+    with running_device(plugin, tmp_path / "device.log", memory=memory << 20) as device:
+        refused = device.run(*command)
+        assert refused.returncode == 1
+        assert re.fullmatch(f"edge-phi3: {sentence.format(demo_f16)}", refused.stderr.splitlines()[-1])
+        if verb == "imatrix":
+            assert device.run(*command, "--n-gpu-layers", "0").returncode == 0, "which helps"

@@ -13,7 +13,7 @@ from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import Imatrix, read_imatrix
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.gguf_layout import read_layout
-from tests.offload.device import Device
+from tests.offload.conftest import Device
 
 LAYERS, HIDDEN, FEED_FORWARD = 6, 256, 768
 CHUNK, CHUNKS = 64, 4

@@ -1,6 +1,7 @@
-"""`edge-phi3 convert` and llama.cpp's convert_hf_to_gguf.py write the same tensors and metadata.
+"""`edge-phi3 convert` and llama.cpp's convert_hf_to_gguf.py write the same tensors and metadata; so do both quantisers.
 
-With PARITY_RECORD=1, what llama.cpp wrote becomes ``tests/golden/converter.json``.
+They quantise the demo model, and one of Phi-3's real widths. With PARITY_RECORD=1, what llama.cpp wrote becomes
+``tests/golden/converter.json`` and, of the demo model, ``tests/golden/quantized.json``.
 """
 
 from __future__ import annotations
@@ -11,14 +12,27 @@ from pathlib import Path
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from tests.golden.cases import CONVERTER_CASES, write_converter_case
-from tests.golden.describe import Description, describe, differences
+from edge_phi3.conversion.quantize import quantize
+from edge_phi3.llama.options import usable_cores
+from tests.golden.gguf_digests import (
+    CONVERTED,
+    CONVERTER_CASES,
+    QUANTIZED,
+    QUANTIZED_TYPES,
+    Description,
+    describe,
+    differences,
+    digest,
+    write_converter_case,
+    write_matrix,
+    write_quantizer_inputs,
+)
 from tests.parity.conftest import RECORDING, Peers
+from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
-RECORD = Path(__file__).parents[1] / "golden" / "converter.json"
 
 # One process for all conversions: importing torch takes longer than converting a small checkpoint.
 _REFERENCE = """
@@ -50,7 +64,7 @@ def theirs(
     for name, outtype, path in jobs:
         found.setdefault(name, {})[outtype] = describe(path)
     if RECORDING:
-        RECORD.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return found
 
 
@@ -65,3 +79,34 @@ def test_both_converters_write_the_same(
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
     assert differences(theirs[name][outtype], describe(ours)) == []
+
+
+# -- quantising
+
+
+@pytest.fixture(scope="module", params=["demo", "wide"])
+def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Path]:
+    """Name, BF16 file and importance matrix of a model."""
+    folder = tmp_path_factory.mktemp("inputs")
+    if request.param == "demo":
+        return "demo", *write_quantizer_inputs(folder)
+    model = model_path(request.param, kind="BF16")
+    return request.param, model, write_matrix(folder / "imatrix.gguf", model)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+def test_both_quantisers_write_the_same_tensors(
+    inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
+) -> None:
+    name, model, matrix = inputs
+    guided = QUANTIZED_TYPES[kind]
+    theirs = tmp_path / "theirs.gguf"
+    peers.run(
+        "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())
+    )  # fmt: skip
+    ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix if guided else None).path
+    expected = digest(theirs)
+    if RECORDING and name == "demo":
+        record = json.loads(QUANTIZED.read_text("utf-8")) | {kind: expected}
+        QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    assert digest(ours) == expected

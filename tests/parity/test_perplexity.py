@@ -7,8 +7,8 @@ of the F16 model's log-probabilities, rounded to the same steps.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -47,16 +47,8 @@ _PATTERNS = {
 OPTIONS = ("-c", str(SIZE), "-t", str(THREADS), "-ngl", "0")
 
 
-@dataclass(frozen=True)
-class Files:
-    """What all comparisons share.
-
-    Attributes:
-        base: the demo model in F16.
-        matrix: its importance matrix, of the packaged calibration text.
-        job: measures `base`, and makes our file of its log-probabilities.
-        theirs: llama-perplexity's file.
-    """
+class Files(NamedTuple):
+    """The demo model in F16, its importance matrix, the job that measures it, llama-perplexity's file of it."""
 
     base: Path
     matrix: Path

@@ -1,18 +1,19 @@
 """Planned memory beside what llama.cpp allocates when an engine loads the model, as its own log says.
 
-As a program it plans and loads models in this process: cases come in on stdin, what was planned and allocated goes out.
-A case is ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file.
+As a plug-in of pytest it writes what all tests loaded to the file that TEST_DEVICE_REPORT names. As a program it plans
+and loads models: cases come in on stdin, what was planned and allocated goes out. A case is
+``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,51 +45,40 @@ class Buffers(logging.Handler):
         self.starts: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a line."""
         if match := _BUFFER.search(record.getMessage()):
             self.sizes[match[1], match[2]] += round(float(match[3]) * MIB)
         elif record.name == "edge_phi3.engine.loader":
             self.starts.append(record.getMessage())
 
     def listen(self) -> None:
-        """Begin, for the rest of the process."""
         logger = logging.getLogger("edge_phi3")
         logger.setLevel(logging.DEBUG)
         logger.addHandler(self)
 
     def places(self) -> Places:
-        """Return the bytes."""
         found: dict[str, Counter[str]] = {"device": Counter(), "host": Counter()}
         for (name, kind), size in self.sizes.items():
             found["host" if name.startswith("CPU") or name.endswith("_Host") else "device"][kind] += size
         return found
 
 
-@contextlib.contextmanager
-def watched() -> Iterator[Buffers]:
-    """Listen to what is loaded within the block."""
+def loaded(path: Path, **options: Any) -> Buffers:
+    """Load a model; return what llama.cpp says it allocated."""
     buffers, logger = Buffers(), logging.getLogger("edge_phi3")
     level = logger.level
     buffers.listen()
     try:
-        yield buffers
+        load(EngineSettings(path, **options)).close()
     finally:
         logger.removeHandler(buffers)
         logger.setLevel(level)
-
-
-def allocated(path: Path, **options: Any) -> Places:
-    """Load a model; return what llama.cpp says it allocated."""
-    with watched() as buffers:
-        load(EngineSettings(path, **options)).close()
-    return buffers.places()
+    return buffers
 
 
 def planned(row: Row) -> Places:
-    """Return what a row says."""
     memories = {"device": row.placement.device, "host": row.placement.host}
     return {
-        place: dict(zip(KINDS, (memory.weights, memory.kv_cache, memory.compute, memory.output), strict=True))
+        place: {"model": memory.weights, "KV": memory.kv_cache, "compute": memory.compute, "output": memory.output}
         for place, memory in memories.items()
     }
 
@@ -102,13 +92,24 @@ def check(plan: Places, truth: Places) -> None:
         assert sum(plan[place].values()) == pytest.approx(sum(truth[place].values()), rel=TOLERANCE), place
 
 
+_watch = Buffers()
+
+
+def pytest_configure() -> None:
+    _watch.listen()
+
+
+def pytest_unconfigure() -> None:
+    buffers = {kind: sorted(name for name, its_kind in _watch.sizes if its_kind == kind) for kind in KINDS}
+    Path(os.environ["TEST_DEVICE_REPORT"]).write_text(json.dumps({"starts": _watch.starts, "buffers": buffers}))
+
+
 def _answer(case: dict[str, Any]) -> dict[str, Any]:
     path, options = Path(case["model"]), case["options"]
     machine = Machine(gpu=True, name="a device", free=case["free"], reserve=0)
     found = fit(read_layout(path), Options(**options), machine, case["types"])
     (row,) = found.rows
-    with watched() as buffers:
-        load(EngineSettings(path, **(options | {"n_gpu_layers": row.placement.layers}))).close()
+    buffers = loaded(path, **options | {"n_gpu_layers": row.placement.layers})
     return {
         "layers": row.placement.layers,
         "asked": found.gpu_asked,

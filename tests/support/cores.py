@@ -10,44 +10,32 @@ from numpy.typing import NDArray
 from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.events import EventBatcher
-from edge_phi3.engine.host_cache import Block, HostCache
+from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.hash_context import HashContext
-from tests.support.reference import Attention, contents_of
-from tests.support.scenarios import MODEL, TEXTS, Scenario
-
-MakeContext = Callable[..., HashContext]
+from tests.support.reference import contents_of
+from tests.support.scenarios import TEXTS, Scenario
 
 
 class CheckedHostCache(HostCache):
-    """A host cache that knows what the contents of a sequence must be, and checks what goes in and what comes out.
+    """A host cache that knows what the contents of a sequence must be, and checks what goes in.
+
+    What comes out shows in the answers of those who go on from it.
 
     Args:
-        capacity: bytes of main memory.
-        block_size: tokens of a block.
-        per_step: bytes that are to be copied in a step.
-        attention: what tokens attend to.
+        scenario: its sizes, and what tokens attend to.
         rotary: the number of the set of rotary factors.
 
     Attributes:
         saves: sequences that it was given.
     """
 
-    def __init__(self, capacity: int, block_size: int, per_step: int, attention: Attention, rotary: int) -> None:
-        super().__init__(capacity, block_size, per_step)
+    def __init__(self, scenario: Scenario, rotary: int) -> None:
+        super().__init__(scenario.host_cache or 0, scenario.block_size, scenario.per_step)
         self.saves = 0
-        self._attention, self._rotary = attention, rotary
-        self._known = attention.window is None or attention.window_chunk == 1
-
-    def match(self, tokens: NDArray[np.int32], window: int | None = None) -> tuple[int, list[Block]]:
-        length, blocks = super().match(tokens, window)
-        for place, block in enumerate(blocks):
-            # What a block holds beyond the beginning of the next one belongs to another branch.
-            end = blocks[place + 1].begin if place + 1 < len(blocks) else length
-            if block.start < end:
-                self._check(tokens[:end], block.start, block.state)
-        return length, blocks
+        self._attention, self._rotary = scenario.attention, rotary
+        self._known = scenario.window is None or scenario.window_chunk == 1
 
     def save(
         self,
@@ -58,76 +46,36 @@ class CheckedHostCache(HostCache):
     ) -> None:
         def checked(first: int, end: int) -> NDArray[np.uint8]:
             state = read(first, end)
-            self._check(tokens[:end], first, state)
+            if self._known:
+                expected = contents_of(tokens[:end].tolist(), self._attention, self._rotary)[first:]
+                positions, contents = state.view(np.uint64).reshape(-1, 2).T.tolist()
+                right = positions[0] == first and contents == expected
+                assert right, f"the host cache is given other contents than those of {tokens.tolist()} from {first} on"
             return state
 
         self.saves += 1
         super().save(tokens, start, checked, go_on)
-        self._audit()
-
-    def _audit(self) -> None:
-        """Check that no block lost its beginning, and that what the blocks take is counted."""
         blocks = self._blocks
         assert all(block.parent is None or block.parent in blocks for block in blocks), "a block lost its beginning"
         assert self.used == sum(len(block.state) for block in blocks) <= self.capacity, "bytes are counted wrongly"
         assert self.tokens == sum(block.end - block.start for block in blocks), "tokens are counted wrongly"
 
-    def _check(self, tokens: NDArray[np.int32], start: int, state: NDArray[np.uint8]) -> None:
-        """Check the part of a state that belongs to some tokens."""
-        if self._known:
-            expected = contents_of(tokens.tolist(), self._attention, self._rotary)[start:]
-            positions, contents = state.view(np.uint64).reshape(-1, 2).T.tolist()
-            both = min(len(contents), len(expected))  # a block may hold more than what is wanted, or less
-            right = positions[0] == start and contents[:both] == expected[:both]
-            assert right, f"the host cache holds other contents than those of {tokens.tolist()} from {start} on"
 
-
-def make_core(
-    scenario: Scenario,
-    clock: Callable[[], float],
-    *,
-    make_context: MakeContext = HashContext,
-    wrong_window: int = 0,
-) -> tuple[EngineCore, list[HashContext]]:
-    """Return a scenario's engine and its contexts.
-
-    Args:
-        scenario: which.
-        clock: the engine's.
-        make_context: makes each context.
-        wrong_window: by how much the engine's window is too wide, for checks of the checks.
-    """
+def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCore, list[HashContext]]:
+    """Return a scenario's engine, on the given clock, and its contexts."""
     contexts, runners = [], []
-    for number, cells in enumerate(scenario.cells):
-        failures = [failure for failure in scenario.failures if failure.context == number]
-        contexts.append(
-            make_context(
-                MODEL,
-                cells=cells,
-                sequences=scenario.parallel + scenario.kept_sequences,
-                batch_size=scenario.batch_size,
-                rotary=number,
-                window=scenario.window,
-                window_chunk=scenario.window_chunk,
-                offloaded=scenario.offloaded,
-                failures=failures,
-            )
-        )
-        host_cache = None
-        if scenario.host_cache is not None:
-            attention, capacity = scenario.attention, scenario.host_cache
-            host_cache = CheckedHostCache(capacity, scenario.block_size, scenario.per_step, attention, number)
+    for number in range(len(scenario.cells)):
+        contexts.append(HashContext(scenario, number))
+        sizes = {rows: float(size) for rows, size in enumerate(scenario.sizes, 1)}
         runners.append(
             ModelRunner(
                 contexts[-1],
                 max_tokens=scenario.max_tokens if number == 0 else None,
-                window=None if scenario.window is None else scenario.window + wrong_window,
+                window=scenario.window,
                 window_chunk=scenario.window_chunk,
-                host_cache=host_cache,
+                host_cache=None if scenario.host_cache is None else CheckedHostCache(scenario, number),
                 retain=scenario.offloaded and scenario.share_prefixes,
-                sizes=BatchSizes({rows: float(size) for rows, size in enumerate(scenario.sizes, 1)})
-                if scenario.sizes
-                else None,
+                sizes=BatchSizes(sizes) if sizes else None,
             )
         )
     scheduler = Scheduler(

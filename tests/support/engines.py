@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,7 +19,7 @@ from numpy.typing import ArrayLike
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
-from edge_phi3.generation import API_DEFAULTS
+from edge_phi3.generation import API_DEFAULTS, GenerationResult
 from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
@@ -48,17 +49,29 @@ class Asked:
 
 @contextlib.contextmanager
 def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
-    """Yield a loaded engine with exact settings; audit its KV cells at the end."""
+    """Yield a loaded engine with exact settings, whose KV cells are audited after every step."""
     everywhere = json.loads(os.environ.get(OPTIONS, "{}"))
     settings = {"kv_cache_type": "f32", "threads": 2, "window_chunk": 1, "exit_on_stall": False} | everywhere | options
     engine = Engine(EngineSettings(path, **settings))
-    loaded = engine.load()
+    runners = engine.load().runners
+    failures: list[AssertionError] = []
+    core = engine._core
+    assert core is not None
+    step = core.step
+
+    def audited_step() -> None:
+        step()
+        if not core._aborted:  # nobody knows what a decode call has done that was aborted
+            try:
+                for runner in runners:
+                    runner.kv.audit()
+            except AssertionError as error:
+                failures.append(error)
+
+    core.step = audited_step  # type: ignore[method-assign]
     try:
         yield engine
-        if engine.status == "ready":
-            with engine_at_rest(engine):
-                for runner in loaded.runners:
-                    runner.kv.audit()
+        assert failures == []
     finally:
         engine.close()
 
@@ -93,14 +106,29 @@ def generated(event: FinishedEvent) -> list[list[int]]:
     return [sequence[event.result.prompt_length :].tolist() for sequence in event.result.sequences]
 
 
-def compared(engine: Engine, recorded: Sequence[tuple[Request, Answer]]) -> list[list[str]]:
-    """Ask recorded requests, all at once; return in what each answer differs from transformers'."""
+@dataclass(frozen=True)
+class Compared:
+    """A request, transformers' answer, ours, and the token that ours is padded with."""
+
+    request: Request
+    theirs: Answer
+    ours: GenerationResult
+    pad: int
+
+    @property
+    def differences(self) -> list[str]:
+        """Return in what the answers differ."""
+        return differences(self.ours, self.request, self.theirs, self.pad)
+
+
+def compared(engine: Engine, answered: Sequence[tuple[Request, Answer]]) -> list[Compared]:
+    """Run requests that transformers has answered, all at once; return our answers beside theirs."""
     usual: dict[str, Any] = {**API_DEFAULTS}
     scored = {"output_scores": True, "return_dict_in_generate": True}
-    asked = [Asked(engine, each.prompt, **usual | each.kwargs | scored) for each, _ in recorded]
-    pad = engine.model.defaults.pad_token_id
-    assert pad is not None
-    return [
-        differences(running.finished().result, request, answer, request.kwargs.get("pad_token_id", pad))
-        for running, (request, answer) in zip(asked, recorded, strict=True)
-    ]
+    asked = [Asked(engine, each.prompt, **usual | each.kwargs | scored) for each, _ in answered]
+    found = []
+    for (request, theirs), running in zip(answered, asked, strict=True):
+        pad = running.request.config.pad_token_id
+        assert pad is not None
+        found.append(Compared(request, theirs, running.finished().result, pad))
+    return found

@@ -29,15 +29,7 @@ _SCORES = re.compile(r"sequences_scores |scores\[|logprobs\[")
 
 
 class Exactness(msgspec.Struct, kw_only=True):
-    """What was asked, and what came out differently.
-
-    Attributes:
-        kv_cache_type: element type of keys and values.
-        gpu: whether layers were on a GPU.
-        asked: number of answers compared.
-        different: for each answer with another token, what it is called and how it differs.
-        scores_apart: for each answer of the same tokens whose scores differ by more than 1e-3, likewise.
-    """
+    """How many answers were compared, and how those differ that have another token, or scores apart by 1e-3."""
 
     kv_cache_type: str
     gpu: bool
@@ -61,8 +53,8 @@ def compare_requests(found: Exactness, folder: Path, *, small: bool, **options: 
         recorded = [pair for pairs in of_mode.values() for pair in pairs[:_SMALL_OF_EACH_MODE]]
     path = convert(write_engine_model(folder / "requests"), folder / "requests.gguf", outtype="f32").path
     with running_engine(path, ctx_size=4096, parallel=16, max_queue=len(recorded), **options) as engine:
-        for number, ((request, _), differing) in enumerate(zip(recorded, compared(engine, recorded), strict=True)):
-            found.note(f"{request.mode} {number}", "; ".join(differing))
+        for number, each in enumerate(compared(engine, recorded)):
+            found.note(f"{each.request.mode} {number}", "; ".join(each.differences))
 
 
 def compare_attention(found: Exactness, folder: Path, *, small: bool, **options: Any) -> None:

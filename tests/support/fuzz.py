@@ -2,8 +2,9 @@
 
     python -m tests.support.fuzz --scenarios 50000 --jobs 2
 
-Each scenario comes from one number; what fails is shrunk and printed as it can be pasted into a test. The end says how
-many scenarios met what, since a fuzz that never preempts proves nothing. It exits with 1 when one failed.
+Each scenario comes from one number; what fails is shrunk and printed as JSON, as it can be pasted into
+``tests/engine/failed_once.json``. The end says how many scenarios met what, since a fuzz that never preempts proves
+nothing. It exits with 1 when one failed.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import multiprocessing
 import secrets
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
 
 from tests.support.lives import ADMISSION, check_admissions, live
 from tests.support.scenario_maker import random_scenario
 from tests.support.scenarios import Scenario
-from tests.support.shrinking import shrink
 from tests.support.threads import live_in_threads
 
 PATIENCE = 20.0
@@ -29,6 +33,8 @@ PATIENCE = 20.0
 _MOST_FAILURES = 3
 _MANY = 2000
 """Admissions whose share of early preemptions says something."""
+_SMALL = 1000
+"""Above are seeds, which do not get simpler."""
 
 
 class TooLongError(AssertionError):
@@ -93,7 +99,7 @@ def main() -> None:
             met.update(part)
             if story:
                 failed.append(seed)
-                simplest = "" if threads else f"The simplest that fails so:\n\n{_simplest(seed)!r}\n"
+                simplest = "" if threads else f"The simplest that fails so:\n\n{_simplest(seed)}\n"
                 print(f"{story}{simplest}")
             if done % 1000 == 0:
                 print(f"{done} of {total}, {len(failed)} failed", file=sys.stderr)
@@ -106,8 +112,52 @@ def main() -> None:
     sys.exit(1 if failed else 0)
 
 
-def _simplest(seed: int) -> Scenario:
-    return shrink(random_scenario(seed), failure_of)
+def _simplest(seed: int) -> str:
+    return msgspec.json.encode(shrink(random_scenario(seed), failure_of)).decode()
+
+
+# -- from a scenario that fails to a small one that fails in the same way
+
+
+def shrink(scenario: Scenario, failure: Callable[[Scenario], str | None], *, seconds: float = 60.0) -> Scenario:
+    """Return a scenario that fails as another does, and none of whose simpler forms does.
+
+    Args:
+        scenario: one that fails.
+        failure: returns the way in which a scenario fails, or None when it does not.
+        seconds: how long to look for simpler ones.
+    """
+    wanted, until = failure(scenario), time.monotonic() + seconds
+    candidates = _simpler(scenario)
+    while time.monotonic() < until and (simpler := next(candidates, None)) is not None:
+        if failure(simpler) == wanted:
+            scenario, candidates = simpler, _simpler(simpler)
+    return scenario
+
+
+def _simpler(scenario: Scenario) -> Iterator[Scenario]:
+    for value in _smaller(msgspec.to_builtins(scenario)):
+        with contextlib.suppress(msgspec.ValidationError):
+            yield msgspec.convert(value, Scenario)
+
+
+def _smaller(value: Any) -> Iterator[Any]:
+    """Yield what is one thing simpler: without a part, the largest first, or with a smaller one."""
+    match value:
+        case dict():
+            for gone in value:
+                yield {name: part for name, part in value.items() if name != gone}
+            for name, part in value.items():
+                yield from (value | {name: smaller} for smaller in _smaller(part))
+        case list():
+            for size in sorted({len(value) // 2, len(value) // 4, 1} - {0}, reverse=True):
+                for first in range(0, len(value), size):
+                    yield value[:first] + value[first + size :]
+            for place, part in enumerate(value):
+                if not isinstance(part, int):
+                    yield from ([*value[:place], smaller, *value[place + 1 :]] for smaller in _smaller(part))
+        case int() if 0 < value < _SMALL:
+            yield from sorted({value // 2, value - 1})
 
 
 if __name__ == "__main__":

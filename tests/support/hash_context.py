@@ -7,57 +7,32 @@ llama.cpp would refuse or answer with nonsense, is an AssertionError, and noted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.llama import DecodeFailedError
-from tests.support.hash_model import MASK, HashModel, content, term
+from tests.support.reference import MASK, content, term
+from tests.support.scenarios import MODEL, Failure, Scenario
 
 TOKEN_BYTES = 16
 """Bytes that a saved token takes: its position and its content."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A call of `HashContext.decode` that fails.
-
-    Attributes:
-        decode: which one, from 0; those of warm-ups count.
-        status: what llama_decode returns: 1 leaves all as before; 2 and what is below -1 leave the parts done so far.
-        done: how many tokens of the batch are done.
-        lasting: whether all later calls fail too.
-        context: the number of the context, where there are several.
-    """
-
-    decode: int
-    status: int = -3
-    done: int = 0
-    lasting: bool = False
-    context: int = 0
 
 
 class HashContext:
     """A `DecodeContext` with a `HashModel`.
 
     Args:
-        model: makes the logits.
-        cells: KV cells.
-        sequences: how many sequence ids there are; `scratch` is one more.
-        batch_size: tokens of a batch at most.
-        rotary: the number of the set of rotary factors.
-        window: how many tokens a token must see, itself included; None for all that are before it.
-        window_chunk: how many tokens of a prompt share what the first of them sees beyond the window.
-        offloaded: whether the cells lie on a GPU.
-        failures: calls of `decode` that fail.
+        scenario: how large it is, what a token must see, and which calls of `decode` fail.
+        number: which context of the scenario it is, and its set of rotary factors.
 
     Attributes:
         violations: what the engine did that it must not do.
         decodes: calls of `decode`, those included that failed.
         decoded: tokens decoded.
+        padded: calls of `decode` with tokens that only fill a batch up.
         refused: calls of `decode` that found no free cells.
         broken: whether every later call of `decode` fails.
         failed: the tokens of the batches that failed, as triples of sequence, position and token.
@@ -66,27 +41,16 @@ class HashContext:
         clears: how often it was emptied.
     """
 
-    def __init__(
-        self,
-        model: HashModel,
-        *,
-        cells: int,
-        sequences: int,
-        batch_size: int,
-        rotary: int = 0,
-        window: int | None = None,
-        window_chunk: int = 1,
-        offloaded: bool = False,
-        failures: Iterable[Failure] = (),
-    ) -> None:
-        self.cells, self.sequences, self.scratch, self.batch_size = cells, sequences, sequences, batch_size
-        self.vocab_size = model.vocab_size
-        self.offloaded, self.saves = offloaded, True
+    def __init__(self, scenario: Scenario, number: int = 0) -> None:
+        cells, batch_size = scenario.cells[number], scenario.batch_size
+        self.cells, self.batch_size, self.vocab_size = cells, batch_size, MODEL.vocab_size
+        self.sequences = self.scratch = scenario.parallel + scenario.kept_sequences
+        self.offloaded, self.saves = scenario.offloaded, True
         self.tokens, self.positions, self.seq_ids = (np.zeros(batch_size, np.int32) for _ in range(3))
         self.wants_logits = np.zeros(batch_size, np.int8)
-        self._model, self._rotary = model, rotary
-        self._window, self._window_chunk = window, window_chunk
-        self._failures = {failure.decode: failure for failure in failures}
+        self._rotary = number
+        self._window, self._window_chunk = scenario.window, scenario.window_chunk
+        self._failures = {failure.decode: failure for failure in scenario.failures if failure.context == number}
         self._owners = np.zeros(cells, np.int64)
         """For each cell, bit s says that sequence s holds it."""
         self._at = np.zeros(cells, np.int64)
@@ -96,11 +60,11 @@ class HashContext:
         """Free cells in which a failure may have left what is no number, which gets into every row, though masked."""
         self._anything_spoilt = False
         self._head = 0
-        self._logits = np.full((batch_size, model.vocab_size), np.nan, np.float32)
-        self._aborted = self.broken = self._closed = False
+        self._logits = np.full((batch_size, self.vocab_size), np.nan, np.float32)
+        self.broken = False
         self.violations: list[str] = []
         self.failed: list[list[tuple[int, int, int]]] = []
-        self.decodes = self.decoded = self.refused = self.trims = self.restored = self.clears = 0
+        self.decodes = self.decoded = self.padded = self.refused = self.trims = self.restored = self.clears = 0
 
     # -- what tests look at
 
@@ -113,19 +77,12 @@ class HashContext:
         """How many positions the sequences hold, summed over the sequences."""
         return int(np.bitwise_count(self._owners).sum())
 
-    def contents(self, seq_id: int) -> list[int]:
-        """Return the contents that a sequence holds, in the order of their positions."""
-        cells = self._cells_of(seq_id)
-        found: list[int] = self._data[cells[np.argsort(self._at[cells])]].tolist()
-        return found
-
     # -- decoding
 
     def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of the arrays; return the logits that were asked for."""
         if not self.offloaded:
             beside()
-        self._check(not self._closed, "decode after close")
         self._check(0 < count <= self.batch_size, f"a batch of {count} tokens, of {self.batch_size} at most")
         tokens, positions = self.tokens[:count].tolist(), self.positions[:count].tolist()
         seq_ids, wants = self.seq_ids[:count].tolist(), self.wants_logits[:count].nonzero()[0].tolist()
@@ -134,6 +91,7 @@ class HashContext:
         self._check(min(seq_ids) >= 0 and max(seq_ids) <= self.scratch, f"a sequence that is none: {seq_ids}")
         failure = self._failure()
         self.decodes += 1
+        self.padded += self.scratch in seq_ids
         attended = self._attended(seq_ids, positions)
         slots = None if failure is not None and failure.status == 1 else self._free_slots(count)
         if slots is None:
@@ -160,7 +118,7 @@ class HashContext:
         self.decoded += count
         logits = self._logits[:rows]
         if rows:
-            self._model.logits([tokens[row] for row in wants], [contents[row] for row in wants], logits)
+            MODEL.logits([tokens[row] for row in wants], [contents[row] for row in wants], logits)
         if self._anything_spoilt and self._spoilt.any():
             logits[:] = np.nan
         return logits
@@ -169,8 +127,6 @@ class HashContext:
         failure = self._failures.pop(self.decodes, None)
         if failure is not None:
             self.broken = failure.lasting
-        elif self._aborted:
-            failure = Failure(self.decodes, 2)
         elif self.broken:
             failure = Failure(self.decodes)
         return failure
@@ -295,7 +251,6 @@ class HashContext:
 
     def clear(self, *, zero: bool = False) -> None:
         """Forget all sequences; with `zero` also what the cells hold."""
-        self._check(not self._closed, "clear after close")
         self._owners[:] = 0
         self._head = 0
         self.clears += 1
@@ -315,15 +270,14 @@ class HashContext:
         self.clear()
 
     def abort(self) -> None:
-        self._aborted = True
+        self.broken = True
 
     def close(self) -> None:
-        self._closed = True
+        self.broken = True
 
     # -- misuse
 
     def _check_ids(self, *seq_ids: int) -> None:
-        self._check(not self._closed, "a closed context is used")
         for seq_id in seq_ids:
             self._check(0 <= seq_id <= self.scratch, f"there is no sequence {seq_id}")
 

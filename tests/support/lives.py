@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterator
 
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
@@ -36,12 +34,8 @@ def check_admissions(met: Counter[str]) -> None:
     assert met[EARLY] <= met[ADMISSION] / 50, f"{met[EARLY]} of {met[ADMISSION]} requests are admitted too early"
 
 
-def live(scenario: Scenario, **options: object) -> Counter[str]:
+def live(scenario: Scenario) -> Counter[str]:
     """Live a scenario in one thread, checking after every step.
-
-    Args:
-        scenario: which.
-        options: as `make_core` takes them.
 
     Returns:
         What was met: `ADMISSION`, `EARLY`, and 0 or 1 for each of what `Life` looks for.
@@ -49,33 +43,16 @@ def live(scenario: Scenario, **options: object) -> Counter[str]:
     Raises:
         AssertionError: the engine did what it must not do.
     """
-    return Life(scenario, **options).run()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep what the engine logs to itself: lives meet thousands of errors on purpose."""
-    logger = logging.getLogger("edge_phi3")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return Life(scenario).run()
 
 
 class Life:
-    """One life.
+    """One life."""
 
-    Args:
-        scenario: which.
-        options: as `make_core` takes them.
-    """
-
-    def __init__(self, scenario: Scenario, **options: object) -> None:
+    def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.now = 1.0
-        self.core, self.contexts = make_core(scenario, lambda: self.now, **options)  # type: ignore[arg-type]
+        self.core, self.contexts = make_core(scenario, lambda: self.now)
         self.scheduler = self.core.scheduler
         self.clients: list[Client] = []
         for number, ask in enumerate(scenario.asks):
@@ -90,8 +67,11 @@ class Life:
         """The length of each request when it was last admitted beside others; None when it was admitted alone."""
 
     def run(self) -> Counter[str]:
-        with quiet():
+        logging.disable()  # lives meet thousands of errors on purpose
+        try:
             return self._run()
+        finally:
+            logging.disable(logging.NOTSET)
 
     def _run(self) -> Counter[str]:
         self._watch_admissions()
@@ -218,19 +198,20 @@ class Life:
     def _lengths(self) -> dict[int, int]:
         return {request.arrival: request.length for request in self.scheduler.running if request.decoding}
 
-    def _traces(self) -> list[tuple[int, int]]:
-        """Return for each context how often it was emptied, and how many sequences its host cache was given."""
+    def _traces(self) -> list[tuple[int, int, int]]:
+        """Return how often each context was emptied, its host cache was given a sequence, and a batch was filled up."""
         caches = [runner.kv.host_cache for runner in self.scheduler.runners]
         saves = [cache.saves if isinstance(cache, CheckedHostCache) else 0 for cache in caches]
-        return [(context.clears, count) for context, count in zip(self.contexts, saves, strict=True)]
+        return [(each.clears, count, each.padded) for each, count in zip(self.contexts, saves, strict=True)]
 
-    def _check_exact(self, before: list[set[int]], traces: list[tuple[int, int]], news: list[Client]) -> None:
+    def _check_exact(self, before: list[set[int]], traces: list[tuple[int, int, int]], news: list[Client]) -> None:
         """Check that requests that run alone do so in an emptied context, and leave nothing behind."""
         ended_exact = all(client.running is None or client.running.exact for client in news)
         for place, runner in enumerate(self.scheduler.runners):
             exact = {request.arrival for request in runner.running if request.exact}
             assert not exact or len(runner.running) == 1, "a request that wants a context to itself has none"
-            (clears, saves), (cleared, saved) = traces[place], self._traces()[place]
+            (clears, saves, padded), (cleared, saved, filled) = traces[place], self._traces()[place]
+            assert not exact or filled == padded, "what repeats to the bit depends on what was measured"
             assert cleared > clears or not exact - before[place], "a request with a seed began in a used context"
             alone = before[place] and before[place] <= self._exact and ended_exact
             # Others may have come, run and left within the step.

@@ -33,9 +33,6 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 """Random checkpoints with Phi-3's whole vocabulary, by name."""
 
-MEASURED_TYPES = {"18m": "F32"}
-"""The type in which a model is measured, unless it is Q4_K_M."""
-
 
 def model_path(name: str, folder: Path = CACHE, kind: str | None = None) -> Path:
     """Return a model's GGUF, made when it is not there yet.
@@ -43,9 +40,9 @@ def model_path(name: str, folder: Path = CACHE, kind: str | None = None) -> Path
     Args:
         name: a key of `SHAPES`, or "demo" for the bundled model.
         folder: where models are kept.
-        kind: F32, F16, BF16 or a quantisation type; None for the one that the model is measured in.
+        kind: F32, F16, BF16 or a quantisation type; None for what is measured: Q4_K_M, but F32 of the smallest.
     """
-    kind = kind or MEASURED_TYPES.get(name, "Q4_K_M")
+    kind = kind or ("F32" if name == "18m" else "Q4_K_M")
     path = folder / f"{name}-{kind}.gguf"
     if path.exists():
         return path

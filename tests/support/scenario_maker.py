@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Callable
 from typing import Any
 
+from msgspec.structs import replace
+
 from tests.golden.requests import RequestMaker
-from tests.support.hash_context import TOKEN_BYTES, Failure
-from tests.support.scenarios import FAULTS, INFINITE, NAN, TEXTS, Ask, Scenario
+from tests.support.hash_context import TOKEN_BYTES
+from tests.support.scenarios import FAULTS, INFINITE, NAN, TEXTS, Ask, Failure, Scenario
 
 USUAL = range(1, NAN)
 _LENGTHS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
@@ -65,7 +66,7 @@ class _Maker:
             scenario = self._tightened()
         failures = [self._failure(steps) for _ in range(chance.choice((1, 1, 2))) if self.often(0.2)]
         stop_at = self.maybe(0.1, lambda: self.between(0, steps))
-        return dataclasses.replace(scenario, asks=tuple(self.asks), failures=tuple(failures), stop_at=stop_at)
+        return replace(scenario, asks=tuple(self.asks), failures=tuple(failures), stop_at=stop_at)
 
     def _engine(self) -> Scenario:
         chance = self.chance
@@ -102,7 +103,7 @@ class _Maker:
             least = max((max(most[:1], default=16), 3, *cells))
             more = self.chance.choices((1, self.between(1, 13), self.between(-8, 1)), weights=(6, 13, 1))[0]
             cells.append(max(3, *cells, least + more))
-        return dataclasses.replace(scenario, cells=tuple(cells))
+        return replace(scenario, cells=tuple(cells))
 
     def _failure(self, steps: int) -> Failure:
         status, lasting = self.chance.choice((-3, -2, 2, 1)), self.often(0.06)

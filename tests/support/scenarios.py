@@ -6,13 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults
-from tests.support.hash_context import Failure
-from tests.support.hash_model import HashModel
-from tests.support.reference import Attention
+from tests.support.reference import Attention, HashModel
 
 VOCABULARY = 72
 TEXTS = tuple("abcdefghijklmnopqr"[i % 18] + "stuv"[i // 18] for i in range(VOCABULARY))
@@ -67,20 +66,25 @@ class OddOrEven:
                 raise InjectedError("The constraint fails.")
 
 
-class _Short:
-    """Written with those fields only that differ from their defaults, as it can be read in again."""
+class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A call of `HashContext.decode` that fails.
 
-    def __repr__(self) -> str:
-        shown = [
-            f"{each.name}={getattr(self, each.name)!r}"
-            for each in dataclasses.fields(self)  # type: ignore[arg-type]
-            if getattr(self, each.name) != each.default
-        ]
-        return f"{type(self).__name__}({', '.join(shown)})"
+    Attributes:
+        decode: which one, from 0; those of warm-ups count.
+        status: what llama_decode returns: 1 leaves all as before; 2 and what is below -1 leave the parts done so far.
+        done: how many tokens of the batch are done.
+        lasting: whether all later calls fail too.
+        context: the number of the context, where there are several.
+    """
+
+    decode: int
+    status: int = -3
+    done: int = 0
+    lasting: bool = False
+    context: int = 0
 
 
-@dataclass(frozen=True, repr=False)
-class Ask(_Short):
+class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request, and what happens to it.
 
     Attributes:
@@ -116,8 +120,7 @@ class Ask(_Short):
         return config if self.logprobs is None else dataclasses.replace(config, top_logprobs=self.logprobs)
 
 
-@dataclass(frozen=True, repr=False)
-class Scenario(_Short):
+class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
     """An engine and its life. Sizes are in tokens, the host cache's in bytes (`TOKEN_BYTES` each), steps from 0.
 
     Attributes:

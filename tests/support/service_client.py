@@ -222,23 +222,20 @@ def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: flo
         deadline: seconds in which an answer must be there.
         refusal: seconds in which a refusal must be there, whatever the load.
     """
-    column, shown = outcome.column, f"{outcome.status} {outcome.sentence!r}, {outcome.seconds:.1f} s"
-    if outcome.trouble:
-        return f"{outcome.trouble} ({shown})"
-    if outcome.seconds > deadline:
-        return f"answered after its deadline: {shown}"
-    if column == "failed":
-        return f"failed: {shown}"
-    if column == "queue full":
-        return "" if outcome.retry_after else "429 without Retry-After"
-    if column != "refused":
-        return f"it is wrong and was answered: {shown}" if column == "answered" and ask.must == "refusal" else ""
-    if ask.must == "answer":
-        return f"it fits and was refused: {shown}"
-    if outcome.seconds > refusal:
-        return f"refused late: {shown}"
-    named = len(outcome.sentence) >= 10 and ask.names in outcome.sentence
-    return "" if named else f"its refusal does not name {ask.names!r}: {shown}"
+    column, sentence = outcome.column, outcome.sentence
+    refused = column == "refused"
+    complaints = [
+        (bool(outcome.trouble), outcome.trouble),
+        (outcome.seconds > deadline, "answered after its deadline"),
+        (column == "failed", "failed"),
+        (column == "queue full" and not outcome.retry_after, "429 without Retry-After"),
+        (column == "answered" and ask.must == "refusal", "it is wrong and was answered"),
+        (refused and ask.must == "answer", "it fits and was refused"),
+        (refused and outcome.seconds > refusal, "refused late"),
+        (refused and (len(sentence) < 10 or ask.names not in sentence), f"its refusal does not name {ask.names!r}"),
+    ]
+    shown = f"{outcome.status} {sentence!r}, {outcome.seconds:.1f} s"
+    return next((f"{what}: {shown}" for wrong, what in complaints if wrong), "")
 
 
 def difference(one: Outcome, other: Outcome, tolerance: float) -> str:

@@ -19,6 +19,7 @@ What failed is printed as JSON: the service's options, and the request's path an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -33,9 +34,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.support.service_client import CHAT, Ask, Outcome, complaint_about, difference, send
-from tests.support.service_requests import VOCABULARY, WORDS, AskMaker, Chain
-from tests.support.service_setups import USUAL_KINDS, Setup, make_model, make_setups
+from tests.support.service_client import Ask, Outcome, complaint_about, difference, send
+from tests.support.service_requests import USUAL_KINDS, VOCABULARY, AskMaker, Chain, Setup, make_model, make_setups
 from tests.support.services import Server, serving, wait_for
 
 _SLACK = 30.0
@@ -74,10 +74,10 @@ class Trial:
 
     def run(self, chains: list[Chain], share: float) -> None:
         """Send all requests, look at the service, and repeat a share of those that can be repeated."""
-        with self._serving() as server:
+        with self.serving() as server:
             asked = [
                 (ask, outcome)
-                for ask, outcome in self._send_all(server, chains)
+                for ask, outcome in self.send_all(server, chains)
                 if ask.repeats and outcome.column in {"answered", "refused", "nothing to choose"}
                 if ask.always or self._random.random() < share
             ]
@@ -87,14 +87,15 @@ class Trial:
                 self._note(*server.troubles(self._deadline))
             errors = server.logged_errors()
             self._note(*errors)
-            self._stop_while_busy(server)
+            self._stop_while_busy(server, [chain[0] for chain in chains[: self._threads]])
             # llama.cpp logs what is aborted at the end as an error.
             self._note(*[line for line in server.logged_errors()[len(errors) :] if "Traceback" in line])
         if repeated and self._setup.is_exact:
-            with self._serving(prefix_cache=False) as fresh:
+            with self.serving(prefix_cache=False) as fresh:
                 self._compare(fresh, asked, repeated)
 
-    def _serving(self, **options: Any) -> Any:
+    def serving(self, **options: Any) -> contextlib.AbstractContextManager[Server]:
+        """Serve the model with the setup's options and more."""
         return serving(self._folder, str(self._model), *self._setup.arguments(**options), store=self._folder)
 
     def _note(self, *whats: str, ask: Ask | None = None) -> int:
@@ -107,7 +108,8 @@ class Trial:
 
     # -- many at a time
 
-    def _send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
+    def send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
+        """Send requests, so many chains at a time, and note what is wrong with their answers."""
         with ThreadPoolExecutor(self._threads) as pool:
             return [*itertools.chain.from_iterable(pool.map(functools.partial(self._send_chain, server), chains))]
 
@@ -169,15 +171,9 @@ class Trial:
 
     # -- the end
 
-    def _stop_while_busy(self, server: Server) -> None:
+    def _stop_while_busy(self, server: Server, asks: list[Ask]) -> None:
         """Send SIGTERM while requests run; the process ends with 0 within its grace period and a while."""
-        most = max(8, min(400, self._setup.cells // 8))
-        endless = {"do_sample": False, "max_new_tokens": most, "eos_token_id": [], "max_time": 20}
-        asks = [
-            Ask("at the end", CHAT, {"prompt": word, "stream": beams == 1}).asking(**endless, num_beams=beams)
-            for word, beams in zip(WORDS, (1, 1, 4, 1, 4, 1), strict=False)
-        ]
-        with ThreadPoolExecutor(len(asks)) as pool:
+        with ThreadPoolExecutor(self._threads) as pool:
             if not self._lost.is_set():
                 sent = [pool.submit(send, server.port, ask, self._deadline) for ask in asks]
                 wait_for(lambda: bool(server.metrics()["num_requests_running"]) or all(each.done() for each in sent))

@@ -1,16 +1,109 @@
-"""Random requests to a service: of all kinds, at every edge, right and wrong, from a seed."""
+"""Services to be tried, and random requests to them: of all kinds, at every edge, right and wrong, each from a seed."""
 
 from __future__ import annotations
 
-import dataclasses
 import random
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from edge_phi3.conversion.convert import convert
+from edge_phi3.settings import Settings
+from edge_phi3.settings_text import flag_of
+from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.scenario_maker import PLAIN
 from tests.support.service_client import CHAT, CHAT_COMPLETIONS, COMPLETIONS, Ask
-from tests.support.service_setups import ORIGINAL_CONTEXT, Setup
+
+KINDS: dict[str, dict[str, Any]] = {
+    "4k": {"sliding_window": 2047},
+    "128k": long_context(),
+    "window of 64": {"sliding_window": 64},
+    "grouped": {"sliding_window": 2047, "kv_heads": 2},
+    "window of 16": {"sliding_window": 16},
+    "window of 3": {"sliding_window": 3},
+}
+"""What `write_checkpoint` makes each kind of model with."""
+
+USUAL_KINDS = ("4k", "128k", "window of 64", "grouped")
+ORIGINAL_CONTEXT = 4096
+_CTX_SIZES = (8192, 1024, 2048, 4096, 768, 3000, 5000, 6144)
+_EXACT = {"kv_cache_type": "f32", "threads": 1, "window_chunk": 1}
+_LIMITS = {"request_timeout": 120.0, "max_body_size": 262144, "grace_period": 2.0, "log_format": "json"}
+
+
+def make_model(folder: Path, kind: str, seed: int) -> Path:
+    """Make a model of a kind from a seed, with F32 weights; return its GGUF."""
+    checkpoint = write_checkpoint(folder / f"{kind} checkpoint", seed=seed, gain=2.0, **KINDS[kind])
+    return convert(checkpoint, folder / f"{kind}.gguf", outtype="f32").path
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A kind of model, a key of `KINDS`, and the options that it is served with, by the names of `Settings`."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        return Settings.model_validate(_EXACT | _LIMITS | self.options)
+
+    @property
+    def cells(self) -> int:
+        return self.settings.ctx_size or min(self.context_length, 8192)
+
+    @property
+    def context_length(self) -> int:
+        length: int = KINDS[self.kind].get("max_position_embeddings", ORIGINAL_CONTEXT)
+        return length
+
+    @property
+    def window(self) -> int:
+        window: int = KINDS[self.kind]["sliding_window"]
+        return window
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a request that can be repeated has the same answer whatever else runs."""
+        return self.settings.window_chunk == 1 or self.window > self.context_length
+
+    def arguments(self, **more: Any) -> list[str]:
+        """Return the arguments of ``edge-phi3 serve`` after the model's path, for these options and more."""
+        words: list[str] = []
+        for name, value in (_EXACT | _LIMITS | self.options | more).items():
+            flag = flag_of(name)
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            else:
+                words += [flag, str(value)]
+        return words
+
+
+def make_setups(seed: int, count: int) -> list[Setup]:
+    """Return so many setups from a seed, kinds in turn: each at its defaults, with 8,000 cells, 512, and others."""
+    chance = random.Random(seed)
+    sizes = {kind: [0, 8000, 512, *chance.sample(_CTX_SIZES, len(_CTX_SIZES))] for kind in USUAL_KINDS}
+    sizes["128k"].insert(3, 20_000)  # several sequences outgrow the original context in this one
+    setups = []
+    for number in range(count):
+        turn, kind = number // len(USUAL_KINDS), USUAL_KINDS[number % len(USUAL_KINDS)]
+        options: dict[str, Any] = {}
+        if turn > 0:
+            options = {
+                "ctx_size": sizes[kind][turn % len(sizes[kind])],
+                "parallel": chance.choice((16, 4)),
+                "batch_size": chance.choice((512, 64, 16, 1)),
+                "exact_seeds": turn == 1 or chance.random() < 0.5,
+                # Above 1, answers beyond the window depend on what else runs.
+                "window_chunk": 32 if turn > 1 and chance.random() < 0.3 else 1,
+                "max_queue": 4 if chance.random() < 0.2 else 256,
+                **chance.choice(({}, {"prefix_cache_mib": 1}, {"prefix_cache": False})),
+            }
+        setups.append(Setup(kind, options))
+    return setups
+
 
 VOCABULARY = phi3_vocabulary(merges=300)
 WORDS = [
@@ -20,7 +113,9 @@ WORDS = [
 ]
 """Words of one token each: so many words, separated by spaces, are so many tokens."""
 
-_ORDINARY = range(259, 500)
+TEXTS = [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
+"""The text of each token."""
+ORDINARY = range(259, 500)
 """Token ids that are neither bytes nor special."""
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "forced_bos_token_id")
 _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "beam_sample": 2}
@@ -32,7 +127,6 @@ _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     (CHAT, b'{"prompt": "' + b"a " * 140_000 + b'"}', "--max-body-size"),
     ("/chats", {"prompt": "a"}, "/chats"),
     (CHAT, {"prompt": "a", "generate_kwargs": {"max_lenght": 5}}, "max_lenght"),
-    (CHAT, {"prompt": "a", "generate_kwargs": {"eos_token_id": 10**6}}, "eos_token_id"),
     (CHAT_COMPLETIONS, {"messages": []}, "messages"),
     (COMPLETIONS, {"prompt": [10**6]}, "prompt[0]"),
 )
@@ -61,8 +155,7 @@ class AskMaker:
         self._chance = random.Random(seed)
         self._setup, self._cells, self._parallel = setup, setup.cells, setup.settings.parallel
         self._longest = min(longest, self._cells + 300)
-        texts = [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
-        self._maker = RequestMaker(seed, _ORDINARY, texts=texts, longest_prompt=20, most_new=60, most_beams=8)
+        self._maker = RequestMaker(seed, ORDINARY, texts=TEXTS, longest_prompt=20, most_new=60, most_beams=8)
         self._heads = [self._chance.choices(WORDS, k=self._longest) for _ in range(4)]
 
     def chains(self, count: int, crosstalk: int) -> list[Chain]:
@@ -85,7 +178,7 @@ class AskMaker:
             chains.append([Ask("beams that leave", CHAT, body, leaves=chance.uniform(0.005, 0.1))])
         for question in questions:
             body = _scored(question, {"do_sample": False, "max_new_tokens": 40, "eos_token_id": []})
-            chains.append([dataclasses.replace(self._judged("greedy beside", CHAT, body, 1, 100), always=True)])
+            chains.append([replace(self._judged("greedy beside", CHAT, body, 1, 100), always=True)])
         chance.shuffle(chains)
         return chains
 
@@ -96,7 +189,7 @@ class AskMaker:
         # What fits in any case, however a service divides its cells.
         cells = self._cells if rows == 1 else min(self._cells, ORIGINAL_CONTEXT)
         fits = rows <= self._parallel and rows * length <= cells
-        return dataclasses.replace(ask, repeats=not drawn or ask.has_seed, must="answer" if fits else "")
+        return replace(ask, repeats=not drawn or ask.has_seed, must="answer" if fits else "")
 
     # -- random ones
 
@@ -113,10 +206,10 @@ class AskMaker:
         ask = chance.choices((self._chat, self._chat_completion, self._completion), (6, 1, 2))[0]()
         if kind == "leaves":
             leaves = chance.uniform(0.005, 0.2)
-            return [dataclasses.replace(ask, kind=f"{ask.kind}, leaves", leaves=leaves, repeats=False)]
+            return [replace(ask, kind=f"{ask.kind}, leaves", leaves=leaves, repeats=False)]
         if kind == "time":
             limited = ask.asking(max_time=round(chance.uniform(0, 0.3), 3))
-            return [dataclasses.replace(limited, kind="max_time", repeats=False)]
+            return [replace(limited, kind="max_time", repeats=False)]
         return [ask]
 
     def _words(self, count: int) -> str:
@@ -190,7 +283,7 @@ class AskMaker:
         chance = self._chance
         prompt, new = self._sizes(4)
         body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.3 else {})
-        tokens = chance.choices(_ORDINARY, k=prompt)
+        tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
             (self._words(prompt), tokens, [self._words(prompt), self._words(min(prompt, 9))])
         )

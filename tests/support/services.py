@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,13 +19,13 @@ from typing import Any
 
 import httpx
 
-from tests.ports import free_port
-
 COMMAND = str(Path(sys.executable).with_name("edge-phi3"))
 _TAKEN = ("num_requests_running", "num_requests_waiting", "num_sequences_running", "kv_cache_cells_used")
-HEALTH = ("/healthz", "/livez", "/readyz")
 PATIENCE = 600.0
 """Seconds until what comes in a few on a quiet machine counts as lost."""
+
+_PORTS = range(20_000, 32_000)
+"""Below those that the system gives to outgoing connections, any of which could take a port before it is used."""
 
 _HTTP = httpx.Client(verify=False, trust_env=False, timeout=PATIENCE, limits=httpx.Limits(max_keepalive_connections=0))
 """Asks often; `httpx.get` would read the certificates of the machine each time."""
@@ -81,7 +83,7 @@ class Server:
             if not wait_for(self.is_idle, patience):
                 metrics = self.metrics()
                 found.append("it does not come to rest: " + ", ".join(f"{name} {metrics[name]:g}" for name in _TAKEN))
-            for route in HEALTH:
+            for route in ("/healthz", "/livez", "/readyz"):
                 response = self.get(route)
                 if response.status_code != 200:
                     found.append(f"{route} gives {response.status_code}: {response.text}")
@@ -111,6 +113,15 @@ def wait_for(condition: Callable[[], object], patience: float = PATIENCE) -> boo
             return False
         time.sleep(0.01)
     return True
+
+
+def free_port() -> int:
+    """Return a port on loopback that nobody listens on, for a program that must be told one before it listens."""
+    while True:
+        port = random.SystemRandom().choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager

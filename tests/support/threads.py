@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+
+from msgspec.structs import replace
 
 from tests.support.clients import Client
 from tests.support.lives import Life
@@ -22,13 +23,19 @@ _TURN = 0.0002
 class ThreadedLife(Life):
     """A life with a thread for the engine and two for those who ask. Cells are audited after every step.
 
+    What depends on the number of steps that go by is left out, and what would be put into a request that already runs.
+
     Args:
         scenario: which. Its steps are times here: what is to happen before a step happens at about that time.
-        options: as `make_core` takes them.
     """
 
-    def __init__(self, scenario: Scenario, **options: object) -> None:
-        super().__init__(scenario, **options)
+    def __init__(self, scenario: Scenario) -> None:
+        asks = []
+        for ask in scenario.asks:
+            kwargs = {name: value for name, value in ask.kwargs.items() if name != "max_time"}
+            fault = None if ask.fault == "choosing" else ask.fault
+            asks.append(replace(ask, kwargs=kwargs, timeout=None, fault=fault))
+        super().__init__(replace(scenario, asks=tuple(asks), max_queue=256))
         self._asked = threading.Event()
         for client in self.clients:
             _ = client.expected  # so that nothing but asking is left for the threads
@@ -77,25 +84,6 @@ class ThreadedLife(Life):
                     self.core.cancel(client.running)
 
 
-def _for_threads(scenario: Scenario) -> Scenario:
-    asks = [
-        dataclasses.replace(
-            ask,
-            kwargs={name: value for name, value in ask.kwargs.items() if name != "max_time"},
-            timeout=None,
-            fault=None if ask.fault == "choosing" else ask.fault,
-        )
-        for ask in scenario.asks
-    ]
-    return dataclasses.replace(scenario, asks=tuple(asks), max_queue=256)
-
-
-def live_in_threads(scenario: Scenario, **options: object) -> Counter[str]:
-    """Live a scenario with a real thread for the engine.
-
-    What depends on the number of steps that go by is left out, and what would be put into a request that already runs.
-
-    Raises:
-        AssertionError: the engine did what it must not do.
-    """
-    return ThreadedLife(_for_threads(scenario), **options).run()
+def live_in_threads(scenario: Scenario) -> Counter[str]:
+    """Do what `live` does, with a real thread for the engine."""
+    return ThreadedLife(scenario).run()

@@ -14,7 +14,6 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 from tests import paced
 from tests.support.services import PATIENCE, Server, serving
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 expect.set_options(timeout=1000 * PATIENCE)  # machines may be busy; what is there is seen at once
 
 OPTIONS = ("--threads", "1")
@@ -31,32 +30,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def slow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file that makes the server slow while it exists."""
-    return tmp_path_factory.mktemp("slow") / "slow"
-
-
-@pytest.fixture(scope="package")
-def server(tmp_path_factory: pytest.TempPathFactory, store: Path, slow_file: Path) -> Iterator[Server]:
-    """Return the demo model, served with room for answers that take long."""
+def server(store: Path) -> Iterator[Server]:
+    """Return the demo model, served with room for long answers; slowly while the store holds a file "slow"."""
     options = (*OPTIONS, "--ctx-size", "65536")
-    folder = tmp_path_factory.mktemp("server")
-    with serving(folder, *options, store=store, command=paced.command(slow_file)) as running:
+    with serving(store, *options, store=store, command=paced.command(store / "slow")) as running:
         yield running
 
 
 @pytest.fixture
-def slow_answers(slow_file: Path) -> Iterator[None]:
+def slow_answers(store: Path) -> Iterator[None]:
     """Let no answer of thousands of tokens end while the test goes on."""
-    slow_file.touch()
+    (store / "slow").touch()
     yield
-    slow_file.unlink()
+    (store / "slow").unlink()
 
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Return Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
-    path = next(filter(None, map(shutil.which, NAMES)), None)
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         reason = "the playground is tested in Chromium, which is not installed (apt-get install chromium)"
         if os.environ.get("REQUIRE_CHROMIUM"):
@@ -70,41 +62,28 @@ def browser() -> Iterator[Browser]:
 
 @dataclass
 class Playground:
-    """The page of a service, opened.
-
-    Attributes:
-        requests: all that the page asked for.
-        complaints: errors and warnings of the console, and exceptions.
-        refusals_expected: whether a status of 400 or more, which the console counts as an error, is part of the test.
-    """
+    """The page of a service, with all that it asked for, and its console's errors and warnings and its exceptions."""
 
     page: Page
     url: str
     requests: list[Request] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     refusals_expected: bool = False
+    """Whether a status of 400 or more, which the console counts as an error, is part of the test."""
 
     @property
     def message(self) -> Locator:
-        """The field for the message."""
         return self.page.get_by_label("Message", exact=True)
 
     @property
     def answers(self) -> Locator:
-        """The texts of answers."""
         return self.page.locator(".text")
 
     @property
     def curl(self) -> str:
-        """The command shown."""
         return self.page.locator("#curl").text_content() or ""
 
-    def note(self, request: Request) -> None:
-        """Remember what the page asks for. Playwright marks its handlers, which `list.append` does not let it."""
-        self.requests.append(request)
-
     def hear(self, line: ConsoleMessage) -> None:
-        """Remember what the page complains of on its console."""
         if line.type in {"error", "warning"}:
             self.complaints.append(line.text)
 
@@ -113,24 +92,23 @@ class Playground:
         self.page.goto(f"{self.url}/ui")
         expect(self.page.locator("#model")).to_have_attribute("data-state", "ready")
 
-    def put(self, name: str, value: str) -> None:
-        """Set a parameter in its group."""
-        control = self.page.locator(f"#parameter-{name}")
-        group = self.page.locator("details.group", has=control)
-        if group.get_attribute("open") is None:
-            group.locator("summary").click()
-        if control.evaluate("node => node.tagName") == "SELECT":
-            control.select_option(value)
-        else:
-            control.fill(value)
+    def click(self, button: str) -> None:
+        self.page.get_by_role("button", name=button).click()
 
-    def put_all(self, **values: str) -> None:
-        """Set several parameters."""
+    def put(self, **values: str) -> None:
+        """Set parameters, each in its group."""
         for name, value in values.items():
-            self.put(name, value)
+            control = self.page.locator(f"#parameter-{name}")
+            group = self.page.locator("details.group", has=control)
+            if group.get_attribute("open") is None:
+                group.locator("summary").click()
+            if control.evaluate("node => node.tagName") == "SELECT":
+                control.select_option(value)
+            else:
+                control.fill(value)
 
-    def ask(self, text: str, *, ended: str = "", count: int = 1) -> None:
-        """Type a message and send it, and wait until so many exchanges have ended so, where `ended` says how."""
+    def ask(self, text: str, *, ended: str = "done", count: int = 1) -> None:
+        """Type a message and send it, and wait until so many exchanges have ended so; "" does not wait."""
         self.message.fill(text)
         self.message.press("Enter")
         if ended:
@@ -150,7 +128,7 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     context.set_default_timeout(1000 * PATIENCE)
     playground = Playground(context.new_page(), url)
     page = playground.page
-    context.on("request", playground.note)
+    context.on("request", lambda request: playground.requests.append(request))  # noqa: PLW0108 - Playwright marks it
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
     page.on("console", playground.hear)
     playground.open()

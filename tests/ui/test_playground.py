@@ -15,8 +15,9 @@ from playwright.sync_api import Route, expect
 from tests.support.services import PATIENCE, Server, wait_for
 from tests.ui.conftest import Playground
 
-QUESTION = "What does json.dumps do?"
+QUESTION, OTHER = "What does json.dumps do?", "What does len do?"
 AWKWARD = """it's "$HOME" `id` \\ 'x' <b>ü</b> 🙂"""
+ENDLESS = {"max_new_tokens": "4000", "num_return_sequences": "8", "eos_token_id": "-1"}
 
 
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
@@ -37,40 +38,24 @@ def facts_of(playground: Playground) -> dict[str, str]:
     return {item.get_attribute("data-fact") or "": item.inner_text() for item in items.all()}
 
 
-def metric(server: Server, name: str) -> float:
-    text = server.get("/metrics/prometheus").text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"edge_phi3_{name}"))
-
-
-def set_long(playground: Playground) -> None:
-    """Ask for answers that nobody waits for the end of."""
-    playground.put_all(max_new_tokens="4000", num_return_sequences="8", eos_token_id="-1")
-
-
-def test_a_question_is_answered_with_what_the_service_says(playground: Playground, server: Server) -> None:
+def test_questions_are_answered_with_what_the_service_says(playground: Playground, server: Server) -> None:
     expect(playground.page.get_by_role("heading", name="Ask the model")).to_be_visible()
     expect(playground.page.locator("#model")).to_contain_text(server.get("/version").json()["model"]["name"])
-    playground.put("do_sample", "false")
-    playground.ask(QUESTION, ended="done")
-    (sent,) = playground.chat_bodies()
-    plain = chat(server, json.loads(sent))
-    assert json.loads(sent)["messages"] == [{"role": "user", "content": QUESTION}]
-    assert json.loads(sent)["stream"] is True
+    playground.put(do_sample="false")
+    playground.ask(QUESTION)
+    (sent,) = map(json.loads, playground.chat_bodies())
+    assert (sent["messages"], sent["stream"]) == ([{"role": "user", "content": QUESTION}], True)
+    plain = chat(server, sent)
     assert playground.answers.all_text_contents() == [plain["Result"].strip()]
     facts = facts_of(playground)
-    assert facts["tokens"] == f"{plain['usage']['completion_tokens']} tokens"
-    assert facts["reason"] == "complete"
+    assert (facts["tokens"], facts["reason"]) == (f"{plain['usage']['completion_tokens']} tokens", "complete")
     assert re.fullmatch(r"\d+(\.\d)? tokens/s", facts["rate"])
     assert re.fullmatch(r"first after \d+ ms|first after \d+\.\d s", facts["first"])
     expect(playground.page.locator("#announcement")).to_have_text("The answer is complete.")
     expect(playground.message).to_be_focused()
 
-
-def test_a_conversation_goes_on_from_what_was_said(playground: Playground) -> None:
     playground.page.get_by_label("System prompt").fill("Answer briefly.")
-    playground.put("do_sample", "false")
-    playground.ask(QUESTION, ended="done")
-    playground.ask("What does len do?", ended="done", count=2)
+    playground.ask(OTHER, count=2)
     system, *turns = json.loads(playground.chat_bodies()[1])["messages"]
     assert system == {"role": "system", "content": "Answer briefly."}
     assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
@@ -78,35 +63,46 @@ def test_a_conversation_goes_on_from_what_was_said(playground: Playground) -> No
 
 
 @pytest.mark.usefixtures("slow_answers")
-@pytest.mark.parametrize("by_key", [True, False])
-def test_stopping_keeps_what_has_come_and_frees_the_sequence(
-    playground: Playground, server: Server, by_key: bool
-) -> None:
-    left = 'requests_total{endpoint="/chat",outcome="disconnected"}'
-    before = metric(server, left)
-    set_long(playground)
-    playground.ask(QUESTION)
+@pytest.mark.parametrize("how", ["key", "button", "reload"])
+def test_stopping_keeps_what_has_come_and_frees_the_sequence(playground: Playground, server: Server, how: str) -> None:
+    def disconnected() -> float:
+        text = server.get("/metrics/prometheus").text
+        _, _, rest = text.partition('requests_total{endpoint="/chat",outcome="disconnected"} ')
+        return float((rest or "0").split()[0])
+
+    before = disconnected()
+    playground.put(**ENDLESS)
+    playground.ask(QUESTION, ended="")
     expect(playground.answers.first).not_to_be_empty()
     expect(playground.page.locator(".answer")).to_have_attribute("aria-busy", "true")
-    stop = playground.page.get_by_role("button", name="Stop")
-    if by_key:
+    if how == "key":
         playground.message.press("Escape")
+    elif how == "button":
+        playground.click("Stop")
     else:
-        stop.click()
+        playground.open()
     playground.ended("stopped")
     expect(playground.answers.first).not_to_be_empty()
     assert facts_of(playground)["reason"] == "stopped"
-    expect(stop).to_be_hidden()
-    assert wait_for(lambda: (metric(server, left), metric(server, "num_sequences_running")) == (before + 1, 0))
+    expect(playground.page.get_by_role("button", name="Stop")).to_be_hidden()
+    assert wait_for(lambda: disconnected() == before + 1 and server.is_idle())
     expect(playground.message).to_be_focused()
 
 
 def test_a_parameter_reaches_the_request_and_the_command(playground: Playground, server: Server) -> None:
-    playground.put_all(do_sample="false", seed="18446744073709551615", temperature=".5")
-    playground.put_all(stop_strings="never said", early_stopping='"never"', max_new_tokens="16")
-    playground.page.locator("#tab-request").click()
+    page = playground.page
+    playground.put(do_sample="false", seed="18446744073709551615", temperature=".5")
+    playground.put(stop_strings="never said", early_stopping='"never"', max_new_tokens="16")
+    page.locator("#tab-request").click()
     playground.message.fill(AWKWARD)
     command = playground.curl
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.clock.install()  # what is shown for a moment stays until the test has seen it
+    playground.click("Copy the command")
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == command
+    page.clock.fast_forward(2000)
+    expect(page.get_by_role("button", name="Copy the command")).to_be_visible()
     playground.message.press("Enter")
     playground.ended()
     (sent,) = playground.chat_bodies()
@@ -130,18 +126,6 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
     assert playground.curl == command, "the command shows the last message when nothing is being written"
 
 
-def test_the_command_is_copied_as_it_is_shown(playground: Playground) -> None:
-    playground.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    playground.page.clock.install()  # what is shown for a moment stays until the test has seen it
-    playground.message.fill(AWKWARD)
-    playground.page.locator("#tab-request").click()
-    playground.page.get_by_role("button", name="Copy the command").click()
-    expect(playground.page.get_by_role("button", name="Copied")).to_be_visible()
-    assert playground.page.evaluate("navigator.clipboard.readText()") == playground.curl
-    playground.page.clock.fast_forward(2000)
-    expect(playground.page.get_by_role("button", name="Copy the command")).to_be_visible()
-
-
 def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, server: Server) -> None:
     document = server.get("/openapi.json").json()["components"]["schemas"]["GenerateKwargs"]["properties"]
     rows = playground.page.locator(".parameter")
@@ -155,7 +139,7 @@ def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, s
         assert meaning.endswith(default.removesuffix(".0"))
     top_p = playground.page.locator(".parameter", has=playground.page.locator("#parameter-top_p"))
     expect(top_p).to_contain_text("0 to 1")
-    playground.put("top_p", "0.3")
+    playground.put(top_p="0.3")
     assert '"top_p": 0.3' in playground.curl
     assert float(top_p.get_by_role("slider").input_value()) == 0.3
     top_p.get_by_role("slider").press("End")
@@ -163,8 +147,8 @@ def test_every_parameter_is_explained_and_can_be_reset(playground: Playground, s
     expect(playground.page.locator("#count")).to_have_text("1")
     top_p.get_by_role("button", name="Reset top_p").click()
     assert "top_p" not in playground.curl
-    playground.put("min_p", "0.1")
-    playground.page.get_by_role("button", name="Reset all").click()
+    playground.put(min_p="0.1")
+    playground.click("Reset all")
     expect(playground.page.locator("#count")).to_be_hidden()
     assert set(json.loads(body_of(playground.curl))["generate_kwargs"]) == {"max_new_tokens", "return_dict_in_generate"}
 
@@ -187,17 +171,17 @@ def test_a_refusal_is_the_service_s_own_sentence(
     playground: Playground, server: Server, name: str, value: str, sent: Any
 ) -> None:
     playground.refusals_expected = True
-    playground.put(name, value)
+    playground.put(**{name: value})
     playground.ask(QUESTION, ended="failed")
     body = {"prompt": "a", "generate_kwargs": {name: sent}}
     refused = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE)
     assert refused.status_code == 400
     expect(playground.page.get_by_role("alert")).to_have_text(refused.json()["detail"])
-    playground.put(name, "")
-    playground.page.get_by_role("button", name="Try again").click()
+    playground.put(**{name: ""})
+    playground.click("Try again")
     playground.ended()
     expect(playground.page.get_by_role("alert")).to_be_hidden()
-    playground.ask("What does len do?", ended="done", count=2)
+    playground.ask(OTHER, count=2)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +207,16 @@ def test_a_stream_that_breaks_keeps_what_has_come(playground: Playground, body: 
     playground.complaints[:] = [line for line in playground.complaints if "ERR_CONNECTION_REFUSED" not in line]
 
 
-def test_a_reload_changes_nothing(playground: Playground) -> None:
-    playground.put_all(do_sample="false", stop_strings='["\\n\\n", "x y"]')
-    playground.page.get_by_label("System prompt").fill("Be kind.")
-    playground.ask(QUESTION, ended="done")
+def test_a_reload_changes_nothing_and_a_new_chat_keeps_the_settings_alone(playground: Playground) -> None:
+    page = playground.page
+    playground.put(do_sample="false", stop_strings='["\\n\\n", "x y"]')
+    page.get_by_label("System prompt").fill("Be kind.")
+    playground.click(QUESTION)
+    playground.ended()
+    expect(page.locator("#welcome")).to_be_hidden()
     playground.message.fill("half a tho")
 
     def seen() -> list[Any]:
-        page = playground.page
         values = [page.locator(f"#parameter-{name}").input_value() for name in ("do_sample", "stop_strings", "top_k")]
         return [page.locator("#conversation").inner_text(), playground.message.input_value(), playground.curl, *values]
 
@@ -240,51 +226,39 @@ def test_a_reload_changes_nothing(playground: Playground) -> None:
     playground.open()
     assert seen() == before
 
-
-@pytest.mark.usefixtures("slow_answers")
-def test_leaving_in_the_middle_keeps_what_has_come(playground: Playground) -> None:
-    set_long(playground)
-    playground.ask(QUESTION)
-    expect(playground.answers.first).not_to_be_empty()
-    playground.open()
-    playground.ended("stopped")
-    expect(playground.answers.first).not_to_be_empty()
-
-
-def test_a_new_chat_is_empty_and_keeps_the_settings(playground: Playground) -> None:
-    playground.put("do_sample", "false")
-    playground.page.get_by_role("button", name=QUESTION).click()
-    playground.ended()
-    expect(playground.page.locator("#welcome")).to_be_hidden()
-    playground.page.get_by_role("button", name="New chat").click()
-    expect(playground.page.locator(".exchange")).to_have_count(0)
-    expect(playground.page.locator("#welcome")).to_be_visible()
-    expect(playground.page.locator("#parameter-do_sample")).to_have_value("false")
+    playground.click("New chat")
+    expect(page.locator(".exchange")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#parameter-do_sample")).to_have_value("false")
     expect(playground.message).to_be_focused()
     playground.open()
-    expect(playground.page.locator(".exchange")).to_have_count(0)
-    playground.ask("What does len do?", ended="done")
-    assert len(json.loads(playground.chat_bodies()[-1])["messages"]) == 1
+    expect(page.locator(".exchange")).to_have_count(0)
+    playground.ask(OTHER)
+    roles = [message["role"] for message in json.loads(playground.chat_bodies()[-1])["messages"]]
+    assert roles == ["system", "user"]
 
 
-def test_beam_search_shows_its_one_event(playground: Playground, server: Server) -> None:
-    playground.put_all(do_sample="false", num_beams="4", num_return_sequences="2")
-    playground.ask(QUESTION, ended="done")
+@pytest.mark.parametrize(
+    ("parameters", "count"),
+    [
+        ({"num_return_sequences": "3", "temperature": "2", "seed": "7", "max_new_tokens": "12"}, 3),
+        ({"do_sample": "false", "num_beams": "4", "num_return_sequences": "2"}, 1),
+    ],
+    ids=["sequences", "beams, whose one event holds their texts joined"],
+)
+def test_several_sequences_stand_apart(
+    playground: Playground, server: Server, parameters: dict[str, str], count: int
+) -> None:
+    playground.put(**parameters)
+    playground.ask(QUESTION)
+    expect(playground.answers).to_have_count(count)
     result = chat(server, json.loads(playground.chat_bodies()[0]))
-    assert playground.answers.all_text_contents() == [result["Result"].strip()]
+    texts = playground.answers.all_text_contents()
+    assert "".join("".join(texts).split()) == "".join(result["Result"].split())
     facts = facts_of(playground)
     assert facts["tokens"] == f"{result['usage']['completion_tokens']} tokens"
-    assert "first" not in facts
-
-
-def test_several_sequences_stand_apart(playground: Playground, server: Server) -> None:
-    playground.put_all(num_return_sequences="3", temperature="2", seed="7", max_new_tokens="12")
-    playground.ask(QUESTION, ended="done")
-    expect(playground.answers).to_have_count(3)
-    result = chat(server, json.loads(playground.chat_bodies()[0]))["Result"]
-    texts = playground.answers.all_text_contents()
-    assert "".join(result.split()) == "".join("".join(texts).split())
-    playground.ask("What does len do?", ended="done", count=2)
+    assert ("first" in facts) is (count > 1)
+    playground.ask(OTHER, count=2)
     messages = json.loads(playground.chat_bodies()[1])["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
     assert messages[1]["content"].strip() == texts[0].strip()
@@ -300,23 +274,18 @@ def test_several_sequences_stand_apart(playground: Playground, server: Server) -
     ],
 )
 def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[str, str], reason: str) -> None:
-    playground.put_all(do_sample="false", **parameters)
-    playground.ask(QUESTION, ended="done")
+    playground.put(do_sample="false", **parameters)
+    playground.ask(QUESTION)
     assert facts_of(playground)["reason"] == reason
 
 
 def test_text_is_never_taken_for_html(playground: Playground) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-    stream = "".join(
-        f"{head}data: {json.dumps(data)}\n\n"
-        for head, data in [
-            ("", {"index": 0, "text": f"{evil} ```\n"}),
-            ("", {"index": 0, "text": f"```html\n{evil}\n```\nafter"}),
-            ("event: result\n", {"Result": ""}),
-        ]
-    )
+    texts = [f"{evil} ```\n", f"```html\n{evil}\n```\nafter"]
+    stream = "".join(f"data: {json.dumps({'index': 0, 'text': text})}\n\n" for text in texts)
+    stream += 'event: result\ndata: {"Result": ""}\n\n'
     playground.page.route("**/chat", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
-    playground.ask(evil, ended="done")
+    playground.ask(evil)
     assert playground.page.locator("#conversation img, #conversation script").count() == 0
     expect(playground.page.locator(".question")).to_have_text(evil)
     expect(playground.page.locator(".answer pre")).to_have_attribute("data-language", "html")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -20,18 +19,9 @@ from tests.ui.conftest import OPTIONS, Playground, watched
 KEY = "correct-horse"
 
 
-@pytest.fixture
-def phone(browser: Browser, server: Server) -> Iterator[Playground]:
-    """Return the playground on a small phone."""
-    size: ViewportSize = {"width": 360, "height": 640}
-    with browser.new_context(viewport=size, has_touch=True, is_mobile=True) as context:
-        yield from watched(context, server.url)
-
-
-def overflow(playground: Playground) -> int:
-    """Return by how many pixels the page is wider than its window."""
-    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-    pixels: int = playground.page.evaluate(wide)
+def overflow(playground: Playground, element: str = ":root") -> int:
+    """Return by how many pixels an element, by default the page, is wider than what is seen of it."""
+    pixels: int = playground.page.locator(element).evaluate("node => node.scrollWidth - node.clientWidth")
     return pixels
 
 
@@ -42,42 +32,45 @@ def lightness(playground: Playground) -> float:
     return (red + green + blue) / 3
 
 
-def test_a_phone_has_one_column_that_never_scrolls_sideways(phone: Playground) -> None:
-    assert overflow(phone) == 0
-    expect(phone.page.locator("#panel")).to_be_hidden()
-    phone.ask("A_word_that_is_far_too_long_for_a_phone_" * 6)
-    phone.ended()
-    assert overflow(phone) == 0
-    phone.page.get_by_role("button", name="Settings").click()
-    panel = phone.page.locator("#panel")
-    expect(panel).to_be_visible()
-    phone.page.evaluate("document.querySelectorAll('details').forEach((group) => { group.open = true; })")
-    expect(panel.locator("#parameter-sequence_bias")).to_be_visible()
-    assert overflow(phone) == 0
-    assert panel.evaluate("node => node.scrollWidth - node.clientWidth") == 0
-    phone.put("temperature", "0.5")
-    panel.get_by_role("tab", name="Request").click()
-    expect(panel.locator("#curl")).to_contain_text('"temperature": 0.5')
-    assert overflow(phone) == 0
-    panel.get_by_role("button", name="Close").click()
-    expect(panel).to_be_hidden()
-    expect(phone.message).to_be_visible()
+def test_a_phone_has_one_column_that_never_scrolls_sideways(browser: Browser, server: Server) -> None:
+    size: ViewportSize = {"width": 360, "height": 640}
+    with browser.new_context(viewport=size, has_touch=True, is_mobile=True) as context:
+        for phone in watched(context, server.url):
+            assert overflow(phone) == 0
+            panel = phone.page.locator("#panel")
+            expect(panel).to_be_hidden()
+            phone.ask("A_word_that_is_far_too_long_for_a_phone_" * 6)
+            assert overflow(phone) == 0
+            phone.click("Settings")
+            expect(panel).to_be_visible()
+            expect(phone.page.locator("#chat")).to_have_js_property("inert", True)
+            phone.page.evaluate("document.querySelectorAll('details').forEach((group) => { group.open = true; })")
+            expect(panel.locator("#parameter-sequence_bias")).to_be_visible()
+            assert overflow(phone) == overflow(phone, "#panel") == 0
+            phone.put(temperature="0.5")
+            panel.get_by_role("tab", name="Request").click()
+            expect(panel.locator("#curl")).to_contain_text('"temperature": 0.5')
+            assert overflow(phone) == 0
+            phone.click("Close")
+            expect(panel).to_be_hidden()
+            expect(phone.message).to_be_visible()
+            phone.click("Settings")
+            phone.page.keyboard.press("Escape")
+            expect(panel).to_be_hidden()
+            expect(phone.page.locator("#chat")).to_have_js_property("inert", False)
+            expect(phone.page.get_by_role("button", name="Settings")).to_be_focused()
 
 
-def test_on_a_phone_the_panel_lies_over_the_page_and_escape_closes_it(phone: Playground) -> None:
-    toggle = phone.page.get_by_role("button", name="Settings")
-    toggle.click()
-    expect(phone.page.locator("#chat")).to_have_js_property("inert", True)
-    phone.page.keyboard.press("Escape")
-    expect(phone.page.locator("#panel")).to_be_hidden()
-    expect(phone.page.locator("#chat")).to_have_js_property("inert", False)
-    expect(toggle).to_be_focused()
-
-
-@pytest.mark.parametrize("width", [320, 700, 992, 1600])
-def test_no_width_scrolls_sideways(playground: Playground, width: int) -> None:
-    playground.page.set_viewport_size({"width": width, "height": 700})
-    assert overflow(playground) == 0
+def test_no_width_scrolls_sideways_and_every_control_has_a_name(playground: Playground) -> None:
+    for width in (320, 700, 992, 1600):
+        playground.page.set_viewport_size({"width": width, "height": 700})
+        assert overflow(playground) == 0, width
+    unnamed = playground.page.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, textarea")].filter(
+            (node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim()
+        ).map((node) => node.outerHTML)"""
+    )
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -87,13 +80,12 @@ def test_the_system_s_scheme_is_followed_until_another_is_chosen(
     is_dark = scheme == "dark"
     with browser.new_context(color_scheme=scheme) as context:
         for playground in watched(context, server.url):
-            change = playground.page.get_by_role("button", name="Light or dark")
             assert (lightness(playground) < 60) is is_dark
-            change.click()
+            playground.click("Light or dark")
             assert (lightness(playground) < 60) is not is_dark
             playground.open()
             assert (lightness(playground) < 60) is not is_dark
-            change.click()
+            playground.click("Light or dark")
             assert (lightness(playground) < 60) is is_dark
 
 
@@ -121,26 +113,16 @@ def test_the_keyboard_alone_is_enough(playground: Playground) -> None:
     assert outline == "solid"
 
 
-def test_every_control_has_a_name(playground: Playground) -> None:
-    unnamed = playground.page.evaluate(
-        """() => [...document.querySelectorAll("button, input, select, textarea")].filter(
-            (node) => !node.labels?.length && !node.ariaLabel && !node.textContent.trim()
-        ).map((node) => node.outerHTML)"""
-    )
-    assert unnamed == []
-
-
 def test_a_service_with_keys_is_given_one_that_no_store_keeps(browser: Browser, tmp_path: Path, store: Path) -> None:
     with serving(tmp_path, *OPTIONS, "--api-key", KEY, store=store) as server, browser.new_context() as context:
         for playground in watched(context, server.url):
             playground.refusals_expected = True
-            playground.ask("What does len do?")
-            playground.ended("failed")
+            playground.ask("What does len do?", ended="failed")
             expect(playground.page.get_by_role("alert")).to_contain_text("needs an API key")
             field = playground.page.get_by_label("API key")
             expect(field).to_be_focused()
             field.fill(KEY)
-            playground.page.get_by_role("button", name="Try again").click()
+            playground.click("Try again")
             playground.ended()
             assert KEY not in playground.curl
             assert '"Authorization: Bearer $EDGE_PHI3_KEY"' in playground.curl

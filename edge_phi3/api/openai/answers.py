@@ -16,7 +16,6 @@ from litestar import Response
 from litestar.types import Receive
 from msgspec import Struct
 
-from edge_phi3.api.errors import detail_of, openai_error, status_code_of
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails, SamplingFields
@@ -29,8 +28,6 @@ from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
 Reason = Literal["stop", "length"]
 Tokens = list[PlacedLogprobs] | None
 UsageField = CompletionUsage | msgspec.UnsetType | None
-
-_encode = msgspec.json.Encoder().encode
 
 
 class Answer(abc.ABC):
@@ -85,7 +82,7 @@ class Answer(abc.ABC):
     async def respond(self, receive: Receive) -> EventStream | Response[Any]:
         """Return the response; the client that `receive` listens to may leave before."""
         if self._streamed:
-            return EventStream(self._events(), _failure_event)
+            return EventStream(self._events())
         async with cancelled_when_client_leaves(receive):
             return Response(await self._whole())
 
@@ -119,7 +116,7 @@ class Answer(abc.ABC):
             async for chunk in chunks:
                 yield chunk
         if self._usage:
-            yield event(_encode(self.chunk([], _usage_of(self._outputs))))
+            yield event(self.chunk([], _usage_of(self._outputs)))
         yield event(b"[DONE]")
 
     async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
@@ -155,11 +152,7 @@ class Answer(abc.ABC):
                     yield b"".join(map(self._event, pieces))
 
     def _event(self, piece: Struct) -> bytes:
-        return event(_encode(self.chunk([piece], None if self._usage else msgspec.UNSET)))
-
-
-def _failure_event(error: Exception) -> bytes:
-    return event(_encode(openai_error(detail_of(error), status_code_of(error))))
+        return event(self.chunk([piece], None if self._usage else msgspec.UNSET))
 
 
 def _finish_reason(reason: str, shown: ShownText) -> Reason:

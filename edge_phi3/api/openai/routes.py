@@ -71,16 +71,7 @@ async def chat_completions(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[schemas.ChatCompletion] | EventStream:
     """Continue a conversation (OpenAI's API)."""
-    wanted = decode_body(request, body, schemas.ChatCompletionRequest)
-    exchange = exchange_of(request.scope)
-
-    def prepare() -> list[PreparedPrompt]:
-        messages = translate.messages_of(wanted)
-        if service.settings.log_prompts:
-            exchange.prompt = msgspec.json.encode(messages).decode()
-        return [translate.prepare(service, wanted, messages=messages)]
-
-    return await _ChatAnswer(service, wanted, exchange, await work_on(body, prepare)).respond(request.receive)
+    return await _answer(_ChatAnswer, request, body, service, schemas.ChatCompletionRequest)
 
 
 @post("/v1/completions", status_code=200, body=schemas.CompletionRequest)
@@ -88,17 +79,26 @@ async def completions(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[schemas.Completion] | EventStream:
     """Continue prompts as they are, without a chat template (OpenAI's API)."""
-    wanted = decode_body(request, body, schemas.CompletionRequest)
+    return await _answer(_CompletionAnswer, request, body, service, schemas.CompletionRequest)
+
+
+async def _answer(
+    shapes: type[Answer],
+    request: Request[Any, Any, Any],
+    body: bytes,
+    service: Service,
+    type_: type[schemas.ChatCompletionRequest | schemas.CompletionRequest],
+) -> Response[Any] | EventStream:
+    wanted = decode_body(request, body, type_)
     exchange = exchange_of(request.scope)
 
     def prepare() -> list[PreparedPrompt]:
-        prompts = translate.prompts_of(wanted)
+        asked, prompts = translate.asked_by(wanted)
         if service.settings.log_prompts:
-            exchange.prompt = msgspec.json.encode(prompts).decode()
-        echo = bool(wanted.echo)
-        return [translate.prepare(service, wanted, prompt=prompt, return_full_text=echo) for prompt in prompts]
+            exchange.prompt = msgspec.json.encode(asked).decode()
+        return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
-    return await _CompletionAnswer(service, wanted, exchange, await work_on(body, prepare)).respond(request.receive)
+    return await shapes(service, wanted, exchange, await work_on(body, prepare)).respond(request.receive)
 
 
 @get("/v1/models", sync_to_thread=False)

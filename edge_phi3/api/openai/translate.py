@@ -59,13 +59,17 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
     return prepared
 
 
-def messages_of(request: ChatCompletionRequest) -> list[dict[str, str]]:
-    """Return a conversation as the pipeline takes it.
+def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Return a request's conversation or prompts, and for each prompt the arguments that `prepare` takes.
 
     Raises:
-        InvalidRequestError: a message holds something else than text.
+        InvalidRequestError: a message holds something else than text; there is no prompt, or they are of several kinds.
     """
-    return [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
+    if isinstance(request, ChatCompletionRequest):
+        messages = [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
+        return messages, [{"messages": messages}]
+    prompts = _prompts(request)
+    return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
 
 
 def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
@@ -83,12 +87,8 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
-    """Return the prompts of a request for completions: one or more, each a text or token ids.
-
-    Raises:
-        InvalidRequestError: there is none, or they are of several kinds.
-    """
+def _prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """Return the prompts of a request for completions: one or more, each a text or token ids."""
     prompt = request.prompt
     if not prompt:
         raise InvalidRequestError("`prompt` is missing.")

@@ -21,11 +21,7 @@ _CPU = 0
 
 
 class RpcBackend:
-    """The backend as a plug-in of ggml.
-
-    Args:
-        plugin: its shared library.
-    """
+    """The backend as a plug-in of ggml; `plugin` is its shared library."""
 
     def __init__(self, plugin: str) -> None:
         spec = importlib.util.find_spec("llama_cpp")
@@ -66,16 +62,11 @@ class RpcBackend:
         register(added)
 
 
-def limit_memory(size: int) -> None:
-    """Let this process take so many bytes more than it has."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + size
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 if __name__ == "__main__":
     plugin, endpoint, threads, *memory = sys.argv[1:]
     backend = RpcBackend(plugin)
     if memory:
-        limit_memory(int(memory[0]))
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        most = pages * resource.getpagesize() + int(memory[0])
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     backend.serve(endpoint, int(threads))

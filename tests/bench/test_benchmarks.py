@@ -1,0 +1,179 @@
+"""The project's own benches: the committed page is what the results give, and benchmarks/gpu runs whole on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT, MEASURE = ((sys.executable, "-m", f"benchmarks.{name}") for name in ("report", "measure"))
+GPU = ROOT / "benchmarks" / "gpu" / "run.sh"
+TINY = (GPU, "--cpu", "--small", "--threads", "1", "--rounds", "1")
+UNFINISHED = 75
+
+
+def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program, which must end with `code`."""
+    env = os.environ | {"PYTHON": sys.executable} | environment
+    finished = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert finished.returncode == code, finished.stderr[-3000:]
+    return finished
+
+
+def headings(page: Path) -> list[str]:
+    return [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("## ")]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[str | Path, ...]:
+    """Options for a copy of the recorded results and of the page."""
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    return "--results", tmp_path / "results", "--docs", tmp_path / "docs"
+
+
+def test_the_committed_page_and_plots_are_those_of_the_recorded_results() -> None:
+    assert run(*REPORT, "--check").stdout == "Up to date.\n"
+
+
+def test_a_changed_figure_makes_page_and_plots_stale(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
+    path = tmp_path / "results" / "quantizations.json"
+    data = json.loads(path.read_text())
+    data["measurements"][1]["speed"]["generated_per_second"] *= 2
+    path.write_text(json.dumps(data))
+    stale = run(*REPORT, "--check", *folders, code=1).stdout
+    assert stale.endswith("benchmarks.md, quantizations-quality.svg, quantizations-speed.svg\n")
+    run(*REPORT, *folders)
+    run(*REPORT, "--check", *folders)
+
+
+def test_what_was_not_recorded_is_not_mentioned(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
+    page, kept = tmp_path / "docs" / "benchmarks.md", tmp_path / "results" / "prefix_cache.json"
+    before = headings(page)
+    for path in {*(tmp_path / "results").iterdir()} - {kept}:
+        path.unlink()
+    run(*REPORT, *folders)
+    assert headings(page) == ["## The prefix cache"] != before
+    kept.unlink()
+    run(*REPORT, *folders)
+    assert headings(page) == []
+
+
+def test_the_engines_ratios_are_shown(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
+    machine = json.loads((tmp_path / "results" / "transformers.json").read_text())["machine"]
+    result = {
+        "part": "throughput", "model": "0.65b", "case": "4 clients, greedy", "ours": 125.0, "theirs": 100.0,
+        "unit": "tokens/s", "ratio": 1.25, "low": 1.2, "high": 1.3, "load": 0.1,
+        "turns": [[120.0, 100.0], [130.0, 100.0]],
+    }  # fmt: skip
+    (tmp_path / "results" / "engine.json").write_text(json.dumps({"machine": machine, "results": [result]}))
+    run(*REPORT, *folders)
+    text = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "| throughput | 0.65b | 4 clients, greedy | 125 | 100 | tokens/s | 1.25 | 1.20 to 1.30 |" in text
+
+
+def test_one_part_is_measured_and_the_page_says_so(tmp_path: Path) -> None:
+    folders = ("--results", tmp_path / "results", "--docs", tmp_path)
+    assert "tokenizing" in run(*MEASURE, "--only", "tokenizing", *folders).stderr
+    record = json.loads((tmp_path / "results" / "tokenizing.json").read_text())
+    assert all(entry["median"] > 0 and entry["figures"]["ratio"] > 0 for entry in record["results"])
+    assert headings(tmp_path / "benchmarks.md") == ["## Text to tokens and back"]
+    run(*REPORT, "--check", *folders)
+    assert str(tmp_path) not in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_a_part_that_fails_leaves_the_figures_before_and_others_go_on(
+    folders: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "results" / "prefix_cache.json"
+    before = path.read_text()
+    parts = ("--only", "prefix_cache", "--only", "memory")
+    finished = run(*MEASURE, *parts, *folders, code=1, PYTEST_ADDOPTS="--no-such-option")
+    assert path.read_text() == before
+    outcomes = " ".join(finished.stderr.rpartition("outcome")[2].split())
+    assert "failed with exit code 4; the figures before stay" in outcomes
+    assert outcomes.startswith("memory")
+    assert outcomes.count("measured") == 1
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of benchmarks/gpu."""
+    folder = tmp_path_factory.mktemp("gpu") / "report"
+    run(*TINY, "--out", folder)
+    return folder
+
+
+def test_every_part_of_the_gpu_run_runs_on_the_cpu(out: Path) -> None:
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    steps, kinds, variants = report["steps"], ("Q4_K_M", "Q8_0", "F16"), ("4k", "128k")
+    assert {name.partition(".")[0] for name in steps} == {"build", "models", "exactness", "speed"}
+    assert not [step for step in steps.values() if step["failure"]]
+    assert report["gpu"] is None
+    # Answers in F32 are those of transformers.
+    exact = steps["exactness.f32"]["result"]
+    assert exact["asked"] >= 12
+    assert exact["different"] == exact["scores_apart"] == {}
+    for variant in variants:
+        sizes = [steps[f"models.{variant}.{kind}"]["result"]["bytes"] for kind in kinds]
+        assert sizes == sorted(set(sizes)), "fewer bits, a smaller file"
+        assert steps[f"speed.long-prompt.{variant}"]["result"]["ours"] > 0
+    rows = report["throughput"]
+    assert {(row["kind"], row["clients"]) for row in rows} == {(kind, count) for kind in kinds for count in (1, 8)}
+    assert all(row["ours"] > 0 for row in rows)
+    if any(row["theirs"] is None for row in rows):
+        assert {row["theirs"] for row in rows} == {None}
+        assert steps["speed.stream.Q4_K_M"]["missing"] == "llama-server is not there"
+    text = (out / "report.md").read_text()
+    assert {"## Exactness", "## Tokens per second", "## Models"} <= set(text.splitlines())
+    gaps = [step["name"] for step in steps.values() if step["missing"]]
+    assert "speed.memory.four-f16" in gaps
+    assert all(f"| {name} |" in text for name in gaps)
+
+
+def test_only_what_failed_or_was_missing_is_done_again(out: Path) -> None:
+    steps = out / "work" / "steps"
+    failed = steps / "models.4k.F16.json"
+    failed.write_text('{"name": "models.4k.F16", "seconds": 1.0, "failure": "ValueError: broken"}')
+    before = {path: path.stat().st_mtime_ns for path in steps.iterdir()}
+    run(*TINY, "--out", out, "--part", "models", "--part", "exactness", "--part", "report")
+    assert [path for path in before if path.stat().st_mtime_ns != before[path]] == [failed]
+    assert json.loads(failed.read_text())["failure"] is None
+
+
+def test_wrong_usage_is_told(out: Path, tmp_path: Path) -> None:
+    bundle, gpu = tmp_path / "vax", (GPU, "--out", tmp_path / "report")
+    bundle.mkdir()
+    (bundle / "bundle.json").write_text('{"python": "2.7", "machine": "vax"}')
+    cases: list[tuple[tuple[str | Path, ...], int, str]] = [
+        (gpu, 2, "without a GPU, say --cpu"),
+        ((*gpu, "--cpu", "--limit", "0"), 2, "--limit must be positive"),
+        ((*gpu, "--bundle", tmp_path), 2, "it has no bundle.json"),
+        ((*gpu, "--bundle", bundle), 1, "is for Python 2.7 on vax"),
+        ((GPU, "--cpu", "--out", out, "--part", "report"), 1, "give another folder"),
+        ((*TINY, *gpu[1:], "--limit", "0.000001", "--part", "models"), UNFINISHED, "Run the same command again."),
+        ((*MEASURE, "--only", "nonsense"), 2, "invalid choice: 'nonsense'"),
+    ]
+    for command, code, words in cases:
+        assert words in run(*command, code=code).stderr
+    assert (tmp_path / "report" / "report.md").exists(), "the time limit ended a run in good order"
+
+
+def test_the_run_starts_before_the_bindings_have_their_libraries() -> None:
+    run(sys.executable, "-c", "import sys; sys.modules['llama_cpp'] = None; import benchmarks.gpu.run")
+
+
+def test_the_scripts_are_sound() -> None:
+    for script in (GPU, GPU.with_name("prepare.sh")):
+        assert os.access(script, os.X_OK)
+        run("bash", "-n", script)
+        assert "set -euo pipefail" in script.read_text()
+        if shellcheck := shutil.which("shellcheck"):
+            run(shellcheck, script)

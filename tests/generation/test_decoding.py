@@ -1,0 +1,271 @@
+"""Decoding beyond transformers' recorded answers: seeds, draws, scores, beams, log-probabilities, ends."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_phi3.generation import GenerationError, ModelDefaults, advance
+from edge_phi3.generation.drawing import draw
+from edge_phi3.generation.logits import Candidates
+from edge_phi3.generation.stopping import StopStrings
+from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
+
+PROMPT = (5, 6, 7)
+
+
+def generated(*requests: dict[str, Any], seed: int = 1) -> list[list[list[int]]]:
+    """Run requests together, and return the new tokens of each returned sequence."""
+    decoders = [(decoder(PROMPT, **({"max_new_tokens": 25} | request)), PROMPT) for request in requests]
+    run(table_model(seed), *decoders)
+    return [[tokens[len(PROMPT) :].tolist() for tokens in each.result().sequences] for each, _ in decoders]
+
+
+@pytest.mark.parametrize("options", [{"num_return_sequences": 2}, {"num_beams": 4, "temperature": 2.0}])
+def test_equal_seeds_repeat_and_other_or_no_seeds_differ(options: dict[str, Any]) -> None:
+    request = options | {"top_k": 0, "max_new_tokens": 20}
+    first, again, *others = (str(generated(request | {"seed": seed})) for seed in (11, 11, 12, None, None))
+    assert first == again
+    assert len({first, *others}) == 4
+
+
+def test_the_sequences_of_a_request_are_drawn_independently() -> None:
+    request = {"seed": 1, "top_k": 0, "max_new_tokens": 300, "eos_token_id": []}
+    (sequences,) = generated(request | {"num_return_sequences": 8})
+    assert len({tuple(tokens) for tokens in sequences}) == 8
+    # The first sequence does not depend on how many there are.
+    assert generated(request) == [sequences[:1]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"top_k": 150}, {"num_beams": 2},
+        *({"top_k": 0} | warper for warper in (
+            {}, {"top_p": 0.5}, {"typical_p": 0.5}, {"min_p": 0.1}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
+        )),
+    ],
+)  # fmt: skip
+def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any], value: float) -> None:
+    logits = table_model(1)(PROMPT)[None]
+    logits[0, 100] = value
+    each = decoder(PROMPT, **options)
+    advance([each], logits.copy())
+    assert isinstance(each.error, GenerationError)
+    mended = decoder(PROMPT, remove_invalid_values=True, **options)
+    if "num_beams" not in options:
+        # Beams see log-probabilities, which one such value makes NaN altogether.
+        advance([mended], logits.copy())
+        assert mended.error is None
+
+
+@pytest.mark.parametrize("dictionary", [False, True])
+@pytest.mark.parametrize("output_scores", [False, True])
+def test_scores_are_recorded_where_both_options_are_on(dictionary: bool, output_scores: bool) -> None:
+    options = {"return_dict_in_generate": dictionary, "output_scores": output_scores, "max_new_tokens": 3}
+    assert (answer(table_model(1), PROMPT, **options).scores is not None) == (dictionary and output_scores)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.integers(0, 2**32), st.integers(1, 2000), st.floats(0, 1, exclude_max=True), st.floats(0.01, 50), st.booleans()
+)
+def test_draws_invert_the_cumulative_distribution(
+    seed: int, width: int, uniform: float, spread: float, whole: bool
+) -> None:
+    tokens = None if whole else np.tile(np.arange(width, dtype=np.int32), (2, 1))
+    random = np.random.default_rng(seed)
+    scores = (random.standard_normal((2, width)) * spread).astype(np.float32)
+    scores[:, random.random(width) < 0.3] = -np.inf
+    scores[:, random.integers(width)] = 0
+    drawn = draw(Candidates(scores, tokens), np.array([0, 1]), np.array([uniform, uniform]))
+    reached = np.cumsum(np.exp(scores - scores.max(1, keepdims=True)), axis=1, dtype=np.float64)
+    reached /= reached[:, -1:]
+    for row, token in enumerate(drawn.tokens.tolist()):
+        assert scores[row, token] > -np.inf
+        below = reached[row, token - 1] if token else 0.0
+        assert below - 1e-6 <= uniform <= reached[row, token] + 1e-6
+
+
+def test_draws_reach_the_last_token_and_never_an_impossible_one() -> None:
+    scores = np.full((1, 1300), -np.inf, dtype=np.float32)
+    scores[0, [3, 700, 1001]] = 0
+    for tokens in (None, np.arange(1300, dtype=np.int32)[None]):
+        for uniform, token in ((0.0, 3), (np.nextafter(1, 0), 1001), (0.34, 700), (1 / 3, 700)):
+            assert draw(Candidates(scores, tokens), np.array([0]), np.array([uniform])).tokens[0] == token
+
+
+def test_what_cannot_start_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        decoder([])
+    with pytest.raises(ValueError, match="rows of logits"):
+        advance([decoder(PROMPT)], np.zeros((2, VOCABULARY), dtype=np.float32))
+    with pytest.raises(ValueError, match="vocabulary"):
+        decoder(PROMPT, stop_strings="a")
+    for option in ({"top_logprobs": 1}, {"constraint": object()}):
+        with pytest.raises(ValueError, match="Beam searches"):
+            decoder(PROMPT, num_beams=2, **option)
+
+
+# -- beams, beyond the recorded requests
+
+
+def log_probability(model: Model, tokens: Prefix, start: int = len(PROMPT)) -> float:
+    """Sum the log-probabilities of the tokens from a place on, in float64."""
+    rows = [model(tokens[:length]).astype(np.float64) for length in range(start, len(tokens))]
+    return float(sum(row[token] - np.log(np.exp(row).sum()) for row, token in zip(rows, tokens[start:], strict=True)))
+
+
+def test_as_many_beams_as_continuations_find_the_best_of_all() -> None:
+    """With room for every continuation, beam search is exhaustive search."""
+    model = table_model(9, 6, 1.0)
+    defaults = ModelDefaults(vocab_size=6, bos_token_id=1, eos_token_ids=(), pad_token_id=0, context_length=64)
+    options = {"do_sample": False, "num_beams": 36, "num_return_sequences": 5, "max_new_tokens": 3}
+    result = answer(model, (1, 2, 3), defaults=defaults, **options)
+    every = [(1, 2, 3, *tail) for tail in itertools.product(range(6), repeat=3)]
+    best = sorted(every, key=lambda tokens: log_probability(model, tokens))[::-1][:5]
+    assert [tuple(tokens.tolist()) for tokens in result.sequences] == best
+    assert result.sequences_scores is not None
+    np.testing.assert_allclose(
+        result.sequences_scores, [log_probability(model, tokens) / 3 for tokens in best], rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_scores_are_those_of_a_beams_own_tokens(groups: int) -> None:
+    """transformers mixes up the beams of groups here, so that its answers do not show it."""
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 4, "num_return_sequences": 4, "max_new_tokens": 12}
+    options |= {"output_scores": True, "return_dict_in_generate": True, "eos_token_id": []}
+    if groups > 1:
+        options |= {"num_beam_groups": groups, "diversity_penalty": 0.5}
+    result = answer(table_model(3), PROMPT, **options)
+    assert result.scores is not None
+    assert result.sequences_scores is not None
+    for tokens, score, scored in zip(result.sequences, result.sequences_scores, result.scores, strict=True):
+        assert score == pytest.approx(sum(each.score for each in scored) / len(scored), rel=1e-4)
+        if groups == 1:
+            expected = log_probability(table_model(3), tuple(tokens.tolist()))
+            assert sum(each.logprob for each in scored) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("length_penalty", "score"), [(1e6, -0.0), (-1e6, -np.inf)])
+def test_extreme_length_penalties_do_not_overflow(length_penalty: float, score: float) -> None:
+    options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 3, "length_penalty": length_penalty}
+    assert answer(table_model(1), PROMPT, **options).sequences_scores == [score]
+
+
+# -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen
+
+
+MODES: list[dict[str, Any]] = [
+    {"do_sample": False},
+    {"do_sample": False, "suppress_tokens": list(range(0, 200, 2)), "return_dict_in_generate": True},
+    {"seed": 1, "temperature": 0.5, "top_k": 3},
+    {"seed": 2, "num_return_sequences": 3, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.3},
+    {"do_sample": None, "num_return_sequences": 2},
+]
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("top", [0, 1, 5, VOCABULARY + 1])
+def test_they_are_the_log_softmax_of_the_raw_logits(options: dict[str, Any], top: int) -> None:
+    model, options = table_model(1), {"max_new_tokens": 12} | options
+    result, plain = (answer(model, PROMPT, **more, **options) for more in ({"top_logprobs": top}, {}))
+    assert [s.tolist() for s in result.sequences] == [s.tolist() for s in plain.sequences]
+    assert plain.logprobs is None
+    assert result.logprobs is not None
+    for sequence, recorded in zip(result.sequences, result.logprobs, strict=True):
+        tokens = sequence.tolist()
+        assert [logprobs.token_id for logprobs in recorded] == tokens[len(PROMPT) :]
+        for place, logprobs in enumerate(recorded, len(PROMPT)):
+            logits = model(tuple(tokens[:place])).astype(np.float64)
+            expected = logits - np.log(np.exp(logits).sum())
+            assert logprobs.logprob == pytest.approx(expected[tokens[place]], abs=1e-9)
+            best = np.argsort(-expected, kind="stable")[:top].tolist()
+            assert [token for token, _ in logprobs.top] == best
+            assert [logprob for _, logprob in logprobs.top] == pytest.approx(expected[best].tolist(), abs=1e-9)
+
+
+def test_steps_hold_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids_come_first() -> None:
+    each, other = decoder(PROMPT, do_sample=False, top_logprobs=3), decoder(PROMPT, do_sample=False)
+    logits = np.zeros((2, VOCABULARY), np.float32)
+    logits[:, [9, 40]] = 2
+    first, second = advance([each, other], logits)
+    assert [(0, first.logprobs[0].token_id)] == list(first.emitted) == list(second.emitted) == [(0, 9)]
+    assert [token for token, _ in first.logprobs[0].top] == [9, 40, 0]
+    assert list(second.logprobs) == []
+
+
+def test_a_request_that_fails_has_none() -> None:
+    each = decoder(PROMPT, top_logprobs=1, seed=1)
+    (step,) = advance([each], np.full((1, VOCABULARY), np.nan, np.float32))
+    assert each.error is not None
+    assert list(step.logprobs) == []
+
+
+# -- ends: end tokens, lengths, stop strings, time
+
+
+TEXTS: list[str | None] = [None, "", "a", "b", "ab", "ba", "c", " ", "abc", "ca"]
+
+
+def forced(*tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return logits that allow one token in each row."""
+    logits = np.full((len(tokens), VOCABULARY), -np.inf, dtype=np.float32)
+    logits[range(len(tokens)), tokens] = 0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "strings", "found"),
+    [
+        ([2, 1, 3], ["ab"], False),  # as in transformers, the window is as many tokens as the string has characters
+        ([2, 1, 3], ["ab", "xyz"], True),
+        ([2, 0, 3], ["ab"], False),  # nothing reaches across an id without a token
+        ([2, 3, 1], ["ab"], False),
+        ([0], ["a"], False),
+        ([2, 3, 50], ["ab"], False),
+    ],
+)
+def test_stop_strings(tokens: list[int], strings: list[str], found: bool) -> None:
+    assert StopStrings(strings, TEXTS).matches(np.array(tokens, dtype=np.int32)) is found
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=8), st.text("abc ", min_size=1, max_size=4))
+def test_a_stop_string_is_found_exactly_when_it_ends_in_the_newest_token(tokens: list[int], string: str) -> None:
+    text = "".join(TEXTS[token] or "" for token in tokens)
+    newest = len(TEXTS[tokens[-1]] or "")
+    ends = [at + len(string) for at in range(len(text)) if text.startswith(string, at)]
+    expected = any(end > len(text) - newest for end in ends)
+    assert StopStrings([string], TEXTS).matches(np.array(tokens, dtype=np.int32)) is expected
+
+
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"num_return_sequences": 2}, {"num_beams": 2}])
+def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) -> None:
+    # The clock is read when the request is made, and after each step.
+    times = iter((100.0, 101.0, 102.0, 102.5))
+    result = answer(table_model(1), PROMPT, max_time=2.0, clock=lambda: next(times), eos_token_id=[], **options)
+    assert set(result.finish_reasons) == {"time"}
+    assert {len(tokens) for tokens in result.sequences} == {len(PROMPT) + 3}
+
+
+@pytest.mark.parametrize(("token", "reason"), [(END, "stop"), (END + 1, "length")])
+def test_an_end_token_at_the_last_step_is_a_stop(token: int, reason: str) -> None:
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=1)
+    advance([each], forced(token))
+    assert each.result().finish_reasons == [reason]
+
+
+@pytest.mark.parametrize("ends", [[], -1])
+def test_no_end_token_ends_nothing(ends: object) -> None:
+    each = decoder(PROMPT, do_sample=False, max_new_tokens=3, eos_token_id=ends)
+    for token in (END, END, END):
+        advance([each], forced(token))
+    assert each.result().sequences[0].tolist() == [*PROMPT, END, END, END]
