@@ -4,7 +4,7 @@
     benchmarks/gpu/prepare.sh BUNDLE --source llama_cpp_python-0.3.36.tar.gz
 
 The wheels are for the Python that runs this (PYTHON names another one) and for this machine's architecture, with a
-glibc of 2.28 or newer. Only the standard library, pip and git are needed.
+glibc of 2.31 or newer. Only the standard library, pip and git are needed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 64 << 20
 """Bytes that a bundle may have in all."""
 
-_GLIBC = (2, 28)
+_GLIBC = (2, 31)
 _BUILD_TOOLS = ("pip", "cmake", "ninja", "scikit-build-core")
 _BINDINGS_NEED = ("diskcache", "typing-extensions")
 _LEFT_OUT = ("faker", "hf_xet")

@@ -1,47 +1,76 @@
-"""Sequences held to a grammar: llama.cpp's state of the grammar, in the terms of `edge_phi3.generation`."""
+"""Sequences held to a JSON schema: llguidance's grammars, in the terms of `edge_phi3.generation`.
+
+llguidance makes a grammar of a schema and tells which tokens may come next. So that answers end, space is scarce, and
+the digits of a number are few.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from typing import Final
 
 import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
+from edge_phi3.engine.errors import SchemaError
+from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.llama import GrammarError
-from edge_phi3.llama.model import CANDIDATE, Grammar, Model
 
-_NEVER_IN_UTF8: Final = (0xC0, 0xC1, *range(0xF5, 0x100))
-_NOT_AFTER: Final = {
-    0xE0: range(0x80, 0xA0),
-    0xED: range(0xA0, 0xC0),
-    0xF0: range(0x80, 0x90),
-    0xF4: range(0x90, 0xC0),
-}
-"""Which second bytes make no UTF-8 (RFC 3629, section 4): too long a form, half of a pair, or beyond Unicode. llama.cpp
-reads some of them as the characters that they would be, a quotation mark among them."""
+_LIMITS: Final = LLParserLimits(
+    max_grammar_size=100_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
+_SPECIAL: Final = b"\xff"
+"""What llguidance takes for the beginning of a token that is no text."""
+
+_MOST_DIGITS: Final = 16
+_MOST_DIGITS_OF_EXPONENT: Final = 2
+_ANY_NUMBER: Final = 1 << 30
+_QUOTE, _BACKSLASH = b'"\\'
 
 
-class GrammarConstraint:
-    """Holds a sequence to a grammar; a `edge_phi3.generation.constraints.TokenConstraint`.
+class SchemaConstraint:
+    """Holds a sequence to a schema; a `edge_phi3.generation.constraints.TokenConstraint`.
 
-    Beside the grammar's own rules: special tokens never come, since an answer's text leaves them out; nor do bytes that
-    are no UTF-8. End tokens come exactly when the text is whole.
+    Special tokens never come, since an answer's text leaves them out. End tokens come exactly when the text is whole.
+    Where llguidance fails, for example at its limits, no token may come. Where a number has `_MOST_DIGITS` digits in a
+    row, no more come, if anything else may.
     """
 
-    __slots__ = ("_byte", "_grammar", "_vocabulary")
+    __slots__ = ("_ends", "_escaped", "_matcher", "_quoted", "_room", "_vocabulary")
 
-    def __init__(self, grammar: Grammar, vocabulary: _Vocabulary, byte: int | None = None) -> None:
-        self._grammar = grammar
+    def __init__(self, matcher: LLMatcher, vocabulary: ConstraintVocabulary, ends: list[int]) -> None:
+        self._matcher = matcher
         self._vocabulary = vocabulary
-        self._byte = byte
+        self._ends = ends
+        self._quoted = self._escaped = False
+        self._room = _MOST_DIGITS
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which tokens may come next, shape (vocabulary,)."""
+        vocabulary = self._vocabulary
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
+        allowed[self._ends] = self._matcher.is_accepting()
+        if self._room < vocabulary.most_digits:
+            fitting = allowed & (vocabulary.digits <= self._room)
+            if fitting.any():
+                return fitting
+        return allowed
 
     def permits(self, token: int) -> bool:
         """Return whether a token may come next."""
-        if token in self._vocabulary.ends:
-            return self._is_whole()
-        return not self._vocabulary.banned[token] and token not in self._broken() and self._lets(token)
+        if token in self._ends:
+            return self._matcher.is_accepting()
+        if not self._matcher.validate_tokens([token]):
+            return False
+        return bool(self._vocabulary.digits[token] <= self._room) or bool(self.allowed()[token])
 
     def mask(self, scores: NDArray[np.float32]) -> None:
         """Set the score of every token that may not come next to minus infinity.
@@ -49,87 +78,97 @@ class GrammarConstraint:
         Args:
             scores: shape (vocabulary,); changed in place.
         """
-        candidates = self._vocabulary.candidates.copy()
-        self._grammar.apply(candidates)
-        refused = candidates["logit"] < 0
-        refused |= self._vocabulary.banned
-        refused[self._broken()] = True
-        refused[list(self._vocabulary.ends)] = not self._is_whole()
-        scores[refused] = -np.inf
+        np.copyto(scores, -np.inf, where=~self.allowed())
 
     def accept(self, token: int) -> None:
-        """Go on with a token.
+        """Go on with a token that may come next and is no end token; after any other none may come."""
+        self._matcher.consume_token(token)
+        for byte in self._vocabulary.texts[token]:
+            if self._quoted:
+                if self._escaped or byte == _BACKSLASH:
+                    self._escaped = not self._escaped
+                elif byte == _QUOTE:
+                    self._quoted, self._room = False, _MOST_DIGITS
+            elif byte == _QUOTE:
+                self._quoted, self._room = True, _ANY_NUMBER
+            elif byte in b"0123456789":
+                self._room = max(self._room - 1, 0)
+            elif byte in b"eE":
+                self._room = _MOST_DIGITS_OF_EXPONENT
+            elif byte not in b"+-":
+                self._room = _MOST_DIGITS
 
-        Raises:
-            GrammarError: it may not come next, or is an end token.
-        """
-        # llama.cpp would end the process.
-        if token in self._vocabulary.ends or not self.permits(token):
-            raise GrammarError(f"The grammar does not let token {token} come next.")
-        self._grammar.accept(token)
-        self._byte = self._vocabulary.byte_of.get(token)
-
-    def clone(self) -> GrammarConstraint:
+    def clone(self) -> SchemaConstraint:
         """Return a copy that goes its own way."""
-        return GrammarConstraint(self._grammar.clone(), self._vocabulary, self._byte)
-
-    def _is_whole(self) -> bool:
-        return self._lets(self._vocabulary.llama_end)
-
-    def _lets(self, token: int) -> bool:
-        candidate = np.zeros(1, CANDIDATE)
-        candidate["id"] = token
-        self._grammar.apply(candidate)
-        return bool(candidate["logit"][0] == 0)
-
-    def _broken(self) -> list[int]:
-        """Return the byte tokens that cannot follow the last token."""
-        return [] if self._byte is None else self._vocabulary.not_after.get(self._byte, [])
+        copy = SchemaConstraint(self._matcher.deep_copy(), self._vocabulary, self._ends)
+        copy._quoted, copy._escaped, copy._room = self._quoted, self._escaped, self._room
+        return copy
 
 
-class _Vocabulary:
-    """What all constraints of a model with the same end tokens share.
+class _Tokens:
+    """A vocabulary as llguidance reads it. Its end token is one that no answer has: requests have their own."""
 
-    Attributes:
-        ends: the tokens that end a sequence.
-        llama_end: a token that llama.cpp takes for an end.
-        candidates: all tokens, of the type `CANDIDATE`.
-        banned: whether a token never comes, shape (vocabulary,).
-        byte_of: the byte of each byte token.
-        not_after: for a byte, the tokens of bytes that cannot follow it.
-    """
+    bos_token_id = eos_token_id = None
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, ends: Collection[int]) -> None:
-        self.ends = frozenset(ends)
-        self.llama_end = model.eos_token_id
-        self.candidates = np.zeros(model.vocab_size, CANDIDATE)
-        self.candidates["id"] = np.arange(model.vocab_size)
-        self.byte_of = tokenizer.byte_of
-        token_of = {byte: token for token, byte in self.byte_of.items()}
-        self.not_after = {
-            byte: [token_of[after] for after in wrong if after in token_of] for byte, wrong in _NOT_AFTER.items()
-        }
-        self.banned = np.zeros(model.vocab_size, np.bool_)
-        never = tokenizer.special_ids | tokenizer.unused_ids | tokenizer.control_ids
-        self.banned[list(never)] = True
-        self.banned[[token_of[byte] for byte in _NEVER_IN_UTF8 if byte in token_of]] = True
+    def __init__(self, tokens: list[bytes], tokenizer: Tokenizer) -> None:
+        self.tokens = tokens
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer.encode(text, parse_special=False).tolist()
+        return tokens
 
 
-def constrain(model: Model, tokenizer: Tokenizer, grammar: str, ends: Collection[int]) -> GrammarConstraint:
-    """Make the constraint of a grammar, at its start.
+class ConstraintVocabulary:
+    """Makes the constraints of a model. From any thread.
 
     Args:
-        model: whose vocabulary.
-        tokenizer: of the same model.
-        grammar: in llama.cpp's language, GBNF; its start symbol is ``root``.
-        ends: the tokens that end a sequence, at least one.
+        tokenizer: of the model.
 
-    Raises:
-        GrammarError: llama.cpp cannot use the grammar, or there is no end token.
+    Attributes:
+        texts: the bytes of each token; those of special tokens begin with `_SPECIAL`.
+        digits: how many digits each begins with, shape (vocabulary,).
+        most_digits: the most that any token begins with.
     """
-    inside = [token for token in ends if 0 <= token < model.vocab_size]
-    if not inside:
-        raise GrammarError("A grammar needs an end token (`eos_token_id`), which comes when the text is whole.")
-    if model.eos_token_id < 0:
-        raise GrammarError(f"{model.path.name} names no end token, which llama.cpp's grammars need.")
-    return GrammarConstraint(model.grammar(grammar), _Vocabulary(model, tokenizer, inside))
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        never = tokenizer.special_ids | tokenizer.unused_ids | tokenizer.control_ids
+        self.texts = [
+            (_SPECIAL if token in never else b"") + tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)
+        ]
+        self.digits = np.array([len(text) - len(text.lstrip(b"0123456789")) for text in self.texts], np.int32)
+        self.most_digits = int(self.digits.max())
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
+
+    def constrain(self, schema: object, ends: Collection[int]) -> SchemaConstraint:
+        """Return the constraint of a schema, at the start of an answer, which may begin with one space.
+
+        Args:
+            schema: parsed from JSON.
+            ends: the tokens that end a sequence, at least one of them in the vocabulary.
+
+        Raises:
+            SchemaError: the schema cannot be followed, or there is no end token.
+        """
+        inside = [token for token in ends if 0 <= token < len(self.texts)]
+        if not inside:
+            raise SchemaError("JSON needs an end token (`eos_token_id`), which comes when the text is whole")
+        rules = [
+            {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: " "? @json'},
+            {"name": "json", "json_schema": adapted(schema)},
+        ]
+        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=_LIMITS)
+        constraint = SchemaConstraint(matcher, self, inside)
+        if all(self.texts[token] == b" " for token in np.flatnonzero(constraint.allowed())):
+            raise SchemaError(_sentence(matcher.get_error()))
+        return constraint
+
+
+def _sentence(reason: str) -> str:
+    """Return llguidance's reason in one line, and without advice on options that a request does not have."""
+    if reason.startswith("oneOf"):
+        return (
+            "`oneOf` is supported where types, texts, or a required property with a `const`, tell its schemas apart;"
+            " use `anyOf`"
+        )
+    return " ".join(reason.split())[:300] or "no JSON text follows it"

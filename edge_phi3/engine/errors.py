@@ -13,6 +13,10 @@ class RequestTooLargeError(EngineError):
     """The request can never fit the KV cache or the sequence limit of this engine, however idle it is."""
 
 
+class SchemaError(EngineError):
+    """A JSON schema cannot be followed: it is none, holds what is not supported, or is beyond a limit."""
+
+
 class QueueFullError(EngineError):
     """The waiting queue is full; the request may be sent again later."""
 

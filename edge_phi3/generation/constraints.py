@@ -16,7 +16,8 @@ from edge_phi3.generation.stopping import Stopping
 
 _NO_CHOICE: Final = (
     "The answer's format leaves no token to go on with: every token that it allows is banned (see `logit_bias`,"
-    " `suppress_tokens`, `bad_words_ids`, `min_new_tokens`), or the scores hold NaN or infinity."
+    " `suppress_tokens`, `bad_words_ids`, `min_new_tokens`), it takes too long to follow, or the scores hold NaN or"
+    " infinity."
 )
 
 

@@ -13,10 +13,6 @@ class ModelLoadError(EdgePhi3Error):
     """The model file cannot be loaded, or is not one that we serve."""
 
 
-class GrammarError(EdgePhi3Error):
-    """llama.cpp cannot use a grammar."""
-
-
 class DecodeFailedError(EdgePhi3Error):
     """llama.cpp failed on a batch."""
 

@@ -1,46 +1,20 @@
-"""A model's weights, its vocabulary, and the grammars over it."""
+"""A model's weights and its vocabulary."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import os
-import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.llama import GrammarError, ModelLoadError
+from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import initialise_backend, reason
-
-CANDIDATE: Final = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-"""`llama_token_data`."""
-
-
-class Grammar:
-    """A state of a grammar: what may still come. Freed with its last reference. Made by `Model.grammar`."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-        weakref.finalize(self, llama_cpp.llama_sampler_free, handle)
-
-    def apply(self, candidates: NDArray[np.void]) -> None:
-        """Set the logits of `CANDIDATE` s, shape (n,), that cannot come next to minus infinity; their order stays."""
-        data = candidates.ctypes.data_as(llama_cpp.llama_token_data_p)
-        array = llama_cpp.llama_token_data_array(data, len(candidates), -1, False)
-        llama_cpp.llama_sampler_apply(self._handle, ctypes.byref(array))
-
-    def accept(self, token: int) -> None:
-        """Go on with a token that `apply` lets come next. With any other, llama.cpp ends the process."""
-        llama_cpp.llama_sampler_accept(self._handle, token)
-
-    def clone(self) -> Grammar:
-        """Return a copy of the state."""
-        return Grammar(llama_cpp.llama_sampler_clone(self._handle))
 
 
 def load_file(path: Path, params: Any) -> Any:
@@ -210,17 +184,6 @@ class Model:
     def tokenize(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
-
-    def grammar(self, text: str) -> Grammar:
-        """Parse a grammar in llama.cpp's language, GBNF; its start symbol is ``root``. From any thread.
-
-        Raises:
-            GrammarError: it is no grammar, is recursive on its left, or repeats more than llama.cpp allows.
-        """
-        handle = llama_cpp.llama_sampler_init_grammar(self._vocab, text.encode(), b"root")
-        if not handle:
-            raise GrammarError(f"llama.cpp cannot use the grammar{reason()}.")
-        return Grammar(handle)
 
     def load_lora(self, path: Path, scale: float) -> None:
         """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
@@ -17,7 +18,7 @@ import numpy as np
 from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
-from edge_phi3.engine.constraint import constrain
+from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
@@ -242,17 +243,21 @@ class TextGenerationPipeline:
         """Return what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
         return self._tokenizer.bytes_of(token)
 
-    def constrain(self, prepared: PreparedPrompt, grammar: str) -> PreparedPrompt:
-        """Hold the answers of a prepared request to a grammar.
+    @functools.cached_property
+    def _constraints(self) -> ConstraintVocabulary:
+        return ConstraintVocabulary(self._tokenizer)
+
+    def constrain(self, prepared: PreparedPrompt, schema: object) -> PreparedPrompt:
+        """Hold the answers of a prepared request to a JSON schema.
 
         Args:
             prepared: not a beam search.
-            grammar: in llama.cpp's language, GBNF; its start symbol is ``root``.
+            schema: parsed from JSON.
 
         Raises:
-            GrammarError: llama.cpp cannot use the grammar, or the request has no end token.
+            SchemaError: the schema cannot be followed, or the request has no end token.
         """
-        constraint = constrain(self.engine.model.model, self._tokenizer, grammar, prepared.config.eos_token_id)
+        constraint = self._constraints.constrain(schema, prepared.config.eos_token_id)
         return dataclasses.replace(prepared, constraint=constraint)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:

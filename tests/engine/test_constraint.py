@@ -1,25 +1,203 @@
-"""Grammars in the engine: every token's verdict, whole texts, forks, and nothing left behind."""
+"""JSON schemas in the engine: an answer that ends is valid, what is valid can come, and the rest is refused by name."""
 
 from __future__ import annotations
 
+import dataclasses
+import datetime as dt
 import gc
 import json
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from edge_phi3.engine.constraint import GrammarConstraint, constrain
+from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.constraint import ConstraintVocabulary, SchemaConstraint
 from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.json_schema import json_grammar
+from edge_phi3.engine.errors import SchemaError
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
-from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.llama import GrammarError
-from edge_phi3.llama.model import Grammar
+from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.generation import GenerationConfig, GenerationError, ModelDefaults
+from edge_phi3.llama.model import Model
 from tests.engine.conftest import Asked, MakeModel, engine_at_rest, running_engine
+from tests.generation import conftest as tables
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.vocabularies import phi3_vocabulary
 
-SCHEMA = {
+STEPS = 600
+DATA = json.loads((Path(__file__).parent / "data" / "json_schemas.json").read_text(encoding="utf-8"))
+SCHEMAS: dict[str, Any] = DATA["schemas"]
+
+
+class Vocabulary:
+    """A model's vocabulary, and texts made or read with it under a schema."""
+
+    def __init__(self, model: Model) -> None:
+        self.tokenizer = Tokenizer(model)
+        self.end = model.eos_token_id
+        self.made = ConstraintVocabulary(self.tokenizer)
+        self.closing = np.array([bool(text.strip()) and not text.strip(b'"}], \n') for text in self.made.texts])
+        self.token_of = {byte: token for token, byte in self.tokenizer.byte_of.items()}
+
+    def start(self, schema: object) -> SchemaConstraint:
+        return self.made.constrain(schema, [self.end])
+
+    def write(self, constraint: SchemaConstraint, random_: random.Random) -> str | None:
+        """Go a random way, rather to the end; None where that was not met in time."""
+        tokens: list[int] = []
+        for _ in range(STEPS):
+            scores = np.zeros(self.tokenizer.vocab_size, np.float32)
+            constraint.mask(scores)
+            allowed = np.flatnonzero(scores == 0)
+            assert len(allowed)
+            if scores[self.end] == 0:
+                return self.tokenizer.decode([self.end, *tokens])
+            closing = allowed[self.closing[allowed]]
+            choices = closing if len(closing) and random_.random() < 0.3 else allowed
+            tokens.append(int(random_.choice(choices.tolist())))
+            assert constraint.permits(tokens[-1])
+            constraint.accept(tokens[-1])
+        return None
+
+    def reads(self, schema: object, text: bytes) -> bool:
+        """Return whether a schema lets a text through, byte by byte."""
+        constraint = self.start(schema)
+        for byte in text:
+            if not constraint.permits(self.token_of[byte]):
+                return False
+            constraint.accept(self.token_of[byte])
+        return constraint.permits(self.end)
+
+
+@pytest.fixture(scope="module", params=["small", "whole"])
+def vocabulary(
+    request: pytest.FixtureRequest, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Vocabulary]:
+    """A few hundred tokens, and the whole of Phi-3's vocabulary."""
+    path = make_model("4k")
+    if request.param == "whole":
+        folder = tmp_path_factory.mktemp("whole") / "phi-3-whole"
+        sizes: dict[str, Any] = {"layers": 1, "hidden_size": 8, "heads": 1, "intermediate_size": 8, "vocab_size": 32064}
+        write_checkpoint(folder, vocabulary=phi3_vocabulary(), **sizes)
+        path = convert(folder, folder / "model.gguf").path
+    model = Model(path, n_gpu_layers=0)
+    yield Vocabulary(model)
+    model.close()
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_what_comes_the_schema_accepts(vocabulary: Vocabulary, name: str) -> None:
+    schema, random_ = SCHEMAS[name]["schema"], random.Random(1)
+    start = vocabulary.start(schema)
+    written = [text for _ in range(12) if (text := vocabulary.write(start.clone(), random_)) is not None]
+    assert len(written) >= 10
+    formats = jsonschema.FormatChecker()
+    formats.checks("time", ValueError)(lambda text: bool(dt.time.fromisoformat(str(text))))
+    formats.checks("date-time", ValueError)(lambda text: bool(dt.datetime.fromisoformat(str(text))))
+    checker = jsonschema.Draft202012Validator(schema, format_checker=formats)
+    for text in written:
+        checker.validate(json.loads(text))
+
+
+@pytest.mark.parametrize("name", [name for name, each in SCHEMAS.items() if "accepted" in each])
+def test_texts_are_accepted_and_refused(vocabulary: Vocabulary, name: str) -> None:
+    case = SCHEMAS[name]
+    assert [text for text in case["accepted"] if not vocabulary.reads(case["schema"], text.encode())] == []
+    assert [text for text in case["refused"] if vocabulary.reads(case["schema"], text.encode())] == []
+
+
+def test_bytes_that_make_no_character_never_come(vocabulary: Vocabulary) -> None:
+    for text in ("é", "\u0800", "\ud7ff", "\U00010000", "\U0010ffff", "☃"):
+        assert vocabulary.reads({"type": "string"}, f'"{text}"'.encode())
+    for wrong in ("c0a2", "e080a2", "f08080a2", "eda080", "f4908080", "ff", "80"):
+        assert not vocabulary.reads({"type": "string"}, b'"%b"' % bytes.fromhex(wrong))
+
+
+def test_mask_and_permits_agree_and_special_tokens_never_come(vocabulary: Vocabulary) -> None:
+    random_, ends = random.Random(5), [vocabulary.end, vocabulary.token_of[ord("x")]]
+    schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 9}}, "required": ["x"]}
+    constraint = vocabulary.made.constrain(schema, ends)
+    for _ in range(60):
+        allowed = np.flatnonzero(constraint.allowed()).tolist()
+        assert allowed == [token for token in range(vocabulary.tokenizer.vocab_size) if constraint.permits(token)]
+        assert not vocabulary.tokenizer.special_ids & set(allowed) - {vocabulary.end}
+        assert not set(allowed) & set(ends) or set(ends) == set(allowed)
+        if set(allowed) == set(ends):
+            return
+        bytes_ = [token for token in allowed if vocabulary.tokenizer.byte_of.get(token, 0) >= 0x80]
+        constraint.accept(random_.choice(bytes_ or allowed))
+    pytest.fail("It never ended.")
+
+
+def test_a_clone_goes_its_own_way_and_a_wrong_token_ends_all(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.start({"enum": ["a", "b"]})
+    quote, a, b = (vocabulary.token_of[ord(each)] for each in '"ab')
+    constraint.accept(quote)
+    other = constraint.clone()
+    other.accept(a)
+    constraint.accept(b)
+    assert other.permits(quote)
+    assert constraint.permits(quote)
+    constraint.accept(b)
+    assert not constraint.allowed().any()
+    assert not constraint.permits(quote)
+    assert other.permits(quote)
+    for begin, further in ((b"[" + 16 * b"1", False), (b'["' + 16 * b"1", True)):
+        constraint = vocabulary.start({"type": "array"})
+        for byte in begin:
+            constraint.accept(vocabulary.token_of[byte])
+        assert constraint.clone().permits(vocabulary.token_of[ord("1")]) is further
+
+
+@pytest.mark.parametrize("case", DATA["refusals"], ids=lambda case: json.dumps(case["schema"])[:60])
+def test_what_cannot_be_held_to_is_refused_by_name(vocabulary: Vocabulary, case: dict[str, Any]) -> None:
+    with pytest.raises(SchemaError) as caught:
+        vocabulary.start(case["schema"])
+    assert case["names"] in str(caught.value)
+
+
+def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
+    deep: Any = {}
+    for _ in range(200):
+        deep = {"type": "array", "items": deep}
+    doubling: dict[str, Any] = {"a0": {"type": "object"}}
+    for at in range(16):
+        doubling[f"a{at + 1}"] = {"allOf": [{"$ref": f"#/$defs/a{at}"}] * 2}
+    bombs: dict[str, Any] = {
+        "100 deep": deep,
+        "32000 characters": {"enum": list(range(1_000_000))},
+        "merge more than 2000": {"$defs": doubling, "$ref": "#/$defs/a16"},
+        "more than 128": {"properties": {str(number): {"type": "null"} for number in range(129)}},
+    }
+    for limit, bomb in bombs.items():
+        with pytest.raises(SchemaError, match=limit):
+            vocabulary.start(bomb)
+
+
+HARD = {"type": "string", "pattern": "^(.{0,200}a.{0,200}){9,200}$"}
+"""What llguidance gives up on after a few tokens."""
+
+
+def test_where_llguidance_gives_up_nothing_may_come(vocabulary: Vocabulary) -> None:
+    constraint = vocabulary.start(HARD)
+    for byte in b'"' + b"aababbabab" * 20:
+        if not constraint.allowed().any():
+            assert not any(map(constraint.permits, (vocabulary.end, vocabulary.token_of[byte])))
+            return
+        assert constraint.permits(vocabulary.token_of[byte])
+        constraint.accept(vocabulary.token_of[byte])
+    pytest.fail("It never did.")
+
+
+# -- in decoders and the engine
+
+PROMPT = np.arange(300, 320, dtype=np.int32)
+ANSWER = {
     "type": "object",
     "properties": {
         "kind": {"enum": ["one", "two", "three"]},
@@ -28,7 +206,13 @@ SCHEMA = {
     },
     "required": ["kind", "count", "text"],
 }
-PROMPT = np.arange(300, 320, dtype=np.int32)
+OPTIONS: list[dict[str, Any]] = [
+    {"do_sample": False},
+    {"do_sample": False, "return_dict_in_generate": True, "output_scores": True},
+    {"do_sample": None, "num_return_sequences": 2, "min_new_tokens": 5},
+    {"seed": 1, "temperature": 2.0, "top_k": 0, "top_logprobs": 2},
+    {"seed": 2, "num_return_sequences": 4, "top_k": 5, "return_dict_in_generate": True, "output_scores": True},
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +221,40 @@ def engine(make_model: MakeModel) -> Iterator[Engine]:
         yield engine
 
 
-def constraint_of(engine: Engine, schema: object = SCHEMA) -> GrammarConstraint:
-    loaded = engine.model
-    return constrain(loaded.model, loaded.tokenizer, json_grammar(schema), loaded.defaults.eos_token_ids)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(engine: Engine, options: dict[str, Any]) -> None:
+    defaults: ModelDefaults = engine.model.defaults
+    start = ConstraintVocabulary(engine.model.tokenizer).constrain(ANSWER, defaults.eos_token_ids)
+    model = tables.table_model(1, defaults.vocab_size)
+
+    def obedient(prefix: tables.Prefix) -> NDArray[np.float32]:
+        row, constraint = model(prefix).copy(), start.clone()
+        for token in prefix[len(PROMPT) :]:
+            constraint.accept(token)
+        constraint.mask(row)
+        return row
+
+    options = {"defaults": defaults, "max_length": None, "max_new_tokens": 200} | options
+    logprobs = options.pop("top_logprobs", None)
+    result = tables.answer(model, PROMPT.tolist(), constraint=start, top_logprobs=logprobs, **options)
+    expected = tables.answer(obedient, PROMPT.tolist(), **options)
+    assert [each.tolist() for each in result.sequences] == [each.tolist() for each in expected.sequences]
+    assert result.finish_reasons == expected.finish_reasons
+    assert result.scores == expected.scores
 
 
 class Constrained(Asked):
-    """A submitted request that a grammar holds."""
+    """A submitted request that a schema holds."""
 
-    def __init__(self, engine: Engine, schema: object = SCHEMA, **kwargs: Any) -> None:
+    def __init__(self, engine: Engine, schema: object = ANSWER, **kwargs: Any) -> None:
         super().__init__(engine, PROMPT, max_new_tokens=1)
         self.finished()
-        config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, engine.model.defaults)
-        self.request = GenerationRequest(PROMPT, config, constraint=constraint_of(engine, schema))
+        defaults = engine.model.defaults
+        logprobs = kwargs.pop("top_logprobs", None)
+        config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, defaults)
+        config = dataclasses.replace(config, top_logprobs=logprobs)
+        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(schema, defaults.eos_token_ids)
+        self.request = GenerationRequest(PROMPT, config, constraint=constraint)
         self.running = engine.submit(self.request, self.events.put)
 
 
@@ -59,128 +264,32 @@ def texts_of(engine: Engine, event: FinishedEvent) -> list[str]:
     return [decode(sequence.tolist())[len(prompt) :] for sequence in event.result.sequences]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        {"do_sample": False, "return_dict_in_generate": True, "output_scores": True},
-        {"seed": 1, "temperature": 2.0, "top_k": 0},
-        {"seed": 2, "num_return_sequences": 4, "top_k": 0},
-        {"seed": 3, "num_return_sequences": 3, "top_k": 5},
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[str, Any]) -> None:
     event = Constrained(engine, **options).finished()
     assert set(event.result.finish_reasons) == {"stop"}
     for text in texts_of(engine, event):
-        answer = json.loads(text)
-        assert list(answer) == ["kind", "count", "text"]
-        assert answer["kind"] in {"one", "two", "three"}
-        assert 0 <= answer["count"] <= 99
-        assert len(answer["text"]) <= 4
-
-
-def test_greedy_takes_the_same_tokens_whether_or_not_all_are_masked(engine: Engine) -> None:
-    plain = Constrained(engine, do_sample=False).finished()
-    scored = Constrained(engine, do_sample=False, return_dict_in_generate=True, output_scores=True).finished()
-    assert texts_of(engine, plain) == texts_of(engine, scored)
-
-
-def test_a_limit_may_cut_the_text_short(engine: Engine) -> None:
-    event = Constrained(engine, do_sample=False, max_new_tokens=3).finished()
-    assert event.result.finish_reasons == ["length"]
-    with pytest.raises(json.JSONDecodeError):
-        json.loads(texts_of(engine, event)[0])
-
-
-def test_mask_and_permits_agree_on_every_token(engine: Engine) -> None:
-    random = np.random.default_rng(5)
-    constraint = constraint_of(engine, {"type": "object", "properties": {"text": {"type": "string", "maxLength": 9}}})
-    vocabulary = engine.model.model.vocab_size
-    bytes_seen = False
-    for _ in range(60):
-        scores = np.zeros(vocabulary, np.float32)
-        constraint.mask(scores)
-        allowed = np.flatnonzero(scores == 0)
-        assert allowed.tolist() == [token for token in range(vocabulary) if constraint.permits(token)]
-        going = [token for token in allowed.tolist() if token not in engine.model.defaults.eos_token_ids]
-        if not going:
-            break
-        multibyte = [token for token in going if engine.model.tokenizer.byte_of.get(token, 0) >= 0x80]
-        bytes_seen |= bool(multibyte)
-        constraint.accept(int(random.choice(multibyte or going)))
-    assert bytes_seen
-
-
-def test_bytes_that_make_no_character_never_come(engine: Engine) -> None:
-    token_of = {byte: token for token, byte in engine.model.tokenizer.byte_of.items()}
-
-    def takes(data: bytes) -> bool:
-        constraint = constraint_of(engine, {"type": "string"})
-        for byte in b'"' + data:
-            if not constraint.permits(token_of[byte]):
-                return False
-            constraint.accept(token_of[byte])
-        return True
-
-    for text in ("é", "\u0800", "\ud7ff", "\U00010000", "\U0010ffff", "☃"):
-        assert takes(text.encode())
-    for wrong in ("c0a2", "e080a2", "f08080a2", "eda080", "f4908080", "ff", "80"):
-        assert not takes(bytes.fromhex(wrong))
-
-
-def test_special_tokens_never_come_and_end_tokens_only_at_the_end(engine: Engine) -> None:
-    constraint = constraint_of(engine, {"const": "a"})
-    tokenizer, ends = engine.model.tokenizer, engine.model.defaults.eos_token_ids
-    for token in tokenizer.encode('"a"').tolist():
-        assert not any(constraint.permits(special) for special in tokenizer.special_ids | set(ends))
-        constraint.accept(token)
-    assert all(constraint.permits(end) for end in ends)
-    assert not any(constraint.permits(special) for special in tokenizer.special_ids - set(ends))
-
-
-def test_what_may_not_come_is_refused_before_llama_cpp_sees_it(engine: Engine) -> None:
-    constraint = constraint_of(engine)
-    for token in (*engine.model.defaults.eos_token_ids, *engine.model.tokenizer.encode("no").tolist()):
-        with pytest.raises(GrammarError, match="does not let"):
-            constraint.accept(token)
-
-
-def test_a_clone_goes_its_own_way(engine: Engine) -> None:
-    constraint = constraint_of(engine, {"enum": ["a", "b"]})
-    byte_of = {byte: token for token, byte in engine.model.tokenizer.byte_of.items()}
-    quote, a, b = byte_of[ord('"')], byte_of[ord("a")], byte_of[ord("b")]
-    constraint.accept(quote)
-    other = constraint.clone()
-    other.accept(a)
-    constraint.accept(b)
-    assert other.permits(quote)
-    assert constraint.permits(quote)
+        jsonschema.validate(json.loads(text), ANSWER)
 
 
 def alive() -> int:
     gc.collect()
-    return sum(isinstance(each, Grammar) for each in gc.get_objects())
+    return sum(isinstance(each, SchemaConstraint) for each in gc.get_objects())
 
 
-def test_grammars_are_freed_when_requests_end_fail_or_are_given_up(engine: Engine) -> None:
+def test_constraints_are_freed_when_requests_end_fail_or_are_given_up(engine: Engine) -> None:
     before = alive()
     for options in ({"do_sample": False}, {"seed": 1, "num_return_sequences": 4}):
         Constrained(engine, **options).finished()
-    # Every token of "kind" is banned, so it fails.
-    with pytest.raises(Exception, match="leave"):
-        Constrained(engine, do_sample=False, suppress_tokens=list(range(engine.model.model.vocab_size))).finished()
+    banned = list(range(engine.model.model.vocab_size))
+    for options in ({"do_sample": False}, {"seed": 1}, {"seed": 1, "num_return_sequences": 2}):
+        with pytest.raises(GenerationError, match="leave"):
+            Constrained(engine, suppress_tokens=banned, **options).finished()
+    with pytest.raises(GenerationError, match="leave"):
+        Constrained(engine, HARD, seed=1).finished()
     given_up = Constrained(engine, {"type": "array", "minItems": 2000}, seed=1, max_new_tokens=3000)
     engine.cancel(given_up.running)
     del given_up
     Constrained(engine, do_sample=False).finished()  # what was given up is gone before this one ends
     with engine_at_rest(engine):
         assert alive() == before
-
-
-def test_a_grammar_that_is_none_is_an_error(engine: Engine) -> None:
-    loaded = engine.model
-    with pytest.raises(GrammarError, match=r"llama\.cpp cannot use the grammar"):
-        constrain(loaded.model, loaded.tokenizer, 'root ::= other "x"', loaded.defaults.eos_token_ids)
-    with pytest.raises(GrammarError, match="eos_token_id"):
-        constrain(loaded.model, loaded.tokenizer, 'root ::= "x"', [])

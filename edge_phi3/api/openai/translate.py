@@ -16,8 +16,7 @@ from edge_phi3.api.openai.schemas import (
     SamplingFields,
 )
 from edge_phi3.api.service import Service
-from edge_phi3.engine.json_schema import json_grammar
-from edge_phi3.llama import GrammarError
+from edge_phi3.engine.errors import SchemaError
 from edge_phi3.pipeline import PreparedPrompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -193,7 +192,7 @@ def _formatted(service: Service, prepared: PreparedPrompt, wanted: ResponseForma
     if prepared.config.is_beam_search:
         raise InvalidRequestError("`response_format` is not supported with `num_beams` above 1.")
     try:
-        return service.pipeline.constrain(prepared, json_grammar(schema))
-    except GrammarError as error:
+        return service.pipeline.constrain(prepared, {"type": "object"} if schema is None else schema)
+    except SchemaError as error:
         subject = "response_format" if schema is None else _SCHEMA
         raise InvalidRequestError(f"`{subject}` cannot be followed: {str(error).rstrip('.')}.") from None
