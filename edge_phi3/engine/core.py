@@ -65,8 +65,8 @@ class EngineCore:
         self._in_flight: set[RunningRequest] = set()
         self._chosen: list[tuple[RunningRequest, Step, float]] = []
         """What the last batch chose for whom, and when: sent while the next one is decoded."""
-        self._unsendable: list[RunningRequest] = []
-        """Requests that failed while a batch was decoded, which may hold their tokens."""
+        self._failed: list[RunningRequest] = []
+        """Requests that failed in this step, whose tokens a batch may hold that is being decoded."""
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._aborted = False
@@ -240,9 +240,7 @@ class EngineCore:
                 self._send(request, step, now)
             except Exception:
                 logger.exception("What request %s generated cannot be sent.", request.request.request_id)
-                self._end(request, InternalError())
-                request.failed = True
-                self._unsendable.append(request)
+                self._fail(request, "it cannot be answered")
         self._outbox.flush_if_due()
 
     def _send(self, request: RunningRequest, step: Step, now: float) -> None:
@@ -280,7 +278,7 @@ class EngineCore:
         """End a request for an error of ours."""
         logger.error("Request %s fails: %s.", request.request.request_id, why)
         request.failed = True
-        self.scheduler.retire(request)
+        self._failed.append(request)
         self._end(request, InternalError())
 
     def _recover(self, runner: ModelRunner, batch: Batch, error: DecodeFailedError) -> None:
@@ -300,8 +298,8 @@ class EngineCore:
         if untidy or not self.scheduler.running:
             self._deliver()
             self._outbox.flush()
-        while self._unsendable:
-            self.scheduler.retire(self._unsendable.pop())
+        while self._failed:
+            self.scheduler.retire(self._failed.pop())
         for kv in untidy:
             kv.tidy()
 

@@ -100,8 +100,8 @@ def test_what_failed_once(name: str) -> None:
 # -- the checks can fail
 
 
-def _one_too_many(original: Any, kv: KVCache, tokens: NDArray[np.int32]) -> tuple[int, int | None]:
-    length, owner = original(kv, tokens)
+def _one_too_many(original: Any, kv: KVCache, tokens: NDArray[np.int32], *known: Any) -> tuple[int, int | None]:
+    length, owner = original(kv, tokens, *known)
     return length + (owner is not None and length < min(len(tokens), kv.length[owner])), owner
 
 

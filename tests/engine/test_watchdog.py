@@ -76,7 +76,7 @@ def _stuck(engine: Engine) -> threading.Event:
         go.wait()
         return decode(*arguments)
 
-    context.decode = never  # type: ignore[method-assign]
+    context.decode = never  # type: ignore[method-assign,assignment]
     return go
 
 
