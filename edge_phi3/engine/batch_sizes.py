@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_phi3.engine.contexts import DecodeContext
+from edge_phi3.llama.context import Context
 
 _GROUPS = ((8, 4, 16, 15), (12, 7, 3, 6), (14, 10, 13, 32), (31, 24, 20, 28))
 """What is measured, the most telling first, as far as time allows; the sizes of a group take turns."""
@@ -56,7 +56,7 @@ class BatchSizes:
         return float(np.interp(rows, self._sizes, self._seconds))
 
 
-def measure(context: DecodeContext, *, seconds: float = 4.0) -> BatchSizes:
+def measure(context: Context, *, seconds: float = 4.0) -> BatchSizes:
     """Time batches of several sizes, for about so many seconds at most."""
     fastest: dict[int, float] = {}
     end = time.monotonic() + seconds

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.contexts import DecodeContext
 from edge_phi3.engine.host_cache import Block, HostCache, Tokens, common_length
 from edge_phi3.engine.sequence import Sequence
+from edge_phi3.llama.context import Context
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class KVCache:
     """
 
     def __init__(
-        self, context: DecodeContext, *, window: int | None, host_cache: HostCache | None, retain: bool = False
+        self, context: Context, *, window: int | None, host_cache: HostCache | None, retain: bool = False
     ) -> None:
         self.cells = context.cells
         self.sequences = context.sequences
@@ -336,26 +336,3 @@ class KVCache:
             except MemoryError:
                 logger.warning("There is no memory to keep %d tokens for later prompts.", kept.worth)
         return copied
-
-    def audit(self) -> None:
-        """Check that the records are consistent, and that they agree with the positions that the context holds.
-
-        Raises:
-            AssertionError: they differ. A bug of ours.
-        """
-        counted = np.zeros(self.cells, np.int32)
-        for seq_id in range(self.sequences):
-            start, length = self.start[seq_id], self.length[seq_id]
-            np.add.at(counted, self._held[seq_id][start:length], 1)
-            held, expected = self._context.position_range(seq_id), (start, length - 1) if length > start else (-1, -1)
-            assert held == expected, f"sequence {seq_id}: the context holds {held}, the engine expects {expected}"
-        assert np.array_equal(np.maximum(counted - 1, 0), self._sharers), "shared cells are counted wrongly"
-        free = self._free_cells[: self.free]
-        assert len(np.unique(free)) == len(free), "a cell is free twice"
-        assert not counted[free].any(), "a free cell is held"
-        assert np.count_nonzero(counted) == self.cells - self.free, "used cells are counted wrongly"
-        kept = np.zeros(self.cells, np.int32)
-        for seq_id in self._kept:
-            np.add.at(kept, self._held[seq_id][self.start[seq_id] : self.length[seq_id]], 1)
-        assert np.array_equal(kept, self._keepers), "cells of finished sequences are counted wrongly"
-        assert all(self.length[seq_id] == 0 for seq_id in self._free_ids), "a free sequence holds cells"

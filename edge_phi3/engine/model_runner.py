@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.batch_sizes import BatchSizes
-from edge_phi3.engine.contexts import DecodeContext
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.sequence import RunningRequest, Sequence
+from edge_phi3.llama.context import Context
 
 _FEW_RUNS = 32
 """Tokens that lie apart on a GPU and are still copied to main memory one by one."""
@@ -65,7 +65,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        context: DecodeContext,
+        context: Context,
         *,
         max_tokens: int | None = None,
         window: int | None = None,
@@ -123,7 +123,7 @@ class ModelRunner:
         """Decode a batch, and call `beside` meanwhile.
 
         Returns:
-            The logits for `batch.choosing`, as `DecodeContext.decode` returns them.
+            The logits for `batch.choosing`, as `Context.decode` returns them.
 
         Raises:
             DecodeFailedError: it failed.

@@ -37,6 +37,13 @@ class Context:
         settings: batch size, threads, element types.
 
     Attributes:
+        cells: KV cells.
+        sequences: how many sequence ids there are, from 0.
+        batch_size: how many tokens one call of `decode` takes at most.
+        tokens: the batch's token ids, int32, shape ``(batch_size,)``.
+        positions: their positions, int32.
+        seq_ids: their sequences, int32.
+        wants_logits: which of them have logits that are wanted, int8.
         offloaded: whether the KV cache lies on a GPU.
         saves: whether `save` and `restore` are fast enough to be of use.
         scratch: a sequence id beyond the others, empty between calls.
@@ -70,7 +77,7 @@ class Context:
         self.offloaded = settings.n_gpu_layers not in {0, 1} and supports_gpu_offload()
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
-        self.batch_size = params.n_batch
+        self.batch_size: int = params.n_batch
         self._allocate_batch(self.batch_size)
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""

@@ -11,6 +11,7 @@ from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.host_cache import HostCache
+from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from tests.support.hash_context import HashContext
@@ -61,6 +62,26 @@ class CheckedHostCache(HostCache):
         assert self.tokens == sum(block.end - block.start for block in blocks), "tokens are counted wrongly"
 
 
+def audit(kv: KVCache) -> None:
+    """Check that the records of a cache are consistent, and agree with the positions that the context holds."""
+    counted = np.zeros(kv.cells, np.int32)
+    for seq_id in range(kv.sequences):
+        start, length = kv.start[seq_id], kv.length[seq_id]
+        np.add.at(counted, kv._held[seq_id][start:length], 1)
+        held, expected = kv._context.position_range(seq_id), (start, length - 1) if length > start else (-1, -1)
+        assert held == expected, f"sequence {seq_id}: the context holds {held}, the engine expects {expected}"
+    assert np.array_equal(np.maximum(counted - 1, 0), kv._sharers), "shared cells are counted wrongly"
+    free = kv._free_cells[: kv.free]
+    assert len(np.unique(free)) == len(free), "a cell is free twice"
+    assert not counted[free].any(), "a free cell is held"
+    assert np.count_nonzero(counted) == kv.cells - kv.free, "used cells are counted wrongly"
+    kept = np.zeros(kv.cells, np.int32)
+    for seq_id in kv._kept:
+        np.add.at(kept, kv._held[seq_id][kv.start[seq_id] : kv.length[seq_id]], 1)
+    assert np.array_equal(kept, kv._keepers), "cells of finished sequences are counted wrongly"
+    assert all(kv.length[seq_id] == 0 for seq_id in kv._free_ids), "a free sequence holds cells"
+
+
 def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCore, list[HashContext]]:
     """Return a scenario's engine, on the given clock, and its contexts."""
     contexts, runners = [], []
@@ -69,7 +90,7 @@ def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCor
         sizes = {rows: float(size) for rows, size in enumerate(scenario.sizes, 1)}
         runners.append(
             ModelRunner(
-                contexts[-1],
+                contexts[-1],  # type: ignore[arg-type]  # it has what the engine calls
                 max_tokens=scenario.max_tokens if number == 0 else None,
                 window=scenario.window,
                 window_chunk=scenario.window_chunk,

@@ -23,6 +23,7 @@ from edge_phi3.generation import API_DEFAULTS, GenerationResult
 from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
+from tests.support.cores import audit
 
 OPTIONS = "TEST_ENGINE_OPTIONS"
 """Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
@@ -64,7 +65,7 @@ def running_engine(path: Path, **options: Any) -> Iterator[Engine]:
         if not core._aborted:  # nobody knows what a decode call has done that was aborted
             try:
                 for runner in runners:
-                    runner.kv.audit()
+                    audit(runner.kv)
             except AssertionError as error:
                 failures.append(error)
 

@@ -22,7 +22,7 @@ TOKEN_BYTES = 16
 
 
 class HashContext:
-    """A `DecodeContext` with a `HashModel`.
+    """What the engine calls of a `Context`, with a `HashModel`.
 
     Args:
         scenario: how large it is, what a token must see, and which calls of `decode` fail.

@@ -17,7 +17,7 @@ from edge_phi3.engine.sequence import FinishedEvent, RunningRequest
 from edge_phi3.generation import GenerationError
 from edge_phi3.llama import DecodeFailedError
 from tests.support.clients import Client
-from tests.support.cores import CheckedHostCache, make_core
+from tests.support.cores import CheckedHostCache, audit, make_core
 from tests.support.scenarios import Scenario
 
 ADMISSION, EARLY = "admissions beside others", "of them preempted before a token"
@@ -254,9 +254,8 @@ class Life:
                 tokens = [(position, token) for _, position, token in entries]
                 who = [client.number for client in failed if all(client.holds(*each) for each in tokens)]
                 left = any(client.cancelled for client in self.clients)
-                left = left or any(
-                    client.ask.fault == "send" for client in news
-                )  # what cannot be sent has failed before
+                # What cannot be sent has failed before.
+                left = left or any(client.ask.fault == "send" for client in news)
                 assert who or left, f"sequence {seq_id} was in a batch that failed, but its request did not"
                 hit.update(who)
         assert hit == {client.number for client in failed}, f"of {failed} only {hit} had tokens in a batch that failed"
@@ -266,7 +265,7 @@ class Life:
             kv = runner.kv
             assert not context.violations, context.violations
             assert not context.refused, "the engine decoded more tokens than there were free cells"
-            kv.audit()
+            audit(kv)
             taken = kv.cells - kv.free
             assert taken == context.used, f"the engine counts {taken} used cells, the context {context.used}"
             ranges = list(zip(kv.start, kv.length, strict=True))
