@@ -9,6 +9,9 @@ from edge_phi3.engine.engine_settings import DEFAULT_CTX_SIZE, EngineSettings
 MAX_PARALLEL = 255
 """Sequences that one llama.cpp context decodes together at most: it has 256 ids (LLAMA_MAX_SEQ), one is kept back."""
 
+_KEPT_SEQUENCES = 64
+"""Finished sequences that stay on a GPU at most, beside those that run."""
+
 _GRAIN = 256
 """llama.cpp makes the cells of a context a multiple of this."""
 
@@ -28,7 +31,9 @@ class ContextShape:
     max_tokens: int | None
 
 
-def context_shapes(settings: EngineSettings, context_length: int, original: int | None) -> list[ContextShape]:
+def context_shapes(
+    settings: EngineSettings, context_length: int, original: int | None, *, gpu: bool
+) -> list[ContextShape]:
     """Return the contexts to make: one, or for a model with two sets of rotary factors up to two.
 
     The first of two takes sequences up to the original context, the second, of ``--ctx-size`` cells, the longer ones.
@@ -38,16 +43,20 @@ def context_shapes(settings: EngineSettings, context_length: int, original: int 
         settings: how many cells the contexts have, and how many sequences they decode at once.
         context_length: tokens that the model was trained for.
         original: the context beyond which the long rotary factors hold; None for a model without them.
+        gpu: whether finished sequences stay in the cells, and so need ids of their own.
     """
     parallel = min(settings.parallel, MAX_PARALLEL)
+    ids = parallel
+    if gpu:
+        ids = min(parallel + _KEPT_SEQUENCES, MAX_PARALLEL, max(parallel, settings.batch_size - 1))
     cells = _rounded(settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE))
     if original is None:
-        return [ContextShape(cells, parallel, None)]
+        return [ContextShape(cells, ids, None)]
     if (settings.ctx_size or context_length) <= original:
-        return [ContextShape(cells, parallel, original)]
+        return [ContextShape(cells, ids, original)]
     short = _rounded(min(max(original, cells // 2), parallel * original))
     # llama.cpp takes the long factors in a context that is larger than the short one.
-    return [ContextShape(short, parallel, original), ContextShape(max(cells, short + _GRAIN), parallel, None)]
+    return [ContextShape(short, ids, original), ContextShape(max(cells, short + _GRAIN), ids, None)]
 
 
 def _rounded(cells: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_phi3.engine.batch_sizes import measure
-from edge_phi3.engine.contexts import MAX_PARALLEL, ContextShape, context_shapes
+from edge_phi3.engine.contexts import ContextShape, context_shapes
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.host_cache import BLOCK_SIZE, PER_STEP, HostCache
 from edge_phi3.engine.model_runner import ModelRunner
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT = "phi3.context_length"
 _ORIGINAL_CONTEXT = "phi3.rope.scaling.original_context_length"
-
-_KEPT_SEQUENCES = 64
-"""Finished sequences that stay on a GPU at most, beside those that run."""
 
 PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 """The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
@@ -68,7 +65,7 @@ def load(settings: EngineSettings) -> LoadedModel:
     facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
     context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))
     original = original if 0 < original < context_length else 0
-    shapes = context_shapes(settings, context_length, original or None)
+    shapes = context_shapes(settings, context_length, original or None, gpu=gpu)
     with contextlib.ExitStack() as stack:
         # Where short and long rotary factors part: the first context is no larger, and so takes the short ones.
         overrides = {_ORIGINAL_CONTEXT: shapes[0].cells} if original else {}
@@ -79,11 +76,7 @@ def load(settings: EngineSettings) -> LoadedModel:
         tokenizer = Tokenizer(model)
         runners = []
         for shape in shapes:
-            sequences = shape.sequences
-            if gpu:
-                most = min(MAX_PARALLEL, max(sequences, settings.batch_size - 1))
-                sequences = min(sequences + _KEPT_SEQUENCES, most)
-            context = Context(model, cells=shape.cells, sequences=sequences, settings=settings)
+            context = Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings)
             stack.callback(context.close)
             context.warm_up()
             runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))

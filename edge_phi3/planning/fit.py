@@ -157,8 +157,11 @@ class _Planner:
         )
         length = base.hyper_parameter("context_length")
         original = base.hyper_parameter("rope.scaling.original_context_length")
-        settings = EngineSettings(base.path, ctx_size=options.ctx_size, parallel=options.parallel)
-        shapes = context_shapes(settings, length, original if 0 < original < length else None)
+        settings = EngineSettings(
+            base.path, ctx_size=options.ctx_size, parallel=options.parallel, batch_size=options.batch_size
+        )
+        original = original if 0 < original < length else 0
+        shapes = context_shapes(settings, length, original or None, gpu=machine.gpu)
         self._contexts = [(shape.cells, shape.sequences) for shape in shapes]
         self.gpu_asked = False
         self.cells: tuple[int, ...] = ()
