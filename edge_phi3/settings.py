@@ -210,7 +210,7 @@ class Settings(BaseModel):
     @classmethod
     def _split(cls, value: object) -> object:
         """Split the comma-separated form of an environment variable."""
-        return _parts(value) if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("lora", mode="before")
     @classmethod
@@ -242,11 +242,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> Self:
-        """Gather the options from flags, the environment, and a file, in this order of precedence.
-
-        Args:
-            flags: options given on the command line, by field name.
-            config_file: a TOML file with flag names as keys.
+        """Return the options from flags (by field name), the environment, and a TOML file, in this order of precedence.
 
         Raises:
             SettingsError: a value, a key, or the file is wrong. The message names the flag, variable or key.
@@ -315,10 +311,6 @@ def _read_toml(path: Path) -> dict[str, object]:
             hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
             raise SettingsError(f"The configuration file {path} has the key {key!r}, which is no option.{hint}")
     return values
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _lora(text: str) -> tuple[str, str | float]:

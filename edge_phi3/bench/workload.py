@@ -109,13 +109,10 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Ruler:
-    """How text becomes tokens on a server.
+    """How text becomes tokens on a server, and the words to write with, of `tokens_per_word` each.
 
-    Attributes:
-        words: words to write with.
-        tokens_per_word: tokens that each takes.
-        overhead: tokens that the server puts around a text.
-        exact: whether a text has exactly the requested number of tokens.
+    `overhead` are the tokens that the server puts around a text; `exact` is whether a text has exactly the requested
+    number of tokens.
     """
 
     words: Sequence[str]
@@ -130,11 +127,7 @@ class Ruler:
 
 
 class RandomSessions:
-    """Sessions of random words.
-
-    Args:
-        workload: lengths, prefixes, turns.
-        ruler: how text becomes tokens.
+    """Sessions of random words, of a workload's lengths, prefixes and turns.
 
     Raises:
         BenchError: a distribution of the workload cannot be read.
@@ -174,9 +167,7 @@ class _Line(msgspec.Struct):
 class FileSessions:
     """Sessions of one turn from a file of prompts, in a shuffled order.
 
-    Args:
-        path: one prompt a line: plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``.
-        workload: gives the output lengths where a line does not.
+    A line is plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``; else the workload gives output lengths.
 
     Raises:
         BenchError: the file cannot be read, or a line is not one of these.

@@ -91,16 +91,8 @@ def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[Quantizatio
 class Journey:
     """The files made of one model in one folder, called ``NAME-TYPE.gguf``. Whoever uses it holds a lock on the folder.
 
-    Args:
-        folder: where the files are.
-        name: what they are called after.
-        progress: reports each step.
-        threads: CPU threads.
-        n_gpu_layers: layers on the GPU while the matrix is collected; -1 for all.
-        elsewhere: what to do when the disk is full, beside freeing space.
-
-    Attributes:
-        sources: the files of the checkpoint that was converted, by name.
+    `n_gpu_layers` are used while the matrix is collected; `elsewhere` is what to do when the disk is full, beside
+    freeing space. `sources` are the files of the checkpoint that was converted, by name.
     """
 
     def __init__(
@@ -133,14 +125,8 @@ class Journey:
     ) -> list[Stop]:
         """Convert a checkpoint to `outtype` and quantise it to each type; in this order, with a matrix between.
 
-        Args:
-            checkpoint: a folder in the Hugging Face layout.
-            types: what to quantise to.
-            outtype: see `convert`.
-            source: repository and revision of the checkpoint.
-            imatrix: ``auto`` collects a matrix for types of fewer than 8 bits, ``none`` does without, a path is one
-                made before.
-            imatrix_chunks: how many chunks of the packaged text to evaluate at most.
+        As `imatrix`, ``auto`` collects one for types of fewer than 8 bits, from at most `imatrix_chunks` of the
+        packaged text; ``none`` does without, and a path is one made before.
 
         Raises:
             DiskFullError: the disk has no room for all files.

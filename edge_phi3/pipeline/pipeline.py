@@ -41,11 +41,7 @@ class ModelCard(Struct, frozen=True):
 
 
 class TextGenerationPipeline:
-    """Turns requests into answers.
-
-    Args:
-        engine: a loaded engine.
-    """
+    """Turns requests into answers, on a loaded engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
