@@ -215,11 +215,9 @@ class Settings(BaseModel):
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:
-        return (
-            [_lora(item) if isinstance(item, str) else item for item in value]
-            if isinstance(value, list | tuple)
-            else value
-        )
+        if isinstance(value, list | tuple):
+            return [_lora(item) if isinstance(item, str) else item for item in value]
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -269,11 +267,7 @@ class Settings(BaseModel):
         return settings
 
     def api_keys(self) -> list[str]:
-        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open.
-
-        Raises:
-            SettingsError: the file cannot be read, or holds no key.
-        """
+        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open."""
         keys = [key.get_secret_value() for key in self.api_key]
         if self.api_key_file is not None:
             try:

@@ -209,9 +209,6 @@ async def open_endpoint(client: HttpClient, api: str = "auto", model: str = "") 
     """Return the endpoint of a server, found by what the server answers when `api` is "auto".
 
     An empty `model` is the first that an OpenAI-compatible server lists.
-
-    Raises:
-        BenchError: nothing answers, no endpoint is known, or the server lists no model.
     """
     failures: list[str] = []
 
@@ -247,9 +244,6 @@ async def measure_ruler(endpoint: Endpoint) -> Ruler:
 
     With a ``/tokenize`` endpoint only words of one token each are used, and lengths are exact. Otherwise one request
     over all words gives their mean length; a server that does not report it is taken to have one token a word.
-
-    Raises:
-        BenchError: the server does not generate.
     """
     overhead = await endpoint.count_tokens("")
     if overhead is not None:

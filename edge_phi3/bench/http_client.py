@@ -21,9 +21,6 @@ class HttpClient:
     """Connections to one server, as many as there are exchanges at once, each of which may take `timeout` seconds.
 
     The path of `url` is put in front of every other; `api_key` is sent as a bearer token.
-
-    Raises:
-        BenchError: the address is not one of an HTTP server.
     """
 
     def __init__(

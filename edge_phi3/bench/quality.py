@@ -134,15 +134,11 @@ def evaluate(
     reference: NDArray[np.void] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> Quality:
-    """Evaluate a text, and compare with a reference position by position.
+    """Evaluate chunks of a text, shape ``(chunks, ctx_size)``, and compare with a reference position by position.
 
-    Args:
-        context: of the model, with as many cells as a chunk has tokens.
-        chunks: shape ``(chunks, ctx_size)``.
-        bos: the token that each chunk's first is replaced by; None where the vocabulary adds none.
-        keep: takes the log-probabilities of the scored positions, a few rows at a time.
-        reference: the records that `writing` made of another model's log-probabilities, shape ``(positions,)``.
-        done: called after each chunk with the number of chunks so far.
+    The context has as many cells as a chunk has tokens, whose first is replaced by `bos`, unless the vocabulary adds
+    none. `keep` takes the log-probabilities of the scored positions, a few rows at a time; `reference` are the records
+    that `writing` made of another model's, shape ``(positions,)``. `done` is called with the number of chunks so far.
     """
     losses: list[NDArray[np.float64]] = []
     compared: list[NDArray[np.float64]] = []

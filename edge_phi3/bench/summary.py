@@ -26,8 +26,6 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of a level. Rates count finished requests only.
 
     Attributes:
-        clients: users of a closed loop, or None.
-        rate: sessions per second of an open loop, or None.
         seconds: from the first request to the end of the last.
         tokens_per_second: generated tokens over `seconds`.
         total_tokens_per_second: prompt tokens counted as well; None where the server does not report them.

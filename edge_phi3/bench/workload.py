@@ -25,11 +25,7 @@ Draw = Callable[[np.random.Generator], float]
 
 
 def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
-    """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`.
-
-    Raises:
-        BenchError: it is in none of them.
-    """
+    """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`."""
     draw: Draw | None = None
     if uniform := re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip()):
         low, high = int(uniform[1]), int(uniform[2] or uniform[1])
@@ -127,11 +123,7 @@ class Ruler:
 
 
 class RandomSessions:
-    """Sessions of random words, of a workload's lengths, prefixes and turns.
-
-    Raises:
-        BenchError: a distribution of the workload cannot be read.
-    """
+    """Sessions of random words, of a workload's lengths, prefixes and turns."""
 
     def __init__(self, workload: Workload, ruler: Ruler) -> None:
         self.workload = workload
@@ -168,9 +160,6 @@ class FileSessions:
     """Sessions of one turn from a file of prompts, in a shuffled order.
 
     A line is plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``; else the workload gives output lengths.
-
-    Raises:
-        BenchError: the file cannot be read, or a line is not one of these.
     """
 
     def __init__(self, path: Path, workload: Workload) -> None:

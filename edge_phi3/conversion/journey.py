@@ -74,12 +74,7 @@ class Stop:
 
 
 def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[QuantizationType]:
-    """Return the quantisation types of some names, each once.
-
-    Raises:
-        UnknownQuantizationError: a name means no type.
-        ConversionError: `imatrix` is ``none``, and a type needs one.
-    """
+    """Return the quantisation types of some names, each once; `ConversionError` when one lacks a matrix it needs."""
     types = list(dict.fromkeys(quantization_type(quant) for quant in quants))
     if imatrix == "none" and (needy := [type_.name for type_ in types if type_.needs_imatrix]):
         raise ConversionError(
@@ -127,10 +122,6 @@ class Journey:
 
         As `imatrix`, ``auto`` collects one for types of fewer than 8 bits, from at most `imatrix_chunks` of the
         packaged text; ``none`` does without, and a path is one made before.
-
-        Raises:
-            DiskFullError: the disk has no room for all files.
-            ConversionError, ImatrixError, QuantizeError: a step cannot be done.
         """
         matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
         if matrix is not None:

@@ -239,11 +239,7 @@ class TextGenerationPipeline:
         return self._tokenizer.bytes_of(token)
 
     def constrain(self, prepared: PreparedPrompt, grammar: str) -> PreparedPrompt:
-        """Hold the answers of a prepared request to a grammar.
-
-        Args:
-            prepared: not a beam search.
-            grammar: in llama.cpp's language, GBNF; its start symbol is ``root``.
+        """Hold the answers of a prepared request, not a beam search, to a GBNF grammar, whose start symbol is ``root``.
 
         Raises:
             GrammarError: llama.cpp cannot use the grammar, or the request has no end token.
