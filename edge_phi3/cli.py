@@ -50,15 +50,12 @@ class _Verbs(click.RichGroup):
     """The verbs, and the one place where errors become exit codes."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        """Return the names of the verbs."""
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
-        """Return a verb."""
         return _Verb(name=cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the verb."""
         try:
             return super().invoke(ctx)
         except WrongUsageError as error:

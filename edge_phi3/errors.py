@@ -15,11 +15,7 @@ class EdgePhi3Error(Exception):
 
 
 class InternalError(EdgePhi3Error):
-    """An error of ours that ended one request.
-
-    Args:
-        detail: what its owner may know.
-    """
+    """An error of ours that ended one request; its text is what the request's owner may know."""
 
     def __init__(self, detail: str = "The request met an error inside the service; its log tells more.") -> None:
         super().__init__(detail)

@@ -71,11 +71,7 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def require_space(folder: Path, needed: int, what: str, elsewhere: str = "choose another folder") -> None:
-    """Refuse what a folder's disk cannot hold, before it is begun; `elsewhere` is what to do beside freeing space.
-
-    Raises:
-        DiskFullError: fewer bytes are free than needed.
-    """
+    """Refuse (`DiskFullError`) what a folder's disk cannot hold; `elsewhere` is what to do beside freeing space."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DiskFullError(
@@ -91,11 +87,7 @@ def sha256_of(path: Path) -> str:
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Refuse a folder, and a file that may not be replaced.
-
-    Raises:
-        OutputExistsError: `path` is one of them.
-    """
+    """Refuse (`OutputExistsError`) a folder, and a file that may not be replaced."""
     if path.is_dir():
         raise OutputExistsError(f"{path} is a folder; give the name of a file to write.")
     if path.exists() and not force:

@@ -17,7 +17,6 @@ class Step:
     Attributes:
         title: what is done to what, such as ``Downloading model.safetensors``.
         total: bytes of the whole step, None when not known yet.
-        done: bytes that are done.
         detail: what is being worked on, such as the name of a tensor.
     """
 
@@ -27,13 +26,7 @@ class Step:
         self._changed = changed
 
     def update(self, done: int, total: int | None = None, detail: str = "") -> None:
-        """Report how far the step is.
-
-        Args:
-            done: bytes that are done, from the step's beginning; may fall when a part is done again.
-            total: bytes of the whole step, when they are known only now.
-            detail: what is being worked on.
-        """
+        """Report how far the step is, from its beginning; `done` may fall when a part is done again."""
         self.done, self.detail = done, detail
         self.total = self.total if total is None else total
         self._changed(self)
@@ -42,8 +35,7 @@ class Step:
 class ProgressReporter:
     """Takes the steps of long work, one after another; this one shows nothing.
 
-    Attributes:
-        say: called with a sentence on where the work is, each time that it changes; what it raises ends the work.
+    `say` is called with a sentence on where the work is, each time that it changes; what it raises ends the work.
     """
 
     say: Callable[[str], None] = staticmethod(lambda _sentence: None)
@@ -82,12 +74,7 @@ SilentProgress = ProgressReporter
 
 
 class LineProgress(ProgressReporter):
-    """Writes lines, for logs and services.
-
-    Args:
-        write: takes the lines.
-        interval: seconds at least between a step's lines, its first and last apart.
-    """
+    """Writes lines, for logs and services: between those of one step, `interval` seconds at least, its ends apart."""
 
     def __init__(self, write: Callable[[str], None], *, interval: float = 10.0) -> None:
         self._write = write

@@ -210,16 +210,14 @@ class Settings(BaseModel):
     @classmethod
     def _split(cls, value: object) -> object:
         """Split the comma-separated form of an environment variable."""
-        return _parts(value) if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:
-        return (
-            [_lora(item) if isinstance(item, str) else item for item in value]
-            if isinstance(value, list | tuple)
-            else value
-        )
+        if isinstance(value, list | tuple):
+            return [_lora(item) if isinstance(item, str) else item for item in value]
+        return value
 
     @field_validator("api_key")
     @classmethod
@@ -242,11 +240,7 @@ class Settings(BaseModel):
 
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> Self:
-        """Gather the options from flags, the environment, and a file, in this order of precedence.
-
-        Args:
-            flags: options given on the command line, by field name.
-            config_file: a TOML file with flag names as keys.
+        """Return the options from flags (by field name), the environment, and a TOML file, in this order of precedence.
 
         Raises:
             SettingsError: a value, a key, or the file is wrong. The message names the flag, variable or key.
@@ -273,11 +267,7 @@ class Settings(BaseModel):
         return settings
 
     def api_keys(self) -> list[str]:
-        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open.
-
-        Raises:
-            SettingsError: the file cannot be read, or holds no key.
-        """
+        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open."""
         keys = [key.get_secret_value() for key in self.api_key]
         if self.api_key_file is not None:
             try:
@@ -315,10 +305,6 @@ def _read_toml(path: Path) -> dict[str, object]:
             hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
             raise SettingsError(f"The configuration file {path} has the key {key!r}, which is no option.{hint}")
     return values
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _lora(text: str) -> tuple[str, str | float]:

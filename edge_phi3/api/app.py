@@ -28,10 +28,6 @@ from edge_phi3.settings import Settings
 def create_service(settings: Settings, load: Loader) -> tuple[Exchanges, Service]:
     """Make the application, which any ASGI server runs, together with its state, for whoever also stops it.
 
-    Args:
-        settings: the options.
-        load: makes the pipeline, in a thread, once the application has started.
-
     Raises:
         TracingError: traces are configured, and the extra ``otel`` is not installed.
     """

@@ -14,11 +14,7 @@ from edge_phi3.api.errors import UnauthorizedError
 
 
 class KeyRing:
-    """The API keys that the service knows, kept as digests of equal length.
-
-    Args:
-        keys: the keys; without any, every request is let in.
-    """
+    """The API keys that the service knows, kept as digests of equal length; without any, every request is let in."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -38,11 +34,7 @@ class KeyRing:
         return found.index(True) if any(found) else None
 
     async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        """Refuse a request without a known key; a Litestar guard.
-
-        Raises:
-            UnauthorizedError: the key is missing or not known.
-        """
+        """Refuse a request without a known key (`UnauthorizedError`); a Litestar guard."""
         if self._digests and self.find(connection) is None:
             raise UnauthorizedError(
                 "This service needs an API key: send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`."

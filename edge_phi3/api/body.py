@@ -43,12 +43,7 @@ _decoder = functools.cache(msgspec.json.Decoder)
 
 
 def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[RequestType]) -> RequestType:
-    """Read a request's body.
-
-    Args:
-        request: for its Content-Type.
-        body: the bytes.
-        type_: the request type; it forbids unknown fields.
+    """Return a request's body as a request type, which forbids unknown fields.
 
     Raises:
         UnsupportedMediaTypeError: the body is said not to be JSON.
@@ -71,12 +66,7 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
 
 
 async def work_on(body: bytes, work: Callable[[], Result]) -> Result:
-    """Return what `work` returns, called at once, or in a thread when the body is long.
-
-    Args:
-        body: of the request.
-        work: what takes longer the longer the body is.
-    """
+    """Return what `work` returns, called at once, or in a thread when the request's body is long."""
     return work() if len(body) < _LONG else await asyncio.to_thread(work)
 
 

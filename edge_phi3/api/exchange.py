@@ -27,13 +27,11 @@ class Exchange:
     """What is known about a request while it is answered.
 
     Attributes:
-        scope: the request.
         request_id: taken from ``X-Request-Id`` when that is a plain word, made here otherwise.
         started: the monotonic time of its arrival.
         seconds: from then to its end, 0 before.
         status: the status code sent, 0 before.
         error: the class of the error that ended it, also when it ended a stream that had begun.
-        output: what was generated.
         prompt: the request's text, kept only when prompts are logged.
     """
 
@@ -63,12 +61,7 @@ class Exchange:
 
 
 class Exchanges:
-    """The ASGI application, with an id for each request and a record of its end.
-
-    Args:
-        app: the application itself.
-        recorders: called with each exchange that has ended.
-    """
+    """The ASGI application, with an id for each request; `recorders` are called with each exchange that has ended."""
 
     def __init__(self, app: ASGIApp, recorders: Sequence[Callable[[Exchange], None]]) -> None:
         self.app = app

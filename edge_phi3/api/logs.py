@@ -16,12 +16,7 @@ access_logger = structlog.get_logger("edge_phi3.access")
 
 
 def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
-    """Send every log line of the process to stderr in one format.
-
-    Args:
-        log_format: "text" for people, "json" for one object a line.
-        level: the least that is logged: "debug", "info", "warning" or "error".
-    """
+    """Send all log lines of the process, from `level` up, to stderr: text for people, or JSON, one object a line."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -65,16 +65,9 @@ _COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
 
 
 class ServiceMetrics(Collector):
-    """All metrics of one application, in a registry of its own.
+    """All metrics of one application, in a registry of its own; the prefix is what every name starts with.
 
-    Requests are counted as they end; the engine's counters and gauges are read at each scrape.
-
-    Args:
-        prefix: what every name starts with.
-        stats: gives the engine's state at the moment of a scrape, or None while there is no engine.
-
-    Attributes:
-        model: the model that is served, None before it is loaded.
+    Requests are counted as they end; the engine's counters and gauges are read at each scrape, once there is an engine.
     """
 
     def __init__(self, prefix: str, stats: Callable[[], EngineStats | None]) -> None:

@@ -35,12 +35,8 @@ class ServerError(EdgePhi3Error):
 def run(settings: Settings, load: Loader, announce: Callable[[Service, str], None]) -> None:
     """Serve until SIGTERM or SIGINT.
 
-    The port is bound first, so that probes are answered while the model is downloaded, converted or loaded.
-
-    Args:
-        settings: the options.
-        load: makes the pipeline.
-        announce: called once, when requests are taken; its second argument is the service's address.
+    The port is bound first, so that probes are answered while the model is downloaded, converted or loaded. Once
+    requests are taken, `announce` is called with the service's address.
 
     Raises:
         ServerError: the address cannot be bound.

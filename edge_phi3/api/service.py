@@ -12,7 +12,6 @@ from typing import Any
 from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
 from edge_phi3.api.metrics import ServiceMetrics
-from edge_phi3.engine.stats import EngineStats
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
 from edge_phi3.settings import Settings
@@ -29,21 +28,17 @@ class LoadCancelledError(EdgePhi3Error):
 
 
 class Service:
-    """The state of one application.
+    """The state of one application, whose model `start` loads in a thread of its own.
 
-    Args:
-        settings: the options.
-        load: makes the pipeline; called once, in a thread of its own, by `start`.
-
-    Attributes:
-        failure: what ended the loading, if anything did.
-        loaded: the pipeline, or None while it loads.
+    `loaded` is None until then; `failure` is what ended the loading, if anything did.
     """
 
     def __init__(self, settings: Settings, load: Loader) -> None:
         self.settings = settings
         self.keys = KeyRing(settings.api_keys())
-        self.metrics = ServiceMetrics(settings.metrics_prefix, self._engine_stats)
+        self.metrics = ServiceMetrics(
+            settings.metrics_prefix, lambda: self.loaded.engine.stats() if self.loaded else None
+        )
         self.failure: BaseException | None = None
         self._load = load
         self._loading = threading.Thread(target=self._run_load, name="load", daemon=True)
@@ -83,10 +78,9 @@ class Service:
             await self.loaded.engine.drain(self.settings.grace_period)
 
     def close(self, patience: float = 2.0) -> bool:
-        """Stop at once. Return whether everything has stopped: a step of the loading or the engine may still go on.
+        """Stop at once, waiting `patience` seconds each for the loading and the engine.
 
-        Args:
-            patience: seconds to wait for each of the loading and the engine.
+        Return whether everything has stopped: a step of the loading or the engine may still go on.
         """
         self._stopping = True
         if self._loading.is_alive():
@@ -103,11 +97,7 @@ class Service:
 
     @property
     def pipeline(self) -> TextGenerationPipeline:
-        """The pipeline.
-
-        Raises:
-            NotReadyError: the model is not loaded, or the service is stopping.
-        """
+        """The pipeline; `NotReadyError` while the model is not loaded, or when the service is stopping."""
         if self._stopping:
             raise NotReadyError("The service is stopping.")
         if self.loaded is None:
@@ -131,24 +121,17 @@ class Service:
         if engine.status != "ready":
             raise NotReadyError(engine.status_detail)
 
-    def _engine_stats(self) -> EngineStats | None:
-        return self.loaded.engine.stats() if self.loaded else None
-
     # -- requests
 
     def prepare(self, generate_kwargs: Mapping[str, Any], *, fill: bool = False, **arguments: Any) -> PreparedPrompt:
         """Check a request against its own rules and the service's limits, and make its prompt's tokens.
 
-        Args:
-            generate_kwargs: the generation parameters.
-            fill: whether an answer without `max_new_tokens` takes the room that there is.
-            arguments: the other arguments of `TextGenerationPipeline.prepare`.
+        With `fill`, an answer without `max_new_tokens` takes the room that there is.
 
         Raises:
             NotReadyError: there is no model yet.
-            PromptError: the prompt cannot be used.
-            ParameterError: a parameter is wrong.
             InvalidRequestError: the request is beyond a limit, or there is no room for an answer.
+            PromptError, ParameterError: see `TextGenerationPipeline.prepare`.
         """
         pipeline = self.pipeline
         fill = fill and generate_kwargs.get("max_new_tokens") is None

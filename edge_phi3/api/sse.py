@@ -38,11 +38,9 @@ def event(content: object, name: str = "") -> bytes:
 
 
 class EventStream(Response[bytes]):
-    """A response of server-sent events.
+    """A response of server-sent events, encoded already.
 
-    Args:
-        events: the events, encoded. What it raises before its first event is answered with its own status code; what
-            it raises later makes the last event.
+    What they raise before the first is answered with its own status code; what they raise later makes the last one.
     """
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:

@@ -29,13 +29,9 @@ class TracingError(EdgePhi3Error):
 
 
 class Tracing:
-    """Sends a span for each request.
+    """Sends a span for each request to a collector.
 
-    Args:
-        endpoint: URL of the collector, to which ``/v1/traces`` is added; None takes that of the environment.
-
-    Raises:
-        TracingError: the extra is not installed.
+    ``/v1/traces`` is added to `endpoint`, the collector's URL; None takes that of the environment.
     """
 
     def __init__(self, endpoint: str | None) -> None:

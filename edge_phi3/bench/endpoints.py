@@ -16,15 +16,10 @@ _FEWEST_WORDS = 32
 
 @dataclass(slots=True)
 class Answer:
-    """One generated answer.
+    """One generated answer, in pieces. Tokens are as the server counts them, None where it does not say.
 
-    Attributes:
-        texts: its pieces, in order.
-        times: when each piece came, in seconds of `time.perf_counter`.
-        prompt_tokens: tokens of the prompt as the server counts them, or None when it does not say.
-        completion_tokens: tokens generated as the server counts them, or None.
-        cached_tokens: tokens of the prompt that the server did not compute anew, or None.
-        ended: whether the server said that the answer is complete.
+    `times` has when each piece came, in seconds of `time.perf_counter`. `cached_tokens` are those of the prompt that
+    were not computed anew; `ended` is whether the server said that the answer is complete.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -165,13 +160,7 @@ APIS: Final[Mapping[str, Api]] = {
 
 
 class Endpoint:
-    """A generation endpoint of a server.
-
-    Args:
-        client: connections to the server.
-        name: one of `APIS`.
-        model: the model to name in requests, where the endpoint wants one.
-    """
+    """A generation endpoint of a server, one of `APIS`; `model` is named in requests, where the endpoint wants one."""
 
     def __init__(self, client: HttpClient, name: str, model: str = "") -> None:
         self.client, self.name, self.model = client, name, model
@@ -219,13 +208,7 @@ class Endpoint:
 async def open_endpoint(client: HttpClient, api: str = "auto", model: str = "") -> Endpoint:
     """Return the endpoint of a server, found by what the server answers when `api` is "auto".
 
-    Args:
-        client: connections to the server.
-        api: a name of `APIS`, or "auto".
-        model: the model to ask for; the first that an OpenAI-compatible server lists when empty.
-
-    Raises:
-        BenchError: nothing answers, no endpoint is known, or the server lists no model.
+    An empty `model` is the first that an OpenAI-compatible server lists.
     """
     failures: list[str] = []
 
@@ -261,9 +244,6 @@ async def measure_ruler(endpoint: Endpoint) -> Ruler:
 
     With a ``/tokenize`` endpoint only words of one token each are used, and lengths are exact. Otherwise one request
     over all words gives their mean length; a server that does not report it is taken to have one token a word.
-
-    Raises:
-        BenchError: the server does not generate.
     """
     overhead = await endpoint.count_tokens("")
     if overhead is not None:

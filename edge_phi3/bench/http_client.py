@@ -18,16 +18,9 @@ _KEEP_ALIVE = 2.0
 
 
 class HttpClient:
-    """Connections to one server, as many as there are exchanges at once.
+    """Connections to one server, as many as there are exchanges at once, each of which may take `timeout` seconds.
 
-    Args:
-        url: address of the server, such as ``http://127.0.0.1:8080``; its path is put in front of every other.
-        api_key: sent as a bearer token.
-        timeout: seconds that an exchange may take.
-        transport: what carries requests, for tests; the network by default.
-
-    Raises:
-        BenchError: the address is not one of an HTTP server.
+    The path of `url` is put in front of every other; `api_key` is sent as a bearer token.
     """
 
     def __init__(
@@ -96,11 +89,7 @@ class HttpClient:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        ExchangeError: the data is something else, or the error that a server reports.
-    """
+    """Return a JSON object; `ExchangeError` when it is something else, or the error that a server reports."""
     try:
         value = msgspec.json.decode(data)
     except msgspec.DecodeError as error:

@@ -25,17 +25,13 @@ class RequestRecord(msgspec.Struct):
     """What happened to one request. Times are seconds.
 
     Attributes:
-        session: number of its session.
         turn: which turn of the session it was, from 0.
         started: when it was sent, from the start of the level.
         latency: from then to the end of its answer.
         first: from then to the first piece of text, or None when nothing was streamed.
         gaps: between one piece and the next.
-        prompt_tokens: tokens of the prompt, or None when the server did not say.
-        completion_tokens: tokens generated; pieces of text where the server did not say.
-        counted: whether the server said.
-        cached_tokens: tokens of the prompt that came from a cache, or None.
-        error: why it failed, or None.
+        completion_tokens: tokens generated; pieces of text where the server did not say, which `counted` tells.
+        cached_tokens: tokens of the prompt that came from a cache.
     """
 
     session: int
@@ -52,14 +48,9 @@ class RequestRecord(msgspec.Struct):
 
 
 class Level(msgspec.Struct, frozen=True):
-    """One strength of load: either `clients` or `rate` is set.
+    """One strength of load: either `clients` of a closed loop, or a `rate` of sessions per second in an open one.
 
-    Attributes:
-        clients: users of a closed loop.
-        rate: sessions per second of an open loop.
-        sessions: how many sessions are run, or None.
-        duration: for how many seconds new sessions begin, or None.
-        warmup: sessions run before the measured ones.
+    So many `sessions` are run, or those that begin within `duration` seconds; `warmup` ones before are not measured.
     """
 
     clients: int | None = None
@@ -77,17 +68,10 @@ async def run_level(
     first_session: int = 0,
     done: Callable[[], None] = lambda: None,
 ) -> tuple[list[RequestRecord], float]:
-    """Run one level.
+    """Run one level; `done` is called when a measured request ends.
 
-    Args:
-        endpoint: where the requests go.
-        sessions: what is sent.
-        level: the strength, and when to stop.
-        first_session: number of the first session. Two levels with other numbers share no prompt.
-        done: called when a measured request ends.
-
-    Returns:
-        What happened to each request, in the order of their ends, and the processor seconds of the load generator.
+    Levels with other first sessions share no prompt. Return what happened to each request, in the order of their ends,
+    and the processor seconds of the load generator.
     """
     if level.warmup:
         numbers = range(first_session + 1_000_000, first_session + 1_000_000 + level.warmup)

@@ -16,18 +16,10 @@ from edge_phi3.version import __version__
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The circumstances of a measurement.
+    """The circumstances of a measurement: when it was made (in UTC, as ISO 8601), and on what.
 
-    Attributes:
-        date: when, in UTC, as ISO 8601.
-        cpu: the processor's name.
-        cores: processors that this process may use.
-        memory: bytes.
-        load: mean number of busy processes in the last minute, before the measurement began.
-        system: operating system and its version.
-        python: version of the interpreter.
-        edge_phi3: version of this package.
-        llama_cpp: version of llama-cpp-python.
+    `cores` are those that this process may use, `memory` is in bytes, and `load` is the mean number of busy processes
+    in the last minute, before the measurement began.
     """
 
     date: str

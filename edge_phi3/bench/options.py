@@ -19,14 +19,9 @@ FILE = click.Path(path_type=Path)
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a field is given on the command line, in its annotation.
+    """How a field is given on the command line, in its annotation; by default as its name and its type say.
 
-    Attributes:
-        help: what it means. A default that is not what a user would write is explained here.
-        type: of its values; by default the field's own type.
-        metavar: what stands for the value in the help.
-        flag: by default named after the field.
-        envvar: an environment variable that sets it too.
+    A default that is not what a user would write is explained in `help`.
     """
 
     help: str

@@ -20,10 +20,7 @@ _SPEEDS = (("prompt_per_second", "prompt tokens per second"), ("generated_per_se
 def plot_sweep(name: str, levels: Sequence[Summary], path: Path) -> None:
     """Draw throughput against latency: medians and 95th percentiles, with a labelled point for each level.
 
-    Args:
-        name: what was measured.
-        levels: its figures at each level of load.
-        path: the picture, replaced when it exists; its ending says the format (svg, png, pdf).
+    The picture is replaced when it exists; its ending says the format (svg, png, pdf).
 
     Raises:
         BenchError: matplotlib is not installed, or does not know the format.
@@ -47,13 +44,10 @@ def plot_sweep(name: str, levels: Sequence[Summary], path: Path) -> None:
 def plot_quality(measurements: Sequence[Measurement], path: Path) -> None:
     """Draw the mean divergence from the reference against the file's size, with the Pareto front.
 
-    Args:
-        measurements: of one model; the reference, which diverges by nothing, is a line at its size, and types that are
-            no smaller than it are left out.
-        path: as in `plot_sweep`.
+    The reference, which diverges by nothing, is a line at its size, and types that are no smaller than it are left out.
 
     Raises:
-        BenchError: matplotlib is not installed or does not know the format, or there is nothing to draw.
+        BenchError: as in `plot_sweep`, or there is nothing to draw.
     """
     others = [item for item in measurements if item.quality.divergence is not None]
     if not others:
@@ -108,18 +102,9 @@ def _size_axis(axes: Any) -> None:
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float], panels: int) -> Iterator[list[Any]]:
-    """Write a figure when the block ends; the same figures give the same bytes, without a date or a random id.
+    """Yield matplotlib's ``Axes`` of so many panels side by side; their figure is written when the block ends.
 
-    Args:
-        path: the picture; its ending says the format.
-        size: width and height in inches.
-        panels: how many there are side by side.
-
-    Yields:
-        matplotlib's ``Axes`` from left to right, each with a faint grid.
-
-    Raises:
-        BenchError: matplotlib is not installed, or does not know the format.
+    The same figures give the same bytes, without a date or a random id. `size` is in inches.
     """
     try:
         from matplotlib import rc_context  # noqa: PLC0415 - the bench extra alone has it

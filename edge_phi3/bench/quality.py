@@ -35,20 +35,15 @@ _ROWS = 32
 
 
 class Divergence(msgspec.Struct, frozen=True, kw_only=True):
-    """How far predictions are from a reference's at the same positions.
+    """How far predictions are from a reference's at the same positions, each mean with its standard error.
 
     Attributes:
-        mean: mean Kullback-Leibler divergence from the reference, in nats.
-        error: standard error of the mean.
-        median: of all positions.
-        p99: 99th percentile.
-        max: the largest.
+        mean: mean Kullback-Leibler divergence from the reference, in nats, as are its percentiles.
         same_top: share of positions at which both find the same token the most likely.
-        same_top_error: its standard error.
         log_ratio: logarithm of perplexity over the reference's perplexity, where, as in llama-perplexity, no token of
             the reference is less likely than 16 nats below the top; on a text that the model is at a loss with, compare
             the perplexities themselves.
-        log_ratio_error: its standard error; smaller than the perplexities' own, since both meet the same text.
+        log_ratio_error: smaller than the perplexities' own, since both meet the same text.
     """
 
     mean: float
@@ -63,14 +58,10 @@ class Divergence(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """How well a text is predicted.
+    """How well a text is predicted, at so many scored positions.
 
-    Attributes:
-        chunks: how many were evaluated.
-        positions: how many tokens were scored.
-        perplexity: exponential of the mean negative log-likelihood of the tokens.
-        perplexity_error: its standard error.
-        divergence: from the reference; None for the reference itself.
+    The perplexity is the exponential of the mean negative log-likelihood of the tokens, with its standard error. The
+    reference itself has no divergence.
     """
 
     chunks: int
@@ -81,12 +72,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cut_chunks(tokens: NDArray[np.int32], ctx_size: int, chunks: int | None = None) -> NDArray[np.int32]:
-    """Cut tokens into chunks, shape ``(chunks, ctx_size)``.
-
-    Args:
-        tokens: of the whole text.
-        ctx_size: tokens of a chunk.
-        chunks: how many to take at most; None takes all.
+    """Return the chunks of a text's tokens, shape ``(chunks, ctx_size)``, all or so many at most.
 
     Raises:
         BenchError: the text does not fill two chunks, or a chunk is too small to score anything.
@@ -130,10 +116,7 @@ def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
 def writing(path: Path, chunks: NDArray[np.int32], vocab_size: int) -> Iterator[Keep]:
     """Write a reference's log-probabilities, whole or not at all; yield what takes them in their order.
 
-    Args:
-        path: an .npy file of a record for each position; `numpy.load` reads it.
-        chunks: what is evaluated.
-        vocab_size: columns.
+    The .npy file has a record for each scored position of the chunks; `numpy.load` reads it.
     """
     shape = (len(chunks) * scored_positions(chunks.shape[1]),)
     descr = np.lib.format.dtype_to_descr(_row_type(vocab_size))
@@ -151,15 +134,11 @@ def evaluate(
     reference: NDArray[np.void] | None = None,
     done: Callable[[int], None] = lambda _: None,
 ) -> Quality:
-    """Evaluate a text, and compare with a reference position by position.
+    """Evaluate chunks of a text, shape ``(chunks, ctx_size)``, and compare with a reference position by position.
 
-    Args:
-        context: of the model, with as many cells as a chunk has tokens.
-        chunks: shape ``(chunks, ctx_size)``.
-        bos: the token that each chunk's first is replaced by; None where the vocabulary adds none.
-        keep: takes the log-probabilities of the scored positions, a few rows at a time.
-        reference: the records that `writing` made of another model's log-probabilities, shape ``(positions,)``.
-        done: called after each chunk with the number of chunks so far.
+    The context has as many cells as a chunk has tokens, whose first is replaced by `bos`, unless the vocabulary adds
+    none. `keep` takes the log-probabilities of the scored positions, a few rows at a time; `reference` are the records
+    that `writing` made of another model's, shape ``(positions,)``. `done` is called with the number of chunks so far.
     """
     losses: list[NDArray[np.float64]] = []
     compared: list[NDArray[np.float64]] = []
@@ -240,15 +219,9 @@ def _scored(
 def feed(
     context: Context, tokens: NDArray[np.int32], wanted: NDArray[np.bool_]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """Decode one sequence in an emptied context.
+    """Decode one sequence, shape ``(length,)``, in an emptied context that has room for it.
 
-    Args:
-        context: with room for the sequence.
-        tokens: shape ``(length,)``.
-        wanted: the positions whose logits are wanted, shape ``(length,)``.
-
-    Yields:
-        For each batch its first position, and its wanted logits, which stay valid until the next one.
+    Yield for each batch its first position and the logits of its `wanted` positions, valid until the next one.
     """
     context.clear()
     for start in range(0, len(tokens), context.batch_size):

@@ -18,12 +18,10 @@ FORMAT = 1
 
 
 class Measurement(Figures, frozen=True, tag=False):
-    """One type's figures.
+    """One type's figures, or those of the reference, with which the others are compared.
 
     Attributes:
-        type: the quantisation type, or the reference's own.
         made_from: a digest of all that the figures depend on, the machine's processor included.
-        reference: whether the others are compared with this one.
         imatrix: whether an importance matrix guided the quantiser.
         bytes: size of the file.
         quantize_seconds: how long making it took; None for the reference.
@@ -39,17 +37,10 @@ class Measurement(Figures, frozen=True, tag=False):
 
 
 class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What `edge-phi3 bench quants` found.
+    """What `edge-phi3 bench quants` found: the reference's figures first, then the others from large to small.
 
-    Attributes:
-        format: version of this structure.
-        model: name of the measured model.
-        text: name of the text that was evaluated.
-        text_sha256: of its bytes.
-        ctx_size: tokens of a chunk.
-        threads: CPU threads requested; None for the physical cores.
-        command: how it was measured.
-        measurements: the reference first, then the others from large to small.
+    `text` is the name of what was evaluated, `ctx_size` the tokens of a chunk, `command` how it was measured; `threads`
+    is None for the physical cores.
     """
 
     format: int = FORMAT

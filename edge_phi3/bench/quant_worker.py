@@ -60,11 +60,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 class Job(Conditions, frozen=True, kw_only=True):
     """What to measure, and how.
 
-    Attributes:
-        model: the GGUF file.
-        text: what it is evaluated on.
-        logits: the reference's log-probabilities: written for the reference itself, and compared with otherwise.
-        reference: whether this is the reference.
+    The reference's log-probabilities are written to `logits` for the reference itself, and compared with otherwise.
     """
 
     model: str
@@ -76,13 +72,8 @@ class Job(Conditions, frozen=True, kw_only=True):
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """How fast one sequence runs, without HTTP: medians over the repetitions.
 
-    Attributes:
-        prompt_tokens: length of the prompt, of random tokens.
-        generated_tokens: tokens generated after it, greedily.
-        prompt_per_second: prompt tokens a second.
-        generated_per_second: generated tokens a second, after the first.
-        first_token: seconds from the prompt's tokens to the first token of the answer.
-        turns: of each repetition, seconds to the first token and generated tokens a second.
+    The prompt is of random tokens, those after it are generated greedily. `first_token` is in seconds, as is the first
+    figure of each of the `turns`; the second is tokens a second after the first, as `generated_per_second`.
     """
 
     prompt_tokens: int
@@ -94,19 +85,16 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What a process of its own measures of a file.
+    """What a process of its own measures of a file; memory is in bytes.
 
     Attributes:
         bits_per_weight: of all tensors together, metadata not counted.
         load_seconds: from opening the file to the first decoded token; the file had just been written or read, so that
             it comes from the system's cache rather than from the disk.
-        memory_before: resident bytes of the process before it loads the model.
-        memory_peak: the most resident bytes while it loads and generates, with a KV cache for prompt and answer; mapped
-            pages of the file included.
-        gpu_memory: bytes taken on the GPUs meanwhile; None without one.
-        speed: of one sequence.
-        quality: of its predictions.
-        machine: where it was measured, and when.
+        memory_before: resident before the process loads the model.
+        memory_peak: resident at most while it loads and generates, with a KV cache for prompt and answer; mapped pages
+            of the file included.
+        gpu_memory: taken on the GPUs meanwhile; None without one.
     """
 
     bits_per_weight: float
@@ -147,12 +135,7 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Fig
 
 
 def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
-    """Measure a file in this process, and tell of each evaluated chunk.
-
-    Raises:
-        BenchError: the text is too short.
-        ModelLoadError, DecodeFailedError: llama.cpp cannot load or evaluate it.
-    """
+    """Measure a file in this process, and tell of each evaluated chunk; errors reach `measure` as `BenchError`."""
     machine = Machine.here()
     before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0

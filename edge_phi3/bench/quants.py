@@ -34,9 +34,6 @@ DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M"
 """One good type for each step in size."""
 
 REPORT_NAME = "quants.json"
-TABLE_NAME = "quants.csv"
-
-_PLAIN_TYPES = {"F32", "F16", "BF16"}
 
 
 def evaluation_text() -> str:
@@ -81,12 +78,7 @@ class QuantBench(Conditions, frozen=True):
 def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> QuantReport:
     """Measure each type and write ``quants.json`` and ``quants.csv``, after each type anew.
 
-    Args:
-        bench: what to measure.
-        progress: reports each step.
-
-    Returns:
-        The report of the requested types, and of those that the folder holds from earlier runs with the same inputs.
+    Return the report of the requested types, and of those that the folder holds from earlier runs with the same inputs.
 
     Raises:
         BenchError: the model or the text cannot be measured.
@@ -152,7 +144,7 @@ class _Run:
         model = self._bench.model
         if model.is_file():
             kind = _type_of(model)
-            if kind not in _PLAIN_TYPES:
+            if kind not in {"F32", "F16", "BF16"}:
                 raise BenchError(
                     f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
                 )
@@ -201,7 +193,7 @@ class _Run:
         )
         report = self._report()
         write_json(self._folder / REPORT_NAME, report)
-        write_csv(self._folder / TABLE_NAME, report.rows())
+        write_csv(self._folder / "quants.csv", report.rows())
 
     def _key(self, base: str, kind: str, matrix: str | None) -> str:
         """Return a digest of all that a type's figures depend on."""

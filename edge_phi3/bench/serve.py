@@ -48,17 +48,9 @@ class ServeBench(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured.
+    """What was measured. `machine` is where the load generator ran; the service may have run elsewhere.
 
-    Attributes:
-        machine: where the load generator ran; the service may have run elsewhere.
-        url: address of the service.
-        api: the endpoint.
-        model: the model named in requests, if any.
-        workload: the requests.
-        exact_lengths: whether prompts had exactly the requested tokens.
-        levels: the figures of each level.
-        requests: the requests of each level.
+    `api` and `model` are what requests went to; `exact_lengths` is whether prompts had exactly the requested tokens.
     """
 
     machine: Machine
@@ -81,11 +73,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: None) -> Report:
-    """Measure a service.
-
-    Args:
-        bench: what to measure.
-        done: called with the number of its level when a request ends.
+    """Measure a service; `done` is called with the number of its level when a request ends.
 
     Raises:
         BenchError: nothing was measured: the service is not there, no request succeeded, or an option is wrong.

@@ -26,13 +26,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of a level. Rates count finished requests only.
 
     Attributes:
-        clients: users of a closed loop, or None.
-        rate: sessions per second of an open loop, or None.
-        requests: requests that finished.
-        failed: requests that did not.
-        errors: how often each error came.
         seconds: from the first request to the end of the last.
-        requests_per_second: finished requests over `seconds`.
         tokens_per_second: generated tokens over `seconds`.
         total_tokens_per_second: prompt tokens counted as well; None where the server does not report them.
         prompt_tokens: mean of a request, or None.

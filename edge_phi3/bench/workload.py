@@ -25,11 +25,7 @@ Draw = Callable[[np.random.Generator], float]
 
 
 def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
-    """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`.
-
-    Raises:
-        BenchError: it is in none of them.
-    """
+    """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`."""
     draw: Draw | None = None
     if uniform := re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip()):
         low, high = int(uniform[1]), int(uniform[2] or uniform[1])
@@ -109,13 +105,10 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Ruler:
-    """How text becomes tokens on a server.
+    """How text becomes tokens on a server, and the words to write with, of `tokens_per_word` each.
 
-    Attributes:
-        words: words to write with.
-        tokens_per_word: tokens that each takes.
-        overhead: tokens that the server puts around a text.
-        exact: whether a text has exactly the requested number of tokens.
+    `overhead` are the tokens that the server puts around a text; `exact` is whether a text has exactly the requested
+    number of tokens.
     """
 
     words: Sequence[str]
@@ -130,15 +123,7 @@ class Ruler:
 
 
 class RandomSessions:
-    """Sessions of random words.
-
-    Args:
-        workload: lengths, prefixes, turns.
-        ruler: how text becomes tokens.
-
-    Raises:
-        BenchError: a distribution of the workload cannot be read.
-    """
+    """Sessions of random words, of a workload's lengths, prefixes and turns."""
 
     def __init__(self, workload: Workload, ruler: Ruler) -> None:
         self.workload = workload
@@ -174,12 +159,7 @@ class _Line(msgspec.Struct):
 class FileSessions:
     """Sessions of one turn from a file of prompts, in a shuffled order.
 
-    Args:
-        path: one prompt a line: plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``.
-        workload: gives the output lengths where a line does not.
-
-    Raises:
-        BenchError: the file cannot be read, or a line is not one of these.
+    A line is plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``; else the workload gives output lengths.
     """
 
     def __init__(self, path: Path, workload: Workload) -> None:

@@ -46,11 +46,7 @@ class CatalogError(EdgePhi3Error):
 
 
 class Build:
-    """One making of the models of one reference, whose shelf the caller has locked; `keep` what is made on the way.
-
-    Raises:
-        UnreachableError, HubError: the Hub does not provide the requested files.
-    """
+    """One making of the models of one reference, whose shelf the caller has locked; `keep` what is made on the way."""
 
     def __init__(
         self, shelf: Path, wanted: LocalCheckpoint | HubCheckpoint | HubGguf, progress: ProgressReporter, *, keep: bool
@@ -183,14 +179,10 @@ def make_files(
 
 
 def fetch_checkpoint(repository: Repository, folder: Path, outputs: Sequence[str | None], elsewhere: str) -> SourceInfo:
-    """Download what is missing of a checkpoint.
+    """Download what is missing of a checkpoint; `HubError` when it is none, or the Hub does not give it.
 
     The disk must hold the `outputs` too, files of these types made of it, None for its own type; `elsewhere` is what
-    to do when it does not, beside freeing space.
-
-    Raises:
-        HubError: the repository holds no checkpoint, or the Hub does not give it.
-        DiskFullError: the disk has no room.
+    to do when it does not (`DiskFullError`), beside freeing space.
     """
     from edge_phi3.conversion.metadata import SourceInfo  # noqa: PLC0415 (see above)
 

@@ -58,10 +58,6 @@ class Repository:
 
     The token is that of `HF_TOKEN` or of ``hf auth login``.
 
-    Attributes:
-        endpoint: the URL of the Hub.
-        snapshot: the commit, and which files it has.
-
     Raises:
         UnreachableError: the Hub cannot be reached.
         HubError: there is no such repository or revision, or it may not be seen.

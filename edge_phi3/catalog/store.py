@@ -133,11 +133,7 @@ class Catalog:
         return [_stored(folder, manifest, manifest.name) for folder in folders if (manifest := read_manifest(folder))]
 
     def verify(self, model: StoredModel) -> None:
-        """Read a model's files again and compare them with its manifest, after a copy for instance.
-
-        Raises:
-            CatalogError: a file has changed.
-        """
+        """Compare a model's files with its manifest, after a copy for instance; `CatalogError` when one has changed."""
         for file in model.manifest.files if model.manifest else []:
             path = model.path.with_name(file.name)
             if sha256_of(path) != file.sha256:

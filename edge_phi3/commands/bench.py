@@ -28,8 +28,6 @@ from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 
 _DEFAULT_SESSIONS = 8
-_DEMO = "demo"
-_WIDTH = 150
 
 
 @click.group("bench")
@@ -163,7 +161,7 @@ def _quants(model: str, *, as_json: bool, **options: Any) -> None:
 
     Another: `edge-phi3 bench quants demo --type all --output-dir demo-quants`
     """
-    path = DEMO_CHECKPOINT if model == _DEMO and not Path(model).exists() else Path(model)
+    path = DEMO_CHECKPOINT if model == "demo" and not Path(model).exists() else Path(model)
     asked = shlex.join(["edge-phi3", *sys.argv[1:]])
     bench = quants.QuantBench(model=path, command=asked, **options)
     with stderr_progress() as progress:
@@ -173,7 +171,7 @@ def _quants(model: str, *, as_json: bool, **options: Any) -> None:
     else:
         # A narrow terminal, or none, would cut the figures; lines that wrap can still be read.
         console = Console()
-        Console(width=max(console.width, _WIDTH)).print(quant_report.table(report))
+        Console(width=max(console.width, 150)).print(quant_report.table(report))
     reference = report.measurements[0]
     click.echo(
         f"{reference.quality.positions} tokens of {report.text} in {reference.quality.chunks} chunks of"

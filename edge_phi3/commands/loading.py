@@ -24,12 +24,7 @@ _ENGINE_OPTIONS = {field.name for field in dataclasses.fields(EngineSettings)} -
 def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
     """Find, download, convert and quantise the model as needed, and load it.
 
-    Args:
-        settings: which model, and how to run it.
-        say: called with each step, for `/readyz`; what it raises ends the work.
-
-    Raises:
-        EdgePhi3Error: any step failed.
+    `say` is called with each step, for `/readyz`; what it raises ends the work.
     """
     # A machine that reads the log gets no bars.
     lines = LineProgress(logger.info)

@@ -22,11 +22,9 @@ logger = structlog.get_logger(__name__)
 
 
 def option_of(name: str, panel: str | None = None) -> click.Parameter:
-    """Return the flag of one of the `Settings`. Values stay texts: `Settings` reads them, from wherever they come.
+    """Return the flag of one of the `Settings`, in the group `panel` of ``--help``, by default the field's own.
 
-    Args:
-        name: of the field.
-        panel: the group of `--help`; by default the field's own.
+    Values stay texts: `Settings` reads them, from wherever they come.
     """
     field, flag = Settings.model_fields[name], flag_of(name)
     is_boolean, is_many = field.annotation is bool, isinstance(field.default, tuple)

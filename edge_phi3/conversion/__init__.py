@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 
-_TOOLS = ("edge-phi3", "llama-cpp-python", "gguf")
-
 
 def tool_versions() -> dict[str, str]:
     """Return the versions of the packages on which the bytes of converted and quantised files depend."""
-    return {name: importlib.metadata.version(name) for name in _TOOLS}
+    return {name: importlib.metadata.version(name) for name in ("edge-phi3", "llama-cpp-python", "gguf")}

@@ -69,17 +69,12 @@ def convert(
     source: SourceInfo | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
-    """Convert a Phi-3 checkpoint to a GGUF.
+    """Convert a Phi-3 checkpoint, a folder in the Hugging Face layout, to a GGUF.
 
-    Args:
-        checkpoint: a folder in the Hugging Face layout.
-        output: the GGUF to write. On any error, an interruption included, nothing is left there.
-        outtype: the type of the matrices: ``f32``, ``f16``, ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own.
-        force: replace `output` when it exists.
-        source: repository and revision of the checkpoint, when they are known; read from the path of a
-            snapshot in the Hub's cache otherwise.
-        progress: called after each piece of a tensor, with the bytes that are done, those of all tensors, and the
-            tensor's name.
+    On any error, an interruption included, nothing is left at `output`. The type of the matrices is ``f32``, ``f16``,
+    ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own. A `source` that is not given is read from the path of a
+    snapshot in the Hub's cache. `progress` is called after each piece of a tensor, with the bytes that are done, those
+    of all tensors, and the tensor's name.
 
     Raises:
         ConversionError: the checkpoint cannot be converted, or the output not be written.

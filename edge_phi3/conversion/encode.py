@@ -48,16 +48,10 @@ def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType
 
 
 def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> NDArray[Any]:
-    """Convert values of one tensor.
+    """Return the bytes to write of a tensor's values, contiguous; `values` itself when nothing changes.
 
-    Args:
-        values: shape (n,), as `StoredTensor.read` gives them; n is a multiple of the block size of `target`.
-        dtype: the safetensors dtype of `values`: F32, F16 or BF16.
-        target: F32, F16, BF16 or Q8_0.
-        name: the tensor's name, for errors.
-
-    Returns:
-        The bytes to write, contiguous; `values` itself when nothing changes.
+    The values have the shape (n,) and are as `StoredTensor.read` gives them; n is a multiple of the block size of
+    `target`, which is F32, F16, BF16 or Q8_0.
 
     Raises:
         CheckpointError: a value is NaN or infinite.

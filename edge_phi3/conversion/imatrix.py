@@ -114,18 +114,12 @@ def make_imatrix(
     progress: Callable[[int, int, str], None] | None = None,
     **options: Any,
 ) -> Imatrix:
-    """Collect an importance matrix and write it, whole or not at all.
+    """Collect an importance matrix and write it in llama.cpp's GGUF format, whole or not at all.
 
-    Args:
-        model: a GGUF.
-        output: the file to write, in llama.cpp's GGUF format for importance matrices.
-        text: a file of calibration text, UTF-8; None takes the packaged one.
-        force: replace `output` when it exists.
-        save_every: after so many chunks each, also write what there is so far, as ``NAME-at-CHUNKS.gguf``.
-        parse_special: as in `collect_imatrix`; None reads special tokens in the packaged text only, as
-            llama-imatrix reads none in a text of a person's own by default.
-        progress: called as that of `collect_imatrix`, with bytes of the text, and the number of the chunk.
-        options: the other options of `collect_imatrix`.
+    Without a `text`, in UTF-8, the packaged one is taken. A `parse_special` of None reads special tokens in that one
+    only, as llama-imatrix reads none in a text of a person's own by default. After every `save_every` chunks, what
+    there is so far is written as ``NAME-at-CHUNKS.gguf``. `progress` is called as that of `collect_imatrix`, but with
+    bytes of the text, and the number of the chunk. The other options are those of `collect_imatrix`.
 
     Raises:
         ModelLoadError, ImatrixError, ImatrixFileError: see `collect_imatrix`; `text` cannot be read.

@@ -74,12 +74,7 @@ class Stop:
 
 
 def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[QuantizationType]:
-    """Return the quantisation types of some names, each once.
-
-    Raises:
-        UnknownQuantizationError: a name means no type.
-        ConversionError: `imatrix` is ``none``, and a type needs one.
-    """
+    """Return the quantisation types of some names, each once; `ConversionError` when one lacks a matrix it needs."""
     types = list(dict.fromkeys(quantization_type(quant) for quant in quants))
     if imatrix == "none" and (needy := [type_.name for type_ in types if type_.needs_imatrix]):
         raise ConversionError(
@@ -91,16 +86,8 @@ def choose_types(quants: Sequence[str], imatrix: Path | str) -> list[Quantizatio
 class Journey:
     """The files made of one model in one folder, called ``NAME-TYPE.gguf``. Whoever uses it holds a lock on the folder.
 
-    Args:
-        folder: where the files are.
-        name: what they are called after.
-        progress: reports each step.
-        threads: CPU threads.
-        n_gpu_layers: layers on the GPU while the matrix is collected; -1 for all.
-        elsewhere: what to do when the disk is full, beside freeing space.
-
-    Attributes:
-        sources: the files of the checkpoint that was converted, by name.
+    `n_gpu_layers` are used while the matrix is collected; `elsewhere` is what to do when the disk is full, beside
+    freeing space. `sources` are the files of the checkpoint that was converted, by name.
     """
 
     def __init__(
@@ -133,18 +120,8 @@ class Journey:
     ) -> list[Stop]:
         """Convert a checkpoint to `outtype` and quantise it to each type; in this order, with a matrix between.
 
-        Args:
-            checkpoint: a folder in the Hugging Face layout.
-            types: what to quantise to.
-            outtype: see `convert`.
-            source: repository and revision of the checkpoint.
-            imatrix: ``auto`` collects a matrix for types of fewer than 8 bits, ``none`` does without, a path is one
-                made before.
-            imatrix_chunks: how many chunks of the packaged text to evaluate at most.
-
-        Raises:
-            DiskFullError: the disk has no room for all files.
-            ConversionError, ImatrixError, QuantizeError: a step cannot be done.
+        As `imatrix`, ``auto`` collects one for types of fewer than 8 bits, from at most `imatrix_chunks` of the
+        packaged text; ``none`` does without, and a path is one made before.
         """
         matrix = None if imatrix in {"auto", "none"} else Path(imatrix)
         if matrix is not None:

@@ -58,16 +58,9 @@ def quantize(
     The file is written under a temporary name and renamed when it is whole. llama.cpp runs in a child process,
     so that Ctrl-C (or any exception out of `progress`) ends it at once and a crash becomes an error.
 
-    Args:
-        source: a GGUF file, F32, F16 or BF16; the first file of a split model stands for all of it.
-        output: where the quantised file will be.
-        type: a name of `QUANTIZATION_TYPES` or of `ALIASES`, in any case.
-        threads: how many to use; by default as many as the process may run on.
-        allow_requantize: quantise tensors that are quantised already, at a loss.
-        force: replace `output` when it exists.
-        progress: called when each tensor begins and once at the end, with the bytes of the source's tensors that are
-            done, those of all, and the tensor's name.
-        options: those of `Options`.
+    The first file of a split model stands for all of it; `type` is a name of `QUANTIZATION_TYPES` or of `ALIASES`, in
+    any case. `progress` is called when each tensor begins and once at the end, with the bytes of the source's tensors
+    that are done, those of all, and the tensor's name. The other options are those of `Options`.
 
     Raises:
         OutputExistsError: `output` exists and `force` is false.

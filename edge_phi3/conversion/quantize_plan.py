@@ -48,16 +48,13 @@ class SizePrediction:
 class Options:
     """What decides on the tensors of a quantised file, beside its type.
 
-    Args:
+    Attributes:
         imatrix: an importance matrix, GGUF or older format.
         tensor_types: pattern (a regular expression searched in tensor names) to tensor type; the first that
             matches a tensor counts.
         output_tensor_type: tensor type of ``output.weight``.
         token_embedding_type: tensor type of ``token_embd.weight``.
         pure: give every tensor the file type's base type, instead of more bits to those that matter.
-
-    Attributes:
-        importance: what `imatrix` holds; empty without one.
         metadata: what the file is to say of the matrix, under the keys of llama-quantize.
     """
 

@@ -47,8 +47,7 @@ class StoredTensor:
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return values `start` to `stop` of a flattened F32, F16 or BF16 tensor, as they lie in the mapped file.
 
-        Returns:
-            A read-only view, shape (stop - start,): float32 for F32, else uint16 holding the bits.
+        A read-only view, shape (stop - start,): float32 for F32, else uint16 holding the bits.
         """
         dtype = _RAW[self.dtype]
         return np.frombuffer(self.file.map, dtype, stop - start, self.begin + start * dtype.itemsize)
@@ -61,12 +60,7 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """A safetensors file with a sound header.
-
-    Attributes:
-        path: the file.
-        tensors: by name, in the order of their bytes.
-    """
+    """A safetensors file with a sound header; its tensors are in the order of their bytes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -41,10 +41,8 @@ class GenerationOutput:
         sequences: token ids of each, prompt included.
         sequences_scores: beam scores, or None outside beam modes.
         scores: score and log-probability of each generated token of each sequence, or None when not wanted.
-        prompt_tokens: tokens of the prompt.
         completion_tokens: tokens generated, over all sequences.
         cached_tokens: tokens of the prompt that came from the prefix cache.
-        timing: when things happened.
         logprobs: of each token of each sequence that is part of its text, or None when not wanted.
     """
 
@@ -62,14 +60,7 @@ class GenerationOutput:
 
 
 class TextStream:
-    """The new text of one sequence, as it becomes certain.
-
-    Args:
-        prepared: the prompt, whose own text is left out.
-
-    Attributes:
-        sent: characters of new text given so far.
-    """
+    """The new text of one sequence, the prompt's own left out, as it becomes certain; `sent` counts its characters."""
 
     def __init__(self, prepared: PreparedPrompt) -> None:
         prompt = prepared.text.whole

@@ -42,11 +42,7 @@ class ModelCard(Struct, frozen=True):
 
 
 class TextGenerationPipeline:
-    """Turns requests into answers.
-
-    Args:
-        engine: a loaded engine.
-    """
+    """Turns requests into answers, on a loaded engine."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -248,11 +244,7 @@ class TextGenerationPipeline:
         return ConstraintVocabulary(self._tokenizer)
 
     def constrain(self, prepared: PreparedPrompt, schema: object) -> PreparedPrompt:
-        """Hold the answers of a prepared request to a JSON schema.
-
-        Args:
-            prepared: not a beam search.
-            schema: parsed from JSON.
+        """Hold the answers of a prepared request, not a beam search, to a JSON schema.
 
         Raises:
             SchemaError: the schema cannot be followed, or the request has no end token.

@@ -61,21 +61,13 @@ class PreparedPrompt:
 
 
 class ChatTemplate:
-    """A chat template.
-
-    Args:
-        source: the template, in Jinja.
-    """
+    """A chat template in Jinja."""
 
     def __init__(self, source: str) -> None:
         self._template = _compile(source)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render a conversation as the model's prompt; one that ends with the assistant's words is continued.
-
-        Raises:
-            PromptError: a role or the template's own rules are broken.
-        """
+        """Return a conversation as the model's prompt; one that ends with the assistant's words is continued."""
         for message in messages:
             if message.get("role") not in _ROLES:
                 raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")

@@ -33,14 +33,7 @@ UsageField = CompletionUsage | msgspec.UnsetType | None
 class Answer(abc.ABC):
     """The answer to one request, whose prompts are run at once. A subclass gives the shapes of its API.
 
-    Args:
-        service: runs the prompts.
-        request: as it was read.
-        exchange: takes note of what was generated.
-        prepared: the prompts.
-
-    Attributes:
-        ID_PREFIX: what the answer's id begins with.
+    `ID_PREFIX` is what the answer's id begins with.
     """
 
     ID_PREFIX: ClassVar[str]

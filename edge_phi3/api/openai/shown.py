@@ -16,11 +16,7 @@ _IMPOSSIBLE = -9999.0
 class ShownText:
     """Passes text on as far as it cannot belong to a stop text, and tokens as their text is shown.
 
-    Args:
-        stops: the stop texts, none of them empty.
-
-    Attributes:
-        stopped: whether a stop text was met; nothing is passed on after it.
+    No stop text is empty. Once one is met, `stopped` is true, and nothing more is passed on.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -48,10 +44,7 @@ class ShownText:
         self._tokens += tokens
 
     def tokens(self) -> list[PlacedLogprobs]:
-        """Return the tokens that begin in the text that was passed on, and were not returned before.
-
-        One whose text is shown in part is among them.
-        """
+        """Return the tokens, not returned before, that begin in the text passed on; the last may be shown in part."""
         shown = [token for token in self._tokens if token.start < self._length]
         self._tokens = self._tokens[len(shown) :]
         return shown

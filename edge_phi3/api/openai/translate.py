@@ -28,17 +28,11 @@ _SCHEMA = "response_format.json_schema.schema"
 
 
 def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest, **prompt: Any) -> PreparedPrompt:
-    """Prepare one prompt of a request.
-
-    Args:
-        service: that answers.
-        request: the request.
-        prompt: the prompt or messages, as `TextGenerationPipeline.prepare` takes them.
+    """Prepare one prompt of a request, given as the arguments of `TextGenerationPipeline.prepare`.
 
     Raises:
         InvalidRequestError: the request wants what there is not, is beyond a limit, or at odds with itself.
-        ParameterError: a parameter is wrong.
-        PromptError: the prompt cannot be used.
+        NotReadyError, ParameterError, PromptError: see `Service.prepare`.
     """
     _refuse_unsupported(request)
     if isinstance(request, CompletionRequest):
@@ -105,11 +99,7 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
 
 
 def stops_of(request: SamplingFields) -> list[str]:
-    """Return the texts before which an answer ends.
-
-    Raises:
-        InvalidRequestError: there are too many, or one is empty.
-    """
+    """Return the texts before which an answer ends; too many of them, or an empty one, are an `InvalidRequestError`."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > _MOST_STOPS or not all(stops):
         raise InvalidRequestError(f"`stop` must be a text or up to {_MOST_STOPS} texts, none of them empty.")
