@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from edge_phi3.api.exchange import Exchange
-from edge_phi3.engine.stats import EngineStats
+from edge_phi3.engine.stats import EngineStats, Times
 from edge_phi3.pipeline import ModelCard
 from edge_phi3.version import __version__
 
@@ -61,6 +62,10 @@ _COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.cached_tokens_total),
     "num_preemptions": ("Requests sent back to the queue for want of KV cells.", lambda stats: stats.preemptions_total),
     "engine_steps": ("Batches decoded.", lambda stats: stats.steps_total),
+}
+_TIMES: Final[Mapping[str, tuple[str, Callable[[EngineStats], Times]]]] = {
+    "engine_step_device_seconds": ("From the launch of a batch to its logits.", lambda stats: stats.device_times),
+    "engine_step_host_seconds": ("What a step takes beside its batch.", lambda stats: stats.host_times),
 }
 
 
@@ -156,6 +161,13 @@ class ServiceMetrics(Collector):
             counter = CounterMetricFamily(self._prefix + name, text, labels=list(model))
             counter.add_metric(list(model.values()), value(stats))
             yield counter
+        for name, (text, times_of) in _TIMES.items():
+            times, labels = times_of(stats), [str(bound) for bound in Times.BOUNDS]
+            counts = itertools.accumulate(times.counts)
+            histogram = HistogramMetricFamily(self._prefix + name, text, labels=list(model))
+            buckets = list(zip([*labels, "+Inf"], map(float, counts), strict=True))
+            histogram.add_metric(list(model.values()), buckets, times.total)
+            yield histogram
 
     def _gauge(self, name: str, text: str, labels: Mapping[str, str], value: float = 1) -> Metric:
         gauge = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))

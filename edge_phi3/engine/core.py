@@ -19,6 +19,7 @@ from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
+from edge_phi3.engine.stats import Times
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
@@ -43,6 +44,8 @@ class EngineCore:
         prompt_tokens: tokens of all prompts accepted.
         cached_tokens: those of them found in the prefix cache.
         generated_tokens: tokens generated, over all finished requests.
+        device_times: how long batches took, from their launch to their logits.
+        host_times: how long steps that decoded took beside.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class EngineCore:
     ) -> None:
         self.scheduler = scheduler
         self.steps = self.turns = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.device_times, self.host_times = Times(), Times()
         self._outbox = outbox
         self._max_queue = max_queue
         self._token_texts = token_texts
@@ -147,6 +151,7 @@ class EngineCore:
         Raises:
             DecodeFailedError: a context does not work any more.
         """
+        started, before, steps = time.perf_counter(), self.device_times.total, self.steps
         while not self._inbox.empty():
             self._take(self._inbox.get_nowait())
         self._drop_the_departed()
@@ -158,6 +163,8 @@ class EngineCore:
             elif runner.running:
                 self._fail(runner.running[0], "it does not fit the cache that it was admitted to")
         self._tidy_up()
+        if self.steps > steps:
+            self.host_times.add(time.perf_counter() - started - (self.device_times.total - before))
         self.turns += 1
 
     def stop(self, detail: str) -> None:
@@ -196,11 +203,13 @@ class EngineCore:
             if request.started is None:
                 request.started = now
                 self.cached_tokens += request.cached_tokens
+        launched = time.perf_counter()
         try:
             logits = runner.decode(batch, beside=self._deliver)
         except DecodeFailedError as error:
             self._recover(runner, batch, error)
             return
+        self.device_times.add(time.perf_counter() - launched)
         self.steps += 1
         chosen = advance([request.decoder for request in batch.choosing], logits)
         now = self._clock()

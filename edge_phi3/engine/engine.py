@@ -156,6 +156,8 @@ class Engine:
             generated_tokens_total=core.generated_tokens,
             preemptions_total=core.scheduler.preemptions,
             steps_total=core.steps,
+            device_times=core.device_times,
+            host_times=core.host_times,
         )
 
     # -- the asyncio face

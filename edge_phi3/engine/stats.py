@@ -1,8 +1,29 @@
-"""Counters and gauges of the engine."""
+"""Counters, gauges and times of the engine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, field
+
+
+class Times:
+    """Durations in seconds, counted by size. One thread adds, any may read.
+
+    Attributes:
+        counts: how many lie at or below each of `BOUNDS`, but above the one before; then those beyond.
+        total: their sum.
+    """
+
+    BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0)
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(self.BOUNDS) + 1)
+        self.total = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a duration."""
+        self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
+        self.total += seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,7 +31,7 @@ class EngineStats:
     """Counters and gauges of an engine, as of now; `edge_phi3.api.metrics` says what each counts.
 
     `cells_used` and `cells_total` are KV cells; `stored_tokens` and `stored_bytes` are what finished sequences take in
-    main memory, for later prompts.
+    main memory, for later prompts. `device_times` are those of the batches, `host_times` what steps took beside them.
     """
 
     waiting: int = 0
@@ -25,3 +46,5 @@ class EngineStats:
     generated_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    device_times: Times = field(default_factory=Times)
+    host_times: Times = field(default_factory=Times)

@@ -220,11 +220,17 @@ def test_requests_are_counted_and_what_has_finished_moves_to_the_prefix_cache(ap
     grown = {name: after[f"edge_phi3_{name}"] - before.get(f"edge_phi3_{name}", 0.0) for name in expected}
     assert grown == expected
     assert after["edge_phi3_kv_cache_cells_total random-4k"] == 2048
-    busy = {f"edge_phi3_{name} random-4k" for name in ("num_requests_running", "kv_cache_usage_perc")}
-    api.wait_until(lambda: not any(value for name, value in samples(api).items() if name in busy))
     kept = "edge_phi3_prefix_cache_tokens random-4k"
-    assert samples(api)[kept] > before[kept]
-    assert samples(api)["edge_phi3_prefix_cache_bytes random-4k"] > 0
+    times = "edge_phi3_engine_step_{}_seconds_{} random-4k"
+    steps = after["edge_phi3_engine_steps_total random-4k"]
+    # The last thing that a step does.
+    api.wait_until(lambda: samples(api)[times.format("host", "count")] == steps)
+    after = samples(api)
+    assert after[kept] > before[kept]
+    assert after["edge_phi3_prefix_cache_bytes random-4k"] > 0
+    assert after["edge_phi3_num_requests_running random-4k"] == after["edge_phi3_kv_cache_usage_perc random-4k"] == 0
+    assert after[times.format("device", "count")] == after[times.format("device", "bucket") + " +Inf"] == steps
+    assert after[times.format("device", "sum")] > 0
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_values_that_do_not_fit_together_are_refused(values: Object, sentence: s
 
 
 def metrics_of_the_service(prefix: str) -> set[str]:
-    stats = EngineStats(*[0] * len(EngineStats.__dataclass_fields__))
+    stats = EngineStats()
     families = list(ServiceMetrics(prefix, lambda: stats).registry.collect())
     suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}
     return {family.name + suffix for family in families for suffix in suffixes.get(family.type, ("",))}
