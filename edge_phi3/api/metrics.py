@@ -14,7 +14,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from edge_phi3.api.exchange import Exchange
-from edge_phi3.engine.stats import EngineStats
+from edge_phi3.engine.engine import EngineStats
 from edge_phi3.pipeline import ModelCard
 from edge_phi3.version import __version__
 

@@ -12,7 +12,7 @@ from typing import Any
 from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
 from edge_phi3.api.metrics import ServiceMetrics
-from edge_phi3.engine.stats import EngineStats
+from edge_phi3.engine.engine import EngineStats
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
 from edge_phi3.settings import Settings

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Literal
 
 from edge_phi3.engine.core import EngineCore
@@ -23,7 +24,6 @@ from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.loader import LoadedModel, load
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
-from edge_phi3.engine.stats import EngineStats
 from edge_phi3.engine.watchdog import Watchdog, stacks
 
 logger = logging.getLogger(__name__)
@@ -40,16 +40,30 @@ _LAST_SECONDS = 2.0
 """What of a grace period is kept back for that, at most."""
 
 
-class Engine:
-    """Runs many requests on one model.
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters and gauges of an engine, as of now; `edge_phi3.api.metrics` says what each counts.
 
-    Args:
-        settings: the model and how to run it.
-
-    Attributes:
-        status: how it is.
-        status_detail: a sentence about that; empty while it is ready.
+    `cells_used` and `cells_total` are KV cells; `stored_tokens` and `stored_bytes` are what finished sequences take in
+    main memory, for later prompts.
     """
+
+    waiting: int = 0
+    running: int = 0
+    sequences: int = 0
+    cells_used: int = 0
+    cells_total: int = 0
+    stored_tokens: int = 0
+    stored_bytes: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+class Engine:
+    """Runs many requests on one model. `status_detail` is a sentence about its status; empty while it is ready."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -70,7 +84,7 @@ class Engine:
         """Start the engine's thread, and wait until it has loaded the model and warmed it up.
 
         Raises:
-            ModelLoadError: the model cannot be loaded.
+            ModelLoadError: the file, an adapter or a context cannot be loaded.
         """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self._thread.start()
@@ -81,11 +95,7 @@ class Engine:
         return await asyncio.to_thread(self.load)
 
     async def drain(self, grace: float) -> None:
-        """Take no more requests, let the running ones finish, end the rest, and free the model.
-
-        Args:
-            grace: seconds that all of this may take.
-        """
+        """Take no more requests, let the running ones finish, end the rest, and free the model, in `grace` seconds."""
         if self.status in {"ready", "loading"}:
             self._set_status("draining", "The service is stopping.")
         last = min(_LAST_SECONDS, grace / 2)
@@ -97,11 +107,7 @@ class Engine:
     def close(self, patience: float = _PATIENCE) -> bool:
         """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`.
 
-        Args:
-            patience: seconds to wait for the engine's thread. When it does not end, nothing is freed under it.
-
-        Returns:
-            Whether everything has stopped.
+        Return whether the engine's thread has ended within `patience` seconds. If not, nothing is freed under it.
         """
         self._stopping = True
         core = self._core

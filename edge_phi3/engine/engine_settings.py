@@ -1,4 +1,4 @@
-"""How the engine loads and runs a model."""
+"""How the engine loads and runs a model, and which contexts of llama.cpp it makes for that."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_phi3.llama.options import ContextOptions
+
+DEFAULT_CTX_SIZE = 8192
+"""KV cells of a model whose own context is longer, unless `ctx_size` is set: 3 GiB at F16 for Phi-3-mini."""
+
+MAX_PARALLEL = 255
+"""Sequences that one llama.cpp context decodes together at most: it has 256 ids (LLAMA_MAX_SEQ), one is kept back."""
+
+_GRAIN = 256
+"""llama.cpp makes the cells of a context a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,5 +38,36 @@ class EngineSettings(ContextOptions):
     exit_on_stall: bool = True
 
 
-DEFAULT_CTX_SIZE = 8192
-"""KV cells of a model whose own context is longer, unless `ctx_size` is set: 3 GiB at F16 for Phi-3-mini."""
+@dataclass(frozen=True, slots=True)
+class ContextShape:
+    """One context of so many KV cells and sequence ids.
+
+    `max_tokens` is how long its sequences may get; None for as long as its cells allow.
+    """
+
+    cells: int
+    sequences: int
+    max_tokens: int | None
+
+
+def context_shapes(settings: EngineSettings, context_length: int, original: int | None) -> list[ContextShape]:
+    """Return the contexts to make: one, or for a model with two sets of rotary factors up to two.
+
+    The first of two takes sequences up to the original context, the second, of ``--ctx-size`` cells, the longer ones.
+    The first has half as many cells, but room for at least one and at most ``--parallel`` whole sequences.
+    `context_length` is what the model was trained for, `original` the context beyond which the long rotary factors
+    hold; None for a model without them.
+    """
+    parallel = min(settings.parallel, MAX_PARALLEL)
+    cells = _rounded(settings.ctx_size or min(context_length, DEFAULT_CTX_SIZE))
+    if original is None:
+        return [ContextShape(cells, parallel, None)]
+    if (settings.ctx_size or context_length) <= original:
+        return [ContextShape(cells, parallel, original)]
+    short = _rounded(min(max(original, cells // 2), parallel * original))
+    # llama.cpp takes the long factors in a context that is larger than the short one.
+    return [ContextShape(short, parallel, original), ContextShape(max(cells, short + _GRAIN), parallel, None)]
+
+
+def _rounded(cells: int) -> int:
+    return -(-cells // _GRAIN) * _GRAIN

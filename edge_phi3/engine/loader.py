@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edge_phi3.engine.batch_sizes import measure
-from edge_phi3.engine.contexts import MAX_PARALLEL, ContextShape, context_shapes
-from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.engine_settings import MAX_PARALLEL, ContextShape, EngineSettings, context_shapes
 from edge_phi3.engine.host_cache import BLOCK_SIZE, PER_STEP, HostCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -36,15 +35,10 @@ PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory, with its contexts.
+    """A model in memory, with a runner for each of its contexts.
 
-    Attributes:
-        model: weights and vocabulary.
-        tokenizer: text to tokens and back.
-        runners: its contexts: one, or for a model with two sets of rotary factors two, the first for sequences up to
-            the original context.
-        defaults: what the model's ``generation_config.json`` says.
-        resources: frees contexts and model, in this order.
+    A model with two sets of rotary factors may have two, the first for sequences up to the original context. `defaults`
+    is what the model's ``generation_config.json`` says. `resources` frees the contexts, and then the model.
     """
 
     model: Model
@@ -59,11 +53,7 @@ class LoadedModel:
 
 
 def load(settings: EngineSettings) -> LoadedModel:
-    """Load and warm up a model.
-
-    Raises:
-        ModelLoadError: the file, an adapter or a context cannot be loaded.
-    """
+    """Load and warm up a model."""
     gpu = supports_gpu_offload()
     facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
     context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))

@@ -14,7 +14,7 @@ import pytest
 from edge_phi3 import __version__
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.catalog.reference import parse_reference
-from edge_phi3.engine.stats import EngineStats
+from edge_phi3.engine.engine import EngineStats
 from tests.helm.chart import (
     CHART,
     DATA,
