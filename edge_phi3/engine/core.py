@@ -31,9 +31,14 @@ class EngineCore:
     """The engine without its thread. What stands first is for any thread, the rest for one.
 
     `outbox` is what the requests' `send` functions fill; it is flushed here. `token_texts` returns the text of every
-    token, which stop strings are compared with; `clock` returns seconds that only grow. `steps` counts the batches
-    decoded, `turns` the calls of `step` that have returned, and the others the tokens of all prompts accepted, those of
-    them found in the prefix cache, and the tokens that finished requests have generated.
+    token, which stop strings are compared with; `clock` returns seconds that only grow.
+
+    Attributes:
+        steps: batches decoded.
+        turns: calls of `step` that have returned.
+        prompt_tokens: tokens of all prompts accepted.
+        cached_tokens: those of them found in the prefix cache.
+        generated_tokens: tokens generated, over all finished requests.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ class Engine:
         return await asyncio.to_thread(self.load)
 
     async def drain(self, grace: float) -> None:
-        """Take no more requests, let the running ones finish, end the rest, and free the model, in `grace` seconds."""
+        """Take no more requests, let those that run finish, end the rest, and free the model within `grace` seconds."""
         if self.status in {"ready", "loading"}:
             self._set_status("draining", "The service is stopping.")
         last = min(_LAST_SECONDS, grace / 2)

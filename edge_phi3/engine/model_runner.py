@@ -31,7 +31,7 @@ _FEW_RUNS = 32
 
 @dataclass(slots=True)
 class Batch:
-    """One batch of `count` tokens, already written into the context's arrays; the last, `padding`, nobody reads.
+    """One batch of `count` tokens, already written into the context's arrays; nobody reads the last `padding`.
 
     `members` are the requests that have tokens in it, `choosing` those whose decoders get logits, in the order of the
     logits' rows.
@@ -47,8 +47,9 @@ class ModelRunner:
     """One context, its cells, and the requests that run in it.
 
     `max_tokens` is the longest sequence that is computed here; None for what the cells allow. `sizes` are the numbers
-    of rows that are fast; None to decode all together. The module tells of `window_chunk`, and `KVCache` of the other
-    options. `running` are the requests that hold cells, in the order of their admission.
+    of rows that are fast; None to decode all together. `window_chunk` tokens of a prompt are fed at a time beyond the
+    window. The other options are those of `KVCache`. `running` are the requests that hold cells, in the order of their
+    admission.
     """
 
     def __init__(

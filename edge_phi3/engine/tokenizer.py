@@ -143,7 +143,11 @@ class Tokenizer:
         return stream.push(list(tokens)) + stream.finish()
 
     def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
-        """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets."""
+        """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets.
+
+        Args:
+            tokens: token ids, int32, shape ``(tokens,)``.
+        """
         decoder = StreamDecoder(self)
         certain = decoder.push(tokens.tolist())
         return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)

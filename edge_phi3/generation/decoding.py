@@ -112,7 +112,6 @@ All requests that choose in the same way share one, and are grouped by it. An ex
 cause ends that request alone: see `fail_alone`.
 """
 
-
 _GROWTH: Final = 128
 """Tokens by which a `TokenHistory` grows at least."""
 

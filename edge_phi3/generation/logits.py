@@ -173,7 +173,7 @@ def running_totals(values: Scores) -> NDArray[np.float64]:
 
 
 def totals(values: Scores, *, whole: bool) -> NDArray[np.float64]:
-    """Sum each row, shape (rows, 1). Rows that do not hold the whole vocabulary are candidates."""
+    """Return the sum of each row, shape (rows, 1). Rows that do not hold the whole vocabulary are candidates."""
     if whole:
         return np.asarray(values.sum(axis=1, keepdims=True), dtype=np.float64)
     return running_totals(values)[:, -1:]

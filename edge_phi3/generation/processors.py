@@ -195,7 +195,7 @@ def renormalize(_tokens: Tokens, scores: Scores) -> None:
 def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processor, ...]:
     """Return the processors that a request switches on, in the order of ``GenerationMixin._get_logits_processor``.
 
-    OpenAI's penalties, which transformers has not, stand behind the repetition penalty.
+    OpenAI's penalties, which transformers has not, stand behind the repetition penalty. `prompt` is of shape (n,).
     """
     length = len(prompt)
     ends = _inside(config.eos_token_id, config)
