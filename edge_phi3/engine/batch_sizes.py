@@ -24,10 +24,9 @@ _WORTHWHILE = 0.94
 
 
 class BatchSizes:
-    """The fastest ways to decode so many rows.
+    """The fastest ways to decode so many rows, from the seconds that batches of some sizes took.
 
-    Args:
-        seconds: the time of a batch of so many rows; sizes between are interpolated.
+    The time of sizes between is interpolated.
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:

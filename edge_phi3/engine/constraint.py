@@ -73,11 +73,7 @@ class SchemaConstraint:
         return bool(self._vocabulary.digits[token] <= self._room) or bool(self.allowed()[token])
 
     def mask(self, scores: NDArray[np.float32]) -> None:
-        """Set the score of every token that may not come next to minus infinity.
-
-        Args:
-            scores: shape (vocabulary,); changed in place.
-        """
+        """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
         np.copyto(scores, -np.inf, where=~self.allowed())
 
     def accept(self, token: int) -> None:
@@ -122,9 +118,6 @@ class _Tokens:
 class ConstraintVocabulary:
     """Makes the constraints of a model. From any thread.
 
-    Args:
-        tokenizer: of the model.
-
     Attributes:
         texts: the bytes of each token; those of special tokens begin with `_SPECIAL`.
         digits: how many digits each begins with, shape (vocabulary,).
@@ -141,11 +134,9 @@ class ConstraintVocabulary:
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
 
     def constrain(self, schema: object, ends: Collection[int]) -> SchemaConstraint:
-        """Return the constraint of a schema, at the start of an answer, which may begin with one space.
+        """Return the constraint of a schema, parsed from JSON, at the start of an answer, which may begin with a space.
 
-        Args:
-            schema: parsed from JSON.
-            ends: the tokens that end a sequence, at least one of them in the vocabulary.
+        `ends` are the tokens that end a sequence, at least one of them in the vocabulary.
 
         Raises:
             SchemaError: the schema cannot be followed, or there is no end token.

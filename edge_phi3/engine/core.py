@@ -31,12 +31,8 @@ logger = logging.getLogger(__name__)
 class EngineCore:
     """The engine without its thread. What stands first is for any thread, the rest for one.
 
-    Args:
-        scheduler: who runs.
-        outbox: what the requests' `send` functions fill; flushed here.
-        max_queue: how many requests may wait.
-        token_texts: returns the text of every token, which stop strings are compared with.
-        clock: seconds that only grow.
+    `outbox` is what the requests' `send` functions fill; it is flushed here. `token_texts` returns the text of every
+    token, which stop strings are compared with; `clock` returns seconds that only grow.
 
     Attributes:
         steps: batches decoded.
@@ -88,19 +84,13 @@ class EngineCore:
         return max(0, len(self._in_flight) - sum(len(runner.running) for runner in self.scheduler.runners))
 
     def submit(self, request: GenerationRequest, send: Callable[[Event], None]) -> RunningRequest:
-        """Queue a request. `send` gets its events, in the thread that calls `step`, and one of them ends it.
-
-        Raises:
-            RequestTooLargeError: it can never fit this engine.
-            QueueFullError: too many requests wait.
-            EngineStoppedError: the engine takes no more requests.
-        """
+        """Queue a request. `send` gets its events, in the thread that calls `step`, and one of them ends it."""
         texts = self._token_texts() if self._token_texts and request.config.stop_strings else None
         decoder = make_decoder(
             request.config, request.prompt_ids, vocabulary=texts, constraint=request.constraint, clock=self._clock
         )
         running = RunningRequest(request, decoder, send, next(self._arrivals), self._clock())
-        running.exact = self.scheduler.is_exact(running)
+        running.exact = self.scheduler.exact_seeds and request.config.seed is not None
         self.scheduler.refuse_what_never_fits(running)
         with self._lock:
             if self._closed is not None:
@@ -146,11 +136,7 @@ class EngineCore:
         self._take(self._inbox.get())
 
     def step(self) -> None:
-        """Let every request that runs go on by one token, or by a part of its prompt.
-
-        Raises:
-            DecodeFailedError: a context does not work any more.
-        """
+        """Let every request that runs go on by one token, or by a part of its prompt."""
         started, before, steps = time.perf_counter(), self.device_times.total, self.steps
         while not self._inbox.empty():
             self._take(self._inbox.get_nowait())

@@ -41,15 +41,7 @@ _LAST_SECONDS = 2.0
 
 
 class Engine:
-    """Runs many requests on one model.
-
-    Args:
-        settings: the model and how to run it.
-
-    Attributes:
-        status: how it is.
-        status_detail: a sentence about that; empty while it is ready.
-    """
+    """Runs many requests on one model. `status_detail` is a sentence about its status; empty while it is ready."""
 
     def __init__(self, settings: EngineSettings) -> None:
         self.settings = settings
@@ -70,7 +62,7 @@ class Engine:
         """Start the engine's thread, and wait until it has loaded the model and warmed it up.
 
         Raises:
-            ModelLoadError: the model cannot be loaded.
+            ModelLoadError: the file, an adapter or a context cannot be loaded.
         """
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self._thread.start()
@@ -81,11 +73,7 @@ class Engine:
         return await asyncio.to_thread(self.load)
 
     async def drain(self, grace: float) -> None:
-        """Take no more requests, let the running ones finish, end the rest, and free the model.
-
-        Args:
-            grace: seconds that all of this may take.
-        """
+        """Take no more requests, let those that run finish, end the rest, and free the model within `grace` seconds."""
         if self.status in {"ready", "loading"}:
             self._set_status("draining", "The service is stopping.")
         last = min(_LAST_SECONDS, grace / 2)
@@ -97,11 +85,7 @@ class Engine:
     def close(self, patience: float = _PATIENCE) -> bool:
         """Stop at once: the running decode call is aborted, unfinished requests get `EngineStoppedError`.
 
-        Args:
-            patience: seconds to wait for the engine's thread. When it does not end, nothing is freed under it.
-
-        Returns:
-            Whether everything has stopped.
+        Return whether the engine's thread has ended within `patience` seconds. If not, nothing is freed under it.
         """
         self._stopping = True
         core = self._core

@@ -59,16 +59,11 @@ class Block:
 
 
 class HostCache:
-    """Blocks of finished sequences.
+    """Blocks of finished sequences, whose states take `used` of at most `capacity` bytes of main memory.
 
-    Args:
-        capacity: bytes of main memory that states may take.
-        block_size: tokens of a block: what is copied anew at most when a sequence goes on where another ended.
-        per_step: bytes that are to be copied in one step of the engine, which waits meanwhile; a block more at most.
-
-    Attributes:
-        used: bytes that states take.
-        tokens: how many tokens' keys and values are held.
+    A block has `block_size` tokens: what is copied anew at most when a sequence goes on where another ended. `per_step`
+    bytes, and a block more at most, are to be copied in one step of the engine, which waits meanwhile. `tokens` counts
+    those whose keys and values are held.
     """
 
     def __init__(self, capacity: int, block_size: int = BLOCK_SIZE, per_step: int = PER_STEP) -> None:
@@ -82,15 +77,10 @@ class HostCache:
         """All blocks, the least recently used first."""
 
     def match(self, tokens: Tokens, window: int | None = None) -> tuple[int, list[Block]]:
-        """Find the longest prefix of `tokens` whose keys and values are held.
+        """Return the length of the longest prefix of `tokens` whose keys and values are held, and its blocks in order.
 
-        Args:
-            tokens: shape ``(tokens,)``.
-            window: how many tokens attention reaches back, the token itself included; None for all.
-
-        Returns:
-            Its length, and its blocks in order: the last may hold more than the prefix, and the first may begin late,
-            where the window allows it. ``(0, [])`` when there is none.
+        The last block may hold more than the prefix, and the first may begin late, where the window allows it (see
+        `KVCache`). ``(0, [])`` when there is none.
         """
         matched, chain = self._chain(tokens)
         reach = 0 if window is None else max(0, matched - window + 1)
@@ -109,11 +99,8 @@ class HostCache:
     ) -> None:
         """Keep a sequence, or as much of it as may be copied now.
 
-        Args:
-            tokens: the tokens whose keys and values it holds, shape ``(tokens,)``.
-            start: its first position that is still held.
-            read: returns the state of the positions ``[first, end)``; called for those that are not kept yet.
-            go_on: returns whether another block may be read.
+        `tokens` are those whose keys and values it holds, from the position `start` on. `read` returns the state of the
+        positions ``[first, end)`` that are not kept yet, and `go_on` whether another block may be read.
         """
         matched, chain = self._chain(tokens)
         self._touch(chain)

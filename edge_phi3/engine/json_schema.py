@@ -9,7 +9,6 @@ import json
 from typing import Any, Final
 
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.engine.json_exclusion import exclude_each_other
 
 _MOST_CHARACTERS: Final = 32_000
 """Of a schema, written as JSON."""
@@ -56,9 +55,6 @@ def adapted(schema: object) -> dict[str, Any]:
     - An object that names its properties takes no others unless it says so, or is put together from several schemas.
     - Bounds of numbers lie within 10^15, and multiples have some.
 
-    Args:
-        schema: parsed from JSON.
-
     Raises:
         SchemaError: it is no schema, or beyond a limit.
     """
@@ -97,6 +93,40 @@ def _is_exact(value: object) -> bool:
 
 def _parts(schema: dict[str, Any]) -> int:
     return len(_COMBINING & schema.keys()) + bool(_ABOUT_MEMBERS & schema.keys())
+
+
+def _exclude_each_other(schemas: list[object]) -> bool:
+    """Return whether no value can fit two of the schemas: they differ in type, or in a required property's constant."""
+    told = [_marks(schema) for schema in schemas]
+    return all(_differ(one, other) for at, one in enumerate(told) for other in told[:at])
+
+
+def _marks(schema: object) -> dict[str, set[str]]:
+    """Return, for the type ("") and each required property with constants, the values that it may have."""
+    if not isinstance(schema, dict):
+        return {}
+    kinds = schema.get("type")
+    kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
+    # An integer is a number too.
+    marks = {"": {"number" if kind == "integer" else str(kind) for kind in kinds}} if kinds else {}
+    properties, required = schema.get("properties"), schema.get("required")
+    if marks.get("") == {"object"} and isinstance(properties, dict) and isinstance(required, list):
+        for name in required:
+            each = properties.get(name) if isinstance(name, str) else None
+            if isinstance(each, dict) and ("const" in each or isinstance(each.get("enum"), list)):
+                values = [each["const"]] if "const" in each else each["enum"]
+                marks[f"/{name}"] = {_mark(value) for value in values}
+    return marks
+
+
+def _mark(value: object) -> str:
+    """Write a value so that equal ones, 1 and 1.0 among them, are written alike."""
+    with_floats = json.loads(json.dumps(value), parse_int=float)
+    return json.dumps(with_floats, sort_keys=True)
+
+
+def _differ(one: dict[str, set[str]], other: dict[str, set[str]]) -> bool:
+    return any(not one[mark] & other[mark] for mark in one.keys() & other.keys())
 
 
 class _Adapter:
@@ -166,11 +196,9 @@ class _Adapter:
             self.closable.append(changed)
 
     def merged(self, schema: Any, beside: bool = False) -> int:
-        """Return how many schemas come of one when what is merged is written out.
+        """Return how many schemas come of one, or of a list, when what is merged is written out.
 
-        Args:
-            schema: one, or a list of them.
-            beside: whether it is merged with another.
+        `beside` is whether it is merged with another.
         """
         if isinstance(schema, list):
             return sum(self.merged(each, beside) for each in schema)
@@ -205,7 +233,7 @@ class _Adapter:
             return False
         own = {"type": schema["type"]} if "type" in schema else {}
         schemas = [self._resolved(each) for each in one_of]
-        return exclude_each_other([own | each if isinstance(each, dict) else each for each in schemas])
+        return _exclude_each_other([own | each if isinstance(each, dict) else each for each in schemas])
 
     def _resolved(self, schema: object) -> object:
         """Follow a reference, and references to references."""

@@ -37,12 +37,7 @@ _LEAST_RESTORED = 8
 
 @dataclass(slots=True)
 class _Kept:
-    """A finished sequence that still holds its cells.
-
-    Attributes:
-        tokens: what it holds, shape ``(tokens,)``.
-        worth: how many of them are worth a copy in main memory.
-    """
+    """A finished sequence that still holds its cells; `worth` of its tokens are worth a copy in main memory."""
 
     tokens: Tokens
     worth: int
@@ -58,7 +53,7 @@ class KVCache:
         context: where the cells are.
         window: how many tokens attention reaches back, the token itself included; None for all.
         host_cache: where finished sequences are kept when they leave their cells; None for nowhere.
-        retain: whether finished sequences stay in their cells while there is room.
+        retain: whether they stay in their cells while there is room.
     """
 
     def __init__(
@@ -202,12 +197,10 @@ class KVCache:
     # -- prefixes
 
     def begin(self, tokens: Tokens, *, share: bool, restore: bool) -> Sequence:
-        """Return a new sequence that holds as much of the beginning of `tokens` as is known.
+        """Return a new sequence that holds as much of the beginning of `tokens` as is known, which may be all.
 
-        Args:
-            tokens: token ids, int32, shape ``(tokens,)``; all of them may be held.
-            share: whether it may begin with the cells of another sequence.
-            restore: whether it may begin, or go on, with what the host cache holds.
+        With `share` it may begin with the cells of another sequence, with `restore` begin, or go on, with what the host
+        cache holds.
         """
         shared, owner = self._longest_shared(tokens, self._prefixes) if share else (0, None)
         if owner is not None and owner in self._kept:
@@ -280,10 +273,7 @@ class KVCache:
     def finish(self, sequence: Sequence, tokens: Tokens | None, worth: int = 0) -> None:
         """Take a sequence that has ended.
 
-        Args:
-            sequence: which.
-            tokens: what others may begin with; None for nothing.
-            worth: how many of them are worth a copy in main memory.
+        Others may begin with `tokens` (None for nothing), of which `worth` are worth a copy in main memory.
         """
         seq_id = sequence.seq_id
         keeps = self._retain or (self.host_cache is not None and worth > 0)

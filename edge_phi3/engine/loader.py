@@ -33,15 +33,10 @@ PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory, with its contexts.
+    """A model in memory, with a runner for each of its contexts.
 
-    Attributes:
-        model: weights and vocabulary.
-        tokenizer: text to tokens and back.
-        runners: its contexts: one, or for a model with two sets of rotary factors two, the first for sequences up to
-            the original context.
-        defaults: what the model's ``generation_config.json`` says.
-        resources: frees contexts and model, in this order.
+    A model with two sets of rotary factors may have two, the first for sequences up to the original context. `defaults`
+    is what the model's ``generation_config.json`` says. `resources` frees the contexts, and then the model.
     """
 
     model: Model
@@ -56,11 +51,7 @@ class LoadedModel:
 
 
 def load(settings: EngineSettings) -> LoadedModel:
-    """Load and warm up a model.
-
-    Raises:
-        ModelLoadError: the file, an adapter or a context cannot be loaded.
-    """
+    """Load and warm up a model."""
     gpu = supports_gpu_offload()
     facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
     context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))

@@ -31,13 +31,10 @@ _FEW_RUNS = 32
 
 @dataclass(slots=True)
 class Batch:
-    """One batch, already written into the context's arrays.
+    """One batch of `count` tokens, already written into the context's arrays; nobody reads the last `padding`.
 
-    Attributes:
-        count: tokens in the batch.
-        padding: how many of them, at its end, nobody reads.
-        choosing: the requests whose decoders get logits, in the order of the logits' rows.
-        members: the requests that have tokens in it.
+    `members` are the requests that have tokens in it, `choosing` those whose decoders get logits, in the order of the
+    logits' rows.
     """
 
     count: int = 0
@@ -49,18 +46,10 @@ class Batch:
 class ModelRunner:
     """One context, its cells, and the requests that run in it.
 
-    Args:
-        context: where batches are decoded.
-        max_tokens: the longest sequence that is computed here; None for what the cells allow.
-        window: how many tokens attention reaches back, the token itself included; None for all.
-        window_chunk: tokens of a prompt fed at a time beyond the window.
-        host_cache: where finished sequences are kept for later prompts; None for nowhere.
-        retain: whether they stay in their cells while there is room.
-        sizes: which numbers of rows are fast; None to decode all together.
-
-    Attributes:
-        kv: whose cells are which.
-        running: the requests that hold cells, in the order of their admission.
+    `max_tokens` is the longest sequence that is computed here; None for what the cells allow. `sizes` are the numbers
+    of rows that are fast; None to decode all together. `window_chunk` tokens of a prompt are fed at a time beyond the
+    window. The other options are those of `KVCache`. `running` are the requests that hold cells, in the order of their
+    admission.
     """
 
     def __init__(
@@ -120,14 +109,7 @@ class ModelRunner:
         return batch
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
-        """Decode a batch, and call `beside` meanwhile.
-
-        Returns:
-            The logits for `batch.choosing`, as `Context.decode` returns them.
-
-        Raises:
-            DecodeFailedError: it failed.
-        """
+        """Decode a batch, and call `beside` meanwhile. Return `batch.choosing`'s logits, as `Context.decode` does."""
         rows = sum(request.decoder.rows for request in batch.choosing)
         logits = self.context.decode(batch.count, rows + batch.padding, beside)
         if batch.padding:

@@ -22,15 +22,14 @@ from edge_phi3.engine.sequence import RunningRequest
 class Scheduler:
     """The waiting and running requests of a model.
 
+    `waiting` are those that hold no cells, in the order of their arrival; `preemptions` counts how often a request was
+    sent back for want of cells.
+
     Args:
         runners: its contexts, in the order of the lengths that they are for; the last takes any that its cells allow.
         parallel: how many sequences each context decodes together at most.
         share_prefixes: whether a prompt may begin with what was computed for another.
         exact_seeds: whether a request with a seed has a cleared context to itself.
-
-    Attributes:
-        waiting: requests that hold no cells, in the order of their arrival.
-        preemptions: how often a request was sent back for want of cells.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Scheduler:
         self.waiting: list[RunningRequest] = []
         self.preemptions = 0
         self._share = share_prefixes
-        self._exact_seeds = exact_seeds
+        self.exact_seeds = exact_seeds
 
     @property
     def running(self) -> list[RunningRequest]:
@@ -171,10 +170,6 @@ class Scheduler:
     def _reuses(self, request: RunningRequest) -> bool:
         """Return whether a request may begin with what was computed before, for others or for itself."""
         return self._share and not request.exact
-
-    def is_exact(self, request: RunningRequest) -> bool:
-        """Return whether a request has a context to itself."""
-        return self._exact_seeds and request.request.config.seed is not None
 
     def retire(self, request: RunningRequest) -> None:
         """Take a request out."""

@@ -91,10 +91,8 @@ Event = TokensEvent | FinishedEvent | BaseException
 class Sequence:
     """One llama.cpp sequence of a running request.
 
-    Attributes:
-        seq_id: the llama.cpp sequence id.
-        computed: how many tokens the KV cache holds (positions dropped by the sliding window included).
-        scattered: how many of them were decoded beside other sequences, so that their cells lie apart.
+    `computed` tokens are in the KV cache (positions dropped by the sliding window included); `scattered` of them were
+    decoded beside other sequences, so that their cells lie apart.
     """
 
     seq_id: int
@@ -110,8 +108,6 @@ class RunningRequest:
     computed, and then one for each row.
 
     Attributes:
-        request: as it was submitted.
-        decoder: chooses its tokens.
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.
         submitted: when it was submitted, as all times here in seconds of the engine's clock.
@@ -122,7 +118,6 @@ class RunningRequest:
         started: when it was first in a batch, or None.
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
-        cancelled: whether the owner has left.
         failed: whether an error of ours, or of its parameters, has ended it.
     """
 

@@ -28,11 +28,7 @@ class TokenOffsets:
     """Finds the offsets of an answer's tokens as they come.
 
     Tokens that stand for bytes become text only when their run ends, and get their offsets then. Tokens that are left
-    out of the text, such as those that end it, have none.
-
-    Args:
-        tokenizer: of the model.
-        prompt: the answer's text begins where its text ends.
+    out of the text, such as those that end it, have none. The answer's text begins where the prompt's ends.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: DecodedPrompt) -> None:

@@ -9,30 +9,69 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.added_tokens import AddedToken, AddedTokenSplitter, added_tokens
 from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL = 1 << 1, 1 << 3
 _PHI3_NOT_SPECIAL = frozenset({"</s>"})
 _PHI3_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+"""Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
+
+
+class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
+    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows."""
+
+    id: int
+    text: str
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+
+class AddedTokenSplitter:
+    """Splits a text at its added tokens as Hugging Face's tokenizers does, which llama.cpp cannot.
+
+    The leftmost comes first, and the longest of those that begin there. llama.cpp strips white space after a special
+    token by C's `isspace`, byte by byte, and goes by the model's name to know after which; tokenizers strips Unicode's
+    white space, where the added token's own flags say so. A text that is split here, and whose parts are given to
+    llama.cpp one by one without special tokens, is tokenised exactly as by ``tokenizer.json``.
+    """
+
+    def __init__(self, added: list[AddedToken]) -> None:
+        self._by_text = {token.text: token for token in added}
+        longest_first = sorted(self._by_text, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._white_space = re.compile(f"[{WHITE_SPACE}]*")
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """Yield the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
+        position = 0
+        while found := self._pattern.search(text, position):
+            token = self._by_text[found[0]]
+            before = text[position : found.start()]
+            if before := before.rstrip(WHITE_SPACE) if token.lstrip else before:
+                yield before
+            yield token.id
+            position = found.end()
+            if token.rstrip and (white := self._white_space.match(text, position)):
+                position = white.end()
+        if position < len(text):
+            yield text[position:]
 
 
 class Tokenizer:
     """The vocabulary of a loaded model.
 
-    Args:
-        model: whose vocabulary.
-
     Attributes:
-        vocab_size: how many tokens there are.
         byte_of: the byte of each token that stands for one.
         unused_ids: ids without a token.
         control_ids: tokens that llama.cpp takes for no text.
@@ -54,7 +93,10 @@ class Tokenizer:
         self.control_ids = frozenset(control)
         self._special_by_text = {self._texts[token]: token for token in control}
         described = model.metadata("edge_phi3.tokenizer.added_tokens")
-        added = added_tokens(described) if described else _phi3_added_tokens(self._special_by_text)
+        if described:
+            added = msgspec.json.decode(described, type=list[AddedToken])
+        else:
+            added = _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
@@ -62,15 +104,10 @@ class Tokenizer:
         self._splitter = AddedTokenSplitter(added)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
-        """Return the tokens of a text.
+        """Return the token ids of a text, int32, shape ``(tokens,)``.
 
-        Args:
-            text: any text.
-            parse_special: whether texts such as ``<|user|>`` become their special token.
-
-        Returns:
-            Token ids, int32, shape ``(tokens,)``, with a beginning-of-sequence token where the checkpoint's tokenizer
-            puts one (Phi-3's does not).
+        A beginning-of-sequence token is in front where the checkpoint's tokenizer puts one (Phi-3's does not). With
+        `parse_special`, texts such as ``<|user|>`` become their special token.
         """
         parts: list[NDArray[np.int32]] = []
         if self._model.adds_bos:

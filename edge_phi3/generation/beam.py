@@ -61,7 +61,6 @@ class Hypothesis:
     Attributes:
         score: sum of log-probabilities over a power of the generated length.
         tokens: token ids, prompt included, without the end token; shape (n,).
-        reason: why it ended.
         scores: how its generated tokens scored, the end token included; empty unless recorded.
     """
 
@@ -73,15 +72,9 @@ class Hypothesis:
 
 @dataclass(slots=True)
 class Hypotheses:
-    """The best finished beams of a group, at most as many as it has beams. Follows ``BeamHypotheses``.
+    """The best finished beams of a group, at most as many as it has beams (`size`). Follows ``BeamHypotheses``.
 
-    Attributes:
-        size: beams of the group.
-        length_penalty: the power of the length that scores are divided by.
-        early_stopping: as in `GenerationConfig`.
-        most_new_tokens: how many tokens a beam may generate at most.
-        kept: the hypotheses, oldest first.
-        worst: the score that another must beat when there are enough.
+    The hypotheses are kept oldest first; `worst` is the score that another must beat when there are enough.
     """
 
     size: int
@@ -115,12 +108,7 @@ class Hypotheses:
                 self.worst = min(score, self.worst)
 
     def are_final(self, best_log_probability: float, new_tokens: int) -> bool:
-        """Return whether the search of this group may stop.
-
-        Args:
-            best_log_probability: of the best candidate of this step.
-            new_tokens: generated tokens of that candidate.
-        """
+        """Return whether the search of this group may stop, whose best candidate of this step has `new_tokens`."""
         if len(self.kept) < self.size:
             return False
         if self.early_stopping is True:
@@ -170,11 +158,7 @@ class BeamDecoder(Decoder):
         self._generator = random_stream(seed, 0) if config.do_sample else None
 
     def step(self, logits: Scores) -> Step:
-        """Choose the continuations of all beams.
-
-        Args:
-            logits: shape (rows, vocabulary); overwritten.
-        """
+        """Choose the continuations of all beams from logits of shape (rows, vocabulary), which are overwritten."""
         log_softmax(logits)
         size, beams = self._size, self._config.num_beams
         row_of_beam = np.zeros(beams, dtype=np.intp)

@@ -13,8 +13,7 @@ from edge_phi3.generation.values import ParameterError, Source, leaves
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
 
 DEFAULT_NEW_TOKENS: Final = 20
-"""Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the
-prompt)."""
+"""Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the prompt)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +65,6 @@ class GenerationConfig(Parameters):
             requested: the ``generate_kwargs`` of a request, as parsed from JSON.
             defaults: the model's side.
 
-        Returns:
-            The validated configuration.
-
         Raises:
             ParameterError: a name is unknown or unsupported, a value has the wrong type or is out of range,
                 or two parameters contradict each other where transformers refuses them.
@@ -103,9 +99,6 @@ class GenerationConfig(Parameters):
 
         ``max_new_tokens`` wins over ``max_length``. With neither set, `DEFAULT_NEW_TOKENS` are added to the
         prompt, up to the context length.
-
-        Args:
-            prompt_length: tokens of the prompt.
 
         Raises:
             ParameterError: the prompt leaves no room for a token.

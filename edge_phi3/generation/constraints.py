@@ -27,11 +27,7 @@ class TokenConstraint(Protocol):
         """Return whether a token may come next; an end token may when what there is is whole."""
 
     def mask(self, scores: NDArray[np.float32]) -> None:
-        """Set the score of every token that may not come next to minus infinity.
-
-        Args:
-            scores: of one row, shape (vocabulary,); changed in place.
-        """
+        """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
 
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token."""
@@ -60,11 +56,7 @@ class ConstrainedDecoder(SequenceDecoder):
                 constraint.mask(row)
 
     def accept_all(self, tokens: list[int]) -> Step:
-        """Continue all live sequences and their constraints.
-
-        Args:
-            tokens: one for each live sequence.
-        """
+        """Continue all live sequences, and their constraints, with a token for each."""
         before = self._constraints
         for place, token in enumerate(tokens):
             # Greedy decoding takes some token, also where all are banned.

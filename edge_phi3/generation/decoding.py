@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from edge_phi3.errors import EdgePhi3Error, InternalError
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.history import TokenHistory
 from edge_phi3.generation.logits import Scores
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.stopping import FinishReason, Stopping
@@ -34,7 +33,6 @@ class TokenLogprobs(NamedTuple):
     """How likely the model itself held a chosen token, and which tokens it held likeliest at its place.
 
     Attributes:
-        token_id: the token.
         logprob: log-softmax of the model's logits at the token, before processors and warpers.
         top: pairs of a token and its log-probability, likeliest first.
     """
@@ -45,13 +43,10 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenScore(NamedTuple):
-    """How one chosen token scored.
+    """The processed score of one chosen token.
 
-    Attributes:
-        token_id: the token.
-        score: its processed score.
-        logprob: log-softmax of the processed scores at the token; in beam modes the transition score, which
-            is `score` itself.
+    `logprob` is the log-softmax of the processed scores at the token; in beam modes the transition score, which is
+    `score` itself.
     """
 
     token_id: int
@@ -83,14 +78,11 @@ class GenerationResult:
     """What a request generated.
 
     Attributes:
-        prompt_length: tokens of the prompt.
         sequences: token ids of each returned sequence, prompt included, without padding.
-        finish_reasons: why each ended: "stop" (a token of ``eos_token_id``), "stop_string", "length" or
-            "time".
+        finish_reasons: why each ended: "stop" (a token of ``eos_token_id``), "stop_string", "length" or "time".
         sequences_scores: final beam score of each sequence; None outside beam modes.
-        scores: for each sequence, the scores of its generated tokens; None unless requested. In beam modes,
-            the end token that transformers appends to beams which a stop string or ``max_time`` cut off has
-            no score.
+        scores: for each sequence, the scores of its generated tokens; None unless requested. In beam modes, the end
+            token that transformers appends to beams which a stop string or ``max_time`` cut off has no score.
         logprobs: for each sequence, the log-probabilities of its generated tokens; None unless requested.
     """
 
@@ -106,13 +98,7 @@ _UNDECIDED: Final = Step()
 
 
 class Turn(NamedTuple):
-    """One request in one call of `advance`.
-
-    Attributes:
-        place: its index among the decoders of the call.
-        decoder: the request.
-        row: its first row of logits.
-    """
+    """One request in one call of `advance`: its index among the decoders of the call, and its first row of logits."""
 
     place: int
     decoder: Decoder
@@ -126,6 +112,60 @@ All requests that choose in the same way share one, and are grouped by it. An ex
 cause ends that request alone: see `fail_alone`.
 """
 
+_GROWTH: Final = 128
+"""Tokens by which a `TokenHistory` grows at least."""
+
+
+class TokenHistory:
+    """Token ids of the rows of one request: the prompt, then what was generated. All rows are equally long.
+
+    Logits processors read them without copying. They lie in one array that grows in blocks, so that a step costs one
+    assignment, and reordering (beams, ended rows) one gather. `last` is the newest token of each row.
+    """
+
+    def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:
+        self.length = len(prompt)
+        self.rows = rows
+        self.last: list[int] = [int(prompt[-1])] * rows
+        self._buffer = np.empty((rows, self.length + _GROWTH), dtype=np.int32)
+        self._buffer[:, : self.length] = prompt
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        """A view of all rows, shape (rows, length). It is valid until the next change."""
+        return self._buffer[: self.rows, : self.length]
+
+    def extend(self, parents: NDArray[np.intp], tokens: NDArray[np.int32]) -> None:
+        """Make new rows: row i continues what was row ``parents[i]`` before with ``tokens[i]``; both of shape (n,)."""
+        rows = len(parents)
+        # Advanced indexing copies before the assignment, so the rows may overlap.
+        reordered = self._buffer[parents, : self.length]
+        if rows > len(self._buffer):
+            self._buffer = np.empty((rows, self._buffer.shape[1]), dtype=np.int32)
+        self._buffer[:rows, : self.length] = reordered
+        self.rows = rows
+        self.append(tokens.tolist())
+
+    def append(self, tokens: list[int]) -> None:
+        """Continue each row in place with a token for each."""
+        capacity = self._buffer.shape[1]
+        if self.length == capacity:
+            grown = np.empty((len(self._buffer), capacity + max(_GROWTH, capacity)), dtype=np.int32)
+            grown[: self.rows, :capacity] = self.tokens
+            self._buffer = grown
+        if self.rows == 1:
+            self._buffer[0, self.length] = tokens[0]
+        else:
+            self._buffer[: self.rows, self.length] = tokens
+        self.length += 1
+        self.last = tokens
+
+    def keep(self, rows: NDArray[np.intp]) -> None:
+        """Let go of all rows but the given ones."""
+        self._buffer[: len(rows), : self.length] = self._buffer[rows, : self.length]
+        self.rows = len(rows)
+        self.last = [self.last[row] for row in rows.tolist()]
+
 
 class Decoder(ABC):
     """One running request.
@@ -135,12 +175,8 @@ class Decoder(ABC):
             then one for each live sequence.
         finished: whether no further step is wanted.
         error: why the request failed, if it did; `result` raises it.
-        processors: the logits processors that are on, in order.
         processes: whether `process` does anything.
         chooser: how tokens are chosen. Decoders with the same chooser are served together.
-        history: tokens of the rows.
-        prompt_length: tokens of the prompt.
-        stopping: when a sequence ends.
     """
 
     chooser: Chooser
@@ -205,8 +241,7 @@ def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
 
     Args:
         decoders: unfinished requests.
-        logits: shape (sum of ``decoder.rows``, vocabulary), rows in the order of the decoders. It may be
-            overwritten.
+        logits: shape (sum of ``decoder.rows``, vocabulary), rows in the order of the decoders; may be overwritten.
 
     Returns:
         One step for each decoder. A request whose scores allow no choice fails alone: see `Decoder.error`.

@@ -23,11 +23,8 @@ def fresh_seed() -> int:
 def random_stream(seed: int, sequence: int) -> np.random.Generator:
     """Return the stream of one sequence: Philox, a counter-based generator, keyed by seed and sequence.
 
-    Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
-
-    Args:
-        seed: from 0 to 2**64 - 1.
-        sequence: index of the sequence within the request.
+    A seed lies between 0 and 2**64 - 1; `sequence` is an index within the request. Salmon et al., Parallel Random
+    Numbers: As Easy as 1, 2, 3, https://doi.org/10.1145/2063384.2063405.
     """
     return np.random.Generator(np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64)))
 
@@ -64,10 +61,7 @@ class Draws(NamedTuple):
 def draw(candidates: Candidates, rows: NDArray[np.intp], uniforms: NDArray[np.float64]) -> Draws:
     """Draw tokens by inverting the cumulative distribution of each row, in the order of token ids.
 
-    Args:
-        candidates: what is left of each row.
-        rows: the row of each draw, shape (draws,).
-        uniforms: a number in [0, 1) for each draw, shape (draws,).
+    Each draw has a row and a uniform number in [0, 1), both of shape (draws,).
     """
     scores = candidates.scores
     if candidates.tokens is None:

@@ -28,8 +28,7 @@ class Candidates:
     """The tokens that may still be chosen in each row, in the order of their ids.
 
     Attributes:
-        scores: shape (rows, n). Minus infinity where a token was removed, and in the padding at the end of a
-            row.
+        scores: shape (rows, n). Minus infinity where a token was removed, and in the padding at the end of a row.
         tokens: ids of the columns, shape (rows, n); None when column and token id are the same.
     """
 
@@ -42,7 +41,7 @@ class Candidates:
 
 
 def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
-    """Keep the tokens of each row that score at least as high as its k-th highest. Follows ``TopKLogitsWarper``.
+    """Return the tokens of each row that score at least as high as its k-th highest. Follows ``TopKLogitsWarper``.
 
     The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound are
     read again: a few passes of ``argmax`` where a partition costs a hundred.
@@ -50,9 +49,6 @@ def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
     Args:
         scores: shape (rows, vocabulary). A row with NaN keeps NaN alone.
         k: for each row at least 1; more than the vocabulary means all of it.
-
-    Returns:
-        The candidates; every token that ties with the k-th highest is among them.
     """
     rows, size = scores.shape
     widest = min(max(k), size)
@@ -97,8 +93,7 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
         k: at most rows x vocabulary.
 
     Returns:
-        The sums in descending order (NaN first, ties by row and token), their rows, and their tokens, each
-        (k,).
+        The sums in descending order (NaN first, ties by row and token), their rows, and their tokens, each (k,).
     """
     rows, size = scores.shape
     blocks = size // BLOCK
@@ -178,12 +173,7 @@ def running_totals(values: Scores) -> NDArray[np.float64]:
 
 
 def totals(values: Scores, *, whole: bool) -> NDArray[np.float64]:
-    """Sum each row, shape (rows, 1).
-
-    Args:
-        values: shape (rows, n).
-        whole: whether the rows hold the whole vocabulary; if not, they are candidates.
-    """
+    """Return the sum of each row, shape (rows, 1). Rows that do not hold the whole vocabulary are candidates."""
     if whole:
         return np.asarray(values.sum(axis=1, keepdims=True), dtype=np.float64)
     return running_totals(values)[:, -1:]

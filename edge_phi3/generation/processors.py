@@ -19,7 +19,6 @@ from edge_phi3.generation.logits import Rows, Scores, log_softmax
 
 Tokens = NDArray[np.int32]
 
-
 _LARGEST: Final = np.finfo(np.float32).max
 
 Processor = Callable[[Tokens, Scores], None]
@@ -30,7 +29,7 @@ class SequenceBias:
     """Adds a bias to the token that would complete a phrase. Follows ``SequenceBiasLogitsProcessor``."""
 
     def __init__(self, biases: Sequence[tuple[tuple[int, ...], float]]) -> None:
-        """Take pairs of a phrase (token ids) and its bias; of equal phrases the last counts."""
+        # Of equal phrases the last counts.
         singles: dict[int, float] = {}
         self._phrases: dict[int, list[tuple[Tokens, int, np.float32]]] = {}
         for phrase, bias in dict(biases).items():
@@ -58,8 +57,7 @@ class SequenceBias:
         length = tokens.shape[1]
         for row, newest in enumerate(tokens[:, -1].tolist()):
             for start, last, bias in self._phrases.get(newest, ()):
-                # A phrase longer than all tokens so far is passed over even where all but its last token
-                # match.
+                # A phrase longer than all tokens so far is passed over even where all but its last token match.
                 if len(start) < length and np.array_equal(tokens[row, length - len(start) :], start):
                     so_far = found.get((row, last), self._singles.get(last, np.float32(0)))
                     found[row, last] = so_far + bias
@@ -195,13 +193,9 @@ def renormalize(_tokens: Tokens, scores: Scores) -> None:
 
 
 def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processor, ...]:
-    """Build the processors that a request switches on, in the order of ``GenerationMixin._get_logits_processor``.
+    """Return the processors that a request switches on, in the order of ``GenerationMixin._get_logits_processor``.
 
-    OpenAI's penalties, which transformers has not, stand behind the repetition penalty.
-
-    Args:
-        config: the request.
-        prompt: token ids of the prompt, shape (n,).
+    OpenAI's penalties, which transformers has not, stand behind the repetition penalty. `prompt` is of shape (n,).
     """
     length = len(prompt)
     ends = _inside(config.eos_token_id, config)

@@ -31,11 +31,7 @@ from edge_phi3.generation.warpers import Warping, warp
 class SequenceDecoder(Decoder):
     """Greedy decoding, or sampling of one or several sequences. Follows ``GenerationMixin._sample``.
 
-    Attributes:
-        live: indices of the sequences that go on.
-        scores: how the tokens of each sequence scored; None unless recorded.
-        logprobs: the log-probabilities of the tokens of each sequence; None unless recorded.
-        warping: what reshapes the distributions that tokens are drawn from.
+    `live` are the indices of the sequences that go on. The tokens' `scores` and `logprobs` are None unless recorded.
     """
 
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
@@ -61,11 +57,7 @@ class SequenceDecoder(Decoder):
         return [next(self._uniforms[sequence]) for sequence in self.live]
 
     def accept_all(self, tokens: list[int]) -> Step:
-        """Continue all live sequences, and let go of those that end.
-
-        Args:
-            tokens: one for each live sequence.
-        """
+        """Continue all live sequences with a token for each, and let go of those that end."""
         history, stopping, live = self.history, self.stopping, self.live
         parents: Sequence[int] = range(len(live))
         if history.rows == len(live):

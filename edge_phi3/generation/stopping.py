@@ -49,13 +49,7 @@ class StopStrings:
 
 
 class Stopping:
-    """The bounds of one request.
-
-    Attributes:
-        ends: token ids that end a sequence.
-        total_length: largest length of a sequence, prompt included.
-        strings: the stop strings, if there are any.
-    """
+    """The bounds of one request: end tokens, the largest length of a sequence, prompt included, and stop strings."""
 
     def __init__(
         self,

@@ -1,8 +1,7 @@
 """Logits warpers: what reshapes the distribution before a token is drawn, when `do_sample` is true.
 
-Each works on many rows of several requests at once, with a column of settings, shape (rows, 1). Removed
-tokens get the score minus infinity. `keep` counts the tokens of each row that survive in any case, shape
-(rows,).
+Each works on many rows of several requests at once, with a column of settings, shape (rows, 1). Removed tokens get the
+score minus infinity. `keep` counts the tokens of each row that survive in any case, shape (rows,).
 """
 
 from __future__ import annotations
@@ -46,13 +45,9 @@ _OFF: Final[Mapping[str, float | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class Warping:
-    """The warpers of one request.
+    """The warpers of one request: the names of those that are on, in transformers' order, and the value of each.
 
-    Attributes:
-        active: names of the warpers that are on, in transformers' order. Rows with the same names are warped
-            together.
-        settings: the value of each.
-        keep: tokens that survive in any case.
+    Rows with the same names are warped together.
     """
 
     active: tuple[str, ...]
@@ -71,14 +66,11 @@ class Warping:
 
 
 def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
-    """Apply the warpers to rows that have the same ones switched on.
+    """Apply the warpers to rows that have the same ones switched on, and return what is left.
 
     Args:
         scores: shape (rows, vocabulary).
         warpings: one for each row, all with the same `active`.
-
-    Returns:
-        What is left of each row.
     """
     names = warpings[0].active
     if not names:

@@ -107,9 +107,9 @@ class ActivationCollector:
         return True
 
     def _wants(self, tensor: GgmlTensor) -> bool:
-        if operation(tensor) == "MUL_MAT_ID":
+        if operation(tensor.op) == "MUL_MAT_ID":
             raise ImatrixError("The model is a mixture of experts; Phi-3-mini is not, and only dense models are known.")
-        if operation(tensor) != "MUL_MAT":
+        if operation(tensor.op) != "MUL_MAT":
             return False
         activations = tensor.src[1].contents
         rows, is_f32 = activations.ne[1], activations.type == llama_cpp.GGML_TYPE_F32

@@ -30,12 +30,6 @@ _FLASH_ATTENTION = {
 class Context:
     """A llama.cpp context: a KV cache that sequences share, and the decode call.
 
-    Args:
-        model: the weights.
-        cells: KV cells.
-        sequences: how many sequence ids there are.
-        settings: batch size, threads, element types.
-
     Attributes:
         cells: KV cells.
         sequences: how many sequence ids there are, from 0.

@@ -73,13 +73,9 @@ def check_layout() -> None:
 
 
 @functools.cache
-def _operation_name(number: int) -> str:
+def operation(number: int) -> str:
+    """Return the name of a node's ``op``: ``MUL_MAT``."""
     return str(libggml.ggml_op_name(number).decode())
-
-
-def operation(tensor: GgmlTensor) -> str:
-    """Return the name of the operation that makes a node: ``MUL_MAT``."""
-    return _operation_name(tensor.op)
 
 
 def floats(tensor: GgmlTensor) -> NDArray[np.float32]:

@@ -18,11 +18,7 @@ from edge_phi3.llama.backend import initialise_backend, reason
 
 
 def load_file(path: Path, params: Any) -> Any:
-    """Return llama.cpp's handle of a model file.
-
-    Raises:
-        ModelLoadError: there is none, it is damaged, or it does not fit the memory.
-    """
+    """Return llama.cpp's handle of a model file."""
     initialise_backend()
     if not path.is_file():
         raise ModelLoadError(f"There is no model file {path}.")
