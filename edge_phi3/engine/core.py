@@ -157,6 +157,9 @@ class EngineCore:
         """Take no more requests, and end those that are there."""
         with self._lock:
             self._closed = detail
+        # Who has finished, but has not heard of it, has an answer.
+        self._chosen = [chosen for chosen in self._chosen if chosen[0].decoder.finished]
+        self._deliver()
         for request in list(self._in_flight):
             self._end(request, EngineStoppedError(detail))
         while not self._inbox.empty():

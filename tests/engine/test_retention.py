@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from edge_phi3.engine.core import EngineCore
+from edge_phi3.engine.errors import EngineStoppedError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
 from edge_phi3.generation import GenerationConfig
 from tests.support.cores import make_core
@@ -72,3 +73,17 @@ def test_what_a_step_copies_is_bounded(offloaded: bool, monkeypatch: pytest.Monk
     store = core.scheduler.runners[0].kv.host_cache
     assert store is not None
     assert (store.tokens > 16 * 40) == (not offloaded), "a device keeps what fits"
+
+
+def test_who_has_finished_is_answered_by_an_engine_that_stops() -> None:
+    core, _ = make_core(Scenario((), offloaded=True), lambda: 0.0)
+    finished: list[Event] = []
+    running: list[Event] = []
+    _submitted(core, [1, 2, 3], 3, finished)
+    _submitted(core, [4, 5], 50, running)
+    while len(core.scheduler.running) != 1:
+        core.step()
+    assert not finished, "it is answered while the next batch is decoded"
+    core.stop("It stops.")
+    assert [type(event) for event in finished] == [FinishedEvent]
+    assert [type(event) for event in running] == [EngineStoppedError]

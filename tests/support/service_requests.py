@@ -30,7 +30,7 @@ USUAL_KINDS = ("4k", "128k", "window of 64", "grouped")
 ORIGINAL_CONTEXT = 4096
 _CTX_SIZES = (8192, 1024, 2048, 4096, 768, 3000, 5000, 6144)
 _EXACT = {"kv_cache_type": "f32", "threads": 1, "window_chunk": 1}
-_LIMITS = {"request_timeout": 120.0, "max_body_size": 262144, "grace_period": 2.0, "log_format": "json"}
+_LIMITS = {"request_timeout": 600.0, "max_body_size": 262144, "grace_period": 2.0, "log_format": "json"}
 
 
 def make_model(folder: Path, kind: str, seed: int) -> Path:
