@@ -38,6 +38,7 @@ def test_nothing_leaks(window: int, tmp_path: Path) -> None:
     chance, sizes = random.Random(0), list[int]()
     heads = [chance.choices(ORDINARY, k=200) for _ in range(8)]
     with running_engine(path, window_chunk=32, **OPTIONS) as engine:
+        kv = engine.model.runners[0].kv
         for _ in range(10):
             flying: list[Asked] = []
             for left in reversed(range(REQUESTS // 10)):
@@ -52,7 +53,6 @@ def test_nothing_leaks(window: int, tmp_path: Path) -> None:
                     else:
                         asked.finished()
             assert wait_for(lambda: not engine.stats().running + engine.stats().waiting)
-            kv = engine.model.runners[0].kv
             # What has finished leaves the cells a little at a time.
             assert wait_for(lambda: (kv.free_sequences, kv.free) == (kv.sequences, kv.cells))
             sizes.append(psutil.Process().memory_info().rss)
