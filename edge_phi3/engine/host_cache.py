@@ -136,11 +136,11 @@ class HostCache:
         matched, chain, followers = 0, list[Block](), self._first
         while True:
             best: Block | None = None
-            for block in followers:
-                if block.begin <= matched:
-                    reached = block.begin + common_length(block.tokens, tokens[block.begin :])
-                    if reached > matched:
-                        matched, best = reached, block
+            # One that begins later goes on from another sequence's tokens, even where its own are the same.
+            for block in [block for block in followers if block.begin <= matched]:
+                reached = block.begin + common_length(block.tokens, tokens[block.begin :])
+                if reached > matched:
+                    matched, best = reached, block
             if best is None:
                 return matched, chain
             chain.append(best)
