@@ -81,7 +81,8 @@ class EngineCore:
     @property
     def waiting(self) -> int:
         """How many accepted requests hold no cells."""
-        return max(0, len(self._in_flight) - sum(len(runner.running) for runner in self.scheduler.runners))
+        unaware = sum(request.decoder.finished for request, _, _ in self._chosen)
+        return max(0, len(self._in_flight) - len(self.scheduler.running) - unaware)
 
     def submit(self, request: GenerationRequest, send: Callable[[Event], None]) -> RunningRequest:
         """Queue a request. `send` gets its events, in the thread that calls `step`, and one of them ends it."""

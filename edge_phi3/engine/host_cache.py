@@ -96,8 +96,8 @@ class HostCache:
 
     def save(
         self, tokens: Tokens, start: int, read: Callable[[int, int], State], go_on: Callable[[], bool] = lambda: True
-    ) -> None:
-        """Keep a sequence, or as much of it as may be copied now.
+    ) -> bool:
+        """Keep a sequence, or as much of it as may be copied now; return whether another call would keep no more.
 
         `tokens` are those whose keys and values it holds, from the position `start` on. `read` returns the state of the
         positions ``[first, end)`` that are not kept yet, and `go_on` whether another block may be read.
@@ -105,18 +105,19 @@ class HostCache:
         matched, chain = self._chain(tokens)
         self._touch(chain)
         if matched == len(tokens):
-            return
+            return True
         parent, begin = self._going_on(chain, matched)
         for first in range(begin, len(tokens), self._block_size):
             if not go_on():
-                return
+                return False
             end = min(first + self._block_size, len(tokens))
             held = min(max(first, start), end)
             state = read(held, end) if held < end else _NOTHING
             if not self._make_room(len(state), parent):
-                return
+                return True
             parent = Block(parent, tokens[first:end].copy(), first, held, state)
             self._add(parent)
+        return True
 
     def _going_on(self, chain: list[Block], matched: int) -> tuple[Block | None, int]:
         """Return after which block, and from which position, a sequence that shares `matched` tokens is kept."""

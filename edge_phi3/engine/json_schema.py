@@ -6,6 +6,8 @@ Keywords are those of JSON Schema 2020-12 (https://json-schema.org/draft/2020-12
 from __future__ import annotations
 
 import json
+import math
+from fractions import Fraction
 from typing import Any, Final
 
 from edge_phi3.engine.errors import SchemaError
@@ -16,6 +18,12 @@ _MOST_OPTIONAL: Final = 128
 """Properties of an object that are not required: each may be the next one."""
 _MOST_MERGED: Final = 2000
 """Schemas that come of a schema when what is merged (``allOf``, and what stands beside ``$ref``) is written out."""
+_MOST_EXCLUSIVE: Final = 200
+"""Schemas of a ``oneOf`` that are compared with each other."""
+_LARGEST_EXACT: Final = 10**22
+"""Up to which powers of ten are the same as integers and as floats."""
+_LARGEST_MULTIPLE: Final = 9999
+"""Of ``multipleOf`` in units of its last digit, and of several that are merged: as many states keep remainders."""
 _DEEPEST: Final = 100
 """Objects and arrays inside each other."""
 _LARGEST: Final = 10**15
@@ -69,6 +77,8 @@ def adapted(schema: object) -> dict[str, Any]:
     result: dict[str, Any] = adapter.adapt(schema)
     if adapter.merges and adapter.merged(schema) > _MOST_MERGED:
         raise SchemaError(f"`allOf` and what stands beside `$ref` merge more than {_MOST_MERGED} schemas")
+    if adapter.merges and math.lcm(*adapter.multiples) > _LARGEST_MULTIPLE:
+        raise SchemaError("the common multiple of several `multipleOf` has more than four digits")
     if not adapter.merges:
         for each in adapter.closable:
             each["additionalProperties"] = False
@@ -88,16 +98,21 @@ def _is_exact(value: object) -> bool:
     """Return whether llguidance reads a constant's numbers as they are: those of up to 15 digits it does."""
     if isinstance(value, dict | list):
         return all(map(_is_exact, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int | float) or float(f"{value:.15g}") == value
+    return not isinstance(value, int | float) or (abs(value) <= _LARGEST_EXACT and float(f"{value:.15g}") == value)
 
 
 def _parts(schema: dict[str, Any]) -> int:
     return len(_COMBINING & schema.keys()) + bool(_ABOUT_MEMBERS & schema.keys())
 
 
-def _exclude_each_other(schemas: list[object]) -> bool:
-    """Return whether no value can fit two of the schemas: they differ in type, or in a required property's constant."""
-    told = [_marks(schema) for schema in schemas]
+def _exclude_each_other(schemas: list[object], own: dict[str, Any]) -> bool:
+    """Return whether no value can fit two of the schemas: they differ in type, or in a required property's constant.
+
+    `own` holds for those of them that do not say otherwise.
+    """
+    if len(schemas) > _MOST_EXCLUSIVE or len({id(schema) for schema in schemas}) < len(schemas):
+        return False
+    told = [_marks(own | schema if isinstance(schema, dict) else schema) for schema in schemas]
     return all(_differ(one, other) for at, one in enumerate(told) for other in told[:at])
 
 
@@ -111,8 +126,8 @@ def _marks(schema: object) -> dict[str, set[str]]:
     marks = {"": {"number" if kind == "integer" else str(kind) for kind in kinds}} if kinds else {}
     properties, required = schema.get("properties"), schema.get("required")
     if marks.get("") == {"object"} and isinstance(properties, dict) and isinstance(required, list):
-        for name in required:
-            each = properties.get(name) if isinstance(name, str) else None
+        for name in {name for name in required if isinstance(name, str)}:
+            each = properties.get(name)
             if isinstance(each, dict) and ("const" in each or isinstance(each.get("enum"), list)):
                 values = [each["const"]] if "const" in each else each["enum"]
                 marks[f"/{name}"] = {_mark(value) for value in values}
@@ -136,11 +151,13 @@ class _Adapter:
         merges: whether any object is put together from several schemas.
         named: the changed objects that name properties.
         closable: those of them that say nothing of others.
+        multiples: what numbers are multiples of, in units of their last digits.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self.merges = False
+        self.multiples: set[int] = set()
         self.named: list[dict[str, Any]] = []
         self.closable: list[dict[str, Any]] = []
         self._sizes: dict[str, int] = {}
@@ -168,6 +185,7 @@ class _Adapter:
             del changed["format"]
             changed["pattern"] = _PATTERNS[kind]
         if "multipleOf" in schema:
+            self._check_multiple(schema["multipleOf"])
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
         for name, bound in (("minimum", -_LARGEST), ("maximum", _LARGEST)):
             if isinstance(value := changed.get(name), int | float) and abs(value) > _LARGEST:
@@ -176,6 +194,14 @@ class _Adapter:
                 changed[name] = bound
         self._note(schema, changed)
         return changed
+
+    def _check_multiple(self, value: object) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            return  # llguidance says what is wrong
+        unit = Fraction(str(value))
+        if unit.numerator > _LARGEST_MULTIPLE or unit.denominator > _LARGEST:
+            raise SchemaError("`multipleOf` has more than four digits, or more than 15 decimal places")
+        self.multiples.add(unit.numerator)
 
     def _note(self, schema: dict[str, Any], changed: dict[str, Any]) -> None:
         all_of = schema.get("allOf")
@@ -233,7 +259,7 @@ class _Adapter:
             return False
         own = {"type": schema["type"]} if "type" in schema else {}
         schemas = [self._resolved(each) for each in one_of]
-        return _exclude_each_other([own | each if isinstance(each, dict) else each for each in schemas])
+        return _exclude_each_other(schemas, own)
 
     def _resolved(self, schema: object) -> object:
         """Follow a reference, and references to references."""

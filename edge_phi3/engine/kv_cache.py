@@ -299,8 +299,9 @@ class KVCache:
         left: float = 1 if self.host_cache is None else self.host_cache.per_step
         while self.untidy and left > 0:
             seq_id = next(iter(self._kept))
-            left -= self._save(seq_id, left)
-            if left > 0:
+            copied, whole = self._save(seq_id, left)
+            left -= copied
+            if whole:
                 self.release(seq_id)
 
     def _evict(self, seq_id: int) -> None:
@@ -309,9 +310,13 @@ class KVCache:
             self._save(seq_id, math.inf)
         self.release(seq_id)
 
-    def _save(self, seq_id: int, most: float) -> int:
-        """Copy a finished sequence to the host cache, as far as `most` bytes allow; return how many were copied."""
-        copied = 0
+    def _save(self, seq_id: int, most: float) -> tuple[int, bool]:
+        """Copy a finished sequence to the host cache, as far as `most` bytes allow.
+
+        Returns:
+            How many were copied, and whether that is all that can be kept of it.
+        """
+        copied, whole = 0, True
 
         def read(first: int, end: int) -> NDArray[np.uint8]:
             nonlocal copied
@@ -322,7 +327,7 @@ class KVCache:
         kept = self._kept[seq_id]
         if self.host_cache is not None:
             try:
-                self.host_cache.save(kept.tokens[: kept.worth], self.start[seq_id], read, lambda: copied < most)
+                whole = self.host_cache.save(kept.tokens[: kept.worth], self.start[seq_id], read, lambda: copied < most)
             except MemoryError:
                 logger.warning("There is no memory to keep %d tokens for later prompts.", kept.worth)
-        return copied
+        return copied, whole

@@ -170,6 +170,9 @@ def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
         doubling[f"a{at + 1}"] = {"allOf": [{"$ref": f"#/$defs/a{at}"}] * 2}
     bombs: dict[str, Any] = {
         "100 deep": deep,
+        "more than four digits, or": {"type": "integer", "multipleOf": 7436429},
+        "common multiple": {"allOf": [{"type": "integer", "multipleOf": each} for each in (7, 11, 13, 17, 19)]},
+        "more than 15 digits": {"const": 10**400},
         "32000 characters": {"enum": list(range(1_000_000))},
         "merge more than 2000": {"$defs": doubling, "$ref": "#/$defs/a16"},
         "more than 128": {"properties": {str(number): {"type": "null"} for number in range(129)}},

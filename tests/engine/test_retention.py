@@ -87,3 +87,24 @@ def test_who_has_finished_is_answered_by_an_engine_that_stops() -> None:
     core.stop("It stops.")
     assert [type(event) for event in finished] == [FinishedEvent]
     assert [type(event) for event in running] == [EngineStoppedError]
+
+
+def test_a_block_that_the_host_cache_has_no_room_for_keeps_nobody_busy() -> None:
+    scenario = Scenario((), cells=(300,), host_cache=4 * TOKEN_BYTES, block_size=16, per_step=TOKEN_BYTES)
+    core, _ = make_core(scenario, lambda: 0.0)
+    _submitted(core, list(range(30)), 3, [])
+    for _ in range(20):
+        core.step()
+    assert not core.has_work
+
+
+def test_who_has_finished_does_not_wait() -> None:
+    core, _ = make_core(Scenario((), offloaded=True, max_queue=1), lambda: 0.0)
+    _submitted(core, [1, 2, 3], 3, [])
+    core.step()
+    _submitted(core, [4, 5], 50, [])
+    core.step()
+    while len(core.scheduler.running) != 1:
+        core.step()
+    assert (core.in_flight, core.waiting) == (2, 0)
+    _submitted(core, [6], 3, [])

@@ -44,7 +44,7 @@ class CheckedHostCache(HostCache):
         start: int,
         read: Callable[[int, int], NDArray[np.uint8]],
         go_on: Callable[[], bool] = lambda: True,
-    ) -> None:
+    ) -> bool:
         def checked(first: int, end: int) -> NDArray[np.uint8]:
             state = read(first, end)
             if self._known:
@@ -55,11 +55,12 @@ class CheckedHostCache(HostCache):
             return state
 
         self.saves += 1
-        super().save(tokens, start, checked, go_on)
+        whole = super().save(tokens, start, checked, go_on)
         blocks = self._blocks
         assert all(block.parent is None or block.parent in blocks for block in blocks), "a block lost its beginning"
         assert self.used == sum(len(block.state) for block in blocks) <= self.capacity, "bytes are counted wrongly"
         assert self.tokens == sum(block.end - block.start for block in blocks), "tokens are counted wrongly"
+        return whole
 
 
 def audit(kv: KVCache) -> None:
