@@ -65,9 +65,9 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
     return decoded
 
 
-async def work_on(body: bytes, work: Callable[[], Result]) -> Result:
-    """Return what `work` returns, called at once, or in a thread when the request's body is long."""
-    return work() if len(body) < _LONG else await asyncio.to_thread(work)
+async def work_on(body: bytes, work: Callable[[], Result], *, slow: bool = False) -> Result:
+    """Return what `work` returns, called at once, or in a thread when it is slow or the request's body is long."""
+    return await asyncio.to_thread(work) if slow or len(body) >= _LONG else work()
 
 
 def _explain(message: str, type_: type[msgspec.Struct]) -> str:

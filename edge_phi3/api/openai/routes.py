@@ -98,7 +98,10 @@ async def _answer(
             exchange.prompt = msgspec.json.encode(asked).decode()
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
-    return await shapes(service, wanted, exchange, await work_on(body, prepare)).respond(request.receive)
+    # A schema of a kilobyte can take its compiler a second.
+    has_schema = getattr(wanted, "response_format", None) is not None
+    prepared = await work_on(body, prepare, slow=has_schema)
+    return await shapes(service, wanted, exchange, prepared).respond(request.receive)
 
 
 @get("/v1/models", sync_to_thread=False)
