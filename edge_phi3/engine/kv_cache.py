@@ -325,7 +325,7 @@ class KVCache:
             return state
 
         kept = self._kept[seq_id]
-        if self.host_cache is not None:
+        if self.host_cache is not None and kept.worth > self.start[seq_id]:
             try:
                 whole = self.host_cache.save(kept.tokens[: kept.worth], self.start[seq_id], read, lambda: copied < most)
             except MemoryError:
