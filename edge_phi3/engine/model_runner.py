@@ -213,7 +213,7 @@ class ModelRunner:
     def reorder(self, request: RunningRequest, parents: abc.Sequence[int]) -> None:
         """Continue a request's sequences: new row i goes on with what row ``parents[i]`` holds."""
         old = request.sequences
-        if all(map(operator.eq, parents, range(len(old)))) and len(parents) == len(old):
+        if len(parents) == len(old) and all(map(operator.eq, parents, range(len(old)))):
             return
         for row in set(range(len(old))).difference(parents):
             self.kv.release(old[row].seq_id)
@@ -229,19 +229,18 @@ class ModelRunner:
         lines = request.decoder.history.tokens
         # What has failed may have failed between its history and its sequences.
         kept = 0 if request.exact or request.failed else len(request.sequences)
-        if request.request.config.is_beam_search:
-            kept = min(kept, 1)  # the rows have changed places since their sequences were computed
+        beams = request.request.config.is_beam_search
         for row, sequence in enumerate(request.sequences):
-            if row >= kept:
+            # Beams have changed places since their sequences were computed: the prompt of one is all that is certain.
+            if row >= (min(kept, 1) if beams else kept):
                 self.kv.finish(sequence, None)
                 continue
-            # Beams have changed places since their sequences were computed.
-            certain = request.prompt_length if request.request.config.is_beam_search else sequence.computed
+            prompt = min(sequence.computed, request.prompt_length)
+            certain = prompt if beams else sequence.computed
             # A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
             # others lie apart.
             costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
-            worth = min(sequence.computed, request.prompt_length if costly else certain)
-            self.kv.finish(sequence, lines[row, : min(sequence.computed, certain)], worth)
+            self.kv.finish(sequence, lines[row, :certain], prompt if costly else certain)
         request.sequences = []
 
     # -- the window
