@@ -7,7 +7,9 @@ the digits of a number are few.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -22,10 +24,13 @@ _LIMITS: Final = LLParserLimits(
     max_grammar_size=100_000,
     initial_lexer_fuel=200_000,
     step_lexer_fuel=50_000,
-    step_max_items=20_000,
+    step_max_items=4_000,
     precompute_large_lexemes=False,
     verbose_errors=False,
 )
+_MOST_SECONDS: Final = 1.0
+"""Of processor time, for all masks of a request beyond `_SECONDS_OF_MASK` each, which is more than most take."""
+_SECONDS_OF_MASK: Final = 0.001
 _SPECIAL: Final = b"\xff"
 """What llguidance takes for the beginning of a token that is no text."""
 
@@ -35,27 +40,42 @@ _ANY_NUMBER: Final = 1 << 30
 _QUOTE, _BACKSLASH = b'"\\'
 
 
+@dataclass(slots=True)
+class Allowance:
+    """What all copies of a constraint may still take: `seconds` of processor time."""
+
+    seconds: float = _MOST_SECONDS
+
+
 class SchemaConstraint:
     """Holds a sequence to a schema; a `edge_phi3.generation.constraints.TokenConstraint`.
 
     Special tokens never come, since an answer's text leaves them out. End tokens come exactly when the text is whole.
-    Where llguidance fails, for example at its limits, no token may come. Where a number has `_MOST_DIGITS` digits in a
-    row, no more come, if anything else may.
+    Where llguidance fails, for example at its limits, no token may come, nor where `allowance` is used up: so long
+    would those beside wait for it. Where a number has `_MOST_DIGITS` digits in a row, no more come, if anything else
+    may.
     """
 
-    __slots__ = ("_ends", "_escaped", "_matcher", "_quoted", "_room", "_vocabulary")
+    __slots__ = ("_allowance", "_ends", "_escaped", "_matcher", "_quoted", "_room", "_vocabulary")
 
-    def __init__(self, matcher: LLMatcher, vocabulary: ConstraintVocabulary, ends: list[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: ConstraintVocabulary, ends: list[int], allowance: Allowance
+    ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._ends = ends
+        self._allowance = allowance
         self._quoted = self._escaped = False
         self._room = _MOST_DIGITS
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens may come next, shape (vocabulary,)."""
         vocabulary = self._vocabulary
+        if self._allowance.seconds < 0:
+            return np.zeros(len(vocabulary.texts), np.bool_)
+        began = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
         allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
         allowed[self._ends] = self._matcher.is_accepting()
         if self._room < vocabulary.most_digits:
@@ -96,7 +116,7 @@ class SchemaConstraint:
 
     def clone(self) -> SchemaConstraint:
         """Return a copy that goes its own way."""
-        copy = SchemaConstraint(self._matcher.deep_copy(), self._vocabulary, self._ends)
+        copy = SchemaConstraint(self._matcher.deep_copy(), self._vocabulary, self._ends, self._allowance)
         copy._quoted, copy._escaped, copy._room = self._quoted, self._escaped, self._room
         return copy
 
@@ -149,7 +169,7 @@ class ConstraintVocabulary:
             {"name": "json", "json_schema": adapted(schema)},
         ]
         matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=_LIMITS)
-        constraint = SchemaConstraint(matcher, self, inside)
+        constraint = SchemaConstraint(matcher, self, inside, Allowance())
         if all(self.texts[token] == b" " for token in np.flatnonzero(constraint.allowed())):
             raise SchemaError(_sentence(matcher.get_error()))
         return constraint

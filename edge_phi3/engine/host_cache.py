@@ -12,7 +12,7 @@ part, inside a block too; the least recently used leaf leaves first when the mem
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,17 +82,16 @@ class HostCache:
         The last block may hold more than the prefix, and the first may begin late, where the window allows it (see
         `KVCache`). ``(0, [])`` when there is none.
         """
-        matched, chain = self._chain(tokens)
-        reach = 0 if window is None else max(0, matched - window + 1)
-        blocks: list[Block] = []
-        for block in reversed(chain):
-            if block.start > max(block.begin, reach):
-                return 0, []
-            blocks.insert(0, block)
-            if block.start <= reach:
-                break
-        self._touch(chain)
-        return matched, blocks
+        best, found, whole = 0, list[Block](), list[Block]()
+        for matched, chain in self._chains(tokens):
+            if matched <= best:
+                continue
+            reach = 0 if window is None else max(0, matched - window + 1)
+            first = next(at for at in reversed(range(len(chain))) if at == 0 or chain[at].start <= reach)
+            if chain[first].start <= reach and all(block.start <= block.begin for block in chain[first + 1 :]):
+                best, found, whole = matched, chain[first:], chain
+        self._touch(whole)
+        return best, found
 
     def save(
         self, tokens: Tokens, start: int, read: Callable[[int, int], State], go_on: Callable[[], bool] = lambda: True
@@ -102,11 +101,27 @@ class HostCache:
         `tokens` are those whose keys and values it holds, from the position `start` on. `read` returns the state of the
         positions ``[first, end)`` that are not kept yet, and `go_on` whether another block may be read.
         """
-        matched, chain = self._chain(tokens)
+
+        def lacks(block: Block) -> bool:
+            return block.start > max(block.begin, start)
+
+        chains = self._chains(tokens)
+        matched, chain = max(chains, key=lambda found: (found[0], not any(map(lacks, found[1]))), default=(0, []))
         self._touch(chain)
+        ends = [*(block.begin for block in chain[1:]), matched]
+        for block, end in zip(chain, ends, strict=False):
+            if not lacks(block):
+                continue
+            if end < block.end:  # the sequences part inside it: it is kept twice
+                matched, chain = block.begin, chain[: chain.index(block)]
+                break
+            if not go_on():
+                return False
+            if not self._fill(block, max(block.begin, start), read) or chain[-1] not in self._blocks:
+                return True
         if matched == len(tokens):
             return True
-        parent, begin = self._going_on(chain, matched)
+        parent, begin = self._going_on(chain, matched, start)
         for first in range(begin, len(tokens), self._block_size):
             if not go_on():
                 return False
@@ -119,12 +134,12 @@ class HostCache:
             self._add(parent)
         return True
 
-    def _going_on(self, chain: list[Block], matched: int) -> tuple[Block | None, int]:
+    def _going_on(self, chain: list[Block], matched: int, start: int) -> tuple[Block | None, int]:
         """Return after which block, and from which position, a sequence that shares `matched` tokens is kept."""
         if not chain:
             return None, 0
         last = chain[-1]
-        if last.end == matched and not last.children and len(last.tokens) < self._block_size:
+        if last.end == matched and not last.children and len(last.tokens) < self._block_size and start <= last.start:
             self._drop(last)  # a longer one takes its place
             return last.parent, last.begin
         if matched - last.begin >= last.end - matched:
@@ -132,20 +147,27 @@ class HostCache:
         # To restore a block of which little is wanted costs more than to keep that twice.
         return last.parent, last.begin
 
-    def _chain(self, tokens: Tokens) -> tuple[int, list[Block]]:
-        """Return the length of the longest known prefix, and its blocks from the first."""
-        matched, chain, followers = 0, list[Block](), self._first
-        while True:
-            best: Block | None = None
+    def _chains(self, tokens: Tokens) -> Iterator[tuple[int, list[Block]]]:
+        """Yield each known prefix that goes on in some block: its length, and its blocks from the first."""
+        ways = [(0, list[Block](), self._first)]
+        while ways:
+            matched, chain, followers = ways.pop()
             # One that begins later goes on from another sequence's tokens, even where its own are the same.
             for block in [block for block in followers if block.begin <= matched]:
                 reached = block.begin + common_length(block.tokens, tokens[block.begin :])
                 if reached > matched:
-                    matched, best = reached, block
-            if best is None:
-                return matched, chain
-            chain.append(best)
-            followers = best.children
+                    yield reached, [*chain, block]
+                    ways.append((reached, [*chain, block], block.children))
+
+    def _fill(self, block: Block, held: int, read: Callable[[int, int], State]) -> bool:
+        """Let a block hold what it lacks, from the position `held` on; return whether there was room for it."""
+        state = read(held, block.end)
+        if not self._make_room(len(state) - len(block.state), block):
+            return False
+        self.used += len(state) - len(block.state)
+        self.tokens += block.start - held
+        block.start, block.state = held, state
+        return True
 
     def _touch(self, chain: list[Block]) -> None:
         for block in reversed(chain):

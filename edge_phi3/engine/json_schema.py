@@ -60,6 +60,7 @@ def adapted(schema: object) -> dict[str, Any]:
 
     - ``oneOf`` whose schemas exclude each other becomes ``anyOf``, also where they are references.
     - Dates and times become patterns.
+    - Equal schemas of an ``anyOf`` become one.
     - An object that names its properties takes no others unless it says so, or is put together from several schemas.
     - Bounds of numbers lie within 10^15, and multiples have some.
 
@@ -175,7 +176,9 @@ class _Adapter:
         for name, value in schema.items():
             if name in {"const", "enum"} and not _is_exact(value):
                 raise SchemaError(f"`{name}` holds a number of more than 15 digits")
-            if name in _SCHEMAS:
+            if name == "anyOf" and isinstance(value, list):
+                changed[name] = list({_mark(each): self.adapt(each) for each in value}.values())
+            elif name in _SCHEMAS:
                 changed["anyOf" if name == "oneOf" and exclusive else name] = self.adapt(value)
             elif name in _MAPS and isinstance(value, dict):
                 changed[name] = {key: self.adapt(each) for key, each in value.items()}

@@ -54,15 +54,12 @@ class ConstrainedDecoder(SequenceDecoder):
             # Where only the best token is read and it is permitted, there is nothing to do.
             if not self._best_only or not constraint.permits(int(row.argmax())):
                 constraint.mask(row)
+                if not row.max() > -np.inf:
+                    raise GenerationError(_NO_CHOICE)
 
     def accept_all(self, tokens: list[int]) -> Step:
         """Continue all live sequences, and their constraints, with a token for each."""
         before = self._constraints
-        for place, token in enumerate(tokens):
-            # Greedy decoding takes some token, also where all are banned.
-            if not before[place if len(before) > 1 else 0].permits(token):
-                self._constraints = []
-                return self.fail(GenerationError(_NO_CHOICE))
         step = super().accept_all(tokens)
         shared = len(set(step.parents)) < len(step.parents)
         self._constraints = [before[parent].clone() if shared else before[parent] for parent in step.parents]

@@ -232,8 +232,10 @@ class Decoder(ABC):
 
 def fail_alone(turn: Turn, steps: list[Step], error: Exception) -> None:
     """End the request of one turn for an exception that it has caused; those beside it go on."""
-    logger.error("A request's tokens cannot be chosen.", exc_info=error)
-    steps[turn.place] = turn.decoder.fail(InternalError())
+    if not isinstance(error, GenerationError):
+        logger.error("A request's tokens cannot be chosen.", exc_info=error)
+        error = InternalError()
+    steps[turn.place] = turn.decoder.fail(error)
 
 
 def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -20,6 +21,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.constraint import ConstraintVocabulary, SchemaConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
+from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation import GenerationConfig, GenerationError, ModelDefaults
@@ -182,6 +184,27 @@ def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
             vocabulary.start(bomb)
 
 
+def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
+    """Each would multiply the work of those inside."""
+    lists = {"type": "array", "items": {"$ref": "#/$defs/a"}}
+    bomb: dict[str, Any] = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [lists] * 200}}}
+    assert adapted(bomb)["$defs"]["a"]["anyOf"] == [lists]
+    assert vocabulary.reads(bomb, b"[[],[[]]]")
+    different = [lists | {"maxItems": 1000 + at} for at in range(200)]
+    with pytest.raises(SchemaError, match="Too many items"):
+        vocabulary.start({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": different}}})
+
+
+def test_who_has_used_up_the_time_of_all_copies_may_write_nothing_more(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spent = iter(range(1000))
+    monkeypatch.setattr("edge_phi3.engine.constraint.time", SimpleNamespace(thread_time=lambda: next(spent)))
+    constraint = vocabulary.start({"type": "array"})
+    assert constraint.clone().allowed().any()
+    assert not constraint.allowed().any()
+
+
 HARD = {"type": "string", "pattern": "^(.{0,200}a.{0,200}){9,200}$"}
 """What llguidance gives up on after a few tokens."""
 
@@ -286,9 +309,9 @@ def test_constraints_are_freed_when_requests_end_fail_or_are_given_up(engine: En
         Constrained(engine, **options).finished()
     banned = list(range(engine.model.model.vocab_size))
     for options in ({"do_sample": False}, {"seed": 1}, {"seed": 1, "num_return_sequences": 2}):
-        with pytest.raises(GenerationError, match="leave"):
+        with pytest.raises(GenerationError, match="format leaves no token"):
             Constrained(engine, suppress_tokens=banned, **options).finished()
-    with pytest.raises(GenerationError, match="leave"):
+    with pytest.raises(GenerationError, match="takes too long to follow"):
         Constrained(engine, HARD, seed=1).finished()
     given_up = Constrained(engine, {"type": "array", "minItems": 2000}, seed=1, max_new_tokens=3000)
     engine.cancel(given_up.running)

@@ -70,6 +70,26 @@ def test_the_longest_prefix_is_found_with_its_content(kept: list[list[int]], que
         assert len(content) < best + BLOCK
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 9), st.lists(tokens, max_size=9), tokens)
+def test_what_a_window_left_out_is_kept_when_another_sequence_holds_it(
+    window: int, kept: list[list[int]], query: list[int]
+) -> None:
+    store = HostCache(1 << 20, BLOCK)
+    for values in kept:
+        save(store, values, max(0, len(values) - window))
+        assert save(store, values, max(0, len(values) - window)) == [], "it is kept twice"
+
+    def usable(values: list[int]) -> int:
+        length = shared(values, query)
+        return length if max(0, len(values) - window) <= max(0, length - window + 1) else 0
+
+    length, content, start = held(store, query, window)
+    assert length >= max(map(usable, kept), default=0)
+    assert start <= max(0, length - window + 1)
+    assert content[: length - start] == state_of(query, start, length).tolist()
+
+
 def test_what_is_kept_already_is_not_read_again() -> None:
     store = HostCache(1 << 20, BLOCK)
     first = [1, 2, 3, 4, 5, 6]

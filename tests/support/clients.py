@@ -18,9 +18,11 @@ from edge_phi3.engine.errors import (
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
+from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.llama import DecodeFailedError
 from tests.support.reference import Answer, answer, fixed_entropy
-from tests.support.scenarios import MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
+from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
+from tests.support.schemas import SCHEMAS, small_vocabulary
 
 LONGEST_REPEATED = 90
 """Tokens of an earlier answer that a prompt goes on from, at most."""
@@ -40,6 +42,7 @@ class Client:
         running: the request once it is accepted.
         refusal: why it was refused, if it was.
         events: what it was told, or was to be told when its `send` raised, with the times.
+        late: what it was told after its end.
         cancelled: whether it has left.
         fired: whether its fault has occurred.
     """
@@ -57,6 +60,7 @@ class Client:
         self.running: RunningRequest | None = None
         self.refusal: Exception | None = None
         self.events: list[tuple[float, Event]] = []
+        self.late: list[Event] = []
         self.submitted = 0.0
         self.cancelled = self.fired = False
         self._left = [ask.fault_at]
@@ -65,10 +69,10 @@ class Client:
 
     def submit(self, core: EngineCore) -> None:
         self.submitted = self._clock()
-        in_flight = core.in_flight
+        in_flight, request = core.in_flight, self._request(faulty=True)
         try:
             with fixed_entropy(self.ask.entropy):
-                self.running = core.submit(self._request(faulty=True), self.send)
+                self.running = core.submit(request, self.send)
         except Exception as error:  # noqa: BLE001 - all kinds are looked at
             self.refusal = error
             self._check_refusal(error, in_flight)
@@ -79,9 +83,11 @@ class Client:
 
     def _request(self, *, faulty: bool) -> GenerationRequest:
         ask = self.ask
-        constraint = OddOrEven() if ask.constrained else None
-        if constraint is not None and faulty and ask.fault == "masking":
-            constraint.fails_after = self._left
+        constraint: TokenConstraint | None = None
+        if ask.schema is not None:
+            constraint = small_vocabulary().constrain(SCHEMAS[ask.schema], [END])
+        elif ask.constrained:
+            constraint = OddOrEven(fails_after=self._left if faulty and ask.fault == "masking" else [])
         return GenerationRequest(self.prompt, self.config, ask.stream, ask.timeout, f"r{self.number}", constraint)
 
     def _break(self, _tokens: object, _scores: object) -> None:
@@ -90,7 +96,7 @@ class Client:
             raise InjectedError("A logits processor fails.")
 
     def send(self, event: Event) -> None:
-        assert not self.ended, f"request {self.number} is told {event!r} after its end"
+        self.late += [event] * self.ended
         self.events.append((self._clock(), event))
         if self.ask.fault == "send" and len(self.events) > self.ask.fault_at:
             self.fired = True
@@ -170,6 +176,7 @@ class Client:
 
     def check_events(self) -> None:
         name = f"request {self.number}"
+        assert not self.late, f"{name} is told {self.late} after its end"
         if self.ask.fault in ("choosing", "masking") and self._left[0] < 0:
             self.fired = True
         final, config = self.final, self.config

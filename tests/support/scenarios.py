@@ -96,6 +96,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
         timeout: seconds after which it fails, or None.
         leaves: steps after its arrival before which it is cancelled, or None.
         constrained: whether its tokens must be odd and even in turns.
+        schema: which of `tests.support.schemas.SCHEMAS` they must follow instead, or None.
         logprobs: how many log-probabilities it wants beside each token, or None.
         fault: which of its parts fails, or None.
         fault_at: how often that part works before.
@@ -110,6 +111,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     timeout: float | None = None
     leaves: int | None = None
     constrained: bool = False
+    schema: int | None = None
     logprobs: int | None = None
     fault: Fault | None = None
     fault_at: int = 0

@@ -14,6 +14,7 @@ from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.scenario_maker import PLAIN
+from tests.support.schemas import SCHEMAS
 from tests.support.service_client import CHAT, CHAT_COMPLETIONS, COMPLETIONS, Ask
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -273,8 +274,10 @@ class AskMaker:
         body = self._openai(new)
         if self._chance.random() < 0.2:
             body |= {"logprobs": True, "top_logprobs": 3}
-        elif self._chance.random() < 0.15:
-            body |= {"response_format": {"type": "json_object"}, "max_tokens": min(new, 30)}
+        elif self._chance.random() < 0.2:
+            described = {"name": "answer", "schema": self._chance.choice(SCHEMAS)}
+            form = self._chance.choice(({"type": "json_object"}, {"type": "json_schema", "json_schema": described}))
+            body |= {"response_format": form, "max_tokens": min(new, 30)}
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]
         length = prompt + 10 + new if prompt < 64 else 1 << 20
         return self._judged(f"v1/chat{', stream' * body['stream']}", CHAT_COMPLETIONS, body, body["n"], length)

@@ -1,0 +1,48 @@
+"""Schemas for random requests, and a vocabulary of few tokens that can write what they ask for."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.constraint import ConstraintVocabulary
+from edge_phi3.engine.tokenizer import Tokenizer
+from tests.support.scenarios import END, INFINITE, NAN, VOCABULARY
+
+_PIECES: Final = ('{"', '"}', '":', '",', "[[", "]]", "],", "true", "null", "12", "0.", '"a"', '"b":')
+_TREE: Final[dict[str, Any]] = {
+    "anyOf": [{"type": "integer"}, {"type": "array", "items": {"$ref": "#/$defs/tree"}, "maxItems": 3}]
+}
+SCHEMAS: Final[tuple[dict[str, Any], ...]] = (
+    {},
+    {"type": "array", "items": {"type": "number"}},
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]},
+    {"enum": ["a", "ab", 12, None, [1, 2]]},
+    {"type": "string", "pattern": "^(ab|ba){2,5}$"},
+    {"$ref": "#/$defs/tree", "$defs": {"tree": _TREE}},
+    {"type": "integer", "minimum": 5, "maximum": 2100},
+)
+
+
+class _Tokens:
+    """What a constraint reads of a vocabulary: JSON's punctuation, some letters, digits, and pieces of several."""
+
+    vocab_size = VOCABULARY
+    special_ids = frozenset({0, END, NAN, INFINITE})
+    unused_ids = control_ids = frozenset[int]()
+    _pieces = (*'{}[]":,.+- 0123456789abcdeflnrstu\\', *_PIECES)
+
+    def bytes_of(self, token: int) -> bytes:
+        return str(self._pieces[token % len(self._pieces)]).encode()
+
+    def encode(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
+        assert not parse_special
+        return np.array([self._pieces.index(character) for character in text], np.int32)
+
+
+@cache
+def small_vocabulary() -> ConstraintVocabulary:
+    return ConstraintVocabulary(cast("Tokenizer", _Tokens()))
