@@ -66,6 +66,12 @@ class Settings(BaseModel):
         metavar="FILE[=SCALE]",
     )
 
+    encode_user_tokens_as_text: bool = option(
+        False,
+        "Model",
+        "Take control tokens, such as <|end|>, in the text of messages for text; only the chat template's own count.",
+    )
+
     ctx_size: int = option(
         0,
         "Engine",

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.pipeline.prompt import ChatTemplate
+from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests import paced
 from tests.api.conftest import GREEDY, PROMPT, USER, Clock, Running, loader, ready
 from tests.golden import pipeline as golden
