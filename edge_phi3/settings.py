@@ -69,7 +69,7 @@ class Settings(BaseModel):
     encode_user_tokens_as_text: bool = option(
         False,
         "Model",
-        "Take control tokens, such as <|end|>, in the text of messages for text; only the chat template's own count.",
+        "Take control tokens that the text of messages spells for text; only those of the chat template itself count.",
     )
 
     ctx_size: int = option(

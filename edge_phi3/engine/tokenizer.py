@@ -27,6 +27,8 @@ _PHI3_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
+SHIELD = "\ud800"
+"""Half of a pair: JSON in UTF-8 cannot hold it."""
 
 
 class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
@@ -69,16 +71,16 @@ class AddedTokenSplitter:
         if position < len(text):
             yield text[position:]
 
-    def shield(self, value: Any, mark: str) -> Any:
-        """Return a value of JSON in whose texts no added token is found, as each has a mark after every character.
+    def shield(self, value: Any) -> Any:
+        """Return a value of JSON in whose texts no added token is found: `SHIELD` stands after each character of one.
 
-        `mark` is a character of none of them; with it taken out again the texts are what they were.
+        `Tokenizer.encode` takes it out again.
         """
         if isinstance(value, str):
-            return self._pattern.sub(lambda found: "".join(char + mark for char in found[0]), value)
+            return self._pattern.sub(lambda found: "".join(char + SHIELD for char in found[0]), value)
         if isinstance(value, Mapping):
-            return {key: self.shield(each, mark) for key, each in value.items()}
-        return [self.shield(each, mark) for each in value] if isinstance(value, list | tuple) else value
+            return {key: self.shield(each) for key, each in value.items()}
+        return [self.shield(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Tokenizer:
@@ -116,22 +118,17 @@ class Tokenizer:
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
         self.splitter = AddedTokenSplitter(added)
 
-    def encode(
-        self, text: str, *, parse_special: bool = True, add_bos: bool = True, mark: str = ""
-    ) -> NDArray[np.int32]:
+    def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
 
         With `add_bos` a beginning-of-sequence token is in front where the checkpoint's tokenizer puts one (Phi-3's does
-        not). With `parse_special`, texts such as ``<|user|>`` become their special token; `mark` is the character that
-        `AddedTokenSplitter.shield` has put into those that do not.
+        not). With `parse_special`, texts such as ``<|user|>`` become their special token.
         """
         parts: list[NDArray[np.int32]] = []
         if add_bos and self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
         parts += [
-            np.array([part], np.int32)
-            if isinstance(part, int)
-            else self._model.tokenize(part.replace(mark, "") if mark else part)
+            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part.replace(SHIELD, ""))
             for part in (self.splitter.split(text) if parse_special else [text])
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
@@ -23,7 +22,7 @@ from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
-from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
+from edge_phi3.engine.tokenizer import SHIELD, Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
 from edge_phi3.generation.stopping import StopTexts
@@ -158,16 +157,15 @@ class TextGenerationPipeline:
         self, prefix: str, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **wanted: bool | None
     ) -> NDArray[np.int32]:
         """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
-        mark = ""
-        if self._encode_user_tokens_as_text:
-            try:
-                said = json.dumps([messages, kwargs], ensure_ascii=False)
-                mark = next(char for char in map(chr, range(0xF0000, 0xFFFFE)) if char not in said)
-                messages, kwargs = self._tokenizer.splitter.shield([messages, kwargs], mark)
-            except RecursionError:
-                raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
-        text = self._template.render(messages, kwargs=kwargs, **wanted)
-        return self._tokenizer.encode(prefix + text, add_bos=False, mark=mark)
+        try:
+            if self._encode_user_tokens_as_text:
+                messages, kwargs = self._tokenizer.splitter.shield([messages, kwargs])
+            text = self._template.render(messages, kwargs=kwargs, **wanted)
+        except RecursionError:
+            raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
+        except PromptError as error:
+            raise PromptError(str(error).replace(SHIELD, "")) from error
+        return self._tokenizer.encode(prefix + text, add_bos=False)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.engine.tokenizer import SHIELD, Tokenizer
 from edge_phi3.pipeline import PromptError
 from edge_phi3.pipeline.chat_template import PHI3_CHAT_TEMPLATE, ChatTemplate
 
@@ -72,14 +72,13 @@ def test_a_turn_that_was_begun_is_continued_to_the_letter(tokenizer: Tokenizer, 
 def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, name: str) -> None:
     template = ChatTemplate(FOUND[name]["template"], TOKENS)
     special = tokenizer.special_ids
-    mark = "\U000f0000"
     expected = [token for token in tokenizer.encode(FOUND[name]["prompt"]).tolist() if token in special]
     for text in texts(tokenizer, 500, seed=2):
         messages = [turn("system", f"Be{text}brief."), turn("user", f"x{text}y"), turn("assistant", f"a{text}b")]
         plain = template.render(messages)
-        shielded = template.render(tokenizer.splitter.shield(messages, mark))
-        assert shielded.replace(mark, "") == plain
-        tokens = tokenizer.encode(shielded, mark=mark).tolist()
+        shielded = template.render(tokenizer.splitter.shield(messages))
+        assert shielded.replace(SHIELD, "") == plain
+        tokens = tokenizer.encode(shielded).tolist()
         assert [token for token in tokens if token in special] == expected
         # All characters are there, but for the white space that the template's own tokens swallow.
         decoded = tokenizer.decode(tokens, skip_special_tokens=False)
