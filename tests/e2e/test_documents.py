@@ -122,5 +122,4 @@ def test_what_the_turns_of_a_chat_share_is_found_again(server: Server) -> None:
         if turn > 1:
             prompts += answer["usage"]["prompt_tokens"]
             cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    print(cached, prompts)
     assert cached > 0.9 * prompts

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, 
         ({"continue_final_message": False}, "Hi<|end|>\n<|assistant|>\n"),
     ],
 )
-def test_what_follows_the_last_message_can_be_said(given: dict[str, bool], end: str) -> None:
+def test_what_follows_the_last_message_can_be_said(given: dict[str, Any], end: str) -> None:
     template = ChatTemplate(FOUND["Phi-3-mini-4k-instruct"]["template"], TOKENS)
     rendered = template.render([turn("user", "Hello"), turn("assistant", "Hi")], **given)
     assert rendered == "<|user|>\nHello<|end|>\n<|assistant|>\n" + end
