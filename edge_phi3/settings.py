@@ -66,6 +66,12 @@ class Settings(BaseModel):
         metavar="FILE[=SCALE]",
     )
 
+    encode_user_tokens_as_text: bool = option(
+        False,
+        "Model",
+        "Take control tokens that the text of messages spells for text; only those of the chat template itself count.",
+    )
+
     ctx_size: int = option(
         0,
         "Engine",

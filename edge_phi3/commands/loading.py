@@ -35,6 +35,6 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
         engine = Engine(EngineSettings(stored.path, **options))
         with progress.step(f"Loading {stored.path.name}"):
             engine.load()
-    pipeline = TextGenerationPipeline(engine)
+    pipeline = TextGenerationPipeline(engine, encode_user_tokens_as_text=settings.encode_user_tokens_as_text)
     pipeline.model = msgspec.structs.replace(pipeline.model, name=stored.name)
     return pipeline

@@ -88,7 +88,12 @@ class EngineCore:
         """Queue a request. `send` gets its events, in the thread that calls `step`, and one of them ends it."""
         texts = self._token_texts() if self._token_texts and request.config.stop_strings else None
         decoder = make_decoder(
-            request.config, request.prompt_ids, vocabulary=texts, constraint=request.constraint, clock=self._clock
+            request.config,
+            request.prompt_ids,
+            vocabulary=texts,
+            stop_texts=request.stop_texts,
+            constraint=request.constraint,
+            clock=self._clock,
         )
         running = RunningRequest(request, decoder, send, next(self._arrivals), self._clock())
         running.exact = self.scheduler.exact_seeds and request.config.seed is not None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs
+from edge_phi3.generation.stopping import StopTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class GenerationRequest:
         timeout: seconds from submission after which the request fails with `DeadlineExceededError`, or None.
         request_id: what logs call this request.
         constraint: what its sequences are held to, or None.
+        stop_texts: what ends a sequence by its text beside the configuration's ``stop_strings``, or None.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -36,6 +38,7 @@ class GenerationRequest:
     timeout: float | None = None
     request_id: str = ""
     constraint: TokenConstraint | None = None
+    stop_texts: StopTexts | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from edge_phi3.engine.tokenizer import DecodedPrompt, Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
-
-_CONTINUATION = range(0x80, 0xC0)
 
 
 class PlacedLogprobs(NamedTuple):
@@ -27,43 +23,24 @@ class PlacedLogprobs(NamedTuple):
 class TokenOffsets:
     """Finds the offsets of an answer's tokens as they come.
 
-    Tokens that stand for bytes become text only when their run ends, and get their offsets then. Tokens that are left
-    out of the text, such as those that end it, have none. The answer's text begins where the prompt's ends.
+    Tokens that are left out of the text, such as those that end it, have none. The answer's text begins where the
+    prompt's ends, and is decoded character by character.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: DecodedPrompt) -> None:
         self._tokenizer = tokenizer
         self._decoder = prompt.decoder.copy()
-        # Below 0 while a run that the prompt ends with is open.
+        # Below 0 while a character that the prompt ends with is incomplete.
         self._position = len(prompt.certain) - len(prompt.whole)
-        self._run = self._decoder.held
-        self._held: list[TokenLogprobs] = []
 
-    def push(self, token: TokenLogprobs) -> list[PlacedLogprobs]:
-        """Take the next token, and return those whose offsets have become certain."""
+    def push(self, token: TokenLogprobs) -> PlacedLogprobs | None:
+        """Take the next token, and return it with its offset, or None where the text leaves it out."""
         token_id = token.token_id
-        text = self._decoder.push([token_id])
+        self._position += len(self._decoder.push([token_id]))
         if not self._decoder.shows(token_id):
-            return []
+            return None
         if token_id in self._tokenizer.byte_of:
-            self._run += self._tokenizer.bytes_of(token_id)
-            self._held.append(token)
-            return []
-        placed = self.finish()
-        self._position += len(text)
-        own = len(self._tokenizer.bytes_of(token_id).decode())
-        return [*placed, PlacedLogprobs(max(0, self._position - own), token)]
-
-    def finish(self) -> list[PlacedLogprobs]:
-        """Return the tokens that were held back, when their run has ended."""
-        run, held = self._run, self._held
-        self._run, self._held = b"", []
-        try:
-            run.decode()
-        except UnicodeDecodeError:
-            starts = list(range(len(run)))  # each byte is a character that stands for none
+            own = 0 if self._decoder.holds else 1
         else:
-            starts = np.cumsum([byte not in _CONTINUATION for byte in run]).tolist()
-            starts = [start - 1 for start in starts]
-        own = starts[len(run) - len(held) :]
-        return [PlacedLogprobs(max(0, self._position + start), token) for start, token in zip(own, held, strict=True)]
+            own = len(self._tokenizer.bytes_of(token_id).decode())
+        return PlacedLogprobs(max(0, self._position - own), token)

@@ -6,10 +6,11 @@ Strip one leading space) of Hugging Face ``tokenizers``, which differs from llam
 
 from __future__ import annotations
 
+import codecs
 import copy
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,11 @@ _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL = 1 << 1, 1 << 3
 _PHI3_NOT_SPECIAL = frozenset({"</s>"})
 _PHI3_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
+SHIELD = "\ud800"
+"""Half of a pair: JSON in UTF-8 cannot hold it."""
 
 
 class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
@@ -67,6 +71,17 @@ class AddedTokenSplitter:
         if position < len(text):
             yield text[position:]
 
+    def shield(self, value: Any) -> Any:
+        """Return a value of JSON in whose texts no added token is found: `SHIELD` stands after each character of one.
+
+        `Tokenizer.encode` takes it out again.
+        """
+        if isinstance(value, str):
+            return self._pattern.sub(lambda found: "".join(char + SHIELD for char in found[0]), value)
+        if isinstance(value, Mapping):
+            return {key: self.shield(each) for key, each in value.items()}
+        return [self.shield(each) for each in value] if isinstance(value, list | tuple) else value
+
 
 class Tokenizer:
     """The vocabulary of a loaded model.
@@ -101,22 +116,30 @@ class Tokenizer:
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        self._splitter = AddedTokenSplitter(added)
+        self.splitter = AddedTokenSplitter(added)
 
-    def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
+    def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
 
-        A beginning-of-sequence token is in front where the checkpoint's tokenizer puts one (Phi-3's does not). With
-        `parse_special`, texts such as ``<|user|>`` become their special token.
+        With `add_bos` a beginning-of-sequence token is in front where the checkpoint's tokenizer puts one (Phi-3's does
+        not). With `parse_special`, texts such as ``<|user|>`` become their special token.
         """
         parts: list[NDArray[np.int32]] = []
-        if self._model.adds_bos:
+        if add_bos and self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
         parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
-            for part in (self._splitter.split(text) if parse_special else [text])
+            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part.replace(SHIELD, ""))
+            for part in (self.splitter.split(text) if parse_special else [text])
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the tokens that the model file gives a role, by their names in chat templates."""
+        given = {role: self._model.metadata(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+        ids = {"bos_token": self._model.bos_token_id, "eos_token": self._model.eos_token_id}
+        ids |= {role: int(text) for role, text in given.items() if text}
+        return {role: self._texts[token] for role, token in ids.items() if 0 <= token < len(self._texts)}
 
     def special_token(self, text: str) -> int | None:
         """Return the id of the special token with this text, or None."""
@@ -132,6 +155,12 @@ class Tokenizer:
             texts[token] = None
         return texts
 
+    @functools.cached_property
+    def shown_bytes(self) -> tuple[list[bytes], list[bytes]]:
+        """What each token adds to a text, as `bytes_of` says: with special tokens, and with none for them."""
+        shown = [b"" if token in self.unused_ids else self.bytes_of(token) for token in range(self.vocab_size)]
+        return shown, [b"" if token in self.special_ids else data for token, data in enumerate(shown)]
+
     def bytes_of(self, token: int) -> bytes:
         """Return what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
         byte = self.byte_of.get(token)
@@ -142,15 +171,27 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(list(tokens)) + stream.finish()
 
-    def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
+    def decode_prompt(
+        self,
+        tokens: NDArray[np.int32],
+        *,
+        skip_special_tokens: bool = True,
+        whole_runs: bool = True,
+        hidden: Container[int] = (),
+    ) -> DecodedPrompt:
         """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets.
 
         Args:
             tokens: token ids, int32, shape ``(tokens,)``.
+            skip_special_tokens: whether special tokens are left out.
+            whole_runs: see `StreamDecoder`.
+            hidden: tokens of the answers that are left out of their texts.
         """
-        decoder = StreamDecoder(self)
+        decoder = StreamDecoder(self, skip_special_tokens=skip_special_tokens, whole_runs=whole_runs)
         certain = decoder.push(tokens.tolist())
-        return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)
+        whole = certain + decoder.copy().finish()
+        decoder.hidden = hidden
+        return DecodedPrompt(certain, whole, decoder)
 
 
 def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
@@ -164,16 +205,24 @@ def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
 
 
 class StreamDecoder:
-    """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` returns for all tokens at once.
+    """Decodes tokens as they come. The pieces, joined, are the text of all tokens at once.
 
-    A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends.
+    A run of byte tokens is UTF-8. Where it is not, each byte of it becomes U+FFFD in the decoder of ``tokenizers``, and
+    of `Tokenizer.decode`: a run is held back until it ends or is broken. Without `whole_runs` only what is no
+    character becomes U+FFFD, and only an incomplete character is held back.
+
+    Attributes:
+        hidden: tokens that are left out of the text from now on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, whole_runs: bool = True) -> None:
+        self.hidden: Container[int] = ()
         self._tokenizer = tokenizer
         self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
         self._texts = tokenizer.plain_texts[skip_special_tokens]
+        self._whole_runs = whole_runs
         self._run = b""
+        self._broken = False
         self._begun = False
 
     def copy(self) -> StreamDecoder:
@@ -181,45 +230,59 @@ class StreamDecoder:
         return copy.copy(self)
 
     @property
-    def held(self) -> bytes:
-        """The bytes that are held back until their run ends."""
-        return self._run
+    def holds(self) -> bool:
+        """Whether bytes are held back."""
+        return bool(self._run)
 
     def shows(self, token: int) -> bool:
         """Return whether a token is part of the text, rather than left out."""
-        return token not in self._skipped
+        return token not in self._skipped and token not in self.hidden
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take tokens, and return the text that has become certain."""
-        found = list(map(self._texts.get, tokens))
+        if self.hidden:
+            tokens = [token for token in tokens if token not in self.hidden]
+        found: list[Any] = list(map(self._texts.get, tokens))
         pieces: list[str] = []
+        run = bytearray()
         begin = 0
         for odd in [index for index, text in enumerate(found) if text is None]:
-            self._take(found[begin:odd], pieces)
+            if begin < odd:
+                pieces += [self._certain(run, ended=True), *found[begin:odd]]
+                run.clear()
             byte = self._tokenizer.byte_of.get(tokens[odd])
             if byte is not None and self.shows(tokens[odd]):
-                self._run += bytes((byte,))
+                run.append(byte)
             begin = odd + 1
-        self._take(found[begin:], pieces)
-        return self._strip("".join(pieces))
-
-    def _take(self, texts: list[Any], pieces: list[str]) -> None:
-        if texts:
-            pieces.append(self._end_run())
-            pieces += texts
+        if begin < len(found):
+            pieces += [self._certain(run, ended=True), *found[begin:]]
+            run.clear()
+        return self._strip("".join(pieces) + self._certain(run))
 
     def finish(self) -> str:
         """Return what was held back, when no more tokens come."""
-        return self._strip(self._end_run())
+        return self._strip(self._certain(ended=True))
 
-    def _end_run(self) -> str:
-        if not self._run:
-            return ""
-        run, self._run = self._run, b""
-        try:
-            return run.decode("utf-8")
-        except UnicodeDecodeError:
+    def _certain(self, more: bytes | bytearray = b"", *, ended: bool = False) -> str:
+        """Take more bytes of a run, return what is certain of it, all of it where it has ended, and hold the rest."""
+        run, self._run = self._run + more, b""
+        if not self._whole_runs:
+            text, used = codecs.utf_8_decode(run, "replace", ended)
+            self._run = run[used:]
+            return text
+        broken = self._broken
+        if not broken:
+            try:
+                text, _ = codecs.utf_8_decode(run, "strict", ended)
+            except UnicodeDecodeError:
+                broken = True
+        self._broken = broken and not ended
+        if broken:
             return "\ufffd" * len(run)
+        if ended:
+            return text
+        self._run = run
+        return ""
 
     def _strip(self, text: str) -> str:
         if self._begun or not text:

@@ -17,7 +17,7 @@ from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDef
 from edge_phi3.generation.constraints import ConstrainedDecoder, TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationError, GenerationResult, advance
 from edge_phi3.generation.sampling import SequenceDecoder
-from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.stopping import Stopping, StopTexts
 
 __all__ = [
     "API_DEFAULTS",
@@ -37,6 +37,7 @@ def make_decoder(
     prompt: NDArray[np.int32],
     *,
     vocabulary: Sequence[str | None] | None = None,
+    stop_texts: StopTexts | None = None,
     constraint: TokenConstraint | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Decoder:
@@ -47,6 +48,7 @@ def make_decoder(
         prompt: token ids of the prompt, shape (n,), at least one.
         vocabulary: the text of each token id inside a sentence (None where an id has no token); needed for
             ``stop_strings`` only.
+        stop_texts: what else ends a sequence by its text, or None.
         constraint: what the sequences are held to; copied. Not for beam searches.
         clock: seconds that only grow; ``max_time`` counts from this call.
 
@@ -60,7 +62,7 @@ def make_decoder(
     """
     if len(prompt) == 0:
         raise ValueError("A prompt needs at least one token; an empty text starts with `bos_token_id`.")
-    stopping = Stopping(config, len(prompt), vocabulary, clock)
+    stopping = Stopping(config, len(prompt), vocabulary, clock, stop_texts)
     tokens = np.asarray(prompt, dtype=np.int32)
     if config.is_beam_search:
         if constraint is not None or config.top_logprobs is not None:

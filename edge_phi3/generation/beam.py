@@ -286,10 +286,10 @@ class BeamDecoder(Decoder):
     def _is_stopped(self) -> bool:
         """Return whether all beams meet a criterion that ends the search, and note which."""
         stopping, tokens = self.stopping, self.history.tokens
-        bound, strings = stopping.bound(self.history.length), stopping.strings
+        bound = stopping.bound(self.history.length)
         self._reason = bound or "stop_string"
-        if bound is None and strings is not None:
-            return all(line[-1] in stopping.ends or strings.matches(line) for line in tokens)
+        if bound is None and stopping.strings:
+            return all(line[-1] in stopping.ends or stopping.is_completed(line) for line in tokens)
         return bound is not None
 
     def _finish(self) -> None:

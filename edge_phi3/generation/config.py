@@ -80,6 +80,8 @@ class GenerationConfig(Parameters):
         values = {name: _merged(name, requested, defaults) for name in PARAMETERS}
         if values["max_length"] == DEFAULT_NEW_TOKENS and requested.get("max_length") is None:
             values["max_length"] = None
+        if values["seed"] == -1:
+            values["seed"] = None
         config = cls(vocab_size=defaults.vocab_size, context_length=defaults.context_length, **values)
         _validate(config, requested, defaults)
         return config

@@ -99,8 +99,8 @@ class Parameters:
         " character that is spelt in byte tokens never matches. A beam search stops when every beam ends with one.",
     )
     seed: int | None = _essential(
-        Value(integer(0, 2**64 - 1), None, example=42),
-        "Random seed; the same request with the same seed gives the same answer. null draws a new one.",
+        Value(integer(-1, 2**64 - 1), None, example=42),
+        "Random seed; the same request with the same seed gives the same answer. null and -1 draw a new one.",
         "Up to the model's rounding; see [Random draws](#random-draws).",
     )
     max_length: int | None = _length(

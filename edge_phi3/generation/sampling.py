@@ -68,7 +68,7 @@ class SequenceDecoder(Decoder):
             history.extend(np.array(parents), np.array(tokens, dtype=np.int32))
         emitted = list(zip(live, tokens, strict=True))
         bound = stopping.bound(history.length)
-        if bound is None and stopping.strings is None and stopping.ends.isdisjoint(tokens):
+        if bound is None and not stopping.strings and stopping.ends.isdisjoint(tokens):
             self.rows = len(live)
             return Step(parents, tokens, emitted)
         going: list[int] = []
@@ -76,7 +76,7 @@ class SequenceDecoder(Decoder):
             reason = bound
             if token in stopping.ends:
                 reason = "stop"
-            elif stopping.strings is not None and stopping.strings.matches(history.tokens[row]):
+            elif stopping.is_completed(history.tokens[row]):
                 reason = "stop_string"
             if reason is None:
                 going.append(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -48,8 +49,45 @@ class StopStrings:
         return any(string in text[-(newest + len(string) - 1) :] for string in self._strings)
 
 
+class StopTexts:
+    """Ends a sequence in whose text, as a reader sees it, one of the given texts has been generated.
+
+    Args:
+        texts: non-empty texts.
+        vocabulary: the bytes that each token id adds to a text, none where it is left out.
+        prompt_length: tokens in front that are not looked at.
+    """
+
+    def __init__(self, texts: Sequence[str], vocabulary: Sequence[bytes], prompt_length: int) -> None:
+        self._texts = tuple(texts)
+        self._vocabulary = vocabulary
+        self._prompt_length = prompt_length
+        # With the beginning of a character that goes on in it.
+        self._window = max(len(text.encode("utf-8", "replace")) for text in texts) + 3
+
+    def matches(self, tokens: NDArray[np.int32]) -> bool:
+        """Return whether the newest of the tokens, shape (length,), completes one of the texts."""
+        if not (newest := self._vocabulary[tokens[-1]]):
+            return False
+        pieces, wanted = [newest], self._window
+        for place in range(len(tokens) - 2, self._prompt_length - 1, -1):
+            if wanted <= 0:
+                break
+            pieces.append(self._vocabulary[tokens[place]])
+            wanted -= len(pieces[-1])
+        data = b"".join(reversed(pieces))
+        begin = 0
+        while wanted <= 0 and begin < 3 and 0x80 <= data[begin] < 0xC0:
+            begin += 1
+        shown, _ = codecs.utf_8_decode(data[begin:], "replace", False)
+        return any(text in shown for text in self._texts)
+
+
 class Stopping:
-    """The bounds of one request: end tokens, the largest length of a sequence, prompt included, and stop strings."""
+    """The bounds of one request: end tokens, the largest length of a sequence, prompt included, and stop strings.
+
+    `strings` are what ends a sequence by its text.
+    """
 
     def __init__(
         self,
@@ -57,16 +95,21 @@ class Stopping:
         prompt_length: int,
         vocabulary: Sequence[str | None] | None,
         clock: Callable[[], float] = time.monotonic,
+        texts: StopTexts | None = None,
     ) -> None:
         self.ends = frozenset(config.eos_token_id)
         self.total_length = config.total_length(prompt_length)
         self._clock = clock
         self._deadline = None if config.max_time is None else clock() + config.max_time
-        self.strings: StopStrings | None = None
+        self.strings: list[StopStrings | StopTexts] = [] if texts is None else [texts]
         if config.stop_strings:
             if vocabulary is None:
                 raise ValueError("Stop strings need the texts of the vocabulary's tokens.")
-            self.strings = StopStrings(config.stop_strings, vocabulary)
+            self.strings.append(StopStrings(config.stop_strings, vocabulary))
+
+    def is_completed(self, tokens: NDArray[np.int32]) -> bool:
+        """Return whether the newest token of a sequence, shape (length,), completes a string that ends it."""
+        return any(strings.matches(tokens) for strings in self.strings)
 
     def bound(self, length: int) -> FinishReason | None:
         """Return which bound, if any, ends all sequences of this length (prompt included) now."""

@@ -12,7 +12,7 @@ import functools
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta, Struct
@@ -22,11 +22,13 @@ from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
-from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
+from edge_phi3.engine.tokenizer import SHIELD, Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
-from edge_phi3.pipeline.prompt import PHI3_CHAT_TEMPLATE, ChatTemplate, PreparedPrompt, PromptError
+from edge_phi3.pipeline.chat_template import PHI3_CHAT_TEMPLATE, ChatTemplate
+from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
 
 
 class ModelCard(Struct, frozen=True):
@@ -42,10 +44,14 @@ class ModelCard(Struct, frozen=True):
 
 
 class TextGenerationPipeline:
-    """Turns requests into answers, on a loaded engine."""
+    """Turns requests into answers, on a loaded engine.
 
-    def __init__(self, engine: Engine) -> None:
+    With `encode_user_tokens_as_text`, what a conversation says is text even where it spells a token of the template.
+    """
+
+    def __init__(self, engine: Engine, *, encode_user_tokens_as_text: bool = False) -> None:
         self.engine = engine
+        self._encode_user_tokens_as_text = encode_user_tokens_as_text
         loaded = engine.model
         self._tokenizer: Tokenizer = loaded.tokenizer
         self._defaults = loaded.defaults
@@ -59,7 +65,7 @@ class TextGenerationPipeline:
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-        self._template = ChatTemplate(model.chat_template or PHI3_CHAT_TEMPLATE)
+        self._template = ChatTemplate(model.chat_template or PHI3_CHAT_TEMPLATE, self._tokenizer.special_tokens)
 
     # -- text to tokens
 
@@ -73,6 +79,13 @@ class TextGenerationPipeline:
         return_full_text: bool = True,
         clean_up_tokenization_spaces: bool = False,
         handle_long_generation: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        whole_runs: bool = True,
+        skip_special_tokens: bool = True,
+        show_stop_tokens: bool = True,
+        stop: Sequence[str] = (),
     ) -> PreparedPrompt:
         """Check a request and turn its prompt into tokens.
 
@@ -86,6 +99,14 @@ class TextGenerationPipeline:
             clean_up_tokenization_spaces: whether spaces before punctuation are removed from the answer.
             handle_long_generation: None, or "hole": cut the prompt on its left so that the answer fits the
                 model's context.
+            add_generation_prompt: see `ChatTemplate.render`; the next two, too.
+            continue_final_message: see there.
+            chat_template_kwargs: see there.
+            whole_runs: whether a run of byte tokens that is no UTF-8 is lost as a whole, as in transformers, rather
+                than what is no character of it.
+            skip_special_tokens: whether the answer's text leaves special tokens out.
+            show_stop_tokens: whether a token that ends the answer is part of its text, unless it is special.
+            stop: texts, none of them empty, that end an answer when they have been generated.
 
         Raises:
             PromptError: no prompt, an unknown role, or no room for an answer.
@@ -96,16 +117,24 @@ class TextGenerationPipeline:
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
-            text, lead = self._template.render(messages), ""
+            lead = ""
+            prompt_ids = self._encode_conversation(
+                prefix or "",
+                messages,
+                chat_template_kwargs,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         elif prompt:
             text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
             lead = text if return_full_text else ""
+            prompt_ids = (
+                self._tokenizer.encode((prefix or "") + text)
+                if isinstance(prompt, str)
+                else np.array(prompt, dtype=np.int32)
+            )
         else:
             raise PromptError("Text generation parameter prompt required")
-        if prompt and not isinstance(prompt, str):
-            prompt_ids = np.array(prompt, dtype=np.int32)
-        else:
-            prompt_ids = self._tokenizer.encode((prefix or "") + text)
         kwargs = dict(generate_kwargs)
         if prefix:
             self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
@@ -113,8 +142,30 @@ class TextGenerationPipeline:
         if handle_long_generation == "hole":
             prompt_ids = self._cut_hole(prompt_ids, config)
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
-        decoded = self._tokenizer.decode_prompt(prompt_ids)
-        return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
+        decoded = self._tokenizer.decode_prompt(
+            prompt_ids,
+            skip_special_tokens=skip_special_tokens,
+            whole_runs=whole_runs,
+            hidden=() if show_stop_tokens else config.eos_token_id,
+        )
+        stop_texts = None
+        if stop:
+            stop_texts = StopTexts(stop, self._tokenizer.shown_bytes[skip_special_tokens], len(prompt_ids))
+        return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces, stop_texts=stop_texts)
+
+    def _encode_conversation(
+        self, prefix: str, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **wanted: bool | None
+    ) -> NDArray[np.int32]:
+        """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
+        try:
+            if self._encode_user_tokens_as_text:
+                messages, kwargs = self._tokenizer.splitter.shield([messages, kwargs])
+            text = self._template.render(messages, kwargs=kwargs, **wanted)
+        except RecursionError:
+            raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
+        except PromptError as error:
+            raise PromptError(str(error).replace(SHIELD, "")) from error
+        return self._tokenizer.encode(prefix + text, add_bos=False)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -173,15 +224,14 @@ class TextGenerationPipeline:
                     output = self._output(prepared, event)
                     for index, text in enumerate(output.texts):
                         rest = "" if prepared.config.num_beams > 1 else text[len(prepared.lead) + streams[index].sent :]
-                        placed = placers[index].finish() if placers else []
-                        if rest or placed:
-                            deltas.append(TextDelta(index, rest, placed))
+                        if rest:
+                            deltas.append(TextDelta(index, rest))
                     deltas.append(output)
                 elif isinstance(event, TokensEvent):
                     for (index, token), logprobs in zip(event.tokens, event.logprobs or repeat(None), strict=False):
-                        placed = placers[index].push(logprobs) if logprobs else []
+                        placed = placers[index].push(logprobs) if logprobs else None
                         if (text := streams[index].push([token])) or placed:
-                            deltas.append(TextDelta(index, text, placed))
+                            deltas.append(TextDelta(index, text, [placed] if placed else []))
                 if deltas:
                     yield deltas
 
@@ -195,6 +245,7 @@ class TextGenerationPipeline:
             timeout=timeout,
             request_id=request_id,
             constraint=prepared.constraint,
+            stop_texts=prepared.stop_texts,
         )
         return self.engine.generate(request)
 
@@ -218,7 +269,7 @@ class TextGenerationPipeline:
     def _placed(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
         """Find out where in an answer each of its tokens begins."""
         placer = TokenOffsets(self._tokenizer, prepared.text)
-        return [placed for token in tokens for placed in placer.push(token)] + placer.finish()
+        return [placed for token in tokens if (placed := placer.push(token))]
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
         """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""

@@ -1,16 +1,11 @@
-"""What goes in: prompts, and conversations that a model's chat template makes prompts of."""
+"""What goes in: a request's prompt as tokens, with all that its answer needs."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,17 +13,7 @@ from edge_phi3.engine.tokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
-
-PHI3_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-"""Phi-3's chat format, for model files that carry no template."""
-
-_ROLES = ("system", "user", "assistant")
-_TEMPLATE_TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+from edge_phi3.generation.stopping import StopTexts
 
 
 class PromptError(EdgePhi3Error):
@@ -46,6 +31,7 @@ class PreparedPrompt:
         lead: text that each answer begins with: the prompt when the full text is returned, else nothing.
         clean_up: whether spaces before punctuation are removed.
         constraint: what the answers are held to, or None.
+        stop_texts: what ends an answer by its text beside the configuration's ``stop_strings``, or None.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -54,48 +40,8 @@ class PreparedPrompt:
     lead: str
     clean_up: bool
     constraint: TokenConstraint | None = None
+    stop_texts: StopTexts | None = None
 
     def with_config(self, **changes: Any) -> PreparedPrompt:
         """Return the same prompt with other generation parameters."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
-
-
-class ChatTemplate:
-    """A chat template in Jinja."""
-
-    def __init__(self, source: str) -> None:
-        self._template = _compile(source)
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Return a conversation as the model's prompt; one that ends with the assistant's words is continued."""
-        for message in messages:
-            if message.get("role") not in _ROLES:
-                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")
-        continued = messages[-1]["role"] == "assistant"
-        try:
-            text: str = self._template.render(
-                messages=messages, add_generation_prompt=not continued, **_TEMPLATE_TOKENS
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
-        if continued:
-            # transformers' continue_final_message: nothing after the last message's own words.
-            last = messages[-1]["content"].strip()
-            text = text[: text.rindex(last) + len(last)] if last in text else text
-        return text
-
-
-def _compile(source: str) -> jinja2.Template:
-    # A template comes with a model file, from anywhere: it runs in the sandbox that transformers uses (CVE-2024-34359).
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def now(pattern: str) -> str:
-        return dt.datetime.now(tz=dt.UTC).strftime(pattern)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    functions: dict[str, Any] = {"raise_exception": refuse, "strftime_now": now}
-    environment.globals.update(functions)
-    return environment.from_string(source)

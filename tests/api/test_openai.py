@@ -18,9 +18,12 @@ COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
 
 
 def greedy(api: Running, **kwargs: Any) -> str:
-    """Ask `/chat` the same question."""
-    result: str = api.chat(messages=USER, generate_kwargs={"do_sample": False, **kwargs}).json()["Result"]
-    return result
+    """Ask `/chat` the same question, and read its tokens character by character."""
+    wanted = {"do_sample": False, "return_dict_in_generate": True, **kwargs}
+    answer = api.chat(messages=USER, generate_kwargs=wanted).json()
+    shown = api.service.pipeline.engine.model.tokenizer.shown_bytes[True]
+    tokens = answer["sequences"][0][answer["usage"]["prompt_tokens"] :]
+    return b"".join(shown[token] for token in tokens).decode("utf-8", "replace")
 
 
 def test_a_conversation_is_answered_as_by_chat(api: Running, ask: Any) -> None:
@@ -52,7 +55,8 @@ def test_several_answers_are_drawn_with_a_seed_or_equal_without_a_temperature(as
     first = texts(seed=7, **drawn)
     assert len(set(first)) == 3
     assert texts(seed=7, **drawn) == first
-    assert texts(seed=-8, **drawn) != first
+    assert texts(seed=-8, **drawn) == texts(seed=-8, **drawn) != first
+    assert texts(seed=-1, **drawn) != texts(seed=-1, **drawn), "as llama-server and gateways mean it"
     assert len(set(texts())) == 1
 
 
@@ -62,6 +66,46 @@ def test_an_answer_ends_before_a_stop_text(api: Running, ask: Any, stream: bool)
     stop = whole[12:15]
     answer = ask(max_tokens=40, stop=["never there", stop], stream=stream)
     assert [found[:2] for found in joined(answer)] == [(whole[: whole.index(stop)], "stop")]
+
+
+def emoji(api: Running, count: int = 0) -> dict[str, Any]:
+    """Return what makes a model spell 😀, in the four byte tokens that its vocabulary has for it, again and again."""
+    byte = {value: token for token, value in api.service.pipeline.engine.model.tokenizer.byte_of.items()}
+    spelt = [byte[value] for value in "😀".encode()]
+    biases = [[spelt[:length], 1e3 * 2**length] for length in range(1, 5)]
+    return {"sequence_bias": biases, "eos_token_id": -1} | ({"max_new_tokens": count} if count else {})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_of_byte_tokens_ends_generation(api: Running, ask: Any, stream: bool) -> None:
+    options = {"include_usage": True} if stream else None
+    answer = ask(stop="😀😀", stream=stream, stream_options=options, max_tokens=64, generate_kwargs=emoji(api))
+    chunks = list(answer) if stream else [answer]
+    assert [found[:2] for found in joined(chunks)] == [("", "stop")]
+    assert chunks[-1].usage.completion_tokens == 8
+
+
+def test_each_character_of_byte_tokens_goes_out_when_it_is_complete(model_path: Path) -> None:
+    with ready(loader(model_path, stream_interval=0)) as api, openai_client(api) as client:
+        asked: dict[str, Any] = {"model": "any", "messages": USER, "extra_body": {"generate_kwargs": emoji(api, 62)}}
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+        pieces = [piece for chunk in chunks if (piece := chunk.choices[0].delta.content)]
+        assert pieces == ["😀"] * 15 + ["\ufffd"]
+        assert client.chat.completions.create(**asked).choices[0].message.content == "".join(pieces)
+        # For transformers, a run of bytes is UTF-8 as a whole, or each of them is lost.
+        assert api.chat(messages=USER, generate_kwargs=emoji(api, 62)).json() == {"Result": "\ufffd" * 62}
+
+
+def test_a_stop_counts_only_in_what_is_generated(api: Running, client: Any) -> None:
+    asked = {"model": "any", "temperature": 0, "max_tokens": 6, "extra_body": {"generate_kwargs": {"eos_token_id": -1}}}
+    text = client.completions.create(prompt="json", **asked).choices[0].text
+    stop = "n" + text[0]
+    assert stop not in text
+    answer = client.completions.create(prompt="json", stop=stop, **asked)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == (text, "length")
+    kwargs = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True, "max_new_tokens": 6}
+    usage = api.chat(prompt="json", generate_kwargs={**kwargs, "stop_strings": stop}).json()["usage"]
+    assert usage["completion_tokens"] == 1, "as in transformers, whose stop strings may begin in the prompt"
 
 
 def test_a_bias_bans_or_forces_a_token(api: Running, ask: Any) -> None:

@@ -107,3 +107,19 @@ def test_the_card_questions_are_answered(tmp_path: Path, store: Path, quant: str
     assert len(questions) == 10
     assert len(right) >= 8, f"answered only {right}"
     assert "What does json.dumps do?" in right
+
+
+def test_what_the_turns_of_a_chat_share_is_found_again(server: Server) -> None:
+    topics = "json.dumps json.loads os.path.join re.sub len math.sqrt time.sleep sorted random.choice shutil.copy"
+    system = "You explain, in a sentence or two, what the functions of Python's standard library do."
+    messages = [{"role": "system", "content": system}]
+    prompts = cached = 0
+    for turn, topic in enumerate(topics.split(), 1):
+        messages.append({"role": "user", "content": f"What does {topic} do?"})
+        body = {"model": "any", "messages": messages, "temperature": 0, "max_tokens": 64}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).json()
+        messages.append(answer["choices"][0]["message"])
+        if turn > 1:
+            prompts += answer["usage"]["prompt_tokens"]
+            cached += answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0.9 * prompts

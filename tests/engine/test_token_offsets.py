@@ -22,8 +22,8 @@ def tokenizer(make_model: MakeModel) -> Iterator[Tokenizer]:
 
 
 def placed(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> list[tuple[int, int]]:
-    placer = TokenOffsets(tokenizer, tokenizer.decode_prompt(np.array(prompt, np.int32)))
-    found = [each for token in answer for each in placer.push(TokenLogprobs(token, -1.0, ()))] + placer.finish()
+    placer = TokenOffsets(tokenizer, tokenizer.decode_prompt(np.array(prompt, np.int32), whole_runs=False))
+    found = [each for token in answer if (each := placer.push(TokenLogprobs(token, -1.0, ())))]
     return [(each.logprobs.token_id, each.start) for each in found]
 
 

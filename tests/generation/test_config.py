@@ -57,6 +57,10 @@ def test_null_means_not_set(name: str, value: object) -> None:
     assert getattr(resolve(**{name: None}), name) == value
 
 
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert resolve(seed=-1).seed is resolve({"seed": -1}).seed is None
+
+
 def test_null_falls_to_the_models_file_where_transformers_cannot_do_without_a_value() -> None:
     file = {"length_penalty": 0.5, "num_return_sequences": 2, "max_length": 77}
     config = resolve(file, length_penalty=None, num_return_sequences=None, max_length=None)
@@ -101,7 +105,7 @@ def test_whole_numbers_are_good_numbers() -> None:
         ("early_stopping", 1), ("early_stopping", "sometimes"), ("bad_words_ids", "x"), ("bad_words_ids", [[1.0]]),
         ("bad_words_ids", [[True]]), ("bad_words_ids", [[1], []]), ("sequence_bias", {"1": 2}),
         ("sequence_bias", [[[1], 2, 3]]), ("sequence_bias", [[[1], None]]), ("eos_token_id", [3, 200]),
-        ("eos_token_id", -2), ("eos_token_id", "3"), ("pad_token_id", -1), ("pad_token_id", 200), ("seed", -1),
+        ("eos_token_id", -2), ("eos_token_id", "3"), ("pad_token_id", -1), ("pad_token_id", 200), ("seed", -2),
         ("seed", 2**64), ("seed", 1.0), ("stop_strings", []), ("stop_strings", ""), ("stop_strings", ["a", ""]),
         ("stop_strings", [1]), ("max_time", -1), ("max_time", "1s"), ("exponential_decay_length_penalty", [1.5, 2]),
         ("suppress_tokens", [1.0]), ("forced_bos_token_id", 200), ("forced_eos_token_id", [1, 200]),

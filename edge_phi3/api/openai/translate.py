@@ -40,7 +40,14 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
             raise InvalidRequestError("`best_of` is not supported beside `n`: every completion is returned.")
         if not isinstance(prompt["prompt"], str):
             service.check_tokens(prompt["prompt"], "prompt")
-    prepared = service.prepare(_generation_kwargs(request), fill=True, **prompt).with_config(
+    prepared = service.prepare(
+        _generation_kwargs(request),
+        fill=True,
+        stop=stops_of(request),
+        whole_runs=False,
+        show_stop_tokens=False,
+        **prompt,
+    ).with_config(
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         top_logprobs=(top := _top_logprobs(request)),
@@ -136,9 +143,8 @@ def _generation_kwargs(request: ChatCompletionRequest | CompletionRequest) -> di
         "num_return_sequences": request.n or 1,
         "max_length": None,
         "max_new_tokens": max_new_tokens,
-        "stop_strings": stops_of(request) or None,
         "sequence_bias": _biases(request) or None,
-        "seed": None if request.seed is None else request.seed % 2**64,
+        "seed": None if request.seed in {None, -1} else request.seed % 2**64,
     }
     return kwargs | (request.generate_kwargs or {})
 
