@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,15 +142,25 @@ class Tokenizer:
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         return stream.push(list(tokens)) + stream.finish()
 
-    def decode_prompt(self, tokens: NDArray[np.int32]) -> DecodedPrompt:
+    def decode_prompt(
+        self,
+        tokens: NDArray[np.int32],
+        *,
+        skip_special_tokens: bool = True,
+        hidden: Container[int] = (),
+    ) -> DecodedPrompt:
         """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets.
 
         Args:
             tokens: token ids, int32, shape ``(tokens,)``.
+            skip_special_tokens: whether special tokens are left out.
+            hidden: tokens of the answers that are left out of their texts.
         """
-        decoder = StreamDecoder(self)
+        decoder = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
         certain = decoder.push(tokens.tolist())
-        return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)
+        whole = certain + decoder.copy().finish()
+        decoder.hidden = hidden
+        return DecodedPrompt(certain, whole, decoder)
 
 
 def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
@@ -167,9 +177,13 @@ class StreamDecoder:
     """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` returns for all tokens at once.
 
     A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends.
+
+    Attributes:
+        hidden: tokens that are left out of the text from now on.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+        self.hidden: Container[int] = ()
         self._tokenizer = tokenizer
         self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
         self._texts = tokenizer.plain_texts[skip_special_tokens]
@@ -187,10 +201,12 @@ class StreamDecoder:
 
     def shows(self, token: int) -> bool:
         """Return whether a token is part of the text, rather than left out."""
-        return token not in self._skipped
+        return token not in self._skipped and token not in self.hidden
 
     def push(self, tokens: Sequence[int]) -> str:
         """Take tokens, and return the text that has become certain."""
+        if self.hidden:
+            tokens = [token for token in tokens if token not in self.hidden]
         found = list(map(self._texts.get, tokens))
         pieces: list[str] = []
         begin = 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta, Struct
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
 from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
@@ -73,6 +74,12 @@ class TextGenerationPipeline:
         return_full_text: bool = True,
         clean_up_tokenization_spaces: bool = False,
         handle_long_generation: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        truncate: tuple[int, str] | None = None,
+        skip_special_tokens: bool = True,
+        show_stop_tokens: bool = True,
     ) -> PreparedPrompt:
         """Check a request and turn its prompt into tokens.
 
@@ -86,8 +93,15 @@ class TextGenerationPipeline:
             clean_up_tokenization_spaces: whether spaces before punctuation are removed from the answer.
             handle_long_generation: None, or "hole": cut the prompt on its left so that the answer fits the
                 model's context.
+            add_generation_prompt: see `ChatTemplate.render`; the next two, too.
+            continue_final_message: see there.
+            chat_template_kwargs: see there.
+            truncate: how many tokens of the prompt are kept at most, and whether it is cut on its "left" or "right".
+            skip_special_tokens: whether the answer's text leaves special tokens out.
+            show_stop_tokens: whether a token that ends the answer is part of its text, unless it is special.
 
         Raises:
+            ContextLengthError: the prompt is as long as the context, or longer.
             PromptError: no prompt, an unknown role, or no room for an answer.
             ParameterError: a generation parameter is wrong.
         """
@@ -96,7 +110,13 @@ class TextGenerationPipeline:
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
-            text, lead = self._template.render(messages), ""
+            lead = ""
+            text = self._template.render(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                kwargs=chat_template_kwargs,
+            )
         elif prompt:
             text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
             lead = text if return_full_text else ""
@@ -106,14 +126,26 @@ class TextGenerationPipeline:
             prompt_ids = np.array(prompt, dtype=np.int32)
         else:
             prompt_ids = self._tokenizer.encode((prefix or "") + text)
+        if truncate is not None and len(prompt_ids) > truncate[0]:
+            prompt_ids = prompt_ids[: truncate[0]] if truncate[1] == "right" else prompt_ids[-truncate[0] :]
+            lead = lead and self.detokenize(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
             self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
             prompt_ids = self._cut_hole(prompt_ids, config)
+        if len(prompt_ids) >= (longest := self.engine.max_length):
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens, but this model's maximum context length is {longest} tokens;"
+                " shorten the prompt."
+            )
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
-        decoded = self._tokenizer.decode_prompt(prompt_ids)
+        decoded = self._tokenizer.decode_prompt(
+            prompt_ids,
+            skip_special_tokens=skip_special_tokens,
+            hidden=() if show_stop_tokens else config.eos_token_id,
+        )
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
@@ -124,7 +156,7 @@ class TextGenerationPipeline:
 
     def _cut_hole(self, prompt_ids: NDArray[np.int32], config: GenerationConfig) -> NDArray[np.int32]:
         """Keep the end of a prompt that leaves room for the new tokens in the model's context."""
-        length, longest = len(prompt_ids), self._defaults.context_length
+        length, longest = len(prompt_ids), self.engine.max_length
         new_tokens = config.max_new_tokens
         if new_tokens is None:
             new_tokens = config.total_length(length) - length
@@ -153,11 +185,17 @@ class TextGenerationPipeline:
         raise AssertionError("the engine ends every request with an event")
 
     async def stream(
-        self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
+        self,
+        prepared: PreparedPrompt,
+        *,
+        timeout: float | None = None,
+        request_id: str = "",
+        generated: Callable[[int], object] = lambda _: None,
     ) -> AsyncGenerator[Sequence[TextDelta | GenerationOutput], None]:
         """Run a prepared request, giving text as it becomes certain, and at last the whole answer.
 
-        What becomes known at the same moment comes together, so that it can be sent together.
+        What becomes known at the same moment comes together, so that it can be sent together. `generated` is called
+        with the numbers of tokens that have come, before what has become known by them.
 
         Closing the iterator early cancels the request. Beam modes give the whole answer only.
         """
@@ -178,6 +216,7 @@ class TextGenerationPipeline:
                             deltas.append(TextDelta(index, rest, placed))
                     deltas.append(output)
                 elif isinstance(event, TokensEvent):
+                    generated(len(event.tokens))
                     for (index, token), logprobs in zip(event.tokens, event.logprobs or repeat(None), strict=False):
                         placed = placers[index].push(logprobs) if logprobs else []
                         if (text := streams[index].push([token])) or placed:
@@ -229,6 +268,10 @@ class TextGenerationPipeline:
         return whole[len(prompt) :]
 
     # -- tokens
+
+    def render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """Return a conversation as a prompt; see `ChatTemplate.render`."""
+        return self._template.render(messages, **options)
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Encode a text."""

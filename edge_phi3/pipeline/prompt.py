@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -66,15 +67,27 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         self._template = _compile(source)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool | None = None,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """Return a conversation as the model's prompt; one that ends with the assistant's words is continued."""
         for message in messages:
             if message.get("role") not in _ROLES:
                 raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")
-        continued = messages[-1]["role"] == "assistant"
+        continued = continue_final_message
+        if continued is None:
+            continued = add_generation_prompt is None and messages[-1]["role"] == "assistant"
+        elif continued and add_generation_prompt:
+            raise PromptError("`add_generation_prompt` must not be true beside `continue_final_message`.")
+        header = not continued and add_generation_prompt is not False
         try:
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=not continued, **_TEMPLATE_TOKENS
+                {**_TEMPLATE_TOKENS, **kwargs, "messages": messages, "add_generation_prompt": header}
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
