@@ -40,10 +40,9 @@ def _sift(service: Service, body: dict[str, Any]) -> Iterator[str]:
     """Read a body's values as the original did, and yield the fields that are ignored, or cut to what there is."""
     lax.read(body)
     kwargs = body.get("generate_kwargs")
-    wanted = kwargs.get("max_length") if isinstance(kwargs, dict) else None
-    if isinstance(wanted, int) and wanted > (longest := service.pipeline.engine.max_length):
-        kwargs["max_length"] = longest
-        if kwargs.get("max_new_tokens") is None:
+    if isinstance(kwargs, dict) and isinstance(wanted := kwargs.get("max_length"), int):
+        kwargs["max_length"] = min(wanted, service.pipeline.engine.max_length)
+        if kwargs["max_length"] < wanted and kwargs.get("max_new_tokens") is None:
             yield "generate_kwargs.max_length"
     yield from (name for name in body if name not in ChatRequest.__struct_fields__)
 

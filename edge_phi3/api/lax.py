@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, Union, get_args, get_origin
 
 import pydantic
@@ -21,7 +21,9 @@ def _scalar(type_: Any) -> type | None:
     return next(filter(None, map(_scalar, parts)), None)
 
 
-_READERS: Final = {type_: pydantic.TypeAdapter[Any](type_).validate_python for type_ in (bool, int, float)}
+_READERS: Final[Mapping[type, Callable[[Any], Any]]] = {
+    type_: pydantic.TypeAdapter[Any](type_).validate_python for type_ in (bool, int, float)
+}
 _FIELDS: Final = dict.fromkeys(("return_full_text", "clean_up_tokenization_spaces", "stream"), bool)
 _PARAMETERS: Final = {
     name: scalar for name, each in PARAMETERS.items() if (scalar := _scalar(each.value.kind.type)) is not None

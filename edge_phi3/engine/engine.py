@@ -203,9 +203,10 @@ class Engine:
 
     @functools.cached_property
     def max_length(self) -> int:
-        """The length that a prompt must stay below: the trained one, or what one sequence can hold here."""
-        most = self.model.defaults.context_length
-        return 1 + bisect.bisect_left(range(1, most), True, key=lambda length: self.room(length, 1) < 1)
+        """The length that a prompt must stay below: the smaller of the trained one and what one sequence can hold."""
+        lengths, core = range(1, self.model.defaults.context_length + 1), self._core
+        assert core is not None
+        return bisect.bisect_left(lengths, True, key=lambda length: core.scheduler.room(length, 1, 1) < 1)
 
     # -- the engine's thread
 

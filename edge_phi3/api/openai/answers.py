@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
-from edge_phi3.api.openai.fields import SamplingFields
+from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
 from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails
 from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.api.service import Service
@@ -41,7 +41,11 @@ class Answer(abc.ABC):
     ID_PREFIX: ClassVar[str]
 
     def __init__(
-        self, service: Service, request: SamplingFields, exchange: Exchange, prepared: Sequence[PreparedPrompt]
+        self,
+        service: Service,
+        request: ChatCompletionRequest | CompletionRequest,
+        exchange: Exchange,
+        prepared: Sequence[PreparedPrompt],
     ) -> None:
         self._service = service
         self._exchange = exchange
@@ -55,7 +59,7 @@ class Answer(abc.ABC):
         self._usage_so_far = self._usage and bool(options and options.continuous_usage_stats)
         self._generated = 0
         self._kept = request.n or 1 if translate.candidates_of(request) else None
-        self._tells_tokens = bool(request.logprobs is not None and request.logprobs is not False)
+        self._tells_tokens = request.logprobs is not None and request.logprobs is not False
         self._outputs: list[GenerationOutput] = []
         # Taken once: a service that is stopping still finishes its answers.
         self.pipeline = service.pipeline
@@ -144,15 +148,16 @@ class Answer(abc.ABC):
                 tokens = None if prepared.config.top_logprobs is None else choices[index].tokens()
                 yield self.piece(first + index, text, tokens=tokens)
 
-        waiting: list[Struct | None] = []
+        waiting: list[bytes] = []
         for index in range(first, first + len(choices)):
-            waiting += [self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None]
+            opening = (self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None)
+            waiting += map(self._event, filter(None, opening))
         async with self._service.stream(prepared, self._exchange.request_id, generated=self._count) as steps:
             async for items in steps:
-                pieces = [*filter(None, waiting), *itertools.chain.from_iterable(map(pieces_of, items))]
+                pieces = [*waiting, *map(self._event, itertools.chain.from_iterable(map(pieces_of, items)))]
                 waiting = []
                 if pieces:
-                    yield b"".join(map(self._event, pieces))
+                    yield b"".join(pieces)
 
     def _count(self, tokens: int) -> None:
         self._generated += tokens

@@ -106,13 +106,13 @@ class SamplingFields(Struct, kw_only=True):
     include_stop_str_in_output: Annotated[
         bool | None, about("Whether the answer's text ends with what stopped it.")
     ] = False
-    ignore_eos: Annotated[bool | None, about("Whether the model's own end tokens do not end the answer.")] = False
+    ignore_eos: Annotated[bool | None, about("Go on past the model's own end tokens.")] = False
     min_tokens: Annotated[int, about("The fewest tokens before an end token may come.", ge=0)] | None = None
     max_completion_tokens: Annotated[
         _Most | None, about("Tokens of the answer at most, or what the context leaves: -1, and more than there is.")
     ] = None
     max_tokens: Annotated[_Most | None, about("An older name of `max_completion_tokens`.")] = None
-    n_predict: Annotated[_Most | None, about("llama-server's name of `max_tokens`, which it outdoes.")] = None
+    n_predict: Annotated[_Most | None, about("llama-server's name of `max_tokens`, and stronger.")] = None
     truncate_prompt_tokens: Annotated[
         _Most | None,
         about("Keep so many tokens of the prompt at most; -1: what leaves room for the answer."),
@@ -136,7 +136,9 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     messages: Annotated[list[ChatCompletionMessage], Meta(min_length=1, description="The conversation.")]
     logprobs: Annotated[bool | None, about("Return each token's log-probability.")] = False
     top_logprobs: Annotated[int, _described("top_logprobs")] | None = None
-    add_generation_prompt: Annotated[bool | None, about("Whether the assistant's turn is begun; true.")] = None
+    add_generation_prompt: Annotated[
+        bool | None, about("Whether the assistant's turn is begun; true unless a message is continued.")
+    ] = None
     continue_final_message: Annotated[
         bool | None, about("Whether the last message is continued; by default where it is the assistant's.")
     ] = None
@@ -166,7 +168,7 @@ class Ignored:
     named: bool = False
 
 
-_NOTHING: Final = (False, "", [], {})
+_NOTHING: Final[tuple[object, ...]] = (False, "", [], {})
 _ZERO: Final = (0, 0.0)
 
 
@@ -215,7 +217,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_ignored(
             "it belongs to a sampler or field that is refused",
             *("dynatemp_exponent", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
-            *("xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "post_sampling_probs", "min_keep"),
+            *("xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "post_sampling_probs"),
         ),
         *_ignored(
             "this model does not reason apart from its answer",
@@ -268,7 +270,8 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_refused(
             _SAMPLER,
             *("samplers", "repetition_detection"),
-            **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_indent"), _ZERO),
+            **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _ZERO),
+            **dict.fromkeys(("min_keep", "n_indent"), _ZERO),
             **dict.fromkeys(("top_n_sigma", "adaptive_target"), (-1, -1.0)),
         ),
         *_refused("`--lora` adapters apply to every request", "lora"),
