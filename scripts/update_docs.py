@@ -21,6 +21,7 @@ from typing import Any, Final
 
 import yaml
 
+from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
 from edge_phi3.generation import reference
@@ -119,6 +120,7 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
+    "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
     "docs/parameters.md": functools.partial(between_marks, reference.markdown),
     "docs/cli.md": functools.partial(between_marks, lambda: to_markdown(Settings)),
     f"{CHART}/README.md": functools.partial(

@@ -1,22 +1,25 @@
 """Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit.
 
-Long texts are turned into tokens, or back, beside the event loop, which meanwhile answers others.
+What would change the answer and cannot be had is refused; what else is unknown is ignored, and named. Long texts are
+turned into tokens, or back, beside the event loop, which meanwhile answers others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import difflib
-import functools
+import itertools
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
 
 import msgspec
+import structlog
 from litestar import Request
 
 from edge_phi3.api.errors import InvalidRequestError, UnsupportedMediaTypeError
-from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.api.exchange import Exchange, exchange_of
+
+logger = structlog.get_logger(__name__)
 
 RequestType = TypeVar("RequestType", bound=msgspec.Struct)
 Result = TypeVar("Result")
@@ -39,11 +42,24 @@ _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
-_decoder = functools.cache(msgspec.json.Decoder)
+_MOST_IGNORED, _LONGEST_IGNORED = 16, 64
+_MOST_LOGGED: Final = 1000
+_logged: set[str] = set()
+"""Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
+
+_decode = msgspec.json.Decoder().decode
 
 
-def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[RequestType]) -> RequestType:
-    """Return a request's body as a request type, which forbids unknown fields.
+def decode_body(
+    request: Request[Any, Any, Any],
+    body: bytes,
+    type_: type[RequestType],
+    sift: Callable[[Any], Iterable[str]] | None = None,
+) -> RequestType:
+    """Return a request's body as a request type.
+
+    Fields that the type does not have are ignored, and named (see `ignore`). `sift` is another way to find what is
+    named, which may refuse fields, and change the body.
 
     Raises:
         UnsupportedMediaTypeError: the body is said not to be JSON.
@@ -55,9 +71,13 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
             f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
         )
     try:
-        decoded: RequestType = _decoder(type_).decode(body)
+        document = _decode(body)
+        if isinstance(document, dict):
+            ignored = sift(document) if sift else (name for name in document if name not in type_.__struct_fields__)
+            ignore(exchange_of(request.scope), ignored)
+        decoded = msgspec.convert(document, type_)
     except msgspec.ValidationError as error:
-        raise InvalidRequestError(_explain(str(error), type_)) from None
+        raise InvalidRequestError(_explain(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
     except (RecursionError, ValueError):
@@ -65,17 +85,35 @@ def decode_body(request: Request[Any, Any, Any], body: bytes, type_: type[Reques
     return decoded
 
 
+def ignore(exchange: Exchange, names: Iterable[str]) -> None:
+    """Name what is ignored of a request in a header of its answer, and what never was before in the log."""
+    shown = [_shown(name) for name in itertools.islice(dict.fromkeys(names), _MOST_IGNORED)]
+    if not shown:
+        return
+    exchange.headers.append((b"x-ignored-fields", ", ".join(shown).encode()))
+    new = [name for name in shown if name not in _logged][: _MOST_LOGGED - len(_logged)]
+    if new:
+        _logged.update(new)
+        logger.warning("Fields of requests are ignored.", path=exchange.path, fields=", ".join(new))
+
+
+def _shown(name: str) -> str:
+    """Return a name as it can stand in a list in a header."""
+    return name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
+
+
 async def work_on(body: bytes, work: Callable[[], Result], *, slow: bool = False) -> Result:
     """Return what `work` returns, called at once, or in a thread when it is slow or the request's body is long."""
     return await asyncio.to_thread(work) if slow or len(body) >= _LONG else work()
 
 
-def _explain(message: str, type_: type[msgspec.Struct]) -> str:
+def _explain(message: str) -> str:
     place = _PLACE.search(message)
     path = place["path"] if place else ""
     what = message[: place.start()] if place else message
     if unknown := _UNKNOWN.search(what):
-        return _unknown_field(unknown["name"], path, type_)
+        name = unknown["name"]
+        return f"`{path}` has a field `{name if len(name) <= 60 else name[:57] + '...'}`, which is not known there."
     if missing := _MISSING.search(what):
         return f"`{path}.{missing['name']}` is missing.".replace("`.", "`")
     subject = f"`{path}`" if path else "The body"
@@ -84,15 +122,3 @@ def _explain(message: str, type_: type[msgspec.Struct]) -> str:
         got = f", but is {_JSON_NAMES.get(mismatch['got'], mismatch['got'])}" if mismatch["got"] else ""
         return f"{subject} must be {allowed}{mismatch['bound']}{got}."
     return f"{subject}: {what}."
-
-
-def _unknown_field(name: str, path: str, type_: type[msgspec.Struct]) -> str:
-    shown = name if len(name) <= 60 else name[:57] + "..."
-    if path:
-        return f"`{path}` has a field `{shown}`, which is not known there."
-    fields = [field.name for field in msgspec.structs.fields(type_)]
-    if name in PARAMETERS and "generate_kwargs" in fields:
-        return f"`{name}` belongs inside `generate_kwargs`."
-    close = difflib.get_close_matches(name, fields, n=2)
-    hint = f"did you mean {' or '.join(f'`{field}`' for field in close)}?" if close else f"known: {', '.join(fields)}."
-    return f"`{shown}` is not a field of this request; {hint}"

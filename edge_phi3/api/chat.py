@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import functools
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
-import msgspec
 from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 
+from edge_phi3.api import lax
 from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, TokenScore, Usage
@@ -24,16 +25,26 @@ async def chat(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[ChatResponse] | EventStream:
     """Continue a prompt or a conversation."""
-    wanted = decode_body(request, body, ChatRequest)
+    wanted = decode_body(request, body, ChatRequest, functools.partial(_sift, service))
     exchange = exchange_of(request.scope)
-    if service.settings.log_prompts:
-        exchange.prompt = wanted.prompt or msgspec.json.encode(wanted.messages).decode()
+    service.note_prompt(exchange, wanted.prompt or wanted.messages)
     prepared = await work_on(body, lambda: _prepare(service, wanted))
     if wanted.stream:
         return EventStream(_events(service, prepared, exchange))
     async with cancelled_when_client_leaves(request.receive):
         exchange.output = output = await service.generate(prepared, exchange.request_id)
     return Response(chat_response(output, prepared.config))
+
+
+def _sift(service: Service, body: dict[str, Any]) -> Iterator[str]:
+    """Read a body's values as the original did, and yield the fields that are ignored, or cut to what there is."""
+    lax.read(body)
+    kwargs = body.get("generate_kwargs")
+    if isinstance(kwargs, dict) and isinstance(wanted := kwargs.get("max_length"), int):
+        kwargs["max_length"] = min(wanted, service.pipeline.engine.max_length)
+        if kwargs["max_length"] < wanted and kwargs.get("max_new_tokens") is None:
+            yield "generate_kwargs.max_length"
+    yield from (name for name in body if name not in ChatRequest.__struct_fields__)
 
 
 def _prepare(service: Service, wanted: ChatRequest) -> PreparedPrompt:

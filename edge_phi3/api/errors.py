@@ -16,6 +16,7 @@ from litestar.types import ExceptionHandlersMap, Scope
 from edge_phi3.api.openai.schemas import OpenAIError, OpenAIErrorBody
 from edge_phi3.api.schemas import ErrorResponse
 from edge_phi3.engine.errors import (
+    ContextLengthError,
     DeadlineExceededError,
     EngineStoppedError,
     QueueFullError,
@@ -106,17 +107,19 @@ def is_openai(scope: Scope) -> bool:
     return "route_handler" in scope and scope["path"].startswith("/v1/")
 
 
-def error_body(scope: Scope, message: str, status: int) -> ErrorResponse | OpenAIError:
+def error_body(scope: Scope, message: str, status: int, code: str | None = None) -> ErrorResponse | OpenAIError:
     """Return the body of an error; in OpenAI's shape its `param` is the first field that the sentence names."""
     if not is_openai(scope):
         return ErrorResponse(message)
     field = _FIELD.search(message) if status == 400 else None
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, _OPENAI_CODES.get(status)))
+    return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, code or _OPENAI_CODES.get(status)))
 
 
-def _respond(request: Request[Any, Any, Any], detail: str, status: int, headers: dict[str, str]) -> Response[Any]:
-    body = error_body(request.scope, detail, status)
+def _respond(
+    request: Request[Any, Any, Any], detail: str, status: int, headers: dict[str, str], code: str | None = None
+) -> Response[Any]:
+    body = error_body(request.scope, detail, status, code)
     return Response(body, status_code=status, headers=headers, media_type=MediaType.JSON)
 
 
@@ -124,7 +127,8 @@ def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     if not isinstance(error, EdgePhi3Error):
         logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     status = status_code_of(error)
-    return _respond(request, detail_of(error), status, _HEADERS.get(status, {}))
+    code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
+    return _respond(request, detail_of(error), status, _HEADERS.get(status, {}), code)
 
 
 def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:

@@ -33,6 +33,7 @@ class Exchange:
         status: the status code sent, 0 before.
         error: the class of the error that ended it, also when it ended a stream that had begun.
         prompt: the request's text, kept only when prompts are logged.
+        headers: those that the answer gets beside its own.
     """
 
     scope: HTTPScope
@@ -43,6 +44,7 @@ class Exchange:
     error: str | None = None
     output: GenerationOutput | None = None
     prompt: str | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -80,7 +82,7 @@ class Exchanges:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id), *exchange.headers]
             await send(message)
 
         try:

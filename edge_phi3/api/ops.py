@@ -6,6 +6,7 @@ import asyncio
 from importlib import metadata
 from typing import Any
 
+import msgspec
 import psutil
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
@@ -14,8 +15,10 @@ from litestar.response import Redirect
 
 from edge_phi3.api import schemas
 from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
+from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.system_resources import Gpu, gpus
 from edge_phi3.version import __version__
 
@@ -85,11 +88,7 @@ async def tokenize(
 ) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
     wanted = decode_body(request, body, schemas.TokenizeRequest)
-
-    def encode() -> list[int]:
-        return service.pipeline.tokenize(wanted.text, parse_special=wanted.parse_special_tokens)
-
-    return schemas.TokenizeResponse(await work_on(body, encode))
+    return await work_on(body, lambda: _tokenized(service.pipeline, wanted))
 
 
 @post("/detokenize", status_code=200, body=schemas.DetokenizeRequest)
@@ -103,12 +102,44 @@ async def detokenize(
         service.check_tokens(wanted.tokens, "tokens")
         return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
 
-    return schemas.DetokenizeResponse(await work_on(body, decode))
+    text = await work_on(body, decode)
+    return schemas.DetokenizeResponse(text, text, text)
 
 
 OPEN = [home, healthz, livez, readyz, version, metrics, prometheus]
 GUARDED = [tokenize, detokenize]
 """The routes that need no key, and those that do."""
+
+
+def _tokenized(pipeline: TextGenerationPipeline, wanted: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+    given = [text for text in (wanted.text, wanted.prompt, wanted.content, wanted.messages) if text is not None]
+    if len(given) != 1:
+        raise InvalidRequestError("Give one of `text`, `prompt`, `content` and `messages`.")
+    text = given[0]
+    if not isinstance(text, str):
+        text = pipeline.render(
+            msgspec.to_builtins(text),
+            add_generation_prompt=wanted.add_generation_prompt,
+            continue_final_message=wanted.continue_final_message,
+            kwargs=wanted.chat_template_kwargs or {},
+        )
+    tokens = pipeline.tokenize(text, parse_special=wanted.parse_special_tokens and wanted.parse_special)
+    pieces = [pipeline.token_bytes(token) for token in tokens] if wanted.with_pieces or wanted.return_token_strs else []
+    return schemas.TokenizeResponse(
+        [schemas.TokenPiece(*each) for each in zip(tokens, map(_piece, pieces), strict=True)]
+        if wanted.with_pieces
+        else tokens,
+        len(tokens),
+        pipeline.engine.max_length,
+        [piece.decode(errors="replace") for piece in pieces] if wanted.return_token_strs else None,
+    )
+
+
+def _piece(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)
 
 
 def _exposed(service: Service, accept: str) -> Response[bytes]:

@@ -22,7 +22,7 @@ class Message(Struct, forbid_unknown_fields=True):
     content: Annotated[str, about("What is said.", "How to explain Internet for a medieval knight?")]
 
 
-class ChatRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(Struct, kw_only=True):
     """A prompt or a conversation, and how to go on from it. Give `prompt` or `messages`."""
 
     prompt: Annotated[
@@ -114,32 +114,59 @@ class VersionResponse(Struct):
     model: Annotated[ModelCard | None, about("null while it loads.")]
 
 
-class TokenizeRequest(Struct, forbid_unknown_fields=True):
-    """A text to be split into tokens."""
+class TokenizeRequest(Struct, kw_only=True):
+    """A text, or a conversation, to be split into tokens. Give one of the first four fields."""
 
-    text: Annotated[str, Meta(examples=["<|user|>\nHello<|end|>"])]
+    text: Annotated[str | None, about("The text.", "<|user|>\nHello<|end|>")] = None
+    prompt: Annotated[str | None, about("The text, as vLLM calls it.")] = None
+    content: Annotated[str | None, about("The text, as llama-server calls it.")] = None
+    messages: Annotated[
+        list[Message] | None, about("A conversation, of which the model's chat template makes the text.")
+    ] = None
     parse_special_tokens: Annotated[
         bool, about("Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
     ] = True
+    parse_special: Annotated[bool, about("llama-server's name of `parse_special_tokens`.")] = True
+    add_generation_prompt: Annotated[bool | None, about("Whether the assistant's turn is begun; true.")] = None
+    continue_final_message: Annotated[bool | None, about("Whether the last message is continued.")] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, about("What the chat template finds by name.")] = None
+    model: Annotated[str | None, about("Any name.")] = None
+    add_special_tokens: Annotated[bool | None, about("Without effect: Phi's tokenizers add none.")] = None
+    add_special: Annotated[bool | None, about("Without effect, likewise.")] = None
+    return_token_strs: Annotated[bool | None, about("vLLM: return the tokens' texts as `token_strs`.")] = False
+    with_pieces: Annotated[bool | None, about("llama-server: return tokens with their texts.")] = False
+
+
+class TokenPiece(Struct):
+    """A token and its text, or its bytes where they are a part of a character."""
+
+    id: int
+    piece: str | list[int]
 
 
 class TokenizeResponse(Struct):
     """Token ids."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int] | list[TokenPiece], about("Token ids; with `with_pieces`, with their texts.")]
+    count: int
+    max_model_len: Annotated[int, about("The most tokens of a prompt and its answer.")]
+    token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(Struct, forbid_unknown_fields=True):
+class DetokenizeRequest(Struct, kw_only=True):
     """Tokens to be turned into text."""
 
     tokens: list[Annotated[int, Meta(ge=0)]]
     skip_special_tokens: Annotated[bool, about("Leave out special tokens.")] = False
+    model: Annotated[str | None, about("Any name.")] = None
 
 
 class DetokenizeResponse(Struct):
-    """The text of tokens."""
+    """The text of tokens, under the names of edge-phi3, vLLM and llama-server."""
 
     text: str
+    prompt: str
+    content: str
 
 
 class MemoryInfo(Struct):

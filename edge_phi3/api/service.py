@@ -9,8 +9,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+import msgspec
+
 from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
+from edge_phi3.api.exchange import Exchange
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
@@ -126,27 +129,34 @@ class Service:
     def prepare(self, generate_kwargs: Mapping[str, Any], *, fill: bool = False, **arguments: Any) -> PreparedPrompt:
         """Check a request against its own rules and the service's limits, and make its prompt's tokens.
 
-        With `fill`, an answer without `max_new_tokens` takes the room that there is.
+        With `fill`, an answer takes at most the room that there is, and all of it without `max_new_tokens`.
 
         Raises:
             NotReadyError: there is no model yet.
             InvalidRequestError: the request is beyond a limit, or there is no room for an answer.
-            PromptError, ParameterError: see `TextGenerationPipeline.prepare`.
+            ContextLengthError, PromptError, ParameterError: see `TextGenerationPipeline.prepare`.
         """
         pipeline = self.pipeline
-        fill = fill and generate_kwargs.get("max_new_tokens") is None
-        kwargs = {**generate_kwargs, "max_new_tokens": 1} if fill else generate_kwargs
+        kwargs, most = generate_kwargs, generate_kwargs.get("max_new_tokens")
+        if fill and most is None:
+            kwargs = {**generate_kwargs, "max_new_tokens": 1}
         prepared = pipeline.prepare(generate_kwargs=kwargs, **arguments)
         if fill:
-            length = len(prepared.prompt_ids)
-            room = pipeline.engine.room(length, prepared.config.num_return_sequences)
+            length, config = len(prepared.prompt_ids), prepared.config
+            room = pipeline.engine.room(length, max(config.num_beams, config.num_return_sequences))
             if room < 1:
                 raise InvalidRequestError(
-                    f"The prompt has {length} tokens, which leaves no room for an answer; shorten it."
+                    f"The prompt has {length} tokens, which leaves no room for so many answers; shorten it."
                 )
-            prepared = prepared.with_config(max_new_tokens=min(room, self.settings.max_new_tokens or room))
+            most = config.max_new_tokens if most is not None else self.settings.max_new_tokens
+            prepared = prepared.with_config(max_new_tokens=min(room, most or room))
         self._check_limits(prepared)
         return prepared
+
+    def note_prompt(self, exchange: Exchange, asked: object) -> None:
+        """Keep a request's prompt, or its conversation as JSON, for the log when prompts are logged."""
+        if self.settings.log_prompts:
+            exchange.prompt = asked if isinstance(asked, str) else msgspec.json.encode(asked).decode()
 
     def check_tokens(self, tokens: Sequence[int], field: str) -> None:
         """Raise `InvalidRequestError` when there is no such token as one in a field of a request."""
@@ -179,8 +189,11 @@ class Service:
         return await self.pipeline.generate(prepared, timeout=timeout, request_id=request_id)
 
     def stream(
-        self, prepared: PreparedPrompt, request_id: str
+        self, prepared: PreparedPrompt, request_id: str, **options: Any
     ) -> AbstractAsyncContextManager[AsyncGenerator[Sequence[TextDelta | GenerationOutput], None]]:
-        """Run a prepared request, giving its text as it comes; leaving the context ends the request."""
+        """Run a prepared request, giving its text as it comes; leaving the context ends the request.
+
+        `options` are those of `TextGenerationPipeline.stream`.
+        """
         timeout = self.settings.request_timeout or None
-        return contextlib.aclosing(self.pipeline.stream(prepared, timeout=timeout, request_id=request_id))
+        return contextlib.aclosing(self.pipeline.stream(prepared, timeout=timeout, request_id=request_id, **options))

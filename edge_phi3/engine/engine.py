@@ -7,6 +7,8 @@ model to freeing it, and what others see of it meanwhile.
 from __future__ import annotations
 
 import asyncio
+import bisect
+import functools
 import logging
 import os
 import sys
@@ -198,6 +200,13 @@ class Engine:
         most = self.model.defaults.context_length - prompt_length
         core = self._core
         return core.scheduler.room(prompt_length, rows, most) if core else 0
+
+    @functools.cached_property
+    def max_length(self) -> int:
+        """The length that a prompt must stay below: the smaller of the trained one and what one sequence can hold."""
+        lengths, core = range(1, self.model.defaults.context_length + 1), self._core
+        assert core is not None
+        return bisect.bisect_left(lengths, True, key=lambda length: core.scheduler.room(length, 1, 1) < 1)
 
     # -- the engine's thread
 

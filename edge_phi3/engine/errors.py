@@ -13,6 +13,10 @@ class RequestTooLargeError(EngineError):
     """The request can never fit the KV cache or the sequence limit of this engine, however idle it is."""
 
 
+class ContextLengthError(RequestTooLargeError):
+    """The prompt fills the context, so that there is no room for an answer."""
+
+
 class SchemaError(EngineError):
     """A JSON schema cannot be followed: it is none, holds what is not supported, or is beyond a limit."""
 

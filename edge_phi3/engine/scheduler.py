@@ -169,7 +169,7 @@ class Scheduler:
 
     def _reuses(self, request: RunningRequest) -> bool:
         """Return whether a request may begin with what was computed before, for others or for itself."""
-        return self._share and not request.exact
+        return self._share and not request.exact and request.request.config.cache_prompt
 
     def retire(self, request: RunningRequest) -> None:
         """Take a request out."""

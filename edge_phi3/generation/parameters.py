@@ -253,6 +253,18 @@ class Parameters:
         Value(number(minimum=-2, maximum=2), 0.0),
         "Subtracted from the logit of a token once for each time that it has been generated.",
     )
+    repeat_penalty: float = _openai(
+        Value(_POSITIVE, 1.0),
+        "`repetition_penalty` over the last `repeat_last_n` tokens only; 1 switches it off.",
+    )
+    repeat_last_n: int = _openai(
+        Value(integer(-1), 64),
+        "How many of the last tokens, prompt included, `repeat_penalty` looks at; -1: all.",
+    )
+    cache_prompt: bool = _openai(
+        Value(BOOLEAN, True),
+        "Whether the prompt may begin with what was computed before.",
+    )
     top_logprobs: int | None = _openai(
         Value(integer(0, 20), None, example=3),
         "The number of likeliest tokens that are returned at each position, with their log-probabilities.",

@@ -99,6 +99,12 @@ def penalize_repetition(penalty: float, prompt: Rows, prompt_length: int, tokens
             line[generated] = after
 
 
+def penalize_recent(penalty: float, count: int, tokens: Tokens, scores: Scores) -> None:
+    """Penalise each of the last tokens, prompt included; all where the count is -1: llama.cpp's ``repeat_penalty``."""
+    for recent, line in zip(tokens[:, -count if count > 0 else 0 :], scores, strict=True):
+        line[recent] = _penalized(line, recent, penalty)
+
+
 def favour_the_prompt(penalty: float, prompt: Rows, _tokens: Tokens, scores: Scores) -> None:
     """Favour the prompt's tokens. Follows ``EncoderRepetitionPenaltyLogitsProcessor``; the prompt is its encoder."""
     for line in scores:
@@ -208,6 +214,8 @@ def build_processors(config: GenerationConfig, prompt: Tokens) -> tuple[Processo
         built.append(partial(favour_the_prompt, config.encoder_repetition_penalty, np.unique(prompt).astype(np.intp)))
     if config.repetition_penalty != 1:
         built.append(partial(penalize_repetition, config.repetition_penalty, np.unique(prompt).astype(np.intp), length))
+    if config.repeat_penalty != 1 and config.repeat_last_n:
+        built.append(partial(penalize_recent, config.repeat_penalty, config.repeat_last_n))
     if config.presence_penalty or config.frequency_penalty:
         built.append(partial(penalize_occurrences, config.presence_penalty, config.frequency_penalty, length))
     if config.no_repeat_ngram_size:

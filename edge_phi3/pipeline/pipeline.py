@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.engine import Engine
+from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
 from edge_phi3.engine.tokenizer import SHIELD, Tokenizer, clean_up_tokenization
@@ -82,6 +83,7 @@ class TextGenerationPipeline:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        truncate: tuple[int, str] | None = None,
         whole_runs: bool = True,
         skip_special_tokens: bool = True,
         show_stop_tokens: bool = True,
@@ -102,6 +104,7 @@ class TextGenerationPipeline:
             add_generation_prompt: see `ChatTemplate.render`; the next two, too.
             continue_final_message: see there.
             chat_template_kwargs: see there.
+            truncate: how many tokens of the prompt are kept at most, and whether it is cut on its "left" or "right".
             whole_runs: whether a run of byte tokens that is no UTF-8 is lost as a whole, as in transformers, rather
                 than what is no character of it.
             skip_special_tokens: whether the answer's text leaves special tokens out.
@@ -109,6 +112,7 @@ class TextGenerationPipeline:
             stop: texts, none of them empty, that end an answer when they have been generated.
 
         Raises:
+            ContextLengthError: the prompt is as long as the context, or longer.
             PromptError: no prompt, an unknown role, or no room for an answer.
             ParameterError: a generation parameter is wrong.
         """
@@ -135,12 +139,20 @@ class TextGenerationPipeline:
             )
         else:
             raise PromptError("Text generation parameter prompt required")
+        if truncate is not None and len(prompt_ids) > truncate[0]:
+            prompt_ids = prompt_ids[: truncate[0]] if truncate[1] == "right" else prompt_ids[-truncate[0] :]
+            lead = lead and self.detokenize(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
             self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
             prompt_ids = self._cut_hole(prompt_ids, config)
+        if len(prompt_ids) >= (longest := self.engine.max_length):
+            raise ContextLengthError(
+                f"The prompt has {len(prompt_ids)} tokens, but this model's maximum context length is {longest} tokens;"
+                " shorten the prompt."
+            )
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
         decoded = self._tokenizer.decode_prompt(
             prompt_ids,
@@ -175,7 +187,7 @@ class TextGenerationPipeline:
 
     def _cut_hole(self, prompt_ids: NDArray[np.int32], config: GenerationConfig) -> NDArray[np.int32]:
         """Keep the end of a prompt that leaves room for the new tokens in the model's context."""
-        length, longest = len(prompt_ids), self._defaults.context_length
+        length, longest = len(prompt_ids), self.engine.max_length
         new_tokens = config.max_new_tokens
         if new_tokens is None:
             new_tokens = config.total_length(length) - length
@@ -204,11 +216,17 @@ class TextGenerationPipeline:
         raise AssertionError("the engine ends every request with an event")
 
     async def stream(
-        self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
+        self,
+        prepared: PreparedPrompt,
+        *,
+        timeout: float | None = None,
+        request_id: str = "",
+        generated: Callable[[int], object] = lambda _: None,
     ) -> AsyncGenerator[Sequence[TextDelta | GenerationOutput], None]:
         """Run a prepared request, giving text as it becomes certain, and at last the whole answer.
 
-        What becomes known at the same moment comes together, so that it can be sent together.
+        What becomes known at the same moment comes together, so that it can be sent together. `generated` is called
+        with the numbers of tokens that have come, before what has become known by them.
 
         Closing the iterator early cancels the request. Beam modes give the whole answer only.
         """
@@ -228,6 +246,7 @@ class TextGenerationPipeline:
                             deltas.append(TextDelta(index, rest))
                     deltas.append(output)
                 elif isinstance(event, TokensEvent):
+                    generated(len(event.tokens))
                     for (index, token), logprobs in zip(event.tokens, event.logprobs or repeat(None), strict=False):
                         placed = placers[index].push(logprobs) if logprobs else None
                         if (text := streams[index].push([token])) or placed:
@@ -280,6 +299,10 @@ class TextGenerationPipeline:
         return whole[len(prompt) :]
 
     # -- tokens
+
+    def render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """Return a conversation as a prompt; see `ChatTemplate.render`."""
+        return self._template.render(messages, **options)
 
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Encode a text."""

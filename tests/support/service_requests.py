@@ -189,7 +189,7 @@ class AskMaker:
         drawn = ask.kwargs.get("do_sample", True) and body.get("temperature", 1) != 0
         # What fits in any case, however a service divides its cells.
         cells = self._cells if rows == 1 else min(self._cells, ORIGINAL_CONTEXT)
-        fits = rows <= self._parallel and rows * length <= cells
+        fits = rows <= self._parallel and rows * length <= cells and length <= self._setup.context_length
         return replace(ask, repeats=not drawn or ask.has_seed, must="answer" if fits else "")
 
     # -- random ones
@@ -308,7 +308,6 @@ class AskMaker:
         too_large: list[tuple[dict[str, Any], str]] = [
             ({"num_beams": self._parallel + 1, "do_sample": False, "max_new_tokens": 4}, "num_beams"),
             ({"max_new_tokens": 5000}, "new tokens"),
-            ({"max_length": 100_000}, "max_length"),
             ({"max_new_tokens": 4000, "num_return_sequences": 64, "do_sample": True}, "num_return_sequences"),
             ({"max_new_tokens": 10**18}, "max_new_tokens"),
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
+import functools
 import itertools
 import time
 import uuid
@@ -18,7 +19,8 @@ from msgspec import Struct
 
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
-from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails, SamplingFields
+from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
+from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails
 from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
@@ -39,14 +41,25 @@ class Answer(abc.ABC):
     ID_PREFIX: ClassVar[str]
 
     def __init__(
-        self, service: Service, request: SamplingFields, exchange: Exchange, prepared: Sequence[PreparedPrompt]
+        self,
+        service: Service,
+        request: ChatCompletionRequest | CompletionRequest,
+        exchange: Exchange,
+        prepared: Sequence[PreparedPrompt],
     ) -> None:
         self._service = service
         self._exchange = exchange
         self._prepared = prepared
         self._streamed = bool(request.stream)
-        self._stops = translate.stops_of(request)
-        self._usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._shown = functools.partial(
+            ShownText, translate.stops_of(request), include=bool(request.include_stop_str_in_output)
+        )
+        options = request.stream_options
+        self._usage = bool(options and options.include_usage)
+        self._usage_so_far = self._usage and bool(options and options.continuous_usage_stats)
+        self._generated = 0
+        self._kept = request.n or 1 if translate.candidates_of(request) else None
+        self._tells_tokens = request.logprobs is not None and request.logprobs is not False
         self._outputs: list[GenerationOutput] = []
         # Taken once: a service that is stopping still finishes its answers.
         self.pipeline = service.pipeline
@@ -89,14 +102,15 @@ class Answer(abc.ABC):
         self._exchange.output = outputs[0]
         choices: list[Struct] = []
         for prepared, output in zip(self._prepared, outputs, strict=True):
-            for index, (text, reason) in enumerate(zip(output.texts, output.finish_reasons, strict=True)):
-                shown = ShownText(self._stops)
-                text_shown = prepared.lead + shown.push(text[len(prepared.lead) :], last=True)
+            for index in _best(output, self._kept):
+                shown = self._shown()
+                text = prepared.lead + shown.push(output.texts[index][len(prepared.lead) :], last=True)
                 tokens = None
-                if output.logprobs is not None:
+                if output.logprobs is not None and self._tells_tokens:
                     shown.push_tokens(output.logprobs[index])
                     tokens = shown.tokens()
-                choices.append(self.choice(len(choices), text_shown, _finish_reason(reason, shown), tokens))
+                reason = _finish_reason(output.finish_reasons[index], shown)
+                choices.append(self.choice(len(choices), text, reason, tokens))
         return self.body(choices, _usage_of(outputs))
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -114,7 +128,7 @@ class Answer(abc.ABC):
 
     async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of one prompt; `first` is the index of its first choice."""
-        choices = [ShownText(self._stops) for _ in range(prepared.config.num_return_sequences)]
+        choices = [self._shown() for _ in range(prepared.config.num_return_sequences)]
 
         def pieces_of(item: TextDelta | GenerationOutput) -> Iterator[Struct]:
             if isinstance(item, TextDelta):
@@ -134,23 +148,44 @@ class Answer(abc.ABC):
                 tokens = None if prepared.config.top_logprobs is None else choices[index].tokens()
                 yield self.piece(first + index, text, tokens=tokens)
 
-        waiting: list[Struct | None] = []
+        waiting: list[bytes] = []
         for index in range(first, first + len(choices)):
-            waiting += [self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None]
-        async with self._service.stream(prepared, self._exchange.request_id) as steps:
+            opening = (self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None)
+            waiting += map(self._event, filter(None, opening))
+        async with self._service.stream(prepared, self._exchange.request_id, generated=self._count) as steps:
             async for items in steps:
-                pieces = [*filter(None, waiting), *itertools.chain.from_iterable(map(pieces_of, items))]
+                pieces = [*waiting, *map(self._event, itertools.chain.from_iterable(map(pieces_of, items)))]
                 waiting = []
                 if pieces:
-                    yield b"".join(map(self._event, pieces))
+                    yield b"".join(pieces)
+
+    def _count(self, tokens: int) -> None:
+        self._generated += tokens
 
     def _event(self, piece: Struct) -> bytes:
-        return event(self.chunk([piece], None if self._usage else msgspec.UNSET))
+        usage: UsageField = None if self._usage else msgspec.UNSET
+        if self._usage_so_far:
+            prompt = sum(len(prepared.prompt_ids) for prepared in self._prepared)
+            usage = CompletionUsage(prompt, self._generated, prompt + self._generated)
+        return event(self.chunk([piece], usage))
 
 
 def _finish_reason(reason: str, shown: ShownText) -> Reason:
     """Return OpenAI's word for the engine's reason, where no stop text ended what is shown before."""
     return "stop" if shown.stopped or reason in {"stop", "stop_string"} else "length"
+
+
+def _best(output: GenerationOutput, count: int | None) -> Sequence[int]:
+    """Return the places of the answers, or of so many whose log-probability per token is highest, best first."""
+    places = range(len(output.texts))
+    if count is None:
+        return places
+
+    def score(place: int) -> float:
+        tokens = (output.logprobs or [])[place]
+        return sum(token.logprobs.logprob for token in tokens) / max(1, len(tokens))
+
+    return sorted(places, key=score, reverse=True)[:count]
 
 
 def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
-import msgspec
 from litestar import Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.exceptions import NotFoundException
@@ -16,6 +16,8 @@ from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.exchange import exchange_of
 from edge_phi3.api.openai import schemas, translate
 from edge_phi3.api.openai.answers import Answer, Reason, Tokens, UsageField
+from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
+from edge_phi3.api.openai.reading import sift
 from edge_phi3.api.openai.shown import chat_logprobs, completion_logprobs
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream
@@ -66,20 +68,20 @@ class _CompletionAnswer(Answer):
     body = chunk
 
 
-@post("/v1/chat/completions", status_code=200, body=schemas.ChatCompletionRequest)
+@post("/v1/chat/completions", status_code=200, body=ChatCompletionRequest)
 async def chat_completions(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[schemas.ChatCompletion] | EventStream:
     """Continue a conversation (OpenAI's API)."""
-    return await _answer(_ChatAnswer, request, body, service, schemas.ChatCompletionRequest)
+    return await _answer(_ChatAnswer, request, body, service, ChatCompletionRequest)
 
 
-@post("/v1/completions", status_code=200, body=schemas.CompletionRequest)
+@post("/v1/completions", status_code=200, body=CompletionRequest)
 async def completions(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[schemas.Completion] | EventStream:
     """Continue prompts as they are, without a chat template (OpenAI's API)."""
-    return await _answer(_CompletionAnswer, request, body, service, schemas.CompletionRequest)
+    return await _answer(_CompletionAnswer, request, body, service, CompletionRequest)
 
 
 async def _answer(
@@ -87,27 +89,25 @@ async def _answer(
     request: Request[Any, Any, Any],
     body: bytes,
     service: Service,
-    type_: type[schemas.ChatCompletionRequest | schemas.CompletionRequest],
+    type_: type[ChatCompletionRequest | CompletionRequest],
 ) -> Response[Any] | EventStream:
-    wanted = decode_body(request, body, type_)
+    wanted = decode_body(request, body, type_, functools.partial(sift, type_))
     exchange = exchange_of(request.scope)
 
     def prepare() -> list[PreparedPrompt]:
         asked, prompts = translate.asked_by(wanted)
-        if service.settings.log_prompts:
-            exchange.prompt = msgspec.json.encode(asked).decode()
+        service.note_prompt(exchange, asked)
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
     # A schema of a kilobyte can take its compiler a second.
-    has_schema = getattr(wanted, "response_format", None) is not None
-    prepared = await work_on(body, prepare, slow=has_schema)
+    prepared = await work_on(body, prepare, slow=wanted.response_format is not None)
     return await shapes(service, wanted, exchange, prepared).respond(request.receive)
 
 
 @get("/v1/models", sync_to_thread=False)
 def list_models(service: NamedDependency[Service]) -> schemas.ModelList:
     """List the models that are served: one (OpenAI's API)."""
-    return schemas.ModelList([schemas.Model(service.pipeline.model.name, _STARTED)])
+    return schemas.ModelList([_model(service)])
 
 
 @get("/v1/models/{name:path}", sync_to_thread=False)
@@ -116,7 +116,12 @@ def show_model(name: FromPath[str], service: NamedDependency[Service]) -> schema
     known = service.pipeline.model.name
     if name.removeprefix("/") != known:
         raise NotFoundException(f"The model {name[1:61]!r} is not served here; {known!r} is.")
-    return schemas.Model(known, _STARTED)
+    return _model(service)
+
+
+def _model(service: Service) -> schemas.Model:
+    pipeline = service.pipeline
+    return schemas.Model(pipeline.model.name, _STARTED, pipeline.engine.max_length)
 
 
 HANDLERS = [chat_completions, completions, list_models, show_model]

@@ -16,11 +16,13 @@ _IMPOSSIBLE = -9999.0
 class ShownText:
     """Passes text on as far as it cannot belong to a stop text, and tokens as their text is shown.
 
-    No stop text is empty. Once one is met, `stopped` is true, and nothing more is passed on.
+    No stop text is empty. Once one is met, `stopped` is true, and nothing more is passed on; with `include`, it is
+    passed on itself.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._stops = stops
+        self._include = include
         self._held = ""
         self._tokens: list[PlacedLogprobs] = []
         self._length = 0
@@ -31,10 +33,10 @@ class ShownText:
         if self.stopped:
             return ""
         held = self._held + text
-        places = [place for stop in self._stops if (place := held.find(stop)) >= 0]
+        places = [(place, place + len(stop) * self._include) for stop in self._stops if (place := held.find(stop)) >= 0]
         self.stopped = bool(places)
         kept = 0 if last else max((_overlap(held, stop) for stop in self._stops), default=0)
-        end = min(places, default=len(held) - kept)
+        end = min(places, default=(0, len(held) - kept))[1]
         self._held = held[end:]
         self._length += end
         return held[:end]

@@ -1,13 +1,12 @@
-"""OpenAI's requests in the words of the pipeline, and what of them is refused."""
+"""OpenAI's requests in the words of the pipeline."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from typing import Any
 
 from edge_phi3.api.errors import InvalidRequestError
-from edge_phi3.api.openai.schemas import (
+from edge_phi3.api.openai.fields import (
     TEXT_ONLY,
     ChatCompletionMessage,
     ChatCompletionRequest,
@@ -22,9 +21,13 @@ from edge_phi3.pipeline import PreparedPrompt
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion when the request does not say: OpenAI's default."""
 
-_MOST_STOPS = 4
+_MOST_STOPS = 64
 _MOST_BIAS = 100.0
+_LAST_TOKENS = 64
+"""Tokens that `repeat_penalty` looks back when the request does not say: llama-server's default."""
 _SCHEMA = "response_format.json_schema.schema"
+_PASSED = ("min_p", "typical_p", "repetition_penalty", "length_penalty")
+"""Fields that are parameters of ``generate()`` as they are."""
 
 
 def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest, **prompt: Any) -> PreparedPrompt:
@@ -34,29 +37,43 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         InvalidRequestError: the request wants what there is not, is beyond a limit, or at odds with itself.
         NotReadyError, ParameterError, PromptError: see `Service.prepare`.
     """
-    _refuse_unsupported(request)
-    if isinstance(request, CompletionRequest):
-        if request.best_of not in {None, request.n or 1}:
-            raise InvalidRequestError("`best_of` is not supported beside `n`: every completion is returned.")
-        if not isinstance(prompt["prompt"], str):
-            service.check_tokens(prompt["prompt"], "prompt")
+    if not isinstance(prompt.get("prompt", ""), str):
+        service.check_tokens(prompt["prompt"], "prompt")
+    top, candidates = _top_logprobs(request), candidates_of(request)
+    kwargs = _generation_kwargs(service, request)
+    if request.truncate_prompt_tokens is not None:
+        prompt["truncate"] = _truncation(service, request, kwargs["max_new_tokens"])
     prepared = service.prepare(
-        _generation_kwargs(request),
+        kwargs,
         fill=True,
         stop=stops_of(request),
         whole_runs=False,
-        show_stop_tokens=False,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        show_stop_tokens=bool(request.include_stop_str_in_output),
         **prompt,
     ).with_config(
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
-        top_logprobs=(top := _top_logprobs(request)),
+        repeat_penalty=request.repeat_penalty or 1.0,
+        repeat_last_n=_LAST_TOKENS if request.repeat_last_n is None else request.repeat_last_n,
+        cache_prompt=request.cache_prompt is not False,
+        top_logprobs=0 if top is None and candidates else top,
     )
-    if top is not None and prepared.config.is_beam_search:
-        raise InvalidRequestError("`logprobs` is not supported with `num_beams` above 1.")
-    if isinstance(request, ChatCompletionRequest) and request.response_format is not None:
+    if prepared.config.top_logprobs is not None and prepared.config.is_beam_search:
+        raise InvalidRequestError("`logprobs` and `best_of` are not supported with `num_beams` above 1.")
+    if request.response_format is not None:
         return _formatted(service, prepared, request.response_format)
     return prepared
+
+
+def candidates_of(request: SamplingFields) -> int | None:
+    """Return of how many answers the likeliest are returned, or None for all."""
+    wanted, best_of = request.n or 1, getattr(request, "best_of", None)
+    if best_of is None or best_of == wanted:
+        return None
+    if best_of < wanted or request.stream:
+        raise InvalidRequestError("`best_of` must be at least `n`, and equal to it in a stream.")
+    return int(best_of)
 
 
 def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[Any], list[dict[str, Any]]]:
@@ -67,13 +84,17 @@ def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[A
     """
     if isinstance(request, ChatCompletionRequest):
         messages = [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
-        return messages, [{"messages": messages}]
+        rendering = {
+            "add_generation_prompt": request.add_generation_prompt,
+            "continue_final_message": request.continue_final_message,
+            "chat_template_kwargs": request.chat_template_kwargs or {},
+        }
+        return messages, [{"messages": messages, **rendering}]
     prompts = _prompts(request)
     return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
 
 
 def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
-    _refuse_unsupported(message, where)
     content = message.content
     if content is None:
         raise InvalidRequestError(f"`{where}content` must be a text or a list of text parts, but is null.")
@@ -113,53 +134,96 @@ def stops_of(request: SamplingFields) -> list[str]:
     return stops
 
 
-@functools.cache
-def _refusals(type_: type[SamplingFields | ChatCompletionMessage]) -> Mapping[str, Any]:
-    """Return what the fields of a type say that are refused: the reason, and the values that ask for nothing."""
-    hints = get_type_hints(type_, include_extras=True).items()
-    return {name: meta.extra for name, hint in hints for meta in getattr(hint, "__metadata__", ()) if meta.extra}
-
-
-def _refuse_unsupported(request: SamplingFields | ChatCompletionMessage, where: str = "") -> None:
-    for name, refusal in _refusals(type(request)).items():
-        value = getattr(request, name)
-        if value is not None and value not in refusal["harmless"]:
-            raise InvalidRequestError(f"`{where}{name}` is not supported: {refusal['reason']}.")
-
-
-def _generation_kwargs(request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
+def _generation_kwargs(service: Service, request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
     """Return the parameters of ``generate()`` for a request."""
     temperature = 1.0 if request.temperature is None else request.temperature
-    if isinstance(request, ChatCompletionRequest):
-        max_new_tokens = request.max_completion_tokens or request.max_tokens
-    else:
-        max_new_tokens = request.max_tokens or DEFAULT_MAX_TOKENS
-    kwargs: dict[str, Any] = {
+    most = _most_tokens(request)
+    if request.min_tokens and most is not None and request.min_tokens > most:
+        raise InvalidRequestError(f"`min_tokens` must be at most `max_tokens` ({most}), but is {request.min_tokens}.")
+    biases, banned = _biases(service, request)
+    kwargs: dict[str, Any] = {name: value for name in _PASSED if (value := getattr(request, name)) is not None}
+    kwargs |= {
         # null decodes greedily, and allows several (equal) answers, which false does not.
         "do_sample": True if temperature > 0 else None,
         "temperature": temperature if temperature > 0 else 1.0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
-        "top_k": 0,
-        "num_return_sequences": request.n or 1,
+        "top_k": max(request.top_k or 0, 0),
+        "num_return_sequences": candidates_of(request) or request.n or 1,
         "max_length": None,
-        "max_new_tokens": max_new_tokens,
-        "sequence_bias": _biases(request) or None,
+        "max_new_tokens": most,
+        "min_new_tokens": request.min_tokens,
+        "sequence_bias": biases or None,
+        "suppress_tokens": banned or None,
+        "bad_words_ids": [list(word) for word in _words(service, request)] or None,
         "seed": None if request.seed in {None, -1} else request.seed % 2**64,
     }
+    if request.ignore_eos or request.stop_token_ids:
+        service.check_tokens(request.stop_token_ids or [], "stop_token_ids")
+        own = () if request.ignore_eos else service.pipeline.engine.model.defaults.eos_token_ids
+        kwargs["eos_token_id"] = [*own, *(request.stop_token_ids or ())]
     return kwargs | (request.generate_kwargs or {})
 
 
-def _biases(request: SamplingFields) -> list[list[Any]]:
+def _most_tokens(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+    """Return the most tokens of an answer, or None for what there is room for."""
+    for name in ("n_predict", "max_completion_tokens", "max_tokens"):
+        value: int | None = getattr(request, name)
+        if value == 0:
+            raise InvalidRequestError(f"`{name}` must be an integer >= 1, or -1 for what the context leaves.")
+        if value is not None:
+            return None if value < 0 else value
+    return None if isinstance(request, ChatCompletionRequest) else DEFAULT_MAX_TOKENS
+
+
+def _truncation(service: Service, request: SamplingFields, most: int | None) -> tuple[int, str]:
+    """Return how many tokens of the prompt are kept, and on which side it is cut."""
+    side, kept = request.truncation_side or "left", request.truncate_prompt_tokens or 0
+    if side not in {"left", "right"}:
+        raise InvalidRequestError(f"`truncation_side` must be left or right, not {side[:40]!r}.")
+    if kept < 0:
+        kept = max(1, service.pipeline.engine.max_length - (most or 1))
+    if kept == 0:
+        raise InvalidRequestError("`truncate_prompt_tokens` must be an integer >= 1, or -1 for what leaves room.")
+    return kept, side
+
+
+def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]], list[int]]:
+    """Return pairs of a phrase of one token and its bias, and the tokens that are banned."""
+    given = request.logit_bias or {}
+    pairs = [(_token(key), bias) for key, bias in given.items()] if isinstance(given, dict) else given
     biases: list[list[Any]] = []
-    for token, bias in (request.logit_bias or {}).items():
-        if not token.isascii() or not token.isdigit():
-            raise InvalidRequestError(f"`logit_bias` has the key {token[:40]!r}; its keys are token ids.")
-        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
+    banned: list[int] = []
+    for key, bias in pairs:
+        tokens = service.pipeline.tokenize(key) if isinstance(key, str) else [key]
+        if bias is True or not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequestError(
-                f"`logit_bias` must lie between -{_MOST_BIAS:g} and {_MOST_BIAS:g}, but is {bias:g}."
+                f"`logit_bias` must lie between -{_MOST_BIAS:g} and {_MOST_BIAS:g}, or be false, but is {bias}."
             )
-        biases.append([[int(token)], float(bias)])
-    return biases
+        if bias is False:
+            banned += tokens
+        else:
+            biases += [[[token], float(bias)] for token in tokens]
+    if request.allowed_token_ids is not None:
+        service.check_tokens(request.allowed_token_ids, "allowed_token_ids")
+        banned += set(range(service.pipeline.model.vocab_size)).difference(request.allowed_token_ids)
+    return biases, banned
+
+
+def _token(key: str) -> int:
+    if not key.isascii() or not key.isdigit():
+        raise InvalidRequestError(f"`logit_bias` has the key {key[:40]!r}; its keys are token ids.")
+    return int(key)
+
+
+def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...]]:
+    """Yield the tokens of `bad_words`: of each at the beginning of a text and, where they differ, after a space."""
+    for word in request.bad_words or ():
+        alone, after = (tuple(service.pipeline.tokenize(text)) for text in (word, f" {word.lstrip()}"))
+        if not alone:
+            raise InvalidRequestError("`bad_words` must be a list of texts, none of them empty.")
+        yield alone
+        if len(after) == len(alone) and after != alone:
+            yield after
 
 
 def _top_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:

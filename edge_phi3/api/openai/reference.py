@@ -1,0 +1,75 @@
+"""What is made from the table of fields: docs/api.md's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from edge_phi3.api.openai.fields import (
+    NESTED,
+    OTHERS,
+    ChatCompletionMessage,
+    ChatCompletionRequest,
+    CompletionRequest,
+    ContentPart,
+    Ignored,
+    SamplingFields,
+    StreamOptions,
+)
+from edge_phi3.generation.parameters import Refused
+
+_PLACES = {
+    ChatCompletionMessage: "messages[].",
+    ContentPart: "messages[].content[].",
+    StreamOptions: "stream_options.",
+}
+
+
+def markdown() -> str:
+    """Return the tables: of the fields that are honoured, ignored and refused."""
+    rows: dict[str, list[str]] = {}
+    for type_, route in ((ChatCompletionRequest, "chat"), (CompletionRequest, "completions")):
+        for name, meaning in _honoured(type_).items():
+            same = name in SamplingFields.__struct_fields__
+            earlier = "" if same or name not in rows else f"{rows[name][2]} In completions: "
+            rows[name] = [f"`{name}`", "both" if same or earlier else route, earlier + meaning]
+    for name, meaning in _honoured(StreamOptions).items():
+        rows[f"stream_options.{name}"] = [f"`stream_options.{name}`", "both", meaning]
+    return "\n\n".join(
+        [
+            _table(["honoured", "route", "as"], [rows[name] for name in sorted(rows) if rows[name][2]]),
+            _table(["ignored", "since"], _by_reason(Ignored)),
+            _table(["refused", "since"], _by_reason(Refused)),
+        ]
+    )
+
+
+def _honoured(type_: type[Struct]) -> dict[str, str]:
+    properties = msgspec.json.schema_components([type_])[1][type_.__name__]["properties"]
+    return {name: _description(properties[name]) for name in type_.__struct_fields__}
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    return str(next((each["description"] for each in (schema, *schema.get("anyOf", ())) if "description" in each), ""))
+
+
+def _by_reason(kind: type[Ignored | Refused]) -> list[list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, other in _others():
+        if isinstance(other, kind):
+            note = "; named" if isinstance(other, Ignored) and other.named else ""
+            reasons.setdefault(f"{other.reason}{note}", []).append(f"`{name}`")
+    return [[", ".join(names), reason] for reason, names in reasons.items()]
+
+
+def _others() -> Iterator[tuple[str, Ignored | Refused]]:
+    yield from OTHERS.items()
+    for type_, others in NESTED.items():
+        yield from ((f"{_PLACES[type_]}{name}", other) for name, other in others.items())
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))

@@ -1,0 +1,414 @@
+"""Bodies as real clients send them, and what each field of OpenAI's, vLLM's and llama-server's does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_type_hints
+
+import httpx
+import pytest
+from openai.types import chat, completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from edge_phi3.api import body as body_module
+from edge_phi3.api.openai import fields
+from edge_phi3.pipeline.prompt import ChatTemplate
+from tests.api.conftest import GREEDY, PROMPT, USER, Running, loader, ready
+
+DATA = Path(__file__).with_name("data")
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ENDLESS = {"generate_kwargs": {"eos_token_id": -1}}
+LONG = "json dumps " * 3000
+TOO_LONG = "but this model's maximum context length is 4096 tokens"
+
+
+def recorded(name: str) -> Any:
+    """Return a body, recorded from the client itself."""
+    (path,) = (DATA / "bodies").glob(f"{name}-*.json")
+    return json.loads(path.read_bytes())
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
+    """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
+
+    def ask(path: str = CHAT, **body: Any) -> dict[str, Any]:
+        given = {"messages": USER} if path == CHAT else {"prompt": PROMPT}
+        response = api.client.post(path, json={**given, "temperature": 0, "max_tokens": 12, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        choice = answer["choices"][0]
+        return {"text": choice.get("text", choice.get("message", {}).get("content")), **answer, **choice}
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "status", "ignored"),
+    [
+        *(("01", path, 200, ignored) for path, ignored in ((CHAT, ""), ("/chat", "max_tokens, temperature"))),
+        *((name, CHAT, 200, "") for name in ("02", "04", "05", "11", "22")),
+        *((name, COMPLETIONS, 200, "") for name in ("03", "13")),
+        ("12", CHAT, 200, "num_ctx"),
+        ("24", CHAT, 200, "reasoning_effort"),
+        ("27", "/tokenize", 200, ""),
+        ("28", "/chat", 200, "temperature, max_tokens"),
+        ("29", "/chat", 200, ""),
+        ("07", CHAT, 400, "`tools`"),
+        ("09", CHAT, 400, "`messages[1].tool_calls`"),
+        ("26", CHAT, 400, "`tool_choice`"),
+        ("32", CHAT, 400, "`response_format`"),
+        ("10", "/v1/responses", 404, "/v1/responses"),
+    ],
+)
+def test_a_recorded_body_is_answered_or_refused_by_name(
+    api: Running, name: str, path: str, status: int, ignored: str
+) -> None:
+    response = api.client.post(path, json=recorded(name))
+    assert response.status_code == status, response.text
+    if status == 200:
+        assert response.headers.get("x-ignored-fields", "") == ignored
+    else:
+        assert ignored in response.text
+
+
+@pytest.mark.parametrize("name", ["04", "05"])
+def test_what_benchmarks_send_counts_every_token(api: Running, name: str) -> None:
+    """Their answers never end before `max_tokens`; with `continuous_usage_stats` every chunk has the counts so far."""
+    found = chunks(api.client.post(CHAT, json=recorded(name) | {"temperature": 0}))
+    assert found[-1]["choices"] == []
+    usage = [chunk["usage"] for chunk in found]
+    assert (usage[-1]["completion_tokens"], found[-2]["choices"][0]["finish_reason"]) == (16, "length")
+    if name == "04":
+        assert set(map(json.dumps, usage[:-1])) == {"null"}
+        return
+    counts = [each["completion_tokens"] for each in usage]
+    assert (counts[0], counts[-2]) == (0, 16)
+    assert counts == sorted(counts)
+    assert {each["total_tokens"] - each["completion_tokens"] for each in usage} == {usage[-1]["prompt_tokens"]}
+
+
+def test_every_field_of_the_three_servers_is_in_the_table() -> None:
+    known = {
+        *fields.OTHERS,
+        *fields.ChatCompletionRequest.__struct_fields__,
+        *fields.CompletionRequest.__struct_fields__,
+    }
+    names = json.loads((DATA / "fields.json").read_text(encoding="utf-8"))
+    of_openai = {
+        *get_type_hints(chat_create_params.CompletionCreateParamsStreaming),
+        *get_type_hints(completion_create_params.CompletionCreateParamsStreaming),
+    }
+    for wanted in (of_openai, names["vllm"].split(), names["llama-server"].split()):
+        assert len(known & set(wanted)) > 15
+        assert set(wanted) - known == set()
+    for type_, params in (
+        (fields.ChatCompletionMessage, (chat.ChatCompletionAssistantMessageParam, chat.ChatCompletionToolMessageParam)),
+        (fields.ContentPart, (chat.ChatCompletionContentPartTextParam,)),
+        (fields.StreamOptions, (chat.ChatCompletionStreamOptionsParam,)),
+    ):
+        inside = {*type_.__struct_fields__, *fields.NESTED[type_]}
+        assert {name for each in params for name in get_type_hints(each)} - inside == set()
+
+
+def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
+    api: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    log = SimpleNamespace(warning=lambda _, **facts: logged.append(facts["fields"]))
+    monkeypatch.setattr(body_module, "logger", log)
+    monkeypatch.setattr(body_module, "_logged", set())
+    messages = [{**USER[0], "mood": "good", "name": "n", "id": "1", "cache_control": {}}]
+    quiet = {"user": "u", "metadata": {}, "chat_id": "c", "session_id": "s", "store": False, "prediction": {"a": 1}}
+    body = {"messages": messages, "max_tokens": 1, "grüße, \n": 1, "num_ctx": 7, "stream_options": {"x": 1}, **quiet}
+    found = [api.client.post(CHAT, json=body) for _ in range(2)]
+    many = api.client.post(CHAT, json={f"{index:02d}{'é' * 100}": 0 for index in range(40)} | body)
+    shown = r"gr\xfc\xdfe\x2c \n, num_ctx, stream_options.x, messages[].mood"
+    assert {(each.status_code, each.headers["x-ignored-fields"]) for each in found} == {(200, shown)}
+    names = many.headers["x-ignored-fields"].split(", ")
+    assert (len(names), {len(name) for name in names}) == (16, {64})
+    assert names[0].startswith(r"00\xe9\xe9")
+    assert logged == [shown, ", ".join(names)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "sentence"),
+    [
+        (CHAT, {"num_beams": 2}, "`num_beams` belongs inside `generate_kwargs`."),
+        (CHAT, {"guidance_scale": 2}, "`guidance_scale` is not supported"),
+        (CHAT, {"mirostat": 2}, "`mirostat` is not supported"),
+        (CHAT, {"prompt_logprobs": 0}, "`prompt_logprobs` is not supported"),
+        (CHAT, {"echo": True}, "`echo` is not supported: it is a field of completions."),
+        (COMPLETIONS, {"top_logprobs": 3}, "`top_logprobs` is not supported"),
+        (COMPLETIONS, {"suffix": "x"}, "`suffix` is not supported"),
+        (COMPLETIONS, {"cache_salt": "x"}, "`cache_salt` is not supported"),
+        (COMPLETIONS, {"best_of": 2, "n": 3}, "`best_of` must be at least `n`"),
+        (COMPLETIONS, {"best_of": 2, "stream": True}, "`best_of` must be at least `n`, and equal to it in a stream."),
+        (COMPLETIONS, {"logprobs": 21}, "`logprobs` must be an integer <= 20"),
+        (CHAT, {"min_tokens": 20}, "`min_tokens` must be at most `max_tokens` (12), but is 20."),
+        (CHAT, {"max_tokens": -2}, "`max_tokens` must be an integer >= -1"),
+        (CHAT, {"stop_token_ids": [10**6]}, "`stop_token_ids[0]` must be a token id"),
+        (CHAT, {"allowed_token_ids": [10**6]}, "`allowed_token_ids[0]` must be a token id"),
+        (CHAT, {"bad_words": [""]}, "`bad_words` must be"),
+        (CHAT, {"logit_bias": [[5, True]]}, "`logit_bias` must lie between"),
+        (CHAT, {"logit_bias": [[5]]}, "`logit_bias"),
+        (CHAT, {"truncate_prompt_tokens": 0}, "`truncate_prompt_tokens` must be"),
+        (CHAT, {"truncate_prompt_tokens": 3, "truncation_side": "up"}, "`truncation_side` must be left or right"),
+        (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "`add_generation_prompt` must not"),
+    ],
+)
+def test_what_would_change_the_answer_and_cannot_be_had_is_refused(
+    api: Running, path: str, body: dict[str, Any], sentence: str
+) -> None:
+    given = {"messages": USER} if path == CHAT else {"prompt": "json"}
+    response = api.client.post(path, json={**given, "max_tokens": 12, **body})
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_what_asks_for_nothing_is_taken_in_silence(api: Running, path: str) -> None:
+    nothing = {"mirostat": 0, "dry_multiplier": 0.0, "lora": [], "grammar": "", "use_beam_search": False, "n_cmpl": 1}
+    nothing |= {"top_n_sigma": -1, "tools": None, "priority": None, "n_probs": 0, "samplers": [], "vllm_xargs": {}}
+    given = {"messages": USER} if path == CHAT else {"prompt": "json"}
+    response = api.client.post(path, json=given | nothing | {"max_tokens": 1})
+    assert (response.status_code, response.headers.get("x-ignored-fields")) == (200, None), response.text
+
+
+# -- what they mean
+
+
+@pytest.mark.parametrize(
+    ("body", "kwargs"),
+    [
+        ({"temperature": 1, "top_k": 1}, {}),
+        ({"temperature": 1, "min_p": 1}, {}),
+        ({"temperature": 1, "typical_p": 0.3, "seed": 5}, {"do_sample": True, "typical_p": 0.3, "seed": 5, "top_k": 0}),
+        ({"temperature": 1, "top_k": -1, "seed": 5}, {"do_sample": True, "top_k": 0, "seed": 5}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"repeat_penalty": 1.7, "repeat_last_n": -1}, {"repetition_penalty": 1.7}),
+        ({"repeat_penalty": 1.7, "repeat_last_n": 0}, {}),
+        ({"n_predict": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
+        ({"max_completion_tokens": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
+        ({"length_penalty": -3.0, "generate_kwargs": {"num_beams": 3}}, {"num_beams": 3, "length_penalty": -3.0}),
+        ({"truncate_prompt_tokens": 100}, {}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_sampler_s_field_is_the_parameter_of_chat(
+    api: Running, ask_for: Any, path: str, body: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    expected = {"do_sample": False, "max_new_tokens": 12, **kwargs}
+    answer = api.chat(prompt=PROMPT, return_full_text=False, generate_kwargs=expected).json()["Result"]
+    assert ask_for(path, **body)["text"] == answer
+
+
+def test_tokens_end_an_answer_are_banned_or_are_the_only_ones(api: Running, ask_for: Any) -> None:
+    def tokens(text: str) -> list[int]:
+        found: list[int] = api.client.post("/tokenize", json={"content": text}).json()["tokens"]
+        return found
+
+    the, plain = tokens("the")[-1], ask_for(**ENDLESS)
+    assert ask_for(logit_bias=[[the, 100]], max_tokens=3)["text"] == " the the the"
+    assert ask_for(logit_bias=[["the", 100.0]], max_tokens=3)["text"] == " the the the"
+    assert ask_for(allowed_token_ids=[the], max_tokens=3)["text"] == " the the the"
+    forced = {"logit_bias": {str(the): 100}}
+    for banned in ({"logit_bias": [[the, False]]}, {"logit_bias": {str(the): False}}, {"bad_words": ["the"]}):
+        assert "the" not in ask_for(**banned, **(forced if "bad_words" in banned else {}))["text"]
+    ended = ask_for(**forced, stop_token_ids=[the])
+    assert (ended["text"], ended["finish_reason"], ended["usage"]["completion_tokens"]) == ("", "stop", 1)
+    assert ask_for(**forced, stop_token_ids=[the], include_stop_str_in_output=True)["text"] == " the"
+    assert ask_for(**forced, stop_token_ids=[the], min_tokens=3)["usage"]["completion_tokens"] == 4
+    assert ask_for(**forced, stop="the")["text"] == " "
+    assert ask_for(**forced, stop="the", include_stop_str_in_output=True)["text"] == " the"
+    assert ask_for(ignore_eos=True)["text"] == plain["text"]
+    end = api.service.pipeline.engine.model.defaults.eos_token_ids[0]
+    wants_end = {"logit_bias": {str(end): 100}}
+    assert ask_for(**wants_end)["usage"]["completion_tokens"] == 1
+    assert ask_for(**wants_end, min_tokens=5)["usage"]["completion_tokens"] == 6
+    whole = ask_for(**wants_end, ignore_eos=True, max_tokens=3)
+    assert (whole["text"], whole["usage"]["completion_tokens"]) == ("", 3)
+    shown = ask_for(**wants_end, ignore_eos=True, max_tokens=3, skip_special_tokens=False)["text"]
+    assert shown == api.client.post("/detokenize", json={"tokens": [end] * 3}).json()["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_may_be_shown_also_in_a_stream(api: Running, ask_for: Any, stream: bool) -> None:
+    whole = ask_for(max_tokens=40, **ENDLESS)["text"]
+    stop = whole[12:15]
+    body = {"messages": USER, "temperature": 0, "max_tokens": 40, "stop": ["a", "b", "c", "d", "e", stop], **ENDLESS}
+    body |= {"stop": [f"<{letter}>" for letter in "abcdef"] + [stop], "include_stop_str_in_output": True}
+    response = api.client.post(CHAT, json=body | {"stream": stream})
+    end = whole.index(stop) + len(stop)
+    if not stream:
+        assert response.json()["choices"][0]["message"]["content"] == whole[:end]
+        return
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks(response)]
+    assert "".join(pieces) == whole[:end]
+
+
+def test_a_conversation_is_rendered_as_it_asks(api: Running, ask_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [*USER, {"role": "assistant", "content": "It"}]
+    begun = [({}, f"{PROMPT}It"), ({"continue_final_message": True}, f"{PROMPT}It")]
+    closed = [
+        ({"continue_final_message": False}, f"{PROMPT}It<|end|>\n<|assistant|>\n"),
+        ({"add_generation_prompt": False, "continue_final_message": False}, f"{PROMPT}It<|end|>\n<|endoftext|>"),
+    ]
+    for fields_, prompt in begun + closed:
+        tokens = api.client.post("/tokenize", json={"messages": turns, **fields_}).json()
+        assert tokens["tokens"] == api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
+        answer = ask_for(messages=turns, **fields_)
+        assert answer["usage"]["prompt_tokens"] == tokens["count"]
+    loud = ChatTemplate("{{ messages[0].content }}{% if loud %}!{% endif %}{{ messages[0].role }}")
+    monkeypatch.setattr(api.service.pipeline, "_template", loud)
+    rendered = {"chat_template_kwargs": {"loud": True, "messages": []}}
+    one, other = (ask_for(messages=USER, **more)["usage"]["prompt_tokens"] for more in ({}, rendered))
+    assert other > one
+
+
+def test_a_prompt_may_be_cut_on_either_side(api: Running, ask_for: Any) -> None:
+    tokens = api.client.post("/tokenize", json={"text": LONG}).json()["tokens"]
+    assert len(tokens) > 4096
+    for side, kept in (("left", tokens[-50:]), ("right", tokens[:50])):
+        cut = ask_for(COMPLETIONS, prompt=LONG, truncate_prompt_tokens=50, truncation_side=side, echo=True)
+        assert cut["usage"]["prompt_tokens"] == 50
+        assert cut["text"] == ask_for(COMPLETIONS, prompt=kept, echo=True)["text"]
+    fitting = ask_for(prompt=None, messages=[{"role": "user", "content": LONG}], truncate_prompt_tokens=-1)
+    assert fitting["usage"]["prompt_tokens"] == 2048 - 12, "so that `max_tokens` fit"
+
+
+def test_a_prompt_may_be_computed_without_the_cache(ask_for: Any) -> None:
+    cached = [
+        ask_for(cache_prompt=each)["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (True, True, False)
+    ]
+    assert cached[1] > 0 == cached[2]
+
+
+def test_the_likeliest_of_several_completions_are_returned(api: Running) -> None:
+    body = {"prompt": "json", "max_tokens": 8, "seed": 3, "temperature": 1.5, "logprobs": 0, **ENDLESS}
+
+    def asked(**more: Any) -> Any:
+        return api.client.post(COMPLETIONS, json=body | more).json()
+
+    def score(choice: dict[str, Any]) -> float:
+        logprobs: list[float] = choice["logprobs"]["token_logprobs"]
+        return sum(logprobs) / len(logprobs)
+
+    every = sorted(asked(n=4)["choices"], key=score, reverse=True)
+    best = asked(n=2, best_of=4)
+    assert [choice["text"] for choice in best["choices"]] == [choice["text"] for choice in every[:2]]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == 32
+    silent = asked(n=1, best_of=4, logprobs=None)["choices"]
+    assert [(choice["text"], choice["logprobs"]) for choice in silent] == [(every[0]["text"], None)]
+    (many,) = asked(logprobs=20)["choices"]
+    assert {len(top) for top in many["logprobs"]["top_logprobs"]} <= {19, 20, 21}
+
+
+# -- room
+
+
+def test_a_prompt_beyond_the_context_is_refused_at_once(model_path: Path) -> None:
+    with ready(loader(model_path, ctx_size=8192), max_new_tokens=0) as api:
+        assert api.client.get("/v1/models").json()["data"][0]["max_model_len"] == 4096
+        for more in ({}, {"max_tokens": 5}, {"max_tokens": -1}):
+            body = {"messages": [{"role": "user", "content": LONG}], **more}
+            error = api.client.post(CHAT, json=body).json()["error"]
+            assert (error["code"], error["type"]) == ("context_length_exceeded", "invalid_request_error")
+            assert TOO_LONG in error["message"]
+        for kwargs in ({}, {"max_length": 100_000}, {"max_new_tokens": 1}):
+            response = api.chat(prompt=LONG, generate_kwargs=kwargs)
+            assert response.status_code == 400
+            assert TOO_LONG in response.json()["detail"]
+        assert api.service.pipeline.engine.stats().prompt_tokens_total == 0, "none was queued"
+        tokens = api.client.post("/tokenize", json={"text": LONG}).json()["tokens"]
+        last = [api.client.post(COMPLETIONS, json={"prompt": tokens[:length], **ENDLESS}) for length in (4095, 4096)]
+        assert [response.status_code for response in last] == [200, 400]
+        assert last[0].json()["usage"]["completion_tokens"] == 1
+        whole = api.client.post(CHAT, json={"messages": USER, "max_tokens": 10**6, "temperature": 0, **ENDLESS})
+        assert whole.json()["usage"]["total_tokens"] == 4096
+        cut = api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "max_new_tokens": None, "max_length": "99999"})
+        assert (cut.status_code, cut.headers["x-ignored-fields"]) == (200, "generate_kwargs.max_length")
+        assert "x-ignored-fields" not in api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "max_length": 9999}).headers
+
+
+def test_the_context_is_what_one_sequence_can_hold(model_path: Path) -> None:
+    with ready(loader(model_path, ctx_size=512)) as api:
+        assert api.client.get("/v1/models/random-4k").json()["max_model_len"] == 512
+        for length, status in ((511, 200), (512, 400), (600, 400)):
+            response = api.client.post(COMPLETIONS, json={"prompt": [300] * length})
+            assert response.status_code == status
+            assert ("maximum context length is 512 tokens" in response.text) is (status == 400)
+
+
+# -- the other routes
+
+
+def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running) -> None:
+    def tokens(**body: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = api.client.post("/tokenize", json=body).json()
+        return answer
+
+    ours = tokens(text=PROMPT)
+    assert ours == {"tokens": ours["tokens"], "count": len(ours["tokens"]), "max_model_len": 2048, "token_strs": None}
+    assert tokens(model="m", prompt=PROMPT, add_special_tokens=False)["tokens"] == ours["tokens"]
+    assert tokens(content=PROMPT, add_special=True, parse_special=True)["tokens"] == ours["tokens"]
+    assert tokens(messages=USER)["tokens"] == ours["tokens"]
+    assert len(tokens(content=PROMPT, parse_special=False)["tokens"]) > ours["count"]
+    pieces = tokens(content="a ☃", with_pieces=True)["tokens"]
+    data = b"".join(bytes(each) if isinstance(each := piece["piece"], list) else each.encode() for piece in pieces)
+    assert data == " a ☃".encode()
+    assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
+    for wrong in ({}, {"text": "a", "content": "a"}):
+        assert "Give one of `text`" in tokens(**wrong)["detail"]
+    text = api.client.post("/detokenize", json={"model": "m", "tokens": ours["tokens"]}).json()
+    assert text["text"] == text["prompt"] == text["content"] != ""
+
+
+@pytest.mark.parametrize(
+    ("lax", "strict"),
+    [
+        ({"return_full_text": "false", "clean_up_tokenization_spaces": "1"}, {"return_full_text": False}),
+        ({"return_full_text": 0, "stream": "no"}, {"return_full_text": False}),
+        (
+            {"generate_kwargs": {"max_length": "30", "do_sample": "false", "num_beams": "2", "length_penalty": "0.5"}},
+            {"generate_kwargs": {"max_length": 30, "do_sample": False, "num_beams": 2, "length_penalty": 0.5}},
+        ),
+        (
+            {"generate_kwargs": {"max_new_tokens": 9.0, "do_sample": 0, "early_stopping": "yes", "num_beams": "3"}},
+            {"generate_kwargs": {"max_new_tokens": 9, "do_sample": False, "early_stopping": True, "num_beams": 3}},
+        ),
+        (
+            {"generate_kwargs": {"do_sample": "off", "eos_token_id": "-1", "max_length": " 40 ", "min_length": True}},
+            {"generate_kwargs": {"do_sample": False, "eos_token_id": -1, "max_length": 40, "min_length": 1}},
+        ),
+    ],
+)
+def test_chat_reads_values_as_the_original_did(api: Running, lax: dict[str, Any], strict: dict[str, Any]) -> None:
+    greedy = {"prompt": PROMPT, "generate_kwargs": GREEDY}
+    answers = [api.chat(**greedy | body) for body in (lax, strict)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+    assert answers[0].json() == answers[1].json()
+
+
+@pytest.mark.parametrize("limit", [2**53 - 1, 2**53, 2**63 - 1])
+def test_the_bounds_of_a_language_s_integers_are_none(ask_for: Any, limit: int) -> None:
+    """Zod's `.int()` and pydantic's int64 send them."""
+    number = {"type": "integer", "minimum": -limit, "maximum": limit}
+    schema = {"type": "object", "properties": {"x": number}, "required": ["x"], "additionalProperties": False}
+    format_ = {"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": schema}}
+    for path in (CHAT, COMPLETIONS):
+        for seed in range(3):
+            answer = ask_for(path, response_format=format_, max_tokens=200, temperature=1, seed=seed)
+            assert answer["finish_reason"] == "stop"
+            assert abs(json.loads(answer["text"])["x"]) <= limit
