@@ -17,7 +17,7 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 from edge_phi3.api.errors import ClientDisconnectedError
 from edge_phi3.pipeline import GenerationOutput
 
-_PROBED = frozenset({"/", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
+_PROBED = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
 _OPERATIONS = {"/chat": "text_completion", "/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -33,6 +33,7 @@ class Exchange:
         status: the status code sent, 0 before.
         error: the class of the error that ended it, also when it ended a stream that had begun.
         prompt: the request's text, kept only when prompts are logged.
+        headers: those that the answer gets beside its own.
     """
 
     scope: HTTPScope
@@ -43,6 +44,7 @@ class Exchange:
     error: str | None = None
     output: GenerationOutput | None = None
     prompt: str | None = None
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     @property
     def path(self) -> str:
@@ -76,11 +78,13 @@ class Exchanges:
         request_id = next(given, b"") or uuid.uuid4().hex.encode()
         exchange = Exchange(scope, request_id.decode("ascii"))
         scope.setdefault("state", {})["exchange"] = exchange
+        if scope["method"] == "HEAD":  # the answer of GET, of which the server sends the headers alone
+            scope = {**scope, "method": "GET"}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id), *exchange.headers]
             await send(message)
 
         try:
