@@ -16,7 +16,7 @@ import h11
 import msgspec
 import structlog
 from litestar.types import Scope
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from edge_phi3.api.errors import error_body
 from edge_phi3.settings import Settings
@@ -171,7 +171,8 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         try:
-            for event in (h11.Response(status_code=status, headers=headers), h11.Data(body), h11.EndOfMessage()):
+            head = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+            for event in (head, h11.Data(body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
             self.transport.write_eof()
         except h11.LocalProtocolError:  # an answer has begun
