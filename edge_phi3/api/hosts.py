@@ -33,12 +33,16 @@ class HostList:
 
     async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
         """Refuse a request to another name (`WrongHostError`); a Litestar guard."""
-        header = connection.headers.get("host", "")
-        host = match[1].strip("[]").rstrip(".").lower() if (match := _HOST.fullmatch(header)) else header
-        if host and not self._names.match(host) and not _is_address(host):
+        host = connection.headers.get("host", "")
+        if not self.takes(host):
             raise WrongHostError(
                 f"This service is not called {host[:60]!r}; to let it be, start it with --allowed-host and that name."
             )
+
+    def takes(self, header: str) -> bool:
+        """Return whether a request may bear such a ``Host``."""
+        host = match[1].strip("[]").rstrip(".").lower() if (match := _HOST.fullmatch(header)) else header
+        return not header or self._names.match(host) is not None or _is_address(host)
 
 
 def _is_address(host: str) -> bool:
