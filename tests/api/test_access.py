@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import logging
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.hosts import HostList
 from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
+from edge_phi3.api.server import _bind
 from edge_phi3.settings import Settings, SettingsError
 from tests.api.conftest import GREEDY, Clock, Running, loader, ready
 from tests.support.services import serving
@@ -209,6 +211,13 @@ def test_no_text_of_a_stranger_begins_a_line_of_the_log(monkeypatch: pytest.Monk
     assert [line[:2] for line in lines if "forged" in line and not line.startswith("    ")] == ["20"] * 3
     assert all(line.isprintable() for line in lines)
     assert "\\x1b[31m" in lines[0]
+
+
+def test_a_machine_without_ipv6_listens_on_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with _bind("::", 0) as listener:
+        assert listener.family == socket.AF_INET
+        assert listener.getsockname()[0] == "0.0.0.0"
 
 
 def test_all_addresses_of_both_kinds_are_listened_on(model_path: Path, tmp_path: Path) -> None:
