@@ -6,9 +6,7 @@ file are one option, a field of `Settings`; flags win over the environment, whic
 
 from __future__ import annotations
 
-import difflib
-import os
-import tomllib
+import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,14 +24,10 @@ from pydantic import (
 from pydantic.types import JsonValue
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
-from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.settings_text import allowed_values, flag_of, key_of
+from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
+from edge_phi3.settings_text import allowed_values, flag_of
 
-ENV_PREFIX = "EDGE_PHI3_"
-
-
-class SettingsError(EdgePhi3Error):
-    """An option has a value that it cannot have, or a configuration file that cannot be read."""
+__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "option"]
 
 
 def option(default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any) -> Any:
@@ -140,7 +134,9 @@ class Settings(BaseModel):
         le=10,
     )
 
-    host: str = option("127.0.0.1", "Server", "Address to listen on; 0.0.0.0 listens on all.", min_length=1)
+    host: str = option(
+        "127.0.0.1", "Server", "Address to listen on; 0.0.0.0 listens on all of IPv4, :: on all.", min_length=1
+    )
     port: int = option(8080, "Server", "TCP port to listen on; 0 takes a free one.", ge=0, le=65535)
     grace_period: float = option(
         25.0, "Server", "Seconds that running requests have to finish after SIGTERM or Ctrl-C.", ge=0, le=86400
@@ -150,6 +146,13 @@ class Settings(BaseModel):
         "Server",
         "Web origin whose pages may call the service, * for any; repeatable.",
         metavar="ORIGIN",
+    )
+    keep_alive: float = option(
+        120.0,
+        "Server",
+        "Seconds that a connection stays open for another request: longer than proxies and clients keep theirs.",
+        ge=0,
+        le=86400,
     )
     metrics_prefix: str = option(
         "edge_phi3_",
@@ -173,11 +176,25 @@ class Settings(BaseModel):
         pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
     )
 
+    allowed_host: tuple[str, ...] = option(
+        (),
+        "Access",
+        "Name by which the service may be called (the header Host), * in it for any text; repeatable. Addresses always"
+        " may. By default any name may, but on loopback only localhost.",
+        metavar="NAME",
+    )
+    trusted_proxies: tuple[str, ...] = option(
+        (),
+        "Access",
+        "Address or network of a proxy whose X-Forwarded-For is believed, * for any; repeatable.",
+        metavar="ADDRESS",
+    )
+
     max_queue: int = option(
         256,
         "Limits",
         "Maximum number of waiting requests; any more are answered 429 with Retry-After.",
-        ge=0,
+        ge=1,
         le=100_000,
     )
     request_timeout: float = option(
@@ -197,6 +214,30 @@ class Settings(BaseModel):
         ge=1024,
         le=1 << 30,
     )
+    max_header_size: ByteSize = option(
+        ByteSize(64 << 10),
+        "Limits",
+        "Maximum size of a request's line and headers in bytes.",
+        metavar="SIZE",
+        ge=1024,
+        le=1 << 20,
+    )
+    max_connections: int = option(
+        512,
+        "Limits",
+        "Maximum number of open connections; for one more, the one that has waited for its client longest is closed.",
+        ge=1,
+        le=100_000,
+    )
+    header_timeout: float = option(
+        20.0, "Limits", "Maximum time in which a request's headers arrive, in seconds.", ge=0.01, le=86400
+    )
+    body_timeout: float = option(
+        120.0, "Limits", "Maximum time in which a request's body arrives, in seconds.", ge=0.01, le=86400
+    )
+    send_timeout: float = option(
+        60.0, "Limits", "Maximum time that a client may leave its answer unread, in seconds.", ge=0.01, le=86400
+    )
 
     otel_endpoint: str | None = option(
         None,
@@ -212,7 +253,7 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = option("info", "Logs", "Lowest level that is logged.")
     log_prompts: bool = option(False, "Logs", "Log prompts and answers too.")
 
-    @field_validator("api_key", "cors_origin", "lora", mode="before")
+    @field_validator("api_key", "cors_origin", "allowed_host", "trusted_proxies", "lora", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """Split the comma-separated form of an environment variable."""
@@ -230,6 +271,14 @@ class Settings(BaseModel):
     def _refuse_short_keys(cls, value: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if any(not key.get_secret_value().isascii() or not key.get_secret_value().strip() for key in value):
             raise ValueError("a key is made of ASCII characters and is not empty")
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _known_addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            if text != "*":
+                ipaddress.ip_network(text)  # says itself what is wrong
         return value
 
     @field_validator("quant")
@@ -253,8 +302,8 @@ class Settings(BaseModel):
         """
         sources: list[tuple[str, Mapping[str, object]]] = [
             ("{flag}", flags or {}),
-            ("{env}", _environment()),
-            (f"{{key}} in {config_file}", _read_toml(config_file) if config_file else {}),
+            ("{env}", environment(cls.model_fields)),
+            (f"{{key}} in {config_file}", read_toml(config_file, cls.model_fields) if config_file else {}),
         ]
         merged: dict[str, object] = {}
         origin: dict[str, str] = {}
@@ -285,32 +334,6 @@ class Settings(BaseModel):
                 raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
             keys += found
         return keys
-
-
-def _environment() -> dict[str, object]:
-    """Return the options in the environment; an empty variable counts as not set.
-
-    Kubernetes sets ``EDGE_PHI3_PORT=tcp://10.0.0.1:80`` in every pod beside a Service of the name edge-phi3.
-    That is the Service's address and not our option.
-    """
-    found = {name: os.environ.get(ENV_PREFIX + name.upper(), "") for name in Settings.model_fields}
-    return {name: value for name, value in found.items() if value and not (name == "port" and "://" in value)}
-
-
-def _read_toml(path: Path) -> dict[str, object]:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The configuration file {path} is not valid TOML: {error}.") from None
-    values = {key.replace("-", "_"): value for key, value in content.items()}
-    for key in values:
-        if key not in Settings.model_fields:
-            close = difflib.get_close_matches(key, Settings.model_fields, n=3)
-            hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
-            raise SettingsError(f"The configuration file {path} has the key {key!r}, which is no option.{hint}")
-    return values
 
 
 def _lora(text: str) -> tuple[str, str | float]:

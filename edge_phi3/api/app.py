@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
 
-from litestar import Litestar, Request, Router
+from litestar import Litestar, Router
 from litestar.config.cors import CORSConfig
 from litestar.di import Provide
-from litestar.middleware import DefineMiddleware
-from litestar.middleware.rate_limit import DurationUnit, RateLimitConfig
-from litestar.stores.memory import MemoryStore
+from litestar.types import Guard
 
 from edge_phi3.api import chat, ops, static_files
-from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import EXCEPTION_HANDLERS
 from edge_phi3.api.exchange import Exchange, Exchanges
+from edge_phi3.api.hosts import HostList
 from edge_phi3.api.logs import log_exchange
 from edge_phi3.api.openai import routes as openai
+from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.api.tracing import tracing_of
 from edge_phi3.settings import Settings
@@ -35,11 +33,11 @@ def create_service(settings: Settings, load: Loader) -> tuple[Exchanges, Service
     recorders: list[Callable[[Exchange], None]] = [service.metrics.record, log_exchange]
     if (tracing := tracing_of(settings)) is not None:
         recorders.append(lambda exchange: tracing.record(exchange, service.metrics.model_name))
-    guarded: dict[str, Any] = {
-        "guards": [service.keys.guard] if service.keys else [],
-        "middleware": _rate_limit(settings.rate_limit, service.keys),
-        "opt": {"needs_key": True},
-    }
+    guards: list[Guard] = []
+    if settings.rate_limit is not None:
+        guards.append(RateLimiter(settings.rate_limit, service.keys).guard)
+    if service.keys:
+        guards.append(service.keys.guard)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Litestar) -> AsyncIterator[None]:
@@ -53,33 +51,20 @@ def create_service(settings: Settings, load: Loader) -> tuple[Exchanges, Service
         route_handlers=[
             Router("/", route_handlers=ops.OPEN),
             Router("/", route_handlers=static_files.HANDLERS, include_in_schema=False),
-            Router("/", route_handlers=[chat.chat, *ops.GUARDED, *openai.HANDLERS], **guarded),
+            Router(
+                "/", route_handlers=[chat.chat, *ops.GUARDED, *openai.HANDLERS], guards=guards, opt={"needs_key": True}
+            ),
         ],
         dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
+        guards=[HostList(settings).guard],
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=[lifespan],
         cors_config=_cors(settings),
         request_max_body_size=int(settings.max_body_size),
-        stores={"rate_limit": MemoryStore()},
         openapi_config=None,
         logging_config=None,
     )
     return Exchanges(app, recorders), service
-
-
-def _rate_limit(limit: str | None, keys: KeyRing) -> list[DefineMiddleware]:
-    """Return the middleware that holds each key, or each address without keys, to ``N/UNIT`` requests."""
-    if limit is None:
-        return []
-    count, unit = limit.split("/")
-
-    def identify(request: Request[Any, Any, Any]) -> str:
-        number = keys.find(request) if keys else None
-        # A wrong key counts for the address, or guessing keys would be free of the limit.
-        return f"key:{number}" if number is not None else f"address:{request.client.host if request.client else ''}"
-
-    rate = (cast("DurationUnit", unit), int(count))
-    return [RateLimitConfig(rate_limit=rate, identifier_for_request=identify).middleware]
 
 
 def _cors(settings: Settings) -> CORSConfig | None:
@@ -88,6 +73,5 @@ def _cors(settings: Settings) -> CORSConfig | None:
     return CORSConfig(
         allow_origins=list(settings.cors_origin),
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-Id"],
-        expose_headers=["X-Request-Id", "Retry-After"],
+        expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
     )

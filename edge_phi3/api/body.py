@@ -62,10 +62,15 @@ def decode_body(
     named, which may refuse fields, and change the body.
 
     Raises:
-        UnsupportedMediaTypeError: the body is said not to be JSON.
+        UnsupportedMediaTypeError: the body is said not to be JSON, or to be compressed, or is a page's that does not
+            say: browsers let any page send such a body anywhere.
         InvalidRequestError: it is not JSON, or does not fit the type; the message names the field.
     """
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    headers = request.headers
+    if (encoding := headers.get("content-encoding", "identity").strip().lower()) != "identity":
+        raise UnsupportedMediaTypeError(f"The body is compressed ({encoding[:60]}); send it as it is.")
+    unsaid = "nothing" if "origin" in headers or "sec-fetch-site" in headers else "application/json"
+    media_type = headers.get("content-type", unsaid).partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."

@@ -44,6 +44,22 @@ class UnsupportedMediaTypeError(EdgePhi3Error):
     """The body is not said to be JSON."""
 
 
+class RateLimitedError(EdgePhi3Error):
+    """The client asks too often.
+
+    Attributes:
+        headers: those of the answer.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"Too many requests (--rate-limit); try again in {seconds} s.")
+        self.headers = {"Retry-After": str(seconds)}
+
+
+class WrongHostError(EdgePhi3Error):
+    """The request calls the service by a name that is not its own."""
+
+
 class UnauthorizedError(EdgePhi3Error):
     """The request carries no key that the service knows."""
 
@@ -68,7 +84,9 @@ STATUS_CODES: dict[type[EdgePhi3Error], int] = {
     RequestTooLargeError: 400,
     UnauthorizedError: 401,
     UnsupportedMediaTypeError: 415,
+    WrongHostError: 421,
     QueueFullError: 429,
+    RateLimitedError: 429,
     ClientDisconnectedError: CLIENT_GONE,
     UnhealthyError: 500,
     EngineStoppedError: 503,
@@ -78,7 +96,13 @@ STATUS_CODES: dict[type[EdgePhi3Error], int] = {
 """The status code of each kind of error; any other is 500."""
 
 _OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-_OPENAI_CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded", 503: "service_unavailable"}
+_OPENAI_CODES = {
+    401: "invalid_api_key",
+    404: "model_not_found",
+    405: "method_not_supported",
+    429: "rate_limit_exceeded",
+    503: "service_unavailable",
+}
 _FIELD = re.compile(r"`([a-z_]+)[^`]*`")
 
 _HEADERS: dict[int, dict[str, str]] = {
@@ -104,7 +128,7 @@ def detail_of(error: BaseException) -> str:
 
 def is_openai(scope: Scope) -> bool:
     """Return whether a request is answered in OpenAI's shapes."""
-    return "route_handler" in scope and scope["path"].startswith("/v1/")
+    return scope["path"].startswith("/v1/")
 
 
 def error_body(scope: Scope, message: str, status: int, code: str | None = None) -> ErrorResponse | OpenAIError:
@@ -113,7 +137,10 @@ def error_body(scope: Scope, message: str, status: int, code: str | None = None)
         return ErrorResponse(message)
     field = _FIELD.search(message) if status == 400 else None
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, code or _OPENAI_CODES.get(status)))
+    code = code or _OPENAI_CODES.get(status)
+    if status == 404 and "route_handler" not in scope:  # no route, so no model either
+        kind, code = "invalid_request_error", "unknown_url"
+    return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, code))
 
 
 def _respond(
@@ -128,21 +155,18 @@ def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
         logger.error("unhandled error", path=request.scope["path"], exc_info=error)
     status = status_code_of(error)
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
-    return _respond(request, detail_of(error), status, _HEADERS.get(status, {}), code)
+    return _respond(request, detail_of(error), status, getattr(error, "headers", _HEADERS.get(status, {})), code)
 
 
 def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[Any]:
-    """Answer what Litestar itself refuses: no such route, body too large, too many requests."""
+    """Answer what Litestar itself refuses: no such route or method, a body too large."""
     headers, detail, path = dict(error.headers or {}), error.detail, request.scope["path"][:200]
     if isinstance(error, NotFoundException) and detail == "Not Found":
         detail = f"There is nothing at {path}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
-        detail = f"{request.method} is not a method of {path}."
+        detail = f"{request.scope['state']['exchange'].scope['method']} is not a method of {path}."
     elif error.status_code == 413:
         detail = "The body is larger than this service takes (--max-body-size)."
-    elif error.status_code == 429:
-        headers["Retry-After"] = headers.get("RateLimit-Reset", str(RETRY_AFTER_SECONDS))
-        detail = f"Too many requests (--rate-limit); try again in {headers['Retry-After']} s."
     return _respond(request, detail, error.status_code, headers)
 
 

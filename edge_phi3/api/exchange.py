@@ -17,7 +17,7 @@ from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 from edge_phi3.api.errors import ClientDisconnectedError
 from edge_phi3.pipeline import GenerationOutput
 
-_PROBED = frozenset({"/", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
+_PROBED = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
 _OPERATIONS = {"/chat": "text_completion", "/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
@@ -78,6 +78,8 @@ class Exchanges:
         request_id = next(given, b"") or uuid.uuid4().hex.encode()
         exchange = Exchange(scope, request_id.decode("ascii"))
         scope.setdefault("state", {})["exchange"] = exchange
+        if scope["method"] == "HEAD":  # the answer of GET, of which the server sends the headers alone
+            scope = {**scope, "method": "GET"}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

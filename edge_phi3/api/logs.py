@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
-from typing import Any, Literal
+from typing import Any, Final, Literal, TextIO
 
 import msgspec
 import structlog
-from structlog.types import Processor
+from structlog.types import EventDict, ExcInfo, Processor
 
 from edge_phi3.api.exchange import Exchange
 
 access_logger = structlog.get_logger("edge_phi3.access")
+
+_LONGEST_PATH: Final = 300
+"""Characters of a path that are logged."""
 
 
 def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
@@ -28,19 +32,19 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
     else:
         # The plain traceback: others show local variables, and with them prompts and keys.
         renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+            colors=sys.stderr.isatty(), pad_event_to=0, exception_formatter=_indented_traceback
         )
     least = logging.getLevelNamesMapping()[level.upper()]
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _escape, renderer],
         )
     )
     logging.basicConfig(handlers=[handler], level=least, force=True)
-    # uvicorn logs each start and stop, which the service itself does better.
-    logging.getLogger("uvicorn.error").setLevel(max(least, logging.WARNING))
+    # uvicorn logs each start, stop and refusal, which the service itself does better.
+    logging.getLogger("uvicorn.error").setLevel(max(least, logging.ERROR))
     for chatty in ("httpx", "gguf"):
         logging.getLogger(chatty).setLevel(max(least, logging.WARNING))
     structlog.configure(
@@ -49,6 +53,22 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+
+
+def _escape(_: Any, __: str, event: EventDict) -> EventDict:
+    """Keep an entry on its line, whatever texts of strangers are in it, and the terminal as it is."""
+    return {name: _printable(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _indented_traceback(stream: TextIO, error: ExcInfo) -> None:
+    """Write a traceback of which no line can be taken for an entry of its own."""
+    written = io.StringIO()
+    structlog.dev.plain_traceback(written, error)
+    stream.writelines(f"    {_printable(line)}\n" for line in written.getvalue().split("\n"))
 
 
 def _to_json(value: object, **_: object) -> str:
@@ -75,4 +95,4 @@ def log_exchange(exchange: Exchange) -> None:
         }
     if exchange.prompt is not None:
         facts |= {"prompt": exchange.prompt, "answer": output.text if output else None}
-    log(f"{exchange.scope['method']} {exchange.path}", request_id=exchange.request_id, **facts)
+    log(f"{exchange.scope['method']} {exchange.path[:_LONGEST_PATH]}", request_id=exchange.request_id, **facts)

@@ -49,7 +49,7 @@ _GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
     "prefix_cache_tokens": ("Tokens of finished sequences kept in main memory.", lambda stats: stats.stored_tokens),
     "prefix_cache_bytes": ("Main memory that they take.", lambda stats: stats.stored_bytes),
     "kv_cache_cells_used": ("KV cells that hold a token.", lambda stats: stats.cells_used),
-    "kv_cache_cells_total": ("KV cells there are.", lambda stats: stats.cells_total),
+    "kv_cache_cells": ("KV cells there are.", lambda stats: stats.cells_total),
     "kv_cache_usage_perc": (
         "KV cells in use, from 0 to 1.",
         lambda stats: stats.cells_used / max(1, stats.cells_total),
@@ -113,7 +113,7 @@ class ServiceMetrics(Collector):
 
     def record(self, exchange: Exchange) -> None:
         """Count a request for text that has ended; other paths are not counted."""
-        if exchange.operation is None:
+        if exchange.operation is None or exchange.scope["method"] != "POST":
             return
         outcome = _OUTCOMES.get(exchange.status, "invalid" if 400 <= exchange.status < 500 else "error")
         if outcome == "ok" and exchange.error is not None:

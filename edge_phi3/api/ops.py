@@ -37,7 +37,9 @@ def home(request: Request[Any, Any, Any]) -> Response[schemas.RunningResponse] |
     return Response(schemas.RunningResponse("Server is running"), headers=headers)
 
 
-@get("/healthz", sync_to_thread=False, errors={500: "The model is not loaded yet, or the engine is broken."})
+@get(
+    ["/healthz", "/health"], sync_to_thread=False, errors={500: "The model is not loaded yet, or the engine is broken."}
+)
 def healthz(service: NamedDependency[Service]) -> schemas.HealthResponse:
     """Check that the model is loaded and the engine works, as the original service does."""
     service.check_healthy()
@@ -144,7 +146,7 @@ def _piece(data: bytes) -> str | list[int]:
 
 def _exposed(service: Service, accept: str) -> Response[bytes]:
     content, content_type = service.metrics.expose(accept)
-    return Response(content, media_type=content_type)
+    return Response(content, headers={"Content-Type": content_type})
 
 
 def _machine() -> schemas.MetricsResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import shlex
@@ -15,6 +16,8 @@ import structlog
 import uvicorn
 
 from edge_phi3.api.app import create_service
+from edge_phi3.api.connection import Connection
+from edge_phi3.api.exchange import Exchanges
 from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.errors import EdgePhi3Error
@@ -45,17 +48,7 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
     configure_logging(settings.log_format, settings.log_level)
     app, service = create_service(settings, load)
     with _bind(settings.host, settings.port) as listener:
-        config = uvicorn.Config(
-            app,
-            http="httptools",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_FLUSH_SECONDS,
-            ws="none",
-        )
-        server = _Server(config, service, lambda: announce(service, address_of(listener)))
+        server = _Server(uvicorn_config(app, settings), service, lambda: announce(service, address_of(listener)))
         logger.info("listening", url=address_of(listener), model=settings.model)
         server.run(sockets=[listener])
     stopped = service.close()
@@ -67,6 +60,23 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
         # crash, and what it writes is unfinished and known as such.
         sys.stderr.flush()
         os._exit(0)
+
+
+def uvicorn_config(app: Exchanges, settings: Settings) -> uvicorn.Config:
+    """Return how uvicorn runs the application."""
+    return uvicorn.Config(
+        app,
+        http=functools.partial(Connection, settings),  # type: ignore[arg-type] # uvicorn calls it
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.trusted_proxies),
+        forwarded_allow_ips=list(settings.trusted_proxies),
+        timeout_keep_alive=settings.keep_alive,  # type: ignore[arg-type] # a timer's seconds
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ws="none",
+    )
 
 
 def address_of(listener: socket.socket) -> str:
@@ -88,6 +98,8 @@ def example_command(url: str) -> str:
 def _bind(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        if host == "::" and not socket.has_dualstack_ipv6():
+            family, address = socket.AF_INET, ("0.0.0.0", port)  # noqa: S104 - what was asked for, as far as there is any
     except OSError as error:
         raise ServerError(f"--host: {host!r} is no address of this machine: {error.strerror}.") from None
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -95,6 +107,8 @@ def _bind(host: str, port: int) -> socket.socket:
         # Inherited by every connection: a body must not wait for the acknowledgement of its headers.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # `::` listens on IPv4 too
         listener.bind(address)
     except OSError as error:
         listener.close()

@@ -77,7 +77,7 @@ class EventStream(Response[bytes]):
         self._last = time.monotonic()
         if not self._begun:
             self._begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS]})
         await send({"type": "http.response.body", "body": piece, "more_body": more})
 
     async def _keep_alive(self, send: Send) -> None:

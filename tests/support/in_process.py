@@ -15,6 +15,7 @@ import uvicorn
 
 from edge_phi3.api.app import create_service
 from edge_phi3.api.exchange import Exchanges
+from edge_phi3.api.server import uvicorn_config
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.settings import Settings
 from tests.support.services import PATIENCE, wait_for
@@ -49,9 +50,7 @@ def running(load: Loader, **options: Any) -> Iterator[Running]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         port = listener.getsockname()[1]
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=1)
-        )
+        server = uvicorn.Server(uvicorn_config(app, service.settings))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

@@ -1,0 +1,230 @@
+"""Who may ask, how often, from where and by which name; and what a page in a browser may do."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from edge_phi3.api import rate_limit, sse
+from edge_phi3.api.auth import KeyRing
+from edge_phi3.api.hosts import HostList
+from edge_phi3.api.logs import configure_logging
+from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
+from edge_phi3.api.server import _bind
+from edge_phi3.settings import Settings, SettingsError
+from tests.api.conftest import GREEDY, Clock, Running, loader, ready
+from tests.support.services import serving
+
+BODY = {"prompt": "a", "generate_kwargs": GREEDY}
+OURS, EVIL = "https://app.example", "https://evil.example"
+
+
+def test_each_key_has_its_own_rate(model_path: Path) -> None:
+    with ready(loader(model_path), api_key=["one", "two"], rate_limit="2/hour") as api:
+        keys = ("one", "one", "two", "guess", "other", "again", "one")
+        answers = [api.client.post("/chat", json=BODY, headers={"x-api-key": key}) for key in keys]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 401, 401, 429, 429]
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 1800
+        assert "--rate-limit" in answers[-1].json()["detail"]
+        left = [[answer.headers[name] for name in RATE_HEADERS] for answer in answers]
+        assert [(limit, remaining) for limit, remaining, _ in left[:3]] == [("2", "1"), ("2", "0"), ("2", "1")]
+        assert left[-1][:2] == ["2", "0"]
+        assert 3590 <= int(left[-1][2].removesuffix("s")) <= 3600
+        stream = api.client.post("/chat", json=BODY | {"stream": True}, headers={"x-api-key": "two"})
+        assert (stream.status_code, stream.headers[RATE_HEADERS[1]]) == (200, "0")
+        refused = api.client.post("/v1/completions", json={"prompt": "a"}, headers={"x-api-key": "two"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert api.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("limit", ["1/second", "3/minute", "7/hour", "100000/hour", "999999999/day"])
+def test_a_client_may_ask_n_times_at_once_and_then_evenly_and_others_do_not_matter(limit: str) -> None:
+    clock = Clock(now=1e6)
+    limiter = RateLimiter(limit, KeyRing(()), lambda: clock.now)
+    number, unit = limit.split("/")
+    count, seconds = int(number), {"second": 1, "minute": 60, "hour": 3600, "day": 86400}[unit]
+    burst = min(count, 20_000)
+    limiter._count, limiter._seconds = burst, seconds * burst / count  # the same rate, a smaller bucket
+    taken = [limiter.take("a") for _ in range(burst)]
+    assert [left for left, _, _ in taken] == [*range(burst)][::-1]
+    assert not any(late for _, _, late in taken)
+    each = seconds / count
+    for _ in range(3):
+        left, _, late = limiter.take("a")
+        assert (left, late) == (0, pytest.approx(each, rel=1e-3, abs=1e-6))
+    clock.now += 2.5 * each
+    assert [limiter.take("a")[2] > 0 for _ in range(4)] == [False, burst < 2, True, True]
+    assert limiter.take("b")[2] == 0
+
+
+def test_addresses_without_number_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rate_limit, "_CLIENTS", 100)
+    limiter = RateLimiter("1/day", KeyRing(()))
+    assert limiter.take("often")[2] == 0
+    for number in range(10_000):
+        limiter.take(f"address {number}")
+        assert limiter.take("often")[2] > 0, "who asks again and again is not forgotten"
+    assert len(limiter) <= 101
+
+
+@pytest.mark.parametrize(
+    ("trusted", "forwarded", "counted_apart"),
+    [
+        ((), "198.51.100.{}", False),
+        (("192.0.2.0/24",), "198.51.100.{}", False),
+        (("127.0.0.0/8",), "198.51.100.{}", True),
+        (("127.0.0.1", "192.0.2.0/24"), "198.51.100.{}, 192.0.2.7", True),
+        (("127.0.0.1",), "198.51.100.{}, 192.0.2.7", False),
+        (("127.0.0.1",), "2001:db8::{}", False),  # one network of IPv6 is one client
+        (("127.0.0.1",), "2001:db8:0:{}::1", True),
+    ],
+)
+def test_only_a_trusted_proxy_says_for_whom_it_asks(
+    model_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: tuple[str, ...], forwarded: str, counted_apart: bool
+) -> None:
+    monkeypatch.setenv("FORWARDED_ALLOW_IPS", "*")
+    with ready(loader(model_path), rate_limit="1/day", trusted_proxies=trusted) as api:
+        headers = [{"x-forwarded-for": forwarded.format(number)} for number in (1, 2)]
+        found = [api.client.post("/chat", json=BODY, headers=header).status_code for header in headers]
+        assert found == [200, 200 if counted_apart else 429]
+
+
+def test_a_proxy_is_an_address_or_a_network() -> None:
+    assert Settings.load({"trusted_proxies": "10.0.0.0/8, ::1"}).trusted_proxies == ("10.0.0.0/8", "::1")
+    with pytest.raises(SettingsError, match=r"--trusted-proxies: .*proxy"):
+        Settings.load({"trusted_proxies": ["proxy"]})
+    with pytest.raises(SettingsError, match="--max-queue: 0 is not allowed; give a whole number from 1"):
+        Settings.load({"max_queue": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "host", "taken"),
+    [
+        *[({}, host, True) for host in ("localhost", "LOCALHOST:1", "a.localhost", "localhost.", "")],
+        *[({}, host, True) for host in ("127.0.0.1:8080", "[::1]:8080", "::1")],
+        *[({}, host, False) for host in ("evil.example", "evil.example:80", "localhost.evil.example")],
+        *[({}, host, False) for host in ("127.0.0.1.evil", "[", "a b", ":80")],
+        ({"host": "0.0.0.0"}, "any.example", True),
+        ({"host": "::1"}, "any.example", False),
+        ({"allowed_host": ["phi.example", "*.phi.example"]}, "eu.phi.example:443", True),
+        ({"allowed_host": ["phi.example"]}, "10.1.2.3:8080", True),
+        ({"allowed_host": ["phi.example"]}, "localhost", False),
+        ({"host": "0.0.0.0", "allowed_host": ["phi.example"]}, "evil.example", False),
+        ({"allowed_host": ["*"]}, "evil.example", True),
+    ],
+)
+def test_the_service_is_called_by_its_own_names(options: dict[str, Any], host: str, taken: bool) -> None:
+    assert HostList(Settings.load(options)).takes(host) is taken
+
+
+def test_a_stranger_s_name_is_refused_on_every_route(api: Running) -> None:
+    for path, method in (("/chat", "POST"), ("/v1/models", "GET"), ("/", "GET"), ("/metrics", "GET"), ("/ui", "GET")):
+        answer = api.client.request(
+            method, path, headers={"host": "evil.example"}, json=BODY if method == "POST" else None
+        )
+        assert answer.status_code == 421
+        assert "'evil.example'" in answer.text
+        assert "--allowed-host" in answer.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "sentence"),
+    [
+        ({}, 200, ""),
+        ({"origin": EVIL}, 415, "nothing"),
+        ({"sec-fetch-site": "cross-site"}, 415, "nothing"),
+        ({"origin": EVIL, "content-type": "text/plain"}, 415, "text/plain"),
+        ({"origin": EVIL, "content-type": "application/json"}, 200, ""),  # which takes a preflight
+        ({"content-encoding": "gzip"}, 415, "compressed (gzip)"),
+        ({"content-encoding": "identity"}, 200, ""),
+    ],
+)
+def test_a_page_cannot_send_a_body_without_a_type_and_nobody_a_compressed_one(
+    api: Running, headers: dict[str, str], status: int, sentence: str
+) -> None:
+    for path in ("/chat", "/v1/completions", "/tokenize"):
+        body = json.dumps({"text": "a"} if path == "/tokenize" else {"prompt": "a"}).encode()
+        content = gzip.compress(body) if headers.get("content-encoding") == "gzip" else body
+        answer = api.client.post(path, content=content, headers=headers)
+        assert (answer.status_code, sentence in answer.text) == (status, True)
+
+
+def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, model_path: Path) -> None:
+    def ask(api: Running, method: str, origin: str, path: str = "/chat", **more: Any) -> httpx.Response:
+        wanted = "authorization,content-type,x-stainless-os,x-stainless-retry-count,x-stainless-anything"
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
+        body = None if method == "OPTIONS" else BODY | more
+        return api.client.request(method, path, json=body, headers={"origin": origin} | asks)
+
+    def allowed(answer: httpx.Response) -> str | None:
+        header: str | None = answer.headers.get("access-control-allow-origin")
+        return header
+
+    assert allowed(ask(api, "OPTIONS", OURS)) is None
+    with ready(loader(model_path), cors_origin=[OURS, "https://other.example"]) as it:
+        preflight = ask(it, "OPTIONS", OURS)
+        assert (preflight.status_code, allowed(preflight)) == (204, OURS)
+        given = {name.strip().lower() for name in preflight.headers["access-control-allow-headers"].split(",")}
+        assert {"authorization", "content-type", "x-stainless-anything"} <= given
+        assert ask(it, "OPTIONS", OURS, "/v1/chat/completions").status_code == 204
+        assert allowed(ask(it, "OPTIONS", EVIL)) != EVIL
+        before = list(sse._HEADERS)
+        for origin in (OURS, "https://other.example", EVIL):
+            answer = ask(it, "POST", origin, stream=True)
+            assert answer.status_code == 200
+            assert answer.headers.get_list("access-control-allow-origin") == ([] if origin == EVIL else [origin])
+        assert it.client.post("/chat", json=BODY | {"stream": True}).headers.get("access-control-allow-origin") is None
+        assert before == sse._HEADERS
+        metrics = it.client.get("/metrics/prometheus").text
+        assert 'requests_total{endpoint="/chat",outcome="ok"} 4.0' in metrics
+        assert 'outcome="error"' not in metrics
+
+
+def test_no_text_of_a_stranger_begins_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = structlog.get_config()
+    root, handlers = logging.getLogger(), list(logging.getLogger().handlers)
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    forged = "GET /x\n2026-11-30T00:00:00Z [info     ] forged\r\x1b[31m\u2028\x85end"
+    try:
+        configure_logging("text", "info")
+        structlog.get_logger("a").info(forged, path=forged)
+        logging.getLogger("b").warning("of a library: %s", forged)
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            structlog.get_logger("c").exception("unhandled", path=forged)
+    finally:
+        structlog.configure(**before)
+        root.handlers = handlers
+    lines = written.getvalue().splitlines()
+    assert [line[:2] for line in lines if "forged" in line and not line.startswith("    ")] == ["20"] * 3
+    assert all(line.isprintable() for line in lines)
+    assert "\\x1b[31m" in lines[0]
+
+
+def test_a_machine_without_ipv6_listens_on_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "has_dualstack_ipv6", lambda: False)
+    with _bind("::", 0) as listener:
+        assert listener.family == socket.AF_INET
+        assert listener.getsockname()[0] == "0.0.0.0"
+
+
+def test_all_addresses_of_both_kinds_are_listened_on(model_path: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, str(model_path), "--threads", "1", "--host", "::", store=tmp_path) as server:
+        assert server.get("/livez").status_code == 200
+        try:
+            answer = httpx.get(f"http://[::1]:{server.port}/livez", trust_env=False)
+        except httpx.ConnectError:
+            pytest.skip("this machine has no IPv6")
+        assert answer.status_code == 200
