@@ -86,8 +86,8 @@ def _why_no_gpu(settings: EngineSettings) -> str:
     if settings.n_gpu_layers == 0:
         return "--require-gpu asks for a GPU, but --n-gpu-layers 0 puts no layer there; leave one of the two out."
     return (
-        "--require-gpu asks for a GPU, but llama.cpp finds none. Check `nvidia-smi`; in a container, also that the image"
-        " is the one for CUDA, and that the GPU was given to it (docker run --gpus all; in Kubernetes the chart's"
+        "--require-gpu asks for a GPU, but llama.cpp finds none. Check `nvidia-smi`; in a container, also that the"
+        " image is the one for CUDA, and that the GPU was given to it (docker run --gpus all; in Kubernetes the chart's"
         " gpu.runtimeClassName, which is nvidia on k3s and RKE2)."
     )
 
