@@ -15,10 +15,11 @@ from edge_phi3.api.app import create_service
 from edge_phi3.cli import app
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of
-from tests.helm.chart import Object, containers, workload, environment, of_kind, pod_of, pods, server
+from tests.helm.chart import Object, containers, environment, of_kind, pod_of, pods, server, workload
 
 DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+SERVICE_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 
 # "image" since Kubernetes 1.33, two versions before the first that has such volumes on by default.
@@ -73,8 +74,10 @@ def check_names(objects: list[Object]) -> None:
     assert len(keys) == len(set(keys)), keys
     for obj in objects:
         metadata = obj["metadata"]
-        # Service accounts may be called what their owner likes; everything else follows the release's name.
-        allowed = DNS_SUBDOMAIN if obj["kind"] == "ServiceAccount" else DNS_LABEL
+        # What its owner names, after a release that may have dots; a Service's name may not begin with a digit either.
+        allowed = {"Service": SERVICE_NAME, "ServiceAccount": DNS_SUBDOMAIN, "ConfigMap": DNS_SUBDOMAIN}.get(
+            obj["kind"], DNS_LABEL
+        )
         assert allowed.fullmatch(metadata["name"]), metadata["name"]
         assert metadata["namespace"], metadata["name"]
         for value in metadata.get("labels", {}).values():

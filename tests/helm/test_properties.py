@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from tests.helm.chart import EXAMPLES, NEWEST, Object, workload, render, schema, schema_errors, values_of
+from tests.helm.chart import EXAMPLES, NEWEST, Object, render, schema, schema_errors, values_of, workload
 from tests.helm.invariants import check_all, check_service_options
 
 names = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)

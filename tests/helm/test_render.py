@@ -21,7 +21,6 @@ from tests.helm.chart import (
     EXAMPLES,
     NEWEST,
     Object,
-    workload,
     loaded,
     of_kind,
     oldest_kubernetes,
@@ -32,6 +31,7 @@ from tests.helm.chart import (
     schema_errors,
     server,
     values_of,
+    workload,
 )
 from tests.helm.invariants import check_all, check_service_options
 
