@@ -53,6 +53,10 @@ report: $(VENV)/dev.stamp ## rebuild docs/benchmarks.md from the recorded result
 lock: ## update the pinned versions in requirements.lock (needs uv)
 	uv pip compile --universal --python-version 3.11 --extra dev --extra bench --no-emit-index-url \
 	  --no-header --no-annotate --upgrade --quiet pyproject.toml -o requirements.lock
+	uv pip compile --universal --python-version 3.11 --extra otel --no-emit-index-url --generate-hashes -c requirements.lock \
+	  --no-header --no-annotate --quiet pyproject.toml -o requirements-image.lock
+	printf '%s\n' hatchling 'scikit-build-core[pyproject]' cmake ninja | uv pip compile --universal --python-version 3.11 \
+	  --no-emit-index-url --generate-hashes --no-header --no-annotate --upgrade --quiet - -o requirements-build.lock
 
 clean: ## remove the virtual environment and every cache
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .benchmarks dist

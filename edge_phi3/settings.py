@@ -86,6 +86,9 @@ class Settings(BaseModel):
     n_gpu_layers: int = option(
         -1, "Engine", "Number of layers on the GPU; -1 puts all of them there when there is a GPU.", ge=-1, le=1000
     )
+    require_gpu: bool = option(
+        False, "Engine", "Exit with code 1 when no layer can be put on a GPU, instead of serving from the CPU."
+    )
     kv_cache_type: Literal["f32", "f16", "q8_0"] = option(
         "f16", "Engine", "Element type of the KV cache: f32 is exact, q8_0 takes half the memory of f16."
     )

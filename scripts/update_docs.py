@@ -5,7 +5,7 @@ Usage: python scripts/update_docs.py [--check]
 The tables of docs/ are made from the code that they describe. The chart's table is made from values.yaml, whose
 comments stand above the values that they describe. The schema of the service's options is made from
 `edge_phi3.settings`, and that of quantisations from the list that `edge-phi3 quantize` knows, so that a wrong option
-fails when a release is installed.
+fails when a release is installed. What null means for a value follows from values.yaml too.
 """
 
 from __future__ import annotations
@@ -112,6 +112,21 @@ def updated_schema(text: str) -> str:
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
+def empty_values() -> str:
+    """Return what null means for each value of the chart: nothing for a list or a map, and otherwise the default."""
+
+    def empty(path: list[str], value: Any) -> Any:
+        if isinstance(value, list):
+            return []
+        if isinstance(value, dict):
+            return {} if ".".join(path) in leaves else {key: empty([*path, key], value[key]) for key in value}
+        return value
+
+    text = (ROOT / CHART / "values.yaml").read_text(encoding="utf-8")
+    leaves = {path for path, _, _ in rows(text)}
+    return json.dumps(empty([], yaml.safe_load(text)), indent=2) + "\n"
+
+
 def between_marks(make: Callable[[], str], text: str) -> str:
     """Return a page with what stands between its two marks made anew."""
     before, rest = text.split(BEGIN)
@@ -127,6 +142,7 @@ PAGES: Final[Mapping[str, Callable[[str], str]]] = {
         between_marks, lambda: table((ROOT / CHART / "values.yaml").read_text(encoding="utf-8"))
     ),
     f"{CHART}/values.schema.json": updated_schema,
+    f"{CHART}/files/empty-values.json": lambda _: empty_values(),
 }
 """How each file is brought up to date."""
 

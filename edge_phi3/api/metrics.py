@@ -155,6 +155,9 @@ class ServiceMetrics(Collector):
         yield self._gauge("model_info", "The model served.", model | {"description": description})
         cells = {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)}
         yield self._gauge("cache_config_info", "The KV cache in blocks, here single cells.", cells)
+        layers = self._gauge("model_layers", "Layers, the output too, by device.", {"device": "gpu"}, stats.gpu_layers)
+        layers.add_metric(["cpu"], stats.cpu_layers)
+        yield layers
         for name, (text, value) in _GAUGES.items():
             yield self._gauge(name, text, model, value(stats))
         for name, (text, value) in _COUNTERS.items():
@@ -169,7 +172,7 @@ class ServiceMetrics(Collector):
             histogram.add_metric(list(model.values()), buckets, times.total)
             yield histogram
 
-    def _gauge(self, name: str, text: str, labels: Mapping[str, str], value: float = 1) -> Metric:
+    def _gauge(self, name: str, text: str, labels: Mapping[str, str], value: float = 1) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
         gauge.add_metric(list(labels.values()), value)
         return gauge

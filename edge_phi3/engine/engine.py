@@ -124,8 +124,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the engine's counters and gauges; from any thread, without waiting."""
-        core = self._core  # read once: another thread may be closing
-        if core is None:
+        core, loaded = self._core, self._loaded  # read once: another thread may be closing
+        if core is None or loaded is None:
             return EngineStats()
         runners = core.scheduler.runners
         stores = [runner.kv.host_cache for runner in runners if runner.kv.host_cache is not None]
@@ -142,6 +142,8 @@ class Engine:
             generated_tokens_total=core.generated_tokens,
             preemptions_total=core.scheduler.preemptions,
             steps_total=core.steps,
+            gpu_layers=loaded.gpu_layers,
+            cpu_layers=loaded.model.layers + 1 - loaded.gpu_layers,
             device_times=core.device_times,
             host_times=core.host_times,
         )

@@ -36,13 +36,15 @@ class LoadedModel:
     """A model in memory, with a runner for each of its contexts.
 
     A model with two sets of rotary factors may have two, the first for sequences up to the original context. `defaults`
-    is what the model's ``generation_config.json`` says. `resources` frees the contexts, and then the model.
+    is what the model's ``generation_config.json`` says. `gpu_layers` counts the layers on a GPU, the output as one of
+    them. `resources` frees the contexts, and then the model.
     """
 
     model: Model
     tokenizer: Tokenizer
     runners: list[ModelRunner]
     defaults: ModelDefaults
+    gpu_layers: int
     resources: contextlib.ExitStack
 
     def close(self) -> None:
@@ -53,6 +55,8 @@ class LoadedModel:
 def load(settings: EngineSettings) -> LoadedModel:
     """Load and warm up a model."""
     gpu = supports_gpu_offload()
+    if settings.require_gpu and not (gpu and settings.n_gpu_layers):
+        raise ModelLoadError(_why_no_gpu(settings))
     facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
     context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))
     original = original if 0 < original < context_length else 0
@@ -71,9 +75,21 @@ def load(settings: EngineSettings) -> LoadedModel:
             stack.callback(context.close)
             context.warm_up()
             runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
-        loaded = LoadedModel(model, tokenizer, runners, _defaults(model, tokenizer), stack.pop_all())
-    _say_what_runs_where(loaded, settings, gpu=gpu)
+        wanted = settings.n_gpu_layers if settings.n_gpu_layers >= 0 else model.layers + 1
+        layers = min(wanted, model.layers + 1) if gpu else 0
+        loaded = LoadedModel(model, tokenizer, runners, _defaults(model, tokenizer), layers, stack.pop_all())
+    _say_what_runs_where(loaded, settings)
     return loaded
+
+
+def _why_no_gpu(settings: EngineSettings) -> str:
+    if settings.n_gpu_layers == 0:
+        return "--require-gpu asks for a GPU, but --n-gpu-layers 0 puts no layer there; leave one of the two out."
+    return (
+        "--require-gpu asks for a GPU, but llama.cpp finds none. Check `nvidia-smi`; in a container, also that the"
+        " image is the one for CUDA, and that the GPU was given to it (docker run --gpus all; in Kubernetes the chart's"
+        " gpu.runtimeClassName, which is nvidia on k3s and RKE2)."
+    )
 
 
 def _runner(
@@ -122,9 +138,8 @@ def _generation_config(model: Model) -> Mapping[str, object]:
     return config if isinstance(config, dict) else {}
 
 
-def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings, *, gpu: bool) -> None:
-    model = loaded.model
-    layers = model.layers + 1 if settings.n_gpu_layers < 0 else min(settings.n_gpu_layers, model.layers + 1)
+def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings) -> None:
+    model, layers = loaded.model, loaded.gpu_layers
     contexts = " + ".join(
         f"{runner.kv.cells} cells" + (f" for sequences up to {runner.max_tokens} tokens" if runner.max_tokens else "")
         for runner in loaded.runners
@@ -134,7 +149,7 @@ def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings, *, gpu: 
         model.path.name,
         model.description,
         model.size / 2**20,
-        f"{layers} of {model.layers + 1} layers on the GPU" if gpu else "all layers on the CPU",
+        f"{layers} of {model.layers + 1} layers on the GPU" if layers else "all layers on the CPU",
         settings.threads or usable_cores(),
         contexts,
         settings.kv_cache_type,

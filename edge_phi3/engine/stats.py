@@ -31,7 +31,8 @@ class EngineStats:
     """Counters and gauges of an engine, as of now; `edge_phi3.api.metrics` says what each counts.
 
     `cells_used` and `cells_total` are KV cells; `stored_tokens` and `stored_bytes` are what finished sequences take in
-    main memory, for later prompts. `device_times` are those of the batches, `host_times` what steps took beside them.
+    main memory, for later prompts. `gpu_layers` and `cpu_layers` are the model's, its output counted as one of them.
+    `device_times` are those of the batches, `host_times` what steps took beside them.
     """
 
     waiting: int = 0
@@ -46,5 +47,7 @@ class EngineStats:
     generated_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    gpu_layers: int = 0
+    cpu_layers: int = 0
     device_times: Times = field(default_factory=Times)
     host_times: Times = field(default_factory=Times)

@@ -248,6 +248,7 @@ def test_requests_are_counted_and_what_has_finished_moves_to_the_prefix_cache(ap
     grown = {name: after[f"edge_phi3_{name}"] - before.get(f"edge_phi3_{name}", 0.0) for name in expected}
     assert grown == expected
     assert after["edge_phi3_kv_cache_cells random-4k"] == 2048
+    assert (after["edge_phi3_model_layers gpu"], after["edge_phi3_model_layers cpu"]) == (0, 3)
     kept = "edge_phi3_prefix_cache_tokens random-4k"
     times = "edge_phi3_engine_step_{}_seconds_{} random-4k"
     steps = after["edge_phi3_engine_steps_total random-4k"]

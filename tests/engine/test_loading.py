@@ -39,6 +39,8 @@ def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: 
     ("options", "sentence"),
     [
         ({"kv_cache_type": "q8_0"}, r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
+        ({"require_gpu": True}, r"--require-gpu asks for a GPU, but llama\.cpp finds none.*runtimeClassName"),
+        ({"require_gpu": True, "n_gpu_layers": 0}, r"--n-gpu-layers 0 puts no layer there"),
         ({"lora": ((Path("absent.gguf"), 1.0),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
     ],
 )
@@ -62,6 +64,15 @@ def test_start_is_told_in_one_line(make_model: MakeModel, caplog: pytest.LogCapt
     (line,) = [record.getMessage() for record in caplog.records if record.name == "edge_phi3.engine.loader"]
     for part in ("4k.gguf", "F32", "2 threads", "1024 cells", "f32", "16 sequences"):
         assert part in line
+
+
+@pytest.mark.parametrize(("wanted", "there"), [(-1, 3), (2, 2), (9, 3)])
+def test_layers_are_counted_where_there_is_a_gpu(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, wanted: int, there: int
+) -> None:
+    monkeypatch.setattr(loader, "supports_gpu_offload", lambda: True)
+    with running_engine(make_model("4k"), n_gpu_layers=wanted, require_gpu=True) as engine:
+        assert (engine.stats().gpu_layers, engine.stats().cpu_layers) == (there, 3 - there)
 
 
 def test_a_context_that_cannot_be_made_leaves_nothing_behind(

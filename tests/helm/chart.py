@@ -64,13 +64,13 @@ def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:
     return [obj for obj in objects if obj["kind"] == kind and obj["metadata"]["name"].endswith(suffix)]
 
 
-def deployment(objects: list[Object]) -> Object:
-    (found,) = of_kind(objects, "Deployment")
+def workload(objects: list[Object]) -> Object:
+    (found,) = [*of_kind(objects, "Deployment"), *of_kind(objects, "StatefulSet")]
     return found
 
 
 def pod_of(objects: list[Object]) -> Any:
-    return deployment(objects)["spec"]["template"]["spec"]
+    return workload(objects)["spec"]["template"]["spec"]
 
 
 def server(objects: list[Object]) -> Any:
@@ -103,7 +103,7 @@ def environment(container: Object) -> dict[str, str]:
 @functools.cache
 def _validator(kubernetes: str, kind: str, api_version: str) -> Draft202012Validator:
     if kind in CUSTOM_RESOURCES:
-        return Draft202012Validator(CUSTOM_RESOURCES[kind])
+        return Draft202012Validator(_strict(CUSTOM_RESOURCES[kind]["schema"]))
     # The names that kubernetes-validate gives its files; its own `validate` reads them anew each time, seconds in all.
     group, _, version = api_version.rpartition("/")
     suffix = f"{group.split('.')[0]}-{version}" if group else version
@@ -111,6 +111,18 @@ def _validator(kubernetes: str, kind: str, api_version: str) -> Draft202012Valid
     contents = schema_contents(f"{folder}/{kind.lower()}-{suffix}.json", kubernetes)
     registry: Registry[Any] = _definitions(folder, kubernetes) @ Registry()
     return Draft202012Validator(contents, registry=Resource.from_contents(contents) @ registry)
+
+
+def _strict(schema: Any) -> Any:
+    """Return a CRD's schema as a JSON Schema that refuses fields which the CRD does not know."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        strict.setdefault("additionalProperties", False)
+    return strict
 
 
 @functools.cache

@@ -15,13 +15,14 @@ from edge_phi3.api.app import create_service
 from edge_phi3.cli import app
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of
-from tests.helm.chart import Object, containers, deployment, environment, of_kind, pod_of, pods, server
+from tests.helm.chart import Object, containers, environment, of_kind, pod_of, pods, server, workload
 
 DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+SERVICE_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 
-# "image" since Kubernetes 1.33, which is also the first version that has such volumes on by default.
+# "image" since Kubernetes 1.33, two versions before the first that has such volumes on by default.
 RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "image", "persistentVolumeClaim"}
 RESTRICTED_VOLUMES |= {"projected", "secret"}
 
@@ -73,8 +74,10 @@ def check_names(objects: list[Object]) -> None:
     assert len(keys) == len(set(keys)), keys
     for obj in objects:
         metadata = obj["metadata"]
-        # Service accounts may be called what their owner likes; everything else follows the release's name.
-        allowed = DNS_SUBDOMAIN if obj["kind"] == "ServiceAccount" else DNS_LABEL
+        # What its owner names, after a release that may have dots; a Service's name may not begin with a digit either.
+        allowed = {"Service": SERVICE_NAME, "ServiceAccount": DNS_SUBDOMAIN, "ConfigMap": DNS_SUBDOMAIN}.get(
+            obj["kind"], DNS_LABEL
+        )
         assert allowed.fullmatch(metadata["name"]), metadata["name"]
         assert metadata["namespace"], metadata["name"]
         for value in metadata.get("labels", {}).values():
@@ -86,7 +89,7 @@ def check_names(objects: list[Object]) -> None:
 
 def check_selectors(objects: list[Object]) -> None:
     """Service, budget, policy, pool and constraints select the service's pods, and never those of a test or a job."""
-    template = deployment(objects)["spec"]["template"]
+    template = workload(objects)["spec"]["template"]
     labels = template["metadata"]["labels"]
     others = [pod["metadata"]["labels"] for name, pod in pods(objects) if pod is not template]
     for selector in _selectors(objects):
@@ -101,7 +104,7 @@ def check_selectors(objects: list[Object]) -> None:
 
 
 def _selectors(objects: list[Object]) -> Iterator[dict[str, str]]:
-    yield deployment(objects)["spec"]["selector"]["matchLabels"]
+    yield workload(objects)["spec"]["selector"]["matchLabels"]
     for constraint in pod_of(objects).get("topologySpreadConstraints", []):
         yield constraint["labelSelector"]["matchLabels"]
     for obj in objects:
@@ -115,7 +118,7 @@ def _selectors(objects: list[Object]) -> Iterator[dict[str, str]]:
 def check_references(objects: list[Object]) -> None:
     """What an object names and the chart makes, is there; what a container mounts, its pod has."""
     made = {(obj["kind"], obj["metadata"]["name"]) for obj in objects}
-    own = deployment(objects)["metadata"]["name"]
+    own = workload(objects)["metadata"]["name"]
 
     def exists(kind: str, name: str) -> None:
         if name == own or name.startswith(f"{own}-"):
@@ -123,9 +126,13 @@ def check_references(objects: list[Object]) -> None:
 
     for _, pod in pods(objects):
         volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+        if pod is workload(objects)["spec"]["template"]:
+            volumes |= {
+                claim["metadata"]["name"]: claim for claim in workload(objects)["spec"].get("volumeClaimTemplates", [])
+            }
         mounted = {mount["name"] for container in containers(pod) for mount in container.get("volumeMounts", [])}
         assert mounted <= set(volumes), mounted - set(volumes)
-        assert set(volumes) - mounted <= {"scripts"}, "a volume that nothing mounts"
+        assert not (set(volumes) - mounted) & {"models", "tmp", "scripts", "keys", "ca"}, "a volume that nothing mounts"
         for volume in volumes.values():
             for key, kind, field in (
                 ("persistentVolumeClaim", "PersistentVolumeClaim", "claimName"),
@@ -134,7 +141,7 @@ def check_references(objects: list[Object]) -> None:
             ):
                 exists(kind, volume.get(key, {}).get(field, ""))
         for claim in pod["spec"].get("resourceClaims", []):
-            exists("ResourceClaimTemplate", claim["resourceClaimTemplateName"])
+            exists("ResourceClaimTemplate", claim.get("resourceClaimTemplateName", ""))
         exists("ServiceAccount", pod["spec"].get("serviceAccountName", ""))
     for obj in objects:
         target = obj.get("spec", {}).get("scaleTargetRef")
@@ -142,6 +149,7 @@ def check_references(objects: list[Object]) -> None:
         for rule in obj["spec"].get("rules", []) if obj["kind"] == "HTTPRoute" else []:
             for backend in rule["backendRefs"]:
                 exists(backend.get("kind", "Service"), backend["name"])
+                assert "kind" in backend or "port" in backend, "the CRD's own rule for a Service"
 
 
 @functools.cache
@@ -160,8 +168,11 @@ def check_ports_and_routes(objects: list[Object]) -> None:
         get = container[name]["httpGet"]
         assert get["port"] in ports
         assert get["path"] in routes()
+    others = [port for each in pod_of(objects)["containers"][1:] for port in each.get("ports", [])]
+    numbers = {port["containerPort"] for port in others}
     service = of_kind(objects, "Service")[0]["spec"]["ports"]
-    assert all(port["targetPort"] in ports for port in service)
+    assert all(port["targetPort"] in ports or port["targetPort"] in numbers for port in service)
+    assert len(service) == 1 + len(others)
     names = {port["name"] for port in service}
     for monitor in of_kind(objects, "ServiceMonitor"):
         for endpoint in monitor["spec"]["endpoints"]:
@@ -171,7 +182,10 @@ def check_ports_and_routes(objects: list[Object]) -> None:
         assert [port["number"] for port in pool["spec"]["targetPorts"]] == [ports["http"]]
     for policy in of_kind(objects, "NetworkPolicy"):
         for rule in policy["spec"]["ingress"]:
-            assert all(port["port"] in ports for port in rule["ports"])
+            # The tunnels of an ambient mesh beside our own.
+            assert {port["port"] for port in rule["ports"]} <= {*ports, *numbers, 15008}
+        if policy["metadata"]["name"] == workload(objects)["metadata"]["name"]:
+            assert {port["port"] for port in policy["spec"]["ingress"][0]["ports"]} >= {"http", *numbers}
     for ingress in of_kind(objects, "Ingress"):
         for rule in ingress["spec"]["rules"]:
             assert all(path["backend"]["service"]["port"]["name"] in names for path in rule["http"]["paths"])
@@ -179,13 +193,14 @@ def check_ports_and_routes(objects: list[Object]) -> None:
 
 def check_stopping(objects: list[Object]) -> None:
     """A pod has time to drain, and an update never waits for a second GPU."""
-    spec = deployment(objects)["spec"]
+    spec = workload(objects)["spec"]
+    is_set = workload(objects)["kind"] == "StatefulSet"
     pod = spec["template"]["spec"]
     container = server(objects)
     delay = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])[1]
     assert pod["terminationGracePeriodSeconds"] > float(_option(container["args"], "--grace-period")) + float(delay)
-    strategy = spec["strategy"]
-    assert strategy == {"type": "Recreate"} or strategy["rollingUpdate"]["maxSurge"] == 0
+    strategy = spec.get("strategy", {"type": "Recreate"})
+    assert is_set or strategy == {"type": "Recreate"} or strategy["rollingUpdate"]["maxSurge"] == 0
 
 
 def check_no_credentials(objects: list[Object]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
-from tests.helm.chart import EXAMPLES, NEWEST, Object, deployment, render, schema, schema_errors, values_of
+from tests.helm.chart import EXAMPLES, NEWEST, Object, render, schema, schema_errors, values_of, workload
 from tests.helm.invariants import check_all, check_service_options
 
 names = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -83,6 +83,7 @@ further: dict[str, st.SearchStrategy[object]] = {
     ),
     "serve": st.fixed_dictionaries({"options": options()}),
     "storage": st.one_of(mixed["storage"], some(keep=st.booleans(), annotations=texts, mountPath=st.just("/var/m"))),
+    "workload": some(kind=st.sampled_from(["Deployment", "StatefulSet"])),
     "replicas": st.integers(0, 5),
     "shutdown": some(graceSeconds=st.integers(0, 3600), delaySeconds=st.integers(0, 60)),
     "nodeSelector": labels,
@@ -95,7 +96,7 @@ values = joined(some(**mixed | further), st.sampled_from([{}, extra]))
 
 def is_sentence(error: helm_python.HelmRenderError) -> re.Match[str] | None:
     """Tell the chart's own refusals from a mistake in a template, which breaks off elsewhere and in other words."""
-    return re.fullmatch(r"execution error at \(edge-phi3/templates/deployment\.yaml:1:4\): .*\.", str(error), re.DOTALL)
+    return re.fullmatch(r"execution error at \(edge-phi3/templates/[\w/.-]+:1:4\): .*\.", str(error), re.DOTALL)
 
 
 @given(values=values, release=names)
@@ -123,4 +124,4 @@ def test_any_values_make_a_sound_release_or_a_sentence(
     keys.write_text("key\n")
     check_service_options(objects, {"log-format": "json"} | values.get("serve", {}).get("options", {}), keys)
     scaled = values.get("autoscaling", {}).get("enabled") or values.get("keda", {}).get("enabled")
-    assert ("replicas" in deployment(objects)["spec"]) == (not scaled), "an autoscaler and the chart would fight"
+    assert ("replicas" in workload(objects)["spec"]) == (not scaled), "an autoscaler and the chart would fight"

@@ -21,7 +21,6 @@ from tests.helm.chart import (
     EXAMPLES,
     NEWEST,
     Object,
-    deployment,
     loaded,
     of_kind,
     oldest_kubernetes,
@@ -32,6 +31,7 @@ from tests.helm.chart import (
     schema_errors,
     server,
     values_of,
+    workload,
 )
 from tests.helm.invariants import check_all, check_service_options
 
@@ -58,7 +58,7 @@ def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path:
     assert [message for message in report["messages"] if message["severity"] > 1] == []
     oldest = header_of(example, "kubernetes")
     assert oldest is not None, "an example says from which Kubernetes on it works"
-    for release in ("edge-phi3", "r", "a-release-name-of-the-53-characters-that-helm-allows-x"):
+    for release in ("edge-phi3", "r", "3phi", "a.b", "a-release-name-of-the-53-characters-that-helm-allows-x"):
         objects = render(values, name=release)
         check_all(objects, is_restricted=header_of(example, "restricted") != "false")
         assert schema_errors(objects, oldest, NEWEST) == []
@@ -96,7 +96,7 @@ def test_the_chart(case: Any) -> None:
 
 
 def test_changed_keys_restart_the_pods() -> None:
-    first, again, other = (deployment(render({"auth": {"keys": [key]}}))["spec"]["template"] for key in "aab")
+    first, again, other = (workload(render({"auth": {"keys": [key]}}))["spec"]["template"] for key in "aab")
     assert first == again != other
 
 
@@ -151,11 +151,14 @@ def test_alerts_and_autoscalers_ask_for_metrics_there_are_of_this_release_alone(
     known, queries = metrics_of_the_service(prefix), list(queries_of(objects))
     asked = {name for query in queries for name in _METRIC.findall(query)}
     assert {f"{prefix}num_requests_waiting", f"{prefix}requests_total", "up"} <= asked
-    assert asked - {"up"} <= known
+    # Those of kube-state-metrics, in the names that its documents give them.
+    kube = {"kube_deployment_spec_replicas", "kube_deployment_status_replicas_ready"}
+    assert asked - {"up"} - kube <= known
     for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
         assert {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]} <= known
     for query in queries:
-        assert query.count("{") == query.count('namespace="there", service="other-edge-phi3"')
+        own = re.findall(r'\{namespace="there", (?:service|deployment)="other-edge-phi3"', query)
+        assert query.count("{") == len(own)
 
 
 def test_the_dashboard_asks_for_metrics_there_are() -> None:

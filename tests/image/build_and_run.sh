@@ -98,7 +98,7 @@ part "  edge-phi3 and its Python packages, of them:" "$rootfs/opt/edge-phi3"
 part "    llama.cpp" "$site/llama_cpp/lib"
 part "    llama.cpp's backends" "$rootfs/opt/edge-phi3/lib/ggml"
 part "    NumPy with OpenBLAS" "$site/numpy" "$site/numpy.libs"
-part "    edge-phi3 with the demo model" "$site/edge_phi3"
+part "    edge-phi3 with the demo model" "$rootfs/opt/edge-phi3/app"
 part "    OpenTelemetry, protobuf and requests" "$site"/{opentelemetry,google,requests,urllib3,charset_normalizer}
 part "  the distribution and its Python" "$rootfs"/{bin,etc,lib,lib64,sbin,usr,var}
 echo "backends: $(cd "$rootfs/opt/edge-phi3/lib/ggml" && echo libggml-*.so)"

@@ -9,7 +9,10 @@ import subprocess
 import sysconfig
 from collections import defaultdict
 from fnmatch import fnmatch
+from importlib.metadata import requires
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from edge_phi3.settings import ENV_PREFIX, Settings
 from tests.helm.invariants import routes
@@ -41,10 +44,10 @@ def test_hadolint_finds_nothing() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_base_images_are_arguments_with_a_version() -> None:
+def test_base_images_are_arguments_with_a_version_and_a_digest() -> None:
     images = [rest.split("=", 1) for rest in FILE["", "ARG"] if "_IMAGE=" in rest]
     assert len(images) == 3
-    assert all(re.fullmatch(r"\S+/\S+:[\w.-]*\d[\w.-]*", value) for _, value in images)
+    assert all(re.fullmatch(r"\S+/\S+:[\w.-]*\d[\w.-]*@sha256:[0-9a-f]{64}", value) for _, value in images)
     assert all("${" in rest for (_, name), lines in FILE.items() if name == "FROM" for rest in lines)
 
 
@@ -70,15 +73,79 @@ def test_llama_cpp_is_compiled_for_any_machine() -> None:
     assert options["GGML_BACKEND_DL"] == options["GGML_CPU_ALL_VARIANTS"] == "ON"
     # llama.cpp looks for its backends where they are installed; the whole environment is copied from there.
     assert options["GGML_BACKEND_DIR"].startswith("/opt/edge-phi3/")
-    assert "--from=build /opt/edge-phi3 /opt/edge-phi3" in FILE["runtime", "COPY"]
     assert "march" not in DOCKERFILE.read_text().replace("-march=native never is", "")
 
 
 def test_options_that_need_an_extra_work_in_the_image() -> None:
-    (extras,) = re.findall(r"/src\[([\w,]+)\]", "\n".join(FILE["build", "RUN"]))
-    # What the service itself says to install, with its options' names.
+    # What the service itself says to install.
     package = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "edge_phi3" / "api").rglob("*.py"))
-    assert set(re.findall(r"edge-phi3\[(\w+)\]", package)) == set(extras.split(","))
+    extras = set(re.findall(r"edge-phi3\[(\w+)\]", package))
+    assert extras == {"otel"}
+    assert needed("edge-phi3", frozenset(extras)) - {"edge-phi3"} <= pinned("requirements-image.lock").keys()
+
+
+def pinned(lock: str) -> dict[str, set[str]]:
+    """Return the versions of each package in a lock file, all of which have hashes if any has."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / lock).read_text(encoding="utf-8"))
+    assert "--hash" not in text or all("--hash=sha256:" in line for line in text.splitlines())
+    found: dict[str, set[str]] = defaultdict(set)
+    for line in text.splitlines():
+        name, _, rest = line.partition("==")
+        found[name].add(rest.split()[0])
+    return found
+
+
+def needed(name: str, extras: frozenset[str] = frozenset()) -> set[str]:
+    """Return the names of a package and of all that it needs on this machine."""
+    found: set[str] = set()
+    waiting = [(name, extras)]
+    while waiting:
+        name, extras = waiting.pop()
+        name = name.lower().replace("_", "-").replace(".", "-")
+        if name in found and not extras:
+            continue
+        found.add(name)
+        for requirement in map(Requirement, requires(name) or []):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                waiting.append((requirement.name, frozenset(requirement.extras)))
+    return found
+
+
+def test_the_image_has_the_versions_that_are_tested() -> None:
+    tested, ours = pinned("requirements.lock"), pinned("requirements-image.lock")
+    assert {name: versions for name, versions in ours.items() if not versions <= tested[name]} == {}
+    build = pinned("requirements-build.lock").keys()
+    assert {"hatchling", "scikit-build-core", "cmake", "ninja"} <= build
+    runs = "\n".join(FILE["build", "RUN"])
+    assert runs.count("--require-hashes") == 3
+    # What is not there by its hash is built here, with the tools that are.
+    assert len(re.findall(r"pip (?:\S+ \S+ )?(?:wheel|download) ", runs)) == runs.count("--no-build-isolation") == 3
+
+
+def test_a_change_of_our_code_changes_the_last_layer_with_files() -> None:
+    files = [rest for rest in FILE["runtime", "COPY"] if "--chown" not in rest]
+    assert [rest.split()[-1].removeprefix("/opt/") for rest in files] == [
+        "cuda",
+        "edge-phi3",
+        "edge-phi3/app/edge_phi3/demo",
+        "edge-phi3/app",
+    ]
+    text = DOCKERFILE.read_text()
+    assert (
+        text.index("packages.lock") < text.index("COPY edge_phi3 ") < text.index("mv /opt/app/edge_phi3/demo /opt/demo")
+    )
+    small = [path for path in (ROOT / "edge_phi3").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in small if "demo" not in path.parts) < 2 << 20
+
+
+def test_older_drivers_of_the_same_cuda_are_let_in() -> None:
+    given = dict(item.split("=", 1) for line in FILE["runtime-cuda", "ENV"] for item in line.split())
+    major = re.search(r"cuda:(\d+)\.", "".join(FILE["", "ARG"]))
+    assert major is not None
+    assert given["NVIDIA_REQUIRE_CUDA"] == f'"cuda>={major[1]}.0"'
+    assert given["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert not any("NVIDIA" in name for name in ENVIRONMENT), "the CPU's image needs no driver"
 
 
 def test_the_last_stage_only_runs_with_its_models_on_a_volume() -> None:

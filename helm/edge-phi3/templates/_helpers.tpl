@@ -1,38 +1,80 @@
+{{/*
+Every template begins with this. A value that is null, which Helm takes away, becomes what files/empty-values.json has for it:
+nothing, or the default of what cannot be nothing. A number where a text belongs, as --set makes one, becomes that text.
+*/}}
+{{- define "edge-phi3.init" -}}
+{{- if not (hasKey .Values "isReady") -}}
+{{- include "edge-phi3.fill" (list .Values (.Files.Get "files/empty-values.json" | fromJson)) -}}
+{{- $_ := set .Values "isReady" true -}}
+{{- include "edge-phi3.validate" . -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "edge-phi3.fill" -}}
+{{- $values := index . 0 -}}
+{{- $empty := index . 1 -}}
+{{- range $key, $value := $empty -}}
+{{- if kindIs "invalid" (index $values $key) -}}{{- $_ := set $values $key $value -}}{{- end -}}
+{{- end -}}
+{{- range $key, $value := $values -}}
+{{- $default := index $empty $key -}}
+{{- if kindIs "invalid" $value -}}
+{{- $_ := unset $values $key -}}
+{{- else if kindIs "map" $value -}}
+{{- include "edge-phi3.fill" (list $value (ternary $default dict (kindIs "map" $default))) -}}
+{{- else if and (kindIs "string" $default) (not (kindIs "string" $value)) -}}
+{{- $_ := set $values $key (int64 $value | toString) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "edge-phi3.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* 52 characters leave room for the suffixes of derived objects within 63. */}}
+{{/*
+52 characters leave room for the suffixes of derived objects within 63. A Service's name has no dots and begins with a letter;
+a release's name need not.
+*/}}
 {{- define "edge-phi3.fullname" -}}
-{{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
-{{- else -}}
 {{- $name := include "edge-phi3.name" . -}}
-{{- if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 52 | trimSuffix "-" -}}
-{{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 52 | trimSuffix "-" -}}
+{{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
+{{- $full = default $full .Values.fullnameOverride | replace "." "-" -}}
+{{- if regexMatch "^[^a-z]" $full -}}{{- $full = printf "phi3-%s" $full -}}{{- end -}}
+{{- $full | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
-{{- end -}}
+
+{{/* What tells the pods of one component from all others: (list $ "component"). It keeps tests and jobs out of the Service. */}}
+{{- define "edge-phi3.componentLabels" -}}
+app.kubernetes.io/name: {{ include "edge-phi3.name" (index . 0) | quote }}
+app.kubernetes.io/instance: {{ (index . 0).Release.Name | quote }}
+app.kubernetes.io/component: {{ index . 1 }}
 {{- end -}}
 
 {{- define "edge-phi3.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "edge-phi3.name" . | quote }}
-app.kubernetes.io/instance: {{ .Release.Name | quote }}
-app.kubernetes.io/component: server
+{{- include "edge-phi3.componentLabels" (list . "server") -}}
 {{- end -}}
 
-{{/* Labels of an object: (list $ "component"). The component keeps tests and jobs out of the Service. */}}
+{{/* Labels of pods: what selects them, and the user's. A version among them would restart every pod at each of the chart's. */}}
+{{- define "edge-phi3.podLabels" -}}
+{{- $v := (index . 0).Values -}}
+{{- $labels := merge (include "edge-phi3.componentLabels" . | fromYaml) $v.podLabels $v.commonLabels -}}
+{{- if and (eq (index . 1) "server") (or $v.inferencePool.enabled $v.httpRoute.inferencePool) -}}
+{{- /* By this label an endpoint picker knows the names of the metrics. */ -}}
+{{- $engine := ternary "vllm" "edge-phi3" (eq "vllm:" (include "edge-phi3.metricsPrefix" (index . 0))) -}}
+{{- $labels = merge $labels (dict "llm-d.ai/engine-type" $engine) -}}
+{{- end -}}
+{{- toYaml $labels -}}
+{{- end -}}
+
+{{/* Labels of an object: (list $ "component"). */}}
 {{- define "edge-phi3.labels" -}}
 {{- $root := index . 0 -}}
-{{- $own := dict
+{{- $own := merge (include "edge-phi3.componentLabels" . | fromYaml) (dict
   "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
-  "app.kubernetes.io/name" (include "edge-phi3.name" $root)
-  "app.kubernetes.io/instance" $root.Release.Name
-  "app.kubernetes.io/component" (index . 1)
   "app.kubernetes.io/version" $root.Chart.AppVersion
   "app.kubernetes.io/managed-by" $root.Release.Service
--}}
+) -}}
 {{- toYaml (merge $own $root.Values.commonLabels) -}}
 {{- end -}}
 
@@ -44,23 +86,58 @@ app.kubernetes.io/component: server
 {{- if $all -}}{{- dict "annotations" $all | toYaml | nindent (index . 1) -}}{{- end -}}
 {{- end -}}
 
+{{/* The account of a pod: (list $ "component"). The job runs before the release's own account exists, and has one that is a hook. */}}
 {{- define "edge-phi3.serviceAccountName" -}}
-{{- if .Values.serviceAccount.create -}}
-{{- default (include "edge-phi3.fullname" .) .Values.serviceAccount.name -}}
+{{- $root := index . 0 -}}
+{{- $account := $root.Values.serviceAccount -}}
+{{- if not $account.create -}}
+{{- default "default" $account.name -}}
+{{- else if eq (index . 1) "prepare" -}}
+{{- include "edge-phi3.fullname" $root }}-prepare
 {{- else -}}
-{{- default "default" .Values.serviceAccount.name -}}
+{{- default (include "edge-phi3.fullname" $root) $account.name -}}
 {{- end -}}
+{{- end -}}
+
+{{/* What a hook before the release is annotated with: (list weight). What succeeded or served the job goes with it. */}}
+{{- define "edge-phi3.hook" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-weight: {{ index . 0 | toString | quote }}
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
+
+{{/* The API keys, one a line; a key of digits is a number when --set gives it. */}}
+{{- define "edge-phi3.apiKeys" -}}
+{{- range $index, $key := .Values.auth.keys -}}
+{{- if $index }}{{ "\n" }}{{ end -}}
+{{- ternary $key ($key | int64 | toString) (kindIs "string" $key) -}}
+{{- end -}}
+{{- end -}}
+
+{{/* As a list under `imagePullSecrets`, from the chart's value and the umbrella chart's, whose items may be names alone. */}}
+{{- define "edge-phi3.pullSecrets" -}}
+{{- $all := .Values.image.pullSecrets -}}
+{{- range .Values.global.imagePullSecrets -}}
+{{- $all = append $all (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end -}}
+{{- toYaml (uniq $all) -}}
 {{- end -}}
 
 {{- define "edge-phi3.image" -}}
 {{- $flavour := ternary "cuda" "cpu" .Values.gpu.enabled -}}
 {{- $name := .Values.image.repository -}}
-{{- with .Values.image.registry -}}{{- $name = printf "%s/%s" (trimSuffix "/" .) $name -}}{{- end -}}
+{{- with default .Values.global.imageRegistry .Values.image.registry -}}{{- $name = printf "%s/%s" (trimSuffix "/" .) $name -}}{{- end -}}
 {{- if .Values.image.digest -}}
 {{- printf "%s@%s" $name .Values.image.digest -}}
 {{- else -}}
 {{- printf "%s:%s" $name (default (printf "%s-%s" .Chart.AppVersion $flavour) .Values.image.tag) -}}
 {{- end -}}
+{{- end -}}
+
+{{/* The port that a URL leads to. */}}
+{{- define "edge-phi3.port" -}}
+{{- $url := urlParse . -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) -}}
 {{- end -}}
 
 {{/* What `edge-phi3 pull` and `edge-phi3 serve` are told to take. */}}

@@ -1,9 +1,47 @@
+{{/*
+What every pod of the release has: (list $ "component"). Only the service's pods need a GPU's node; a job may run on any, but
+has the tolerations, so that it may run beside them.
+*/}}
+{{- define "edge-phi3.podSpec" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $v := $root.Values -}}
+{{- $selector := $v.nodeSelector -}}
+{{- if and $v.gpu.enabled (eq $component "server") -}}{{- $selector = merge (deepCopy $selector) $v.gpu.nodeSelector -}}{{- end -}}
+{{- $all := dict
+  "imagePullSecrets" (include "edge-phi3.pullSecrets" $root | fromYamlArray)
+  "securityContext" $v.podSecurityContext
+  "dnsPolicy" $v.dnsPolicy
+  "dnsConfig" $v.dnsConfig
+  "hostAliases" $v.hostAliases
+  "nodeSelector" $selector
+  "tolerations" (concat (ternary $v.gpu.tolerations list $v.gpu.enabled) $v.tolerations)
+  "affinity" $v.affinity
+  "priorityClassName" $v.priorityClassName
+  "schedulerName" $v.schedulerName
+-}}
+{{- range $key, $value := $all -}}{{- if not $value -}}{{- $all = omit $all $key -}}{{- end -}}{{- end -}}
+serviceAccountName: {{ include "edge-phi3.serviceAccountName" . | quote }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with $all }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
 {{/* Environment of every container that runs edge-phi3. */}}
 {{- define "edge-phi3.env" -}}
 - name: EDGE_PHI3_STORE
   value: {{ .Values.storage.mountPath | quote }}
 - name: HF_HOME
   value: {{ ternary "/tmp/huggingface" (printf "%s/huggingface" .Values.storage.mountPath) (eq "true" (include "edge-phi3.isReadOnly" .)) | quote }}
+{{- if include "edge-phi3.caVolume" . }}
+# OpenSSL's variable, which Python follows, and that of requests, which sends traces.
+- name: SSL_CERT_FILE
+  value: /etc/edge-phi3/ca/ca.crt
+- name: REQUESTS_CA_BUNDLE
+  value: /etc/edge-phi3/ca/ca.crt
+{{- end }}
 {{- end -}}
 
 {{/* Keeps a container that asked for no GPU away from the node's GPUs, where the NVIDIA runtime is the default one. */}}
@@ -15,6 +53,7 @@
 {{/* The container that fetches, converts and quantises; in a pod of the service or in the job. */}}
 {{- define "edge-phi3.prepareContainer" -}}
 {{- $model := .Values.model -}}
+{{- $own := list -}}{{- range $model.prepare.extraEnv -}}{{- $own = append $own .name -}}{{- end -}}
 name: prepare
 image: {{ include "edge-phi3.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -38,9 +77,18 @@ env:
   {{- include "edge-phi3.env" . | nindent 2 }}
   {{- include "edge-phi3.noGpuEnv" . | nindent 2 }}
   {{- include "edge-phi3.hubEnv" . | nindent 2 }}
+  {{- range .Values.extraEnv }}
+  {{- if not (has .name $own) }}
+  - {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- end }}
   {{- with $model.prepare.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- with .Values.extraEnvFrom }}
+envFrom:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with $model.prepare.resources }}
 resources:
   {{- toYaml . | nindent 2 }}
@@ -48,9 +96,7 @@ resources:
 securityContext:
   {{- toYaml .Values.securityContext | nindent 2 }}
 volumeMounts:
-  {{- include "edge-phi3.modelMount" (list . false) | nindent 2 }}
-  - name: tmp
-    mountPath: /tmp
+  {{- include "edge-phi3.mounts" (list . false) | nindent 2 }}
   {{- if $model.url }}
   - name: scripts
     mountPath: /etc/edge-phi3/scripts
@@ -76,8 +122,8 @@ volumeMounts:
 {{- end }}
 {{- end -}}
 
-{{/* The mount of the model's volume: (list $ readOnly). */}}
-{{- define "edge-phi3.modelMount" -}}
+{{/* The mounts of a container that runs edge-phi3, the model's among them: (list $ readOnly). */}}
+{{- define "edge-phi3.mounts" -}}
 {{- $root := index . 0 -}}
 - name: models
   mountPath: {{ $root.Values.storage.mountPath | quote }}
@@ -87,15 +133,27 @@ volumeMounts:
   {{- if or (index . 1) (include "edge-phi3.isReadOnly" $root) }}
   readOnly: true
   {{- end }}
+- name: tmp
+  mountPath: /tmp
+{{- if include "edge-phi3.caVolume" $root }}
+- name: ca
+  mountPath: /etc/edge-phi3/ca
+  readOnly: true
+{{- end }}
+{{- with $root.Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
-{{/* The volumes of a pod of the service or of the job. */}}
+{{/* The volumes of a pod of the service or of the job: (list $ withScripts). */}}
 {{- define "edge-phi3.volumes" -}}
-{{- $storage := .Values.storage -}}
+{{- $root := index . 0 -}}
+{{- $storage := $root.Values.storage -}}
+{{- if not (include "edge-phi3.claimPerPod" $root) -}}
 - name: models
 {{- if eq $storage.type "pvc" }}
   persistentVolumeClaim:
-    claimName: {{ include "edge-phi3.fullname" . | quote }}
+    claimName: {{ include "edge-phi3.fullname" $root | quote }}
 {{- else if eq $storage.type "existingClaim" }}
   persistentVolumeClaim:
     claimName: {{ $storage.existingClaim | quote }}
@@ -103,31 +161,53 @@ volumeMounts:
     readOnly: true
     {{- end }}
 {{- else if eq $storage.type "hostPath" }}
+  # Not DirectoryOrCreate: root would own the folder, and the service could not write to it.
   hostPath:
     path: {{ $storage.hostPath | quote }}
-    type: {{ ternary "Directory" "DirectoryOrCreate" $storage.readOnly }}
+    type: Directory
 {{- else if eq $storage.type "image" }}
   image:
     reference: {{ $storage.imageReference | quote }}
-    pullPolicy: {{ .Values.image.pullPolicy }}
+    pullPolicy: {{ $root.Values.image.pullPolicy }}
 {{- else if eq $storage.type "ephemeral" }}
   ephemeral:
     volumeClaimTemplate:
       metadata:
         labels:
-          {{- include "edge-phi3.labels" (list . "storage") | nindent 10 }}
+          {{- include "edge-phi3.componentLabels" (list $root "storage") | nindent 10 }}
       spec:
-        {{- include "edge-phi3.claimSpec" . | nindent 8 }}
+        {{- include "edge-phi3.claimSpec" $root | nindent 8 }}
 {{- else }}
   emptyDir: {}
+{{- end }}
 {{- end }}
 - name: tmp
   emptyDir:
     sizeLimit: {{ $storage.tmpSizeLimit }}
-{{- if .Values.model.url }}
+{{- include "edge-phi3.caVolume" $root }}
+{{- if index . 1 }}
 - name: scripts
   configMap:
-    name: {{ include "edge-phi3.fullname" . }}-scripts
+    name: {{ include "edge-phi3.fullname" $root }}-scripts
+{{- end }}
+{{- with $root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The volume with the certificates of model.caBundle; empty without. */}}
+{{- define "edge-phi3.caVolume" -}}
+{{- $bundle := .Values.model.caBundle -}}
+{{- if or $bundle.existingConfigMap $bundle.existingSecret }}
+- name: ca
+  {{- if $bundle.existingConfigMap }}
+  configMap:
+    name: {{ $bundle.existingConfigMap | quote }}
+  {{- else }}
+  secret:
+    secretName: {{ $bundle.existingSecret | quote }}
+  {{- end }}
+    items: [{key: {{ $bundle.key | quote }}, path: ca.crt}]
 {{- end }}
 {{- end -}}
 
@@ -137,33 +217,46 @@ accessModes: [{{ $storage.accessMode }}]
 {{- with $storage.storageClassName }}
 storageClassName: {{ ternary "" . (eq . "-") | quote }}
 {{- end }}
+{{- if and $storage.volumeName (eq $storage.type "pvc") }}
+volumeName: {{ $storage.volumeName | quote }}
+{{- end }}
 resources:
   requests:
     storage: {{ $storage.size }}
 {{- end -}}
 
-{{/* Where pods may run, on lines of their own: (list $ indent). The GPU's and the user's choices together. */}}
-{{- define "edge-phi3.scheduling" -}}
-{{- $v := (index . 0).Values -}}
-{{- $selector := deepCopy $v.nodeSelector -}}
-{{- $tolerations := $v.tolerations -}}
-{{- if $v.gpu.enabled -}}
-{{- $selector = merge $selector (default dict $v.gpu.nodeSelector) -}}
-{{- $tolerations = concat (default list $v.gpu.tolerations) $v.tolerations -}}
+{{/* "true" when each pod of a StatefulSet has a claim of its own. */}}
+{{- define "edge-phi3.claimPerPod" -}}
+{{- if and (eq .Values.workload.kind "StatefulSet") (eq .Values.storage.type "pvc") -}}true{{- end -}}
 {{- end -}}
-{{- $all := dict
-  "nodeSelector" $selector
-  "tolerations" $tolerations
-  "affinity" $v.affinity
-  "priorityClassName" $v.priorityClassName
-  "schedulerName" $v.schedulerName
--}}
-{{- range $key, $value := $all -}}{{- if not $value -}}{{- $all = omit $all $key -}}{{- end -}}{{- end -}}
-{{- if $all -}}{{- toYaml $all | nindent (index . 1) -}}{{- end -}}
+
+{{/* The ports of extraContainers, as a list of {name, port, protocol}. */}}
+{{- define "edge-phi3.extraPorts" -}}
+{{- $ports := list -}}
+{{- range .Values.extraContainers -}}
+{{- range .ports -}}
+{{- $port := int .containerPort -}}
+{{- $ports = append $ports (dict "name" (default (printf "port-%d" $port) .name) "port" $port "protocol" (default "TCP" .protocol)) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $ports -}}
+{{- end -}}
+
+{{/* The resources of the service's container. */}}
+{{- define "edge-phi3.resources" -}}
+{{- $gpu := .Values.gpu -}}
+{{- $resources := deepCopy .Values.resources -}}
+{{- if and $gpu.enabled $gpu.dra.enabled -}}
+{{- $_ := set $resources "claims" (append (default list $resources.claims) (dict "name" "gpu")) -}}
+{{- else if $gpu.enabled -}}
+{{- $resources = mergeOverwrite $resources (dict "limits" (dict $gpu.resourceName (int $gpu.count))) -}}
+{{- end -}}
+{{- toYaml $resources -}}
 {{- end -}}
 
 {{/* Arguments of the service's container. */}}
 {{- define "edge-phi3.serveArgs" -}}
+{{- $options := .Values.serve.options -}}
 - serve
 - {{ include "edge-phi3.model" . | quote }}
 - --quant
@@ -176,7 +269,10 @@ resources:
 - --api-key-file
 - {{ printf "/etc/edge-phi3/keys/%s" .Values.auth.secretKey | quote }}
 {{- end }}
-{{- range $flag, $value := .Values.serve.options }}
+{{- if and .Values.gpu.enabled (not (hasKey $options "require-gpu")) (ne (index $options "n-gpu-layers" | toString) "0") }}
+- --require-gpu
+{{- end }}
+{{- range $flag, $value := $options }}
 {{- if kindIs "bool" $value }}
 - {{ printf "--%s%s" (ternary "" "no-" $value) $flag }}
 {{- else if kindIs "slice" $value }}
