@@ -243,7 +243,7 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"logprobs": 1, "echo": True}, "`logprobs`"),
+        ({"logprobs": 1, "echo": True, "stream": True}, "`echo`"),
         ({"logprobs": 21}, "`logprobs`"),
         ({"prompt": [10**6]}, "token id from 0 to"),
         ({"prompt": [1, "a"]}, "`prompt`"),
