@@ -226,12 +226,10 @@ class Client:
         assert 0 <= event.timing.queue <= event.timing.first_token <= event.timing.total, f"{name}: {event.timing}"
         assert 0 <= event.cached_tokens < len(prompt), f"{name}: {event.cached_tokens} tokens are cached"
         reused = self._scenario.share_prefixes and not (self._scenario.exact_seeds and self.config.seed is not None)
-        reused = reused and (self.ask.scored is None or len(prompt) == 1)
+        reused = reused and self.ask.scored is None
         assert reused or event.cached_tokens == 0, f"{name} began with what was computed for another"
-        wanted = len(prompt) - 1 if self.ask.scored is not None else 0
-        assert len(event.prompt_logprobs) == wanted, (
-            f"{name}: {len(event.prompt_logprobs)} tokens of {wanted} are scored"
-        )
+        count = len(prompt) - 1 if self.ask.scored is not None else 0
+        assert len(event.prompt_logprobs) == count, f"{name}: {event.prompt_logprobs}, {count} are wanted"
         assert all(sequence[: len(prompt)] == prompt for sequence in sequences), f"{name} lost its prompt"
         if not self._scenario.repeatable:
             return

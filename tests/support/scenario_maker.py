@@ -161,7 +161,7 @@ class _Maker:
             constrained=fault == "masking" or (not beams and self.often(0.03)),
             schema=self.maybe(0.06, lambda: self.between(0, len(SCHEMAS) - 1)) if not beams and not fault else None,
             logprobs=self.maybe(0.08, lambda: self.between(0, 3)) if not beams else None,
-            scored=self.maybe(0.06, lambda: self.between(0, 3)),
+            scored=self.maybe(0.1, lambda: self.between(0, 3)),
             fault=fault,
             fault_at=self.between(0, self.chance.choice((2, 12))) if fault else 0,
             entropy=chance.getrandbits(63),
