@@ -75,7 +75,7 @@ def test_addresses_without_number_take_bounded_memory(monkeypatch: pytest.Monkey
     for number in range(10_000):
         limiter.take(f"address {number}")
         assert limiter.take("often")[2] > 0, "who asks again and again is not forgotten"
-    assert len(limiter) <= 101
+    assert len(limiter._full_at) <= 101
 
 
 @pytest.mark.parametrize(
