@@ -199,8 +199,8 @@ def write_legacy(path: Path, sums: Sums) -> Path:
     return path
 
 
-# One of each grid that ggml builds, for seconds, when it meets a type.
-@pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", "IQ1_S"])
+# One of each grid that ggml builds when it meets a type: for IQ1 that takes seconds.
+@pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", pytest.param("IQ1_S", marks=pytest.mark.soak)])
 def test_types_that_need_a_matrix_are_made_with_one_and_name_it(
     source: Path, tmp_path: Path, sums: Sums, name: str
 ) -> None:
