@@ -28,13 +28,17 @@ WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200
 
 
 class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
-    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows."""
+    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows.
+
+    A `normalized` one is found in a text as the model sees it, where spaces are "▁".
+    """
 
     id: int
     text: str
     special: bool
     lstrip: bool
     rstrip: bool
+    normalized: bool = False
 
 
 class AddedTokenSplitter:
@@ -46,7 +50,7 @@ class AddedTokenSplitter:
     llama.cpp one by one without special tokens, is tokenised exactly as by ``tokenizer.json``.
     """
 
-    def __init__(self, added: list[AddedToken]) -> None:
+    def __init__(self, added: Iterable[AddedToken]) -> None:
         self._by_text = {token.text: token for token in added}
         longest_first = sorted(self._by_text, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -66,6 +70,49 @@ class AddedTokenSplitter:
                 position = white.end()
         if position < len(text):
             yield text[position:]
+
+
+class TextSplitter:
+    """Splits a text into ids of added tokens and what the model's pieces are found in, with "▁" for spaces.
+
+    Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
+    before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in
+    copies that say they are Llamas), "never". A normalizer does it before normalized tokens are looked for.
+    """
+
+    def __init__(self, added: Iterable[AddedToken], prefix: str) -> None:
+        self._prefix = prefix
+        normalized = [token for token in added if token.normalized]
+        if prefix == "prepend":
+            normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
+        self._normalized = AddedTokenSplitter(normalized) if normalized else None
+        self._others = AddedTokenSplitter(token for token in added if not token.normalized)
+
+    def split(self, text: str, *, parse_special: bool) -> Iterator[str | int]:
+        """Yield the parts of a text in their order; without `parse_special` only normalized tokens are found."""
+        begun = False
+        for outer in self._others.split(text) if parse_special else [text]:
+            part = _prepend(outer) if isinstance(outer, str) and self._prefix == "prepend" else outer
+            inner = self._normalized.split(part) if isinstance(part, str) and self._normalized else [part]
+            for piece in inner:
+                yield self._escape(piece, first=not begun) if isinstance(piece, str) else piece
+                begun = True
+
+    def _escape(self, text: str, *, first: bool) -> str:
+        if self._prefix == "prepend":
+            return text
+        text = text.replace(" ", "▁")
+        prefixed = self._prefix == "always" or (self._prefix == "first" and first)
+        return f"▁{text}" if prefixed and not text.startswith("▁") else text
+
+
+def _prepend(text: str) -> str:
+    return f"▁{text}".replace(" ", "▁")
+
+
+def _prefix_rule(model: Model) -> str:
+    stated = model.metadata("edge_phi3.tokenizer.prefix")
+    return stated or ("never" if model.metadata("tokenizer.ggml.add_space_prefix") == "false" else "prepend")
 
 
 class Tokenizer:
@@ -98,10 +145,13 @@ class Tokenizer:
         else:
             added = _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
+        for token in added:
+            if token.normalized:
+                self._texts[token.id] = token.text
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        self._splitter = AddedTokenSplitter(added)
+        self._splitter = TextSplitter(added, _prefix_rule(model))
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
@@ -114,7 +164,7 @@ class Tokenizer:
             parts.append(np.array([self._model.bos_token_id], np.int32))
         parts += [
             np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
-            for part in (self._splitter.split(text) if parse_special else [text])
+            for part in self._splitter.split(text, parse_special=parse_special)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 

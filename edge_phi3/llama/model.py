@@ -34,12 +34,14 @@ def load_file(path: Path, params: Any) -> Any:
     raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}.")
 
 
-def metadata_overrides(values: Mapping[str, str | int]) -> Any:
+def metadata_overrides(values: Mapping[str, str | int | bool]) -> Any:
     """Return llama.cpp's array of metadata that takes the place of a file's; an empty key ends it."""
     array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for entry, (key, value) in zip(array, values.items(), strict=False):
         entry.key = key.encode()
-        if isinstance(value, int):
+        if isinstance(value, bool):
+            entry.tag, entry.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
         else:
             entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:127]
@@ -105,8 +107,8 @@ class Model:
     def __init__(self, path: Path, *, n_gpu_layers: int = -1, overrides: Mapping[str, int] | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        if overrides:
-            params.kv_overrides = metadata_overrides(overrides)
+        # Whoever tokenises with it puts the space in front where one belongs, which llama.cpp has one rule for.
+        params.kv_overrides = metadata_overrides({"tokenizer.ggml.add_space_prefix": False, **(overrides or {})})
         self.path = path
         self._handle = load_file(path, params)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
@@ -178,7 +180,10 @@ class Model:
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
+        """Return the ids of a text as it is, without a space in front, int32, shape (tokens,).
+
+        Special tokens in it are the characters they are.
+        """
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
 
     def load_lora(self, path: Path, scale: float) -> None:
