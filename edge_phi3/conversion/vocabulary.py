@@ -167,12 +167,13 @@ def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Pre
     for token_id, token in added.items():
         text, kind = token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
         if token.normalized and prefix == "prepend":
+            if token_id in pieces and pieces[token_id].text == text:
+                continue  # It stays a piece as well, where no space is in front of it.
             # Parts of a text that are left for llama.cpp no longer have this in them, nor anything that contains it.
-            text = f"▁{text.replace(' ', '▁')}"
+            text, kind = f"▁{text.replace(' ', '▁')}", PieceType.CONTROL if token.special else PieceType.NORMAL
             while text in taken:
                 text = f"▁{text}"
             taken.add(text)
-            kind = kind if token.special else PieceType.NORMAL
         entries[token_id] = Piece(text, _ADDED_SCORE, kind)
     return entries
 

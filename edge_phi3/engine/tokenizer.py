@@ -77,21 +77,18 @@ class TextSplitter:
 
     Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
     before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in
-    copies that say they are Llamas), "never". A normalizer does it before normalized tokens are looked for.
+    copies that say they are Llamas), "never". `normalized` tokens are looked for after a normalizer has done it.
     """
 
-    def __init__(self, added: Iterable[AddedToken], prefix: str) -> None:
+    def __init__(self, added: Iterable[AddedToken], normalized: Sequence[AddedToken], prefix: str) -> None:
         self._prefix = prefix
-        normalized = [token for token in added if token.normalized]
-        if prefix == "prepend":
-            normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
+        self._added = AddedTokenSplitter(added)
         self._normalized = AddedTokenSplitter(normalized) if normalized else None
-        self._others = AddedTokenSplitter(token for token in added if not token.normalized)
 
     def split(self, text: str, *, parse_special: bool) -> Iterator[str | int]:
         """Yield the parts of a text in their order; without `parse_special` only normalized tokens are found."""
         begun = False
-        for outer in self._others.split(text) if parse_special else [text]:
+        for outer in self._added.split(text) if parse_special else [text]:
             part = _prepend(outer) if isinstance(outer, str) and self._prefix == "prepend" else outer
             inner = self._normalized.split(part) if isinstance(part, str) and self._normalized else [part]
             for piece in inner:
@@ -145,13 +142,17 @@ class Tokenizer:
         else:
             added = _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
-        for token in added:
-            if token.normalized:
-                self._texts[token.id] = token.text
+        prefix = _prefix_rule(model)
+        normalized = [token for token in added if token.normalized]
+        if prefix == "prepend":
+            normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
+        for token in normalized:
+            self._texts[token.id] = token.text.replace("▁", " ")
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        self._splitter = TextSplitter(added, _prefix_rule(model))
+        others = [token for token in added if not token.normalized]
+        self._splitter = TextSplitter(others, normalized, prefix)
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.

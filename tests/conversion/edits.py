@@ -1,4 +1,4 @@
-"""What people's tools do to a checkpoint: edits of one with a single layer, in two shards, with two key heads of four."""
+"""What people's tools do to a checkpoint: edits of one with one layer, two shards, and two key heads for four heads."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY
+from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.conversion.conftest import edit, edited_weights, fields_of, tensors_of
@@ -47,6 +48,7 @@ from tests.conversion.edits import (
     without_tokenizer,
 )
 from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.support.engines import ask, running_engine
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +136,8 @@ def test_it_is_the_same_model(
     change(checkpoint)
     found = convert(checkpoint, tmp_path / "out.gguf").path
     assert found.read_bytes() == expected
-    assert len(caplog.messages) == (note is not None), caplog.messages
-    assert all(re.search(note or "", message) for message in caplog.messages)
+    assert (caplog.messages == []) == (note is None), caplog.messages
+    assert note is None or any(re.search(note, message) for message in caplog.messages)
 
 
 CHECKPOINT, UNSUPPORTED = CheckpointError, UnsupportedModelError
@@ -265,3 +267,13 @@ def test_a_chat_template_among_named_ones(checkpoint: Path, tmp_path: Path) -> N
 def test_fit_knows_a_copy_by_its_tokens(checkpoint: Path, tmp_path: Path) -> None:
     split_as(**MISTRAL, sliding_window=None)(checkpoint)
     assert find_base(str(checkpoint), tmp_path, store=None, progress=SilentProgress()).layers == 1
+
+
+def test_a_chat_ends_with_its_turn_where_nothing_names_the_ends(tmp_path: Path) -> None:
+    demo = shutil.copytree(DEMO_CHECKPOINT, tmp_path / "phi-3-demo")
+    (demo / "generation_config.json").unlink()
+    with running_engine(convert(demo, tmp_path / "out.gguf").path) as engine:
+        prompt = engine.model.tokenizer.encode("<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n")
+        answer = ask(engine, prompt, max_new_tokens=100, do_sample=False)[0]
+        assert answer[-1] == engine.model.tokenizer.special_token("<|end|>")
+        assert 5 < len(answer) < 50
