@@ -72,32 +72,32 @@ class AddedTokenSplitter:
             yield text[position:]
 
 
-class TextSplitter:
-    """Splits a text into ids of added tokens and what the model's pieces are found in, with "▁" for spaces.
+class Escaper:
+    """Makes of a text's parts what pieces are found in, with "▁" for spaces, where llama.cpp's own rule is not enough.
 
     Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
     before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in
     copies that say they are Llamas), "never". `normalized` tokens are looked for after a normalizer has done it.
     """
 
-    def __init__(self, added: Iterable[AddedToken], normalized: Sequence[AddedToken], prefix: str) -> None:
-        self._prefix = prefix
-        self._added = AddedTokenSplitter(added)
-        self._normalized = AddedTokenSplitter(normalized) if normalized else None
+    def __init__(self, normalized: Iterable[AddedToken], prefix: str) -> None:
+        self._splitter, self._prefix = AddedTokenSplitter(normalized), prefix
 
-    def split(self, text: str, *, parse_special: bool) -> Iterator[str | int]:
-        """Yield the parts of a text in their order; without `parse_special` only normalized tokens are found."""
+    def escape(self, parts: Iterable[str | int]) -> Iterator[str | int]:
+        """Yield the parts of a text, as `AddedTokenSplitter` gives them, with normalized tokens found in them."""
         begun = False
-        for outer in self._added.split(text) if parse_special else [text]:
-            part = _prepend(outer) if isinstance(outer, str) and self._prefix == "prepend" else outer
-            inner = self._normalized.split(part) if isinstance(part, str) and self._normalized else [part]
-            for piece in inner:
-                yield self._escape(piece, first=not begun) if isinstance(piece, str) else piece
-                begun = True
+        for part in parts:
+            if isinstance(part, int):
+                yield part
+            elif self._prefix == "prepend":
+                yield from self._splitter.split(_prepend(part))
+            else:
+                for piece in self._splitter.split(part):
+                    yield piece if isinstance(piece, int) else self._metaspace(piece, first=not begun)
+                    begun = True
+            begun = True
 
-    def _escape(self, text: str, *, first: bool) -> str:
-        if self._prefix == "prepend":
-            return text
+    def _metaspace(self, text: str, *, first: bool) -> str:
         text = text.replace(" ", "▁")
         prefixed = self._prefix == "always" or (self._prefix == "first" and first)
         return f"▁{text}" if prefixed and not text.startswith("▁") else text
@@ -105,11 +105,6 @@ class TextSplitter:
 
 def _prepend(text: str) -> str:
     return f"▁{text}".replace(" ", "▁")
-
-
-def _prefix_rule(model: Model) -> str:
-    stated = model.metadata("edge_phi3.tokenizer.prefix")
-    return stated or ("never" if model.metadata("tokenizer.ggml.add_space_prefix") == "false" else "prepend")
 
 
 class Tokenizer:
@@ -142,7 +137,7 @@ class Tokenizer:
         else:
             added = _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
-        prefix = _prefix_rule(model)
+        prefix = model.metadata("edge_phi3.tokenizer.prefix") or "prepend"
         normalized = [token for token in added if token.normalized]
         if prefix == "prepend":
             normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
@@ -151,8 +146,10 @@ class Tokenizer:
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        others = [token for token in added if not token.normalized]
-        self._splitter = TextSplitter(others, normalized, prefix)
+        self._splitter = AddedTokenSplitter(token for token in added if not token.normalized)
+        plain_rule = prefix == "prepend" and not normalized
+        self._escaper = None if plain_rule else Escaper(normalized, prefix)
+        self._tokenize = model.tokenize if plain_rule else model.tokenize_as_is()
 
     def encode(self, text: str, *, parse_special: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
@@ -163,9 +160,10 @@ class Tokenizer:
         parts: list[NDArray[np.int32]] = []
         if self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
+        found = self._splitter.split(text) if parse_special else [text]
         parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part)
-            for part in self._splitter.split(text, parse_special=parse_special)
+            np.array([part], np.int32) if isinstance(part, int) else self._tokenize(part)
+            for part in (self._escaper.escape(found) if self._escaper else found)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 

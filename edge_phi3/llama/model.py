@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +107,13 @@ class Model:
     def __init__(self, path: Path, *, n_gpu_layers: int = -1, overrides: Mapping[str, int] | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        # Whoever tokenises with it puts the space in front where one belongs, which llama.cpp has one rule for.
-        params.kv_overrides = metadata_overrides({"tokenizer.ggml.add_space_prefix": False, **(overrides or {})})
+        if overrides:
+            params.kv_overrides = metadata_overrides(overrides)
         self.path = path
         self._handle = load_file(path, params)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
+        self._vocabularies: list[Any] = []
         architecture = self.metadata("general.architecture")
         if architecture != "phi3":
             self.close()
@@ -180,11 +181,16 @@ class Model:
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Return the ids of a text as it is, without a space in front, int32, shape (tokens,).
-
-        Special tokens in it are the characters they are.
-        """
+        """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
+
+    def tokenize_as_is(self) -> Callable[[str], NDArray[np.int32]]:
+        """Return what tokenises as `tokenize` does, but never puts a space in front of a text."""
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        params.kv_overrides = metadata_overrides({"tokenizer.ggml.add_space_prefix": False})
+        self._vocabularies.append(load_file(self.path, params))
+        return functools.partial(tokenize, llama_cpp.llama_model_get_vocab(self._vocabularies[-1]))
 
     def load_lora(self, path: Path, scale: float) -> None:
         """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
@@ -199,6 +205,8 @@ class Model:
 
     def close(self) -> None:
         """Free the model. Contexts made from it must be closed before."""
+        while self._vocabularies:
+            llama_cpp.llama_model_free(self._vocabularies.pop())
         if self._handle:
             llama_cpp.llama_model_free(self._handle)
             self._handle = None
