@@ -21,7 +21,7 @@ _SAY_NOTHING = frozenset({"PeftModelForCausalLM", "PeftModel", "AutoModelForCaus
 
 _CHAT_TOKENS = ({"<|user|>", "<|assistant|>", "<|end|>"}, {"<|im_sep|>", "<|im_end|>"})
 """Tokens that only Phi-3, or Phi-4, has all of."""
-_VOCABULARIES = frozenset({32064, 100352, 200064})
+_VOCABULARIES = (32064, 100352, 200064)
 _WINDOW = 2047
 
 _RELATIVES = {
@@ -78,7 +78,7 @@ def refuse_other_models(config: dict[str, Any], *, disguised: bool | None = None
         reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
         but = ", or a copy of it with split projections and its own vocabulary" * (set(architectures) <= _DISGUISES)
         raise UnsupportedModelError(f"config.json names {named}{reason}; only {ARCHITECTURE} can be converted{but}.")
-    if (act := config.get("hidden_act") or "silu") not in {"silu", "swish"}:
+    if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):
         raise UnsupportedModelError(f"config.json: hidden_act is {act!r}; Phi-3 has silu.")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name):
@@ -90,7 +90,8 @@ def check_quantization(config: dict[str, Any], tensors: dict[str, StoredTensor])
     stated = config.get("quantization_config")
     method = stated.get("quant_method") if isinstance(stated, dict) else None
     for name, stored in tensors.items():
-        if stored.dtype.startswith(_QUANTISED_TYPES) or not _QUANTISED_PARTS.isdisjoint(name.split(".")):
+        of_integers = stated and stored.dtype.startswith(_QUANTISED_TYPES)
+        if of_integers or not _QUANTISED_PARTS.isdisjoint(name.split(".")):
             raise UnsupportedModelError(
                 f"The checkpoint is quantised already{f' ({method})' if method else ''}: {stored.name} has the dtype "
                 f"{stored.dtype}. Convert the model that it was made from, or load it with transformers, call its "
@@ -106,6 +107,6 @@ def _architectures(config: dict[str, Any]) -> list[str]:
     """Return the names of the model's class: the stated ones, or what ``model_type`` stands for."""
     stated = config.get("architectures")
     listed = stated if isinstance(stated, list) else [stated] if stated else []
-    named = [str(name) for name in listed if name is not None and name not in _SAY_NOTHING]
+    named = [str(name) for name in listed if name is not None and str(name) not in _SAY_NOTHING]
     kind = config.get("model_type")
     return named or ([_OF_TYPE.get(str(kind), str(kind))] if kind else [])

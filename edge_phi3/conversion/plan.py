@@ -112,7 +112,9 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
                 f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(expected[name])}."
             )
         if tensor.dtype not in STORED_TYPES:
-            raise CheckpointError(f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted.")
+            raise CheckpointError(
+                f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted, not what is quantised."
+            )
     wanted = GgmlType[outtype.upper()] if outtype != "auto" else STORED_TYPES[_matrix_dtype(stored)]
     planned = []
     if longrope := model.rope.longrope:

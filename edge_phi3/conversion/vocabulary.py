@@ -138,7 +138,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     added = _added_tokens(folder, config, fast)
     pieces = _pieces(folder, fast, added)
     if len(pieces) > vocab_size:
-        raise CheckpointError(f"The tokenizer has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
+        file = next(name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists())
+        raise CheckpointError(f"{file} has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     scores = [_UNUSED_SCORE] * vocab_size
     types = [int(PieceType.UNUSED)] * vocab_size
