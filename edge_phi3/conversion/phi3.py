@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import gguf
 import msgspec
 
+from edge_phi3.conversion.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414 - read from here as well
 from edge_phi3.conversion.architecture import refuse_other_models
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import LARGEST, PositiveNumber, Size, typed

@@ -141,8 +141,8 @@ class Tokenizer:
         normalized = [token for token in added if token.normalized]
         if prefix == "prepend":
             normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
-        for token in normalized:
-            self._texts[token.id] = token.text.replace("▁", " ")
+        for found in normalized:
+            self._texts[found.id] = found.text.replace("▁", " ")
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}

@@ -16,7 +16,27 @@ LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 LEFT_OVER = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
 
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], object]
+
+
+def each(*edits: Edit) -> Edit:
+    def apply(folder: Path) -> None:
+        for one in edits:
+            one(folder)
+
+    return apply
+
+
+def removed(*names: str) -> Edit:
+    def apply(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return apply
+
+
+def written(name: str) -> Edit:
+    return lambda folder: (folder / name).write_bytes(b"x")
 
 
 def config(**entries: Any) -> Edit:
@@ -25,7 +45,7 @@ def config(**entries: Any) -> Edit:
 
 def shards(folder: Path) -> Iterator[tuple[dict[str, Any], bytearray]]:
     """Yield header and data of each shard to be changed, and make the index of what came out."""
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with edited_weights(path) as (header, data):
             yield header, data
@@ -60,7 +80,7 @@ def split(folder: Path) -> None:
 
 
 def split_as(**entries: Any) -> Edit:
-    return lambda folder: (split(folder), edit(folder / "config.json", **entries))[1]
+    return each(split, config(**entries))
 
 
 def index(change: Callable[[dict[str, str]], dict[str, str]]) -> Edit:
@@ -83,7 +103,8 @@ def without_index(*names: str) -> Edit:
 
 
 def one_shard(folder: Path) -> None:
-    headers, data = {}, bytearray()
+    headers: dict[str, Any] = {}
+    data = bytearray()
     for header, content in shards(folder):
         for entry in (entry for name, entry in header.items() if name != "__metadata__"):
             entry["data_offsets"] = [offset + len(data) for offset in entry["data_offsets"]]
@@ -162,7 +183,7 @@ def adapter(folder: Path) -> None:
 
 def stated(**entries: Any) -> Edit:
     """Change config.json, and leave no generation_config.json that would go before it."""
-    return lambda folder: (config(**entries)(folder), (folder / "generation_config.json").unlink())[1]
+    return each(config(**entries), removed("generation_config.json"))
 
 
 def moved_into(name: str) -> Edit:
@@ -186,7 +207,7 @@ def real(kind: str) -> Edit:
 
 
 def utf16(name: str) -> Edit:
-    return lambda f: (f / name).write_bytes((f / name).read_text(encoding="utf-8").encode("utf-16")) and None
+    return lambda f: (f / name).write_bytes((f / name).read_text(encoding="utf-8").encode("utf-16"))
 
 
 def merge_adapter(name: str) -> str:

@@ -29,6 +29,7 @@ from tests.conversion.edits import (
     adapter,
     buffers,
     config,
+    each,
     index,
     marked,
     merge_adapter,
@@ -37,6 +38,7 @@ from tests.conversion.edits import (
     only,
     quantised,
     real,
+    removed,
     renamed,
     split,
     split_as,
@@ -46,6 +48,7 @@ from tests.conversion.edits import (
     utf16,
     without_index,
     without_tokenizer,
+    written,
 )
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.support.engines import ask, running_engine
@@ -102,7 +105,7 @@ SAME: dict[str, tuple[Edit, str | None]] = {
     "split, Llama": (split_as(**LLAMA), None),
     "split, Mistral": (split_as(**MISTRAL), None),
     "split, Llama by its type": (split_as(**LLAMA | {"architectures": None}), None),
-    "split and wrapped": (lambda f: (split(f), renamed(lambda name: f"base_model.model.{name}")(f))[1], None),
+    "split and wrapped": (each(split, renamed(lambda name: f"base_model.model.{name}")), None),
     "one shard, no index": (one_shard, None),
     "two shards, no index": (without_index(FIRST, SECOND), None),
     "shards with odd names": (without_index("a.safetensors", "b.safetensors"), None),
@@ -121,10 +124,10 @@ SAME: dict[str, tuple[Edit, str | None]] = {
     "an empty index": (index(lambda _: {}), None),
     "a tensor twice": (twice, f"{NORM} of {SECOND} is {NORM} of {FIRST} once more"),
     "buffers": (buffers, None),
-    "an adapter beside": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"x") and None, None),
+    "an adapter beside": (written("adapter_model.safetensors"), None),
     "byte-order marks": (marked, None),
     "chat_template.jinja": (template_file, None),
-    "training_args.bin": (lambda f: (f / "training_args.bin").write_bytes(b"x") and None, None),
+    "training_args.bin": (written("training_args.bin"), None),
 }  # fmt: skip
 
 
@@ -151,7 +154,7 @@ REFUSED: dict[str, tuple[Edit, type[ConversionError], str]] = {
     "an id of -2": (stated(pad_token_id=-2), CHECKPOINT, "config.json: pad_token_id holds -2"),
     "an adapter": (adapter, UNSUPPORTED, r"is an adapter \(adapter_config.json\), not a whole .* not converted yet"),
     "an adapter and its config": (
-        lambda f: (only("adapter_config.json")(f), (f / "adapter_model.safetensors").write_bytes(b"x"))[0],
+        each(only("adapter_config.json"), written("adapter_model.safetensors")),
         UNSUPPORTED, "is an adapter",
     ),
     "an adapter within": (renamed(merge_adapter), UNSUPPORTED, "an adapter that is not merged yet.*merge_and_unload"),
@@ -164,19 +167,19 @@ REFUSED: dict[str, tuple[Edit, type[ConversionError], str]] = {
     "nothing": (only("training_args.bin"), CHECKPOINT, "has neither model.safetensors nor"),
     "a folder of checkpoints": (moved_into("checkpoint-20"), CHECKPOINT, "config.json; give one .* as checkpoint-20"),
     "a tensor twice, another": (lambda f: twice(f, 1), CHECKPOINT, f"{NORM} of {SECOND} and .* are both {NORM}"),
-    "a shard less": (lambda f: (f / SECOND).unlink(), CHECKPOINT, f"The shard '{SECOND}', which .* names, is not in"),
+    "a shard less": (removed(SECOND), CHECKPOINT, f"The shard '{SECOND}', which .* names, is not in"),
     "a shard less, no index": (
-        lambda f: ((f / SECOND).unlink(), (f / INDEX).unlink())[0], CHECKPOINT, "lacks .*; a shard may be missing"
+        removed(SECOND, INDEX), CHECKPOINT, "lacks .*; a shard may be missing"
     ),
     "q without k": (
-        lambda f: (split(f), renamed(lambda name: name.replace("k_proj", "x_proj"))(f))[0],
+        each(split, renamed(lambda name: name.replace("k_proj", "x_proj"))),
         CHECKPOINT, "lacks model.layers.0.self_attn.k_proj.weight",
     ),
     "both q and qkv": (
         renamed(lambda name: name.replace("o_proj", "q_proj")), CHECKPOINT, "lacks model.layers.0.self_attn.o_proj"
     ),
     "k of q's size": (
-        lambda f: (split(f), config(num_key_value_heads=4)(f))[0], CHECKPOINT, r"[kv]_proj.weight has the shape \[32,"
+        each(split, config(num_key_value_heads=4)), CHECKPOINT, r"[kv]_proj.weight has the shape \[32,"
     ),
     "a real Llama": (real("llama"), UNSUPPORTED, "LlamaForCausalLM; only Phi3ForCausalLM can be converted, or a copy"),
     "a real Mistral": (real("mistral"), UNSUPPORTED, "names the architecture MistralForCausalLM; only Phi3ForCausalLM"),
