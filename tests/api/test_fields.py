@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from edge_phi3.api import body as body_module
 from edge_phi3.api.openai import fields
-from edge_phi3.pipeline.prompt import ChatTemplate
+from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import GREEDY, PROMPT, USER, Running, loader, ready
 
 DATA = Path(__file__).with_name("data")
