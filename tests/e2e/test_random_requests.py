@@ -71,13 +71,12 @@ def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
 
 
 @pytest.mark.parametrize("cells", [None, 8000, 20000])  # those of the defaults, more, and enough for all of it
-def test_sequences_that_outgrow_the_original_context_stop_nobody(model: Model, cells: int | None) -> None:
+def test_sequences_that_outgrow_the_original_context_stop_nobody(model: Model, folder: Path, cells: int | None) -> None:
     enough, short = cells == 20000, ask(8, do_sample=False, max_new_tokens=4)
     beams: dict[str, Any] = {"num_beams": 4, "do_sample": False}
     sequences = {"num_return_sequences": 4, "do_sample": True, "eos_token_id": []}
     options = ["--threads", "1", "--log-format", "json", *(["--ctx-size", str(cells)] if cells else [])]
-    path = model("128k")
-    with serving(path.parent, str(path), *options, store=path.parent) as server:
+    with serving(folder, str(model("128k")), *options, store=folder) as server:
         for number, kwargs in enumerate((beams, sequences, beams | {"seed": 1}, sequences | {"seed": 1})):
             # Of another length, and so another prompt: nothing of it is held.
             crossing = ask((4000 if enough else 3000) + number, max_length=4100, **kwargs)
