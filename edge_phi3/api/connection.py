@@ -111,15 +111,12 @@ class Connection(H11Protocol):
         else:
             super().shutdown()
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's words, which are always the same
         """Refuse what is not HTTP, or too large, and say which."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        if status == 431:
-            msg = f"The request line and headers take more than {self.conn.max_head} bytes (--max-header-size)."
-        else:
-            msg = f"This is not a valid HTTP request: {error}."
-        self._refuse(status, msg)
+        large = f"The request line and headers take more than {self.conn.max_head} bytes (--max-header-size)."
+        self._refuse(status, large if status == 431 else f"This is not a valid HTTP request: {error}.")
 
     def _should_upgrade(self) -> bool:
         return False

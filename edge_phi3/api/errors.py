@@ -45,11 +45,7 @@ class UnsupportedMediaTypeError(EdgePhi3Error):
 
 
 class RateLimitedError(EdgePhi3Error):
-    """The client asks too often.
-
-    Attributes:
-        headers: those of the answer.
-    """
+    """The client asks too often; `headers` are those of the answer."""
 
     def __init__(self, seconds: int) -> None:
         super().__init__(f"Too many requests (--rate-limit); try again in {seconds} s.")

@@ -1,7 +1,4 @@
-"""By which names the service may be called.
-
-A page of a stranger must not reach it under a name of its own (DNS rebinding).
-"""
+"""By which names the service may be called, so that no page reaches it under a name of its own (DNS rebinding)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,6 @@ from litestar.handlers import BaseRouteHandler
 from edge_phi3.api.errors import WrongHostError
 from edge_phi3.settings import Settings
 
-_LOCAL: Final = ("localhost", "*.localhost")
 _HOST: Final = re.compile(r"(\[[^\]]*\]|[^:]*)(?::\d*)?")
 
 
@@ -28,7 +24,9 @@ class HostList:
     """
 
     def __init__(self, settings: Settings) -> None:
-        names = settings.allowed_host or ((*_LOCAL, settings.host) if _is_loopback(settings.host) else ("*",))
+        names = settings.allowed_host or (
+            ("localhost", "*.localhost", settings.host) if _is_loopback(settings.host) else ("*",)
+        )
         self._names = re.compile("|".join(fnmatch.translate(name.lower()) for name in names))
 
     async def guard(self, connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

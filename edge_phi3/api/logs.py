@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from typing import Any, Final, Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import msgspec
 import structlog
@@ -14,9 +14,6 @@ from structlog.types import EventDict, ExcInfo, Processor
 from edge_phi3.api.exchange import Exchange
 
 access_logger = structlog.get_logger("edge_phi3.access")
-
-_LONGEST_PATH: Final = 300
-"""Characters of a path that are logged."""
 
 
 def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
@@ -95,4 +92,4 @@ def log_exchange(exchange: Exchange) -> None:
         }
     if exchange.prompt is not None:
         facts |= {"prompt": exchange.prompt, "answer": output.text if output else None}
-    log(f"{exchange.scope['method']} {exchange.path[:_LONGEST_PATH]}", request_id=exchange.request_id, **facts)
+    log(f"{exchange.scope['method']} {exchange.path[:300]}", request_id=exchange.request_id, **facts)

@@ -33,9 +33,6 @@ class RateLimiter:
         self._count, self._seconds, self._keys, self._clock = int(count), _SECONDS[unit], keys, clock
         self._full_at: OrderedDict[str, float] = OrderedDict()  # when each client's bucket is full again
 
-    def __len__(self) -> int:
-        return len(self._full_at)
-
     def take(self, client: str) -> tuple[int, float, float]:
         """Take one token; return how many are left, when all are there again, and when the next is, if none was.
 
@@ -60,10 +57,8 @@ class RateLimiter:
         """
         number = self._keys.find(connection) if self._keys else None
         left, full, late = self.take(_place(connection) if number is None else f"key {number}")
-        values = (str(self._count), str(left), f"{math.ceil(full)}s")
-        exchange_of(connection.scope).headers += [
-            (name.encode(), value.encode()) for name, value in zip(RATE_HEADERS, values, strict=True)
-        ]
+        values = (b"%d" % self._count, b"%d" % left, b"%ds" % math.ceil(full))
+        exchange_of(connection.scope).headers += zip(map(str.encode, RATE_HEADERS), values, strict=True)
         if late:
             raise RateLimitedError(math.ceil(late))
 

@@ -120,9 +120,13 @@ class TokenizeRequest(Struct, kw_only=True):
     text: Annotated[str | None, about("The text.", "<|user|>\nHello<|end|>")] = None
     prompt: Annotated[str | None, about("The text, as vLLM calls it.")] = None
     content: Annotated[str | None, about("The text, as llama-server calls it.")] = None
-    messages: Annotated[
-        list[Message] | None, about("A conversation, of which the model's chat template makes the text.")
-    ] = None
+    messages: (
+        Annotated[
+            list[Message],
+            Meta(min_length=1, description="A conversation, of which the model's chat template makes the text."),
+        ]
+        | None
+    ) = None
     parse_special_tokens: Annotated[
         bool, about("Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
     ] = True
@@ -147,7 +151,7 @@ class TokenPiece(Struct):
 class TokenizeResponse(Struct):
     """Token ids."""
 
-    tokens: Annotated[list[int] | list[TokenPiece], about("Token ids; with `with_pieces`, with their texts.")]
+    tokens: Annotated[Sequence[int | TokenPiece], about("Token ids; with `with_pieces`, with their texts.")]
     count: int
     max_model_len: Annotated[int, about("The most tokens of a prompt and its answer.")]
     token_strs: list[str] | None = None

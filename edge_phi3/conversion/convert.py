@@ -83,7 +83,7 @@ def convert(
     started = time.monotonic()
     opened = open_checkpoint(checkpoint)
     model = read_model(opened)
-    for note in model.rope.notes:
+    for note in (*opened.notes, *model.notes, *model.rope.notes):
         _logger.warning(note)
     plan = plan_tensors(opened.tensors, model, outtype)
     header = _header(opened, model, plan, source)
@@ -153,17 +153,21 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
 
 
 def _chunks(tensor: PlannedTensor, workers: concurrent.futures.Executor) -> Iterator[NDArray[Any]]:
-    values = tensor.values
-    if not isinstance(values, StoredTensor):
-        yield values
+    if isinstance(tensor.values, np.ndarray):
+        yield tensor.values
         return
+    for part in tensor.values:
+        yield from _encoded(part, tensor.type, workers)
+
+
+def _encoded(values: StoredTensor, target: GgmlType, workers: concurrent.futures.Executor) -> Iterator[NDArray[Any]]:
     pending: collections.deque[concurrent.futures.Future[NDArray[Any]]] = collections.deque()
     starts = iter(range(0, values.size, _CHUNK))
     try:
         for written in range(0, values.size, _CHUNK):
             while len(pending) <= 2 * _WORKERS and (start := next(starts, None)) is not None:
                 chunk = values.read(start, min(start + _CHUNK, values.size))
-                pending.append(workers.submit(encode, chunk, values.dtype, tensor.type, name=values.name))
+                pending.append(workers.submit(encode, chunk, values.dtype, target, name=values.name))
             yield pending.popleft().result()
             values.drop(written, min(written + _CHUNK, values.size))
     finally:

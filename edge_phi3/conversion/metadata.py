@@ -34,6 +34,9 @@ GENERATION_CONFIG_KEY = "edge_phi3.generation.config"
 
 _logger = logging.getLogger(__name__)
 
+# What ends a turn of a chat, where no generation_config.json names the ends.
+_TURN_ENDS = ("<|end|>", "<|im_end|>")
+
 # Texts by which llama.cpp recognises an end of generation (llama-vocab.cpp), as far as they occur in Phi-3.
 _ENDS_BY_TEXT = {"<|end|>", "<|endoftext|>", "</s>"}
 
@@ -89,9 +92,11 @@ def model_name(checkpoint: Checkpoint, source: SourceInfo | None) -> str:
 
 def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokens: list[str]) -> None:
     """Add the tokens that end a generation, the padding token and the sampling defaults."""
-    ends = _token_ids(checkpoint, "eos_token_id", len(tokens))
-    pads = _token_ids(checkpoint, "pad_token_id", len(tokens))
-    _token_ids(checkpoint, "bos_token_id", len(tokens))
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: _token_ids(checkpoint, name, len(tokens)) for name in names}
+    ends, pads = ids["eos_token_id"], ids["pad_token_id"]
+    if checkpoint.generation_config.get("eos_token_id") is None:
+        ends += [tokens.index(text) for text in _TURN_ENDS if text in tokens and tokens.index(text) not in ends]
     if ends:
         writer.add_array(EOS_TOKEN_IDS_KEY, ends)
         stated = writer.kv_data[0].get(gguf.Keys.Tokenizer.EOS_ID)
@@ -107,22 +112,21 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
             )
     if pads:
         writer.add_uint32(PAD_TOKEN_ID_KEY, pads[0])
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    config = {name: checkpoint.config[name] for name in names if name in checkpoint.config}
-    config |= checkpoint.generation_config
-    for name in ("transformers_version", "_from_model_config"):
-        config.pop(name, None)
+    config = {name: found[0] if len(found) == 1 else found for name, found in ids.items() if found}
+    unwanted = {"transformers_version", "_from_model_config", *names}
+    config |= {name: value for name, value in checkpoint.generation_config.items() if name not in unwanted}
     writer.add_string(GENERATION_CONFIG_KEY, json.dumps(config))
 
 
 def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:
     file = "generation_config.json" if name in checkpoint.generation_config else "config.json"
     value = checkpoint.generation_config.get(name, checkpoint.config.get(name))
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    # Libraries write -1 for none.
+    ids = [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id not in (None, -1)]
     for token_id in ids:
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise CheckpointError(f"{file}: {name} holds {token_id!r}, but ids go from 0 to {vocab_size - 1}.")
-    return ids
+    return list(dict.fromkeys(ids))
 
 
 def _model_card(checkpoint: Checkpoint) -> dict[str, Any]:

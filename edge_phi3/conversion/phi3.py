@@ -12,30 +12,26 @@ from typing import Annotated, Any
 import gguf
 import msgspec
 
-from edge_phi3.conversion.checkpoint import LARGEST, PositiveNumber, Size, typed
+from edge_phi3.conversion.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414 - read from here as well
+from edge_phi3.conversion.architecture import refuse_other_models
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion.json_files import LARGEST, PositiveNumber, Size, typed
 from edge_phi3.conversion.rope import Rope, read_rope
 
-ARCHITECTURE = "Phi3ForCausalLM"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The matrices that may be one, by the checkpoint's names."""
-
-_RELATIVES = {
-    "Phi3SmallForCausalLM": "Phi-3-small has block-sparse attention and a tiktoken vocabulary",
-    "Phi3VForCausalLM": "Phi-3-vision has an image encoder",
-    "Phi4MMForCausalLM": "Phi-4-multimodal has image and speech encoders",
-    "PhiMoEForCausalLM": "Phi-3.5-MoE is a mixture of experts",
-    "PhimoeForCausalLM": "Phi-3.5-MoE is a mixture of experts",
-    "PhiForCausalLM": "Phi-1 and Phi-2 have other layers",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor of the checkpoint is called in the GGUF, and the shape that it must have."""
+    """What a tensor of the checkpoint is called in the GGUF, and the shape that it must have.
+
+    Stored in parts, it is their rows, one part after the other: `parts` are their names and numbers of rows.
+    """
 
     name: str
     shape: tuple[int, ...]
+    parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,10 +53,12 @@ class _Config(msgspec.Struct, frozen=True, kw_only=True):
 class Phi3(_Config, frozen=True, kw_only=True):
     """Checked hyper-parameters, under the names of ``config.json``; a `sliding_window` of 0 is none.
 
-    `rope` holds what it says on rotary positions; `rope.notes` are sentences for whoever converts the checkpoint.
+    `rope` holds what it says on rotary positions; `notes` are sentences for whoever converts the checkpoint, as are
+    those of `rope`.
     """
 
     rope: Rope
+    notes: tuple[str, ...] = ()
 
     @property
     def head_size(self) -> int:
@@ -75,7 +73,7 @@ class Phi3(_Config, frozen=True, kw_only=True):
     def tensors(self) -> dict[str, TensorSpec]:
         """Return the tensors that a checkpoint of this model has, by name."""
         width, vocabulary = self.hidden_size, self.vocab_size
-        qkv = (self.num_attention_heads + 2 * self.kv_heads) * self.head_size
+        queries, keys = self.num_attention_heads * self.head_size, self.kv_heads * self.head_size
         specs = {
             EMBEDDING: TensorSpec("token_embd.weight", (vocabulary, width)),
             "model.norm.weight": TensorSpec("output_norm.weight", (width,)),
@@ -84,15 +82,23 @@ class Phi3(_Config, frozen=True, kw_only=True):
             specs[HEAD] = TensorSpec("output.weight", (vocabulary, width))
         block = {
             "input_layernorm": ("attn_norm", (width,)),
-            "self_attn.qkv_proj": ("attn_qkv", (qkv, width)),
+            "self_attn.qkv_proj": ("attn_qkv", (queries + 2 * keys, width)),
             "self_attn.o_proj": ("attn_output", (width, width)),
             "post_attention_layernorm": ("ffn_norm", (width,)),
             "mlp.gate_up_proj": ("ffn_up", (2 * self.intermediate_size, width)),
             "mlp.down_proj": ("ffn_down", (width, self.intermediate_size)),
         }
+        split = {
+            "self_attn.qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
+            "mlp.gate_up_proj": {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size},
+        }
         for i in range(self.num_hidden_layers):
             for theirs, (ours, shape) in block.items():
-                specs[f"model.layers.{i}.{theirs}.weight"] = TensorSpec(f"blk.{i}.{ours}.weight", shape)
+                path = f"model.layers.{i}.{theirs}"
+                parts = {
+                    f"{path.rpartition('.')[0]}.{part}.weight": rows for part, rows in split.get(theirs, {}).items()
+                }
+                specs[f"{path}.weight"] = TensorSpec(f"blk.{i}.{ours}.weight", shape, parts)
         return specs
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
@@ -116,9 +122,9 @@ class Phi3(_Config, frozen=True, kw_only=True):
             writer.add_rope_scaling_attn_factors(self.rope.longrope.attention_factor)
 
 
-def read_phi3(config: dict[str, Any]) -> Phi3:
-    """Check ``config.json`` and return its hyper-parameters."""
-    _refuse_other_models(config)
+def read_phi3(config: dict[str, Any], *, disguised: bool | None = None) -> Phi3:
+    """Check ``config.json`` and return its hyper-parameters; `disguised` is as `refuse_other_models` takes it."""
+    refuse_other_models(config, disguised=disguised)
     stated = {name: value for name, value in config.items() if value is not None}
     checked = typed(stated, _Config, "config.json")
     width, heads = checked.hidden_size, checked.num_attention_heads
@@ -133,19 +139,3 @@ def read_phi3(config: dict[str, Any]) -> Phi3:
     if heads % model.kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {model.kv_heads} key-value heads.")
     return model
-
-
-def _refuse_other_models(config: dict[str, Any]) -> None:
-    stated = config.get("architectures")
-    architectures = [str(name) for name in (stated if isinstance(stated, list) else [stated] if stated else [])]
-    if architectures != [ARCHITECTURE]:
-        named = f"the architecture {', '.join(architectures)}" if architectures else "no architecture"
-        reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
-        raise UnsupportedModelError(f"config.json names {named}{reason}; only {ARCHITECTURE} can be converted.")
-    if config.get("quantization_config"):
-        raise UnsupportedModelError("The checkpoint is quantised already; convert the original one.")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UnsupportedModelError(f"config.json: hidden_act is {config['hidden_act']!r}; Phi-3 has silu.")
-    for name in ("attention_bias", "mlp_bias"):
-        if config.get(name):
-            raise UnsupportedModelError(f"config.json: {name} is set; llama.cpp's Phi-3 has no biases.")

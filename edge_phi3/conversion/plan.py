@@ -15,11 +15,14 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion.architecture import check_quantization, has_phi_tokens
 from edge_phi3.conversion.checkpoint import Checkpoint
 from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type, to_float32
 from edge_phi3.conversion.errors import CheckpointError, ConversionError
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, Phi3, read_phi3
 from edge_phi3.conversion.safetensors import StoredTensor
+from edge_phi3.conversion.vocabulary import added_texts
+from edge_phi3.conversion.weights import some
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 """The output types: of the matrices; ``auto`` is the checkpoint's own."""
@@ -30,12 +33,15 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values."""
+    """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values.
+
+    They are those of stored tensors, one after the other, or made here.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: GgmlType
-    values: StoredTensor | NDArray[np.float32]
+    values: tuple[StoredTensor, ...] | NDArray[np.float32]
 
     @property
     def size(self) -> int:
@@ -66,16 +72,18 @@ def read_model(checkpoint: Checkpoint) -> Phi3:
 
     The two matrices are read, a chunk at a time, when the checkpoint says that they are one and stores both.
     """
-    model = read_phi3(checkpoint.config)
+    split = any(name.endswith(".q_proj.weight") for name in checkpoint.tensors)
+    model = read_phi3(checkpoint.config, disguised=split and has_phi_tokens(added_texts(checkpoint.folder)))
+    notes = check_quantization(checkpoint.config, checkpoint.tensors)
     embedding, head = checkpoint.tensors.get(EMBEDDING), checkpoint.tensors.get(HEAD)
-    if not model.tie_word_embeddings or embedding is None or head is None or _are_equal(embedding, head):
-        return model
-    note = (
-        f"config.json: tie_word_embeddings is true, but {HEAD} is stored and differs from {EMBEDDING}; "
-        "both are kept, as in transformers 5."
-    )
-    rope = dataclasses.replace(model.rope, notes=(*model.rope.notes, note))
-    return msgspec.structs.replace(model, tie_word_embeddings=False, rope=rope)
+    tied = model.tie_word_embeddings
+    if tied and embedding is not None and head is not None and not _are_equal(embedding, head):
+        tied = False
+        notes += (
+            f"config.json: tie_word_embeddings is true, but {HEAD} is stored and differs from {EMBEDDING}; "
+            "both are kept, as in transformers 5.",
+        )
+    return msgspec.structs.replace(model, tie_word_embeddings=tied, notes=notes)
 
 
 def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
@@ -83,28 +91,40 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
     if outtype not in OUTTYPES:
         raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
     specs = model.tensors()
-    stored = {name: tensor for name, tensor in tensors.items() if not _is_ignored(name, model)}
-    if missing := sorted(specs.keys() - stored.keys()):
-        raise CheckpointError(f"The checkpoint lacks {_some(missing)}; a shard may be missing.")
-    if surplus := sorted(stored.keys() - specs.keys()):
+    stored = {name: tensor for name, tensor in tensors.items() if not (model.tie_word_embeddings and name == HEAD)}
+    # Of each tensor of the model, the stored ones that it is made of, and their shapes.
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, spec in specs.items():
+        split = name not in stored and not spec.parts.keys().isdisjoint(stored)
+        parts[name] = (
+            {part: (rows, *spec.shape[1:]) for part, rows in spec.parts.items()} if split else {name: spec.shape}
+        )
+    expected = {part: shape for shapes in parts.values() for part, shape in shapes.items()}
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise CheckpointError(f"The checkpoint lacks {some(missing)}; a shard may be missing.")
+    if surplus := sorted(stored.keys() - expected.keys()):
         raise CheckpointError(
-            f"The checkpoint has {_some(surplus)}, which a {model.num_hidden_layers}-layer Phi-3 lacks."
+            f"The checkpoint has {some(surplus)}, which a {model.num_hidden_layers}-layer Phi-3 lacks."
         )
     for name, tensor in stored.items():
-        if tensor.shape != specs[name].shape:
+        if tensor.shape != expected[name]:
             raise CheckpointError(
-                f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(specs[name].shape)}."
+                f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(expected[name])}."
             )
         if tensor.dtype not in STORED_TYPES:
-            raise CheckpointError(f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted.")
+            raise CheckpointError(
+                f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted, not what is quantised."
+            )
     wanted = GgmlType[outtype.upper()] if outtype != "auto" else STORED_TYPES[_matrix_dtype(stored)]
     planned = []
     if longrope := model.rope.longrope:
         for kind, factor in (("long", longrope.long_factor), ("short", longrope.short_factor)):
             planned.append(PlannedTensor(f"rope_factors_{kind}.weight", factor.shape, GgmlType.F32, factor))
-    for name, tensor in stored.items():
-        spec = specs[name]
-        planned.append(PlannedTensor(spec.name, spec.shape, tensor_type(spec.name, spec.shape, wanted), tensor))
+    # In the order of the files; a tensor in parts stands where the first of them does.
+    whole = {part: name for name, shapes in parts.items() for part in shapes}
+    for name in dict.fromkeys(whole[part] for part in stored):
+        spec, values = specs[name], tuple(stored[part] for part in parts[name])
+        planned.append(PlannedTensor(spec.name, spec.shape, tensor_type(spec.name, spec.shape, wanted), values))
     return Plan(wanted, planned)
 
 
@@ -122,15 +142,6 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
         for tensor in (one, other):
             tensor.drop(start, stop)
     return True
-
-
-def _is_ignored(name: str, model: Phi3) -> bool:
-    # Old revisions stored the rotary frequencies; a tied output matrix repeats the embedding.
-    return name.endswith(".rotary_emb.inv_freq") or (model.tie_word_embeddings and name == HEAD)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _matrix_dtype(stored: dict[str, StoredTensor]) -> str:

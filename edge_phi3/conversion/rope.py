@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.checkpoint import LARGEST, PositiveNumber, typed
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion.json_files import LARGEST, PositiveNumber, typed
 
 _FIELDS = ("rope_scaling", "rope_parameters")
 _LONGROPE_SPELLINGS = ("longrope", "su", "yarn")

@@ -52,6 +52,11 @@ class StoredTensor:
         dtype = _RAW[self.dtype]
         return np.frombuffer(self.file.map, dtype, stop - start, self.begin + start * dtype.itemsize)
 
+    def equals(self, other: StoredTensor) -> bool:
+        """Return whether another tensor has the same type, shape and bytes."""
+        mine, theirs = (memoryview(one.file.map)[one.begin : one.begin + one.nbytes] for one in (self, other))
+        return (self.dtype, self.shape) == (other.dtype, other.shape) and mine == theirs
+
     def drop(self, start: int, stop: int) -> None:
         """Return the memory of values `start` to `stop` back to the system; they can still be read again."""
         item_size = _RAW[self.dtype].itemsize

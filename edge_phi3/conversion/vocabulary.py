@@ -1,13 +1,17 @@
 """The tokenizer files of a checkpoint -> the vocabulary of a GGUF.
 
-Pieces and scores come from ``tokenizer.model``; ``added_tokens.json``, ``tokenizer_config.json`` and
-``tokenizer.json`` add and retype tokens, in this order; ids that none of them fills become unused
-``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, one of our own is written:
+Pieces and scores come from ``tokenizer.model``, or ``tokenizer.json`` where there is none; ``added_tokens.json``,
+``tokenizer_config.json`` and ``tokenizer.json`` add and retype tokens, in this order; ids that none of them fills
+become unused ``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, two of our own are written:
 
 - ``edge_phi3.tokenizer.added_tokens`` (string): a JSON array of the added tokens, which are found in a text
   before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
   the two flags (whether a token swallows the white space before and after it), only a rule that goes by the
-  model's name. The value is a string because llama.cpp's C API gives no arrays.
+  model's name. A ``"normalized": true`` token is found after the others, in the text whose spaces are "▁" by then; its
+  own text in the file has them too, so that llama.cpp finds it nowhere else. The value is a string because llama.cpp's
+  C API gives no arrays.
+- ``edge_phi3.tokenizer.prefix`` (string): before which parts of a text a "▁" is put, where it is not Phi-3's rule; see
+  `edge_phi3.conversion.tokenizer_json.Prefix`.
 """
 
 from __future__ import annotations
@@ -16,47 +20,46 @@ import collections
 import dataclasses
 import json
 import logging
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import gguf
 import msgspec
 
-from edge_phi3.conversion.checkpoint import read_json, typed
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
-from edge_phi3.conversion.sentencepiece import ModelType, PieceType, read_sentencepiece
+from edge_phi3.conversion.json_files import read_json, read_text, typed
+from edge_phi3.conversion.sentencepiece import ModelType, Piece, PieceType, read_sentencepiece
+from edge_phi3.conversion.tokenizer_json import (
+    AddedToken,
+    BpeModel,
+    FastTokenizer,
+    Prefix,
+    check_same_pieces,
+    pieces_of,
+    prefix_of,
+)
 
 _T = TypeVar("_T")
 
 ADDED_TOKENS_KEY = "edge_phi3.tokenizer.added_tokens"
+PREFIX_KEY = "edge_phi3.tokenizer.prefix"
 
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 
 # llama.cpp looks these up by text when a model is called Phi-3, and cannot load it when one is absent.
 _REQUIRED_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 
-_NORMALIZER = {
-    "type": "Sequence",
-    "normalizers": [
-        {"type": "Prepend", "prepend": "▁"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-    ],
-}
+
+class _TemplateFile(msgspec.Struct):
+    """``chat_template.json``, which older releases wrote."""
+
+    chat_template: str | None = None
 
 
-class AddedToken(msgspec.Struct, frozen=True):
-    """A token that is found in a text as a whole, with its entry's flags."""
-
-    content: Annotated[str, msgspec.Meta(min_length=1)]
-    special: bool = False
-    lstrip: bool = False
-    rstrip: bool = False
-    single_word: bool = False
-    normalized: bool = False
-
-
-class _ListedToken(AddedToken, frozen=True, kw_only=True):
-    id: int
+class _NamedTemplate(msgspec.Struct):
+    name: str
+    template: str
 
 
 class _TokenizerConfig(msgspec.Struct):
@@ -66,15 +69,7 @@ class _TokenizerConfig(msgspec.Struct):
     tokenizer_class: str | None = None
     add_bos_token: Any = None
     add_eos_token: Any = None
-
-
-class _FastTokenizer(msgspec.Struct):
-    """Entries of ``tokenizer.json``."""
-
-    model: Any = None
-    normalizer: Any = None
-    pre_tokenizer: Any = None
-    added_tokens: list[_ListedToken] | None = None
+    chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +82,8 @@ class Vocabulary:
     types: list[int]
     added: dict[int, AddedToken]
     add_special: dict[str, bool]
+    prefix: Prefix
+    chat_template: str | list[dict[str, str]] | None
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, the chat template among them, and ours."""
@@ -98,10 +95,16 @@ class Vocabulary:
         self._write_special_tokens(writer)
         flags = ("content", "special", "lstrip", "rstrip")
         added = [
-            {"id": token_id} | {flag: getattr(token, flag) for flag in flags}
+            {"id": token_id}
+            | {flag: getattr(token, flag) for flag in flags}
+            | ({"normalized": True} if token.normalized else {})
             for token_id, token in sorted(self.added.items())
         ]
         writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
+        if self.prefix != "prepend":
+            writer.add_string(PREFIX_KEY, self.prefix)
+            # llama.cpp knows all parts, or none.
+            writer.add_add_space_prefix(self.prefix == "always")
 
     def _write_special_tokens(self, writer: gguf.GGUFWriter) -> None:
         # It warns of templates for pairs of texts, which nobody tokenises here.
@@ -109,9 +112,13 @@ class Vocabulary:
         level = log.level
         log.setLevel(logging.ERROR)
         try:
-            special = gguf.SpecialVocab(self.folder, n_vocab=len(self.tokens))
+            special = _special_vocab(self.folder, len(self.tokens))
+            # Without tokenizer.json, nothing says that <s> is not put in front, as llama.cpp does.
+            if (self.folder / "tokenizer.json").exists():
+                special.add_special_token.setdefault("bos", False)
             # As in transformers, where the configuration's word counts and not the post-processor's.
             special.add_special_token |= self.add_special
+            special.chat_template = self.chat_template
             special.add_to_gguf(writer, quiet=True)
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise CheckpointError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
@@ -122,37 +129,28 @@ class Vocabulary:
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the tokenizer files in `folder` for a model whose embedding has `vocab_size` rows."""
     config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
-    fast = _read(folder / "tokenizer.json", _FastTokenizer)
+    fast = _read(folder / "tokenizer.json", FastTokenizer)
     if (config.tokenizer_class or "").startswith("GPT2Tokenizer"):
         raise UnsupportedModelError(
             "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4; only Phi-3's, "
             "a LlamaTokenizer, can be converted."
         )
-    model = read_sentencepiece(folder / "tokenizer.model")
-    if model.model_type is not ModelType.BPE:
-        raise UnsupportedModelError(
-            f"tokenizer.model is a {model.model_type.name.lower()} model; Phi-3's is byte-pair encoding."
-        )
-    if len(model.pieces) > vocab_size:
-        raise CheckpointError(
-            f"tokenizer.model has {len(model.pieces)} pieces, but the model's vocab_size is {vocab_size}."
-        )
-    if fast is not None:
-        _check_tokenizer_json(fast, [piece.text for piece in model.pieces])
-    tokens = [piece.text for piece in model.pieces]
-    tokens += [f"[PAD{i}]" for i in range(len(tokens), vocab_size)]
-    unused = vocab_size - len(model.pieces)
-    scores = [piece.score for piece in model.pieces] + [_UNUSED_SCORE] * unused
-    types = [int(piece.type) for piece in model.pieces] + [int(PieceType.UNUSED)] * unused
     added = _added_tokens(folder, config, fast)
-    for token_id, token in added.items():
+    pieces = _pieces(folder, fast, added)
+    if len(pieces) > vocab_size:
+        file = next(name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists())
+        raise CheckpointError(f"{file} has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    scores = [_UNUSED_SCORE] * vocab_size
+    types = [int(PieceType.UNUSED)] * vocab_size
+    prefix = prefix_of(fast) if fast is not None else "prepend"
+    entries = pieces | _entries(added, pieces, prefix)
+    for token_id, (text, score, kind) in ((i, dataclasses.astuple(piece)) for i, piece in entries.items()):
         if not 0 <= token_id < vocab_size:
             raise CheckpointError(
-                f"The token {token.content!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
+                f"The token {text!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
             )
-        tokens[token_id] = token.content
-        scores[token_id] = _ADDED_SCORE
-        types[token_id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
+        tokens[token_id], scores[token_id], types[token_id] = text, score, int(kind)
     if len(set(tokens)) < vocab_size:
         twice = collections.Counter(tokens).most_common(1)[0][0]
         raise CheckpointError(f"The vocabulary has the token {twice!r} twice.")
@@ -160,7 +158,90 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         raise CheckpointError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
     add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
     stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
-    return Vocabulary(folder, tokens, scores, types, added, stated)
+    return Vocabulary(folder, tokens, scores, types, added, stated, prefix, _chat_template(folder, config))
+
+
+def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix) -> dict[int, Piece]:
+    """Return added tokens as pieces."""
+    taken = {piece.text for piece in pieces.values()}
+    entries = {}
+    for token_id, token in added.items():
+        text, kind = token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
+        if token.normalized and prefix == "prepend":
+            if token_id in pieces and pieces[token_id].text == text:
+                continue  # It stays a piece as well, where no space is in front of it.
+            # Parts of a text that are left for llama.cpp no longer have this in them, nor anything that contains it.
+            text, kind = f"▁{text.replace(' ', '▁')}", PieceType.CONTROL if token.special else PieceType.NORMAL
+            while text in taken:
+                text = f"▁{text}"
+            taken.add(text)
+        entries[token_id] = Piece(text, _ADDED_SCORE, kind)
+    return entries
+
+
+def added_texts(folder: Path) -> set[str]:
+    """Return the texts of the added tokens of the tokenizer in `folder`."""
+    config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
+    added = _added_tokens(folder, config, _read(folder / "tokenizer.json", FastTokenizer))
+    return {token.content for token in added.values()}
+
+
+def _pieces(folder: Path, fast: FastTokenizer | None, added: dict[int, AddedToken]) -> dict[int, Piece]:
+    """Return the pieces of ``tokenizer.model``, or of ``tokenizer.json`` where there is no such file, by id."""
+    bpe = None
+    if fast is not None:
+        if not isinstance(fast.model, dict) or fast.model.get("type", "BPE") != "BPE":
+            raise UnsupportedModelError("tokenizer.json: its model is not byte-pair encoding, as Phi-3's is.")
+        bpe = typed(fast.model, BpeModel, "tokenizer.json: model")
+    path = folder / "tokenizer.model"
+    if not path.exists():
+        if bpe is None:
+            raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+        return pieces_of(bpe, added)
+    model = read_sentencepiece(path)
+    if model.model_type is not ModelType.BPE:
+        raise UnsupportedModelError(
+            f"tokenizer.model is a {model.model_type.name.lower()} model; Phi-3's is byte-pair encoding."
+        )
+    if bpe is not None:
+        check_same_pieces(bpe, [piece.text for piece in model.pieces], added)
+    return dict(enumerate(model.pieces))
+
+
+def _special_vocab(folder: Path, vocab_size: int) -> gguf.SpecialVocab:
+    """Return what gguf finds in the JSON files, of which it is given what it needs, without marks and negative ids."""
+    config = read_json(folder / "config.json") or {}
+    ids = {
+        name: value
+        for name, value in config.items()
+        if name.endswith("_token_id") and not (isinstance(value, int) and value < 0)
+    }
+    fast = read_json(folder / "tokenizer.json")
+    kept = {
+        "config.json": ids,
+        "tokenizer.json": fast and {name: fast.get(name) for name in ("added_tokens", "post_processor")},
+        "tokenizer_config.json": read_json(folder / "tokenizer_config.json"),
+    }
+    with tempfile.TemporaryDirectory(prefix="edge-phi3-") as temporary:
+        for name, content in kept.items():
+            if content is not None:
+                (Path(temporary) / name).write_text(json.dumps(content), encoding="utf-8")
+        return gguf.SpecialVocab(temporary, n_vocab=vocab_size)
+
+
+def _chat_template(folder: Path, config: _TokenizerConfig) -> str | list[dict[str, str]] | None:
+    """Return the template, or the named ones; as in transformers, a file of its own goes before the configuration."""
+    template = read_text(folder / "chat_template.jinja")
+    if template is None and (content := read_json(folder / "chat_template.json")) is not None:
+        template = typed(content, _TemplateFile, "chat_template.json").chat_template
+    if template is not None:
+        return template
+    stated = config.chat_template
+    if isinstance(stated, list):
+        stated = {entry.name: entry.template for entry in stated}
+    if isinstance(stated, dict):
+        return [{"name": name, "template": text} for name, text in stated.items()]
+    return stated
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:
@@ -168,7 +249,7 @@ def _read(path: Path, kind: type[_T]) -> _T | None:
     return None if content is None else typed(content, kind, path.name)
 
 
-def _added_tokens(folder: Path, config: _TokenizerConfig, fast: _FastTokenizer | None) -> dict[int, AddedToken]:
+def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | None) -> dict[int, AddedToken]:
     added = {
         token_id: AddedToken(text)
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
@@ -176,25 +257,11 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: _FastTokenizer |
     listed = {token.id: token for token in (fast and fast.added_tokens) or []}
     for name, tokens in (("tokenizer_config.json", config.added_tokens_decoder or {}), ("tokenizer.json", listed)):
         for token_id, token in tokens.items():
-            if token.single_word or token.normalized:
-                flag = "single_word" if token.single_word else "normalized"
+            if token.single_word:
                 raise UnsupportedModelError(
-                    f"{name}: {token.content!r} is a {flag} token, which no token of Phi-3 is; llama.cpp would find "
-                    "it elsewhere."
+                    f"{name}: {token.content!r} is a single_word token, which no token of Phi-3 is; llama.cpp would "
+                    "find it elsewhere."
                 )
-            added[token_id] = AddedToken(token.content, token.special, token.lstrip, token.rstrip)
+            flags = (token.special, token.lstrip, token.rstrip)
+            added[token_id] = AddedToken(token.content, *flags, normalized=token.normalized)
     return added
-
-
-def _check_tokenizer_json(fast: _FastTokenizer, pieces: list[str]) -> None:
-    model = fast.model
-    if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
-        raise UnsupportedModelError("tokenizer.json: its model is not byte-pair encoding, as Phi-3's is.")
-    if fast.normalizer != _NORMALIZER or fast.pre_tokenizer is not None:
-        raise UnsupportedModelError(
-            "tokenizer.json: its normalizer or pre_tokenizer differs from Phi-3's (prepend '▁', replace ' ' "
-            "by '▁', no pre-tokenizer); llama.cpp would split texts in another way."
-        )
-    for text, token_id in model["vocab"].items():
-        if type(token_id) is not int or not 0 <= token_id < len(pieces) or pieces[token_id] != text:
-            raise CheckpointError(f"tokenizer.json and tokenizer.model disagree on {text!r} (id {token_id}).")

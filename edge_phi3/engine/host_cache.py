@@ -105,16 +105,17 @@ class HostCache:
         def lacks(block: Block) -> bool:
             return block.start > max(block.begin, start)
 
-        chains = self._chains(tokens)
-        matched, chain = max(chains, key=lambda found: (found[0], not any(map(lacks, found[1]))), default=(0, []))
+        def fitting(reached: int, blocks: list[Block]) -> tuple[int, list[Block]]:
+            ends = [*(block.begin for block in blocks[1:]), reached]
+            for at, (block, end) in enumerate(zip(blocks, ends, strict=True)):
+                if lacks(block) and end < block.end:  # the sequences part inside it: it is kept twice
+                    return block.begin, blocks[:at]
+            return reached, blocks
+
+        found = (fitting(*known) for known in self._chains(tokens))
+        matched, chain = max(found, key=lambda known: known[0], default=(0, []))
         self._touch(chain)
-        ends = [*(block.begin for block in chain[1:]), matched]
-        for block, end in zip(chain, ends, strict=False):
-            if not lacks(block):
-                continue
-            if end < block.end:  # the sequences part inside it: it is kept twice
-                matched, chain = block.begin, chain[: chain.index(block)]
-                break
+        for block in filter(lacks, chain):
             if not go_on():
                 return False
             if not self._fill(block, max(block.begin, start), read) or chain[-1] not in self._blocks:

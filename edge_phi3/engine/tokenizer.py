@@ -32,13 +32,17 @@ SHIELD = "\ud800"
 
 
 class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
-    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows."""
+    """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows.
+
+    A `normalized` one is found in a text as the model sees it, where spaces are "▁".
+    """
 
     id: int
     text: str
     special: bool
     lstrip: bool
     rstrip: bool
+    normalized: bool = False
 
 
 class AddedTokenSplitter:
@@ -50,7 +54,7 @@ class AddedTokenSplitter:
     llama.cpp one by one without special tokens, is tokenised exactly as by ``tokenizer.json``.
     """
 
-    def __init__(self, added: list[AddedToken]) -> None:
+    def __init__(self, added: Iterable[AddedToken]) -> None:
         self._by_text = {token.text: token for token in added}
         longest_first = sorted(self._by_text, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -83,6 +87,41 @@ class AddedTokenSplitter:
         return [self.shield(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+class Escaper:
+    """Makes of a text's parts what pieces are found in, with "▁" for spaces, where llama.cpp's own rule is not enough.
+
+    Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
+    before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in
+    copies that say they are Llamas), "never". `normalized` tokens are looked for after a normalizer has done it.
+    """
+
+    def __init__(self, normalized: Iterable[AddedToken], prefix: str) -> None:
+        self._splitter, self._prefix = AddedTokenSplitter(normalized), prefix
+
+    def escape(self, parts: Iterable[str | int]) -> Iterator[str | int]:
+        """Yield the parts of a text, as `AddedTokenSplitter` gives them, with normalized tokens found in them."""
+        begun = False
+        for part in parts:
+            if isinstance(part, int):
+                yield part
+            elif self._prefix == "prepend":
+                yield from self._splitter.split(_prepend(part))
+            else:
+                for piece in self._splitter.split(part):
+                    yield piece if isinstance(piece, int) else self._metaspace(piece, first=not begun)
+                    begun = True
+            begun = True
+
+    def _metaspace(self, text: str, *, first: bool) -> str:
+        text = text.replace(" ", "▁")
+        prefixed = self._prefix == "always" or (self._prefix == "first" and first)
+        return f"▁{text}" if prefixed and not text.startswith("▁") else text
+
+
+def _prepend(text: str) -> str:
+    return f"▁{text}".replace(" ", "▁")
+
+
 class Tokenizer:
     """The vocabulary of a loaded model.
 
@@ -113,10 +152,19 @@ class Tokenizer:
         else:
             added = _phi3_added_tokens(self._special_by_text)
         self.special_ids = frozenset(token.id for token in added if token.special)
+        prefix = model.metadata("edge_phi3.tokenizer.prefix") or "prepend"
+        normalized = [token for token in added if token.normalized]
+        if prefix == "prepend":
+            normalized = [msgspec.structs.replace(token, text=_prepend(token.text)) for token in normalized]
+        for found in normalized:
+            self._texts[found.id] = found.text.replace("▁", " ")
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        self.splitter = AddedTokenSplitter(added)
+        self.splitter = AddedTokenSplitter(token for token in added if not token.normalized)
+        plain_rule = prefix == "prepend" and not normalized
+        self._escaper = None if plain_rule else Escaper(normalized, prefix)
+        self._tokenize = model.tokenize if plain_rule else model.tokenize_as_is()
 
     def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
@@ -127,9 +175,11 @@ class Tokenizer:
         parts: list[NDArray[np.int32]] = []
         if add_bos and self._model.adds_bos:
             parts.append(np.array([self._model.bos_token_id], np.int32))
+        found = self.splitter.split(text) if parse_special else [text]
+        plain = (part if isinstance(part, int) else part.replace(SHIELD, "") for part in found)
         parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._model.tokenize(part.replace(SHIELD, ""))
-            for part in (self.splitter.split(text) if parse_special else [text])
+            np.array([part], np.int32) if isinstance(part, int) else self._tokenize(part)
+            for part in (self._escaper.escape(plain) if self._escaper else plain)
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ def load_file(path: Path, params: Any) -> Any:
     raise ModelLoadError(f"llama.cpp cannot load {path}: it is not a whole GGUF model that this build knows{why}.")
 
 
-def metadata_overrides(values: Mapping[str, str | int]) -> Any:
+def metadata_overrides(values: Mapping[str, str | int | bool]) -> Any:
     """Return llama.cpp's array of metadata that takes the place of a file's; an empty key ends it."""
     array = (llama_cpp.llama_model_kv_override * (len(values) + 1))()
     for entry, (key, value) in zip(array, values.items(), strict=False):
         entry.key = key.encode()
-        if isinstance(value, int):
+        if isinstance(value, bool):
+            entry.tag, entry.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        elif isinstance(value, int):
             entry.tag, entry.value.val_i64 = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT, value
         else:
             entry.tag, entry.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()[:127]
@@ -111,6 +113,7 @@ class Model:
         self._handle = load_file(path, params)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
+        self._vocabularies: list[Any] = []
         architecture = self.metadata("general.architecture")
         if architecture != "phi3":
             self.close()
@@ -181,6 +184,14 @@ class Model:
         """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
 
+    def tokenize_as_is(self) -> Callable[[str], NDArray[np.int32]]:
+        """Return what tokenises as `tokenize` does, but never puts a space in front of a text."""
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = True
+        params.kv_overrides = metadata_overrides({"tokenizer.ggml.add_space_prefix": False})
+        self._vocabularies.append(load_file(self.path, params))
+        return functools.partial(tokenize, llama_cpp.llama_model_get_vocab(self._vocabularies[-1]))
+
     def load_lora(self, path: Path, scale: float) -> None:
         """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
 
@@ -194,6 +205,8 @@ class Model:
 
     def close(self) -> None:
         """Free the model. Contexts made from it must be closed before."""
+        while self._vocabularies:
+            llama_cpp.llama_model_free(self._vocabularies.pop())
         if self._handle:
             llama_cpp.llama_model_free(self._handle)
             self._handle = None

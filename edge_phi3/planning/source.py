@@ -10,8 +10,9 @@ from typing import Any
 from edge_phi3.catalog import PRESETS, Catalog, UnreachableError, parse_reference
 from edge_phi3.catalog.listing import small_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
-from edge_phi3.conversion.checkpoint import open_checkpoint, read_json
-from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.conversion.checkpoint import open_checkpoint
+from edge_phi3.conversion.errors import ConversionError
+from edge_phi3.conversion.json_files import read_json
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import read_model
 from edge_phi3.llama import PlanningError
@@ -64,12 +65,11 @@ def find_base(reference: str, folder: Path, *, store: Path | None, progress: Pro
 
 
 def _read_checkpoint(folder: Path) -> Phi3:
-    model = _read_config(folder)
-    if model.tie_word_embeddings:
-        # Whether the output matrix is one of its own, the weights tell; a plan does without them where there are none.
-        with contextlib.suppress(CheckpointError):
-            return read_model(open_checkpoint(folder))
-    return model
+    # What it is, and whether its output matrix is one of its own, the weights tell; a plan does without where there are
+    # none.
+    with contextlib.suppress(ConversionError):
+        return read_model(open_checkpoint(folder))
+    return _read_config(folder)
 
 
 def _read_config(folder: Path) -> Phi3:

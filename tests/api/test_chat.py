@@ -105,7 +105,7 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str
         ({"prompt": "a", "stream": True, "generate_kwargs": {"temperature": -1}}, "temperature"),
         (
             {"prompt": "a", "handle_long_generation": "hole", "generate_kwargs": {"max_new_tokens": 4096}},
-            "4096 new tokens are wanted in a context of 4096",
+            "4096 new tokens are wanted in a context of 2048",
         ),
         (b"", NO_JSON),
         (b"{", NO_JSON),

@@ -15,7 +15,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from edge_phi3.api import body as body_module
 from edge_phi3.api.openai import fields
-from edge_phi3.pipeline.prompt import ChatTemplate
+from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import GREEDY, PROMPT, USER, Running, loader, ready
 
 DATA = Path(__file__).with_name("data")
@@ -371,6 +371,7 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
     for wrong in ({}, {"text": "a", "content": "a"}):
         assert "Give one of `text`" in tokens(**wrong)["detail"]
+    assert "`messages` must be a list of length >= 1" in tokens(messages=[])["detail"]
     text = api.client.post("/detokenize", json={"model": "m", "tokens": ours["tokens"]}).json()
     assert text["text"] == text["prompt"] == text["content"] != ""
 

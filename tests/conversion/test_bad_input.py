@@ -56,14 +56,13 @@ OTHER_MODELS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["PhiMoEForCausalLM"]}, r"\(Phi-3.5-MoE is a mixture of experts\)"),
     ({"architectures": ["Phi4MMForCausalLM"]}, r"\(Phi-4-multimodal has image and speech encoders\)"),
     ({"architectures": ["Phi3ForCausalLM", "Other"]}, "names the architecture Phi3ForCausalLM, Other"),
-    ({"architectures": None}, "names no architecture"),
+    ({"architectures": None, "model_type": None}, "names no architecture"),
     ({"architectures": 7}, "names the architecture 7"),
     ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75, as in Phi-4-mini"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling type is 'linear'; Phi-3 has 'longrope'"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; Phi-3 has silu"),
     ({"attention_bias": True}, "attention_bias is set"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "The checkpoint is quantised already"),
     ({"head_dim": 32}, "head_dim is 32"),
 ]
 IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
@@ -111,7 +110,9 @@ def test_missing_or_damaged_weights(checkpoint: Path) -> None:
         (checkpoint / name).unlink()
     refused(checkpoint, CheckpointError, f"has neither model.safetensors nor {INDEX}")
     (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(checkpoint, CheckpointError, "has pickled weights .* save it as safetensors first")
+    refused(
+        checkpoint, UnsupportedModelError, "pytorch_model.bin, a pickle, which can run code .* make safetensors of it"
+    )
     (checkpoint / "model.safetensors").mkdir()
     refused(checkpoint, CheckpointError, "model.safetensors cannot be read: Is a directory")
 
@@ -129,17 +130,6 @@ NO_MAPS: tuple[Any, ...] = (..., None, [], {"a": 1})
 def test_an_index_without_a_map_of_files_beside_it(checkpoint: Path, wrong: object, sentence: str) -> None:
     edit(checkpoint / INDEX, weight_map=wrong)
     refused(checkpoint, CheckpointError, sentence)
-
-
-def test_an_index_that_disagrees_with_its_shards(checkpoint: Path) -> None:
-    right = weight_map(checkpoint)
-    edit(checkpoint / INDEX, weight_map={k: v for k, v in right.items() if k != NORM})
-    refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} does not name it")
-    other = FIRST if right[NORM] == SECOND else SECOND
-    edit(checkpoint / INDEX, weight_map=right | {NORM: other})
-    refused(checkpoint, CheckpointError, f"holds {NORM}, but {INDEX} names {other}")
-    edit(checkpoint / INDEX, weight_map=right | {"ghost": FIRST})
-    refused(checkpoint, CheckpointError, f"promises ghost in {FIRST}, but it is not there")
 
 
 def test_a_tensor_of_the_wrong_dtype(checkpoint: Path) -> None:

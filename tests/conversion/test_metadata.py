@@ -121,8 +121,11 @@ def test_the_generation_config_is_kept_whole(checkpoint: Path) -> None:
 def test_without_a_generation_config_the_model_config_counts(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").unlink()
     keys = converted(checkpoint)
-    assert keys[EOS_TOKEN_IDS_KEY] == [ENDS[0]]
-    expected = {"bos_token_id": 1, "eos_token_id": ENDS[0], "pad_token_id": ENDS[0]}
+    # And <|end|>, which ends a turn of a chat whoever forgot to say so.
+    assert keys[EOS_TOKEN_IDS_KEY] == [ENDS[0], ENDS[2]]
+    expected = {"bos_token_id": 1, "eos_token_id": [ENDS[0], ENDS[2]], "pad_token_id": ENDS[0]}
     assert json.loads(keys[GENERATION_CONFIG_KEY]) == expected
     edit(checkpoint / "config.json", eos_token_id=..., pad_token_id=None, bos_token_id=...)
-    assert not {EOS_TOKEN_IDS_KEY, PAD_TOKEN_ID_KEY} & converted(checkpoint).keys()
+    keys = converted(checkpoint)
+    assert keys[EOS_TOKEN_IDS_KEY] == [ENDS[2]]
+    assert PAD_TOKEN_ID_KEY not in keys

@@ -75,7 +75,6 @@ UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
     ("tokenizer.json", {"added_tokens": [{"content": "x"}]}, CheckpointError, r"added_tokens\[0\]: .* field `id`"),
     ("tokenizer.json", {"added_tokens": 7}, CheckpointError, "tokenizer.json: added_tokens: expected `array | null`"),
     ("tokenizer.json", {"added_tokens": [TOKEN | {"single_word": True}]}, UnsupportedModelError, "'x' is a single_"),
-    ("tokenizer.json", {"added_tokens": [TOKEN | {"normalized": True}]}, UnsupportedModelError, "'x' is a normal"),
     ("tokenizer.json", {"added_tokens": [TOKEN, TOKEN | {"id": 8}]}, CheckpointError, "has the token 'x' twice"),
     ("tokenizer.json", {"post_processor": [1]}, CheckpointError, "make no sense"),
     ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}, CheckpointError, "decoder.*: expected `int`"),
@@ -85,7 +84,7 @@ UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
     ("added_tokens.json", {"x": -1}, CheckpointError, "'x' has the id -1"),
     ("generation_config.json", {"eos_token_id": [5, ROWS]}, CheckpointError, f"eos_token_id holds {ROWS}, but"),
     ("generation_config.json", {"pad_token_id": "5"}, CheckpointError, "pad_token_id holds '5'"),
-    ("generation_config.json", {"bos_token_id": -1}, CheckpointError, "bos_token_id holds -1"),
+    ("generation_config.json", {"bos_token_id": -2}, CheckpointError, "bos_token_id holds -2"),
 ]
 
 

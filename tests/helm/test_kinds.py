@@ -68,6 +68,7 @@ ASKED_FOR = {"ingress.hosts", "httpRoute.parentRefs", "inferencePool.endpointPic
 def test_null_is_nothing_or_the_default_for_every_value(base: Object) -> None:
     before = render(base)
     ours = [path for path, _ in nulls(json.loads((CHART / "files" / "empty-values.json").read_text(encoding="utf-8")))]
+    tried: list[tuple[tuple[str, ...], Object]]
     tried = [((key,), {key: None}) for key in loaded().values if key not in ASKED_FOR]
     tried += [(path, at(path, empty)) for path, empty in nulls(loaded().values) if path]
     for path, values in tried:
@@ -168,7 +169,8 @@ def test_every_port_of_a_container_can_be_connected_to() -> None:
         {"containerPort": 7001, "protocol": "UDP"},
         {"containerPort": 7002},
     ]
-    for source in ([], [{"podSelector": {}}]):
+    sources: list[list[Object]] = [[], [{"podSelector": {}}]]
+    for source in sources:
         values = {
             "extraContainers": [{"name": "x", "image": "x", "ports": ports, "securityContext": safe}],
             "networkPolicy": {"from": source},

@@ -2,6 +2,7 @@
 
 python -m tests.support.peers                          # builds llama.cpp's programs, once
 TORCH_PYTHON=/path/to/python pytest -m parity          # an interpreter with torch and transformers 4.49.0
+CLIENTS_PYTHON=/path/to/python pytest -m parity        # an interpreter with langchain-openai, litellm and llm
 """
 
 from __future__ import annotations

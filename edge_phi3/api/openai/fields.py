@@ -19,8 +19,11 @@ from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, Refus
 TEXT_ONLY = "this model reads and writes text only"
 _BANNED = "`false` bans the token"
 
-_Tokens = list[Annotated[int, Meta(ge=0)]]
 _Most = Annotated[int, Meta(ge=-1)]
+_Natural = Annotated[int, Meta(ge=0)]
+_Count = Annotated[int, Meta(ge=1)]
+_Tokens = list[_Natural]
+_Positive = Annotated[float, Meta(gt=0)]
 
 
 def _described(name: str) -> Meta:
@@ -39,9 +42,7 @@ class StreamOptions(Struct, kw_only=True):
     """What a stream holds beside the text."""
 
     include_usage: Annotated[bool | None, about("End the stream with a chunk that holds the token counts.")] = None
-    continuous_usage_stats: Annotated[
-        bool | None, about("With `include_usage`, every chunk holds the token counts so far.")
-    ] = None
+    continuous_usage_stats: Annotated[bool | None, about("With `include_usage`: hold them in every chunk.")] = None
 
 
 class JSONSchemaFormat(Struct, forbid_unknown_fields=True, kw_only=True, rename={"schema_": "schema"}):
@@ -86,12 +87,10 @@ class SamplingFields(Struct, kw_only=True):
     presence_penalty: Annotated[float, _described("presence_penalty")] | None = 0.0
     frequency_penalty: Annotated[float, _described("frequency_penalty")] | None = 0.0
     repetition_penalty: Annotated[float | None, _as_parameter("repetition_penalty")] = None
-    repeat_penalty: (
-        Annotated[float, Meta(gt=0, description="`repetition_penalty` over the last `repeat_last_n` tokens.")] | None
-    ) = None
-    repeat_last_n: (
-        Annotated[int, about("How many tokens `repeat_penalty` looks back on; 64; -1: all.", ge=-1)] | None
-    ) = None
+    repeat_penalty: Annotated[_Positive | None, about("`repetition_penalty` over the last `repeat_last_n` tokens.")] = (
+        None
+    )
+    repeat_last_n: Annotated[_Most | None, about("What `repeat_penalty` looks back on: 64 tokens; -1: all.")] = None
     length_penalty: Annotated[float | None, _as_parameter("length_penalty")] = None
     logit_bias: Annotated[
         dict[str, float | bool] | list[tuple[int | str, float | bool]] | None,
@@ -103,13 +102,11 @@ class SamplingFields(Struct, kw_only=True):
     seed: Annotated[int | None, about(PARAMETERS["seed"].meaning)] = None
     stop: Annotated[str | list[str] | None, about("A text, or up to 64, before which the answer ends.")] = None
     stop_token_ids: Annotated[_Tokens | None, about("Tokens that end the answer, beside the model's own.")] = None
-    include_stop_str_in_output: Annotated[
-        bool | None, about("Whether the answer's text ends with what stopped it.")
-    ] = False
+    include_stop_str_in_output: Annotated[bool | None, about("Whether the text ends with what stopped it.")] = False
     ignore_eos: Annotated[bool | None, about("Go on past the model's own end tokens.")] = False
-    min_tokens: Annotated[int, about("The fewest tokens before an end token may come.", ge=0)] | None = None
+    min_tokens: Annotated[_Natural | None, about("The fewest tokens before an end token may come.")] = None
     max_completion_tokens: Annotated[
-        _Most | None, about("Tokens of the answer at most, or what the context leaves: -1, and more than there is.")
+        _Most | None, about("Tokens at most; -1, or too many: what the context leaves.")
     ] = None
     max_tokens: Annotated[
         _Most | None, about("An older name of `max_completion_tokens`; 0 where `echo` and `logprobs` score a prompt.")
@@ -122,9 +119,7 @@ class SamplingFields(Struct, kw_only=True):
     truncation_side: Annotated[str | None, about("`left` (the default) or `right`: where the prompt is cut.")] = None
     skip_special_tokens: Annotated[bool | None, about("Whether the text leaves special tokens out.")] = True
     cache_prompt: Annotated[bool | None, about("false: compute the prompt without the prefix cache.")] = True
-    response_format: Annotated[
-        ResponseFormat | None, about("Holds the answer to JSON, or to JSON that follows a schema.")
-    ] = None
+    response_format: Annotated[ResponseFormat | None, about("Holds the answer to JSON, or to a JSON schema.")] = None
     stream: Annotated[bool | None, about("Answer with server-sent events.")] = False
     stream_options: StreamOptions | None = None
     generate_kwargs: Annotated[
@@ -156,10 +151,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
         about("Whether the answer begins with the prompt, and with `logprobs` their tokens with those of the prompt."),
     ] = False
     logprobs: Annotated[int, about("How many likeliest tokens to return.", ge=0, le=20)] | None = None
-    best_of: (
-        Annotated[int, about("Of so many answers the `n` likeliest per token are returned. Not in a stream.", ge=1)]
-        | None
-    ) = None
+    best_of: Annotated[_Count | None, about("Of so many, the `n` likeliest per token are returned; no stream.")] = None
 
 
 # -- what is not honoured
@@ -177,85 +169,70 @@ _NOTHING: Final[tuple[object, ...]] = (False, "", [], {})
 _ZERO: Final = (0, 0.0)
 
 
-def _refused(reason: str, *names: str, **harmless: tuple[object, ...]) -> Iterator[tuple[str, Refused]]:
+def _refused(reason: str, names: str = "", **harmless: tuple[object, ...]) -> Iterator[tuple[str, Refused]]:
     """Yield fields that are refused, but for null, what is empty, and values that ask for nothing."""
-    yield from ((name, Refused(reason, _NOTHING + harmless.get(name, ()))) for name in (*names, *harmless))
+    yield from ((name, Refused(reason, _NOTHING + harmless.get(name, ()))) for name in (*names.split(), *harmless))
 
 
-def _ignored(reason: str, *names: str, named: bool = False) -> Iterator[tuple[str, Ignored]]:
-    yield from ((name, Ignored(reason, named)) for name in names)
+def _ignored(reason: str, names: str, *, named: bool = False) -> Iterator[tuple[str, Ignored]]:
+    yield from ((name, Ignored(reason, named)) for name in names.split())
 
 
+_IDENTIFIES = "it identifies or traces"
+_SPEED = "it is about caches, queues or speed, and changes no answer"
 _TOOLS = "this service does not call tools; put their description into the conversation"
-_CALLS: Final = dict(_refused(_TOOLS, "tool_calls", "function_call", "tool_call_id"))
-_SAMPLER = "the samplers are those of transformers"
+_REASONING = "this model does not reason apart from its answer"
 
 OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
     (
+        *_ignored(_IDENTIFIES, "user metadata safety_identifier request_id session_id chat_id id trace_id"),
         *_ignored(
-            "it identifies or traces",
-            *("user", "metadata", "safety_identifier", "request_id", "session_id", "chat_id", "id", "trace_id"),
+            _SPEED,
+            "prompt_cache_key prompt_cache_options prompt_cache_retention cache_control service_tier prediction id_slot"
+            " n_cache_reuse backend_sampling sse_ping_interval guided_decoding_backend speculative.n_max"
+            " speculative.n_min speculative.p_min speculative.type speculative.ngram_min_hits speculative.ngram_size_m"
+            " speculative.ngram_size_n",
         ),
-        *_ignored(
-            "it is about caches, queues or speed, and changes no answer",
-            *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention", "cache_control", "service_tier"),
-            *("prediction", "id_slot", "n_cache_reuse", "backend_sampling", "sse_ping_interval"),
-            *("speculative.n_max", "speculative.n_min", "speculative.p_min", "speculative.type"),
-            *("speculative.ngram_min_hits", "speculative.ngram_size_m", "speculative.ngram_size_n"),
-            "guided_decoding_backend",
-        ),
-        *_ignored("nothing is dropped from a context", "n_keep", "n_discard"),
-        *_ignored("Phi's tokenizers add no special tokens", "add_special_tokens", "spaces_between_special_tokens"),
-        *_ignored("answers have no tool calls", "parallel_tool_calls", "parse_tool_calls"),
+        *_ignored("nothing is dropped from a context", "n_keep n_discard"),
+        *_ignored("Phi's tokenizers add no special tokens", "add_special_tokens spaces_between_special_tokens"),
+        *_ignored("answers have no tool calls", "parallel_tool_calls parse_tool_calls"),
         *_ignored(
             "it is llama-server's own, which takes it from its chat template",
-            *(
-                "chat_format",
-                "chat_parser",
-                "generation_prompt",
-                "grammar_lazy",
-                "grammar_triggers",
-                "preserved_tokens",
-            ),
-            *("message_delimiters", "reasoning_budget_start_tag", "reasoning_budget_end_tags"),
+            "chat_format chat_parser generation_prompt grammar_lazy grammar_triggers preserved_tokens"
+            " message_delimiters reasoning_budget_start_tag reasoning_budget_end_tags",
         ),
         *_ignored(
             "it belongs to a sampler or field that is refused",
-            *("dynatemp_exponent", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
-            *("xtc_threshold", "mirostat_tau", "mirostat_eta", "adaptive_decay", "post_sampling_probs"),
+            "dynatemp_exponent dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers xtc_threshold"
+            " mirostat_tau mirostat_eta adaptive_decay post_sampling_probs",
         ),
         *_ignored(
-            "this model does not reason apart from its answer",
-            *("reasoning_effort", "reasoning_format", "include_reasoning", "thinking_token_budget"),
-            *("thinking_budget_tokens", "reasoning_budget_tokens", "reasoning_budget_message", "reasoning_control"),
+            _REASONING,
+            "reasoning_effort reasoning_format include_reasoning thinking_token_budget thinking_budget_tokens"
+            " reasoning_budget_tokens reasoning_budget_message reasoning_control",
             named=True,
         ),
         *_ignored("requests are served in their order", "priority", named=True),
         *_ignored(
-            "an answer does not hold it",
-            *("timings_per_token", "return_progress", "verbose", "return_token_offsets"),
-            named=True,
+            "an answer does not hold it", "timings_per_token return_progress verbose return_token_offsets", named=True
         ),
         *_ignored(
             "a prompt has no chat template",
-            *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
+            "add_generation_prompt continue_final_message chat_template_kwargs",
             named=True,
         ),
-        *_refused(_TOOLS, "tools", "functions", tool_choice=("none", "auto"), function_call=("none", "auto")),
-        *_refused(TEXT_ONLY, "audio", "image_data", "media_io_kwargs", "mm_processor_kwargs", modalities=(["text"],)),
+        *_refused(_TOOLS, "tools functions", tool_choice=("none", "auto"), function_call=("none", "auto")),
+        *_refused(TEXT_ONLY, "audio image_data media_io_kwargs mm_processor_kwargs", modalities=(["text"],)),
         *_refused("a prompt is text or token ids", "prompt_embeds"),
         *_refused("nothing is stored", "store"),
         *_refused("nothing is moderated", "moderation"),
         *_refused("this service does not search the web", "web_search_options"),
         *_refused("ask for a short or long answer in the conversation", verbosity=("medium",)),
-        *_refused(
-            "this model continues a text and does not fill gaps",
-            *("suffix", "input_prefix", "input_suffix", "input_extra"),
-        ),
+        *_refused("this model continues a text and does not fill gaps", "suffix input_prefix input_suffix input_extra"),
         *_refused(
             "use `response_format`",
-            *("json_schema", "grammar", "grammar_type", "structured_outputs", "guided_json", "guided_regex"),
-            *("guided_choice", "guided_grammar", "guided_json_object", "guided_whitespace_pattern"),
+            "json_schema grammar grammar_type structured_outputs guided_json guided_regex guided_choice guided_grammar"
+            " guided_json_object guided_whitespace_pattern",
         ),
         *_refused("put `num_beams` into `generate_kwargs`", "use_beam_search"),
         *_refused("use `echo` with `logprobs`", "prompt_logprobs"),
@@ -263,18 +240,18 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_refused("it is a field of chat completions", top_logprobs=(0,)),
         *_refused(
             "`/chat` returns token ids with `return_dict_in_generate`",
-            *("return_token_ids", "return_tokens", "return_tokens_as_token_ids"),
+            "return_token_ids return_tokens return_tokens_as_token_ids",
         ),
         *_refused(
             "an answer has the fields of OpenAI's API",
-            *("response_fields", "return_prompt_text", "return_assistant_tokens_mask"),
+            "response_fields return_prompt_text return_assistant_tokens_mask",
         ),
         *_refused("use `logprobs`", n_probs=_ZERO),
         *_refused("use `n`", n_cmpl=(1,)),
         *_refused("put `max_time` into `generate_kwargs`", t_max_predict_ms=(*_ZERO, -1), t_max_prompt_ms=(*_ZERO, -1)),
         *_refused(
-            _SAMPLER,
-            *("samplers", "repetition_detection"),
+            "the samplers are those of transformers",
+            "samplers repetition_detection",
             **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range"), _ZERO),
             **dict.fromkeys(("min_keep", "n_indent"), _ZERO),
             **dict.fromkeys(("top_n_sigma", "adaptive_target"), (-1, -1.0)),
@@ -283,26 +260,24 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_refused("the model's own chat template is used", "chat_template"),
         *_refused("put them into the conversation", "documents"),
         *_refused("requests share one prefix cache; `cache_prompt` false does without", "cache_salt"),
-        *_refused("one process serves the model", "kv_transfer_params", "ec_transfer_params"),
+        *_refused("one process serves the model", "kv_transfer_params ec_transfer_params"),
         *_refused("there are no extensions", "vllm_xargs"),
     )
 )
 """The fields of a body that its type does not have."""
 
 NESTED: Final[Mapping[type[Struct], Mapping[str, Ignored | Refused]]] = {
-    ChatCompletionMessage: {
-        **_CALLS,
-        **dict(_refused(TEXT_ONLY, "audio")),
-        **dict(_ignored("it identifies or traces", "id", "name")),
-        **dict(_ignored("it is about caches, queues or speed, and changes no answer", "cache_control")),
-        **dict(_ignored("the chat template has no place for it", "refusal", "annotations")),
-        **dict(_ignored("this model does not reason apart from its answer", "reasoning", "reasoning_content")),
-    },
-    ContentPart: dict(
-        _ignored(
-            "it is about caches, queues or speed, and changes no answer", "cache_control", "prompt_cache_breakpoint"
+    ChatCompletionMessage: dict(
+        (
+            *_refused(_TOOLS, "tool_calls function_call tool_call_id"),
+            *_refused(TEXT_ONLY, "audio"),
+            *_ignored(_IDENTIFIES, "id name"),
+            *_ignored(_SPEED, "cache_control"),
+            *_ignored("the chat template has no place for it", "refusal annotations"),
+            *_ignored(_REASONING, "reasoning reasoning_content"),
         )
     ),
+    ContentPart: dict(_ignored(_SPEED, "cache_control prompt_cache_breakpoint")),
     StreamOptions: dict(_ignored("nothing is padded", "include_obfuscation")),
 }
 """Likewise of what is inside a body."""

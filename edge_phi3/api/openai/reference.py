@@ -8,40 +8,30 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from edge_phi3.api.openai.fields import (
-    NESTED,
-    OTHERS,
-    ChatCompletionMessage,
-    ChatCompletionRequest,
-    CompletionRequest,
-    ContentPart,
-    Ignored,
-    SamplingFields,
-    StreamOptions,
-)
+from edge_phi3.api.openai import fields
 from edge_phi3.generation.parameters import Refused
 
 _PLACES = {
-    ChatCompletionMessage: "messages[].",
-    ContentPart: "messages[].content[].",
-    StreamOptions: "stream_options.",
+    fields.ChatCompletionMessage: "messages[].",
+    fields.ContentPart: "messages[].content[].",
+    fields.StreamOptions: "stream_options.",
 }
 
 
 def markdown() -> str:
     """Return the tables: of the fields that are honoured, ignored and refused."""
     rows: dict[str, list[str]] = {}
-    for type_, route in ((ChatCompletionRequest, "chat"), (CompletionRequest, "completions")):
+    for type_, route in ((fields.ChatCompletionRequest, "chat"), (fields.CompletionRequest, "completions")):
         for name, meaning in _honoured(type_).items():
-            same = name in SamplingFields.__struct_fields__
+            same = name in fields.SamplingFields.__struct_fields__
             earlier = "" if same or name not in rows else f"{rows[name][2]} In completions: "
             rows[name] = [f"`{name}`", "both" if same or earlier else route, earlier + meaning]
-    for name, meaning in _honoured(StreamOptions).items():
+    for name, meaning in _honoured(fields.StreamOptions).items():
         rows[f"stream_options.{name}"] = [f"`stream_options.{name}`", "both", meaning]
     return "\n\n".join(
         [
             _table(["honoured", "route", "as"], [rows[name] for name in sorted(rows) if rows[name][2]]),
-            _table(["ignored", "since"], _by_reason(Ignored)),
+            _table(["ignored", "since"], _by_reason(fields.Ignored)),
             _table(["refused", "since"], _by_reason(Refused)),
         ]
     )
@@ -56,18 +46,18 @@ def _description(schema: Mapping[str, Any]) -> str:
     return str(next((each["description"] for each in (schema, *schema.get("anyOf", ())) if "description" in each), ""))
 
 
-def _by_reason(kind: type[Ignored | Refused]) -> list[list[str]]:
+def _by_reason(kind: type[fields.Ignored | Refused]) -> list[list[str]]:
     reasons: dict[str, list[str]] = {}
     for name, other in _others():
         if isinstance(other, kind):
-            note = "; named" if isinstance(other, Ignored) and other.named else ""
+            note = "; named" if isinstance(other, fields.Ignored) and other.named else ""
             reasons.setdefault(f"{other.reason}{note}", []).append(f"`{name}`")
     return [[", ".join(names), reason] for reason, names in reasons.items()]
 
 
-def _others() -> Iterator[tuple[str, Ignored | Refused]]:
-    yield from OTHERS.items()
-    for type_, others in NESTED.items():
+def _others() -> Iterator[tuple[str, fields.Ignored | Refused]]:
+    yield from fields.OTHERS.items()
+    for type_, others in fields.NESTED.items():
         yield from ((f"{_PLACES[type_]}{name}", other) for name, other in others.items())
 
 

@@ -1,0 +1,56 @@
+"""The JSON files of a checkpoint, whose entries are checked."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from edge_phi3.conversion.errors import CheckpointError
+
+LARGEST = (1 << 31) - 1
+Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
+PositiveNumber = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]
+
+_T = TypeVar("_T")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a file that holds a JSON object, as `read_text` does; return None when there is no such file."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return content
+
+
+def read_text(path: Path) -> str | None:
+    """Read a file in UTF-8, with or without its byte-order mark; return None when there is no such file."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
+
+
+def typed(content: object, kind: type[_T], source: str) -> _T:
+    """Return what a JSON file holds as the type that it should have."""
+    try:
+        return msgspec.convert(content, kind, str_keys=True)
+    except msgspec.ValidationError as error:
+        what, _, where = str(error).partition(" - at ")
+        entry = where.strip("`").removeprefix("$").removeprefix(".")
+        raise CheckpointError(f"{source}: {entry and f'{entry}: '}{what[0].lower()}{what[1:]}.") from error

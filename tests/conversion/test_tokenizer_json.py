@@ -1,0 +1,212 @@
+"""A vocabulary from tokenizer.json alone, as today's libraries save it: the same tokens as the tokenizers library's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Library
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
+from edge_phi3.conversion.vocabulary import read_vocabulary
+from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.engine.tokenizer import WHITE_SPACE, Tokenizer
+from edge_phi3.llama.model import Model
+from tests.conversion.conftest import edit, edited_weights, tensors_of
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.vocabularies import phi3_vocabulary
+
+SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
+"""What transformers 5 wrote of the demo model under its own name, and as a Llama; see tests/data/README.md."""
+
+ADDED = ["<tool>", "newword", "two words", "sp \u2581 ace", "\u2581begun", "hello", "caf\u00e9", "do"]
+FRAGMENTS = [
+    "<|user|>", "<|end|>", "<|assistant|>", "<|system|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "\u200b",
+    *WHITE_SPACE,
+    *(part for token in ADDED for part in (token, f" {token}", f"{token}s", f"a{token}", token[:3], token[3:])),
+    "Hello", " world", "do not", "the", "1234", "\u65e5\u672c", "\U0001f600", "e\u0301", "\u2581", "  ", "   ", "\n\n",
+    "<0x0A>",
+    "<", "|", ">", "aaaaaaa", "=====", *(space * length for space in " \u2581" for length in (4, 7, 16, 33, 100)),
+]  # fmt: skip
+
+
+def random_text(generator: random.Random) -> str:
+    if generator.random() < 0.2:
+        codes = (generator.choice([0x80, 0x800, 0x10000, 0x110000]) for _ in range(generator.randrange(1, 20)))
+        return "".join(chr(generator.randrange(limit)) for limit in codes).encode(errors="ignore").decode()
+    joint = generator.choice(["", "", " "])
+    return joint.join(generator.choices(FRAGMENTS, k=generator.randrange(1, 14)))
+
+
+@contextlib.contextmanager
+def converted(folder: Path) -> Iterator[tuple[Tokenizer, Library]]:
+    """Convert a checkpoint; yield its tokenizer, and that of its tokenizer.json."""
+    model = Model(convert(folder, folder / "model.gguf", force=True).path, n_gpu_layers=0)
+    yield Tokenizer(model), Library.from_file(str(folder / "tokenizer.json"))
+    model.close()
+
+
+def compare(folder: Path, texts: int, seed: int) -> None:
+    generator = random.Random(seed)
+    with converted(folder) as (ours, theirs):
+        for text in (random_text(generator) for _ in range(texts)):
+            ids = theirs.encode(text).ids
+            assert ours.encode(text).tolist() == ids, text
+            assert ours.decode(ids) == theirs.decode(ids), text
+
+
+def add_tokens(folder: Path) -> None:
+    """Add tokens as ``tokenizer.add_tokens([...])`` does, and save only what the tokenizers library saves."""
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    library.add_tokens(ADDED)
+    library.save(str(folder / "tokenizer.json"))
+
+
+def tiny(folder: Path, **shape: Any) -> Path:
+    return write_checkpoint(folder, layers=1, hidden_size=8, heads=1, intermediate_size=8, **shape)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with the demo's vocabulary and nothing of it but tokenizer.json. Not to be changed."""
+    folder = tiny(tmp_path_factory.mktemp("demo") / "phi-3", vocab_size=4032)
+    for name in ("tokenizer.model", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    for name in ("tokenizer.json", "generation_config.json"):
+        shutil.copy(DEMO_CHECKPOINT / name, folder)
+    edit(folder / "config.json", eos_token_id=4000, pad_token_id=4000)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(demo: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo, tmp_path / demo.name))
+
+
+def change(folder: Path, edit_it: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    edit_it(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def test_the_demos_scores_follow_from_its_merges(checkpoint: Path) -> None:
+    from_json, stored = read_vocabulary(checkpoint, 4032), read_vocabulary(DEMO_CHECKPOINT, 4032)
+    assert (from_json.tokens, from_json.types) == (stored.tokens, stored.types)
+    merges = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    merged = [stored.tokens.index(text) for text in {"".join(pair) for pair in merges}]
+    ranked = [sorted(merged, key=scores.__getitem__) for scores in (from_json.scores, stored.scores)]
+    assert ranked[0] == ranked[1]
+
+
+def test_the_demos_vocabulary(checkpoint: Path) -> None:
+    compare(checkpoint, 1500, seed=1)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with tokenizer.model", "without"])
+def test_the_real_vocabulary_with_added_tokens(kept: bool, tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "phi-3", vocabulary=phi3_vocabulary(), vocab_size=32064)
+    for name in ("added_tokens.json", "tokenizer_config.json", *([] if kept else ["tokenizer.model"])):
+        (folder / name).unlink()
+    add_tokens(folder)
+    compare(folder, 2500, seed=2)
+
+
+def test_merges_as_texts_and_added_tokens_in_the_vocabulary(checkpoint: Path) -> None:
+    def older(content: dict[str, Any]) -> None:
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+        content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+        content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+
+    before = read_vocabulary(checkpoint, 4032)
+    change(checkpoint, older)
+    assert read_vocabulary(checkpoint, 4032) == before
+    shutil.copy(DEMO_CHECKPOINT / "tokenizer.model", checkpoint)
+    assert read_vocabulary(checkpoint, 4032).tokens == before.tokens
+
+
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "replaced before"])
+def test_other_rules_for_the_space_in_front(scheme: str, checkpoint: Path) -> None:
+    def apply(content: dict[str, Any]) -> None:
+        if scheme == "replaced before":
+            content["normalizer"]["normalizers"].reverse()
+        else:
+            content |= {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": scheme}}
+
+    change(checkpoint, apply)
+    add_tokens(checkpoint)
+    compare(checkpoint, 1500, seed=3)
+
+
+def split_thirds_and_halves(path: Path) -> None:
+    with edited_weights(path) as (header, _):
+        for name in list(header):
+            for fused, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
+                if fused in name:
+                    entry = header.pop(name)
+                    begin, end = entry["data_offsets"]
+                    rows, size = entry["shape"][0] // len(parts), (end - begin) // len(parts)
+                    for i, part in enumerate(parts):
+                        place = {"shape": [rows, *entry["shape"][1:]]}
+                        place |= {"data_offsets": [begin + i * size, begin + (i + 1) * size]}
+                        header[name.replace(fused, f"{part}_proj")] = entry | place
+
+
+@pytest.mark.parametrize("kind", ["phi3", "llama"])
+def test_what_transformers_5_saves(kind: str, tmp_path: Path) -> None:
+    """A fine-tune of the demo, and one of a copy that says it is a Llama, from the files that transformers wrote."""
+    folder = tmp_path / kind
+    shutil.copytree(SAVED / kind, folder)
+    demo = json.loads((DEMO_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    change(folder, lambda content: content["model"].update(vocab=demo["vocab"], merges=demo["merges"]))
+    shutil.copy(DEMO_CHECKPOINT / "model.safetensors", folder)
+    if kind == "llama":
+        split_thirds_and_halves(folder / "model.safetensors")
+    compare(folder, 1000, seed=4)
+    ours, original = (
+        tensors_of(convert(path, tmp_path / "out.gguf", force=True).path) for path in (folder, DEMO_CHECKPOINT)
+    )
+    assert ours.keys() == original.keys()
+
+
+def scatter(content: dict[str, Any]) -> None:
+    """Put the second merge to a piece behind all others."""
+    merges = content["model"]["merges"]
+    found = next(i for i in range(1, len(merges)) if "".join(merges[i]) == "".join(merges[i - 1]))
+    merges.append(merges.pop(found))
+
+
+UNLIKE: list[tuple[Callable[[dict[str, Any]], object], type[ConversionError], str]] = [
+    (lambda c: c["model"]["merges"].pop(5), UnsupportedModelError, "are not merged to"),
+    (scatter, UnsupportedModelError, "do not stand together"),
+    (lambda c: c["model"]["merges"].append(["q", "zz"]), CheckpointError, "the merge 'q zz' is not of two pieces"),
+    (lambda c: c["model"]["merges"].append("a b c"), CheckpointError, "the merge 'a b c' is not of two"),
+    (lambda c: c["model"]["merges"].append(7), CheckpointError, r"tokenizer.json: model: merges\[\d+\]: expected"),
+    (lambda c: c["model"]["vocab"].pop("<0x0A>"), UnsupportedModelError, "it lacks bytes"),
+    (lambda c: c["model"].update(byte_fallback=False), UnsupportedModelError, "byte_fallback is off"),
+    (lambda c: c["model"].update(ignore_merges=True), UnsupportedModelError, "ignore_merges is set"),
+    (lambda c: c["model"].update(dropout=0.1), UnsupportedModelError, "dropout is set"),
+    (lambda c: c["model"]["vocab"].update(zzz=300), CheckpointError, "two tokens of its vocabulary have the same id"),
+    (lambda c: c["model"]["vocab"].update(doat=4031), UnsupportedModelError, "are not merged to 'doat'"),
+    (lambda c: c["model"]["vocab"].update(zzz=4032), CheckpointError, "'zzz' has the id 4032"),
+    (lambda c: c.update(pre_tokenizer=METASPACE, normalizer=None) or c["pre_tokenizer"].pop("split"),
+     UnsupportedModelError, "normalizer or pre_tokenizer differs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edit_it", "error", "sentence"), UNLIKE)
+def test_merges_that_no_scores_give_are_refused(
+    edit_it: Callable[[dict[str, Any]], object], error: type[ConversionError], sentence: str, checkpoint: Path
+) -> None:
+    change(checkpoint, edit_it)
+    with pytest.raises(error, match=sentence):
+        read_vocabulary(checkpoint, 4032)
