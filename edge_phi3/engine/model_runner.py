@@ -180,11 +180,11 @@ class ModelRunner:
             end = min(end, rows[0].computed + self._chunk(request, rows[0].computed))
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
         count = min(end - rows[0].computed, (self.context.batch_size - batch.count) // len(rows))
+        first, known = batch.count - rows[0].computed, len(request.prompt_logprobs)
+        if request.unscored > (room := self.context.scored - sum(scored for _, _, scored in batch.scored)):
+            count = min(count, known + room - rows[0].computed)
         self.kv.make_room(count * len(rows))
         count = min(count, self.kv.free // len(rows))
-        first, known = batch.count - rows[0].computed, len(request.prompt_logprobs)
-        if request.unscored > (room := self.context.scored - sum(count for _, _, count in batch.scored)):
-            count = min(count, known + room - rows[0].computed)
         if count == 0:
             return
         scored = min(request.unscored, rows[0].computed + count - known)

@@ -24,12 +24,13 @@ from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import FinishedEvent
 from edge_phi3.errors import InternalError
+from edge_phi3.generation.decoding import TokenLogprobs
 from edge_phi3.generation.likelihood import token_logprobs
 from tests.support.fuzz import time_limit
 from tests.support.hash_context import HashContext
 from tests.support.lives import ADMISSION, EARLY, Life, check_admissions, live
 from tests.support.scenario_maker import random_scenario
-from tests.support.scenarios import VOCABULARY, Ask, Scenario
+from tests.support.scenarios import VOCABULARY, Ask, InjectedError, Scenario
 from tests.support.threads import live_in_threads
 
 BATCH, BATCHES = 25, 10
@@ -94,9 +95,14 @@ def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
 
 
 def test_a_prompt_that_cannot_be_scored_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored_or_not(rows: NDArray[np.float32], tokens: list[int], top: int) -> list[TokenLogprobs]:
+        if top == 1:
+            raise InjectedError("It cannot be scored.")
+        return token_logprobs(rows, tokens, top)
+
     kwargs = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": []}
     life = Life(Scenario(tuple(Ask(tuple(range(3, 23)), kwargs, scored=scored) for scored in (1, 2, None)), scored=8))
-    monkeypatch.setattr(sequence, "token_logprobs", lambda *given: 1 % (given[2] - 1) or token_logprobs(*given))
+    monkeypatch.setattr(sequence, "token_logprobs", scored_or_not)
     life.clients[0].fired = True
     life.run()
     assert [type(client.final) for client in life.clients] == [InternalError, FinishedEvent, FinishedEvent]

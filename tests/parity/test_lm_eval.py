@@ -58,10 +58,10 @@ def texts_of(kind: str) -> Iterator[dict[str, str]]:
         yield {"context": " ".join(words[start:end]), "continuation": " " + continuation}
 
 
-def evaluate(peers: Peers, folder: Path, name: str, model: str, **options: Any) -> list[tuple[float, bool]]:
+def evaluate(peers: Peers, folder: Path, name: str, backend: str, **options: Any) -> list[tuple[float, bool]]:
     """Return the log-likelihood of each continuation, and whether its tokens are the likeliest."""
     given = ",".join(f"{key}={value}" for key, value in options.items())
-    arguments = ["-m", "lm_eval", "--model", model, "--model_args", given, "--tasks", "texts", "--include_path", "."]
+    arguments = ["-m", "lm_eval", "--model", backend, "--model_args", given, "--tasks", "texts", "--include_path", "."]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     ended = subprocess.run(
         [peers.torch(), *arguments, "--output_path", name, "--log_samples", "--batch_size", "1"],
