@@ -285,8 +285,8 @@ class AskMaker:
     def _completion(self) -> Ask:
         chance = self._chance
         prompt, new = self._sizes(4)
-        body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.3 else {})
-        if "logprobs" in body and not body["stream"] and chance.random() < 0.5:
+        body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.5 else {})
+        if "logprobs" in body and not body["stream"] and chance.random() < 0.6:
             body |= {"echo": True, "max_tokens": chance.choice((0, 1, new))}
         tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
