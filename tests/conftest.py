@@ -1,6 +1,8 @@
-"""Property tests are neither in a hurry nor different from run to run."""
+"""Property tests are neither in a hurry nor different from run to run; threads that wait leave the cores to others."""
 
 from __future__ import annotations
+
+import os
 
 from hypothesis import HealthCheck, settings
 
@@ -8,3 +10,6 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", settings.get_profile("random"), derandomize=True)
 settings.load_profile("fixed")
+
+# llama.cpp's threads spin while they wait for each other, by default, on cores that the other processes of a test need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

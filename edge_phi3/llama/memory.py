@@ -102,13 +102,17 @@ def devices() -> list[Device]:
 
 
 def plan_memory(jobs: Sequence[Job], *, gpu: str | None) -> tuple[Ready, list[Answer]]:
-    """Ask llama.cpp what it would allocate; return what it knows of GPUs, and an answer for each job."""
+    """Ask llama.cpp what it would allocate; return what it knows of GPUs, and an answer for each job.
+
+    The contexts of the first job are those of all where llama.cpp has no GPU, and planned once.
+    """
     answers: list[Answer] = []
     with ChildProcess("edge_phi3.llama.memory_worker", Ready | Answer, gpu=gpu) as child:
-        for job in jobs:
-            child.send(job)
         try:
             ready: Ready = child.receive()
+            for number, job in enumerate(jobs):
+                once = number > 0 and not ready.gpu_offload
+                child.send(msgspec.structs.replace(job, contexts=[]) if once else job)
             while len(answers) < len(jobs):
                 answers.append(child.receive())
         except WorkerError as error:

@@ -202,16 +202,15 @@ class _Planner:
         return 0
 
     def _ask(self, candidates: Sequence[_Candidate], counts: Sequence[int | None]) -> list[Placement]:
-        # Without a GPU the contexts of all candidates are the same.
         jobs = [
             Job(
                 str(candidate.layout.path),
                 count or 0,
                 host_pattern(candidate.layout, count or 0),
-                self._contexts if self._machine.gpu or number == 0 else [],
+                self._contexts,
                 self._context_options,
             )
-            for number, (candidate, count) in enumerate(zip(candidates, counts, strict=True))
+            for candidate, count in zip(candidates, counts, strict=True)
         ]
         ready, answers = plan_memory(jobs, gpu=self._machine.visible if self._machine.gpu else "")
         self.gpu_asked = self._machine.gpu and ready.gpu_offload

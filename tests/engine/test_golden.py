@@ -5,6 +5,7 @@ That is the 2,047-token window of the 4k model, and the two sets of rotary facto
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from tests.golden.requests import MODES
 from tests.support.engines import compared
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
-RECORDED = read_answers("engine")
+EVERY = int(os.environ.get("TEST_GOLDEN_EVERY", "1"))  # one of so many answers, where time is short
+RECORDED = read_answers("engine")[::EVERY]
 
 
 def cases(model: str) -> list[object]:
@@ -67,5 +69,5 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 @pytest.mark.parametrize("mode", MODES)
 def test_all_modes_of_decoding_at_once(found: list[list[str]], mode: str) -> None:
     numbers = [number for number, (request, _) in enumerate(RECORDED) if request.mode == mode]
-    assert len(numbers) >= 80
+    assert len(numbers) >= 80 // EVERY
     assert {number: found[number] for number in numbers if found[number]} == {}

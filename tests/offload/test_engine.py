@@ -16,6 +16,7 @@ import pytest
 from tests.engine.conftest import OPTIONS
 from tests.offload.conftest import Device
 
+MODES = pytest.param("modes", {}, marks=pytest.mark.soak)
 TESTS = tomllib.loads(Path(__file__).with_name("engine_tests.toml").read_text(encoding="utf-8"))
 
 
@@ -26,6 +27,7 @@ def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, A
         seconds=1800,
         # The device computes; more threads here would only wait for it on its cores.
         **{OPTIONS: json.dumps({"threads": 1} | options), "TEST_DEVICE_REPORT": str(report)},
+        TEST_GOLDEN_EVERY="1" if tests == "modes" else "4",
     )
     assert finished.returncode == 0, finished.stdout[-6000:]
     assert re.fullmatch(r"\d+ passed in .*", finished.stdout.splitlines()[-1]), finished.stdout[-1000:]
@@ -34,7 +36,7 @@ def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, A
     return found
 
 
-@pytest.mark.parametrize(("tests", "options"), [("exact", {}), ("reuse", {"flash_attn": "on"})])
+@pytest.mark.parametrize(("tests", "options"), [("exact", {}), ("reuse", {"flash_attn": "on"}), MODES])
 def test_all_layers_on_the_device(device: Device, tmp_path: Path, tests: str, options: dict[str, Any]) -> None:
     found = run(device, tmp_path / "report.json", tests, **options)
     for line in found["starts"]:
