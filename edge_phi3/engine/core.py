@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.kv_cache import KVCache
@@ -23,6 +25,7 @@ from edge_phi3.engine.stats import Times
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
+from edge_phi3.generation.logits import Scores
 from edge_phi3.llama import DecodeFailedError
 
 logger = logging.getLogger(__name__)
@@ -206,6 +209,8 @@ class EngineCore:
             return
         self.device_times.add(time.perf_counter() - launched)
         self.steps += 1
+        if batch.scored:
+            logits = self._score(batch, logits)
         chosen = advance([request.decoder for request in batch.choosing], logits)
         now = self._clock()
         for request, step in zip(batch.choosing, chosen, strict=True):
@@ -216,6 +221,18 @@ class EngineCore:
             except Exception:
                 logger.exception("Request %s cannot go on.", request.request.request_id)
                 self._fail(request, "it cannot go on")
+
+    def _score(self, batch: Batch, logits: Scores) -> Scores:
+        """Make log-probabilities of the logits of prompts, and return those that tokens are chosen from."""
+        scored: list[int] = []
+        for request, first, count in batch.scored:
+            scored += range(first, first + count)
+            try:
+                request.score(logits[first : first + count])
+            except Exception:
+                logger.exception("The prompt of request %s cannot be scored.", request.request.request_id)
+                self._fail(request, "it cannot be scored")
+        return np.delete(logits, scored, axis=0)
 
     def _continue(self, runner: ModelRunner, request: RunningRequest, step: Step, now: float) -> None:
         """Continue a request's sequences with what its decoder chose, or finish them."""
@@ -264,7 +281,7 @@ class EngineCore:
         assert started is not None
         assert first is not None
         timing = Timing(queue=started - submitted, first_token=first - submitted, total=now - submitted)
-        return FinishedEvent(result, timing, request.cached_tokens, generated)
+        return FinishedEvent(result, timing, request.cached_tokens, generated, request.prompt_logprobs)
 
     def _end(self, request: RunningRequest, event: Event | None) -> None:
         """Send the last event of a request, unless somebody has."""

@@ -196,13 +196,12 @@ class KVCache:
 
     # -- prefixes
 
-    def begin(self, tokens: Tokens, *, share: bool, restore: bool) -> Sequence:
+    def begin(self, tokens: Tokens) -> Sequence:
         """Return a new sequence that holds as much of the beginning of `tokens` as is known, which may be all.
 
-        With `share` it may begin with the cells of another sequence, with `restore` begin, or go on, with what the host
-        cache holds.
+        It begins with the cells of another sequence, and begins or goes on with what the host cache holds.
         """
-        shared, owner = self._longest_shared(tokens, self._prefixes) if share else (0, None)
+        shared, owner = self._longest_shared(tokens, self._prefixes)
         if owner is not None and owner in self._kept:
             self._kept.move_to_end(owner)
         if not self._free_ids:
@@ -210,7 +209,7 @@ class KVCache:
             self._evict(leaving)
             if leaving == owner:
                 shared, owner = 0, None
-        stored, blocks = self.host_cache.match(tokens, self._window) if restore and self.host_cache else (0, [])
+        stored, blocks = self.host_cache.match(tokens, self._window) if self.host_cache else (0, [])
         if stored < shared + _LEAST_RESTORED:
             stored = 0
         if stored > shared:

@@ -34,13 +34,16 @@ class Batch:
     """One batch of `count` tokens, already written into the context's arrays; nobody reads the last `padding`.
 
     `members` are the requests that have tokens in it, `choosing` those whose decoders get logits, in the order of the
-    logits' rows.
+    logits' rows; `scored` those of whose prompts some tokens have logits too, each with its first row and how many.
+    There are `rows` of logits in all.
     """
 
     count: int = 0
     padding: int = 0
+    rows: int = 0
     choosing: list[RunningRequest] = field(default_factory=list)
     members: list[RunningRequest] = field(default_factory=list)
+    scored: list[tuple[RunningRequest, int, int]] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -109,12 +112,11 @@ class ModelRunner:
         return batch
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
-        """Decode a batch, and call `beside` meanwhile. Return `batch.choosing`'s logits, as `Context.decode` does."""
-        rows = sum(request.decoder.rows for request in batch.choosing)
-        logits = self.context.decode(batch.count, rows + batch.padding, beside)
+        """Decode a batch, and call `beside` meanwhile. Return its logits, as `Context.decode` does."""
+        logits = self.context.decode(batch.count, batch.rows + batch.padding, beside)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
-        return logits[:rows]
+        return logits[: batch.rows]
 
     def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
         """Return the requests that go on now: all, or those whose last token is the oldest."""
@@ -162,7 +164,7 @@ class ModelRunner:
         for sequence in rows:
             sequence.computed += 1
             sequence.scattered += scattered
-        batch.count = count
+        batch.count = batch.rows = count
         batch.choosing, batch.members = decoding[:], decoding[:]
         return True
 
@@ -178,18 +180,27 @@ class ModelRunner:
             end = min(end, rows[0].computed + self._chunk(request, rows[0].computed))
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
         count = min(end - rows[0].computed, (self.context.batch_size - batch.count) // len(rows))
+        first, known = batch.count - rows[0].computed, len(request.prompt_logprobs)
+        if request.unscored > (room := self.context.scored - sum(scored for _, _, scored in batch.scored)):
+            count = min(count, known + room - rows[0].computed)
         self.kv.make_room(count * len(rows))
         count = min(count, self.kv.free // len(rows))
         if count == 0:
             return
+        scored = min(request.unscored, rows[0].computed + count - known)
         for sequence, line in zip(rows, tokens, strict=False):
             self._write(batch, sequence, line[sequence.computed : sequence.computed + count])
             if count > 1 and not request.exact:
                 self.kv.computed(sequence, line[: sequence.computed])
         batch.members.append(request)
+        if scored > 0:
+            self.context.wants_logits[first + known : first + known + scored] = 1
+            batch.scored.append((request, batch.rows, scored))
+            batch.rows += scored
         if whole and rows[0].computed == length:
             self.context.wants_logits[batch.count - 1] = 1
             batch.choosing.append(request)
+            batch.rows += 1
 
     def _part_rows(self, request: RunningRequest) -> None:
         """Fork a sequence for each row of a request that comes back, once what the rows share is computed."""

@@ -14,6 +14,9 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_phi3.engine.errors import RequestTooLargeError
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.sequence import RunningRequest
@@ -135,12 +138,13 @@ class Scheduler:
         rows = sum(running.rows for running in runner.running)
         if rows + request.rows > self.parallel:
             return False
-        shared = runner.kv.shared_with_running(request.stem_tokens()) if self._reuses(request) else 0
+        shared = runner.kv.shared_with_running(self._known_tokens(request))
         # It is to have room until it decodes, so that it is not preempted before: for all prompts that are not computed
-        # yet, and in each of the steps that these take for one token of every running row.
+        # or scored yet, and in each of the steps that these take for one token of every running row.
         prompts = max(0, self._cells_to_start(request, runner) - shared)
         prompts += sum(self._cells_missing(running, runner) for running in runner.running)
-        steps = 2 + prompts // max(1, runner.context.batch_size - rows)
+        unscored = request.unscored + sum(running.unscored for running in runner.running)
+        steps = 2 + max(prompts // max(1, runner.context.batch_size - rows), unscored // runner.context.scored)
         return prompts + rows * steps + request.rows <= runner.kv.available
 
     def _cells_missing(self, request: RunningRequest, runner: ModelRunner) -> int:
@@ -158,18 +162,21 @@ class Scheduler:
         if request.exact:
             runner.kv.make_room(runner.kv.cells)
             runner.kv.clear()
-        stem = request.stem_tokens()
-        request.stem = len(stem)
+        request.stem = len(request.stem_tokens())
         request.batch = 0  # contexts number their batches apart: who comes from another one has waited longest
-        reuse = self._reuses(request)
-        request.sequences = [runner.kv.begin(stem, share=reuse, restore=reuse)]
+        request.sequences = [runner.kv.begin(self._known_tokens(request))]
         if request.started is None:
             request.cached_tokens = request.sequences[0].computed
         runner.running.append(request)
 
-    def _reuses(self, request: RunningRequest) -> bool:
-        """Return whether a request may begin with what was computed before, for others or for itself."""
-        return self._share and not request.exact and request.request.config.cache_prompt
+    def _known_tokens(self, request: RunningRequest) -> NDArray[np.int32]:
+        """Return the tokens that a request may find computed before, for others or for itself.
+
+        Cells have no logits, so a prompt that is to be scored begins with what has been scored of it at most.
+        """
+        if not self._share or request.exact or not request.request.config.cache_prompt:
+            return request.request.prompt_ids[:0]
+        return request.stem_tokens()[: len(request.prompt_logprobs) if request.unscored else None]
 
     def retire(self, request: RunningRequest) -> None:
         """Take a request out."""

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs
+from edge_phi3.generation.likelihood import token_logprobs
+from edge_phi3.generation.logits import Scores
 from edge_phi3.generation.stopping import StopTexts
 
 
@@ -30,6 +32,8 @@ class GenerationRequest:
         request_id: what logs call this request.
         constraint: what its sequences are held to, or None.
         stop_texts: what ends a sequence by its text beside the configuration's ``stop_strings``, or None.
+        scored_prompt: how many of the likeliest tokens are wanted beside the log-probability of each token of the
+            prompt; None for neither.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -39,6 +43,7 @@ class GenerationRequest:
     request_id: str = ""
     constraint: TokenConstraint | None = None
     stop_texts: StopTexts | None = None
+    scored_prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +83,14 @@ class FinishedEvent:
         timing: when things happened.
         cached_tokens: how many tokens of the prompt came from the prefix cache.
         generated_tokens: tokens generated, over all returned sequences.
+        prompt_logprobs: of each token of the prompt but the first, when the request wants them, else empty.
     """
 
     result: GenerationResult
     timing: Timing
     cached_tokens: int
     generated_tokens: int
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 Event = TokensEvent | FinishedEvent | BaseException
@@ -121,6 +128,7 @@ class RunningRequest:
         started: when it was first in a batch, or None.
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
+        prompt_logprobs: those of the prompt that are known so far, where they are wanted.
         failed: whether an error of ours, or of its parameters, has ended it.
     """
 
@@ -136,6 +144,7 @@ class RunningRequest:
     started: float | None = None
     first_token: float | None = None
     cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cancelled: bool = False
     failed: bool = False
 
@@ -175,6 +184,19 @@ class RunningRequest:
         same = (rows == rows[0]).all(axis=0) if len(rows) > 1 else np.ones(0, np.bool_)
         stem: NDArray[np.int32] = rows[0, : rows.shape[1] if same.all() else int(same.argmin())]
         return stem
+
+    @property
+    def unscored(self) -> int:
+        """How many tokens of the prompt are still to have logits, each for the log-probability of the next."""
+        wanted = self.request.scored_prompt is not None
+        return self.prompt_length - 1 - len(self.prompt_logprobs) if wanted else 0
+
+    def score(self, logits: Scores) -> None:
+        """Take the logits of the next tokens of the prompt that are to have some, shape ``(tokens, vocab_size)``."""
+        known, top = len(self.prompt_logprobs), self.request.scored_prompt
+        assert top is not None
+        following = self.request.prompt_ids[known + 1 : known + 1 + len(logits)]
+        self.prompt_logprobs += token_logprobs(logits, following.tolist(), top)
 
     @property
     def deadline(self) -> float | None:

@@ -23,12 +23,13 @@ class PlacedLogprobs(NamedTuple):
 class TokenOffsets:
     """Finds the offsets of an answer's tokens as they come.
 
-    Tokens that are left out of the text, such as those that end it, have none. The answer's text begins where the
-    prompt's ends, and is decoded character by character.
+    Tokens that are left out of the text, such as those that end it, have none, unless `every` token is to have one. The
+    answer's text begins where the prompt's ends, and is decoded character by character.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: DecodedPrompt) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: DecodedPrompt, *, every: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._every = every
         self._decoder = prompt.decoder.copy()
         # Below 0 while a character that the prompt ends with is incomplete.
         self._position = len(prompt.certain) - len(prompt.whole)
@@ -38,7 +39,7 @@ class TokenOffsets:
         token_id = token.token_id
         self._position += len(self._decoder.push([token_id]))
         if not self._decoder.shows(token_id):
-            return None
+            return PlacedLogprobs(max(0, self._position), token) if self._every else None
         if token_id in self._tokenizer.byte_of:
             own = 0 if self._decoder.holds else 1
         else:

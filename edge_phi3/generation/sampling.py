@@ -23,6 +23,7 @@ from edge_phi3.generation.decoding import (
     rows_of,
 )
 from edge_phi3.generation.drawing import Draws, draw, fresh_seed, uniforms
+from edge_phi3.generation.likelihood import token_logprobs
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
@@ -223,7 +224,7 @@ def _recorder(chooser: Chooser, top: int) -> Chooser:
             assert isinstance(decoder, SequenceDecoder)
             try:
                 step = steps[turn.place]
-                step.logprobs = _logprobs(rows, [token for _, token in step.emitted], top)
+                step.logprobs = token_logprobs(rows, [token for _, token in step.emitted], top)
                 assert decoder.logprobs is not None
                 for (sequence, _), logprobs in zip(step.emitted, step.logprobs, strict=True):
                     decoder.logprobs[sequence].append(logprobs)
@@ -231,29 +232,3 @@ def _recorder(chooser: Chooser, top: int) -> Chooser:
                 fail_alone(turn, steps, error)
 
     return choose
-
-
-def _logprobs(rows: Scores, tokens: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Return the log-probabilities of the chosen tokens, none when the request failed.
-
-    `rows` are logits, shape (sequences, vocabulary), or one row that all sequences start from. They are the model's
-    float32; what is computed from them is float64.
-    """
-    exact = (rows if len(tokens) == len(rows) else rows[:1]).astype(np.float64)
-    with np.errstate(all="ignore"):
-        exact -= exact.max(axis=1, keepdims=True)
-        exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    best = [_likeliest(row, top) for row in exact]
-    places = [place % len(exact) for place in range(len(tokens))]
-    return [TokenLogprobs(token, float(exact[at, token]), best[at]) for at, token in zip(places, tokens, strict=True)]
-
-
-def _likeliest(row: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
-    """Return the likeliest tokens; of equal ones those with the lower id."""
-    count = min(count, len(row))
-    if count == 0:
-        return ()
-    bound = np.partition(row, len(row) - count)[len(row) - count]
-    reached = np.flatnonzero(row >= bound)
-    order = reached[np.argsort(-row[reached], kind="stable")][:count]
-    return tuple(zip(order.tolist(), row[order].tolist(), strict=True))

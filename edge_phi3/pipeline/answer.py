@@ -44,6 +44,8 @@ class GenerationOutput:
         completion_tokens: tokens generated, over all sequences.
         cached_tokens: tokens of the prompt that came from the prefix cache.
         logprobs: of each token of each sequence that is part of its text, or None when not wanted.
+        prompt_logprobs: of each token of the prompt, placed in the text in front of the answers; the first token's is
+            NaN. None when not wanted; else `logprobs` has every token.
     """
 
     text: str
@@ -57,6 +59,7 @@ class GenerationOutput:
     cached_tokens: int
     timing: Timing
     logprobs: list[list[PlacedLogprobs]] | None = None
+    prompt_logprobs: list[PlacedLogprobs] | None = None
 
 
 class TextStream:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
@@ -23,9 +24,9 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
-from edge_phi3.engine.tokenizer import SHIELD, Tokenizer, clean_up_tokenization
+from edge_phi3.engine.tokenizer import SHIELD, DecodedPrompt, Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
-from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.generation.decoding import GenerationResult, TokenLogprobs
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
 from edge_phi3.pipeline.chat_template import PHI3_CHAT_TEMPLATE, ChatTemplate
@@ -265,11 +266,19 @@ class TextGenerationPipeline:
             request_id=request_id,
             constraint=prepared.constraint,
             stop_texts=prepared.stop_texts,
+            scored_prompt=prepared.scored,
         )
         return self.engine.generate(request)
 
     def _output(self, prepared: PreparedPrompt, event: FinishedEvent) -> GenerationOutput:
-        result = event.result
+        result, generated = event.result, event.generated_tokens
+        if prepared.only_scored:
+            count, generated = len(result.sequences), 0
+            result = GenerationResult(
+                result.prompt_length, [prepared.prompt_ids] * count, ["length"] * count, logprobs=[[]] * count
+            )
+        scored = prepared.scored is not None
+        logprobs = [self._placed(prepared.text, each, every=scored) for each in result.logprobs or ()]
         texts = [prepared.lead + self._answer(prepared, sequence) for sequence in result.sequences]
         return GenerationOutput(
             text="".join(texts),
@@ -279,16 +288,25 @@ class TextGenerationPipeline:
             sequences_scores=result.sequences_scores,
             scores=result.scores,
             prompt_tokens=len(prepared.prompt_ids),
-            completion_tokens=event.generated_tokens,
+            completion_tokens=generated,
             cached_tokens=event.cached_tokens,
             timing=event.timing,
-            logprobs=None if result.logprobs is None else [self._placed(prepared, each) for each in result.logprobs],
+            logprobs=None if result.logprobs is None else logprobs,
+            prompt_logprobs=self._placed_prompt(prepared, event.prompt_logprobs) if scored else None,
         )
 
-    def _placed(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
+    def _placed(
+        self, prompt: DecodedPrompt, tokens: Iterable[TokenLogprobs], *, every: bool = False
+    ) -> list[PlacedLogprobs]:
         """Find out where in an answer each of its tokens begins."""
-        placer = TokenOffsets(self._tokenizer, prepared.text)
+        placer = TokenOffsets(self._tokenizer, prompt, every=every)
         return [placed for token in tokens if (placed := placer.push(token))]
+
+    def _placed_prompt(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
+        """Find out where in a prompt each of its tokens begins, given all but the first."""
+        nothing = self._tokenizer.decode_prompt(prepared.prompt_ids[:0], skip_special_tokens=False, whole_runs=False)
+        first = TokenLogprobs(int(prepared.prompt_ids[0]), math.nan, ())
+        return self._placed(nothing, [first, *tokens], every=True)
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
         """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""

@@ -32,6 +32,8 @@ class PreparedPrompt:
         clean_up: whether spaces before punctuation are removed.
         constraint: what the answers are held to, or None.
         stop_texts: what ends an answer by its text beside the configuration's ``stop_strings``, or None.
+        scored: how many likeliest tokens are wanted beside each token of the prompt; None for no log-probabilities.
+        only_scored: whether the prompt alone is wanted, and nothing of what is generated.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -41,6 +43,8 @@ class PreparedPrompt:
     clean_up: bool
     constraint: TokenConstraint | None = None
     stop_texts: StopTexts | None = None
+    scored: int | None = None
+    only_scored: bool = False
 
     def with_config(self, **changes: Any) -> PreparedPrompt:
         """Return the same prompt with other generation parameters."""

@@ -243,7 +243,10 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"logprobs": 1, "echo": True}, "`logprobs`"),
+        ({"logprobs": 1, "echo": True, "stream": True}, "`echo`"),
+        ({"logprobs": 1, "echo": True, "extra_body": {"generate_kwargs": BEAMS["generate_kwargs"]}}, "num_beams"),
+        ({"max_tokens": 0}, "`max_tokens`"),
+        ({"max_tokens": 0, "echo": True}, "`max_tokens`"),
         ({"logprobs": 21}, "`logprobs`"),
         ({"prompt": [10**6]}, "token id from 0 to"),
         ({"prompt": [1, "a"]}, "`prompt`"),

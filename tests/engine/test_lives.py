@@ -17,15 +17,20 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.engine import sequence
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.sequence import FinishedEvent
+from edge_phi3.errors import InternalError
+from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.generation.likelihood import token_logprobs
 from tests.support.fuzz import time_limit
 from tests.support.hash_context import HashContext
 from tests.support.lives import ADMISSION, EARLY, Life, check_admissions, live
 from tests.support.scenario_maker import random_scenario
-from tests.support.scenarios import VOCABULARY, Ask, Scenario
+from tests.support.scenarios import VOCABULARY, Ask, InjectedError, Scenario
 from tests.support.threads import live_in_threads
 
 BATCH, BATCHES = 25, 10
@@ -59,7 +64,7 @@ def test_those_scenarios_meet_all_that_they_are_for() -> None:
     for batch in range(BATCHES):
         met.update(live_batch(batch))
     kinds = met.keys() - {ADMISSION, EARLY}
-    assert len(kinds) == 18
+    assert len(kinds) == 19
     rare = {kind: met[kind] for kind in kinds if met[kind] < (1 if kind == "broken" else 5)}
     assert not rare, f"{BATCH * BATCHES} scenarios hardly met {rare}"
     check_admissions(met)
@@ -87,6 +92,20 @@ def test_a_chunk_of_a_prompt_and_the_window_before_it_must_fit() -> None:
     ask = Ask(tuple(range(3, 23)), {"do_sample": False, "max_new_tokens": 4})
     for cells, refused in ((9, 1), (10, 0)):
         assert live(Scenario((ask,), cells=(cells,), window=5, window_chunk=6))["refusal"] == refused
+
+
+def test_a_prompt_that_cannot_be_scored_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scored_or_not(rows: NDArray[np.float32], tokens: list[int], top: int) -> list[TokenLogprobs]:
+        if top == 1:
+            raise InjectedError("It cannot be scored.")
+        return token_logprobs(rows, tokens, top)
+
+    kwargs = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": []}
+    life = Life(Scenario(tuple(Ask(tuple(range(3, 23)), kwargs, scored=scored) for scored in (1, 2, None)), scored=8))
+    monkeypatch.setattr(sequence, "token_logprobs", scored_or_not)
+    life.clients[0].fired = True
+    life.run()
+    assert [type(client.final) for client in life.clients] == [InternalError, FinishedEvent, FinishedEvent]
 
 
 FAILED_ONCE = msgspec.json.decode(Path(__file__).with_name("failed_once.json").read_bytes(), type=dict[str, Scenario])
@@ -139,6 +158,20 @@ WRONG: dict[str, tuple[type, str, Callable[..., Any], int]] = {
     ),
     "one token too many is shared": (KVCache, "_longest_shared", _one_too_many, 60),
     "one request's failure ends others": (EngineCore, "_fail", _for_all, 60),
+    "a prompt that is scored begins with cells that have no logits": (
+        Scheduler,
+        "_known_tokens",
+        lambda original, scheduler, request: (
+            request.stem_tokens() if request.unscored else original(scheduler, request)
+        ),
+        100,
+    ),
+    "prompts are scored by the logits beside theirs": (
+        EngineCore,
+        "_score",
+        lambda original, core, batch, logits: original(core, batch, np.roll(logits, 1, axis=0)),
+        40,
+    ),
     "a cell is never freed": (KVCache, "_let_go", lambda original, kv, cells: original(kv, cells[1:]), 20),
     "finished sequences keep their cells": (KVCache, "make_room", lambda *_: None, 20),
     "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda *_: None, 40),

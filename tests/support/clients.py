@@ -88,7 +88,10 @@ class Client:
             constraint = small_vocabulary().constrain(SCHEMAS[ask.schema], [END])
         elif ask.constrained:
             constraint = OddOrEven(fails_after=self._left if faulty and ask.fault == "masking" else [])
-        return GenerationRequest(self.prompt, self.config, ask.stream, ask.timeout, f"r{self.number}", constraint)
+        name = f"r{self.number}"
+        return GenerationRequest(
+            self.prompt, self.config, ask.stream, ask.timeout, name, constraint, scored_prompt=ask.scored
+        )
 
     def _break(self, _tokens: object, _scores: object) -> None:
         self._left[0] -= 1
@@ -223,10 +226,15 @@ class Client:
         assert 0 <= event.timing.queue <= event.timing.first_token <= event.timing.total, f"{name}: {event.timing}"
         assert 0 <= event.cached_tokens < len(prompt), f"{name}: {event.cached_tokens} tokens are cached"
         reused = self._scenario.share_prefixes and not (self._scenario.exact_seeds and self.config.seed is not None)
+        reused = reused and self.ask.scored is None
         assert reused or event.cached_tokens == 0, f"{name} began with what was computed for another"
+        count = len(prompt) - 1 if self.ask.scored is not None else 0
+        assert len(event.prompt_logprobs) == count, f"{name}: {event.prompt_logprobs}, {count} are wanted"
         assert all(sequence[: len(prompt)] == prompt for sequence in sequences), f"{name} lost its prompt"
         if not self._scenario.repeatable:
             return
+        scored, right = event.prompt_logprobs, self.expected.prompt_logprobs
+        assert _same(scored, right), f"{name} has a prompt of {scored}, not {right}"
         expected = self.expected.result
         if self.config.max_time is not None:
             if expected is not None and not self.config.is_beam_search:

@@ -40,8 +40,8 @@ NEEDS = re.compile(
 """The first line of a block that is not run, with its reason."""
 
 PROGRAMS = {
-    "curl", "docker", "edge-phi3", "gunzip", "gzip", "helm", "kubectl", "make", "mkdir", "pip", "printf", "python",
-    "sudo",
+    "curl", "docker", "edge-phi3", "gunzip", "gzip", "helm", "kubectl", "lm_eval", "make", "mkdir", "pip", "printf",
+    "python", "sudo",
 }  # fmt: skip
 """What the commands of the pages may start with."""
 

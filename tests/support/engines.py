@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,12 +30,26 @@ OPTIONS = "TEST_ENGINE_OPTIONS"
 
 
 class Asked:
-    """A submitted request whose events are collected; greedy and of no length unless told otherwise."""
+    """A submitted request whose events are collected; greedy and of no length unless told otherwise.
 
-    def __init__(self, engine: Engine, prompt: ArrayLike, *, stream: bool = False, **kwargs: Any) -> None:
+    `top_logprobs` and `scored_prompt` are those of `GenerationConfig` and `GenerationRequest`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: ArrayLike,
+        *,
+        stream: bool = False,
+        top_logprobs: int | None = None,
+        scored_prompt: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         config = GenerationConfig.resolve({"do_sample": False, "max_length": None} | kwargs, engine.model.defaults)
+        config = replace(config, top_logprobs=top_logprobs)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.request = GenerationRequest(np.asarray(prompt, np.int32), config, stream=stream)
+        tokens = np.asarray(prompt, np.int32)
+        self.request = GenerationRequest(tokens, config, stream=stream, scored_prompt=scored_prompt)
         self.running = engine.submit(self.request, self.events.put)
 
     def finished(self, timeout: float = 600.0) -> FinishedEvent:

@@ -322,6 +322,7 @@ class Life:
             "fault": any(client.fired for client in clients),
             "generation error": any(isinstance(client.final, GenerationError) for client in clients),
             "max time": any("time" in end.result.finish_reasons for _, end in ends),
+            "scored prompt": any(len(end.prompt_logprobs) > 0 for _, end in ends),
             "beams": any(client.config.is_beam_search for client, _ in ends),
         }
         self.met.update({kind: int(found) for kind, found in met.items()})

@@ -10,6 +10,8 @@ prefix sums.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.generation import Decoder, GenerationResult, advance, make_decoder
+from edge_phi3.generation.decoding import TokenLogprobs
 
 MASK = (1 << 64) - 1
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -141,6 +144,7 @@ class Answer:
     Attributes:
         result: what it generates, or None when it fails.
         error: why it fails, or None.
+        prompt_logprobs: of each token of its prompt but the first, where they are wanted.
         emitted: pairs of the returned sequence's index and its token, in the order in which they are chosen.
         forks: whether a row is continued by several.
         crosses: whether all is computed anew with the second set of rotary factors.
@@ -148,6 +152,7 @@ class Answer:
 
     result: GenerationResult | None = None
     error: Exception | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     emitted: list[tuple[int, int]] = field(default_factory=list)
     forks: bool = False
     crosses: bool = False
@@ -203,12 +208,30 @@ def answer(
             clock=lambda: 0.0,
         )
     found = Answer()
+    if request.scored_prompt is not None:
+        found.prompt_logprobs = _scored(request.prompt_ids.tolist(), request.scored_prompt, model, attention)
     try:
         _run(decoder, request.prompt_ids.tolist(), model, attention, found)
         found.result = decoder.result()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must end with the same
         found.error = error
     return found
+
+
+def _scored(prompt: list[int], top: int, model: HashModel, attention: Attention) -> list[TokenLogprobs]:
+    """Return how likely the model holds each token of a prompt after those before it, by the definition."""
+    row, rotary, scored = _Row([]), attention.rotary(len(prompt)), list[TokenLogprobs]()
+    logits = np.empty((1, model.vocab_size), np.float32)
+    for token, following in itertools.pairwise(prompt):
+        row.tokens.append(token)
+        model.logits([token], [row.compute(attention, rotary, len(prompt))], logits)
+        weights = [math.exp(each) if math.isfinite(each) else math.nan for each in logits[0].tolist()]
+        total = math.fsum(weights)
+        logprobs = [each - math.log(total) if math.isfinite(total) else math.nan for each in logits[0].tolist()]
+        best = sorted(range(len(logprobs)), key=lambda each: (-logprobs[each], each))[:top]
+        likeliest = tuple((each, logprobs[each]) for each in best) if math.isfinite(total) else ()
+        scored.append(TokenLogprobs(following, logprobs[following], likeliest))
+    return scored
 
 
 def _run(decoder: Decoder, prompt: list[int], model: HashModel, attention: Attention, found: Answer) -> None:

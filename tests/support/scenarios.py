@@ -98,6 +98,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
         constrained: whether its tokens must be odd and even in turns.
         schema: which of `tests.support.schemas.SCHEMAS` they must follow instead, or None.
         logprobs: how many log-probabilities it wants beside each token, or None.
+        scored: how many it wants beside each token of its prompt, or None.
         fault: which of its parts fails, or None.
         fault_at: how often that part works before.
         entropy: what it is drawn with when it has no seed.
@@ -113,6 +114,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     constrained: bool = False
     schema: int | None = None
     logprobs: int | None = None
+    scored: int | None = None
     fault: Fault | None = None
     fault_at: int = 0
     entropy: int = 0
@@ -128,6 +130,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         cells: of each context, one or two.
         max_tokens: the longest sequence of the first context, or None; where there is but one, none is longer.
+        scored: tokens of prompts that have logits in one batch, at most.
         per_step: how many bytes are copied to the host cache in a step.
         kept_sequences: ids beyond `parallel`, for finished sequences that stay in their cells.
         sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
@@ -142,6 +145,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
     window_chunk: int = 1
     parallel: int = 8
     batch_size: int = 64
+    scored: int = 64
     share_prefixes: bool = True
     host_cache: int | None = None
     block_size: int = 16

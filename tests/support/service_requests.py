@@ -286,11 +286,14 @@ class AskMaker:
         chance = self._chance
         prompt, new = self._sizes(4)
         body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.3 else {})
+        if "logprobs" in body and not body["stream"] and chance.random() < 0.5:
+            body |= {"echo": True, "max_tokens": chance.choice((0, 1, new))}
         tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
             (self._words(prompt), tokens, [self._words(prompt), self._words(min(prompt, 9))])
         )
-        return self._judged(f"v1/completions{', stream' * body['stream']}", COMPLETIONS, body, body["n"], prompt + new)
+        kind = f"v1/completions{', stream' * body['stream']}{', scored' * ('echo' in body)}"
+        return self._judged(kind, COMPLETIONS, body, body["n"], prompt + new)
 
     def _conversation(self) -> Chain:
         """Make requests each of which goes on from the answer before it, in one of two ways."""

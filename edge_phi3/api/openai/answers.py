@@ -60,6 +60,7 @@ class Answer(abc.ABC):
         self._generated = 0
         self._kept = request.n or 1 if translate.candidates_of(request) else None
         self._tells_tokens = request.logprobs is not None and request.logprobs is not False
+        self._scores = translate.scores_prompts(request)
         self._outputs: list[GenerationOutput] = []
         # Taken once: a service that is stopping still finishes its answers.
         self.pipeline = service.pipeline
@@ -109,6 +110,11 @@ class Answer(abc.ABC):
                 if output.logprobs is not None and self._tells_tokens:
                     shown.push_tokens(output.logprobs[index])
                     tokens = shown.tokens()
+                    if output.prompt_logprobs is not None:
+                        # Those without a text count too: whoever counts tokens finds as many as were computed.
+                        answer = tokens if shown.stopped else output.logprobs[index]
+                        moved = [PlacedLogprobs(len(prepared.lead) + start, token) for start, token in answer]
+                        tokens = [*output.prompt_logprobs, *moved]
                 reason = _finish_reason(output.finish_reasons[index], shown)
                 choices.append(self.choice(len(choices), text, reason, tokens))
         return self.body(choices, _usage_of(outputs))

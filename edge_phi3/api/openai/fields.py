@@ -108,7 +108,9 @@ class SamplingFields(Struct, kw_only=True):
     max_completion_tokens: Annotated[
         _Most | None, about("Tokens at most; -1, or too many: what the context leaves.")
     ] = None
-    max_tokens: Annotated[_Most | None, about("An older name of `max_completion_tokens`.")] = None
+    max_tokens: Annotated[
+        _Most | None, about("An older name of `max_completion_tokens`; 0 where `echo` and `logprobs` score a prompt.")
+    ] = None
     n_predict: Annotated[_Most | None, about("llama-server's name of `max_tokens`, and stronger.")] = None
     truncate_prompt_tokens: Annotated[
         _Most | None,
@@ -144,7 +146,10 @@ class CompletionRequest(SamplingFields, kw_only=True):
     """One or more prompts to be continued."""
 
     prompt: Annotated[str | list[str | int | list[int]] | None, about("A text, token ids, or a list of either.")] = None
-    echo: Annotated[bool | None, about("Whether the answer begins with the prompt.")] = False
+    echo: Annotated[
+        bool | None,
+        about("Whether the answer begins with the prompt, and with `logprobs` their tokens with those of the prompt."),
+    ] = False
     logprobs: Annotated[int, about("How many likeliest tokens to return.", ge=0, le=20)] | None = None
     best_of: Annotated[_Count | None, about("Of so many, the `n` likeliest per token are returned; no stream.")] = None
 
@@ -230,7 +235,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
             " guided_json_object guided_whitespace_pattern",
         ),
         *_refused("put `num_beams` into `generate_kwargs`", "use_beam_search"),
-        *_refused("those of a prompt are not returned", "prompt_logprobs"),
+        *_refused("use `echo` with `logprobs`", "prompt_logprobs"),
         *_refused("it is a field of completions", "echo", best_of=(1,)),
         *_refused("it is a field of chat completions", top_logprobs=(0,)),
         *_refused(

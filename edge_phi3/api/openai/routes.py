@@ -58,7 +58,7 @@ class _CompletionAnswer(Answer):
     def choice(
         self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None
     ) -> schemas.CompletionChoice:
-        logprobs = None if tokens is None else completion_logprobs(self.pipeline, tokens)
+        logprobs = None if tokens is None else completion_logprobs(self.pipeline, tokens, whole=self._scores)
         return schemas.CompletionChoice(index, text, reason, logprobs)
 
     def chunk(self, choices: list[schemas.CompletionChoice], usage: UsageField) -> schemas.Completion:

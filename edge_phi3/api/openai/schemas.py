@@ -104,8 +104,8 @@ class CompletionLogprobs(Struct):
     """Log-probabilities of a completion's tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: Annotated[list[float | None], about("null for the first token of a prompt.")]
+    top_logprobs: Annotated[list[dict[str, float] | None], about("Likewise.")]
     text_offset: list[int]
 
 

@@ -69,8 +69,13 @@ def chat_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogpr
     )
 
 
-def completion_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogprobs]) -> CompletionLogprobs:
-    """Return them in the shape of completions, whose likeliest tokens always hold the chosen one."""
+def completion_logprobs(
+    pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogprobs], *, whole: bool = False
+) -> CompletionLogprobs:
+    """Return them in the shape of completions, whose likeliest tokens always hold the chosen one.
+
+    With `whole` the first token is a prompt's, which follows none: it has no log-probability.
+    """
     found = CompletionLogprobs([], [], [], [])
     for start, token in placed:
         text = _text(pipeline.token_bytes(token.token_id))
@@ -83,6 +88,8 @@ def completion_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[Place
             top.setdefault(_text(pipeline.token_bytes(other)), _finite(logprob))
         top.setdefault(text, _finite(token.logprob))
         found.top_logprobs.append(top)
+    if whole:
+        found.token_logprobs[0] = found.top_logprobs[0] = None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,10 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
     if not isinstance(prompt.get("prompt", ""), str):
         service.check_tokens(prompt["prompt"], "prompt")
     top, candidates = _top_logprobs(request), candidates_of(request)
-    kwargs = _generation_kwargs(service, request)
+    kwargs, scored = _generation_kwargs(service, request), scores_prompts(request)
+    only_scored = scored and kwargs["max_new_tokens"] == 0
+    if only_scored:
+        kwargs["max_new_tokens"] = 1
     if request.truncate_prompt_tokens is not None:
         prompt["truncate"] = _truncation(service, request, kwargs["max_new_tokens"])
     prepared = service.prepare(
@@ -61,9 +65,19 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
     )
     if prepared.config.top_logprobs is not None and prepared.config.is_beam_search:
         raise InvalidRequestError("`logprobs` and `best_of` are not supported with `num_beams` above 1.")
+    if scored:
+        prepared = dataclasses.replace(prepared, scored=top, only_scored=only_scored)
     if request.response_format is not None:
         return _formatted(service, prepared, request.response_format)
     return prepared
+
+
+def scores_prompts(request: ChatCompletionRequest | CompletionRequest) -> bool:
+    """Return whether the log-probabilities of the prompts' own tokens are wanted."""
+    wanted = isinstance(request, CompletionRequest) and bool(request.echo) and request.logprobs is not None
+    if wanted and request.stream:
+        raise InvalidRequestError("`echo` with `logprobs` is not supported in a stream.")
+    return wanted
 
 
 def candidates_of(request: SamplingFields) -> int | None:
@@ -168,8 +182,10 @@ def _most_tokens(request: ChatCompletionRequest | CompletionRequest) -> int | No
     """Return the most tokens of an answer, or None for what there is room for."""
     for name in ("n_predict", "max_completion_tokens", "max_tokens"):
         value: int | None = getattr(request, name)
-        if value == 0:
-            raise InvalidRequestError(f"`{name}` must be an integer >= 1, or -1 for what the context leaves.")
+        if value == 0 and not scores_prompts(request):
+            raise InvalidRequestError(
+                f"`{name}` must be an integer >= 1, or -1 for what the context leaves, or 0 with `echo` and `logprobs`."
+            )
         if value is not None:
             return None if value < 0 else value
     return None if isinstance(request, ChatCompletionRequest) else DEFAULT_MAX_TOKENS
@@ -232,8 +248,6 @@ def _top_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | N
         if request.top_logprobs and not request.logprobs:
             raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
         return request.top_logprobs or 0 if request.logprobs else None
-    if request.logprobs is not None and request.echo:
-        raise InvalidRequestError("`logprobs` is not supported with `echo`: those of the prompt are not computed.")
     return request.logprobs
 
 

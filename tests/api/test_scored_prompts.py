@@ -1,0 +1,142 @@
+"""`echo` with `logprobs`: how likely the model holds the tokens of prompts, as lm-evaluation-harness asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edge_phi3.api.openai.shown import _text
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.options import ContextOptions
+from tests.api.conftest import PROMPT, Running
+
+LONGEST = 512
+TEXT = "<|user|>\nWhat does json.dumps do? \u2603\U0001f600 é<|end|>\n" * 6
+"""More tokens than have logits in one step, bytes of characters and special tokens among them."""
+LIST = [TEXT, "json.dumps", "a"]
+
+
+@pytest.fixture(scope="module")
+def own(api: Running) -> Iterator[Context]:
+    """A context of the service's model, all of whose tokens may have logits."""
+    options = ContextOptions(batch_size=LONGEST, threads=1, kv_cache_type="f32")
+    model = api.service.pipeline.engine.model.model
+    with contextlib.closing(Context(model, cells=LONGEST, sequences=1, settings=options, scored=LONGEST)) as context:
+        yield context
+
+
+def log_softmax(context: Context, tokens: list[int]) -> NDArray[np.float64]:
+    """Return the log-softmax of the model's own logits after each token of a prompt, decoded in one batch."""
+    count = len(tokens)
+    context.tokens[:count], context.positions[:count] = tokens, range(count)
+    context.seq_ids[:count], context.wants_logits[:count] = 0, 1
+    logits = context.decode(count, count).astype(np.float64)
+    context.clear()
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def asked(api: Running, prompt: Any, **more: Any) -> dict[str, Any]:
+    body = {"prompt": prompt, "echo": True, "logprobs": 3, "temperature": 0, "max_tokens": 1} | more
+    response = api.client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def tokens_of(api: Running, prompt: str | list[int]) -> list[int]:
+    found: list[int] = api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("several", "kind", "more"),
+    [
+        (False, "texts", {"max_tokens": 1, "logprobs": 1}),
+        (False, "tokens", {"max_tokens": 0, "logprobs": 0}),
+        (True, "texts", {"max_tokens": 0, "logprobs": 5}),
+        (True, "tokens", {"max_tokens": 1, "logprobs": 1}),
+    ],
+)
+def test_they_are_the_log_softmax_of_the_models_logits(
+    api: Running, own: Context, several: bool, kind: str, more: dict[str, int]
+) -> None:
+    by_tokens, max_tokens, top = kind == "tokens", more["max_tokens"], more["logprobs"]
+    pipeline, texts = api.service.pipeline, LIST if several else LIST[:1]
+    tokens = [tokens_of(api, text) for text in texts]
+    prompts: list[Any] = list(tokens if by_tokens else texts)
+    answer = asked(api, prompts if several else prompts[0], **more)
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, tokens))
+    assert answer["usage"]["completion_tokens"] == max_tokens * len(texts)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(texts)))
+    for choice, text, prompt in zip(answer["choices"], texts, tokens, strict=True):
+        told, right = choice["logprobs"], log_softmax(own, prompt)
+        ids = [*prompt, *right[-1:].argmax(axis=1).tolist()[:max_tokens]]
+        shown = [_text(pipeline.token_bytes(token)) for token in ids]
+        assert told["tokens"] == shown
+        assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
+        places = np.arange(len(ids) - 1)
+        assert told["token_logprobs"][1:] == pytest.approx(right[places, ids[1:]].tolist(), abs=1e-4)
+        for row, mine, token, likeliest in zip(
+            right, told["token_logprobs"][1:], shown[1:], told["top_logprobs"][1:], strict=False
+        ):
+            best = np.sort(row)[::-1][:top].tolist()
+            assert likeliest[token] >= mine
+            assert sorted(likeliest.values(), reverse=True)[: len(best)] == pytest.approx(best, abs=1e-4)
+            assert max(1, top) <= len(likeliest) <= top + 1
+        assert choice["text"].startswith(text if not by_tokens else pipeline.detokenize(ids[:1]))
+        assert told["text_offset"] == sorted(told["text_offset"])
+        assert told["text_offset"][0] == 0
+
+
+def test_offsets_are_those_of_the_text(api: Running) -> None:
+    """Of a text whose tokens spell it as it is."""
+    prompt = "json.dumps é\U0001f600 of it"
+    (choice,) = asked(api, prompt, max_tokens=3)["choices"]
+    told = choice["logprobs"]
+    whole = [(token, start) for token, start in zip(told["tokens"], told["text_offset"], strict=True)]
+    assert whole[0] == (" j", 0)
+    for token, start in whole[1:]:
+        assert token.startswith("bytes:") or choice["text"][start:].startswith(token)
+    assert {choice["text"][start] for token, start in whole if token.startswith("bytes:")} >= {"\U0001f600"}
+
+
+def test_every_token_is_told_also_one_that_ends_the_answer(api: Running) -> None:
+    end = api.service.pipeline.engine.model.defaults.eos_token_ids[0]
+    (choice,) = asked(api, PROMPT, logit_bias={str(end): 100})["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["text"] == PROMPT
+    assert len(choice["logprobs"]["tokens"]) == len(tokens_of(api, PROMPT)) + 1
+    assert choice["logprobs"]["text_offset"][-1] == len(PROMPT)
+
+
+def test_a_prompt_is_scored_once_for_several_answers(api: Running) -> None:
+    before = api.service.pipeline.engine.stats().prompt_tokens_total
+    first, *others = asked(api, PROMPT, n=3, temperature=1, seed=1, max_tokens=8)["choices"]
+    count = len(tokens_of(api, PROMPT))
+    assert api.service.pipeline.engine.stats().prompt_tokens_total == before + count
+    scored = [choice["logprobs"]["token_logprobs"] for choice in (first, *others)]
+    assert {tuple(each[:count]) for each in scored} == {tuple(scored[0][:count])}
+    assert len({tuple(each[count:]) for each in scored}) == 3
+
+
+def test_its_cells_are_left_for_others_and_not_taken_from_them(api: Running) -> None:
+    text = "Not asked before: " + TEXT[:80]
+    details = "prompt_tokens_details"
+    cached = [asked(api, text, **more)["usage"][details]["cached_tokens"] for more in ({}, {"logprobs": None}, {})]
+    assert cached[0] == cached[2] == 0 < cached[1]
+
+
+def test_a_stop_text_cuts_the_answer_and_not_the_prompt(api: Running) -> None:
+    free = asked(api, "json.dumps", max_tokens=20)["choices"][0]
+    new = free["text"].removeprefix("json.dumps")
+    (cut,) = asked(api, "json.dumps", max_tokens=20, stop=["json", new[8:11]])["choices"]
+    assert (cut["text"], cut["finish_reason"]) == ("json.dumps" + new[:8], "stop")
+    count = len(cut["logprobs"]["tokens"])
+    assert len(tokens_of(api, "json.dumps")) < count < len(free["logprobs"]["tokens"])
+    assert cut["logprobs"]["text_offset"] == free["logprobs"]["text_offset"][:count]

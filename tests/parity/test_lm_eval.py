@@ -1,0 +1,100 @@
+"""lm-evaluation-harness finds the same log-likelihoods on a service as with its own Hugging Face backend.
+
+    TORCH_PYTHON=~/torch/bin/python pytest -m parity tests/parity/test_lm_eval.py
+
+The interpreter needs lm-eval[api] beside torch and transformers 4.49.0 (0.4.9.1: later ones want a later transformers).
+Weights are F32 on both sides. Texts end in front of the sliding window and far behind it, those of the 128k kind in
+front of the original context and behind it, where the long rotary factors hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_phi3.bench.quants import evaluation_text
+from edge_phi3.conversion.convert import convert
+from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.golden.checkpoints import long_context, write_checkpoint
+from tests.parity.conftest import Peers
+from tests.support.service_requests import WORDS
+from tests.support.services import serving
+
+pytestmark = pytest.mark.parity
+
+TASK = """\
+task: texts
+dataset_path: json
+dataset_kwargs: {data_files: {test: texts.json}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{context}}"
+doc_to_target: "{{continuation}}"
+target_delimiter: ""
+metric_list: [{metric: acc}]
+"""
+TEXTS, TOLERANCE = 200, 1e-3
+EXACT = ("--kv-cache-type", "f32", "--window-chunk", "1", "--threads", "1")
+
+
+def texts_of(kind: str) -> Iterator[dict[str, str]]:
+    """Yield contexts and continuations of up to 60 words, some of them as long as matters for a kind of model."""
+    chance = random.Random(kind)
+    words = evaluation_text().split(" ") if kind == "demo" else chance.choices(WORDS, k=6000)
+    # About the tokens of a word of the demo model's: 2.5; of the random one's: 1.
+    lengths = [900, 1000, 1150, 1250] if kind == "demo" else [2500, 4000, 4030, 4150, 5000]
+    for number in range(TEXTS):
+        length = lengths[number] if number < len(lengths) else chance.randint(1, 150)
+        start = chance.randint(0, len(words) - length - 60)
+        end = start + length
+        continuation = " ".join(words[end : end + chance.randint(1, 60)])
+        yield {"context": " ".join(words[start:end]), "continuation": " " + continuation}
+
+
+def evaluate(peers: Peers, folder: Path, name: str, backend: str, **options: Any) -> list[tuple[float, bool]]:
+    """Return the log-likelihood of each continuation, and whether its tokens are the likeliest."""
+    given = ",".join(f"{key}={value}" for key, value in options.items())
+    arguments = ["-m", "lm_eval", "--model", backend, "--model_args", given, "--tasks", "texts", "--include_path", "."]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    ended = subprocess.run(
+        [peers.torch(), *arguments, "--output_path", name, "--log_samples", "--batch_size", "1"],
+        cwd=folder, env=offline, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (samples,) = (folder / name).rglob("samples_texts_*.jsonl")
+    lines = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda line: line["doc_id"])
+    return [(float(logprob), greedy in {True, "True"}) for line in lines for ((logprob, greedy),) in line["resps"]]
+
+
+@pytest.mark.parametrize("kind", ["demo", "128k"])
+def test_loglikelihoods_are_those_of_its_own_backend(kind: str, peers: Peers, tmp_path: Path) -> None:
+    if subprocess.run([peers.torch(), "-c", "import lm_eval.models"], capture_output=True, check=False).returncode:
+        pytest.skip("lm-eval is missing; pip install 'lm-eval[api]' for the interpreter that TORCH_PYTHON names")
+    (tmp_path / "texts.yaml").write_text(TASK, encoding="utf-8")
+    (tmp_path / "texts.json").write_text(json.dumps([*texts_of(kind)]), encoding="utf-8")
+    checkpoint, longest = DEMO_CHECKPOINT, 4096
+    if kind != "demo":
+        checkpoint, longest = write_checkpoint(tmp_path / "checkpoint", gain=2.0, **long_context()), 8192
+    theirs = evaluate(
+        peers, tmp_path, "theirs", "hf", pretrained=checkpoint, dtype="float32", attn_implementation="eager",
+        max_length=longest, device="cpu",
+    )  # fmt: skip
+    model = convert(checkpoint, tmp_path / "model.gguf", outtype="f32").path
+    with serving(tmp_path, str(model), "--ctx-size", str(longest), *EXACT) as server:
+        address = f"{server.url}/v1/completions"
+        ours = evaluate(
+            peers, tmp_path, "ours", "local-completions", model="phi-3", base_url=address, tokenizer=checkpoint,
+            max_length=longest, num_concurrent=4,
+        )  # fmt: skip
+    assert len(ours) == len(theirs) == TEXTS
+    apart = [abs(one - other) for (one, _), (other, _) in zip(ours, theirs, strict=True)]
+    print(f"{kind}: the log-likelihoods of {TEXTS} texts differ by {max(apart):.1e} at most")
+    assert max(apart) < TOLERANCE
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
