@@ -139,7 +139,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     machine = Machine.here()
     before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
-    settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH)
+    settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH, scored=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
     started = time.perf_counter()
     model = Model(settings.model_path, n_gpu_layers=layers)

@@ -1,6 +1,6 @@
 """The tokenizer files of a checkpoint -> the vocabulary of a GGUF.
 
-Pieces and scores come from ``tokenizer.model``; ``added_tokens.json``, ``tokenizer_config.json`` and
+Pieces and scores come from ``tokenizer.model``, or a byte-level vocabulary from ``tokenizer.json``; ``added_tokens.json``, ``tokenizer_config.json`` and
 ``tokenizer.json`` add and retype tokens, in this order; ids that none of them fills become unused
 ``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, one of our own is written:
 
@@ -16,12 +16,15 @@ import collections
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import gguf
 import msgspec
 
+from edge_phi3 import byte_level
+from edge_phi3.conversion.byte_level_tokens import Words, is_byte_level, read_words, token_type
 from edge_phi3.conversion.checkpoint import read_json, typed
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.sentencepiece import ModelType, PieceType, read_sentencepiece
@@ -74,12 +77,16 @@ class _FastTokenizer(msgspec.Struct):
     model: Any = None
     normalizer: Any = None
     pre_tokenizer: Any = None
+    post_processor: Any = None
     added_tokens: list[_ListedToken] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id."""
+    """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id.
+
+    `words` is how a byte-level one finds words, None for SentencePiece's, where alone scores count.
+    """
 
     folder: Path
     tokens: list[str]
@@ -87,13 +94,17 @@ class Vocabulary:
     types: list[int]
     added: dict[int, AddedToken]
     add_special: dict[str, bool]
+    words: Words | None = None
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, the chat template among them, and ours."""
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
+        writer.add_tokenizer_model(byte_level.MODEL if self.words else "llama")
+        writer.add_tokenizer_pre(self.words.pre if self.words else "default")
         writer.add_token_list(self.tokens)
-        writer.add_token_scores(self.scores)
+        if self.words:
+            self.words.write_metadata(writer)
+        else:
+            writer.add_token_scores(self.scores)
         writer.add_token_types(self.types)
         self._write_special_tokens(writer)
         flags = ("content", "special", "lstrip", "rstrip")
@@ -109,7 +120,7 @@ class Vocabulary:
         level = log.level
         log.setLevel(logging.ERROR)
         try:
-            special = gguf.SpecialVocab(self.folder, n_vocab=len(self.tokens))
+            special = gguf.SpecialVocab(self.folder, load_merges=self.words is not None, n_vocab=len(self.tokens))
             # As in transformers, where the configuration's word counts and not the post-processor's.
             special.add_special_token |= self.add_special
             special.add_to_gguf(writer, quiet=True)
@@ -123,10 +134,12 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the tokenizer files in `folder` for a model whose embedding has `vocab_size` rows."""
     config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
     fast = _read(folder / "tokenizer.json", _FastTokenizer)
+    if fast is not None and is_byte_level(fast.pre_tokenizer):
+        return _byte_level_vocabulary(folder, config, fast, vocab_size)
     if (config.tokenizer_class or "").startswith("GPT2Tokenizer"):
         raise UnsupportedModelError(
-            "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4; only Phi-3's, "
-            "a LlamaTokenizer, can be converted."
+            "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4, whose byte-level tokenizer.json is "
+            "needed."
         )
     model = read_sentencepiece(folder / "tokenizer.model")
     if model.model_type is not ModelType.BPE:
@@ -145,22 +158,48 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     scores = [piece.score for piece in model.pieces] + [_UNUSED_SCORE] * unused
     types = [int(piece.type) for piece in model.pieces] + [int(PieceType.UNUSED)] * unused
     added = _added_tokens(folder, config, fast)
+    _check_ids({token.content: token_id for token_id, token in added.items()}, vocab_size)
     for token_id, token in added.items():
-        if not 0 <= token_id < vocab_size:
-            raise CheckpointError(
-                f"The token {token.content!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
-            )
         tokens[token_id] = token.content
         scores[token_id] = _ADDED_SCORE
         types[token_id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
-    if len(set(tokens)) < vocab_size:
-        twice = collections.Counter(tokens).most_common(1)[0][0]
-        raise CheckpointError(f"The vocabulary has the token {twice!r} twice.")
+    _refuse_what_is_there_twice(tokens)
     if missing := [text for text in _REQUIRED_TOKENS if text not in tokens]:
         raise CheckpointError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
     add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
     stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
     return Vocabulary(folder, tokens, scores, types, added, stated)
+
+
+def _byte_level_vocabulary(folder: Path, config: _TokenizerConfig, fast: _FastTokenizer, vocab_size: int) -> Vocabulary:
+    words = read_words(msgspec.structs.asdict(fast))
+    added = _added_tokens(folder, config, fast)
+    texts = {**words.ids, **{token.content: token_id for token_id, token in added.items()}}
+    _check_ids(texts, vocab_size)
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [int(PieceType.UNUSED)] * vocab_size
+    for text, token_id in words.ids.items():
+        tokens[token_id], types[token_id] = text, int(PieceType.NORMAL)
+    for token_id, token in added.items():
+        tokens[token_id], types[token_id] = token.content, int(token_type(token.content, special=token.special))
+    _refuse_what_is_there_twice(tokens)
+    # GPT2Tokenizer puts nothing in front of a text, whatever its configuration says.
+    stated = {"bos": False} if config.add_bos_token else {}
+    return Vocabulary(folder, tokens, [], types, added, stated, words)
+
+
+def _check_ids(ids: Mapping[str, int], vocab_size: int) -> None:
+    for text, token_id in ids.items():
+        if not 0 <= token_id < vocab_size:
+            raise CheckpointError(
+                f"The token {text!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
+            )
+
+
+def _refuse_what_is_there_twice(tokens: list[str]) -> None:
+    if len(set(tokens)) < len(tokens):
+        twice = collections.Counter(tokens).most_common(1)[0][0]
+        raise CheckpointError(f"The vocabulary has the token {twice!r} twice.")
 
 
 def _read(path: Path, kind: type[_T]) -> _T | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,8 @@ class TokenOffsets:
     def push(self, token: TokenLogprobs) -> list[PlacedLogprobs]:
         """Take the next token, and return those whose offsets have become certain."""
         token_id = token.token_id
+        if self._tokenizer.byte_level:
+            return self._push_bytes(token)
         text = self._decoder.push([token_id])
         if not self._decoder.shows(token_id):
             return []
@@ -53,6 +56,18 @@ class TokenOffsets:
         self._position += len(text)
         own = len(self._tokenizer.bytes_of(token_id).decode())
         return [*placed, PlacedLogprobs(max(0, self._position - own), token)]
+
+    def _push_bytes(self, token: TokenLogprobs) -> list[PlacedLogprobs]:
+        """Take the next token of a byte-level vocabulary: its first byte goes on with a character, or begins one."""
+        raw, open_, start = self._tokenizer.bytes_of(token.token_id), self._decoder.held, self._position
+        self._position += len(self._decoder.push([token.token_id]))
+        if not self._decoder.shows(token.token_id):
+            return []
+        try:
+            codecs.utf_8_decode(open_ + raw[:1], "strict", False)
+        except UnicodeDecodeError:
+            start += bool(open_)  # what was open is a character that stands for none
+        return [PlacedLogprobs(max(0, start), token)]
 
     def finish(self) -> list[PlacedLogprobs]:
         """Return the tokens that were held back, when their run has ended."""

@@ -1,11 +1,13 @@
 """Text to tokens and back, as the checkpoint's own ``tokenizer.json`` does it.
 
-Encoding is llama.cpp's; decoding follows the decoder chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse,
-Strip one leading space) of Hugging Face ``tokenizers``, which differs from llama.cpp's in bytes that are no UTF-8.
+Decoding follows the decoder chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse, Strip one leading space) or,
+for a byte-level vocabulary, ByteLevel of Hugging Face ``tokenizers``, which differ from llama.cpp's in bytes that are no
+UTF-8.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 import functools
 import re
@@ -17,12 +19,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3 import byte_level
+from edge_phi3.engine.family import Family, family_of
 from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
-_UNUSED, _CONTROL = 1 << 1, 1 << 3
-_PHI3_NOT_SPECIAL = frozenset({"</s>"})
-_PHI3_KEEP_SPACE = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+_UNUSED, _CONTROL, _USER_DEFINED = 1 << 1, 1 << 3, 1 << 4
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
 
@@ -72,7 +75,9 @@ class Tokenizer:
     """The vocabulary of a loaded model.
 
     Attributes:
-        byte_of: the byte of each token that stands for one.
+        byte_level: whether all tokens stand for bytes.
+        byte_of: the byte of each token that stands for one, or those of each that is no text by itself.
+        family: the rules of models with such a vocabulary.
         unused_ids: ids without a token.
         control_ids: tokens that llama.cpp takes for no text.
         special_ids: tokens that an answer's text leaves out.
@@ -82,21 +87,26 @@ class Tokenizer:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.vocab_size = model.vocab_size
+        self.byte_level = model.vocabulary == byte_level.MODEL
         self._texts: list[str] = []
-        self.byte_of: dict[int, int] = {}
+        self.byte_of: dict[int, bytes] = {}
         for token, piece in enumerate(model.pieces):
-            if byte := _BYTE.fullmatch(piece):
-                self.byte_of[token] = int(byte[1], 16)
-            self._texts.append(piece.decode("utf-8", errors="replace").replace("▁", " "))
+            text, raw = _byte_level_text(piece) if self.byte_level else _sentencepiece_text(piece)
+            if raw:
+                self.byte_of[token] = raw
+            self._texts.append(text)
         self.unused_ids = frozenset(np.flatnonzero(model.attributes & _UNUSED).tolist())
         control = np.flatnonzero(model.attributes & _CONTROL).tolist()
         self.control_ids = frozenset(control)
-        self._special_by_text = {self._texts[token]: token for token in control}
+        self._special_by_text = {model.pieces[token].decode("utf-8", errors="replace"): token for token in control}
+        self.family = family_of(self._special_by_text)
         described = model.metadata("edge_phi3.tokenizer.added_tokens")
         if described:
             added = msgspec.json.decode(described, type=list[AddedToken])
         else:
-            added = _phi3_added_tokens(self._special_by_text)
+            added = _added_tokens_of(self.family, self._special_by_text)
+            others = np.flatnonzero(model.attributes & (_USER_DEFINED | _CONTROL) == _USER_DEFINED).tolist()
+            added += [AddedToken(each, self._texts[each], False, False, False) for each in others]
         self.special_ids = frozenset(token.id for token in added if token.special)
         odd = self.unused_ids | self.byte_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
@@ -118,6 +128,14 @@ class Tokenizer:
         ]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of the tokens that the model file gives a role, by their names in chat templates."""
+        given = {role: self._model.metadata(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
+        ids = {"bos_token": self._model.bos_token_id, "eos_token": self._model.eos_token_id}
+        ids |= {role: int(text) for role, text in given.items() if text}
+        return {role: self._texts[token] for role, token in ids.items() if 0 <= token < len(self._texts)}
+
     def special_token(self, text: str) -> int | None:
         """Return the id of the special token with this text, or None."""
         return self._special_by_text.get(text)
@@ -126,16 +144,16 @@ class Tokenizer:
     def token_texts(self) -> list[str | None]:
         """The text of each token by itself: ``�`` for a byte that is no character, None for an unused id."""
         texts: list[str | None] = list(self._texts)
-        for token, byte in self.byte_of.items():
-            texts[token] = bytes([byte]).decode("utf-8", errors="replace")
+        for token, raw in self.byte_of.items():
+            texts[token] = raw.decode("utf-8", errors="replace")
         for token in self.unused_ids:
             texts[token] = None
         return texts
 
     def bytes_of(self, token: int) -> bytes:
         """Return what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
-        byte = self.byte_of.get(token)
-        return self._texts[token].encode() if byte is None else bytes([byte])
+        raw = self.byte_of.get(token)
+        return self._texts[token].encode() if raw is None else raw
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens, as ``tokenizer.decode`` does."""
@@ -153,11 +171,30 @@ class Tokenizer:
         return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)
 
 
-def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
-    """Return the flags of special tokens in Phi-3's tokenizer_config.json, for GGUFs that do not carry them."""
+def _sentencepiece_text(piece: bytes) -> tuple[str, bytes]:
+    """Return the text of a piece, and the byte that it stands for, if it does."""
+    byte = _BYTE.fullmatch(piece)
+    return piece.decode("utf-8", errors="replace").replace("▁", " "), bytes([int(byte[1], 16)]) if byte else b""
+
+
+def _byte_level_text(piece: bytes) -> tuple[str, bytes]:
+    """Return the text of a token, and its bytes if they are no text by themselves."""
+    raw = byte_level.bytes_of(piece.decode("utf-8", errors="replace"))
+    try:
+        return raw.decode(), b""
+    except UnicodeDecodeError:
+        return raw.decode(errors="replace"), raw
+
+
+def _added_tokens_of(family: Family, control: Mapping[str, int]) -> list[AddedToken]:
+    """Return the flags that special tokens have in a family's tokenizer_config.json."""
     return [
         AddedToken(
-            token, text, special=text not in _PHI3_NOT_SPECIAL, lstrip=False, rstrip=text not in _PHI3_KEEP_SPACE
+            token,
+            text,
+            special=text not in family.not_special,
+            lstrip=family.lstrip and text not in family.keeps_space,
+            rstrip=family.rstrip and text not in family.keeps_space,
         )
         for text, token in control.items()
     ]
@@ -166,7 +203,8 @@ def _phi3_added_tokens(control: Mapping[str, int]) -> list[AddedToken]:
 class StreamDecoder:
     """Decodes tokens as they come. The pieces, joined, are what `Tokenizer.decode` returns for all tokens at once.
 
-    A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends.
+    A run of byte tokens is one text only when it is UTF-8 as a whole, so it is held back until the run ends. In a
+    byte-level vocabulary only what is no character becomes U+FFFD, and only an incomplete character is held back.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -196,9 +234,13 @@ class StreamDecoder:
         begin = 0
         for odd in [index for index, text in enumerate(found) if text is None]:
             self._take(found[begin:odd], pieces)
-            byte = self._tokenizer.byte_of.get(tokens[odd])
-            if byte is not None and self.shows(tokens[odd]):
-                self._run += bytes((byte,))
+            raw = self._tokenizer.byte_of.get(tokens[odd])
+            if raw is not None and self.shows(tokens[odd]):
+                self._run += raw
+                if self._tokenizer.byte_level:
+                    text, used = codecs.utf_8_decode(self._run, "replace", False)
+                    pieces.append(text)
+                    self._run = self._run[used:]
             begin = odd + 1
         self._take(found[begin:], pieces)
         return self._strip("".join(pieces))
@@ -219,10 +261,10 @@ class StreamDecoder:
         try:
             return run.decode("utf-8")
         except UnicodeDecodeError:
-            return "\ufffd" * len(run)
+            return run.decode(errors="replace") if self._tokenizer.byte_level else "\ufffd" * len(run)
 
     def _strip(self, text: str) -> str:
-        if self._begun or not text:
+        if self._begun or not text or self._tokenizer.byte_level:
             return text
         self._begun = True
         return text.removeprefix(" ")

@@ -34,6 +34,7 @@ class Context:
         cells: KV cells.
         sequences: how many sequence ids there are, from 0.
         batch_size: how many tokens one call of `decode` takes at most.
+        outputs: how many of them have logits at most.
         tokens: the batch's token ids, int32, shape ``(batch_size,)``.
         positions: their positions, int32.
         seq_ids: their sequences, int32.
@@ -72,6 +73,7 @@ class Context:
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
         self.batch_size: int = params.n_batch
+        self.outputs: int = params.n_outputs_max
         self._allocate_batch(self.batch_size)
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
@@ -119,6 +121,7 @@ class Context:
         Raises:
             DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.
         """
+        assert rows <= self.outputs, "llama.cpp would end the process"
         self._batch.n_tokens = count
         if not self.offloaded:
             beside()
@@ -203,7 +206,9 @@ def context_parameters(*, cells: int, sequences: int, settings: ContextOptions) 
     params.n_ctx = cells
     params.n_seq_max = sequences + 1
     # Each sequence's next token fits one batch; llama.cpp ends the process if there is no room for one output of each.
-    params.n_batch = params.n_ubatch = params.n_outputs_max = max(settings.batch_size, params.n_seq_max)
+    params.n_batch = params.n_ubatch = max(settings.batch_size, params.n_seq_max)
+    # Logits of a whole batch would take 391 MiB more for 512 tokens of a vocabulary of 200,064.
+    params.n_outputs_max = min(params.n_batch, max(settings.parallel + settings.scored, params.n_seq_max))
     params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
     params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
     params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]

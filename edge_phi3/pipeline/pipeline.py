@@ -26,7 +26,7 @@ from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import TokenLogprobs
 from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
-from edge_phi3.pipeline.prompt import PHI3_CHAT_TEMPLATE, ChatTemplate, PreparedPrompt, PromptError
+from edge_phi3.pipeline.prompt import ChatTemplate, PreparedPrompt, PromptError
 
 
 class ModelCard(Struct, frozen=True):
@@ -59,7 +59,8 @@ class TextGenerationPipeline:
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-        self._template = ChatTemplate(model.chat_template or PHI3_CHAT_TEMPLATE)
+        template = model.chat_template or self._tokenizer.family.chat_template
+        self._template = ChatTemplate(template, self._tokenizer.special_tokens)
 
     # -- text to tokens
 

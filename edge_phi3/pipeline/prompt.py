@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -19,16 +20,7 @@ from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
 
-PHI3_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-"""Phi-3's chat format, for model files that carry no template."""
-
 _ROLES = ("system", "user", "assistant")
-_TEMPLATE_TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 
 
 class PromptError(EdgePhi3Error):
@@ -61,9 +53,15 @@ class PreparedPrompt:
 
 
 class ChatTemplate:
-    """A chat template in Jinja."""
+    """A chat template in Jinja.
 
-    def __init__(self, source: str) -> None:
+    Args:
+        source: the template.
+        special_tokens: what it finds as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._special_tokens = special_tokens
         self._template = _compile(source)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -74,7 +72,7 @@ class ChatTemplate:
         continued = messages[-1]["role"] == "assistant"
         try:
             text: str = self._template.render(
-                messages=messages, add_generation_prompt=not continued, **_TEMPLATE_TOKENS
+                messages=messages, add_generation_prompt=not continued, **self._special_tokens
             )
         except jinja2.TemplateError as error:
             raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
