@@ -98,9 +98,7 @@ def read_rope(config: dict[str, Any], head_size: int, context: int) -> Rope:
         theta=float(rope["rope_theta"]),
         dimensions=dimensions,
         original_context=original,
-        longrope=_longrope(rope, dimensions // 2, context / original, original)
-        if "longrope" in kinds.values()
-        else None,
+        longrope=_longrope(rope, dimensions // 2, context / original, original) if longrope else None,
         notes=_notes(stated, kinds),
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from typing import NamedTuple
 
 import numpy as np
@@ -59,15 +58,10 @@ class TokenOffsets:
 
     def _push_bytes(self, token: TokenLogprobs) -> list[PlacedLogprobs]:
         """Take the next token of a byte-level vocabulary: its first byte goes on with a character, or begins one."""
-        raw, open_, start = self._tokenizer.bytes_of(token.token_id), self._decoder.held, self._position
+        first = self._decoder.held + self._tokenizer.bytes_of(token.token_id)[:1]
+        start = self._position + len(first.decode(errors="replace")) - 1
         self._position += len(self._decoder.push([token.token_id]))
-        if not self._decoder.shows(token.token_id):
-            return []
-        try:
-            codecs.utf_8_decode(open_ + raw[:1], "strict", False)
-        except UnicodeDecodeError:
-            start += bool(open_)  # what was open is a character that stands for none
-        return [PlacedLogprobs(max(0, start), token)]
+        return [PlacedLogprobs(max(0, start), token)] if self._decoder.shows(token.token_id) else []
 
     def finish(self) -> list[PlacedLogprobs]:
         """Return the tokens that were held back, when their run has ended."""

@@ -1,8 +1,7 @@
 """Text to tokens and back, as the checkpoint's own ``tokenizer.json`` does it.
 
-Decoding follows the decoder chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse, Strip one leading space) or,
-for a byte-level vocabulary, ByteLevel of Hugging Face ``tokenizers``, which differ from llama.cpp's in bytes that are no
-UTF-8.
+Decoding follows the decoders of Hugging Face ``tokenizers``, which differ from llama.cpp's in bytes that are no UTF-8:
+the chain of Phi-3's tokenizer (Replace ``▁``, ByteFallback, Fuse, Strip one leading space), or ByteLevel.
 """
 
 from __future__ import annotations
@@ -76,7 +75,8 @@ class Tokenizer:
 
     Attributes:
         byte_level: whether all tokens stand for bytes.
-        byte_of: the byte of each token that stands for one, or those of each that is no text by itself.
+        byte_of: the byte of each token of SentencePiece that stands for one.
+        raw_of: the bytes of each token that is no text by itself.
         family: the rules of models with such a vocabulary.
         unused_ids: ids without a token.
         control_ids: tokens that llama.cpp takes for no text.
@@ -89,11 +89,19 @@ class Tokenizer:
         self.vocab_size = model.vocab_size
         self.byte_level = model.vocabulary == byte_level.MODEL
         self._texts: list[str] = []
-        self.byte_of: dict[int, bytes] = {}
+        self.byte_of: dict[int, int] = {}
+        self.raw_of: dict[int, bytes] = {}
         for token, piece in enumerate(model.pieces):
-            text, raw = _byte_level_text(piece) if self.byte_level else _sentencepiece_text(piece)
-            if raw:
-                self.byte_of[token] = raw
+            if self.byte_level:
+                raw = byte_level.bytes_of(piece.decode("utf-8", errors="replace"))
+                text = raw.decode("utf-8", errors="replace")
+                if text.encode() != raw:
+                    self.raw_of[token] = raw
+            else:
+                text = piece.decode("utf-8", errors="replace").replace("▁", " ")
+                if byte := _BYTE.fullmatch(piece):
+                    self.byte_of[token] = int(byte[1], 16)
+                    self.raw_of[token] = bytes([self.byte_of[token]])
             self._texts.append(text)
         self.unused_ids = frozenset(np.flatnonzero(model.attributes & _UNUSED).tolist())
         control = np.flatnonzero(model.attributes & _CONTROL).tolist()
@@ -108,7 +116,7 @@ class Tokenizer:
             others = np.flatnonzero(model.attributes & (_USER_DEFINED | _CONTROL) == _USER_DEFINED).tolist()
             added += [AddedToken(each, self._texts[each], False, False, False) for each in others]
         self.special_ids = frozenset(token.id for token in added if token.special)
-        odd = self.unused_ids | self.byte_of.keys()
+        odd = self.unused_ids | self.raw_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
         self._splitter = AddedTokenSplitter(added)
@@ -144,7 +152,7 @@ class Tokenizer:
     def token_texts(self) -> list[str | None]:
         """The text of each token by itself: ``�`` for a byte that is no character, None for an unused id."""
         texts: list[str | None] = list(self._texts)
-        for token, raw in self.byte_of.items():
+        for token, raw in self.raw_of.items():
             texts[token] = raw.decode("utf-8", errors="replace")
         for token in self.unused_ids:
             texts[token] = None
@@ -152,7 +160,7 @@ class Tokenizer:
 
     def bytes_of(self, token: int) -> bytes:
         """Return what a token adds to a text inside a sentence, in UTF-8 or a part of it."""
-        raw = self.byte_of.get(token)
+        raw = self.raw_of.get(token)
         return self._texts[token].encode() if raw is None else raw
 
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -169,21 +177,6 @@ class Tokenizer:
         decoder = StreamDecoder(self)
         certain = decoder.push(tokens.tolist())
         return DecodedPrompt(certain, certain + decoder.copy().finish(), decoder)
-
-
-def _sentencepiece_text(piece: bytes) -> tuple[str, bytes]:
-    """Return the text of a piece, and the byte that it stands for, if it does."""
-    byte = _BYTE.fullmatch(piece)
-    return piece.decode("utf-8", errors="replace").replace("▁", " "), bytes([int(byte[1], 16)]) if byte else b""
-
-
-def _byte_level_text(piece: bytes) -> tuple[str, bytes]:
-    """Return the text of a token, and its bytes if they are no text by themselves."""
-    raw = byte_level.bytes_of(piece.decode("utf-8", errors="replace"))
-    try:
-        return raw.decode(), b""
-    except UnicodeDecodeError:
-        return raw.decode(errors="replace"), raw
 
 
 def _added_tokens_of(family: Family, control: Mapping[str, int]) -> list[AddedToken]:
@@ -234,7 +227,7 @@ class StreamDecoder:
         begin = 0
         for odd in [index for index, text in enumerate(found) if text is None]:
             self._take(found[begin:odd], pieces)
-            raw = self._tokenizer.byte_of.get(tokens[odd])
+            raw = self._tokenizer.raw_of.get(tokens[odd])
             if raw is not None and self.shows(tokens[odd]):
                 self._run += raw
                 if self._tokenizer.byte_level:

@@ -18,7 +18,6 @@ from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import initialise_backend, reason
 from edge_phi3.llama.ggml import metadata_text, metadata_texts
 
-
 _NORMAL = 1 << 2
 """Of ``enum llama_token_attr``."""
 

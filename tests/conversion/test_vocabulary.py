@@ -65,7 +65,7 @@ def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path) 
 
 
 UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
-    ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4"),
+    ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4, whose byte"),
     ("tokenizer.json", {"model": {"type": "Unigram"}}, UnsupportedModelError, "is not byte-pair encoding"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": 5}}}, CheckpointError, r"disagree on 'x' \(id 5\)"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": -1}}}, CheckpointError, r"disagree on 'x' \(id -1"),

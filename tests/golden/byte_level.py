@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from edge_phi3.byte_level import PATTERNS
 from tests.golden.vocabularies import AddedToken
 
@@ -69,16 +71,18 @@ PHI_4_MINI_REASONING = dataclasses.replace(
     PHI_4_MINI,
     template="{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|>' }}" + _PHI_4_MINI_TURNS,
 )
+_PHI_4_NAMED = {1: "<|endoftext|>", 2: "<|fim_prefix|>", 3: "<|fim_middle|>", 4: "<|fim_suffix|>"}
+_PHI_4_NAMED |= {8: "<|im_start|>", 9: "<|im_end|>", 10: "<|im_sep|>", 20: "<|endofprompt|>"}
+_PHI_4_DUMMIES = [place for place in range(96) if place not in _PHI_4_NAMED]
+_PHI_4_ADDED = _PHI_4_NAMED | {place: f"<|dummy_{number}|>" for number, place in enumerate(_PHI_4_DUMMIES)}
 PHI_4 = Style(
     pre="dbrx",
     base=100256,
-    added={0: "<|dummy_0|>", 1: "<|endoftext|>", 2: "<|fim_prefix|>", 3: "<|fim_middle|>", 4: "<|fim_suffix|>"}
-    | {5: "<|dummy_1|>", 8: "<|im_start|>", 9: "<|im_end|>", 10: "<|im_sep|>", 20: "<|endofprompt|>"}
-    | {94: "<|dummy_86|>", 95: "<|dummy_87|>"},
+    added=_PHI_4_ADDED,
     strips={"lstrip": True, "rstrip": True},
     keeps_space=(),
     not_special=(),
-    roles={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|dummy_87|>"},
+    roles={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": _PHI_4_ADDED[95]},
     ends=("<|endoftext|>", "<|im_end|>"),
     template=(
         "{% for message in messages %}{% if (message['role'] == 'system') %}{{'<|im_start|>system<|im_sep|>' + "
@@ -108,7 +112,7 @@ class ByteLevelVocabulary:
                 special=text not in style.not_special,
                 **({} if text in style.keeps_space else style.strips),
             )
-            for place, text in style.added.items()
+            for place, text in sorted(style.added.items())
         )
 
     def __len__(self) -> int:
@@ -139,7 +143,7 @@ class ByteLevelVocabulary:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(self.tokens)},
+            "vocab": {token: i for i, token in enumerate(self.tokens)} | self._added_behind_gaps(),
             "merges": [merge.split(" ") for merge in self.merges],
         }
         return {
@@ -153,6 +157,11 @@ class ByteLevelVocabulary:
             "decoder": byte_level | {"use_regex": True},
             "model": model,
         }
+
+    def _added_behind_gaps(self) -> dict[str, int]:
+        """Return the added tokens that do not follow another: `tokenizers` takes their ids from the vocabulary."""
+        ids = {token.id for token in self.added}
+        return {t.content: t.id for t in self.added if t.id - 1 not in ids and t.id != len(self.tokens)}
 
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files, and ``generation_config.json``."""
@@ -193,3 +202,13 @@ def small_vocabulary(style_name: str) -> ByteLevelVocabulary:
     alphabet = [chr(byte) for byte in visible] + [chr(0x100 + i) for i in range(256 - len(visible))]
     tokens = (*alphabet, *(merge.replace(" ", "") for merge in merges))
     return ByteLevelVocabulary(tokens, tuple(merges), globals()[style_name])
+
+
+def reference_tokenizer(folder: Path) -> Tokenizer:
+    """Return what ``tokenizer.json`` in a folder says, as `tokenizers` reads it.
+
+    Some versions of it number added tokens anew; whose ids stand in the vocabulary too keep them.
+    """
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    return Tokenizer.from_str(json.dumps(content))

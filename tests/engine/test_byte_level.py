@@ -1,0 +1,121 @@
+"""Byte-level vocabularies: texts become the tokens that tokenizer.json makes of them, and tokens those texts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Library
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.engine.token_offsets import TokenOffsets
+from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer
+from edge_phi3.generation.decoding import TokenLogprobs
+from edge_phi3.llama import ModelLoadError
+from edge_phi3.llama.model import Model, tokenize
+from tests.golden.byte_level import reference_tokenizer
+from tests.golden.family import write_member
+from tests.support.odd_texts import random_text
+
+RENAMED = (b"edge_phi3.tokenizer.added_tokens", b"edge_phi3.generation.config")
+
+
+class Member(NamedTuple):
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    library: Library
+    special: list[str]
+
+
+@pytest.fixture(scope="module", params=["phi-4-mini-instruct", "phi-4"])
+def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Member]:
+    folder = write_member(tmp_path_factory.mktemp("byte-level"), request.param, layers=1)
+    model = Model(convert(folder, folder / "model.gguf").path)
+    library = reference_tokenizer(folder)
+    special = [token.content for token in library.get_added_tokens_decoder().values()]
+    yield Member(request.param, model, Tokenizer(model), library, special)
+    model.close()
+
+
+def test_thousands_of_texts(member: Member) -> None:
+    chance = random.Random(20250227)
+    texts = [random_text(chance, member.special) for _ in range(5000)]
+    different = [text for text in texts if member.tokenizer.encode(text).tolist() != member.library.encode(text).ids]
+    assert different == []
+    # Without their meaning, special tokens are the characters that they are.
+    plain = random_text(random.Random(1), []) + member.special[-1]
+    expected = member.library.encode(member.special[-1] + " ").ids
+    assert member.tokenizer.encode(plain, parse_special=False).tolist()[-1] not in expected
+
+
+def test_llama_cpps_own_rules_are_not_those_of_phi_4_mini(member: Member) -> None:
+    """What is to be seen as long as texts are not encoded by llama.cpp."""
+    texts = ["schöÜn", "größe ÇA", "e\u0301te\u0301"]
+    alone = [tokenize(member.model._vocab, text).tolist() for text in texts]
+    equal = alone == [member.library.encode(text).ids for text in texts]
+    assert equal is (member.name == "phi-4"), "llama.cpp has mended this"
+
+
+def test_a_word_of_any_length_is_encoded(member: Member) -> None:
+    # llama.cpp's regular expressions overflow the stack.
+    for text in ("a" * 300_000, "\u0301" * 100_000, "😀" * 50_000, "\n" * 300_000, "1" * 300_000):
+        assert member.tokenizer.encode(text).tolist() == member.library.encode(text).ids
+    assert member.tokenizer.encode("\ud800a").tolist() == member.library.encode("?a").ids
+
+
+def random_ids(chance: random.Random, member: Member) -> list[int]:
+    ends = (256, member.tokenizer.vocab_size)
+    return [chance.randrange(chance.choice(ends)) for _ in range(chance.randrange(1, 14))]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_any_tokens_decode_as_in_the_library_whole_and_as_they_come(member: Member, skip: bool) -> None:
+    chance = random.Random(3)
+    for _ in range(3000):
+        tokens = random_ids(chance, member)
+        expected = member.library.decode(tokens, skip_special_tokens=skip)
+        assert member.tokenizer.decode(tokens, skip_special_tokens=skip) == expected
+        stream = StreamDecoder(member.tokenizer, skip_special_tokens=skip)
+        pieces = [stream.push([token]) for token in tokens]
+        assert "".join(pieces) + stream.finish() == expected
+
+
+def test_each_token_begins_with_the_character_of_its_first_byte(member: Member) -> None:
+    chance, tokenizer = random.Random(4), member.tokenizer
+    for _ in range(2000):
+        prompt, answer = random_ids(chance, member), random_ids(chance, member)
+        decoded = tokenizer.decode_prompt(np.array(prompt, np.int32))
+        placer = TokenOffsets(tokenizer, decoded)
+        placed = [found for token in answer for found in placer.push(TokenLogprobs(token, 0.0, []))] + placer.finish()
+        shown = [token for token in answer if token not in tokenizer.special_ids | tokenizer.unused_ids]
+        assert [found.logprobs.token_id for found in placed] == shown
+        data = decoded.certain.encode() + decoded.decoder.held
+        for found in placed:
+            first = data + tokenizer.bytes_of(found.logprobs.token_id)[:1]
+            # The characters up to and with the first byte, of which it is the last one's.
+            assert found.start == max(0, len(first.decode(errors="replace")) - 1 - len(decoded.whole))
+            data += tokenizer.bytes_of(found.logprobs.token_id)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ((b"gpt-4o", b"viking"), "its pre-tokenizer is 'viking', and gpt-4o, dbrx, gpt-2 are known"),
+        (("Ġ h\n".encode()[:-1], "Ġ \x7f".encode()), "its merges and words do not fit its vocabulary"),
+    ],
+)
+def test_a_vocabulary_that_cannot_be_used_is_refused_when_it_is_loaded(
+    tmp_path: Path, change: tuple[bytes, bytes], sentence: str
+) -> None:
+    folder = write_member(tmp_path, "phi-4-mini-instruct", layers=1)
+    model = convert(folder, tmp_path / "model.gguf").path
+    data = model.read_bytes()
+    assert len(change[0]) == len(change[1])
+    model.write_bytes(data.replace(*change))
+    with pytest.raises(ModelLoadError, match=sentence):
+        Model(model)
