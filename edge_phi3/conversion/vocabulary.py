@@ -2,7 +2,8 @@
 
 Pieces and scores come from ``tokenizer.model``, or the tokens of a byte-level vocabulary from ``tokenizer.json``;
 ``added_tokens.json``, ``tokenizer_config.json`` and ``tokenizer.json`` add and retype tokens, in this order; ids that
-none of them fills become unused ``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, one of our own is written:
+none of them fills become unused ``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, one of our own is
+written:
 
 - ``edge_phi3.tokenizer.added_tokens`` (string): a JSON array of the added tokens, which are found in a text
   before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
