@@ -194,13 +194,18 @@ class ByteLevelVocabulary:
         (folder / "merges.txt").write_text(f"#version: 0.2\n{lines}", encoding="utf-8")
 
 
+def alphabet() -> list[str]:
+    """Return the character that stands for each byte."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
+
+
 @functools.cache
 def small_vocabulary(style_name: str) -> ByteLevelVocabulary:
     """Return the vocabulary of 1,100 tokens in the style `PHI_4_MINI`, `PHI_4_MINI_REASONING` or `PHI_4`."""
     merges = MERGES.read_text(encoding="utf-8").splitlines()
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    alphabet = [chr(byte) for byte in visible] + [chr(0x100 + i) for i in range(256 - len(visible))]
-    tokens = (*alphabet, *(merge.replace(" ", "") for merge in merges))
+    tokens = (*sorted(alphabet()), *(merge.replace(" ", "") for merge in merges))
     return ByteLevelVocabulary(tokens, tuple(merges), globals()[style_name])
 
 
