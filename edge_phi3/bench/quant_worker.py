@@ -139,7 +139,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     machine = Machine.here()
     before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
-    settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH, scored=_BATCH)
+    settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
     started = time.perf_counter()
     model = Model(settings.model_path, n_gpu_layers=layers)
@@ -153,7 +153,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     chunks = cut_chunks(tokens, job.ctx_size, job.chunks)
     evaluated = functools.partial(
         evaluate,
-        Context(model, cells=job.ctx_size, sequences=1, settings=settings),
+        Context(model, cells=job.ctx_size, sequences=1, settings=settings, scored=_BATCH),
         chunks,
         bos=model.bos_token_id if model.adds_bos else None,
         done=lambda number: tell(Progress(number, len(chunks))),

@@ -39,8 +39,8 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Con
             model = stack.enter_context(contextlib.closing(Model(folder / f"{name}.gguf", n_gpu_layers=0)))
             # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With
             # quantised weights batches of other sizes round otherwise.
-            settings = EngineSettings(model.path, threads=1, batch_size=80 if name == "F16" else SIZE, scored=SIZE)
-            context = Context(model, cells=SIZE, sequences=1, settings=settings)
+            settings = EngineSettings(model.path, threads=1, batch_size=80 if name == "F16" else SIZE)
+            context = Context(model, cells=SIZE, sequences=1, settings=settings, scored=SIZE)
             found[name] = stack.enter_context(contextlib.closing(context))
         yield found
 
@@ -65,8 +65,8 @@ def measured(contexts: dict[str, Context], chunks: NDArray[np.int32], log_probs:
 
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
     """Evaluate a chunk at once, and return float64 log-probabilities of all positions."""
-    settings = EngineSettings(model.path, threads=1, batch_size=SIZE, scored=SIZE)
-    context = Context(model, cells=SIZE, sequences=1, settings=settings)
+    settings = EngineSettings(model.path, threads=1, batch_size=SIZE)
+    context = Context(model, cells=SIZE, sequences=1, settings=settings, scored=SIZE)
     context.tokens[:], context.positions[:] = chunk, np.arange(SIZE)
     context.seq_ids[:], context.wants_logits[:] = 0, 1
     logits = context.decode(SIZE, SIZE).astype(np.float64)
