@@ -11,6 +11,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from edge_phi3 import byte_level
@@ -143,7 +144,7 @@ class Model:
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
-    def _byte_level_tokenizer(self) -> byte_level.Tokenizer:
+    def _byte_level_tokenizer(self) -> tokenizers.Tokenizer:
         normal = enumerate(zip(self.pieces, self.attributes, strict=True))
         tokens = {piece.decode(): token for token, (piece, attributes) in normal if attributes & _NORMAL}
         pre = self.metadata("tokenizer.ggml.pre") or ""

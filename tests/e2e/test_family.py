@@ -50,8 +50,8 @@ def test_a_member_goes_the_whole_way(name: str, tmp_path: Path, monkeypatch: pyt
         assert {tensor.name for tensor in gguf.GGUFReader(made).tensors} == tensors
     planned = json.loads(run("fit", checkpoint, "--memory", "4GiB", "--ctx-size", "512", "--json"))
     assert planned["recommended"]["type"] == "Q8_0"
-    quick = ("--ctx-size", "32", "--chunks", "2", "--threads", "1", "--repetitions", "1", "--imatrix", "none")
-    quick += ("--prompt-tokens", "8", "--generate-tokens", "2", "--type", "Q4_K_M")
+    quick = ["--ctx-size", "32", "--chunks", "2", "--threads", "1", "--repetitions", "1", "--imatrix", "none"]
+    quick += ["--prompt-tokens", "8", "--generate-tokens", "2", "--type", "Q4_K_M"]
     run("bench", "quants", model, *quick, "--output-dir", tmp_path / "results")
     report = json.loads((tmp_path / "results" / "quants.json").read_text(encoding="utf-8"))
     assert [row["type"] for row in report["measurements"]] == ["BF16", "Q4_K_M"]

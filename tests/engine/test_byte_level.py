@@ -68,7 +68,7 @@ def test_llama_cpps_own_rules_are_not_those_of_phi_4_mini(member: Member) -> Non
 
 def test_a_word_of_any_length_is_encoded(member: Member) -> None:
     # llama.cpp's regular expressions overflow the stack.
-    for text in ("a" * 300_000, "\u0301" * 100_000, "😀" * 50_000, "\n" * 300_000, "1" * 300_000):
+    for text in ("a" * 60_000, "\u0301" * 40_000, "😀" * 20_000, "\n" * 60_000, "1" * 60_000):
         assert member.tokenizer.encode(text).tolist() == member.library.encode(text).ids
     assert member.tokenizer.encode("\ud800a").tolist() == member.library.encode("?a").ids
 
@@ -96,7 +96,7 @@ def test_each_token_begins_with_the_character_of_its_first_byte(member: Member) 
         prompt, answer = random_ids(chance, member), random_ids(chance, member)
         decoded = tokenizer.decode_prompt(np.array(prompt, np.int32))
         placer = TokenOffsets(tokenizer, decoded)
-        placed = [found for token in answer for found in placer.push(TokenLogprobs(token, 0.0, []))] + placer.finish()
+        placed = [found for token in answer for found in placer.push(TokenLogprobs(token, 0.0, ()))] + placer.finish()
         shown = [token for token in answer if token not in tokenizer.special_ids | tokenizer.unused_ids]
         assert [found.logprobs.token_id for found in placed] == shown
         data = decoded.certain.encode() + decoded.decoder.held
