@@ -153,7 +153,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     chunks = cut_chunks(tokens, job.ctx_size, job.chunks)
     evaluated = functools.partial(
         evaluate,
-        Context(model, cells=job.ctx_size, sequences=1, settings=settings),
+        Context(model, cells=job.ctx_size, sequences=1, settings=settings, scored=_BATCH),
         chunks,
         bos=model.bos_token_id if model.adds_bos else None,
         done=lambda number: tell(Progress(number, len(chunks))),

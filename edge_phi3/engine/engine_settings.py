@@ -17,7 +17,6 @@ class EngineSettings(ContextOptions):
 
     model_path: Path
     ctx_size: int = 0
-    parallel: int = 16
     require_gpu: bool = False
     window_chunk: int = 32
     lora: tuple[tuple[Path, float], ...] = ()

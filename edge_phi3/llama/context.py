@@ -15,6 +15,9 @@ from edge_phi3.llama.backend import reason, supports_gpu_offload
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType, usable_cores
 
+_SCORED = 64
+"""Tokens of prompts whose logits may be wanted in one decode call, beside the rows that choose."""
+
 _KV_TYPES = {"f32": llama_cpp.GGML_TYPE_F32, "f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
 _logits_address = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(
     ctypes.cast(llama_cpp.llama_get_logits, ctypes.c_void_p).value or 0
@@ -34,6 +37,7 @@ class Context:
         cells: KV cells.
         sequences: how many sequence ids there are, from 0.
         batch_size: how many tokens one call of `decode` takes at most.
+        outputs: how many of them have logits at most.
         tokens: the batch's token ids, int32, shape ``(batch_size,)``.
         positions: their positions, int32.
         seq_ids: their sequences, int32.
@@ -47,8 +51,10 @@ class Context:
         ModelLoadError: llama.cpp cannot make the context, for want of memory most often.
     """
 
-    def __init__(self, model: Model, *, cells: int, sequences: int, settings: ContextOptions) -> None:
-        params = context_parameters(cells=cells, sequences=sequences, settings=settings)
+    def __init__(
+        self, model: Model, *, cells: int, sequences: int, settings: ContextOptions, scored: int = _SCORED
+    ) -> None:
+        params = context_parameters(cells=cells, sequences=sequences, settings=settings, scored=scored)
         # llama.cpp asks between graph nodes whether to stop. A Python callback would take the interpreter lock each
         # time: strlen() of a flag that is "" or "\1" is the same check in C.
         self._abort_flag = ctypes.create_string_buffer(2)
@@ -72,6 +78,7 @@ class Context:
         # Without flash attention the values are stored column by column: a GPU would copy each number by itself.
         self.saves = not self.offloaded or _flash_attention(settings.flash_attn, settings.kv_cache_type) != "off"
         self.batch_size: int = params.n_batch
+        self.outputs: int = params.n_outputs_max
         self._allocate_batch(self.batch_size)
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
@@ -119,6 +126,7 @@ class Context:
         Raises:
             DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.
         """
+        assert rows <= self.outputs, "llama.cpp would end the process"
         self._batch.n_tokens = count
         if not self.offloaded:
             beside()
@@ -197,13 +205,18 @@ class Context:
             self._handle = None
 
 
-def context_parameters(*, cells: int, sequences: int, settings: ContextOptions) -> Any:
-    """Return the ``llama_context_params`` of a `Context`, all that decides on its memory."""
+def context_parameters(*, cells: int, sequences: int, settings: ContextOptions, scored: int = _SCORED) -> Any:
+    """Return the ``llama_context_params`` of a `Context`, all that decides on its memory.
+
+    `scored` tokens of a decode call may have logits beside those that are chosen from.
+    """
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = cells
     params.n_seq_max = sequences + 1
     # Each sequence's next token fits one batch; llama.cpp ends the process if there is no room for one output of each.
-    params.n_batch = params.n_ubatch = params.n_outputs_max = max(settings.batch_size, params.n_seq_max)
+    params.n_batch = params.n_ubatch = max(settings.batch_size, params.n_seq_max)
+    # Logits of a whole batch would take 391 MiB more for 512 tokens of a vocabulary of 200,064.
+    params.n_outputs_max = min(params.n_batch, max(settings.parallel + scored, params.n_seq_max))
     params.n_threads = params.n_threads_batch = settings.threads or usable_cores()
     params.type_k = params.type_v = _KV_TYPES[settings.kv_cache_type]
     params.flash_attn_type = _FLASH_ATTENTION[_flash_attention(settings.flash_attn, settings.kv_cache_type)]

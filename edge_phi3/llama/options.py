@@ -17,11 +17,13 @@ FlashAttention = Literal["auto", "on", "off"]
 class ContextOptions:
     """How a context is made.
 
-    `batch_size` counts the tokens of one decode call; 0 `threads` are the physical cores that this process may use;
-    -1 `n_gpu_layers` are all. Flash attention is llama.cpp's choice on "auto", but off for f32 (exactness).
+    `batch_size` counts the tokens of one decode call, `parallel` the sequences whose next tokens are chosen together;
+    0 `threads` are the physical cores that this process may use; -1 `n_gpu_layers` are all. Flash attention is
+    llama.cpp's choice on "auto", but off for f32 (exactness).
     """
 
     batch_size: int = 512
+    parallel: int = 16
     threads: int = 0
     n_gpu_layers: int = -1
     kv_cache_type: KVCacheType = "f16"

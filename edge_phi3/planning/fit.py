@@ -153,7 +153,10 @@ class _Planner:
         self._machine = machine
         self._all = base.layers + 1
         self._context_options = ContextOptions(
-            batch_size=options.batch_size, kv_cache_type=options.kv_cache_type, flash_attn=options.flash_attn
+            batch_size=options.batch_size,
+            parallel=options.parallel,
+            kv_cache_type=options.kv_cache_type,
+            flash_attn=options.flash_attn,
         )
         length = base.hyper_parameter("context_length")
         original = base.hyper_parameter("rope.scaling.original_context_length")

@@ -40,7 +40,7 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Con
             # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With
             # quantised weights batches of other sizes round otherwise.
             settings = EngineSettings(model.path, threads=1, batch_size=80 if name == "F16" else SIZE)
-            context = Context(model, cells=SIZE, sequences=1, settings=settings)
+            context = Context(model, cells=SIZE, sequences=1, settings=settings, scored=SIZE)
             found[name] = stack.enter_context(contextlib.closing(context))
         yield found
 
@@ -66,7 +66,7 @@ def measured(contexts: dict[str, Context], chunks: NDArray[np.int32], log_probs:
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
     """Evaluate a chunk at once, and return float64 log-probabilities of all positions."""
     settings = EngineSettings(model.path, threads=1, batch_size=SIZE)
-    context = Context(model, cells=SIZE, sequences=1, settings=settings)
+    context = Context(model, cells=SIZE, sequences=1, settings=settings, scored=SIZE)
     context.tokens[:], context.positions[:] = chunk, np.arange(SIZE)
     context.seq_ids[:], context.wants_logits[:] = 0, 1
     logits = context.decode(SIZE, SIZE).astype(np.float64)

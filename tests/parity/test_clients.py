@@ -67,7 +67,7 @@ def test_a_client_gets_the_answer_of_chat(server: Server, name: str, tmp_path: P
         [python, "-c", head + CLIENTS[name]], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
-    body = {"messages": [{"role": "user", "content": QUESTION}]}
-    body |= {"generate_kwargs": {"do_sample": False, "max_new_tokens": 8}}
+    kwargs = {"do_sample": False, "max_new_tokens": 8}
+    body = {"messages": [{"role": "user", "content": QUESTION}], "generate_kwargs": kwargs}
     text = httpx.post(f"{server.url}/chat", json=body, trust_env=False).json()["Result"]
     assert json.loads(done.stdout.splitlines()[-1]) == [text, text]

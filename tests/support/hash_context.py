@@ -48,6 +48,8 @@ class HashContext:
         self.offloaded, self.saves = scenario.offloaded, True
         self.tokens, self.positions, self.seq_ids = (np.zeros(batch_size, np.int32) for _ in range(3))
         self.wants_logits = np.zeros(batch_size, np.int8)
+        # llama.cpp has room for the rows that choose, of whose batches some are filled up to a faster size.
+        self._most_rows = max(scenario.parallel, len(scenario.sizes))
         self._rotary = number
         self._window, self._window_chunk = scenario.window, scenario.window_chunk
         self._failures = {failure.decode: failure for failure in scenario.failures if failure.context == number}
@@ -87,6 +89,7 @@ class HashContext:
         tokens, positions = self.tokens[:count].tolist(), self.positions[:count].tolist()
         seq_ids, wants = self.seq_ids[:count].tolist(), self.wants_logits[:count].nonzero()[0].tolist()
         self._check(len(wants) == rows, f"{rows} rows of logits are expected, {len(wants)} are asked for")
+        self._check(rows <= self._most_rows, f"{rows} rows of logits, of {self._most_rows} at most")
         self._check(min(tokens) >= 0 and max(tokens) < self.vocab_size, f"a token beyond the vocabulary: {tokens}")
         self._check(min(seq_ids) >= 0 and max(seq_ids) <= self.scratch, f"a sequence that is none: {seq_ids}")
         failure = self._failure()
