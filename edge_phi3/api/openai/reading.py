@@ -18,7 +18,8 @@ from edge_phi3.api.openai.fields import (
     Ignored,
     StreamOptions,
 )
-from edge_phi3.generation.parameters import PARAMETERS, REFUSED, Refused
+from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.generation.refused import REFUSED, Refused
 
 
 def sift(type_: type[ChatCompletionRequest | CompletionRequest], body: Mapping[str, Any]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from edge_phi3.api.openai.fields import (
     SamplingFields,
     StreamOptions,
 )
-from edge_phi3.generation.parameters import Refused
+from edge_phi3.generation.refused import Refused
 
 _PLACES = {
     ChatCompletionMessage: "messages[].",
