@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edge_phi3.engine.detokenizer import clean_up_tokenization
 from edge_phi3.engine.sequence import Timing
 from edge_phi3.engine.token_offsets import PlacedLogprobs
-from edge_phi3.engine.tokenizer import clean_up_tokenization
 from edge_phi3.generation.decoding import TokenScore
 from edge_phi3.pipeline.prompt import PreparedPrompt
 
