@@ -13,10 +13,9 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
 from edge_phi3.engine.added_tokens import SHIELD
@@ -30,21 +29,9 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import GenerationResult, TokenLogprobs
 from edge_phi3.generation.stopping import StopTexts
-from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
+from edge_phi3.pipeline.answer import GenerationOutput, ModelCard, TextDelta, TextStream
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
-
-
-class ModelCard(Struct, frozen=True):
-    """The model that answers."""
-
-    name: Annotated[str, Meta(description="The file's name without its ending.")]
-    description: Annotated[str, Meta(description="Architecture, size and type.", examples=["phi3 3B Q4_K - Medium"])]
-    file: str
-    parameters: int
-    size: Annotated[int, Meta(description="Bytes of all its tensors.")]
-    context_length: Annotated[int, Meta(description="Tokens that it was trained for.")]
-    vocab_size: int
 
 
 class TextGenerationPipeline:
