@@ -21,7 +21,7 @@ from edge_phi3.version import __version__
 VERBS: Mapping[str, str] = {
     "serve": "Serve a model over HTTP.",
     "pull": "Bring a model into the store.",
-    "convert": "Turn a Phi-3 checkpoint into a GGUF file.",
+    "convert": "Turn a checkpoint into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
     "imatrix": "Measure which weights matter, for better quantisation.",
     "fit": "Tell which quantisations fit a machine's memory.",
@@ -69,7 +69,7 @@ class _Verbs(click.RichGroup):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="edge-phi3")
 def app() -> None:
-    """Phi-3-mini on small GPUs: converted, quantised and served as transformers' `generate` would answer.
+    """The Phi family on small GPUs: converted, quantised and served as transformers' `generate` would answer.
 
     Example: `edge-phi3 serve` serves the bundled demo model on port 8080.
     """

@@ -9,31 +9,23 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import (
     BaseModel,
     ByteSize,
     ConfigDict,
-    Field,
     SecretStr,
     ValidationError,
     field_serializer,
     field_validator,
 )
-from pydantic.types import JsonValue
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
 from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
-from edge_phi3.settings_text import allowed_values, flag_of
+from edge_phi3.settings_text import allowed_values, flag_of, option
 
-__all__ = ["ENV_PREFIX", "Settings", "SettingsError", "option"]
-
-
-def option(default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any) -> Any:
-    """Declare one option: a pydantic field that also knows its group and metavar in ``--help``."""
-    extra: dict[str, JsonValue] = {"group": group, "metavar": metavar}
-    return Field(default, description=description, json_schema_extra=extra, **constraints)
+__all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
 
 
 class Settings(BaseModel):

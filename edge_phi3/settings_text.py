@@ -1,4 +1,4 @@
-"""Options in words: what a field allows, how it is called, and a whole configuration as TOML."""
+"""Options in words: how one is declared, what it allows, what it is called, and a whole configuration as TOML."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ByteSize
+from pydantic import BaseModel, ByteSize, Field
 from pydantic.fields import FieldInfo
+from pydantic.types import JsonValue
+
+
+def option(default: Any, group: str, description: str, *, metavar: str | None = None, **constraints: Any) -> Any:
+    """Declare one option: a pydantic field that also knows its group and metavar in ``--help``."""
+    extra: dict[str, JsonValue] = {"group": group, "metavar": metavar}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
 
 
 def flag_of(name: str) -> str:

@@ -4,8 +4,9 @@ Usage: python scripts/update_docs.py [--check]
 
 The tables of docs/ are made from the code that they describe. The chart's table is made from values.yaml, whose
 comments stand above the values that they describe. The schema of the service's options is made from
-`edge_phi3.settings`, and that of quantisations from the list that `edge-phi3 quantize` knows, so that a wrong option
-fails when a release is installed. What null means for a value follows from values.yaml too.
+`edge_phi3.settings`, that of quantisations from the list that `edge-phi3 quantize` knows, and the names of models from
+the presets, so that a wrong one fails when a release is installed. What null means for a value follows from values.yaml
+too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Final
 import yaml
 
 from edge_phi3.api.openai import reference as openai_reference
+from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
 from edge_phi3.generation import reference
@@ -108,7 +110,10 @@ def updated_schema(text: str) -> str:
     """Return values.schema.json with the parts that follow from the service."""
     schema = json.loads(text)
     schema["properties"]["serve"]["properties"]["options"] = options_schema()
-    schema["properties"]["model"]["properties"]["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
+    model = schema["properties"]["model"]["properties"]
+    model["quant"]["enum"] = [*QUANTIZATION_TYPES, *ALIASES]
+    # A preset, or what has a slash: a repository, a file in one, a path.
+    model["name"] = {"anyOf": [{"enum": ["demo", DEMO, *PRESETS]}, {"type": "string", "pattern": "/"}]}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 

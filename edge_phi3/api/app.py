@@ -73,5 +73,5 @@ def _cors(settings: Settings) -> CORSConfig | None:
     return CORSConfig(
         allow_origins=list(settings.cors_origin),
         allow_methods=["GET", "POST"],
-        expose_headers=["X-Request-Id", "Retry-After", *RATE_HEADERS],
+        expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After", *RATE_HEADERS],
     )

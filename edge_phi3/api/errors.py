@@ -134,7 +134,7 @@ def error_body(scope: Scope, message: str, status: int, code: str | None = None)
     field = _FIELD.search(message) if status == 400 else None
     kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     code = code or _OPENAI_CODES.get(status)
-    if status == 404 and "route_handler" not in scope:  # no route, so no model either
+    if status == 404 and {"route_handler"} - scope.keys():  # no route, so no model either
         kind, code = "invalid_request_error", "unknown_url"
     return OpenAIError(OpenAIErrorBody(message, kind, field[1] if field else None, code))
 

@@ -13,6 +13,12 @@ from edge_phi3.errors import EdgePhi3Error
 PRESETS = {
     "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
     "phi-3-mini-128k-instruct": "microsoft/Phi-3-mini-128k-instruct",
+    "phi-3.5-mini-instruct": "microsoft/Phi-3.5-mini-instruct",
+    "phi-3-medium-4k-instruct": "microsoft/Phi-3-medium-4k-instruct",
+    "phi-3-medium-128k-instruct": "microsoft/Phi-3-medium-128k-instruct",
+    "phi-4-mini-instruct": "microsoft/Phi-4-mini-instruct",
+    "phi-4-mini-reasoning": "microsoft/Phi-4-mini-reasoning",
+    "phi-4": "microsoft/phi-4",
 }
 """Short names of repositories on the Hub."""
 

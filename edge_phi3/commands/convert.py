@@ -24,7 +24,7 @@ from edge_phi3.progress import stderr_progress
 )
 @click.option("--force", is_flag=True, help="Replace the output when it exists.")
 def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
-    """Turn a Phi-3 checkpoint into a GGUF file, without torch.
+    """Turn a checkpoint of the Phi family into a GGUF file, without torch.
 
     Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
     """

@@ -69,7 +69,7 @@ def convert(
     source: SourceInfo | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
-    """Convert a Phi-3 checkpoint, a folder in the Hugging Face layout, to a GGUF.
+    """Convert a checkpoint of the Phi family, a folder in the Hugging Face layout, to a GGUF.
 
     On any error, an interruption included, nothing is left at `output`. The type of the matrices is ``f32``, ``f16``,
     ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own. A `source` that is not given is read from the path of a
@@ -101,7 +101,8 @@ def _header(checkpoint: Checkpoint, model: Phi3, plan: Plan, source: SourceInfo 
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
-    write_general_metadata(writer, checkpoint, source, writer.get_total_parameter_count()[0])
+    parameters = writer.get_total_parameter_count()[0]
+    write_general_metadata(writer, checkpoint, source, parameters, byte_level=vocabulary.words is not None)
     model.write_metadata(writer)
     writer.add_file_type(_FILE_TYPES[plan.matrices])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -1,14 +1,15 @@
 """The ``general.*`` keys of a GGUF, and what the checkpoint says on generation.
 
-``general.name`` always contains "phi-3", because llama.cpp strips the white space after ``<|user|>``, ``<|end|>`` and
-``<|assistant|>`` (as Phi-3's tokenizer does) only in models called so. Beyond llama.cpp's own keys these are written:
+``general.name`` contains "phi-3" where the vocabulary is Phi-3's, because llama.cpp strips the white space after
+``<|user|>``, ``<|end|>`` and ``<|assistant|>`` (as Phi-3's tokenizer does) only in models called so; and nowhere else,
+because it cannot load a model called so that has another vocabulary. Beyond llama.cpp's own keys these are written:
 
 - ``general.source.huggingface.repository``, ``general.source.huggingface.revision`` (strings): where the
   checkpoint came from;
 - ``edge_phi3.generation.config`` (string): ``generation_config.json`` as a JSON object, for the sampling
   defaults and the special tokens; what it does not say on the latter comes from ``config.json``;
 - ``edge_phi3.generation.eos_token_ids`` (int32 array): every token that ends a generation. llama.cpp learns
-  of them too, as far as it can: it knows ``<|end|>`` and ``<|endoftext|>`` by their text, and takes two
+  of them too, as far as it can: it knows ``<|end|>``, ``<|im_end|>`` and ``<|endoftext|>`` by their text, and takes two
   more as its EOM and EOT tokens;
 - ``edge_phi3.generation.pad_token_id`` (uint32).
 """
@@ -37,8 +38,8 @@ _logger = logging.getLogger(__name__)
 # What ends a turn of a chat, where no generation_config.json names the ends.
 _TURN_ENDS = ("<|end|>", "<|im_end|>")
 
-# Texts by which llama.cpp recognises an end of generation (llama-vocab.cpp), as far as they occur in Phi-3.
-_ENDS_BY_TEXT = {"<|end|>", "<|endoftext|>", "</s>"}
+# Texts by which llama.cpp recognises an end of generation (llama-vocab.cpp), as far as they occur in the family.
+_ENDS_BY_TEXT = {"<|end|>", "<|im_end|>", "<|endoftext|>", "</s>"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,13 @@ def source_of(checkpoint: Checkpoint) -> SourceInfo | None:
 
 
 def write_general_metadata(
-    writer: gguf.GGUFWriter, checkpoint: Checkpoint, source: SourceInfo | None, parameters: int
+    writer: gguf.GGUFWriter, checkpoint: Checkpoint, source: SourceInfo | None, parameters: int, *, byte_level: bool
 ) -> None:
     """Add the ``general.*`` keys that describe the model: name, size, licence, and where it came from."""
     source = source or source_of(checkpoint)
     card = _model_card(checkpoint)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(model_name(checkpoint, source))
+    writer.add_name(model_name(checkpoint, source, byte_level=byte_level))
     writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
     for key in ("license", "license_name", "license_link"):
         if isinstance(value := card.get(key), str):
@@ -81,11 +82,13 @@ def write_general_metadata(
             writer.add_string(SOURCE_REVISION_KEY, source.revision)
 
 
-def model_name(checkpoint: Checkpoint, source: SourceInfo | None) -> str:
+def model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level: bool) -> str:
     """Return the model's name: of its repository, else of ``config.json``, else of its folder."""
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
     name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name
+    if byte_level:
+        return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
     lowered = name.lower()
     return name if "phi-3" in lowered or "phi3" in lowered else f"Phi-3 {name}".strip()
 

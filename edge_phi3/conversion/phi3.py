@@ -115,7 +115,7 @@ class Phi3(_Config, frozen=True, kw_only=True):
         writer.add_head_count(self.num_attention_heads)
         writer.add_head_count_kv(self.kv_heads)
         writer.add_layer_norm_rms_eps(self.rms_norm_eps)
-        writer.add_rope_dimension_count(self.head_size)
+        writer.add_rope_dimension_count(self.rope.dimensions)
         writer.add_rope_freq_base(self.rope.theta)
         writer.add_sliding_window(self.sliding_window)
         if self.rope.longrope is not None:
@@ -134,7 +134,7 @@ def read_phi3(config: dict[str, Any], *, disguised: bool | None = None) -> Phi3:
         raise UnsupportedModelError(
             f"config.json: head_dim is {checked.head_dim}; hidden_size {width} has {heads} heads of {width // heads}."
         )
-    rope = read_rope(stated, width // heads // 2, checked.max_position_embeddings)
+    rope = read_rope(stated, width // heads, checked.max_position_embeddings)
     model = Phi3(**msgspec.structs.asdict(checked), rope=rope)
     if heads % model.kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {model.kv_heads} key-value heads.")

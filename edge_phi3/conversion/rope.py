@@ -49,7 +49,7 @@ class LongRope:
     """The rope scaling of the long-context models.
 
     The factors divide the rotary frequencies up to the original context length, and beyond it: float32, shape
-    (head size / 2,). Cosines and sines are multiplied by `attention_factor`.
+    (rotated elements of a head / 2,). Cosines and sines are multiplied by `attention_factor`.
     """
 
     short_factor: NDArray[np.float32]
@@ -61,19 +61,21 @@ class LongRope:
 class Rope:
     """Rotary positions: the base of the frequencies, the length up to which the short factors hold, the factors.
 
-    `notes` are sentences on entries that contradict each other, for whoever converts.
+    `dimensions` are the elements of a head that are rotated, the first ones. `notes` are sentences on entries that
+    contradict each other, for whoever converts.
     """
 
     theta: float
+    dimensions: int
     original_context: int
     longrope: LongRope | None
     notes: tuple[str, ...]
 
 
-def read_rope(config: dict[str, Any], pairs: int, context: int) -> Rope:
+def read_rope(config: dict[str, Any], head_size: int, context: int) -> Rope:
     """Check what the entries of ``config.json`` that are not null say on rotary positions.
 
-    `pairs` is half of the head size, `context` the ``max_position_embeddings``.
+    `context` is the ``max_position_embeddings``.
     """
     said: dict[str, Any] = msgspec.to_builtins(typed(config, _Places, "config.json"))
     stated = {name: entries for name in _FIELDS if (entries := said.pop(name, None))}
@@ -84,16 +86,19 @@ def read_rope(config: dict[str, Any], pairs: int, context: int) -> Rope:
     rope = _BESIDE | said
     for entries in stated.values():
         rope |= entries
-    if rope["partial_rotary_factor"] != 1.0:
-        raise UnsupportedModelError(
-            f"config.json: partial_rotary_factor is {rope['partial_rotary_factor']}, as in Phi-4-mini; only models "
-            "that rotate whole heads can be converted."
+    dimensions = int(head_size * rope["partial_rotary_factor"])
+    if dimensions % 2 or not 2 <= dimensions <= head_size:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} rotates {dimensions} of a head's "
+            f"{head_size} elements; an even number, from 2 to all of them, can be rotated."
         )
     original = rope["original_max_position_embeddings"]
+    longrope = "longrope" in kinds.values()
     return Rope(
         theta=float(rope["rope_theta"]),
+        dimensions=dimensions,
         original_context=original,
-        longrope=_longrope(rope, pairs, context / original, original) if "longrope" in kinds.values() else None,
+        longrope=_longrope(rope, dimensions // 2, context / original, original) if longrope else None,
         notes=_notes(stated, kinds),
     )
 
@@ -148,7 +153,7 @@ def _longrope(rope: dict[str, Any], pairs: int, scale: float, original: int) -> 
         if factors.size != pairs:
             raise CheckpointError(
                 f"config.json: the rope scaling's {name} has {factors.size} numbers; "
-                f"half of the head size, {pairs}, are needed."
+                f"half of the rotated elements of a head, {pairs}, are needed."
             )
     derived = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
     return LongRope(short, long, rope.get("attention_factor", derived))

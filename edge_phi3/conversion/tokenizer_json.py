@@ -45,6 +45,7 @@ class FastTokenizer(msgspec.Struct):
     model: Any = None
     normalizer: Any = None
     pre_tokenizer: Any = None
+    post_processor: Any = None
     added_tokens: list[_ListedToken] | None = None
 
 
@@ -94,15 +95,13 @@ def pieces_of(model: BpeModel, added: dict[int, AddedToken]) -> dict[int, Piece]
     """Return the pieces of a vocabulary, by id, as a ``tokenizer.model`` would have them.
 
     Raises:
-        CheckpointError: an id stands twice, or a merge has parts that are no pieces.
+        CheckpointError: a merge has parts that are no pieces.
         UnsupportedModelError: no scores give what the merges give.
     """
     wrong = {"byte_fallback is off": not model.byte_fallback, "it lacks bytes": not model.vocab.keys() >= _BYTES}
     wrong |= {f"{name} is set": bool(getattr(model, name)) for name in _UNLIKE_SENTENCEPIECE}
     if found := next((name for name, is_so in wrong.items() if is_so), None):
         raise _unlike(found)
-    if len(set(model.vocab.values())) < len(model.vocab):
-        raise CheckpointError("tokenizer.json: two tokens of its vocabulary have the same id.")
     scores = _scores(model, {token.content for token in added.values()})
     kinds = dict.fromkeys(_BYTES, PieceType.BYTE) | {model.unk_token or "<unk>": PieceType.UNKNOWN}
     return {

@@ -1,8 +1,9 @@
 """The tokenizer files of a checkpoint -> the vocabulary of a GGUF.
 
-Pieces and scores come from ``tokenizer.model``, or ``tokenizer.json`` where there is none; ``added_tokens.json``,
-``tokenizer_config.json`` and ``tokenizer.json`` add and retype tokens, in this order; ids that none of them fills
-become unused ``[PAD<id>]`` tokens, as in llama.cpp's converter. Beyond its keys, two of our own are written:
+Pieces and scores come from ``tokenizer.model``, or ``tokenizer.json`` where there is none; the tokens of a byte-level
+vocabulary from ``tokenizer.json``. ``added_tokens.json``, ``tokenizer_config.json`` and ``tokenizer.json`` add and
+retype tokens, in this order; ids that none of them fills become unused ``[PAD<id>]`` tokens, as in llama.cpp's
+converter. Beyond its keys, two of our own are written, and those of `edge_phi3.conversion.byte_level_tokens`:
 
 - ``edge_phi3.tokenizer.added_tokens`` (string): a JSON array of the added tokens, which are found in a text
   before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
@@ -27,6 +28,8 @@ from typing import Any, TypeVar
 import gguf
 import msgspec
 
+from edge_phi3 import byte_level
+from edge_phi3.conversion.byte_level_tokens import Words, is_byte_level, read_words, token_type
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json, read_text, typed
 from edge_phi3.conversion.sentencepiece import ModelType, Piece, PieceType, read_sentencepiece
@@ -74,7 +77,10 @@ class _TokenizerConfig(msgspec.Struct):
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id."""
+    """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id.
+
+    `words` is how a byte-level one finds words, None for SentencePiece's, where alone scores count.
+    """
 
     folder: Path
     tokens: list[str]
@@ -82,15 +88,19 @@ class Vocabulary:
     types: list[int]
     added: dict[int, AddedToken]
     add_special: dict[str, bool]
-    prefix: Prefix
+    prefix: Prefix | None
     chat_template: str | list[dict[str, str]] | None
+    words: Words | None
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
         """Add the ``tokenizer.*`` keys, the chat template among them, and ours."""
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
+        writer.add_tokenizer_model(byte_level.MODEL if self.words else "llama")
+        writer.add_tokenizer_pre(self.words.pre if self.words else "default")
         writer.add_token_list(self.tokens)
-        writer.add_token_scores(self.scores)
+        if self.words:
+            self.words.write_metadata(writer)
+        else:
+            writer.add_token_scores(self.scores)
         writer.add_token_types(self.types)
         self._write_special_tokens(writer)
         flags = ("content", "special", "lstrip", "rstrip")
@@ -101,7 +111,7 @@ class Vocabulary:
             for token_id, token in sorted(self.added.items())
         ]
         writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
-        if self.prefix != "prepend":
+        if self.prefix not in {"prepend", None}:
             writer.add_string(PREFIX_KEY, self.prefix)
             # llama.cpp knows all parts, or none.
             writer.add_add_space_prefix(self.prefix == "always")
@@ -113,6 +123,8 @@ class Vocabulary:
         log.setLevel(logging.ERROR)
         try:
             special = _special_vocab(self.folder, len(self.tokens))
+            if self.words:
+                special.merges = self.words.merges
             # Without tokenizer.json, nothing says that <s> is not put in front, as llama.cpp does.
             if (self.folder / "tokenizer.json").exists():
                 special.add_special_token.setdefault("bos", False)
@@ -130,21 +142,35 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     """Read the tokenizer files in `folder` for a model whose embedding has `vocab_size` rows."""
     config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
     fast = _read(folder / "tokenizer.json", FastTokenizer)
-    if (config.tokenizer_class or "").startswith("GPT2Tokenizer"):
+    bpe = _bpe(fast)
+    words = read_words(fast, bpe) if fast and bpe and is_byte_level(fast) else None
+    if (config.tokenizer_class or "").startswith("GPT2Tokenizer") and words is None:
         raise UnsupportedModelError(
-            "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4; only Phi-3's, "
-            "a LlamaTokenizer, can be converted."
+            "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4, whose byte-level tokenizer.json is "
+            "needed."
         )
     added = _added_tokens(folder, config, fast)
-    pieces = _pieces(folder, fast, added)
+    prefix: Prefix | None = None
+    if words is not None:
+        # GPT2Tokenizer puts nothing in front of a text, whatever its configuration says.
+        stated = {"bos": False} if config.add_bos_token else {}
+        pieces = {token_id: Piece(text, 0.0, PieceType.NORMAL) for text, token_id in words.ids.items()}
+        entries = pieces | {
+            token_id: Piece(token.content, _ADDED_SCORE, token_type(token.content, special=token.special))
+            for token_id, token in added.items()
+        }
+    else:
+        add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
+        stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
+        pieces = _pieces(folder, bpe, added)
+        prefix = prefix_of(fast) if fast is not None else "prepend"
+        entries = pieces | _entries(added, pieces, prefix)
     if len(pieces) > vocab_size:
         file = next(name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists())
         raise CheckpointError(f"{file} has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     scores = [_UNUSED_SCORE] * vocab_size
     types = [int(PieceType.UNUSED)] * vocab_size
-    prefix = prefix_of(fast) if fast is not None else "prepend"
-    entries = pieces | _entries(added, pieces, prefix)
     for token_id, (text, score, kind) in ((i, dataclasses.astuple(piece)) for i, piece in entries.items()):
         if not 0 <= token_id < vocab_size:
             raise CheckpointError(
@@ -154,11 +180,10 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     if len(set(tokens)) < vocab_size:
         twice = collections.Counter(tokens).most_common(1)[0][0]
         raise CheckpointError(f"The vocabulary has the token {twice!r} twice.")
-    if missing := [text for text in _REQUIRED_TOKENS if text not in tokens]:
+    if words is None and (missing := [text for text in _REQUIRED_TOKENS if text not in tokens]):
         raise CheckpointError(f"The vocabulary lacks {' and '.join(missing)}, which every Phi-3 model has.")
-    add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
-    stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
-    return Vocabulary(folder, tokens, scores, types, added, stated, prefix, _chat_template(folder, config))
+    template = _chat_template(folder, config)
+    return Vocabulary(folder, tokens, scores, types, added, stated, prefix, template, words)
 
 
 def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix) -> dict[int, Piece]:
@@ -186,13 +211,19 @@ def added_texts(folder: Path) -> set[str]:
     return {token.content for token in added.values()}
 
 
-def _pieces(folder: Path, fast: FastTokenizer | None, added: dict[int, AddedToken]) -> dict[int, Piece]:
+def _bpe(fast: FastTokenizer | None) -> BpeModel | None:
+    if fast is None:
+        return None
+    if not isinstance(fast.model, dict) or fast.model.get("type", "BPE") != "BPE":
+        raise UnsupportedModelError("tokenizer.json: its model is not byte-pair encoding, as Phi-3's is.")
+    bpe = typed(fast.model, BpeModel, "tokenizer.json: model")
+    if len(set(bpe.vocab.values())) < len(bpe.vocab):
+        raise CheckpointError("tokenizer.json: two tokens of its vocabulary have the same id.")
+    return bpe
+
+
+def _pieces(folder: Path, bpe: BpeModel | None, added: dict[int, AddedToken]) -> dict[int, Piece]:
     """Return the pieces of ``tokenizer.model``, or of ``tokenizer.json`` where there is no such file, by id."""
-    bpe = None
-    if fast is not None:
-        if not isinstance(fast.model, dict) or fast.model.get("type", "BPE") != "BPE":
-            raise UnsupportedModelError("tokenizer.json: its model is not byte-pair encoding, as Phi-3's is.")
-        bpe = typed(fast.model, BpeModel, "tokenizer.json: model")
     path = folder / "tokenizer.model"
     if not path.exists():
         if bpe is None:

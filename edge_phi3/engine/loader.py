@@ -1,4 +1,4 @@
-"""From a GGUF file to a model that is ready to decode: contexts, Phi-3's attention rules, end tokens, warm-up."""
+"""From a GGUF file to a model that is ready to decode: contexts, the family's attention rules, end tokens, warm-up."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ logger = logging.getLogger(__name__)
 
 _CONTEXT = "phi3.context_length"
 _ORIGINAL_CONTEXT = "phi3.rope.scaling.original_context_length"
-
-PHI3_END_TEXTS = ("<|endoftext|>", "<|assistant|>", "<|end|>")
-"""The tokens that end an answer in every Phi-3 ``generation_config.json``, for GGUFs that do not carry one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +111,14 @@ def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
     end = generation.get("eos_token_id")
     ends = [token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)]
     if not ends:
-        ends = [token for text in PHI3_END_TEXTS if (token := tokenizer.special_token(text)) is not None]
+        ends = [token for text in tokenizer.family.ends if (token := tokenizer.special_token(text)) is not None]
         ends = sorted({*ends, model.eos_token_id} - {-1})
-    pad = generation.get("pad_token_id")
+    pad = generation.get("pad_token_id", model.pad_token_id)
     return ModelDefaults(
         vocab_size=model.vocab_size,
         bos_token_id=model.bos_token_id,
         eos_token_ids=tuple(ends),
-        pad_token_id=pad if isinstance(pad, int) else model.eos_token_id,
+        pad_token_id=pad if isinstance(pad, int) and pad >= 0 else model.eos_token_id,
         context_length=model.context_length,
         generation=generation,
     )

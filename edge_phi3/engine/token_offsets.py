@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from edge_phi3.engine.tokenizer import DecodedPrompt, Tokenizer
+from edge_phi3.engine.detokenizer import DecodedPrompt
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
 
 
@@ -37,11 +38,10 @@ class TokenOffsets:
     def push(self, token: TokenLogprobs) -> PlacedLogprobs | None:
         """Take the next token, and return it with its offset, or None where the text leaves it out."""
         token_id = token.token_id
+        # Its first byte goes on with a character, or begins one.
+        first = self._decoder.held + self._tokenizer.bytes_of(token_id)[:1]
+        start = self._position + max(0, len(first.decode(errors="replace")) - 1)
         self._position += len(self._decoder.push([token_id]))
-        if not self._decoder.shows(token_id):
-            return PlacedLogprobs(max(0, self._position), token) if self._every else None
-        if token_id in self._tokenizer.byte_of:
-            own = 0 if self._decoder.holds else 1
-        else:
-            own = len(self._tokenizer.bytes_of(token_id).decode())
-        return PlacedLogprobs(max(0, self._position - own), token)
+        if self._decoder.shows(token_id):
+            return PlacedLogprobs(max(0, start), token)
+        return PlacedLogprobs(max(0, self._position), token) if self._every else None

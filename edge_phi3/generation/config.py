@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, REFUSED, Parameters
+from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
+from edge_phi3.generation.refused import REFUSED
 from edge_phi3.generation.values import ParameterError, Source, leaves
 
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]

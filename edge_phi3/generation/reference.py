@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, REFUSED
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
+from edge_phi3.generation.refused import REFUSED
 from edge_phi3.generation.values import Parameter, Schema, Source
 
 

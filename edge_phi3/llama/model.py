@@ -11,17 +11,32 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
+from edge_phi3 import byte_level
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import initialise_backend, reason
+from edge_phi3.llama.ggml import metadata_text, metadata_texts
+
+_UNUSED = 1 << 1
+"""Of ``enum llama_token_attr``."""
+
+VOCABULARIES = ("llama", byte_level.MODEL)
+"""The kinds of vocabularies (``tokenizer.ggml.model``) that can be served."""
 
 
-def load_file(path: Path, params: Any) -> Any:
-    """Return llama.cpp's handle of a model file."""
+def load_file(path: Path, params: Any, overrides: Mapping[str, str | int] | None = None) -> Any:
+    """Return llama.cpp's handle of a model file; `overrides` take the place of metadata in it."""
     initialise_backend()
     if not path.is_file():
         raise ModelLoadError(f"There is no model file {path}.")
+    replaced = dict(overrides or {})
+    if metadata_text(path, "tokenizer.ggml.model") == byte_level.MODEL:
+        # In what is called Phi-3 llama.cpp looks for tokens of Phi-3's vocabulary, and fails without them.
+        replaced["general.name"] = "byte-level"
+    if replaced:
+        params.kv_overrides = metadata_overrides(replaced)
     handle = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
     if handle:
         return handle
@@ -90,9 +105,9 @@ def read_metadata(path: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 class Model:
-    """A Phi-3 GGUF file in memory: weights, vocabulary and metadata.
+    """A GGUF file of the Phi family in memory: weights, vocabulary and metadata.
 
-    The vocabulary functions are read-only and may be called from any thread.
+    The vocabulary functions are read-only and may be called from any thread. `vocabulary` is one of `VOCABULARIES`.
 
     Args:
         path: the GGUF file.
@@ -100,17 +115,15 @@ class Model:
         overrides: whole numbers that take the place of the file's metadata.
 
     Raises:
-        ModelLoadError: the file is missing, is not a GGUF, is damaged, is no Phi-3 with Phi-3's vocabulary, or does
-            not fit the memory.
+        ModelLoadError: the file is missing, is not a GGUF, is damaged, is of another architecture or vocabulary, or
+            does not fit the memory.
     """
 
     def __init__(self, path: Path, *, n_gpu_layers: int = -1, overrides: Mapping[str, int] | None = None) -> None:
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        if overrides:
-            params.kv_overrides = metadata_overrides(overrides)
         self.path = path
-        self._handle = load_file(path, params)
+        self._handle = load_file(path, params, overrides)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
         self._vocabularies: list[Any] = []
@@ -118,18 +131,37 @@ class Model:
         if architecture != "phi3":
             self.close()
             raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
-        if (kind := self.metadata("tokenizer.ggml.model")) != "llama":
+        self.vocabulary = self.metadata("tokenizer.ggml.model") or ""
+        if self.vocabulary not in VOCABULARIES:
             self.close()
             raise ModelLoadError(
-                f"{path} has a {kind!r} vocabulary (Phi-4?); edge-phi3 serves Phi-3's SentencePiece one."
+                f"{path} has a {self.vocabulary!r} vocabulary; edge-phi3 serves {' and '.join(VOCABULARIES)},"
+                " SentencePiece's and byte-level ones."
             )
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._byte_level = self._byte_level_tokenizer() if self.vocabulary == byte_level.MODEL else None
         self.context_length = int(llama_cpp.llama_model_n_ctx_train(self._handle))
         self.layers = int(llama_cpp.llama_model_n_layer(self._handle))
-        # Phi-3's tokenizers put no <s> in front; many GGUFs from elsewhere claim that they do. Ours say what the
-        # checkpoint says.
+        # The family's tokenizers put no token in front; many GGUFs from elsewhere claim that they do. Ours say what
+        # the checkpoint says.
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def _byte_level_tokenizer(self) -> tokenizers.Tokenizer:
+        found = enumerate(zip(self.pieces, self.attributes, strict=True))
+        pre = self.metadata("tokenizer.ggml.pre") or ""
+        try:
+            # Added tokens too: a fine-tune may make one of a word, which merges go on to make.
+            tokens = {piece.decode(): token for token, (piece, attributes) in found if not attributes & _UNUSED}
+            return byte_level.tokenizer(
+                tokens,
+                metadata_texts(self.path, "tokenizer.ggml.merges"),
+                self.metadata(byte_level.PATTERN_KEY) or byte_level.pattern_of(pre),
+                ignore_merges=self.metadata(byte_level.IGNORE_MERGES_KEY) == "true",
+            )
+        except (byte_level.ByteLevelError, UnicodeDecodeError) as error:
+            self.close()
+            raise ModelLoadError(f"{self.path}: its tokenizer cannot be used: {error}.") from error
 
     def metadata(self, key: str) -> str | None:
         """Return the text of a metadata value that is not an array, or None when the file has none."""
@@ -169,6 +201,11 @@ class Model:
         """The one end-of-sequence token that GGUF names."""
         return int(llama_cpp.llama_vocab_eos(self._vocab))
 
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token, -1 without one."""
+        return int(llama_cpp.llama_vocab_pad(self._vocab))
+
     @functools.cached_property
     def pieces(self) -> list[bytes]:
         """The bytes of every token as llama.cpp stores them: ``▁`` for a space, ``<0x0A>`` for a byte."""
@@ -182,14 +219,16 @@ class Model:
 
     def tokenize(self, text: str) -> NDArray[np.int32]:
         """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
+        if self._byte_level is not None:
+            text = text.encode("utf-8", errors="replace").decode()
+            return np.array(self._byte_level.encode(text).ids, np.int32)
         return tokenize(self._vocab, text, add_special=False, parse_special=False)
 
     def tokenize_as_is(self) -> Callable[[str], NDArray[np.int32]]:
         """Return what tokenises as `tokenize` does, but never puts a space in front of a text."""
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
-        params.kv_overrides = metadata_overrides({"tokenizer.ggml.add_space_prefix": False})
-        self._vocabularies.append(load_file(self.path, params))
+        self._vocabularies.append(load_file(self.path, params, {"tokenizer.ggml.add_space_prefix": False}))
         return functools.partial(tokenize, llama_cpp.llama_model_get_vocab(self._vocabularies[-1]))
 
     def load_lora(self, path: Path, scale: float) -> None:

@@ -1,7 +1,7 @@
 """Text in, text out: what transformers' text-generation pipeline does around ``generate``."""
 
-from edge_phi3.pipeline.answer import GenerationOutput, TextDelta
-from edge_phi3.pipeline.pipeline import ModelCard, TextGenerationPipeline
+from edge_phi3.pipeline.answer import GenerationOutput, ModelCard, TextDelta
+from edge_phi3.pipeline.pipeline import TextGenerationPipeline
 from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
 
 __all__ = [

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+from msgspec import Meta, Struct
+
+from edge_phi3.engine.detokenizer import clean_up_tokenization
 from edge_phi3.engine.sequence import Timing
 from edge_phi3.engine.token_offsets import PlacedLogprobs
-from edge_phi3.engine.tokenizer import clean_up_tokenization
 from edge_phi3.generation.decoding import TokenScore
 from edge_phi3.pipeline.prompt import PreparedPrompt
 
 _LONGEST_ARTEFACT = 4
 """Characters of the longest text that `clean_up_tokenization` shortens, such as " n't"."""
+
+
+class ModelCard(Struct, frozen=True):
+    """The model that answers."""
+
+    name: Annotated[str, Meta(description="The file's name without its ending.")]
+    description: Annotated[str, Meta(description="Architecture, size and type.", examples=["phi3 3B Q4_K - Medium"])]
+    file: str
+    parameters: int
+    size: Annotated[int, Meta(description="Bytes of all its tensors.")]
+    context_length: Annotated[int, Meta(description="Tokens that it was trained for.")]
+    vocab_size: int
 
 
 @dataclass(frozen=True, slots=True)

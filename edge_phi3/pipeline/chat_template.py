@@ -20,14 +20,6 @@ from edge_phi3.pipeline.prompt import PromptError
 
 logger = logging.getLogger(__name__)
 
-PHI3_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
-)
-"""Phi-3's chat format, for model files that carry no template."""
-
 _ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]

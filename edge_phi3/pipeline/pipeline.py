@@ -13,36 +13,25 @@ import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta, Struct
 from numpy.typing import NDArray
 
+from edge_phi3.engine.added_tokens import SHIELD
 from edge_phi3.engine.constraint import ConstraintVocabulary
+from edge_phi3.engine.detokenizer import DecodedPrompt, clean_up_tokenization
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
-from edge_phi3.engine.tokenizer import SHIELD, DecodedPrompt, Tokenizer, clean_up_tokenization
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.decoding import GenerationResult, TokenLogprobs
 from edge_phi3.generation.stopping import StopTexts
-from edge_phi3.pipeline.answer import GenerationOutput, TextDelta, TextStream
-from edge_phi3.pipeline.chat_template import PHI3_CHAT_TEMPLATE, ChatTemplate
+from edge_phi3.pipeline.answer import GenerationOutput, ModelCard, TextDelta, TextStream
+from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
-
-
-class ModelCard(Struct, frozen=True):
-    """The model that answers."""
-
-    name: Annotated[str, Meta(description="The file's name without its ending.")]
-    description: Annotated[str, Meta(description="Architecture, size and type.", examples=["phi3 3B Q4_K - Medium"])]
-    file: str
-    parameters: int
-    size: Annotated[int, Meta(description="Bytes of all its tensors.")]
-    context_length: Annotated[int, Meta(description="Tokens that it was trained for.")]
-    vocab_size: int
 
 
 class TextGenerationPipeline:
@@ -67,7 +56,8 @@ class TextGenerationPipeline:
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-        self._template = ChatTemplate(model.chat_template or PHI3_CHAT_TEMPLATE, self._tokenizer.special_tokens)
+        template = model.chat_template or self._tokenizer.family.chat_template
+        self._template = ChatTemplate(template, self._tokenizer.special_tokens)
 
     # -- text to tokens
 
@@ -172,7 +162,7 @@ class TextGenerationPipeline:
         """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
         try:
             if self._encode_user_tokens_as_text:
-                messages, kwargs = self._tokenizer.splitter.shield([messages, kwargs])
+                messages, kwargs = self._tokenizer.shield([messages, kwargs])
             text = self._template.render(messages, kwargs=kwargs, **wanted)
         except RecursionError:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None

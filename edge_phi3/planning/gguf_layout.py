@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +100,14 @@ def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParamet
     architecture = stated.contents() if stated else None
     if architecture != _ARCHITECTURE:
         raise PlanningError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
+    return _numbers((name, field.contents(), field.types[0]) for name, field in reader.fields.items() if field.types)
+
+
+def _numbers(fields: Iterable[HyperParameter]) -> tuple[HyperParameter, ...]:
     return tuple(
-        (name, field.contents(), field.types[0])
-        for name, field in reader.fields.items()
-        if name.startswith(f"{_ARCHITECTURE}.") and field.types[0] not in (GGUFValueType.ARRAY, GGUFValueType.STRING)
+        (name, value, kind)
+        for name, value, kind in fields
+        if name.startswith(f"{_ARCHITECTURE}.") and kind not in (GGUFValueType.ARRAY, GGUFValueType.STRING)
     )
 
 
@@ -144,10 +148,11 @@ def _write(
     writer: gguf.GGUFWriter, path: Path, tensors: Iterable[tuple[str, tuple[int, ...], GGMLQuantizationType]]
 ) -> Layout:
     """Write header and tensor infos, and make the file as long as with its weights."""
-    end = 0
+    end, placed = 0, []
     for name, shape, kind in tensors:
         size = encoded_size(math.prod(shape), kind)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
+        placed.append(Tensor(name, shape, kind, size, end))
         end += writer.ggml_pad(size, writer.data_alignment)
         if name == EMBEDDING and f"{_ARCHITECTURE}.vocab_size" not in writer.kv_data[0]:
             writer.add_vocab_size(shape[0])
@@ -157,6 +162,9 @@ def _write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
+    start = writer.ggml_pad(path.stat().st_size, writer.data_alignment)
     with path.open("r+b") as file:
-        file.truncate(writer.ggml_pad(path.stat().st_size, writer.data_alignment) + end)
-    return read_layout(path)
+        file.truncate(start + end)
+    # What `read_layout` reads, which takes it longer than all the rest of a plan.
+    fields = ((key, field.value, field.type) for key, field in writer.kv_data[0].items())
+    return Layout(path, _numbers(fields), tuple(replace(tensor, offset=start + tensor.offset) for tensor in placed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from edge_phi3.catalog import PRESETS, Catalog, UnreachableError, parse_reference
 from edge_phi3.catalog.listing import small_files
@@ -17,29 +16,8 @@ from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import read_model
 from edge_phi3.llama import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
+from edge_phi3.planning.presets import PRESET_CONFIGS
 from edge_phi3.progress import ProgressReporter
-
-_MINI: dict[str, Any] = {
-    "architectures": ["Phi3ForCausalLM"],
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32064,
-    "original_max_position_embeddings": 4096,
-}
-_CONFIGS: dict[str, dict[str, Any]] = {
-    PRESETS["phi-3-mini-4k-instruct"]: {**_MINI, "max_position_embeddings": 4096, "sliding_window": 2047},
-    PRESETS["phi-3-mini-128k-instruct"]: {
-        **_MINI,
-        "max_position_embeddings": 131072,
-        "sliding_window": 262144,
-        # One factor for each pair of a head's 96 elements. Their number takes memory, their values do not matter here.
-        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48},
-    },
-}
-"""What the ``config.json`` of the presets says, as far as it decides on memory."""
 
 
 def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
@@ -53,7 +31,7 @@ def find_base(reference: str, folder: Path, *, store: Path | None, progress: Pro
     if isinstance(wanted, LocalCheckpoint):
         return write_base(folder / "base.gguf", _read_checkpoint(wanted.path))
     if isinstance(wanted, HubCheckpoint):
-        known = _CONFIGS.get(wanted.repository) if wanted.revision == "main" else None
+        known = PRESET_CONFIGS.get(wanted.repository) if wanted.revision == "main" else None
         model = read_phi3(known) if known else _download_config(wanted, progress)
         return write_base(folder / "base.gguf", model)
     if stored := Catalog(store).find(wanted):

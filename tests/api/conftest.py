@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace as Clock
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import structlog
@@ -23,6 +25,9 @@ from edge_phi3.pipeline import TextGenerationPipeline
 from tests.golden import attention
 from tests.support.in_process import Running, ready, running
 from tests.support.services import PATIENCE
+
+DATA = Path(__file__).with_name("data")
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 __all__ = ["GREEDY", "PATIENCE", "PROMPT", "Clock", "Running", "loader", "ready", "running"]
 
@@ -109,3 +114,31 @@ def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
 USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
+
+
+def recorded(name: str) -> Any:
+    """Return a body, recorded from the client itself."""
+    (path,) = (DATA / "bodies").glob(f"{name}-*.json")
+    return json.loads(path.read_bytes())
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="session")
+def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
+    """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
+
+    def ask(path: str = CHAT, **body: Any) -> dict[str, Any]:
+        given = {"messages": USER} if path == CHAT else {"prompt": PROMPT}
+        response = api.client.post(path, json={**given, "temperature": 0, "max_tokens": 12, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        choice = answer["choices"][0]
+        return {"text": choice.get("text", choice.get("message", {}).get("content")), **answer, **choice}
+
+    return ask

@@ -70,7 +70,7 @@ def test_an_answer_ends_before_a_stop_text(api: Running, ask: Any, stream: bool)
 
 def emoji(api: Running, count: int = 0) -> dict[str, Any]:
     """Return what makes a model spell 😀, in the four byte tokens that its vocabulary has for it, again and again."""
-    byte = {value: token for token, value in api.service.pipeline.engine.model.tokenizer.byte_of.items()}
+    byte = {raw[0]: token for token, raw in api.service.pipeline.engine.model.tokenizer.raw_of.items()}
     spelt = [byte[value] for value in "😀".encode()]
     biases = [[spelt[:length], 1e3 * 2**length] for length in range(1, 5)]
     return {"sequence_bias": biases, "eos_token_id": -1} | ({"max_new_tokens": count} if count else {})

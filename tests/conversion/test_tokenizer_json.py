@@ -17,7 +17,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.tokenizer import WHITE_SPACE, Tokenizer
+from edge_phi3.engine.added_tokens import WHITE_SPACE
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
 from tests.conversion.conftest import edit, edited_weights, tensors_of
 from tests.golden.checkpoints import write_checkpoint

@@ -19,7 +19,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.sentencepiece import MAX_BYTES, Piece, PieceType, read_sentencepiece
 from edge_phi3.conversion.vocabulary import read_vocabulary
-from edge_phi3.engine.tokenizer import WHITE_SPACE, Tokenizer
+from edge_phi3.engine.added_tokens import WHITE_SPACE
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model, tokenize
 from tests.conversion.conftest import JSON, edit, fields_of
 from tests.golden.checkpoints import write_checkpoint
@@ -65,7 +66,7 @@ def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path) 
 
 
 UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
-    ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4"),
+    ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4, whose byte"),
     ("tokenizer.json", {"model": {"type": "Unigram"}}, UnsupportedModelError, "is not byte-pair encoding"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": 5}}}, CheckpointError, r"disagree on 'x' \(id 5\)"),
     ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"x": -1}}}, CheckpointError, r"disagree on 'x' \(id -1"),

@@ -50,6 +50,7 @@ LEAVING = {"seed": 5, "threads": 16, "share": 0.0, "count": 0, "crosstalk": 4, "
     [
         ("128k", {"ctx_size": 6000, "prefix_cache_mib": 1}, MIXED),
         ("window of 64", {"ctx_size": 1024, "parallel": 4, "exact_seeds": True}, MIXED),
+        ("phi-4-mini", {"ctx_size": 6000}, MIXED),
         ("window of 64", {"ctx_size": 4096}, SMALL),
         ("window of 16", {"ctx_size": 4096}, SMALL),
         ("window of 3", {"ctx_size": 4096}, SMALL),

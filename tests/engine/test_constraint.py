@@ -44,7 +44,7 @@ class Vocabulary:
         self.end = model.eos_token_id
         self.made = ConstraintVocabulary(self.tokenizer)
         self.closing = np.array([bool(text.strip()) and not text.strip(b'"}], \n') for text in self.made.texts])
-        self.token_of = {byte: token for token, byte in self.tokenizer.byte_of.items()}
+        self.token_of = {raw[0]: token for token, raw in self.tokenizer.raw_of.items()}
 
     def start(self, schema: object) -> SchemaConstraint:
         return self.made.constrain(schema, [self.end])
@@ -131,7 +131,7 @@ def test_mask_and_permits_agree_and_special_tokens_never_come(vocabulary: Vocabu
         assert not set(allowed) & set(ends) or set(ends) == set(allowed)
         if set(allowed) == set(ends):
             return
-        bytes_ = [token for token in allowed if vocabulary.tokenizer.byte_of.get(token, 0) >= 0x80]
+        bytes_ = [token for token in allowed if vocabulary.tokenizer.raw_of.get(token, b"") >= b"\x80"]
         constraint.accept(random_.choice(bytes_ or allowed))
     pytest.fail("It never ended.")
 

@@ -49,9 +49,10 @@ def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(ma
         assert ask(fresh, short, max_new_tokens=4, **ENDLESS) == alone
 
 
-def test_short_and_long_prompts_side_by_side(make_model: MakeModel) -> None:
-    together = [case for case in CASES if case.model == "128k"]
-    with running_engine(make_model("128k"), ctx_size=16384, parallel=4) as engine:
+@pytest.mark.parametrize("model", ["128k", "phi-3-medium-128k", "phi-4-mini", "phi-4"])
+def test_short_and_long_prompts_side_by_side(make_model: MakeModel, model: str) -> None:
+    together = [case for case in CASES if case.model == model]
+    with running_engine(make_model(model), ctx_size=16384, parallel=4) as engine:
         asked = [Asked(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) for case in together]
         answers = {case.name: generated(one.finished())[0] for case, one in zip(together, asked, strict=True)}
     assert answers == {case.name: recorded()[case.name] for case in together}

@@ -246,3 +246,19 @@ def test_what_is_off_is_not_built() -> None:
     config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
     assert build_processors(config, np.ones(11, dtype=np.int32)) == ()
     assert Warping.of(config).active == ("top_k",)
+
+
+@pytest.mark.parametrize(
+    ("count", "penalized"), [(1, {3}), (3, {2, 3}), (64, {0, 1, 2, 3}), (-1, {0, 1, 2, 3}), (0, set())]
+)
+def test_a_repeat_penalty_looks_back_on_the_last_tokens_prompt_included(count: int, penalized: set[int]) -> None:
+    config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
+    config = dataclasses.replace(config, repeat_penalty=2.0, repeat_last_n=count)
+    scores = np.array([[4, -4, 3, -3, 5, -5]], np.float32)
+    changed, tokens = scores.copy(), np.array([[0, 1, 2, 3, 3]], np.int32)
+    for process in build_processors(config, tokens[0, :3]):
+        process(tokens, changed)
+    expected = [
+        (score / 2 if score > 0 else score * 2) if at in penalized else score for at, score in enumerate(scores[0])
+    ]
+    assert changed[0].tolist() == expected

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.golden.checkpoints import long_context, write_checkpoint
+from tests.golden.family import FAMILY
 
 GOLDEN = Path(__file__).with_name("attention.json")
 FIRST_TOKEN, LAST_TOKEN = 259, 500
-"""Prompts are drawn from ordinary pieces: no byte and no special token among them."""
+"""Prompts are drawn from ordinary tokens: no byte and no special one among them, in either vocabulary."""
 
 MODELS: dict[str, dict[str, Any]] = {
     "4k": {},
@@ -26,6 +27,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "gqa": {"kv_heads": 2},
     "tied": {"tie_word_embeddings": True, "gain": 3.0},
     "wide": {"hidden_size": 256, "intermediate_size": 512},
+    "phi-3-medium-128k": FAMILY["phi-3-medium-128k-instruct"],
+    "phi-4-mini": FAMILY["phi-4-mini-instruct"],
+    "phi-4": FAMILY["phi-4"],
 }
 """What `write_checkpoint` makes each model with; the rows of "wide" fill blocks of k-quants."""
 
@@ -63,6 +67,13 @@ CASES = (
     Case("128k", 4085, 32, from_scratch=True),
     Case("gqa", 300, 24),
     Case("tied", 300, 24),
+    Case("phi-3-medium-128k", 100, 24),
+    Case("phi-3-medium-128k", 6000, 24),
+    Case("phi-4-mini", 100, 24),
+    Case("phi-4-mini", 6000, 24),
+    Case("phi-4-mini", 4085, 32, from_scratch=True),
+    Case("phi-4", 300, 24),
+    Case("phi-4", 6000, 24),
 )
 
 

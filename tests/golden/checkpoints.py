@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.golden.byte_level import ByteLevelVocabulary
 from tests.golden.vocabularies import Vocabulary, phi3_vocabulary, write_tokenizer
 
 _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
@@ -75,7 +76,7 @@ def write_checkpoint(
     dtype: str = "float32",
     shards: int = 1,
     gain: float = 1.5,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Vocabulary | ByteLevelVocabulary | None = None,
     add_bos: bool = False,
     **config: Any,
 ) -> Path:
@@ -106,7 +107,10 @@ def write_checkpoint(
         **config,
     }
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(folder, vocabulary, add_bos=add_bos)
+    if isinstance(vocabulary, Vocabulary):
+        write_tokenizer(folder, vocabulary, add_bos=add_bos)
+    else:
+        vocabulary.write(folder)
     tensors = list(
         phi3_tensors(hidden_size, intermediate_size, layers, heads=heads, kv_heads=kv_heads, rows=rows, gain=gain)
     )

@@ -17,6 +17,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.checkpoints import long_context, longrope, write_checkpoint
+from tests.golden.family import FAMILY
 
 CONVERTED = Path(__file__).with_name("converter.json")
 QUANTIZED = Path(__file__).with_name("quantized.json")
@@ -53,6 +54,8 @@ CONVERTER_CASES: dict[str, dict[str, Any]] = {
     "sharded-float32": {"dtype": "float32", "shards": 4},
     "rows-of-no-whole-blocks": {"intermediate_size": 72},
     "bos": {"add_bos": True, "sliding_window": None},
+    # The others of the family; sizes, positions and vocabulary of each.
+    **{name: FAMILY[name] | {"layers": 1} for name in FAMILY if "mini-4k" not in name and "mini-128k" not in name},
 }
 """Every layout, dtype and spelling that the converter knows: arguments of `write_checkpoint` by name."""
 

@@ -193,7 +193,9 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    reference = Reference(arguments.checkpoint, AutoTokenizer.from_pretrained(arguments.checkpoint, use_fast=False))
+    # Both read SentencePiece's model alike; of byte-level ones the slow one finds other words.
+    slow = (arguments.checkpoint / "tokenizer.model").exists()
+    reference = Reference(arguments.checkpoint, AutoTokenizer.from_pretrained(arguments.checkpoint, use_fast=not slow))
     reference.noise = arguments.noise
     answers: list[Any] = []
     for fields in json.loads(arguments.requests.read_text(encoding="utf-8")):

@@ -27,9 +27,12 @@ def some(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[Object]:
 # Options whose schema says less than the service asks of them.
 READ_FURTHER = {
     "max-body-size": st.integers(1024, 1 << 30),
+    "max-header-size": st.integers(1024, 1 << 20),
     "host": st.sampled_from(["0.0.0.0", "::"]),
     "lora": st.lists(names.map("/models/{}.gguf=0.5".format), min_size=1, max_size=2),
     "cors-origin": st.lists(names.map("https://{}.example".format), min_size=1, max_size=3),
+    "allowed-host": st.lists(names.map("{}.example".format), min_size=1, max_size=2),
+    "trusted-proxies": st.lists(st.sampled_from(["10.0.0.0/8", "::1", "*"]), min_size=1, max_size=2),
     "otel-endpoint": names.map("http://{}.example:4318".format),
     "rate-limit": st.sampled_from(["60/minute", "5/second"]),
     "metrics-prefix": st.sampled_from(["edge_phi3_", "vllm:"]),

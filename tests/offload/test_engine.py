@@ -16,6 +16,7 @@ import pytest
 from tests.engine.conftest import OPTIONS
 from tests.offload.conftest import Device
 
+MODES = pytest.param("modes", {}, marks=pytest.mark.soak)
 TESTS = tomllib.loads(Path(__file__).with_name("engine_tests.toml").read_text(encoding="utf-8"))
 
 
@@ -33,9 +34,6 @@ def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, A
     found: dict[str, Any] = json.loads(report.read_text())
     assert len(found["starts"]) >= len(TESTS[tests])
     return found
-
-
-MODES = pytest.param("modes", {}, marks=pytest.mark.soak)
 
 
 @pytest.mark.parametrize(("tests", "options"), [("exact", {}), ("reuse", {"flash_attn": "on"}), MODES])

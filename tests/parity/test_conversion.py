@@ -34,11 +34,14 @@ pytestmark = pytest.mark.parity
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
-# One process for all conversions: importing torch takes longer than converting a small checkpoint.
+# One process for all conversions: importing torch takes longer than converting a small checkpoint. What llama.cpp's
+# converter makes of one text tells it the pre-tokenizer of a whole vocabulary, but not of a small one.
 _REFERENCE = """
 import json, os, runpy, sys
-script, jobs = sys.argv[1], json.loads(sys.argv[2])
+script, jobs, pre = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 sys.path[0] = os.path.dirname(script)
+from conversion.base import TextModel
+TextModel.get_vocab_base_pre = lambda model, _: pre[model.dir_model.name]
 for checkpoint, outtype, output in jobs:
     sys.argv = [script, checkpoint, "--outtype", outtype, "--outfile", output]
     runpy.run_path(script, run_name="__main__")
@@ -59,7 +62,9 @@ def theirs(
     folder = tmp_path_factory.mktemp("theirs")
     jobs = [(name, outtype, folder / f"{name}-{outtype}.gguf") for name in checkpoints for outtype in OUTTYPES]
     asked = json.dumps([[str(checkpoints[name]), outtype, str(path)] for name, outtype, path in jobs])
-    peers.python("-c", _REFERENCE, peers.converter(), asked)
+    styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in CONVERTER_CASES.items()}
+    pre = json.dumps({name: style.pre for name, style in styles.items() if style})
+    peers.python("-c", _REFERENCE, peers.converter(), asked, pre)
     found: dict[str, dict[str, Description]] = {}
     for name, outtype, path in jobs:
         found.setdefault(name, {})[outtype] = describe(path)

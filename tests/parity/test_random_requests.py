@@ -2,11 +2,11 @@
 
     TORCH_PYTHON=~/torch/bin/python PARITY_REQUESTS=5000 pytest -m parity tests/parity/test_random_requests.py
 
-Checkpoints (a plain one, one with grouped-query attention, one of the 128k kind) and requests come from a seed that is
-new each time, and printed; PARITY_SEED repeats one. Greedy decoding, sampling, beam search, beam sampling and group
-beam search take turns, with random combinations of all parameters. transformers draws from the random numbers that a
-`seed` promises (`docs/parameters.md`), so that sampled answers are compared token by token too, and log-probabilities
-to 1e-3.
+Checkpoints (a plain one, one with grouped-query attention, one of the 128k kind, Phi-4-mini, Phi-4) and requests come
+from a seed that is new each time, and printed; PARITY_SEED repeats one. Greedy decoding, sampling, beam search, beam
+sampling and group beam search take turns, with random combinations of all parameters. transformers draws from the
+random numbers that a `seed` promises (`docs/parameters.md`), so that sampled answers are compared token by token too,
+and log-probabilities to 1e-3.
 
 llama.cpp's logits differ from torch's by some 1e-5. Where that decides between two tokens, the answers differ although
 neither is wrong: such a request counts as "by rounding" when transformers itself gives our answer after noise of 1e-4
@@ -32,22 +32,22 @@ from tests.golden.generation_data import Answer
 from tests.golden.requests import MODES, Request, RequestMaker
 from tests.parity.conftest import Peers
 from tests.support.engines import Compared, compared, running_engine
-from tests.support.service_requests import ORDINARY, TEXTS
+from tests.support.service_requests import ORDINARY, texts_of
 
 pytestmark = pytest.mark.parity
 
 REQUESTS = int(os.environ.get("PARITY_REQUESTS", "500"))
 SEED = int(os.environ.get("PARITY_SEED", secrets.randbits(32)))
 
-CHECKPOINTS = ("4k", "gqa", "128k")
+CHECKPOINTS = ("4k", "gqa", "128k", "phi-4-mini", "phi-4")
 _NOISE, _NOISY_RUNS = 1e-4, 40
 _SPARE = 1.1
 """transformers fails on some requests (it draws from NaN), so that many times more are asked."""
 
 
-def random_requests(seed: int, count: int) -> list[Request]:
-    """Make requests, the modes in turn, over the ordinary pieces of the small Phi-3 vocabulary."""
-    maker = RequestMaker(seed, ORDINARY, texts=TEXTS, longest_prompt=60, most_new=20, most_beams=8)
+def random_requests(seed: int, count: int, texts: list[str]) -> list[Request]:
+    """Make requests, the modes in turn, over the ordinary tokens of a small vocabulary."""
+    maker = RequestMaker(seed, ORDINARY, texts=texts, longest_prompt=60, most_new=20, most_beams=8)
     return [maker.make(MODES[index % len(MODES)]) for index in range(count)]
 
 
@@ -72,8 +72,8 @@ def is_among(one: Compared, answers: list[list[list[int]]]) -> bool:
 def test_answers_are_those_of_transformers(name: str, peers: Peers, tmp_path: Path) -> None:
     index = CHECKPOINTS.index(name)
     seed, share = SEED + index, len(range(index, REQUESTS, len(CHECKPOINTS)))
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", seed=seed, gain=2.0, **MODELS[name])
-    requests = random_requests(seed, int(share * _SPARE) + 1)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **{"seed": seed, "gain": 2.0, **MODELS[name]})
+    requests = random_requests(seed, int(share * _SPARE) + 1, texts_of("phi-4-mini" if "phi-4" in name else "4k"))
     theirs = ask_transformers(peers, checkpoint, requests)
     pairs = zip(requests, theirs, strict=True)
     answered = [(request, Answer(**found)) for request, found in pairs if found is not None][:share]

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 
-from edge_phi3.engine.tokenizer import SHIELD, Tokenizer
+from edge_phi3.engine.added_tokens import SHIELD
+from edge_phi3.engine.family import family_of
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import PromptError
-from edge_phi3.pipeline.chat_template import PHI3_CHAT_TEMPLATE, ChatTemplate
+from edge_phi3.pipeline.chat_template import ChatTemplate
 
 FOUND: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "data" / "chat_templates.json").read_text(encoding="utf-8")
 )
-FOUND["built in"] = {"template": PHI3_CHAT_TEMPLATE, "prompt": FOUND["Phi-3-mini-4k-instruct"]["prompt"]}
+BUILT_IN = family_of({"<|user|>"}).chat_template
+FOUND["built in"] = {"template": BUILT_IN, "prompt": FOUND["Phi-3-mini-4k-instruct"]["prompt"]}
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
 EDGES = [
@@ -77,7 +80,7 @@ def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, 
     for text in texts(tokenizer, 500, seed=2):
         messages = [turn("system", f"Be{text}brief."), turn("user", f"x{text}y"), turn("assistant", f"a{text}b")]
         plain = template.render(messages)
-        shielded = template.render(tokenizer.splitter.shield(messages))
+        shielded = template.render(tokenizer.shield(messages))
         assert shielded.replace(SHIELD, "") == plain
         tokens = tokenizer.encode(shielded).tolist()
         assert [token for token in tokens if token in special] == expected
@@ -104,7 +107,7 @@ def test_what_follows_the_last_message_can_be_said(given: dict[str, Any], end: s
 
 
 def test_a_users_turn_is_continued_when_asked_for_and_both_wishes_are_refused() -> None:
-    template = ChatTemplate(PHI3_CHAT_TEMPLATE)
+    template = ChatTemplate(BUILT_IN)
     assert template.render([turn("user", "Hel")], continue_final_message=True) == "<|user|>\nHel"
     with pytest.raises(PromptError, match="`add_generation_prompt` must not be true"):
         template.render(ASKED, add_generation_prompt=True, continue_final_message=True)
@@ -186,10 +189,11 @@ def test_a_turn_that_a_template_leaves_out_cannot_be_continued() -> None:
         template.render([*ASKED, turn("assistant", "Hi")])
 
 
+@pytest.mark.parametrize("tokenizer", ["demo", "real"], indirect=True)
 def test_the_tokens_with_a_role_are_the_model_file_s(tokenizer: Tokenizer) -> None:
     assert tokenizer.special_tokens == TOKENS | {"pad_token": "<|endoftext|>", "unk_token": "<unk>"}
 
 
 def test_roles_are_known() -> None:
     with pytest.raises(PromptError, match="role must be one of system, user, assistant, not 'tool'"):
-        ChatTemplate(PHI3_CHAT_TEMPLATE).render([turn("tool", "x")])
+        ChatTemplate(BUILT_IN).render([turn("tool", "x")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,10 +12,12 @@ from typing import Any
 import pytest
 
 from edge_phi3 import system_resources
+from edge_phi3.catalog import PRESETS
 from edge_phi3.commands import fit as module
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.planning.presets import PRESET_CONFIGS
 from edge_phi3.system_resources import Gpu
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import longrope, write_checkpoint
@@ -171,3 +174,34 @@ def test_main_memory_is_within_the_cgroups_limit(tmp_path: Path, monkeypatch: py
     for limit, available in (("max", 8 * GIB), (str(4 * GIB), 2 * GIB)):
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         assert system_resources.available_memory() == available
+
+
+def test_the_page_of_models_has_each_preset_as_it_is_planned() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.-]+)` \| [\d.]+ B \| ([\d,]+) \| ([\d.]+) GiB \| ([\d.]+) GiB \|", page, re.MULTILINE)
+    assert [row[0] for row in rows] == list(PRESETS)
+    known: dict[str, list[float]] = {}
+    for name, context, *sizes in rows:
+        assert PRESET_CONFIGS[PRESETS[name]]["max_position_embeddings"] == int(context.replace(",", ""))
+        shape = json.dumps(PRESET_CONFIGS[PRESETS[name]])
+        if shape not in known:
+            options = ("--device", "gpu", "--memory", "24GiB", "--ctx-size", "8192", "--quant", "Q4_K_M")
+            (planned,) = answer(name, *options)["types"]
+            known[shape] = [planned["gpu"][part] / GIB for part in ("weights", "total")]
+        # Compute buffers differ a little from one CPU to another.
+        assert [float(size) for size in sizes] == pytest.approx(known[shape], abs=0.1)
+
+
+def test_logits_take_room_for_the_rows_that_choose_and_no_more() -> None:
+    """Of 200,064 tokens: a row takes 0.76 MiB, so that those of a whole batch of 2,048 would take 1.5 GiB."""
+
+    def compute(*options: str) -> float:
+        (planned,) = answer(
+            "phi-4-mini-instruct", "--memory", "64GiB", "--ctx-size", "4096", "--quant", "Q8_0", *options
+        )["types"]
+        return float(planned["main_memory"]["compute"]) / 2**20
+
+    rows = 200064 * 4 / 2**20
+    few = compute("--batch-size", "512", "--parallel", "16")
+    assert few < 150 * rows
+    assert compute("--batch-size", "512", "--parallel", "200") - few == pytest.approx((200 - 16) * rows, rel=0.1)

@@ -133,6 +133,7 @@ def row_of(layout: Layout, options: Options, machine: Machine) -> Row:
 
 
 def test_offloaded_layers_move_from_the_machine_to_the_gpu(mini: Layout) -> None:
+    assert read_layout(mini.path).tensors == mini.tensors
     # 3,821,079,552 weights, of which 199,680 of the norms are F32.
     assert sum(tensor.size for tensor in mini.tensors) == 2 * (3_821_079_552 - 199_680) + 4 * 199_680
     block = sum(tensor.size for tensor in mini.tensors if tensor.name.startswith("blk.0."))

@@ -14,7 +14,12 @@ from edge_phi3.generation import GenerationConfig, ModelDefaults
 from tests.support.reference import Attention, HashModel
 
 VOCABULARY = 72
-TEXTS = tuple("abcdefghijklmnopqr"[i % 18] + "stuv"[i // 18] for i in range(VOCABULARY))
+UNUSED, BROKEN = range(64, 67), range(60, 64)
+"""Tokens without a text, and tokens of a byte-level vocabulary whose bytes are no text by themselves."""
+TEXTS = tuple(
+    None if i in UNUSED else "\ufffd" if i in BROKEN else "abcdefghijklmnopqr"[i % 18] + "stuv"[i // 18]
+    for i in range(VOCABULARY)
+)
 END, NAN, INFINITE = 2, 70, 71
 """The end token, and the tokens after which a row of logits holds nothing but NaN or infinity."""
 MODEL = HashModel(VOCABULARY, {NAN: float("nan"), INFINITE: float("inf")})

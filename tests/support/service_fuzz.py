@@ -3,9 +3,9 @@
     python -m tests.support.service_fuzz --requests 2000 --seed 1
     python -m tests.support.service_fuzz --requests 2000 --seed 1 --only 5      # one of its services again
 
-Each service is ``edge-phi3 serve`` on a random model of one of four kinds (4k, 128k, a window of 64, grouped attention)
-with its own options. Clients send requests of every kind and size, good and bad; some leave, among them beam searches
-beside greedy ones. Then it holds:
+Each service is ``edge-phi3 serve`` on a random model of one of five kinds (4k, 128k, a window of 64, grouped attention,
+Phi-4-mini) with its own options. Clients send requests of every kind and size, good and bad; some leave, among them
+beam searches beside greedy ones. Then it holds:
 
 - each request was answered, or refused at once with a sentence, none after its deadline;
 - the service is well and at rest, its log has no error, and SIGTERM ends it while requests run;
@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.service_client import Ask, Outcome, complaint_about, difference, send
-from tests.support.service_requests import USUAL_KINDS, VOCABULARY, AskMaker, Chain, Setup, make_model, make_setups
+from tests.support.service_requests import USUAL_KINDS, AskMaker, Chain, Setup, make_model, make_setups, texts_of
 from tests.support.services import Server, serving, wait_for
 
 _SLACK = 30.0
@@ -166,7 +166,7 @@ class Trial:
 
     def _with_noise(self, ask: Ask, noise: float) -> Ask:
         given = ask.kwargs.get("sequence_bias") or []
-        tokens = set(range(1, len(VOCABULARY))) - {phrase[0] for phrase, _ in given if len(phrase) == 1}
+        tokens = set(range(1, len(texts_of(self._setup.kind)))) - {phrase[0] for phrase, _ in given if len(phrase) == 1}
         return ask.asking(sequence_bias=given + [[[token], self._random.gauss(0.0, noise)] for token in sorted(tokens)])
 
     # -- the end

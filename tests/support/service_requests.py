@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edge_phi3.byte_level import bytes_of
 from edge_phi3.conversion.convert import convert
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import flag_of
-from tests.golden.checkpoints import long_context, write_checkpoint
+from tests.golden.checkpoints import long_context, longrope, write_checkpoint
+from tests.golden.family import FAMILY
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.scenario_maker import PLAIN
@@ -24,10 +26,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "grouped": {"sliding_window": 2047, "kv_heads": 2},
     "window of 16": {"sliding_window": 16},
     "window of 3": {"sliding_window": 3},
+    "phi-4-mini": FAMILY["phi-4-mini-instruct"] | {"hidden_size": 128, "rope_scaling": longrope(24)},
 }
 """What `write_checkpoint` makes each kind of model with."""
 
-USUAL_KINDS = ("4k", "128k", "window of 64", "grouped")
+USUAL_KINDS = ("4k", "128k", "window of 64", "grouped", "phi-4-mini")
 ORIGINAL_CONTEXT = 4096
 _CTX_SIZES = (8192, 1024, 2048, 4096, 768, 3000, 5000, 6144)
 _EXACT = {"kv_cache_type": "f32", "threads": 1, "window_chunk": 1}
@@ -36,7 +39,7 @@ _LIMITS = {"request_timeout": 600.0, "max_body_size": 262144, "grace_period": 2.
 
 def make_model(folder: Path, kind: str, seed: int) -> Path:
     """Make a model of a kind from a seed, with F32 weights; return its GGUF."""
-    checkpoint = write_checkpoint(folder / f"{kind} checkpoint", seed=seed, gain=2.0, **KINDS[kind])
+    checkpoint = write_checkpoint(folder / f"{kind} checkpoint", **{"seed": seed, "gain": 2.0} | KINDS[kind])
     return convert(checkpoint, folder / f"{kind}.gguf", outtype="f32").path
 
 
@@ -107,15 +110,23 @@ def make_setups(seed: int, count: int) -> list[Setup]:
 
 
 VOCABULARY = phi3_vocabulary(merges=300)
-WORDS = [
-    piece.text[1:]
-    for piece in VOCABULARY.pieces
-    if piece.text.startswith("▁") and piece.text[1:].isascii() and piece.text[1:].isalpha()
-]
-"""Words of one token each: so many words, separated by spaces, are so many tokens."""
 
-TEXTS = [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
-"""The text of each token."""
+
+def texts_of(kind: str) -> list[str]:
+    """Return the text of each token of a kind's vocabulary."""
+    vocabulary = KINDS[kind].get("vocabulary")
+    if vocabulary:
+        return [bytes_of(token).decode(errors="replace") for token in vocabulary.tokens]
+    return [piece.text.replace("▁", " ") for piece in VOCABULARY.pieces]
+
+
+def words_of(kind: str) -> list[str]:
+    """Return words of one token each: so many of them, a space before each, are so many tokens."""
+    return [text[1:] for text in texts_of(kind) if text[0] == " " and text[1:].isascii() and text[1:].isalpha()]
+
+
+TEXTS, WORDS = texts_of("4k"), words_of("4k")
+"""Those of Phi-3's vocabulary, which itself puts a space in front of a text."""
 ORDINARY = range(259, 500)
 """Token ids that are neither bytes nor special."""
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "forced_bos_token_id")
@@ -156,8 +167,10 @@ class AskMaker:
         self._chance = random.Random(seed)
         self._setup, self._cells, self._parallel = setup, setup.cells, setup.settings.parallel
         self._longest = min(longest, self._cells + 300)
-        self._maker = RequestMaker(seed, ORDINARY, texts=TEXTS, longest_prompt=20, most_new=60, most_beams=8)
-        self._heads = [self._chance.choices(WORDS, k=self._longest) for _ in range(4)]
+        self._texts, self._known = texts_of(setup.kind), words_of(setup.kind)
+        self._before = " " if "vocabulary" in KINDS[setup.kind] else ""
+        self._maker = RequestMaker(seed, ORDINARY, texts=self._texts, longest_prompt=20, most_new=60, most_beams=8)
+        self._heads = [self._chance.choices(self._known, k=self._longest) for _ in range(4)]
 
     def chains(self, count: int, crosstalk: int) -> list[Chain]:
         """Make about `count` requests in random order, but for the rounds of `crosstalk`, which stay together."""
@@ -173,7 +186,7 @@ class AskMaker:
     def crosstalk(self) -> list[Chain]:
         """Make greedy requests, and beam searches beside them whose clients leave."""
         chance, chains = self._chance, []
-        questions = [" ".join(self._heads[0][:20] + chance.choices(WORDS, k=12)) for _ in range(12)]
+        questions = [" ".join(self._heads[0][:20] + chance.choices(self._known, k=12)) for _ in range(12)]
         for question in chance.sample(questions, 4):
             body = _scored(question, {"num_beams": chance.choice((4, 8)), "do_sample": False, "max_new_tokens": 200})
             chains.append([Ask("beams that leave", CHAT, body, leaves=chance.uniform(0.005, 0.1))])
@@ -217,7 +230,8 @@ class AskMaker:
         """Return so many words: the beginning of a long text that others begin with too, a changed one, or new ones."""
         head, own = self._chance.choice(self._heads), self._chance.choice((0, min(count, 20), count))
         own = self._chance.randint(0, own) if own < count else own
-        return " ".join((head * (1 + count // len(head)))[: count - own] + self._chance.choices(WORDS, k=own))
+        words = (head * (1 + count // len(head)))[: count - own] + self._chance.choices(self._known, k=own)
+        return self._before + " ".join(words)
 
     def _sizes(self, rows: int) -> tuple[int, int]:
         """Return the tokens of a prompt and of its answer: few, or such that they end where something else begins."""

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 
 from edge_phi3.api.schemas import about
-from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, Refused
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
+from edge_phi3.generation.refused import Refused
 
 TEXT_ONLY = "this model reads and writes text only"
 _BANNED = "`false` bans the token"

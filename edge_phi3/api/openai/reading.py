@@ -9,7 +9,8 @@ from msgspec import Struct
 
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.openai import fields
-from edge_phi3.generation.parameters import PARAMETERS, REFUSED, Refused
+from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.generation.refused import REFUSED, Refused
 
 
 def sift(

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from edge_phi3.api.openai import fields
-from edge_phi3.generation.parameters import Refused
+from edge_phi3.generation.refused import Refused
 
 _PLACES = {
     fields.ChatCompletionMessage: "messages[].",
