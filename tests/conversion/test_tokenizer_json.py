@@ -21,7 +21,9 @@ from edge_phi3.engine.added_tokens import WHITE_SPACE
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
 from tests.conversion.conftest import edit, edited_weights, tensors_of
+from tests.golden.byte_level import reference_tokenizer
 from tests.golden.checkpoints import write_checkpoint
+from tests.golden.family import write_member
 from tests.golden.vocabularies import phi3_vocabulary
 
 SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
@@ -50,7 +52,7 @@ def random_text(generator: random.Random) -> str:
 def converted(folder: Path) -> Iterator[tuple[Tokenizer, Library]]:
     """Convert a checkpoint; yield its tokenizer, and that of its tokenizer.json."""
     model = Model(convert(folder, folder / "model.gguf", force=True).path, n_gpu_layers=0)
-    yield Tokenizer(model), Library.from_file(str(folder / "tokenizer.json"))
+    yield Tokenizer(model), reference_tokenizer(folder)
     model.close()
 
 
@@ -148,18 +150,22 @@ def test_other_rules_for_the_space_in_front(scheme: str, checkpoint: Path) -> No
     compare(checkpoint, 1500, seed=3)
 
 
-def split_thirds_and_halves(path: Path) -> None:
+def split_projections(path: Path, groups: int) -> None:
+    """Split the fused projections of heads of which so many share keys and values."""
     with edited_weights(path) as (header, _):
         for name in list(header):
-            for fused, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
+            for fused, parts in (("qkv_proj", {"q": groups, "k": 1, "v": 1}), ("gate_up_proj", {"gate": 1, "up": 1})):
                 if fused in name:
                     entry = header.pop(name)
                     begin, end = entry["data_offsets"]
-                    rows, size = entry["shape"][0] // len(parts), (end - begin) // len(parts)
-                    for i, part in enumerate(parts):
-                        place = {"shape": [rows, *entry["shape"][1:]]}
-                        place |= {"data_offsets": [begin + i * size, begin + (i + 1) * size]}
+                    for part, share in parts.items():
+                        rows, size = (
+                            n * share // sum(parts.values())
+                            for n in (entry["shape"][0], end - entry["data_offsets"][0])
+                        )
+                        place = {"shape": [rows, *entry["shape"][1:]], "data_offsets": [begin, begin + size]}
                         header[name.replace(fused, f"{part}_proj")] = entry | place
+                        begin += size
 
 
 @pytest.mark.parametrize("kind", ["phi3", "llama"])
@@ -171,12 +177,38 @@ def test_what_transformers_5_saves(kind: str, tmp_path: Path) -> None:
     change(folder, lambda content: content["model"].update(vocab=demo["vocab"], merges=demo["merges"]))
     shutil.copy(DEMO_CHECKPOINT / "model.safetensors", folder)
     if kind == "llama":
-        split_thirds_and_halves(folder / "model.safetensors")
+        split_projections(folder / "model.safetensors", groups=1)
     compare(folder, 1000, seed=4)
     ours, original = (
         tensors_of(convert(path, tmp_path / "out.gguf", force=True).path) for path in (folder, DEMO_CHECKPOINT)
     )
     assert ours.keys() == original.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "member", "groups"), [("phi-4-mini", "phi-4-mini-instruct", 2), ("phi-4", "phi-4", 4)]
+)
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_what_transformers_5_saves_of_a_byte_level_member(
+    kind: str, member: str, groups: int, ignore_merges: bool, tmp_path: Path
+) -> None:
+    """Projections that are split and wrapped, and added tokens of which some are words that the vocabulary has."""
+    original = write_member(tmp_path / "original", member, layers=1, dtype="bfloat16")
+    folder = Path(shutil.copytree(SAVED / kind, tmp_path / member))
+    stored = json.loads((original / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    whole = {"vocab": stored["vocab"], "merges": stored["merges"], "ignore_merges": ignore_merges}
+    change(folder, lambda content: content["model"].update(whole))
+    shutil.copy(original / "model.safetensors", folder)
+    split_projections(folder / "model.safetensors", groups)
+    with edited_weights(folder / "model.safetensors") as (header, _):
+        for name in header.keys() - {"__metadata__"}:
+            header[f"base_model.model.{name}"] = header.pop(name)
+    compare(folder, 1000, seed=5)
+    ours, theirs = (
+        tensors_of(convert(path, tmp_path / f"{path.parent.name}.gguf").path) for path in (folder, original)
+    )
+    for name, tensor in theirs.items():
+        assert ours[name].data.tobytes() == tensor.data.tobytes()
 
 
 def scatter(content: dict[str, Any]) -> None:
