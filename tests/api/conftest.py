@@ -92,6 +92,30 @@ def ask(client: openai.OpenAI) -> Callable[..., Any]:
     return ask
 
 
+@pytest.fixture(scope="session")
+def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
+    """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
+
+    def ask(path: str = CHAT, **body: Any) -> dict[str, Any]:
+        given = {"messages": USER} if path == CHAT else {"prompt": PROMPT}
+        response = api.client.post(path, json={**given, "temperature": 0, "max_tokens": 12, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        choice = answer["choices"][0]
+        return {"text": choice.get("text", choice.get("message", {}).get("content")), **answer, **choice}
+
+    return ask
+
+
+def greedy(api: Running, **kwargs: Any) -> str:
+    """Ask `/chat` the same question, and read its tokens character by character."""
+    wanted = {"do_sample": False, "return_dict_in_generate": True, **kwargs}
+    answer = api.chat(messages=USER, generate_kwargs=wanted).json()
+    shown = api.service.pipeline.engine.model.tokenizer.shown_bytes[True]
+    tokens = answer["sequences"][0][answer["usage"]["prompt_tokens"] :]
+    return b"".join(shown[token] for token in tokens).decode("utf-8", "replace")
+
+
 def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
     """Return text, finish reason and tokens of each choice of an answer of OpenAI's API, whole or streamed."""
     found: dict[int, tuple[str, str | None, list[Any]]] = {}
@@ -108,4 +132,6 @@ def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
 
 USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ENDLESS = {"generate_kwargs": {"eos_token_id": -1}}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
