@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace as Clock
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import structlog
@@ -25,9 +23,6 @@ from edge_phi3.pipeline import TextGenerationPipeline
 from tests.golden import attention
 from tests.support.in_process import Running, ready, running
 from tests.support.services import PATIENCE
-
-DATA = Path(__file__).with_name("data")
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 __all__ = ["GREEDY", "PATIENCE", "PROMPT", "Clock", "Running", "loader", "ready", "running"]
 
@@ -97,6 +92,30 @@ def ask(client: openai.OpenAI) -> Callable[..., Any]:
     return ask
 
 
+@pytest.fixture(scope="session")
+def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
+    """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
+
+    def ask(path: str = CHAT, **body: Any) -> dict[str, Any]:
+        given = {"messages": USER} if path == CHAT else {"prompt": PROMPT}
+        response = api.client.post(path, json={**given, "temperature": 0, "max_tokens": 12, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        choice = answer["choices"][0]
+        return {"text": choice.get("text", choice.get("message", {}).get("content")), **answer, **choice}
+
+    return ask
+
+
+def greedy(api: Running, **kwargs: Any) -> str:
+    """Ask `/chat` the same question, and read its tokens character by character."""
+    wanted = {"do_sample": False, "return_dict_in_generate": True, **kwargs}
+    answer = api.chat(messages=USER, generate_kwargs=wanted).json()
+    shown = api.service.pipeline.engine.model.tokenizer.shown_bytes[True]
+    tokens = answer["sequences"][0][answer["usage"]["prompt_tokens"] :]
+    return b"".join(shown[token] for token in tokens).decode("utf-8", "replace")
+
+
 def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
     """Return text, finish reason and tokens of each choice of an answer of OpenAI's API, whole or streamed."""
     found: dict[int, tuple[str, str | None, list[Any]]] = {}
@@ -113,32 +132,6 @@ def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
 
 USER: Any = [{"role": "user", "content": "What does json.dumps do?"}]
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ENDLESS = {"generate_kwargs": {"eos_token_id": -1}}
 PROMPT = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
-
-
-def recorded(name: str) -> Any:
-    """Return a body, recorded from the client itself."""
-    (path,) = (DATA / "bodies").glob(f"{name}-*.json")
-    return json.loads(path.read_bytes())
-
-
-def chunks(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
-
-
-@pytest.fixture(scope="session")
-def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
-    """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
-
-    def ask(path: str = CHAT, **body: Any) -> dict[str, Any]:
-        given = {"messages": USER} if path == CHAT else {"prompt": PROMPT}
-        response = api.client.post(path, json={**given, "temperature": 0, "max_tokens": 12, **body})
-        assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        choice = answer["choices"][0]
-        return {"text": choice.get("text", choice.get("message", {}).get("content")), **answer, **choice}
-
-    return ask

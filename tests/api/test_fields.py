@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
 
+import httpx
 import pytest
 from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from edge_phi3.api import body as body_module
 from edge_phi3.api.openai import fields
-from tests.api.conftest import CHAT, COMPLETIONS, DATA, USER, Running, chunks, recorded
+from edge_phi3.pipeline.chat_template import ChatTemplate
+from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, greedy
+
+DATA = Path(__file__).with_name("data")
+
+
+def recorded(name: str) -> Any:
+    """Return a body, recorded from the client itself."""
+    (path,) = (DATA / "bodies").glob(f"{name}-*.json")
+    return json.loads(path.read_bytes())
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +124,6 @@ def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        (CHAT, {"num_beams": 2}, "`num_beams` belongs inside `generate_kwargs`."),
         (CHAT, {"guidance_scale": 2}, "`guidance_scale` is not supported"),
         (CHAT, {"mirostat": 2}, "`mirostat` is not supported"),
         (CHAT, {"prompt_logprobs": 0}, "`prompt_logprobs` is not supported"),
@@ -116,7 +133,6 @@ def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
         (COMPLETIONS, {"cache_salt": "x"}, "`cache_salt` is not supported"),
         (COMPLETIONS, {"best_of": 2, "n": 3}, "`best_of` must be at least `n`"),
         (COMPLETIONS, {"best_of": 2, "stream": True}, "`best_of` must be at least `n`, and equal to it in a stream."),
-        (COMPLETIONS, {"logprobs": 21}, "`logprobs` must be an integer <= 20"),
         (CHAT, {"min_tokens": 20}, "`min_tokens` must be at most `max_tokens` (12), but is 20."),
         (CHAT, {"max_tokens": -2}, "`max_tokens` must be an integer >= -1"),
         (CHAT, {"stop_token_ids": [10**6]}, "`stop_token_ids[0]` must be a token id"),
@@ -142,6 +158,162 @@ def test_what_would_change_the_answer_and_cannot_be_had_is_refused(
 def test_what_asks_for_nothing_is_taken_in_silence(api: Running, path: str) -> None:
     nothing = {"mirostat": 0, "dry_multiplier": 0.0, "lora": [], "grammar": "", "use_beam_search": False, "n_cmpl": 1}
     nothing |= {"top_n_sigma": -1, "tools": None, "priority": None, "n_probs": 0, "samplers": [], "vllm_xargs": {}}
-    given = {"messages": USER} if path == CHAT else {"prompt": "json"}
-    response = api.client.post(path, json=given | nothing | {"max_tokens": 1})
+    given: dict[str, Any] = {"prompt": "json"}
+    if path == CHAT:
+        given = {"messages": [USER[0] | {"name": "n"}], "tools": [], "tool_choice": "none", "modalities": ["text"]}
+        given |= {"store": False, "service_tier": "auto", "user": "u", "metadata": {}, "logprobs": False}
+    response = api.client.post(path, json=nothing | given | {"max_tokens": 1})
     assert (response.status_code, response.headers.get("x-ignored-fields")) == (200, None), response.text
+
+
+# -- what they mean
+
+
+@pytest.mark.parametrize(
+    ("body", "kwargs"),
+    [
+        ({"temperature": 1, "top_k": 1}, {}),
+        ({"temperature": 1, "min_p": 1}, {}),
+        ({"temperature": 1, "typical_p": 0.3, "seed": 5}, {"do_sample": True, "typical_p": 0.3, "seed": 5, "top_k": 0}),
+        ({"temperature": 1, "top_k": -1, "seed": 5}, {"do_sample": True, "top_k": 0, "seed": 5}),
+        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
+        ({"repeat_penalty": 1.7, "repeat_last_n": -1}, {"repetition_penalty": 1.7}),
+        ({"repeat_penalty": 1.7, "repeat_last_n": 0}, {}),
+        ({"n_predict": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
+        ({"max_completion_tokens": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
+        ({"length_penalty": -3.0, "generate_kwargs": {"num_beams": 3}}, {"num_beams": 3, "length_penalty": -3.0}),
+        ({"truncate_prompt_tokens": 100}, {}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_sampler_s_field_is_the_parameter_of_chat(
+    api: Running, ask_for: Any, path: str, body: dict[str, Any], kwargs: dict[str, Any]
+) -> None:
+    assert ask_for(path, **body)["text"] == greedy(api, **{"max_new_tokens": 12} | kwargs)
+
+
+def test_tokens_end_an_answer_are_banned_or_are_the_only_ones(api: Running, ask_for: Any) -> None:
+    def tokens(text: str) -> list[int]:
+        found: list[int] = api.client.post("/tokenize", json={"content": text}).json()["tokens"]
+        return found
+
+    the, plain = tokens("the")[-1], ask_for(**ENDLESS)
+    assert ask_for(logit_bias=[[the, 100]], max_tokens=3)["text"] == " the the the"
+    assert ask_for(logit_bias=[["the", 100.0]], max_tokens=3)["text"] == " the the the"
+    assert ask_for(allowed_token_ids=[the], max_tokens=3)["text"] == " the the the"
+    forced = {"logit_bias": {str(the): 100}}
+    for banned in ({"logit_bias": [[the, False]]}, {"logit_bias": {str(the): False}}, {"bad_words": ["the"]}):
+        assert "the" not in ask_for(**banned, **(forced if "bad_words" in banned else {}))["text"]
+    ended = ask_for(**forced, stop_token_ids=[the])
+    assert (ended["text"], ended["finish_reason"], ended["usage"]["completion_tokens"]) == ("", "stop", 1)
+    assert ask_for(**forced, stop_token_ids=[the], include_stop_str_in_output=True)["text"] == " the"
+    assert ask_for(**forced, stop_token_ids=[the], min_tokens=3)["usage"]["completion_tokens"] == 4
+    assert ask_for(**forced, stop="the")["text"] == " "
+    assert ask_for(**forced, stop="the", include_stop_str_in_output=True)["text"] == " the"
+    assert ask_for(ignore_eos=True)["text"] == plain["text"]
+    end = api.service.pipeline.engine.model.defaults.eos_token_ids[0]
+    wants_end = {"logit_bias": {str(end): 100}}
+    assert ask_for(**wants_end)["usage"]["completion_tokens"] == 1
+    assert ask_for(**wants_end, min_tokens=5)["usage"]["completion_tokens"] == 6
+    whole = ask_for(**wants_end, ignore_eos=True, max_tokens=3)
+    assert (whole["text"], whole["usage"]["completion_tokens"]) == ("", 3)
+    shown = ask_for(**wants_end, ignore_eos=True, max_tokens=3, skip_special_tokens=False)["text"]
+    assert shown == api.client.post("/detokenize", json={"tokens": [end] * 3}).json()["text"]
+
+
+def test_a_conversation_is_rendered_as_it_asks(api: Running, ask_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [*USER, {"role": "assistant", "content": "It"}]
+    begun = [({}, f"{PROMPT}It"), ({"continue_final_message": True}, f"{PROMPT}It")]
+    closed = [
+        ({"continue_final_message": False}, f"{PROMPT}It<|end|>\n<|assistant|>\n"),
+        ({"add_generation_prompt": False, "continue_final_message": False}, f"{PROMPT}It<|end|>\n<|endoftext|>"),
+    ]
+    for fields_, prompt in begun + closed:
+        tokens = api.client.post("/tokenize", json={"messages": turns, **fields_}).json()
+        assert tokens["tokens"] == api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
+        answer = ask_for(messages=turns, **fields_)
+        assert answer["usage"]["prompt_tokens"] == tokens["count"]
+    loud = ChatTemplate("{{ messages[0].content }}{% if loud %}!{% endif %}{{ messages[0].role }}")
+    monkeypatch.setattr(api.service.pipeline, "_template", loud)
+    rendered = {"chat_template_kwargs": {"loud": True, "messages": []}}
+    one, other = (ask_for(messages=USER, **more)["usage"]["prompt_tokens"] for more in ({}, rendered))
+    assert other > one
+
+
+def test_a_prompt_may_be_computed_without_the_cache(ask_for: Any) -> None:
+    cached = [
+        ask_for(cache_prompt=each)["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (True, True, False)
+    ]
+    assert cached[1] > 0 == cached[2]
+
+
+def test_the_likeliest_of_several_completions_are_returned(api: Running) -> None:
+    body = {"prompt": "json", "max_tokens": 8, "seed": 3, "temperature": 1.5, "logprobs": 0, **ENDLESS}
+
+    def asked(**more: Any) -> Any:
+        return api.client.post(COMPLETIONS, json=body | more).json()
+
+    def score(choice: dict[str, Any]) -> float:
+        logprobs: list[float] = choice["logprobs"]["token_logprobs"]
+        return sum(logprobs) / len(logprobs)
+
+    every = sorted(asked(n=4)["choices"], key=score, reverse=True)
+    best = asked(n=2, best_of=4)
+    assert [choice["text"] for choice in best["choices"]] == [choice["text"] for choice in every[:2]]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert best["usage"]["completion_tokens"] == 32
+    silent = asked(n=1, best_of=4, logprobs=None)["choices"]
+    assert [(choice["text"], choice["logprobs"]) for choice in silent] == [(every[0]["text"], None)]
+    (many,) = asked(logprobs=20)["choices"]
+    assert {len(top) for top in many["logprobs"]["top_logprobs"]} <= {19, 20, 21}
+
+
+# -- the other routes
+
+
+def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running) -> None:
+    def tokens(**body: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = api.client.post("/tokenize", json=body).json()
+        return answer
+
+    ours = tokens(text=PROMPT)
+    assert ours == {"tokens": ours["tokens"], "count": len(ours["tokens"]), "max_model_len": 2048, "token_strs": None}
+    assert tokens(model="m", prompt=PROMPT, add_special_tokens=False)["tokens"] == ours["tokens"]
+    assert tokens(content=PROMPT, add_special=True, parse_special=True)["tokens"] == ours["tokens"]
+    assert tokens(messages=USER)["tokens"] == ours["tokens"]
+    assert len(tokens(content=PROMPT, parse_special=False)["tokens"]) > ours["count"]
+    pieces = tokens(content="a ☃", with_pieces=True)["tokens"]
+    data = b"".join(bytes(each) if isinstance(each := piece["piece"], list) else each.encode() for piece in pieces)
+    assert data == " a ☃".encode()
+    assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
+    for wrong in ({}, {"text": "a", "content": "a"}):
+        assert "Give one of `text`" in tokens(**wrong)["detail"]
+    assert "`messages` must be a list of length >= 1" in tokens(messages=[])["detail"]
+    text = api.client.post("/detokenize", json={"model": "m", "tokens": ours["tokens"]}).json()
+    assert text["text"] == text["prompt"] == text["content"] != ""
+
+
+@pytest.mark.parametrize(
+    ("lax", "strict"),
+    [
+        ({"return_full_text": "false", "clean_up_tokenization_spaces": "1"}, {"return_full_text": False}),
+        ({"return_full_text": 0, "stream": "no"}, {"return_full_text": False}),
+        (
+            {"generate_kwargs": {"max_length": "30", "do_sample": "false", "num_beams": "2", "length_penalty": "0.5"}},
+            {"generate_kwargs": {"max_length": 30, "do_sample": False, "num_beams": 2, "length_penalty": 0.5}},
+        ),
+        (
+            {"generate_kwargs": {"max_new_tokens": 9.0, "do_sample": 0, "early_stopping": "yes", "num_beams": "3"}},
+            {"generate_kwargs": {"max_new_tokens": 9, "do_sample": False, "early_stopping": True, "num_beams": 3}},
+        ),
+        (
+            {"generate_kwargs": {"do_sample": "off", "eos_token_id": "-1", "max_length": " 40 ", "min_length": True}},
+            {"generate_kwargs": {"do_sample": False, "eos_token_id": -1, "max_length": 40, "min_length": 1}},
+        ),
+    ],
+)
+def test_chat_reads_values_as_the_original_did(api: Running, lax: dict[str, Any], strict: dict[str, Any]) -> None:
+    greedy = {"prompt": PROMPT, "generate_kwargs": GREEDY}
+    answers = [api.chat(**greedy | body) for body in (lax, strict)]
+    assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+    assert answers[0].json() == answers[1].json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_phi3.api.openai.shown import ShownText
+from edge_phi3.conversion.convert import convert
 from tests import paced
-from tests.api.conftest import PROMPT, USER, Clock, Running, joined, loader, openai_client, ready
+from tests.api.conftest import PROMPT, USER, Clock, Running, greedy, joined, loader, openai_client, ready
+from tests.golden.family import write_member
 
 COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
-
-
-def greedy(api: Running, **kwargs: Any) -> str:
-    """Ask `/chat` the same question, and read its tokens character by character."""
-    wanted = {"do_sample": False, "return_dict_in_generate": True, **kwargs}
-    answer = api.chat(messages=USER, generate_kwargs=wanted).json()
-    shown = api.service.pipeline.engine.model.tokenizer.shown_bytes[True]
-    tokens = answer["sequences"][0][answer["usage"]["prompt_tokens"] :]
-    return b"".join(shown[token] for token in tokens).decode("utf-8", "replace")
 
 
 def test_a_conversation_is_answered_as_by_chat(api: Running, ask: Any) -> None:
@@ -60,40 +54,51 @@ def test_several_answers_are_drawn_with_a_seed_or_equal_without_a_temperature(as
     assert len(set(texts())) == 1
 
 
+@pytest.mark.parametrize("shown", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_ends_before_a_stop_text(api: Running, ask: Any, stream: bool) -> None:
+def test_an_answer_ends_before_a_stop_text_or_with_it(api: Running, ask: Any, stream: bool, shown: bool) -> None:
     whole = greedy(api, max_new_tokens=40)
     stop = whole[12:15]
-    answer = ask(max_tokens=40, stop=["never there", stop], stream=stream)
-    assert [found[:2] for found in joined(answer)] == [(whole[: whole.index(stop)], "stop")]
+    end = whole.index(stop) + shown * len(stop)
+    stops = [*(f"<{letter}>" for letter in "abcdef"), stop]
+    answer = ask(max_tokens=40, stop=stops, stream=stream, extra_body={"include_stop_str_in_output": shown})
+    assert [found[:2] for found in joined(answer)] == [(whole[:end], "stop")]
 
 
 def emoji(api: Running, count: int = 0) -> dict[str, Any]:
     """Return what makes a model spell 😀, in the four byte tokens that its vocabulary has for it, again and again."""
-    byte = {raw[0]: token for token, raw in api.service.pipeline.engine.model.tokenizer.raw_of.items()}
+    raw_of = api.service.pipeline.engine.model.tokenizer.raw_of
+    byte = {raw[0]: token for token, raw in raw_of.items() if len(raw) == 1}
     spelt = [byte[value] for value in "😀".encode()]
     biases = [[spelt[:length], 1e3 * 2**length] for length in range(1, 5)]
     return {"sequence_bias": biases, "eos_token_id": -1} | ({"max_new_tokens": count} if count else {})
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_of_byte_tokens_ends_generation(api: Running, ask: Any, stream: bool) -> None:
-    options = {"include_usage": True} if stream else None
-    answer = ask(stop="😀😀", stream=stream, stream_options=options, max_tokens=64, generate_kwargs=emoji(api))
-    chunks = list(answer) if stream else [answer]
-    assert [found[:2] for found in joined(chunks)] == [("", "stop")]
-    assert chunks[-1].usage.completion_tokens == 8
-
-
-def test_each_character_of_byte_tokens_goes_out_when_it_is_complete(model_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["phi-3", "phi-4-mini-instruct"])
+def test_a_character_of_byte_tokens_goes_out_when_it_is_complete_and_may_be_a_stop(
+    kind: str, model_path: Path, tmp_path: Path
+) -> None:
+    if kind != "phi-3":
+        model_path = convert(write_member(tmp_path, kind, layers=1), tmp_path / "model.gguf").path
     with ready(loader(model_path, stream_interval=0)) as api, openai_client(api) as client:
         asked: dict[str, Any] = {"model": "any", "messages": USER, "extra_body": {"generate_kwargs": emoji(api, 62)}}
         chunks = list(client.chat.completions.create(**asked, stream=True))
         pieces = [piece for chunk in chunks if (piece := chunk.choices[0].delta.content)]
         assert pieces == ["😀"] * 15 + ["\ufffd"]
         assert client.chat.completions.create(**asked).choices[0].message.content == "".join(pieces)
-        # For transformers, a run of bytes is UTF-8 as a whole, or each of them is lost.
-        assert api.chat(messages=USER, generate_kwargs=emoji(api, 62)).json() == {"Result": "\ufffd" * 62}
+        # For transformers, a run of Phi-3's bytes is UTF-8 as a whole, or each of them is lost.
+        answer = {"Result": "\ufffd" * 62 if kind == "phi-3" else "".join(pieces)}
+        assert api.chat(messages=USER, generate_kwargs=emoji(api, 62)).json() == answer
+        told = api.chat(messages=USER, generate_kwargs=emoji(api, 62), stream=True).text.split("data: ")[1:]
+        *parts, last = [json.loads(data.partition("\n")[0]) for data in told]
+        assert ("".join(part["text"] for part in parts), last) == (answer["Result"], answer)
+        for options in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+            found = client.chat.completions.create(
+                **asked | {"extra_body": {"generate_kwargs": emoji(api)}}, stop="😀😀", max_tokens=64, **options
+            )
+            chunks = list(found) if options else [found]
+            assert [each[:2] for each in joined(chunks)] == [("", "stop")]
+            assert chunks[-1].usage.completion_tokens == 8
 
 
 def test_a_stop_counts_only_in_what_is_generated(api: Running, client: Any) -> None:
@@ -106,13 +111,6 @@ def test_a_stop_counts_only_in_what_is_generated(api: Running, client: Any) -> N
     kwargs = {"do_sample": False, "eos_token_id": -1, "return_dict_in_generate": True, "max_new_tokens": 6}
     usage = api.chat(prompt="json", generate_kwargs={**kwargs, "stop_strings": stop}).json()["usage"]
     assert usage["completion_tokens"] == 1, "as in transformers, whose stop strings may begin in the prompt"
-
-
-def test_a_bias_bans_or_forces_a_token(api: Running, ask: Any) -> None:
-    token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
-    forced = ask(logit_bias={str(token): 100}, max_tokens=4)
-    text = api.client.post("/detokenize", json={"tokens": [token] * 4}).json()["text"]
-    assert forced.choices[0].message.content == f" {text}"
 
 
 def test_messages_may_come_in_parts_and_from_developers(ask: Any) -> None:

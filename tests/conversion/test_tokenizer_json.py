@@ -17,7 +17,6 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.engine.added_tokens import WHITE_SPACE
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
 from tests.conversion.conftest import edit, edited_weights, tensors_of
@@ -25,27 +24,16 @@ from tests.golden.byte_level import reference_tokenizer
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.family import write_member
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.odd_texts import random_text
 
 SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
 """What transformers 5 wrote of the demo model under its own name, and as a Llama; see tests/data/README.md."""
 
 ADDED = ["<tool>", "newword", "two words", "sp \u2581 ace", "\u2581begun", "hello", "caf\u00e9", "do"]
-FRAGMENTS = [
-    "<|user|>", "<|end|>", "<|assistant|>", "<|system|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "\u200b",
-    *WHITE_SPACE,
+SPECIAL = [
+    "<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>", "<|im_sep|>", "<s>", "</s>", "<unk>",
     *(part for token in ADDED for part in (token, f" {token}", f"{token}s", f"a{token}", token[:3], token[3:])),
-    "Hello", " world", "do not", "the", "1234", "\u65e5\u672c", "\U0001f600", "e\u0301", "\u2581", "  ", "   ", "\n\n",
-    "<0x0A>",
-    "<", "|", ">", "aaaaaaa", "=====", *(space * length for space in " \u2581" for length in (4, 7, 16, 33, 100)),
 ]  # fmt: skip
-
-
-def random_text(generator: random.Random) -> str:
-    if generator.random() < 0.2:
-        codes = (generator.choice([0x80, 0x800, 0x10000, 0x110000]) for _ in range(generator.randrange(1, 20)))
-        return "".join(chr(generator.randrange(limit)) for limit in codes).encode(errors="ignore").decode()
-    joint = generator.choice(["", "", " "])
-    return joint.join(generator.choices(FRAGMENTS, k=generator.randrange(1, 14)))
 
 
 @contextlib.contextmanager
@@ -59,7 +47,7 @@ def converted(folder: Path) -> Iterator[tuple[Tokenizer, Library]]:
 def compare(folder: Path, texts: int, seed: int) -> None:
     generator = random.Random(seed)
     with converted(folder) as (ours, theirs):
-        for text in (random_text(generator) for _ in range(texts)):
+        for text in (random_text(generator, SPECIAL) for _ in range(texts)):
             ids = theirs.encode(text).ids
             assert ours.encode(text).tolist() == ids, text
             assert ours.decode(ids) == theirs.decode(ids), text

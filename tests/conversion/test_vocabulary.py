@@ -25,6 +25,7 @@ from edge_phi3.llama.model import Model, tokenize
 from tests.conversion.conftest import JSON, edit, fields_of
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import VOCABULARY_GGUF, Vocabulary, phi3_vocabulary, sentencepiece_model
+from tests.support.odd_texts import random_text
 
 ROWS = 672
 TOKEN = {"id": 9, "content": "x"}
@@ -194,14 +195,6 @@ def test_no_change_of_bytes_makes_the_reader_fail_in_another_way(
 
 
 SPECIAL = [token.content for token in phi3_vocabulary().added]
-FRAGMENTS = [
-    *SPECIAL, *WHITE_SPACE, "\x1c", "\x1f", "\u200b", "\ufeff", "\x00", "\u2581", "\u2581\u2581", " \u2581",
-    "<|", "|>", "<", ">", "Hello", " world", "the", "1234", "don't", "\u00e9\u00e0", "\u65e5\u672c\u8a9e",
-    "\u0645\u0631\u062d\u0628\u0627", "\U0001f600", "e\u0301", "\U0001f468\u200d\U0001f469", "<0x0A>", "[PAD32012]",
-    "aaa", "aaaaaaa", "nnn", "....", "=====", "\n\n\n", "\r\n",
-    *(space * length for space in " \u2581" for length in (1, 2, 3, 5, 15, 16, 17, 33, 64, 100, 257)),
-]  # fmt: skip
-
 
 Encode = Callable[[str], list[int]]
 
@@ -248,25 +241,10 @@ def test_llama_cpps_own_vectors(whole: tuple[Encode, Encode, Encode]) -> None:
         assert [encode(text) for encode in whole] == 3 * [[int(token) for token in row.split()]]
 
 
-def random_text(generator: random.Random) -> str:
-    """Return a text of one of several kinds, odd characters and special tokens included."""
-    kind = generator.randrange(5)
-    if kind == 0:
-        codes = (generator.choice([0x80, 0x800, 0x10000, 0x110000]) for _ in range(generator.randrange(1, 20)))
-        return "".join(chr(generator.randrange(limit)) for limit in codes).encode(errors="ignore").decode()
-    if kind == 1:
-        return "".join(generator.choices(SPECIAL + list(WHITE_SPACE), k=generator.randrange(1, 12)))
-    if kind == 2:
-        return "".join(generator.choices("ab \n▁n.=-", k=generator.randrange(1, 80)))
-    if kind == 3:
-        return " ".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 20)))
-    return "".join(generator.choices(FRAGMENTS, k=generator.randrange(1, 25)))
-
-
 def test_thousands_of_generated_texts(whole: tuple[Encode, Encode, Encode]) -> None:
     ours, _, theirs = whole
     generator = random.Random(20240423)
-    texts = [random_text(generator) for _ in range(6000)]
+    texts = [random_text(generator, SPECIAL) for _ in range(6000)]
     assert [text for text in texts if ours(text) != theirs(text)] == []
 
 
@@ -275,7 +253,7 @@ def test_llama_cpp_alone_differs_only_in_unicode_white_space_after_a_special_tok
 ) -> None:
     _, alone, theirs = whole
     generator = random.Random(7)
-    for text in (random_text(generator) for _ in range(3000)):
+    for text in (random_text(generator, SPECIAL) for _ in range(3000)):
         if not any(character in text for character in set(WHITE_SPACE) - set(" \t\n\v\f\r")):
             assert alone(text) == theirs(text)
     assert alone("<|end|>\u00a0") != theirs("<|end|>\u00a0"), "llama.cpp has mended this"

@@ -15,7 +15,7 @@ Hello world the THE tHe McDonald iPhone XMLHttpRequest don't I'LL we'Ve it'ſ 's
 ```python def ---- ==== .... !!! … “q” «» _ __init__ # @ $x ~ ^ ᾳ ʰ ﬁ ª 〇 ー
 """.split()  # noqa: SIM905 - a list of so many quoted words would be ten times as long
 _WORDS += [" world", "    ", "\t", "\n", "\r\n", "\n\n\n", " \n ", "  \n\t\n", "\x00", "\x1c", "\u200b", "\ufeff"]
-_WORDS += ["\u2028", "\ufffd", "\u180e"]
+_WORDS += ["\u2028", "\ufffd", "\u180e", "▁", "▁▁", " ▁", "<0x0A>", "[PAD32012]", "<|", "|>", "<", ">"]
 
 
 def random_text(chance: random.Random, special: Sequence[str]) -> str:
@@ -29,9 +29,10 @@ def random_text(chance: random.Random, special: Sequence[str]) -> str:
     if kind == 1:
         return "".join(chance.choices([*special, *WHITE_SPACE, "a", "\n"], k=chance.randrange(1, 12)))
     if kind == 2:
-        return "".join(chance.choices("aB1 \n'sé.\u0301/", k=chance.randrange(1, 60)))
+        return "".join(chance.choices("aB1 \n'sé.\u0301/▁=-", k=chance.randrange(1, 60)))
     if kind == 3:
-        return "".join(chance.choice(" \n\t\u00a0\u3000-=a9é") * chance.randrange(1, 70) for _ in range(3))
+        lengths = chance.choices((1, 3, 15, 16, 17, 64, 257), k=3)
+        return "".join(chance.choice(" ▁\n\t\u00a0\u3000-=a9é") * length for length in lengths)
     words = chance.choices(
         [*_WORDS, *special], weights=[3] * len(_WORDS) + [1] * len(special), k=chance.randrange(1, 25)
     )
