@@ -93,9 +93,8 @@ def test_a_character_of_byte_tokens_goes_out_when_it_is_complete_and_may_be_a_st
         *parts, last = [json.loads(data.partition("\n")[0]) for data in told]
         assert ("".join(part["text"] for part in parts), last) == (answer["Result"], answer)
         for options in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
-            found = client.chat.completions.create(
-                **asked | {"extra_body": {"generate_kwargs": emoji(api)}}, stop="😀😀", max_tokens=64, **options
-            )
+            stopped = {**asked, "extra_body": {"generate_kwargs": emoji(api)}, "stop": "😀😀", "max_tokens": 64}
+            found = client.chat.completions.create(**{**stopped, **options})
             chunks = list(found) if options else [found]
             assert [each[:2] for each in joined(chunks)] == [("", "stop")]
             assert chunks[-1].usage.completion_tokens == 8
