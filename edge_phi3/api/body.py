@@ -103,8 +103,9 @@ def ignore(exchange: Exchange, names: Iterable[str]) -> None:
 
 
 def _shown(name: str) -> str:
-    """Return a name as it can stand in a list in a header."""
-    return name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
+    """Return a name as it can stand in a list in a header, at its end too."""
+    shown = name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
+    return shown if shown and shown == shown.strip() else f'"{shown[: _LONGEST_IGNORED - 2]}"'
 
 
 async def work_on(body: bytes, work: Callable[[], Result], *, slow: bool = False) -> Result:

@@ -101,6 +101,15 @@ def test_every_field_of_the_three_servers_is_in_the_table() -> None:
         assert {name for each in params for name in get_type_hints(each)} - inside == set()
 
 
+@pytest.mark.parametrize("name", ["", " ", "a ", " a", "\t", "\x7f", "\U0001f600", f"{'b' * 63} c"])
+@pytest.mark.parametrize("path", [CHAT, "/chat", "/tokenize"])
+def test_a_name_can_stand_in_a_header_whatever_it_is(api: Running, path: str, name: str) -> None:
+    body = json.dumps({"messages": USER, "max_tokens": 1, name: 1})
+    response = api.client.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 200, response.text
+    assert "x-ignored-fields" in response.headers
+
+
 def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
     api: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
