@@ -92,10 +92,10 @@ def test_a_character_of_byte_tokens_goes_out_when_it_is_complete_and_may_be_a_st
         told = api.chat(messages=USER, generate_kwargs=emoji(api, 62), stream=True).text.split("data: ")[1:]
         *parts, last = [json.loads(data.partition("\n")[0]) for data in told]
         assert ("".join(part["text"] for part in parts), last) == (answer["Result"], answer)
-        for options in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
-            stopped = {**asked, "extra_body": {"generate_kwargs": emoji(api)}, "stop": "😀😀", "max_tokens": 64}
-            found = client.chat.completions.create(**{**stopped, **options})
-            chunks = list(found) if options else [found]
+        asked |= {"extra_body": {"generate_kwargs": emoji(api)}, "stop": "😀😀", "max_tokens": 64}
+        for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
+            found: Any = client.chat.completions.create(**asked | more)
+            chunks = list(found) if more else [found]
             assert [each[:2] for each in joined(chunks)] == [("", "stop")]
             assert chunks[-1].usage.completion_tokens == 8
 

@@ -23,23 +23,8 @@ BUILT_IN = family_of({"<|user|>"}).chat_template
 FOUND["built in"] = {"template": BUILT_IN, "prompt": FOUND["Phi-3-mini-4k-instruct"]["prompt"]}
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 TOKENS = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
-EDGES = [
-    "",
-    " ",
-    "\n",
-    "<",
-    "|",
-    ">",
-    "end",
-    "n",
-    "1. ",
-    "```json\n",
-    "<|end|>",
-    "<|assistant|>\n",
-    "Hello",
-    "<|",
-    "\t x \n\n",
-]
+EDGES = ["", " ", "\n", "<", "|", ">", "end", "n", "1. ", "```json\n", "<|end|>", "<|assistant|>\n", "Hello", "<|"]
+EDGES += ["\t x \n\n"]
 
 
 def turn(role: str, content: str) -> dict[str, str]:
