@@ -41,10 +41,10 @@ target_delimiter: ""
 metric_list: [{metric: acc}]
 """
 TEXTS, TOLERANCE = 200, 1e-3
-LONG = {"demo": (900, 1000, 1150, 1250), "128k": (2500, 4000, 4030, 4150, 5000)}
+LONG, LONG_TOLERANCE = {"demo": (900, 1000, 1150, 1250), "128k": (2500, 4000, 4030, 4150, 5000)}, 1e-2
 """Words of contexts that end far behind the window, or the original context, after the `TEXTS` of up to 150 words; the
-demo model's words have 2.5 tokens, the other's one. There the angles of rotation alone are rounded by 1e-4, on either
-side, so that twice the tolerance holds."""
+demo model's words have 2.5 tokens, the other's one. llama.cpp multiplies the angles of rotation up in float32, an error
+that grows with the position, window or not: at 3,000 tokens it moves log-probabilities of the demo model by 2e-4 each."""
 EXACT = ("--kv-cache-type", "f32", "--window-chunk", "1", "--threads", "1")
 
 
@@ -99,5 +99,5 @@ def test_loglikelihoods_are_those_of_its_own_backend(kind: str, peers: Peers, tm
     usual, long = max(apart[:TEXTS]), max(apart[TEXTS:])
     print(f"{kind}: log-likelihoods differ by {usual:.1e} at most, those of long texts by {long:.1e}")
     assert usual < TOLERANCE
-    assert long < 2 * TOLERANCE
+    assert long < LONG_TOLERANCE
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
