@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +50,9 @@ def option(key: str, described: Object) -> st.SearchStrategy[object]:
     kinds = {
         "boolean": st.booleans(),
         "integer": st.integers(least, most),
-        "number": st.one_of(st.integers(least, most), st.floats(least, most).map(lambda value: round(value, 3))),
+        "number": st.one_of(
+            st.integers(math.ceil(least), most), st.floats(least, most).map(lambda value: round(value, 3))
+        ),
     }
     return kinds[described["type"]]
 

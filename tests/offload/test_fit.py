@@ -65,7 +65,7 @@ def test_types_contexts_parallelism_and_layers(device: Device, made: Made) -> No
         asked = options["n_gpu_layers"]
         layers = 4 if asked == ALL else asked
         assert answer["layers"] == layers
-        assert f"{layers} of 4 layers on the GPU" in answer["said"]
+        assert (f"{layers} of 4 layers on the GPU" if layers else "all layers on the CPU") in answer["said"]
         # Layers lie where they are said to: the device has weights with the first, and KV cache with the second.
         on_device = answer["allocated"]["device"]
         assert bool(on_device.get("model")) is (layers > 0)
