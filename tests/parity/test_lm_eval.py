@@ -43,8 +43,8 @@ metric_list: [{metric: acc}]
 TEXTS, TOLERANCE = 200, 1e-3
 LONG, LONG_TOLERANCE = {"demo": (900, 1000, 1150, 1250), "128k": (2500, 4000, 4030, 4150, 5000)}, 1e-2
 """Words of contexts that end far behind the window, or the original context, after the `TEXTS` of up to 150 words; the
-demo model's words have 2.5 tokens, the other's one. llama.cpp multiplies the angles of rotation up in float32, an error
-that grows with the position, window or not: at 3,000 tokens it moves the demo model's log-probabilities by 2e-4."""
+demo model's words have 2.5 tokens, the other's one. The difference grows
+with the position, window or not: at 3,000 tokens the demo model's log-probabilities differ by 2e-4 on average."""
 EXACT = ("--kv-cache-type", "f32", "--window-chunk", "1", "--threads", "1")
 
 
