@@ -19,11 +19,13 @@ from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, R
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
 from edge_phi3.generation.constraints import TokenConstraint
+from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 from tests.support.schemas import SCHEMAS, small_vocabulary
 
+_BYTES = [(text or "").encode() for text in TEXTS]
 LONGEST_REPEATED = 90
 """Tokens of an earlier answer that a prompt goes on from, at most."""
 
@@ -89,8 +91,9 @@ class Client:
         elif ask.constrained:
             constraint = OddOrEven(fails_after=self._left if faulty and ask.fault == "masking" else [])
         name = f"r{self.number}"
+        stops = StopTexts(ask.stops, _BYTES, len(self.prompt)) if ask.stops else None
         return GenerationRequest(
-            self.prompt, self.config, ask.stream, ask.timeout, name, constraint, scored_prompt=ask.scored
+            self.prompt, self.config, ask.stream, ask.timeout, name, constraint, stops, scored_prompt=ask.scored
         )
 
     def _break(self, _tokens: object, _scores: object) -> None:
@@ -226,7 +229,7 @@ class Client:
         assert 0 <= event.timing.queue <= event.timing.first_token <= event.timing.total, f"{name}: {event.timing}"
         assert 0 <= event.cached_tokens < len(prompt), f"{name}: {event.cached_tokens} tokens are cached"
         reused = self._scenario.share_prefixes and not (self._scenario.exact_seeds and self.config.seed is not None)
-        reused = reused and self.ask.scored is None
+        reused = reused and self.ask.scored is None and self.config.cache_prompt
         assert reused or event.cached_tokens == 0, f"{name} began with what was computed for another"
         count = len(prompt) - 1 if self.ask.scored is not None else 0
         assert len(event.prompt_logprobs) == count, f"{name}: {event.prompt_logprobs}, {count} are wanted"

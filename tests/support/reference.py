@@ -204,6 +204,7 @@ def answer(
             request.config,
             request.prompt_ids,
             vocabulary=texts,
+            stop_texts=request.stop_texts,
             constraint=request.constraint,
             clock=lambda: 0.0,
         )

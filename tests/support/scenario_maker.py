@@ -162,10 +162,19 @@ class _Maker:
             schema=self.maybe(0.06, lambda: self.between(0, len(SCHEMAS) - 1)) if not beams and not fault else None,
             logprobs=self.maybe(0.08, lambda: self.between(0, 3)) if not beams else None,
             scored=self.maybe(0.1, lambda: self.between(0, 3)),
+            stops=self.maybe(0.08, lambda: (chance.choice("abcdefgh"), "ij")) or (),
+            openai=self.maybe(0.12, self._openai) or {},
             fault=fault,
             fault_at=self.between(0, self.chance.choice((2, 12))) if fault else 0,
             entropy=chance.getrandbits(63),
         )
+
+    def _openai(self) -> dict[str, Any]:
+        penalty = {
+            "repeat_penalty": self.chance.choice((0.8, 1.3)),
+            "repeat_last_n": self.chance.choice((-1, 0, 3, 64)),
+        }
+        return self.chance.choice(({"cache_prompt": False}, penalty))
 
     def _kwargs(self, mode: str, length: int, *, extended: bool) -> dict[str, Any]:
         """Return the parameters of a request with a prompt of a length."""

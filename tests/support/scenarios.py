@@ -104,6 +104,8 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
         schema: which of `tests.support.schemas.SCHEMAS` they must follow instead, or None.
         logprobs: how many log-probabilities it wants beside each token, or None.
         scored: how many it wants beside each token of its prompt, or None.
+        stops: texts before which its answer ends.
+        openai: parameters that only OpenAI's API has, beside `kwargs`.
         fault: which of its parts fails, or None.
         fault_at: how often that part works before.
         entropy: what it is drawn with when it has no seed.
@@ -120,13 +122,15 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     schema: int | None = None
     logprobs: int | None = None
     scored: int | None = None
+    stops: tuple[str, ...] = ()
+    openai: dict[str, Any] = {}
     fault: Fault | None = None
     fault_at: int = 0
     entropy: int = 0
 
     def config(self) -> GenerationConfig:
         config = GenerationConfig.resolve(self.kwargs, DEFAULTS)
-        return config if self.logprobs is None else dataclasses.replace(config, top_logprobs=self.logprobs)
+        return dataclasses.replace(config, top_logprobs=self.logprobs, **self.openai)
 
 
 class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):

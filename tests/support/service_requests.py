@@ -279,7 +279,14 @@ class AskMaker:
         body: dict[str, Any] = {"max_tokens": new, "n": chance.choice((1, 1, 1, 2, 4))}
         body["stream"] = chance.random() < 0.25
         body |= chance.choice(({"temperature": 0}, drawn))
-        for more in ({"presence_penalty": 0.7, "frequency_penalty": -0.2}, {"stop": [" t", "the"]}):
+        further: tuple[dict[str, Any], ...] = (
+            {"presence_penalty": 0.7, "frequency_penalty": -0.2},
+            {"stop": [" t", "the"], "include_stop_str_in_output": chance.random() < 0.5},
+            {"top_k": 5, "min_p": 0.01, "repeat_penalty": 1.1, "repeat_last_n": 16},
+            {"ignore_eos": True, "stop_token_ids": [chance.choice(ORDINARY)], "min_tokens": 1},
+            {"cache_prompt": False, "skip_special_tokens": False, "user": "somebody"},
+        )
+        for more in further:
             body |= more if chance.random() < 0.2 else {}
         return body
 
