@@ -1,7 +1,8 @@
 """Batches of one context: which tokens of which sequences are decoded in one call, and what each of them looks back on.
 
 The order is llama-server's and vLLM's: first one token of every row that decodes, then prompts chunk by chunk while
-there is room, so that a long prompt delays the others by one chunk at most.
+there is room, so that a long prompt delays the others by one chunk at most. On a CPU, rows and prompts that would fill
+a tile together take turns.
 
 llama.cpp does not know Phi-3's sliding window: what has left it is removed before a token is decoded. A token sees the
 last `window` ones, itself included. Those of a prompt are fed `window_chunk` at a time beyond the window, and all of a
@@ -74,6 +75,7 @@ class ModelRunner:
         self._window_chunk = window_chunk
         self._sizes = sizes
         self._batches = 0
+        self._prompts_turn = False
 
     def cells_needed(self, prompt_length: int, length: int, rows: int) -> int:
         """Return the most cells that a request holds from its prompt on until its rows have so many tokens.
@@ -99,16 +101,23 @@ class ModelRunner:
             self._part_rows(request)
             (decoding if request.decoding else prompts).append(request)
         # What repeats to the bit does not depend on what was measured when the service started.
-        sizes = None if prompts or any(request.exact for request in decoding) else self._sizes
+        sizes = None if any(request.exact for request in self.running) else self._sizes
+        apart = sizes is not None and self._fill(sizes.tile, decoding, prompts)
+        self._prompts_turn = apart and not self._prompts_turn
+        if self._prompts_turn:
+            self._add_prompts(batch, prompts)
+            if batch.count:
+                return batch
+        if prompts and not apart:
+            sizes = None
         if sizes is not None:
             decoding = self._in_turn(decoding, sizes)
         if not self._add_rows(batch, decoding):
             return batch
         if sizes is not None:
             self._pad(batch, sizes.padding(batch.count))
-        for request in prompts:
-            if batch.count < self.context.batch_size:
-                self._add_prompt(batch, request)
+        if not apart:
+            self._add_prompts(batch, prompts)
         return batch
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
@@ -168,18 +177,33 @@ class ModelRunner:
         batch.choosing, batch.members = decoding[:], decoding[:]
         return True
 
+    def _fill(self, tile: int, decoding: list[RunningRequest], prompts: list[RunningRequest]) -> bool:
+        """Return whether rows that decode, fewer than a tile's, and prompts would fill one together."""
+        rows = sum(len(request.sequences) for request in decoding)
+        chunks = sum(self._next_chunk(request) * len(request.sequences) for request in prompts)
+        return 0 < rows < tile <= rows + chunks
+
+    def _add_prompts(self, batch: Batch, prompts: list[RunningRequest]) -> None:
+        for request in prompts:
+            if batch.count < self.context.batch_size:
+                self._add_prompt(batch, request)
+
+    def _next_chunk(self, request: RunningRequest) -> int:
+        """Return how many tokens of a request that is not computed yet may come next, in each of its rows."""
+        rows, computed = request.sequences, request.sequences[0].computed
+        # Several rows leave their last tokens to be decoded together, since the decoder wants all logits at once.
+        whole = request.decoder.rows == 1
+        end = request.length if whole else request.stem if len(rows) == 1 else request.length - 1
+        return end - computed if self._window is None else min(end - computed, self._chunk(request, computed))
+
     def _add_prompt(self, batch: Batch, request: RunningRequest) -> None:
         """Add tokens of a request that is not computed yet, as far as there is room for them and cells are free."""
-        tokens, length, rows = request.decoder.row_tokens(), request.length, request.sequences
-        # Several rows leave their last tokens to be decoded together, since the decoder wants all logits at once.
-        whole = len(tokens) == 1
-        end = length if whole else request.stem if len(rows) == 1 else length - 1
+        tokens, rows = request.decoder.row_tokens(), request.sequences
         if self._window is not None:
             for sequence in rows:
                 self.kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
-            end = min(end, rows[0].computed + self._chunk(request, rows[0].computed))
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
-        count = min(end - rows[0].computed, (self.context.batch_size - batch.count) // len(rows))
+        count = min(self._next_chunk(request), (self.context.batch_size - batch.count) // len(rows))
         first, known = batch.count - rows[0].computed, len(request.prompt_logprobs)
         if request.unscored > (room := self.context.scored - sum(scored for _, _, scored in batch.scored)):
             count = min(count, known + room - rows[0].computed)
@@ -197,7 +221,7 @@ class ModelRunner:
             self.context.wants_logits[first + known : first + known + scored] = 1
             batch.scored.append((request, batch.rows, scored))
             batch.rows += scored
-        if whole and rows[0].computed == length:
+        if len(tokens) == 1 and rows[0].computed == request.length:
             self.context.wants_logits[batch.count - 1] = 1
             batch.choosing.append(request)
             batch.rows += 1

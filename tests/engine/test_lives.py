@@ -79,6 +79,19 @@ def test_prompts_that_share_their_cells_run_beside_each_other() -> None:
     assert life.steps < 2 * 10, "they ran one after the other"
 
 
+@pytest.mark.parametrize(("prompt", "batches"), [(16, [5, 8, 1, 8, 2]), (4, [5, 1 + 4, 2, 2, 2])])
+def test_rows_and_prompts_that_would_fill_a_tile_take_turns(prompt: int, batches: list[int]) -> None:
+    kwargs = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": []}
+    asks = (Ask((3, 4, 5, 6, 7), kwargs), Ask(tuple(range(20, 20 + prompt)), kwargs, arrives=1))
+    life = Life(Scenario(asks, batch_size=8, sizes=(1, 2, 4), share_prefixes=False))
+    decoded = [0]
+    for _ in batches:
+        life._events(life.core.turns)
+        life.core.step()
+        decoded.append(life.contexts[0].decoded)
+    assert np.diff(decoded).tolist() == batches
+
+
 def test_so_do_those_of_scenarios_that_nobody_has_seen() -> None:
     first = secrets.randbits(40)
     live_all(range(first, first + BATCH))

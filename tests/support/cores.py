@@ -97,7 +97,7 @@ def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCor
                 window_chunk=scenario.window_chunk,
                 host_cache=None if scenario.host_cache is None else CheckedHostCache(scenario, number),
                 retain=scenario.offloaded and scenario.share_prefixes,
-                sizes=BatchSizes(sizes) if sizes else None,
+                sizes=BatchSizes(sizes, tile=sum(scenario.sizes[:3])) if sizes else None,
             )
         )
     scheduler = Scheduler(

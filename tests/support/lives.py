@@ -132,8 +132,8 @@ class Life:
         if failures == [len(context.failed) for context in self.contexts]:
             stuck = {arrival for arrival, length in self._lengths().items() if lengths.get(arrival) == length}
             self._stood = {arrival: self._stood.get(arrival, 0) + 1 for arrival in stuck}
-            # Halves of a batch take turns, and those who are new come first.
-            most = 3 if self.scenario.sizes else 0
+            # Halves of a batch take turns, and those who are new come first; so do prompts, before each of them.
+            most = 7 if self.scenario.sizes else 0
             assert max(self._stood.values(), default=0) <= most, f"{self._stood} decode, but did not go on"
         self._check_failures(failures, news)
         self._check_cells()

@@ -143,6 +143,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
         per_step: how many bytes are copied to the host cache in a step.
         kept_sequences: ids beyond `parallel`, for finished sequences that stay in their cells.
         sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
+            The first three together are the tokens of a tile.
         failures: decodes that fail.
         stop_at: the step before which the engine is stopped, or None.
     """
