@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_phi3.errors import EdgePhi3Error
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 CHECKPOINT_FILES = (
@@ -25,6 +24,7 @@ CHECKPOINT_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
     "README.md",
 )
 """What a checkpoint may have beside its weights; the README holds the licence."""
@@ -64,12 +64,9 @@ class Snapshot:
 
 def small_files(snapshot: Snapshot) -> list[RemoteFile]:
     """Return the files of a checkpoint without its weights, the index of its shards included."""
-    names = snapshot.files.keys()
-    if "config.json" not in names or not {WEIGHTS, INDEX} & names:
+    if "config.json" not in snapshot.files or not _weights(snapshot, []):
         raise HubError(_what_it_holds(snapshot))
-    found = [snapshot.files[name] for name in CHECKPOINT_FILES if name in names]
-    if WEIGHTS not in names:
-        found.append(snapshot.files[INDEX])
+    found = [snapshot.files[name] for name in (*CHECKPOINT_FILES, INDEX) if name in snapshot.files]
     for file in found:
         if file.size is not None and file.size > _SMALL_LIMIT:
             raise HubError(f"{file.name} of {snapshot.repository} has {file.size:,} bytes, which it never should.")
@@ -77,10 +74,24 @@ def small_files(snapshot: Snapshot) -> list[RemoteFile]:
 
 
 def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
-    """Return the files of the weights, once the index lies in `folder`."""
-    if WEIGHTS in snapshot.files:
-        return [snapshot.files[WEIGHTS]]
-    return [snapshot.files[name] for name in _shards(snapshot, folder / INDEX)]
+    """Return the files of the weights, once the index lies in `folder`, if there is one; the converter takes them."""
+    from edge_phi3.conversion.weights import WEIGHTS_NAME, set_of  # noqa: PLC0415 (see `_weights`)
+
+    asked = INDEX in snapshot.files and WEIGHTS_NAME not in snapshot.files
+    named = set(_shards(snapshot, folder / INDEX)) if asked else set()
+    chosen = _weights(snapshot, named)
+    sets = {set_of(name) for name in chosen} - {None}
+    for name in sorted(named - snapshot.files.keys()):
+        if set_of(name) in sets:
+            raise HubError(f"{snapshot.repository} lacks the file {name} that its {INDEX} names.")
+    return [snapshot.files[name] for name in chosen]
+
+
+def _weights(snapshot: Snapshot, named: Collection[str]) -> list[str]:
+    # Takes longer to import than all the rest of a start that finds its model in the store.
+    from edge_phi3.conversion.weights import choose_weights  # noqa: PLC0415 (see above)
+
+    return choose_weights(filter(_SHARD.fullmatch, snapshot.files), named)
 
 
 def gguf_files(snapshot: Snapshot, names: tuple[str, ...]) -> list[RemoteFile]:
@@ -104,12 +115,12 @@ def _shards(snapshot: Snapshot, index: Path) -> Iterator[str]:
                 f"{INDEX} of {snapshot.repository} names {name!r}, which is not the name of a file beside it;"
                 " the repository is damaged, or hostile."
             )
-        if name not in snapshot.files:
-            raise HubError(f"{snapshot.repository} lacks the file {name} that its {INDEX} names.")
         yield name
 
 
 def _what_it_holds(snapshot: Snapshot) -> str:
+    from edge_phi3.conversion.weights import ADAPTER_CONFIG, adapter_error  # noqa: PLC0415 (see `_weights`)
+
     ggufs = _ggufs(snapshot)
     if ggufs:
         example = f"{snapshot.repository}/{ggufs[0]}"
@@ -117,6 +128,8 @@ def _what_it_holds(snapshot: Snapshot) -> str:
             f"{snapshot.repository} holds no safetensors checkpoint but GGUF files ({', '.join(ggufs)});"
             f" name one of them, such as {example}."
         )
+    if ADAPTER_CONFIG in snapshot.files:
+        return str(adapter_error(snapshot.repository))
     if any(name.endswith((".bin", ".pt", ".pth")) for name in snapshot.files):
         return (
             f"{snapshot.repository} holds only pickled weights (.bin), which can run code and are never loaded;"

@@ -134,9 +134,12 @@ def parse_reference(text: str | None) -> Reference:
 
 def _folder(path: Path) -> LocalCheckpoint:
     if not (path / "config.json").exists():
-        inside = sorted(path.glob("*.gguf"))
-        hint = f"; it holds {inside[0].name}, give that file" if inside else "; give a Hugging Face checkpoint"
-        raise ModelReferenceError(f"The folder {path} has no config.json{hint}.")
+        if inside := sorted(path.glob("*.gguf")):
+            raise ModelReferenceError(f"{path} has no config.json; it holds {inside[0].name}, give that file.")
+        # Takes longer to import than all that a reference needs.
+        from edge_phi3.conversion.checkpoint import no_checkpoint  # noqa: PLC0415 (see above)
+
+        raise ModelReferenceError(str(no_checkpoint(path)))
     return LocalCheckpoint(path, path.resolve().name)
 
 

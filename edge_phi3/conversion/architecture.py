@@ -6,6 +6,7 @@ save it so. Such a copy is told by Phi-3's vocabulary; a real Llama or Mistral i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -16,8 +17,8 @@ ARCHITECTURE = "Phi3ForCausalLM"
 
 _OF_TYPE = {"phi3": ARCHITECTURE, "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _DISGUISES = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
-# What peft leaves in the place of the model's own, and a Phi-3 without its output matrix, which may be tied.
-_SAY_NOTHING = frozenset({"PeftModelForCausalLM", "PeftModel", "AutoModelForCausalLM", "Phi3Model"})
+# What wrappers leave in the place of the model's own, and a Phi-3 without its output matrix, which may be tied.
+_SAYS_NOTHING = re.compile(r"(PeftModel|AutoModelForCausalLM).*|OptimizedModule|Phi3Model")
 
 _CHAT_TOKENS = ({"<|user|>", "<|assistant|>", "<|end|>"}, {"<|im_sep|>", "<|im_end|>"})
 """Tokens that only Phi-3, or Phi-4, has all of."""
@@ -36,27 +37,11 @@ _RELATIVES = {
 }
 
 _QUANTISED_TYPES = ("I8", "U8", "I32", "U32", "F8", "F4", "I4", "U4")
-_QUANTISED_PARTS = frozenset(
-    [
-        "SCB",
-        "weight_format",
-        "absmax",
-        "quant_map",
-        "nested_absmax",
-        "quant_state",
-        "qweight",
-        "qzeros",
-        "scales",
-        "g_idx",
-        "weight_scale",
-        "input_scale",
-        "weight_scale_inv",
-        "weight_packed",
-        "weight_zero_point",
-        "codes",
-        "codebooks",
-    ]
-)
+_QUANTISED_PARTS = frozenset({
+    "SCB", "weight_format", "absmax", "quant_map", "nested_absmax", "quant_state", "qweight", "qzeros", "scales",
+    "g_idx", "weight_scale", "input_scale", "weight_scale_inv", "weight_packed", "weight_zero_point", "codes",
+    "codebooks",
+})  # fmt: skip
 
 
 def has_phi_tokens(tokens: Collection[str]) -> bool:
@@ -107,6 +92,7 @@ def _architectures(config: dict[str, Any]) -> list[str]:
     """Return the names of the model's class: the stated ones, or what ``model_type`` stands for."""
     stated = config.get("architectures")
     listed = stated if isinstance(stated, list) else [stated] if stated else []
-    named = [str(name) for name in listed if name is not None and str(name) not in _SAY_NOTHING]
+    # Sharded by torch, a class is called FSDP and its name.
+    named = [str(name).removeprefix("FSDP") for name in listed if name and not _SAYS_NOTHING.fullmatch(str(name))]
     kind = config.get("model_type")
     return named or ([_OF_TYPE.get(str(kind), str(kind))] if kind else [])

@@ -18,7 +18,7 @@ import gguf
 from edge_phi3 import byte_level
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.sentencepiece import PieceType
-from edge_phi3.conversion.tokenizer_json import BpeModel, FastTokenizer
+from edge_phi3.conversion.tokenizer_json import BpeModel, FastTokenizer, steps_of
 
 _LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 """Tokens that llama.cpp's converter makes control tokens, whatever the checkpoint calls them."""
@@ -49,7 +49,7 @@ class Words:
 
 def is_byte_level(fast: FastTokenizer) -> bool:
     """Return whether a tokenizer turns texts into bytes."""
-    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in _steps(fast.pre_tokenizer))
+    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in steps_of(fast.pre_tokenizer))
 
 
 def read_words(fast: FastTokenizer, model: BpeModel) -> Words:
@@ -58,11 +58,11 @@ def read_words(fast: FastTokenizer, model: BpeModel) -> Words:
     post = fast.post_processor
     if post is not None and (not isinstance(post, dict) or post.get("type") != "ByteLevel"):
         odd.append("post_processor")
-    if fast.normalizer is not None:
+    if steps_of(fast.normalizer):
         odd.append("normalizer")
     if odd:
         raise UnsupportedModelError(f"tokenizer.json: it has a {odd[0]}, which no tokenizer of Phi-4 has.")
-    pattern = _pattern(_steps(fast.pre_tokenizer))
+    pattern = _pattern(steps_of(fast.pre_tokenizer))
     pre = next((name for name, patterns in byte_level.PATTERNS.items() if pattern in patterns), None)
     if pre is None or pattern is None:
         raise UnsupportedModelError(
@@ -81,13 +81,6 @@ def token_type(content: str, *, special: bool) -> PieceType:
     """Return the type of an added token."""
     control = special or _LOOKS_SPECIAL.fullmatch(content)
     return PieceType.CONTROL if control else PieceType.USER_DEFINED
-
-
-def _steps(pre_tokenizer: object) -> list[Any]:
-    if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence":
-        steps = pre_tokenizer.get("pretokenizers")
-        return steps if isinstance(steps, list) else []
-    return [pre_tokenizer]
 
 
 def _pattern(steps: list[Any]) -> str | None:

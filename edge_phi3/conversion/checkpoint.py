@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json
 from edge_phi3.conversion.safetensors import StoredTensor
-from edge_phi3.conversion.weights import ADAPTER_CONFIG, adapter_error, read_weights
+from edge_phi3.conversion.weights import ADAPTER_CONFIG, adapter_error, inside, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} {what}; give the folder of a Hugging Face checkpoint.")
     config = read_json(folder / "config.json")
     if config is None:
-        if (folder / ADAPTER_CONFIG).exists():
-            raise adapter_error(folder)
-        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
-        hint = (
-            f"one of the folders in it, such as {inside[-1]}" if inside else "the folder of a Hugging Face checkpoint"
-        )
-        raise CheckpointError(f"{folder} has no config.json; give {hint}.")
+        raise no_checkpoint(folder)
     generation_config = read_json(folder / "generation_config.json") or {}
     tensors, notes = read_weights(folder)
     return Checkpoint(folder, config, generation_config, tensors, tuple(notes))
+
+
+def no_checkpoint(folder: Path) -> CheckpointError | UnsupportedModelError:
+    """Return the refusal of a folder without a config.json."""
+    if (folder / ADAPTER_CONFIG).exists():
+        return adapter_error(folder)
+    give = inside(folder, "config.json") or "the folder of a Hugging Face checkpoint"
+    return CheckpointError(f"{folder} has no config.json; give {give}.")

@@ -122,8 +122,9 @@ def write_generation_metadata(writer: gguf.GGUFWriter, checkpoint: Checkpoint, t
 
 
 def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:
-    file = "generation_config.json" if name in checkpoint.generation_config else "config.json"
-    value = checkpoint.generation_config.get(name, checkpoint.config.get(name))
+    # A null says nothing, as where there is no file: an answer has to end.
+    file = "config.json" if checkpoint.generation_config.get(name) is None else "generation_config.json"
+    value = (checkpoint.config if file == "config.json" else checkpoint.generation_config).get(name)
     # Libraries write -1 for none.
     ids = [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id not in (None, -1)]
     for token_id in ids:

@@ -91,7 +91,13 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
     if outtype not in OUTTYPES:
         raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
     specs = model.tensors()
-    stored = {name: tensor for name, tensor in tensors.items() if not (model.tie_word_embeddings and name == HEAD)}
+    # Savers that store tied matrices once keep either name.
+    tied, renamed = model.tie_word_embeddings, EMBEDDING not in tensors
+    stored = {
+        EMBEDDING if tied and name == HEAD else name: tensor
+        for name, tensor in tensors.items()
+        if not tied or name != HEAD or renamed
+    }
     # Of each tensor of the model, the stored ones that it is made of, and their shapes.
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, spec in specs.items():
@@ -108,8 +114,9 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
         )
     for name, tensor in stored.items():
         if tensor.shape != expected[name]:
+            hint = "" if tensor.size else "; DeepSpeed left it so, and its zero_to_fp32.py makes the weights"
             raise CheckpointError(
-                f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(expected[name])}."
+                f"{name} has the shape {list(tensor.shape)}, but config.json asks for {list(expected[name])}{hint}."
             )
         if tensor.dtype not in STORED_TYPES:
             raise CheckpointError(

@@ -19,7 +19,7 @@ if it has none; none."""
 
 _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPEND = {"type": "Prepend", "prepend": "▁"}
-_NORMALIZERS = [{"type": "Sequence", "normalizers": order} for order in ([_PREPEND, _SPACE], [_SPACE, _PREPEND])]
+_NORMALIZERS = [[_PREPEND, _SPACE], [_SPACE, _PREPEND]]
 _UNLIKE_SENTENCEPIECE = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
@@ -68,13 +68,22 @@ class _Metaspace(msgspec.Struct, tag="Metaspace", tag_field="type"):
     split: Literal[False] = False
 
 
+def steps_of(part: object) -> list[Any]:
+    """Return the steps of a normalizer or pre-tokenizer: those of a sequence, itself, or none."""
+    if isinstance(part, dict) and part.get("type") == "Sequence":
+        steps = part.get("normalizers", part.get("pretokenizers"))
+        return steps if isinstance(steps, list) else [part]
+    return [] if part is None else [part]
+
+
 def prefix_of(fast: FastTokenizer) -> Prefix:
     """Return what is put in front of texts, where the whole of normalizer and pre-tokenizer is that, as in Phi-3's."""
-    if fast.normalizer in _NORMALIZERS and fast.pre_tokenizer is None:
+    normalizers, words = steps_of(fast.normalizer), steps_of(fast.pre_tokenizer)
+    if normalizers in _NORMALIZERS and not words:
         return "prepend"
-    if fast.normalizer is None and isinstance(fast.pre_tokenizer, dict) and "split" in fast.pre_tokenizer:
+    if not normalizers and len(words) == 1 and isinstance(words[0], dict) and "split" in words[0]:
         try:
-            return msgspec.convert(fast.pre_tokenizer, _Metaspace).prepend_scheme
+            return msgspec.convert(words[0], _Metaspace).prepend_scheme
         except msgspec.ValidationError:
             pass
     raise UnsupportedModelError(

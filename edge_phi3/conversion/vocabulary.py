@@ -9,8 +9,8 @@ converter. Beyond its keys, two of our own are written, and those of `edge_phi3.
   before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
   the two flags (whether a token swallows the white space before and after it), only a rule that goes by the
   model's name. A ``"normalized": true`` token is found after the others, in the text whose spaces are "▁" by then; its
-  own text in the file has them too, so that llama.cpp finds it nowhere else. The value is a string because llama.cpp's
-  C API gives no arrays.
+  own text in the file has them too, so that llama.cpp finds it nowhere else. A ``"single_word": true`` token is not
+  found in a word. The value is a string because llama.cpp's C API gives no arrays.
 - ``edge_phi3.tokenizer.prefix`` (string): before which parts of a text a "▁" is put, where it is not Phi-3's rule; see
   `edge_phi3.conversion.tokenizer_json.Prefix`.
 """
@@ -107,7 +107,7 @@ class Vocabulary:
         added = [
             {"id": token_id}
             | {flag: getattr(token, flag) for flag in flags}
-            | ({"normalized": True} if token.normalized else {})
+            | {flag: True for flag in ("normalized", "single_word") if getattr(token, flag)}
             for token_id, token in sorted(self.added.items())
         ]
         writer.add_string(ADDED_TOKENS_KEY, json.dumps(added, ensure_ascii=False))
@@ -132,6 +132,8 @@ class Vocabulary:
             special.add_special_token |= self.add_special
             special.chat_template = self.chat_template
             special.add_to_gguf(writer, quiet=True)
+            if named := writer.kv_data[0].get(gguf.Keys.Tokenizer.CHAT_TEMPLATES):
+                named.value.sort()  # they come out of a set
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise CheckpointError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
         finally:
@@ -174,7 +176,8 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     for token_id, (text, score, kind) in ((i, dataclasses.astuple(piece)) for i, piece in entries.items()):
         if not 0 <= token_id < vocab_size:
             raise CheckpointError(
-                f"The token {text!r} has the id {token_id}, but the model's vocab_size is {vocab_size}."
+                f"The token {added[token_id].content if token_id in added else text!r} has the id {token_id}, but the "
+                f"model's vocab_size is {vocab_size}: resize_token_embeddings() of transformers makes rows for it."
             )
         tokens[token_id], scores[token_id], types[token_id] = text, score, int(kind)
     if len(set(tokens)) < vocab_size:
@@ -192,13 +195,16 @@ def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Pre
     entries = {}
     for token_id, token in added.items():
         text, kind = token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
-        if token.normalized and prefix == "prepend":
+        alone = token.single_word and not token.special
+        if alone or (token.normalized and prefix == "prepend"):
             if token_id in pieces and pieces[token_id].text == text:
-                continue  # It stays a piece as well, where no space is in front of it.
-            # Parts of a text that are left for llama.cpp no longer have this in them, nor anything that contains it.
-            text, kind = f"▁{text.replace(' ', '▁')}", PieceType.CONTROL if token.special else PieceType.NORMAL
+                continue  # It stays a piece as well, where it is not found as a token.
+            # Parts of a text that are left for llama.cpp no longer have this in them, nor anything that contains it; or
+            # have it in a word, and then no piece begins with this mark.
+            text = f"\u2060{text}" if alone else f"▁{text.replace(' ', '▁')}"
+            kind = PieceType.CONTROL if token.special else PieceType.NORMAL
             while text in taken:
-                text = f"▁{text}"
+                text = f"{text[0]}{text}"
             taken.add(text)
         entries[token_id] = Piece(text, _ADDED_SCORE, kind)
     return entries
@@ -250,7 +256,7 @@ def _special_vocab(folder: Path, vocab_size: int) -> gguf.SpecialVocab:
     fast = read_json(folder / "tokenizer.json")
     kept = {
         "config.json": ids,
-        "tokenizer.json": fast and {name: fast.get(name) for name in ("added_tokens", "post_processor")},
+        "tokenizer.json": fast and {name: fast[name] for name in ("added_tokens", "post_processor") if fast.get(name)},
         "tokenizer_config.json": read_json(folder / "tokenizer_config.json"),
     }
     with tempfile.TemporaryDirectory(prefix="edge-phi3-") as temporary:
@@ -262,14 +268,15 @@ def _special_vocab(folder: Path, vocab_size: int) -> gguf.SpecialVocab:
 
 def _chat_template(folder: Path, config: _TokenizerConfig) -> str | list[dict[str, str]] | None:
     """Return the template, or the named ones; as in transformers, a file of its own goes before the configuration."""
-    template = read_text(folder / "chat_template.jinja")
-    if template is None and (content := read_json(folder / "chat_template.json")) is not None:
-        template = typed(content, _TemplateFile, "chat_template.json").chat_template
-    if template is not None:
-        return template
-    stated = config.chat_template
+    stated: str | list[_NamedTemplate] | dict[str, str] | None = read_text(folder / "chat_template.jinja")
+    if stated is None and (content := read_json(folder / "chat_template.json")) is not None:
+        stated = typed(content, _TemplateFile, "chat_template.json").chat_template
+    stated = config.chat_template if stated is None else stated
     if isinstance(stated, list):
         stated = {entry.name: entry.template for entry in stated}
+    if others := sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        named = {"default": stated} if isinstance(stated, str) else stated or {}
+        stated = named | {path.stem: read_text(path) or "" for path in others}
     if isinstance(stated, dict):
         return [{"name": name, "template": text} for name, text in stated.items()]
     return stated
@@ -286,13 +293,7 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | 
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
     }
     listed = {token.id: token for token in (fast and fast.added_tokens) or []}
-    for name, tokens in (("tokenizer_config.json", config.added_tokens_decoder or {}), ("tokenizer.json", listed)):
+    for tokens in (config.added_tokens_decoder or {}, listed):
         for token_id, token in tokens.items():
-            if token.single_word:
-                raise UnsupportedModelError(
-                    f"{name}: {token.content!r} is a single_word token, which no token of Phi-3 is; llama.cpp would "
-                    "find it elsewhere."
-                )
-            flags = (token.special, token.lstrip, token.rstrip)
-            added[token_id] = AddedToken(token.content, *flags, normalized=token.normalized)
+            added[token_id] = AddedToken(**{flag: getattr(token, flag) for flag in AddedToken.__struct_fields__})
     return added

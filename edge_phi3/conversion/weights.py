@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import msgspec
@@ -20,17 +20,21 @@ from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _SHARD = re.compile(r"-\d+(-of-\d+\.safetensors)$")
+# Safetensors beside a model that are no part of it: adapters, and the value heads of reinforcement learning.
+_NO_MODEL = ("adapter_", "value_head")
 
 # Parts of a name that torch.compile, data parallelism, activation checkpoints and peft put into it.
 _WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
-_OUTER = frozenset({"base_model", "language_model", "model"})
+_OUTER = frozenset({"base_model", "language_model", "model", "policy", "pretrained_model"})
 _INNER = frozenset({"embed_tokens", "layers", "norm"})
 _ADAPTER_PARTS = re.compile(r"\.(lora_\w+|modules_to_save|original_module)\.")
-# Old revisions stored the rotary frequencies, which follow from config.json.
-_BUFFERS = re.compile(r"(^|\.)rotary_emb\.")
+# Old revisions stored the rotary frequencies, which follow from config.json; trl stores what it valued answers with.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb|v_head)\.")
+
+# What trainers leave beside the weights, or in their place.
+_BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 
 _UNREAD = {
     ".bin": "a pickle", ".pt": "a pickle", ".pth": "a pickle", ".ckpt": "a pickle", ".distcp": "a pickle",
@@ -60,10 +64,12 @@ def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
         UnsupportedModelError: they are no safetensors, or those of an adapter.
     """
     weight_map = _read_index(folder)
-    found = _files(folder, weight_map)
+    chosen = choose_weights((path.name for path in folder.glob("*.safetensors")), weight_map.values())
+    if not chosen:
+        raise _no_weights(folder, weight_map.values())
     tensors: dict[str, StoredTensor] = {}
     notes = []
-    for path in found:
+    for path in (folder / name for name in chosen):
         for stored in SafetensorsFile(path).tensors.values():
             if _BUFFERS.search(stored.name):
                 continue
@@ -80,6 +86,22 @@ def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     if weight_map:
         notes += _compare_index(weight_map, tensors, folder)
     return tensors, notes
+
+
+def choose_weights(present: Iterable[str], named: Collection[str]) -> list[str]:
+    """Return those of the files that are `present` in a folder which hold its model; the index has `named` some."""
+    stored = sorted(name for name in present if name.endswith(".safetensors") and not name.startswith(_NO_MODEL))
+    if WEIGHTS_NAME in stored:
+        return [WEIGHTS_NAME]
+    # An index may name only some shards of a set, or another set.
+    sets = {set_of(name) for name in named} - {None}
+    chosen = [name for name in stored if name in named or set_of(name) in sets]
+    return chosen or [name for name in stored if set_of(name)] or stored
+
+
+def set_of(name: str) -> str | None:
+    """Return a shard's name without its number, which all shards of its set share; None when it is no shard's."""
+    return _SHARD.sub(r"\1", name) if _SHARD.search(name) else None
 
 
 def canonical_name(name: str) -> str:
@@ -106,29 +128,10 @@ def _read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _files(folder: Path, weight_map: dict[str, str]) -> list[Path]:
-    if (folder / WEIGHTS_NAME).exists():
-        return [folder / WEIGHTS_NAME]
-    stored = sorted(path for path in folder.glob("*.safetensors") if path.name != _ADAPTER_WEIGHTS)
-    named = set(weight_map.values())
-    # Shards of one set have the same count in their names; an index may name only some of them, or another set.
-    counts = {found[1] for name in named if (found := _SHARD.search(name))}
-    chosen = [path for path in stored if path.name in named or _count_of(path) in counts]
-    chosen = chosen or [path for path in stored if _count_of(path)] or stored
-    if not chosen:
-        raise _no_weights(folder, named)
-    return chosen
-
-
-def _count_of(path: Path) -> str | None:
-    found = _SHARD.search(path.name)
-    return found and found[1]
-
-
 def _no_weights(folder: Path, named: Iterable[str]) -> CheckpointError | UnsupportedModelError:
     if (folder / ADAPTER_CONFIG).exists():
         return adapter_error(folder)
-    others = sorted(path for path in folder.iterdir() if path.suffix in _UNREAD and path.name != "training_args.bin")
+    others = [path for path in sorted(folder.iterdir()) if path.suffix in _UNREAD and not _BESIDE.fullmatch(path.name)]
     if others:
         form = _UNREAD[others[0].suffix]
         why = "a pickle, which can run code when it is read" if form == "a pickle" else f"a file of {form} format"
@@ -139,13 +142,20 @@ def _no_weights(folder: Path, named: Iterable[str]) -> CheckpointError | Unsuppo
         )
     if missing := sorted(named):
         return CheckpointError(f"The shard {missing[0]!r}, which {INDEX_NAME} names, is not in {folder}.")
-    return CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, nor any other safetensors.")
+    hint = (found := inside(folder, "*.safetensors")) and f"; give {found}"
+    return CheckpointError(f"{folder} has neither {WEIGHTS_NAME} nor {INDEX_NAME}, nor any other safetensors{hint}.")
 
 
-def adapter_error(folder: Path) -> UnsupportedModelError:
-    """Return the refusal of a folder that holds an adapter, and no model."""
+def inside(folder: Path, name: str) -> str:
+    """Return words for a folder in this one that has such a file, the last one that a trainer saved; none if none."""
+    found = [path.parent.name for path in folder.glob(f"*/{name}")]
+    return f"one of the folders in it, such as {max(found, key=lambda each: (len(each), each))}" if found else ""
+
+
+def adapter_error(place: object) -> UnsupportedModelError:
+    """Return the refusal of a folder or repository that holds an adapter, and no model."""
     return UnsupportedModelError(
-        f"{folder} is an adapter ({ADAPTER_CONFIG}), not a whole model, and adapters are not converted yet: merge it "
+        f"{place} is an adapter ({ADAPTER_CONFIG}), not a whole model, and adapters are not converted yet: merge it "
         "into its model with merge_and_unload() of peft, and give the folder of what save_pretrained() writes."
     )
 

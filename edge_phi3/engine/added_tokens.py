@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,8 @@ SHIELD = "\ud800"
 class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
     """An added token: its id and text, whether it is left out of decoded text, and which white space it swallows.
 
-    A `normalized` one is found in a text as the model sees it, where spaces are "▁".
+    A `normalized` one is found in a text as the model sees it, where spaces are "▁", a `single_word` one not beside
+    letters, digits and what else belongs to a word.
     """
 
     id: int
@@ -26,6 +28,7 @@ class AddedToken(msgspec.Struct, frozen=True, rename={"text": "content"}):
     lstrip: bool
     rstrip: bool
     normalized: bool = False
+    single_word: bool = False
 
 
 class AddedTokenSplitter:
@@ -45,16 +48,18 @@ class AddedTokenSplitter:
 
     def split(self, text: str) -> Iterator[str | int]:
         """Yield the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
-        position = 0
-        while found := self._pattern.search(text, position):
-            token = self._by_text[found[0]]
-            before = text[position : found.start()]
+        position = begin = 0
+        while found := self._pattern.search(text, begin):
+            token, (start, begin) = self._by_text[found[0]], found.span()
+            if token.single_word and any(map(_is_word, text[max(0, start - 1) : start] + text[begin : begin + 1])):
+                continue
+            before = text[position:start]
             if before := before.rstrip(WHITE_SPACE) if token.lstrip else before:
                 yield before
             yield token.id
-            position = found.end()
-            if token.rstrip and (white := self._white_space.match(text, position)):
-                position = white.end()
+            if token.rstrip and (white := self._white_space.match(text, begin)):
+                begin = white.end()
+            position = begin
         if position < len(text):
             yield text[position:]
 
@@ -102,6 +107,14 @@ class Escaper:
         text = text.replace(" ", "▁")
         prefixed = self._prefix == "always" or (self._prefix == "first" and first)
         return f"▁{text}" if prefixed and not text.startswith("▁") else text
+
+
+def _is_word(character: str) -> bool:
+    """Return whether a character belongs to a word, as Rust's regular expressions have it."""
+    category = unicodedata.category(character)
+    if category[0] in "LM" or category in {"Nd", "Nl", "Pc"}:
+        return True
+    return character.isupper() or character.islower() or character in "\u200c\u200d"
 
 
 def prepended(text: str) -> str:

@@ -1,7 +1,8 @@
 """What the published models of the family say of themselves, for GGUF files that do not say it.
 
 llama.cpp's converter writes neither which white space a token swallows, nor which tokens a decoded text leaves out, nor
-all tokens that end an answer. A file of our converter says it all, and nothing here is asked.
+all tokens that end an answer. A file of our converter says it all, and nothing here is asked. What Phi-3's tokens
+swallow is llama.cpp's rule too (llama-vocab.cpp), but there the model's name decides.
 """
 
 from __future__ import annotations

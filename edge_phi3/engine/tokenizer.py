@@ -63,7 +63,7 @@ class Tokenizer:
         if prefix == "prepend":
             normalized = [msgspec.structs.replace(token, text=prepended(token.text)) for token in normalized]
         if prefix is not None:
-            for found in normalized:
+            for found in (*normalized, *(token for token in added if token.single_word and not token.normalized)):
                 self._texts[found.id] = found.text.replace("▁", " ")
         odd = self.unused_ids | self.raw_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}

@@ -135,6 +135,7 @@ def test_ready_made_ggufs_are_kept_as_they_are_each_with_its_own_content(hub: Hu
 
 
 OTHERS = {
+    "owner/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
     "owner/ready": {"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"},
     "owner/old": {"config.json": b"{}", "pytorch_model.bin": b"x"},
     "owner/data": {"train.csv": b"1,2"},
@@ -157,6 +158,7 @@ FORBIDDEN = Refusal(403, "", "Fine-grained token lacks the permission")
         ("owner/ready/c.gguf", None, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
         ("owner/tiny/m.gguf", None, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
         ("owner/ready", None, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
+        ("owner/adapter", None, "", r"owner/adapter is an adapter \(adapter_config\.json\), not a whole model"),
         ("owner/old", None, "", r"holds only pickled weights \(\.bin\)"),
         ("owner/data", None, "", r"owner/data holds no config\.json with safetensors beside it"),
     ],

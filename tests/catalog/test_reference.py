@@ -81,7 +81,12 @@ def test_local_mistakes_are_answered_in_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(ModelReferenceError, match=words):
             parse_reference(str(tmp_path / name))
 
-    refused(".", r"has no config\.json; give a Hugging Face checkpoint")
+    refused(".", r"has no config\.json; give the folder of a Hugging Face checkpoint")
+    for name, file in (("a", "adapter_config"), ("run/checkpoint-500", "config"), ("run/checkpoint-1000", "config")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"{file}.json").write_text("{}")
+    refused("a", r"is an adapter \(adapter_config\.json\), not a whole model")
+    refused("run", r"has no config\.json; give one of the folders in it, such as checkpoint-1000")
     (tmp_path / "part-00002-of-00002.gguf").write_bytes(b"GGUF")
     refused(".", r"has no config\.json; it holds part-00002-of-00002\.gguf")
     refused("part-00002-of-00002.gguf", r"give its first part, part-00001-of-00002\.gguf")

@@ -1,4 +1,7 @@
-"""Models of this machine, what makes a stored model whole, a disk that does not play along, and `edge-phi3 pull`."""
+"""Models of this machine, what makes a stored model whole, a disk that does not play along, and `edge-phi3 pull`.
+
+And which files of a repository hold the weights: those that the converter takes of a folder.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,16 @@ import pytest
 from edge_phi3.catalog import Catalog, CatalogError
 from edge_phi3.catalog.build import fetch_checkpoint
 from edge_phi3.catalog.hub import Repository
+from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import DiskFullError
 from edge_phi3.progress import SilentProgress
 from tests.catalog.conftest import SHARD, Notes
 from tests.catalog.hub_server import HubServer
+from tests.catalog.hub_server import Repository as HubRepository
+from tests.conversion.edits import GHOST, INDEX, Edit, each, index, one_shard, removed, written
+from tests.golden.gguf_digests import describe
 from tests.test_cli import edge_phi3
 
 
@@ -224,3 +231,28 @@ def test_what_cannot_be_pulled_is_refused_in_a_sentence(
     assert finished.returncode == code
     assert re.search(words, finished.stderr), finished.stderr
     assert finished.stdout == ""
+
+
+TAKEN: dict[str, Edit] = {
+    "one shard without an index": one_shard,
+    "shards without an index": each(removed(INDEX), written("adapter_model.safetensors")),
+    "an index of older shards": index(lambda found: {k: v.replace("00002.s", "00003.s") for k, v in found.items()}),
+    "an index with a buffer": index(lambda found: found | {GHOST: "model-00003-of-00003.safetensors"}),
+    "an index beside one file": each(
+        one_shard,
+        lambda folder: (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors"),
+        lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+    ),
+    "chat_template.json": lambda folder: (folder / "chat_template.json").write_text('{"chat_template": "mine"}'),
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_repository_is_taken_as_its_folder_is(
+    hub: HubServer, catalog: Catalog, checkpoint: Path, name: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "tiny-phi3"))
+    TAKEN[name](folder)
+    hub.repositories["owner/odd"] = HubRepository.of(folder)
+    found = describe(catalog.resolve("owner/odd", quant="F16").path)
+    assert found == describe(convert(folder, tmp_path / "out.gguf", outtype="f16").path)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tests.conversion.conftest import edit, edited_weights
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.0.input_layernorm.weight"
+GHOST = "model.layers.0.self_attn.rotary_emb.inv_freq"
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 LEFT_OVER = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
@@ -50,7 +54,8 @@ def shards(folder: Path) -> Iterator[tuple[dict[str, Any], bytearray]]:
         with edited_weights(path) as (header, data):
             yield header, data
             weight_map |= dict.fromkeys(header.keys() - {"__metadata__"}, path.name)
-    edit(folder / INDEX, weight_map=weight_map)
+    if (folder / INDEX).exists():
+        edit(folder / INDEX, weight_map=weight_map)
 
 
 def renamed(rename: Callable[[str], str]) -> Edit:
@@ -62,21 +67,24 @@ def renamed(rename: Callable[[str], str]) -> Edit:
     return apply
 
 
-def split(folder: Path) -> None:
-    """Store q, k, v and gate, up as matrices of their own, the last first."""
-    rows = {"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}, "gate_up_proj": {"gate_proj": 160, "up_proj": 160}}
+def split(folder: Path, wanted: str = "", groups: int = 2) -> None:
+    """Store q, k, v and gate, up as matrices of their own, the last first, of all that are `wanted`.
+
+    So many heads share keys and values.
+    """
+    shares = {"qkv_proj": {"q_proj": groups, "k_proj": 1, "v_proj": 1}, "gate_up_proj": {"gate_proj": 1, "up_proj": 1}}
     for header, data in shards(folder):
-        for name in [name for name in header if name.split(".")[-2:-1] and name.split(".")[-2] in rows]:
+        for name in [name for name in header if wanted in name and not shares.keys().isdisjoint(name.split("."))]:
+            fused = name.split(".")[-2]
             entry = header.pop(name)
             begin, end = entry["data_offsets"]
-            fused = bytes(data[begin:end])
-            at, cut = end, 0
-            for part, count in rows[name.split(".")[-2]].items():
-                size = count * 64 * 2
-                data[at - size : at] = fused[cut : cut + size]
-                place = {"shape": [count, 64], "data_offsets": [at - size, at]}
-                header[name.replace(name.split(".")[-2], part)] = entry | place
-                at, cut = at - size, cut + size
+            values, cut = bytes(data[begin:end]), 0
+            for part, share in shares[fused].items():
+                rows, size = (n * share // sum(shares[fused].values()) for n in (entry["shape"][0], len(values)))
+                data[end - size : end] = values[cut : cut + size]
+                place = {"shape": [rows, *entry["shape"][1:]], "data_offsets": [end - size, end]}
+                header[name.replace(fused, part)] = entry | place
+                end, cut = end - size, cut + size
 
 
 def split_as(**entries: Any) -> Edit:
@@ -130,9 +138,43 @@ def twice(folder: Path, change: int = 0) -> None:
 
 def buffers(folder: Path) -> None:
     with edited_weights(folder / SECOND) as (header, data):
-        for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"):
+        for name in (GHOST, "model.rotary_emb.original_inv_freq", "v_head.summary.bias"):
             header[name] = {"dtype": "F32", "shape": [2], "data_offsets": [len(data), len(data) + 8]}
             data.extend(bytes(8))
+
+
+def stored_anew(change: Callable[[str, dict[str, Any], bytes], bytes]) -> Edit:
+    """Store what `change` makes of each tensor's name, entry and values."""
+
+    def apply(folder: Path) -> None:
+        for header, data in shards(folder):
+            before = bytes(data)
+            data.clear()
+            for name in header.keys() - {"__metadata__"}:
+                begin, end = header[name]["data_offsets"]
+                values = change(name, header[name], before[begin:end])
+                header[name]["data_offsets"] = [len(data), len(data) + len(values)]
+                data.extend(values)
+
+    return apply
+
+
+def widened(wanted: str) -> Edit:
+    """Store what has this in its name in float32."""
+
+    def change(name: str, entry: dict[str, Any], values: bytes) -> bytes:
+        if wanted not in name:
+            return values
+        entry["dtype"] = "F32"
+        return (np.frombuffer(values, "<u2").astype("<u4") << 16).astype("<u4").tobytes()
+
+    return stored_anew(change)
+
+
+def ungathered(name: str, entry: dict[str, Any], values: bytes) -> bytes:
+    """Leave of a norm what DeepSpeed does where it gathers no weights."""
+    entry["shape"] = [0] if name == NORM else entry["shape"]
+    return b"" if name == NORM else values
 
 
 def marked(folder: Path) -> None:
@@ -186,10 +228,16 @@ def stated(**entries: Any) -> Edit:
     return each(config(**entries), removed("generation_config.json"))
 
 
-def moved_into(name: str) -> Edit:
+def moved_into(pattern: str, *names: str) -> Edit:
+    """Move files into a folder within, beside others that have such files too."""
+
     def apply(folder: Path) -> None:
-        (folder / name).mkdir()
-        (folder / "config.json").rename(folder / name / "config.json")
+        for name in names:
+            (folder / name).mkdir()
+        for path in folder.glob(pattern):
+            for name in names:
+                shutil.copy(path, folder / name)
+            path.unlink()
 
     return apply
 

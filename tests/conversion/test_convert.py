@@ -25,7 +25,7 @@ from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.conversion.conftest import edit, tensors_of
 from tests.golden import attention
-from tests.golden.checkpoints import Tensor, phi3_tensors, write_checkpoint, write_weights
+from tests.golden.checkpoints import phi3_tensors, write_checkpoint
 from tests.golden.gguf_digests import CONVERTED, CONVERTER_CASES, describe, differences, write_converter_case
 from tests.support.engines import ask, running_engine
 
@@ -56,16 +56,6 @@ def test_auto_keeps_the_checkpoints_own_type(dtype: str, outtype: str, tmp_path:
     auto = convert(checkpoint, tmp_path / "auto.gguf")
     assert auto.outtype == outtype
     assert auto.path.read_bytes() == convert(checkpoint, tmp_path / "named.gguf", outtype=outtype).path.read_bytes()
-
-
-def test_stored_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
-    convert(checkpoint, tmp_path / "without.gguf")
-    tensors = list(phi3_tensors(64, 160, 1, heads=4, kv_heads=4, rows=672, gain=1.5))
-    tensors.append(Tensor("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), 1.0))
-    write_weights(checkpoint, tensors, seed=0, dtype="float32")
-    convert(checkpoint, tmp_path / "with.gguf")
-    assert (tmp_path / "with.gguf").read_bytes() == (tmp_path / "without.gguf").read_bytes()
 
 
 def test_the_result_and_the_progress_tell_what_happened(pristine: Path, tmp_path: Path) -> None:
@@ -154,14 +144,6 @@ def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(checkpoint), str(tmp_path / "out.gguf")]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(finished.stdout) * 1024 < 400e6
-
-
-def test_shards_may_be_named_in_any_order(checkpoint: Path, tmp_path: Path) -> None:
-    convert(checkpoint, tmp_path / "before.gguf")
-    index = json.loads((checkpoint / "model.safetensors.index.json").read_text(encoding="utf-8"))
-    edit(checkpoint / "model.safetensors.index.json", weight_map=dict(reversed(index["weight_map"].items())))
-    convert(checkpoint, tmp_path / "after.gguf")
-    assert (tmp_path / "before.gguf").read_bytes() == (tmp_path / "after.gguf").read_bytes()
 
 
 MATRIX_TYPES = (GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q8_0)

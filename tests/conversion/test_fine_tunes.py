@@ -6,8 +6,8 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from edge_phi3.conversion.convert import convert
@@ -16,9 +16,10 @@ from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_K
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
-from tests.conversion.conftest import edit, edited_weights, fields_of, tensors_of
+from tests.conversion.conftest import edit, fields_of, tensors_of
 from tests.conversion.edits import (
     FIRST,
+    GHOST,
     INDEX,
     LEFT_OVER,
     LLAMA,
@@ -43,9 +44,12 @@ from tests.conversion.edits import (
     split,
     split_as,
     stated,
+    stored_anew,
     template_file,
     twice,
+    ungathered,
     utf16,
+    widened,
     without_index,
     without_tokenizer,
     written,
@@ -71,19 +75,26 @@ def checkpoint(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / original.name))
 
 
-GHOST = "model.layers.0.self_attn.rotary_emb.inv_freq"
 NEW_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}}
 NULLS = dict.fromkeys(
     ("hidden_act", "attention_bias", "rope_scaling", "rope_parameters", "head_dim", "quantization_config",
      "tie_word_embeddings", "torch_dtype", "dtype", "partial_rotary_factor", "model_type")
 )  # fmt: skip
+LEFT_BY_TRAINERS: dict[str, Any] = {
+    "unsloth_version": "2025.3.1", "unsloth_fixed": True, "text_config": {"hidden_size": 1}, "vision_config": None,
+    "dtype": "float16", "torch_dtype": "float32", "use_cache": False, "layer_types": ["full_attention"],
+    "_attn_implementation_autoset": True, "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "head_dim": None,
+}  # fmt: skip
+WRAPPED = ("PeftModelForCausalLM", "FSDPPhi3ForCausalLM", "OptimizedModule", "AutoModelForCausalLMWithValueHead")
+PREFIXES = ("base_model.model.", "module.", "_orig_mod.", "language_model.", "pretrained_model.")
 STALE = "names ghost.weight, which no file has"
 
 SAME: dict[str, tuple[Edit, str | None]] = {
     "no architectures": (config(architectures=...), None),
     "architectures null": (config(architectures=None), None),
     "architectures empty": (config(architectures=[]), None),
-    "peft's architecture": (config(architectures=["PeftModelForCausalLM"]), None),
+    **{name: (config(architectures=[name]), None) for name in WRAPPED},
+    "what trainers leave in config.json": (config(**LEFT_BY_TRAINERS), None),
     "nulls": (config(**NULLS), None),
     "what transformers 5 writes": (config(torch_dtype=..., dtype="bfloat16", rope_theta=..., **NEW_ROPE), None),
     "rope_scaling {}": (config(rope_scaling={}), None),
@@ -95,13 +106,11 @@ SAME: dict[str, tuple[Edit, str | None]] = {
         r"config.json has a quantization_config \(bitsandbytes\), but no weight is quantised; it has no effect",
     ),
     "names without model.": (renamed(lambda name: name.removeprefix("model.")), None),
-    "base_model.model.": (renamed(lambda name: f"base_model.model.{name}"), None),
-    "module.": (renamed(lambda name: f"module.{name}"), None),
-    "_orig_mod.": (renamed(lambda name: f"_orig_mod.{name}"), None),
-    "language_model.": (renamed(lambda name: f"language_model.{name}"), None),
+    **{prefix: (renamed(prefix.__add__), None) for prefix in PREFIXES},
     "wrappers within": (renamed(lambda name: name.replace("layers.0.", "layers.0._fsdp_wrapped_module.")), None),
     "base_layer": (renamed(lambda name: name.replace("proj.", "proj.base_layer.")), None),
     "split, Phi-3": (split, None),
+    "q, k, v split alone": (lambda folder: split(folder, "qkv"), None),
     "split, Llama": (split_as(**LLAMA), None),
     "split, Mistral": (split_as(**MISTRAL), None),
     "split, Llama by its type": (split_as(**LLAMA | {"architectures": None}), None),
@@ -121,13 +130,18 @@ SAME: dict[str, tuple[Edit, str | None]] = {
     "an index of older shards": (
         index(lambda found: {k: v.replace("00002.s", "00003.s") for k, v in found.items()}), "does not say where"
     ),
+    "an index in another order": (index(lambda found: dict(reversed(found.items()))), None),
     "an empty index": (index(lambda _: {}), None),
     "a tensor twice": (twice, f"{NORM} of {SECOND} is {NORM} of {FIRST} once more"),
     "buffers": (buffers, None),
-    "an adapter beside": (written("adapter_model.safetensors"), None),
+    "an adapter beside": (each(*map(written, ("adapter_config.json", "adapter_model.safetensors"))), None),
+    "an adapter and a value head beside shards without an index": (
+        each(removed(INDEX), *map(written, ("adapter_model.safetensors", "value_head.safetensors"))), None
+    ),
+    "other shards beside": (written("consolidated-00001-of-00002.safetensors"), None),
+    "pickles beside": (each(*map(written, ("pytorch_model.bin", "optimizer.pt", "rng_state_0.pth"))), None),
     "byte-order marks": (marked, None),
     "chat_template.jinja": (template_file, None),
-    "training_args.bin": (written("training_args.bin"), None),
 }  # fmt: skip
 
 
@@ -164,8 +178,21 @@ REFUSED: dict[str, tuple[Edit, type[ConversionError], str]] = {
     "pytorch_model.bin": (only("pytorch_model-00001-of-00002.bin"), UNSUPPORTED, f"a pickle, which can run.*{COMMAND}"),
     "consolidated.00.pth": (only("consolidated.00.pth"), UNSUPPORTED, "consolidated.00.pth, a pickle"),
     "tf_model.h5": (only("tf_model.h5"), UNSUPPORTED, "has its weights in tf_model.h5, a file of TensorFlow's format"),
-    "nothing": (only("training_args.bin"), CHECKPOINT, "has neither model.safetensors nor"),
-    "a folder of checkpoints": (moved_into("checkpoint-20"), CHECKPOINT, "config.json; give one .* as checkpoint-20"),
+    "a pickle beside a trainer's": (
+        each(only("pytorch_model.bin"), written("optimizer.pt")), UNSUPPORTED, "its weights in pytorch_model.bin, a pi"
+    ),
+    "nothing": (
+        each(*map(only, ("training_args.bin", "optimizer.pt", "rng_state_0.pth"))),
+        CHECKPOINT, r"has neither model.safetensors nor .* safetensors\.$",
+    ),
+    "a folder of checkpoints": (
+        moved_into("config.json", "checkpoint-500", "checkpoint-1000"),
+        CHECKPOINT, "config.json; give one .* as checkpoint-1000",
+    ),
+    "weights in a folder within": (
+        moved_into("*.safetensors*", "checkpoint-500"), CHECKPOINT, "safetensors; give one .* as checkpoint-500"
+    ),
+    "weights that were not gathered": (stored_anew(ungathered), CHECKPOINT, r"\[0\], .* \[64\]; DeepSpeed left it so"),
     "a tensor twice, another": (lambda f: twice(f, 1), CHECKPOINT, f"{NORM} of {SECOND} and .* are both {NORM}"),
     "a shard less": (removed(SECOND), CHECKPOINT, f"The shard '{SECOND}', which .* names, is not in"),
     "a shard less, no index": (
@@ -216,18 +243,16 @@ def test_factors_in_the_spelling_of_old_revisions(checkpoint: Path, tmp_path: Pa
     assert "rope_factors_long.weight" in tensors_of(tmp_path / "out.gguf")
 
 
-def test_shards_of_different_types_have_that_of_most_weights(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", ["norm", "lm_head", "q_proj", "up_proj"])
+def test_tensors_of_different_types_are_the_same_values(checkpoint: Path, tmp_path: Path, wanted: str) -> None:
     before = tensors_of(convert(checkpoint, tmp_path / "before.gguf", outtype="f32").path)
-    with edited_weights(checkpoint / SECOND) as (header, data):
-        wide = np.frombuffer(bytes(data), "<u2").astype("<u4") << 16
-        data[:] = wide.astype("<u4").tobytes()
-        for name in header.keys() - {"__metadata__"}:
-            header[name] |= {"dtype": "F32", "data_offsets": [2 * offset for offset in header[name]["data_offsets"]]}
+    split(checkpoint)
+    widened(wanted)(checkpoint)
     after = tensors_of(convert(checkpoint, tmp_path / "after.gguf", outtype="f32").path)
     assert {name: tensor.data.tobytes() for name, tensor in before.items()} == {
         name: tensor.data.tobytes() for name, tensor in after.items()
     }
-    assert convert(checkpoint, tmp_path / "auto.gguf").outtype in {"f32", "bf16"}
+    assert convert(checkpoint, tmp_path / "auto.gguf").outtype == "bf16", "that of most values"
 
 
 @pytest.mark.parametrize("outtype", ["q8_0", "f16"])
@@ -245,7 +270,7 @@ def test_a_padding_token_of_minus_one_is_none(checkpoint: Path, tmp_path: Path) 
     assert fields_of(convert(checkpoint, tmp_path / "out.gguf", force=True).path) == plain, (
         "generation_config.json counts"
     )
-    edit(checkpoint / "generation_config.json", pad_token_id=..., eos_token_id=[-1, *plain[EOS_TOKEN_IDS_KEY]])
+    edit(checkpoint / "generation_config.json", pad_token_id=None, eos_token_id=[-1, *plain[EOS_TOKEN_IDS_KEY]])
     found = fields_of(convert(checkpoint, tmp_path / "out.gguf", force=True).path)
     assert PAD_TOKEN_ID_KEY not in found
     assert found[EOS_TOKEN_IDS_KEY] == plain[EOS_TOKEN_IDS_KEY]
@@ -264,6 +289,7 @@ def test_a_chat_template_among_named_ones(checkpoint: Path, tmp_path: Path) -> N
     for left in ("tokenizer.json", "tokenizer_config.json"):
         found = fields_of(convert(checkpoint, tmp_path / "out.gguf", force=True).path)
         assert found["tokenizer.chat_template"] == "file"
+        assert found["tokenizer.chat_template.rag"] == "rag"
         (checkpoint / left).unlink()
 
 

@@ -263,6 +263,13 @@ def test_the_embedding_once_more_is_left_out(checkpoint: Path, caplog: pytest.Lo
     assert "output.weight" not in tensors_of(once)
 
 
+def test_either_name_of_tied_matrices_is_enough(checkpoint: Path) -> None:
+    once = converted(checkpoint, "once")
+    with edited_weights(checkpoint / "model.safetensors") as (header, _):
+        header[HEAD] = header.pop(EMBEDDING)
+    assert converted(checkpoint, "head").read_bytes() == once.read_bytes()
+
+
 def test_what_is_no_head_is_refused_by_name(checkpoint: Path) -> None:
     dtype, bits = embedding_of(checkpoint)
     original = (checkpoint / "model.safetensors").read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
@@ -19,20 +20,21 @@ from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
-from tests.conversion.conftest import edit, edited_weights, tensors_of
+from tests.conversion.conftest import edit, tensors_of
+from tests.conversion.edits import renamed, split
 from tests.golden.byte_level import reference_tokenizer
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.family import write_member
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.models import SAVED, write_fine_tune
 from tests.support.odd_texts import random_text
 
-SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
-"""What transformers 5 wrote of the demo model under its own name, and as a Llama; see tests/data/README.md."""
-
 ADDED = ["<tool>", "newword", "two words", "sp \u2581 ace", "\u2581begun", "hello", "caf\u00e9", "do"]
+ALONE = ["json", "Single", "<one>", "of a", "\u24b6word", "x\u0301"]
+"""What is no token within a word."""
 SPECIAL = [
     "<|user|>", "<|end|>", "<|assistant|>", "<|endoftext|>", "<|im_sep|>", "<s>", "</s>", "<unk>",
-    *(part for token in ADDED for part in (token, f" {token}", f"{token}s", f"a{token}", token[:3], token[3:])),
+    *(part for token in ADDED + ALONE for part in (token, f" {token}", f"{token}s", f"a{token}", token[:3], token[3:])),
 ]  # fmt: skip
 
 
@@ -54,10 +56,12 @@ def compare(folder: Path, texts: int, seed: int) -> None:
 
 
 def add_tokens(folder: Path) -> None:
-    """Add tokens as ``tokenizer.add_tokens([...])`` does, and save only what the tokenizers library saves."""
+    """Add tokens as ``tokenizer.add_tokens([...])`` does, the last behind a gap; save what the library saves."""
     library = Library.from_file(str(folder / "tokenizer.json"))
     library.add_tokens(ADDED)
+    library.add_tokens([AddedToken(text, single_word=True, normalized=i % 2 > 0) for i, text in enumerate(ALONE)])
     library.save(str(folder / "tokenizer.json"))
+    change(folder, lambda content: content["added_tokens"][-1].update(id=len(library.get_vocab()) + 4))
 
 
 def tiny(folder: Path, **shape: Any) -> Path:
@@ -125,11 +129,14 @@ def test_merges_as_texts_and_added_tokens_in_the_vocabulary(checkpoint: Path) ->
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "split": False}
 
 
-@pytest.mark.parametrize("scheme", ["first", "always", "never", "replaced before"])
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "replaced before", "in sequences"])
 def test_other_rules_for_the_space_in_front(scheme: str, checkpoint: Path) -> None:
     def apply(content: dict[str, Any]) -> None:
         if scheme == "replaced before":
             content["normalizer"]["normalizers"].reverse()
+        elif scheme == "in sequences":
+            one = {"type": "Sequence", "pretokenizers": [METASPACE | {"prepend_scheme": "first"}]}
+            content |= {"normalizer": {"type": "Sequence", "normalizers": []}, "pre_tokenizer": one}
         else:
             content |= {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": scheme}}
 
@@ -138,34 +145,12 @@ def test_other_rules_for_the_space_in_front(scheme: str, checkpoint: Path) -> No
     compare(checkpoint, 1500, seed=3)
 
 
-def split_projections(path: Path, groups: int) -> None:
-    """Split the fused projections of heads of which so many share keys and values."""
-    with edited_weights(path) as (header, _):
-        for name in list(header):
-            for fused, parts in (("qkv_proj", {"q": groups, "k": 1, "v": 1}), ("gate_up_proj", {"gate": 1, "up": 1})):
-                if fused in name:
-                    entry = header.pop(name)
-                    begin, end = entry["data_offsets"]
-                    for part, share in parts.items():
-                        rows, size = (
-                            n * share // sum(parts.values())
-                            for n in (entry["shape"][0], end - entry["data_offsets"][0])
-                        )
-                        place = {"shape": [rows, *entry["shape"][1:]], "data_offsets": [begin, begin + size]}
-                        header[name.replace(fused, f"{part}_proj")] = entry | place
-                        begin += size
-
-
 @pytest.mark.parametrize("kind", ["phi3", "llama"])
 def test_what_transformers_5_saves(kind: str, tmp_path: Path) -> None:
     """A fine-tune of the demo, and one of a copy that says it is a Llama, from the files that transformers wrote."""
-    folder = tmp_path / kind
-    shutil.copytree(SAVED / kind, folder)
-    demo = json.loads((DEMO_CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    change(folder, lambda content: content["model"].update(vocab=demo["vocab"], merges=demo["merges"]))
-    shutil.copy(DEMO_CHECKPOINT / "model.safetensors", folder)
+    folder = write_fine_tune(tmp_path / kind, kind)
     if kind == "llama":
-        split_projections(folder / "model.safetensors", groups=1)
+        split(folder, groups=1)
     compare(folder, 1000, seed=4)
     ours, original = (
         tensors_of(convert(path, tmp_path / "out.gguf", force=True).path) for path in (folder, DEMO_CHECKPOINT)
@@ -186,11 +171,11 @@ def test_what_transformers_5_saves_of_a_byte_level_member(
     stored = json.loads((original / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     whole = {"vocab": stored["vocab"], "merges": stored["merges"], "ignore_merges": ignore_merges}
     change(folder, lambda content: content["model"].update(whole))
+    if ignore_merges:
+        change(folder, lambda content: [token.update(single_word=True) for token in content["added_tokens"][-10:]])
     shutil.copy(original / "model.safetensors", folder)
-    split_projections(folder / "model.safetensors", groups)
-    with edited_weights(folder / "model.safetensors") as (header, _):
-        for name in header.keys() - {"__metadata__"}:
-            header[f"base_model.model.{name}"] = header.pop(name)
+    split(folder, groups=groups)
+    renamed(lambda name: f"base_model.model.{name}")(folder)
     compare(folder, 1000, seed=5)
     ours, theirs = (
         tensors_of(convert(path, tmp_path / f"{path.parent.name}.gguf").path) for path in (folder, original)

@@ -6,6 +6,7 @@ pages convert holds it. The blocks of a page run in their order, in one folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,9 +24,11 @@ from edge_phi3.catalog import Catalog
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
 from tests.support.documents import PAGES, ROOT, blocks, run, run_at
+from tests.support.models import write_fine_tune
 from tests.support.services import PATIENCE, Server, serving
 
 PRESET = "microsoft/Phi-3-mini-4k-instruct"
+FINE_TUNE = "my-fine-tune"
 SHOWN = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", re.MULTILINE)
 """A command of a console block, and what the block shows under it."""
 
@@ -58,6 +61,7 @@ def folder(tmp_path: Path, store: Path, server: Server, hub: HubServer, monkeypa
     """The working directory of a page, with the files that it takes for granted."""
     assert server.url, "the server has put the demo model into the store"
     shutil.copytree(DEMO_CHECKPOINT, tmp_path / "Phi-3-mini-4k-instruct")
+    write_fine_tune(tmp_path / FINE_TUNE)
     (tmp_path / "model-Q4_K_M.gguf").symlink_to(Catalog(store).resolve("demo").path)
     (tmp_path / "my-texts.txt").write_text("<|user|>\nWhat does len do?<|end|>\n" * 300, encoding="utf-8")
     (tmp_path / "keys.txt").write_text("a-key\n", encoding="ascii")
@@ -72,25 +76,29 @@ def folder(tmp_path: Path, store: Path, server: Server, hub: HubServer, monkeypa
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server, store: Path) -> None:
-    printed = ""
-    for block in blocks(page.read_text(encoding="utf-8")):
-        if block.language == "text" and printed:
-            assert block.text == printed
-        printed = ""
-        if not block.runs:
-            continue
-        if block.language == "python":
-            printed = run(sys.executable, "-c", block.text)
-        expected = dict(SHOWN.findall(block.text)) if block.language == "console" else {}
-        for command in block.commands():
-            if command.startswith("edge-phi3 serve") and "--print-config" not in command:
-                options = shlex.split(command, comments=True)[2:]
-                with serving(folder, *options, store=store) as another:  # on a free port, until it is ready
-                    assert another.stop(signal.SIGTERM)[0] == 0, another.log.read_text()
+    printed, url = "", server.url
+    with contextlib.ExitStack() as until_the_end:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.language == "text" and printed:
+                assert block.text == printed
+            printed = ""
+            if not block.runs:
                 continue
-            answer = run_at(command, server.url)
-            if command in expected:
-                assert json.loads(answer) == json.loads(expected[command])
+            if block.language == "python":
+                printed = run(sys.executable, "-c", block.text)
+            expected = dict(SHOWN.findall(block.text)) if block.language == "console" else {}
+            for command in block.commands():
+                if command.startswith("edge-phi3 serve") and "--print-config" not in command:
+                    options = shlex.split(command, comments=True)[2:]
+                    another = until_the_end.enter_context(serving(folder, *options, store=store))  # on a free port
+                    if FINE_TUNE in options:  # it answers what follows
+                        url = another.url
+                    else:
+                        assert another.stop(signal.SIGTERM)[0] == 0, another.log.read_text()
+                    continue
+                answer = run_at(command, url)
+                if command in expected:
+                    assert json.loads(answer) == json.loads(expected[command])
 
 
 @pytest.mark.parametrize("quant", ["Q4_K_M", "F16"])

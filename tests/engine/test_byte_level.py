@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 from collections.abc import Iterator
@@ -14,14 +13,13 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.engine import loader
 from edge_phi3.engine.detokenizer import StreamDecoder
-from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.model import Model, tokenize
 from tests.golden.byte_level import reference_tokenizer
 from tests.golden.family import FAMILY, write_member
+from tests.support.engines import rules_of
 from tests.support.odd_texts import random_text
 
 RENAMED = (b"edge_phi3.tokenizer.added_tokens", b"edge_phi3.generation.config")
@@ -108,11 +106,8 @@ def test_a_vocabulary_that_cannot_be_used_is_refused_when_it_is_loaded(
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "phi-3-mini-4k-instruct"])
-def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without our keys: the same tokens, ends, padding, window, contexts, and tokens that a text leaves out."""
-    monkeypatch.setattr(loader, "measure", lambda _: None)  # of no matter here, and slow
+def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(name: str, tmp_path: Path) -> None:
+    """Without our keys, as `tests/parity` finds files of that converter itself."""
     folder = write_member(tmp_path, name, layers=1)
     ours = convert(folder, tmp_path / "ours.gguf", outtype="f32").path
     data, theirs = ours.read_bytes(), tmp_path / "theirs.gguf"
@@ -120,22 +115,10 @@ def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(
         assert data.count(key) == 1
         data = data.replace(key, b"x" * len(key))
     theirs.write_bytes(data)
-    known = []
-    for path in (ours, theirs):
-        with contextlib.closing(loader.load(EngineSettings(path, ctx_size=8192, parallel=2, threads=1))) as loaded:
-            tokenizer, defaults = loaded.tokenizer, loaded.defaults
-            special = [text for text in tokenizer.token_texts if text and text.startswith("<|")]
-            chance = random.Random(1)
-            texts = [random_text(chance, special) for _ in range(300)]
-            runners = [(runner.kv.cells, runner.max_tokens, runner._window) for runner in loaded.runners]
-            roles = (
-                defaults.bos_token_id,
-                set(defaults.eos_token_ids),
-                defaults.pad_token_id,
-                tokenizer.special_tokens,
-            )
-            known.append(([tokenizer.encode(text).tolist() for text in texts], tokenizer.special_ids, runners, roles))
-    assert known[0] == known[1]
+    special = [token.content for token in reference_tokenizer(folder).get_added_tokens_decoder().values()]
+    chance = random.Random(1)
+    texts = [random_text(chance, special) for _ in range(300)]
+    assert rules_of(ours, texts) == rules_of(theirs, texts)
 
 
 @pytest.mark.parametrize("called", ["my-phi3-tune", "Phi-3-like"])

@@ -26,9 +26,9 @@ def cases(model: str) -> list[object]:
     return [pytest.param(case, id=case.name) for case in CASES if case.model == model]
 
 
-@pytest.mark.parametrize("case", cases("4k"))
+@pytest.mark.parametrize("case", [*cases("4k"), *cases("phi-3-medium-4k")])
 def test_window_is_exact_one_token_at_a_time(make_model: MakeModel, case: Case) -> None:
-    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=1) as engine:
+    with running_engine(make_model(case.model), ctx_size=4096, window_chunk=1) as engine:
         assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
 
 
@@ -49,7 +49,7 @@ def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(ma
         assert ask(fresh, short, max_new_tokens=4, **ENDLESS) == alone
 
 
-@pytest.mark.parametrize("model", ["128k", "phi-3-medium-128k", "phi-4-mini", "phi-4"])
+@pytest.mark.parametrize("model", ["128k", "phi-3.5-mini", "phi-3-medium-128k", "phi-4-mini", "phi-4"])
 def test_short_and_long_prompts_side_by_side(make_model: MakeModel, model: str) -> None:
     together = [case for case in CASES if case.model == model]
     with running_engine(make_model(model), ctx_size=16384, parallel=4) as engine:

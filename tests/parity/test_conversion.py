@@ -7,6 +7,7 @@ They quantise the demo model, and one of Phi-3's real widths. With PARITY_RECORD
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
+from tests.golden.byte_level import reference_tokenizer
+from tests.golden.family import FAMILY
 from tests.golden.gguf_digests import (
     CONVERTED,
     CONVERTER_CASES,
@@ -28,7 +31,9 @@ from tests.golden.gguf_digests import (
     write_quantizer_inputs,
 )
 from tests.parity.conftest import RECORDING, Peers
+from tests.support.engines import rules_of
 from tests.support.models import model_path
+from tests.support.odd_texts import random_text
 
 pytestmark = pytest.mark.parity
 
@@ -55,9 +60,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def theirs(
+def made(
     peers: Peers, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Description]]:
+) -> dict[tuple[str, str], Path]:
     """What llama.cpp's converter makes of each checkpoint in each type."""
     folder = tmp_path_factory.mktemp("theirs")
     jobs = [(name, outtype, folder / f"{name}-{outtype}.gguf") for name in checkpoints for outtype in OUTTYPES]
@@ -65,8 +70,13 @@ def theirs(
     styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in CONVERTER_CASES.items()}
     pre = json.dumps({name: style.pre for name, style in styles.items() if style})
     peers.python("-c", _REFERENCE, peers.converter(), asked, pre)
+    return {(name, outtype): path for name, outtype, path in jobs}
+
+
+@pytest.fixture(scope="module")
+def theirs(made: dict[tuple[str, str], Path]) -> dict[str, dict[str, Description]]:
     found: dict[str, dict[str, Description]] = {}
-    for name, outtype, path in jobs:
+    for (name, outtype), path in made.items():
         found.setdefault(name, {})[outtype] = describe(path)
     if RECORDING:
         CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
@@ -84,6 +94,21 @@ def test_both_converters_write_the_same(
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
     assert differences(theirs[name][outtype], describe(ours)) == []
+
+
+@pytest.mark.parametrize("name", ["4k", "128k", *(name for name in FAMILY if name in CONVERTER_CASES)])
+def test_a_file_of_theirs_has_the_rules_of_ours(
+    name: str, checkpoints: dict[str, Path], made: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """Tokens, ends, padding, window, contexts, and what a text leaves out; tokens also as `tokenizers` has them."""
+    ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype="f32").path
+    library = reference_tokenizer(checkpoints[name])
+    special = [token.content for token in library.get_added_tokens_decoder().values()]
+    chance = random.Random(24)
+    texts = [random_text(chance, special) for _ in range(5000)]
+    tokens, rules = rules_of(made[name, "f32"], texts)
+    assert (tokens, rules) == rules_of(ours, texts)
+    assert [text for text, ids in zip(texts, tokens, strict=True) if library.encode(text).ids != ids] == []
 
 
 # -- quantising

@@ -2,11 +2,11 @@
 
     TORCH_PYTHON=~/torch/bin/python PARITY_REQUESTS=5000 pytest -m parity tests/parity/test_random_requests.py
 
-Checkpoints (a plain one, one with grouped-query attention, one of the 128k kind, Phi-4-mini, Phi-4) and requests come
-from a seed that is new each time, and printed; PARITY_SEED repeats one. Greedy decoding, sampling, beam search, beam
-sampling and group beam search take turns, with random combinations of all parameters. transformers draws from the
-random numbers that a `seed` promises (`docs/parameters.md`), so that sampled answers are compared token by token too,
-and log-probabilities to 1e-3.
+Checkpoints (a plain one, one with grouped-query attention, one of the 128k kind, and members of the family by their
+names) and requests come from a seed that is new each time, and printed; PARITY_SEED repeats one. Greedy decoding,
+sampling, beam search, beam sampling and group beam search take turns, with random combinations of all parameters.
+transformers draws from the random numbers that a `seed` promises (`docs/parameters.md`), so that sampled answers are
+compared token by token too, and log-probabilities to 1e-3.
 
 llama.cpp's logits differ from torch's by some 1e-5. Where that decides between two tokens, the answers differ although
 neither is wrong: such a request counts as "by rounding" when transformers itself gives our answer after noise of 1e-4
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.parity
 REQUESTS = int(os.environ.get("PARITY_REQUESTS", "500"))
 SEED = int(os.environ.get("PARITY_SEED", secrets.randbits(32)))
 
-CHECKPOINTS = ("4k", "gqa", "128k", "phi-4-mini", "phi-4")
+CHECKPOINTS = ("4k", "gqa", "128k", "phi-3.5-mini", "phi-3-medium-4k", "phi-4-mini", "phi-4")
 _NOISE, _NOISY_RUNS = 1e-4, 40
 _SPARE = 1.1
 """transformers fails on some requests (it draws from NaN), so that many times more are asked."""

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import ArrayLike
 
+from edge_phi3.engine import loader
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest
@@ -119,6 +120,17 @@ def ask(engine: Engine, prompt: ArrayLike, **kwargs: Any) -> list[list[int]]:
 
 def generated(event: FinishedEvent) -> list[list[int]]:
     return [sequence[event.result.prompt_length :].tolist() for sequence in event.result.sequences]
+
+
+def rules_of(path: Path, texts: Sequence[str]) -> tuple[list[list[int]], list[object]]:
+    """Return what a GGUF makes of texts, and what it says beside: special tokens, ends, padding, contexts."""
+    settings = EngineSettings(path, ctx_size=8192, parallel=2, threads=1)
+    # The speed of batches is of no matter here, and slow to measure.
+    with mock.patch.object(loader, "measure", return_value=None), contextlib.closing(loader.load(settings)) as loaded:
+        tokenizer, defaults = loaded.tokenizer, loaded.defaults
+        runners = [(runner.kv.cells, runner.max_tokens, runner._window) for runner in loaded.runners]
+        ends = [defaults.bos_token_id, {*defaults.eos_token_ids}, defaults.pad_token_id, tokenizer.special_tokens]
+        return [tokenizer.encode(text).tolist() for text in texts], [tokenizer.special_ids, ends, runners]
 
 
 @dataclass(frozen=True)

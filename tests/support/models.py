@@ -18,6 +18,8 @@ from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.peers import CACHE
 
 PHI3_VOCABULARY_ROWS = 32064
+SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
+"""What transformers 5 saved of four models, without what makes them large."""
 
 SHAPES: dict[str, dict[str, int]] = {
     # https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/blob/main/config.json: 3.8 billion weights.
@@ -70,6 +72,18 @@ def write_random_checkpoint(folder: Path, name: str, *, dtype: str = "bfloat16",
     """Write one of `SHAPES` as a checkpoint into `folder`, and return it."""
     options: dict[str, Any] = {"vocabulary": phi3_vocabulary(), "vocab_size": PHI3_VOCABULARY_ROWS, **SHAPES[name]}
     return write_checkpoint(folder, dtype=dtype, shards=shards, **options)
+
+
+def write_fine_tune(folder: Path, kind: str = "phi3") -> Path:
+    """Write what transformers 5 saved of the demo model (``tests/data/README.md``) into `folder`, and return it."""
+    shutil.copytree(SAVED / kind, folder)
+    shutil.copy(DEMO_CHECKPOINT / "model.safetensors", folder)
+    tokenizer, original = (
+        json.loads((place / "tokenizer.json").read_text(encoding="utf-8")) for place in (folder, DEMO_CHECKPOINT)
+    )
+    tokenizer["model"] |= {name: original["model"][name] for name in ("vocab", "merges")}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    return folder
 
 
 def make_128k(config: Path) -> None:
