@@ -108,6 +108,14 @@ class Settings(BaseModel):
         "Run each request with a seed alone, in a cleared KV cache, so that its answer repeats to the bit while other"
         " requests wait. Without it, the random draws repeat, and the model's numbers up to rounding.",
     )
+    speculation: str = option(
+        "auto",
+        "Engine",
+        "Number of tokens that are drafted for each sequence from what followed the same words earlier in its text, and"
+        " checked in one step: auto drafts as many as measurably save time, off none, a number from 1 to 64 that many.",
+        pattern=r"^(auto|off|[1-9]|[1-5][0-9]|6[0-4])$",
+        metavar="auto|off|N",
+    )
     stall_timeout: float = option(
         60.0,
         "Engine",

@@ -225,7 +225,8 @@ class RunningRequest:
         """Return whether its rows have all gone on by the token at `place` of a draft, and are to go on."""
         if place >= draft.shape[1] or self.decoder.finished or len(self.sequences) != len(draft):
             return False
-        return self.decoder.last_tokens() == draft[:, place].tolist()
+        last: list[int] = draft[:, place].tolist()
+        return self.decoder.last_tokens() == last
 
     @property
     def deadline(self) -> float | None:

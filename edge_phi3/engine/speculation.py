@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,11 @@ class Speculation:
         self._tried: dict[int, int] = {}
         """The number of the last batch of each size."""
         self._batches = 0
+
+    @classmethod
+    def of(cls, setting: str, seconds: Mapping[int, float]) -> Self:
+        """Return what ``--speculation`` says: "auto", "off", or a number."""
+        return cls(None if setting == "auto" else 0 if setting == "off" else int(setting), seconds)
 
     def took(self, count: int, seconds: float) -> None:
         """Take note that a batch of `count` tokens took so long."""
@@ -78,11 +84,12 @@ class Speculation:
                 rows += draft.size
         weighed.sort(key=lambda each: -each[0])
         lengths = self._lengths(weighed, rows, room, trial=trial)
-        return {
-            request: draft if tokens is not None else draft[:, : lengths[request]]
-            for (request, _), tokens in zip(requests, forced, strict=True)
-            if (draft := found.get(request)) is not None and (tokens is not None or lengths.get(request))
-        }
+        for request in {request for _, request in weighed}:
+            if length := lengths.get(request):
+                found[request] = found[request][:, :length]
+            else:
+                del found[request]
+        return found
 
     def _may_pay(self, rows: int, room: int) -> bool:
         """Return whether a larger batch would pay if all that was drafted held."""
