@@ -44,8 +44,7 @@ class EngineCore:
         prompt_tokens: tokens of all prompts accepted.
         cached_tokens: those of them found in the prefix cache.
         generated_tokens: tokens generated, over all finished requests.
-        drafted_tokens: tokens drafted for them.
-        accepted_tokens: those of them that the model chose.
+        drafted_tokens: tokens drafted for them, `accepted_tokens` of which the model chose.
         device_times: how long batches took, from their launch to their logits.
         host_times: how long steps that decoded took beside.
     """
@@ -60,8 +59,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
-        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.drafted_tokens = self.accepted_tokens = 0
+        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = 0
+        self.generated_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self.device_times, self.host_times = Times(), Times()
         self._outbox = outbox
         self._max_queue = max_queue
@@ -235,19 +234,18 @@ class EngineCore:
 
     def _check_drafts(self, runner: ModelRunner, drafts: Mapping[RunningRequest, Tokens], logits: Scores) -> None:
         """Let requests go on through what was drafted for them, as long as it is what their own choices are."""
-        first = dict(
-            zip(drafts, itertools.accumulate((draft.size for draft in drafts.values()), initial=0), strict=False)
-        )
-        held = dict.fromkeys(drafts, 0)
-        going = list(drafts)
+        parts = np.split(logits, np.cumsum([draft.size for draft in drafts.values()]))
+        rows = {
+            request: part.reshape(*draft.T.shape, -1)
+            for (request, draft), part in zip(drafts.items(), parts, strict=False)
+        }
+        held, going = dict.fromkeys(drafts, 0), list(drafts)
         while going := [request for request in going if request.follows(drafts[request], held[request])]:
-            rows: list[int] = []
+            following = np.concatenate([rows[request][held[request]] for request in going])
             for request in going:
                 runner.accept(request)
-                start, count = first[request] + held[request] * len(request.sequences), len(request.sequences)
-                rows += range(start, start + count)
                 held[request] += 1
-            self._choose(runner, going, logits[rows])
+            self._choose(runner, going, following)
         for request, draft in drafts.items():
             runner.judge(request, draft, held[request])
 

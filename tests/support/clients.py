@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.core import EngineCore
-from edge_phi3.engine.drafting import Drafting
 from edge_phi3.engine.errors import (
     DeadlineExceededError,
     EngineStoppedError,
@@ -21,10 +20,9 @@ from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, R
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
 from edge_phi3.generation.constraints import TokenConstraint
-from edge_phi3.generation.decoding import Decoder
-from edge_phi3.generation.sampling import SequenceDecoder
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
+from tests.support.drafts import Foreseen
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 from tests.support.schemas import SCHEMAS, small_vocabulary
@@ -83,7 +81,7 @@ class Client:
             self.refusal = error
             self._check_refusal(error, in_flight)
             return
-        self.running.drafting = _Foreseen(self)
+        self.running.drafting = Foreseen(self._coming, wrong=END)
         if self.ask.fault == "choosing":
             decoder = self.running.decoder
             decoder.processors = (*decoder.processors, self._break)
@@ -119,6 +117,9 @@ class Client:
         scenario = self._scenario
         return answer(self._request(faulty=False), MODEL, scenario.attention, TEXTS, entropy=self.ask.entropy)
 
+    def _coming(self) -> list[NDArray[np.int32]] | None:
+        return None if self.expected.result is None else self.expected.result.sequences
+
     # -- what it knows of itself
 
     @property
@@ -149,7 +150,7 @@ class Client:
         assert self.running is not None
         tokens = self.running.decoder.history.tokens
         drafting = self.running.drafting
-        if isinstance(drafting, _Foreseen) and len(drafting.last) == len(tokens):
+        if isinstance(drafting, Foreseen) and len(drafting.last) == len(tokens):
             tokens = np.hstack([tokens, drafting.last])
         return position < tokens.shape[1] and token in tokens[:, position].tolist()
 
@@ -257,27 +258,6 @@ class Client:
         assert sequences == wanted, f"{name} (prompt {len(prompt)}) has {sequences}, not {wanted}"
         assert result.finish_reasons == expected.finish_reasons, f"{name}: {result.finish_reasons}"
         assert _same(_numbers(result), _numbers(expected)), f"{name}: {_numbers(result)}, not {_numbers(expected)}"
-
-
-class _Foreseen(Drafting):
-    """Drafts that hold more often than those out of a random text: what is to come, with a wrong token now and then."""
-
-    def __init__(self, client: Client) -> None:
-        super().__init__()
-        self._client = client
-        self.last = np.empty((0, 0), np.int32)
-
-    def draft(self, decoder: Decoder, most: int) -> NDArray[np.int32]:
-        result = self._client.expected.result
-        if result is None or not isinstance(decoder, SequenceDecoder):
-            self.last = super().draft(decoder, most)
-            return self.last
-        length = decoder.history.length
-        coming = [result.sequences[sequence][length : length + most].copy() for sequence in decoder.live]
-        draft = np.array([tokens[: min(map(len, coming))] for tokens in coming], np.int32)
-        draft[:, (length + np.arange(draft.shape[1])) % 7 == 0] = END
-        self.last = draft
-        return draft
 
 
 def _numbers(result: GenerationResult) -> list[Any]:

@@ -24,6 +24,7 @@ from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
 from tests.support.cores import audit
+from tests.support.drafts import Foreseen
 
 OPTIONS = "TEST_ENGINE_OPTIONS"
 """Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
@@ -141,6 +142,8 @@ def compared(engine: Engine, answered: Sequence[tuple[Request, Answer]]) -> list
     usual: dict[str, Any] = {**API_DEFAULTS}
     scored = {"output_scores": True, "return_dict_in_generate": True}
     asked = [Asked(engine, each.prompt, **usual | each.kwargs | scored) for each, _ in answered]
+    for (_, theirs), running in zip(answered, asked, strict=True):
+        running.running.drafting = Foreseen(theirs.sequences, wrong=3)
     found = []
     for (request, theirs), running in zip(answered, asked, strict=True):
         pad = running.request.config.pad_token_id
