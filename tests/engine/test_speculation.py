@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,13 +11,15 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_phi3.engine.drafting import Drafting
-from edge_phi3.engine.sequence import GenerationRequest, RunningRequest, Sequence
+from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Sequence
 from edge_phi3.engine.speculation import Speculation
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Decoder
 from tests.engine.conftest import Asked as Request
 from tests.engine.conftest import MakeModel, generated, running_engine
-from tests.support.scenarios import Ask
+from tests.support.cores import make_core
+from tests.support.drafts import Foreseen
+from tests.support.scenarios import END, Ask, Scenario
 
 FLAT = {1: 1.0, 2: 1.02, 3: 1.05, 5: 1.11, 9: 1.3, 17: 2.0}
 """What batches take where drafts pay (F16 on two cores), and where they cannot (Q4_K_M)."""
@@ -137,3 +140,36 @@ def test_answers_are_the_same_with_drafts(make_model: MakeModel, kwargs: dict[st
             assert 0 <= finished.accepted_tokens <= finished.drafted_tokens
             assert (finished.drafted_tokens > 0) == (tokens > 0)
     assert answers[0] == answers[1]
+
+
+@pytest.mark.soak
+def test_drafts_do_not_change_what_is_drawn() -> None:
+    """Chi-square of 20,000 draws of six tokens with drafts against as many without."""
+    prompt = (5, 6, 7, 5, 6, 7, 5, 6)
+    bias = [[[token], 5.0] for token in (5, 6, 7)]
+    kwargs = {"do_sample": True, "top_k": 0, "max_new_tokens": 6, "sequence_bias": bias}
+    counts: list[Counter[tuple[int, ...]]] = []
+    for drafts in (0, 3):
+        core, _ = make_core(Scenario((), drafts=drafts), lambda: 0.0)
+        drawn: Counter[tuple[int, ...]] = Counter()
+
+        def take(event: Event, drawn: Counter[tuple[int, ...]] = drawn) -> None:
+            assert isinstance(event, FinishedEvent)
+            drawn[tuple(generated(event)[0])] += 1
+
+        for _ in range(20_000 // 8):
+            for _ in range(8):
+                running = core.submit(GenerationRequest(np.array(prompt, np.int32), Ask(prompt, kwargs).config()), take)
+                running.drafting = Foreseen([[*prompt, 5, 6, 7, 7, 7, 6]], wrong=END)  # what is drawn most often
+            while core.has_work:
+                core.step()
+        assert drawn.total() == 20_000
+        assert (core.accepted_tokens > 5_000) == (drafts > 0)
+        counts.append(drawn)
+    common = [key for key in counts[0] | counts[1] if counts[0][key] + counts[1][key] >= 20]
+    pairs = np.array([[drawn[key] for key in common] for drawn in counts], np.float64)
+    pairs = np.column_stack([pairs, 20_000 - pairs.sum(axis=1)])
+    statistic = ((pairs[0] - pairs[1]) ** 2 / pairs.sum(axis=0)).sum()
+    freedom = pairs.shape[1] - 1
+    # Beyond four standard deviations: once in 30,000 runs.
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom), (statistic, freedom)

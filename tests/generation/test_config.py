@@ -168,7 +168,8 @@ def test_every_name_of_transformers_is_known() -> None:
         *(({name: value}, f"`{name}` is not supported: .{{10}}") for name, value in (
             ("use_cache", False), ("use_cache", 1), ("penalty_alpha", 0.6), ("guidance_scale", 1.5),
             ("force_words_ids", [[1]]), ("watermarking_config", {}),
-            ("dola_layers", "low"), ("low_memory", True), ("cache_implementation", "static"), ("constraints", []), ("max_matching_ngram_size", 3),
+            ("dola_layers", "low"), ("low_memory", True), ("cache_implementation", "static"), ("constraints", []),
+            ("max_matching_ngram_size", 3),
         )),
     ],
 )  # fmt: skip
