@@ -176,7 +176,6 @@ class Settings(BaseModel):
         metavar="N/UNIT",
         pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
     )
-
     allowed_host: tuple[str, ...] = option(
         (),
         "Access",

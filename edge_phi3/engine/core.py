@@ -39,14 +39,12 @@ class EngineCore:
     token, which stop strings are compared with; `clock` returns seconds that only grow.
 
     Attributes:
-        steps: batches decoded.
-        turns: calls of `step` that have returned.
+        steps: batches decoded, in `turns` calls of `step` that have returned.
         prompt_tokens: tokens of all prompts accepted.
         cached_tokens: those of them found in the prefix cache.
         generated_tokens: tokens generated, over all finished requests.
         drafted_tokens: tokens drafted for them, `accepted_tokens` of which the model chose.
-        device_times: how long batches took, from their launch to their logits.
-        host_times: how long steps that decoded took beside.
+        device_times: how long batches took from launch to logits; `host_times`: what their steps took beside.
     """
 
     def __init__(

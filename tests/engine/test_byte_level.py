@@ -127,7 +127,7 @@ def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(
             special = [text for text in tokenizer.token_texts if text and text.startswith("<|")]
             chance = random.Random(1)
             texts = [random_text(chance, special) for _ in range(300)]
-            runners = [(runner.kv.cells, runner.max_tokens, runner._window) for runner in loaded.runners]
+            runners = [(runner.kv.cells, runner.max_tokens, runner.window.size) for runner in loaded.runners]
             roles = (
                 defaults.bos_token_id,
                 set(defaults.eos_token_ids),
