@@ -105,8 +105,14 @@ class Settings(BaseModel):
     exact_seeds: bool = option(
         False,
         "Engine",
-        "Run each request with a seed alone, in a cleared KV cache, so that its answer repeats to the bit while other"
-        " requests wait. Without it, the random draws repeat, and the model's numbers up to rounding.",
+        "Run each request with a seed alone, in a cleared cache, so that its answer repeats to the bit; others wait.",
+    )
+    speculation: str = option(
+        "auto",
+        "Engine",
+        "Number of tokens drafted for each sequence from its own text and checked in one step; auto drafts what pays.",
+        pattern=r"^(auto|off|[1-9]|[1-5][0-9]|6[0-4])$",
+        metavar="auto|off|N",
     )
     stall_timeout: float = option(
         60.0,
@@ -170,7 +176,6 @@ class Settings(BaseModel):
         metavar="N/UNIT",
         pattern=r"^[1-9][0-9]{0,8}/(second|minute|hour|day)$",
     )
-
     allowed_host: tuple[str, ...] = option(
         (),
         "Access",

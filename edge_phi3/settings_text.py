@@ -57,7 +57,10 @@ def allowed_values(field: FieldInfo) -> str:
         return f"a number {_range(field)}"
     if field.annotation is bool:
         return "true or false"
-    example = {"N/UNIT": "a count and a unit such as 60/minute (second, minute, hour, day)"}
+    example = {
+        "auto|off|N": "auto, off, or a whole number from 1 to 64",
+        "N/UNIT": "a count and a unit such as 60/minute (second, minute, hour, day)",
+    }
     return example.get(metavar or "", f"{metavar}" if metavar else "a text that is not empty")
 
 

@@ -36,6 +36,7 @@ class BatchSizes:
 
     def __init__(self, seconds: Mapping[int, float], tile: int = 64) -> None:
         self.tile = tile
+        self.seconds = dict(seconds)
         self._sizes = np.array(sorted(seconds), np.float64)
         self._seconds = np.array([seconds[size] for size in sorted(seconds)], np.float64)
         self._largest = max(seconds, default=0)

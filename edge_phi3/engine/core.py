@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,12 +20,13 @@ from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
-from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, Timing, TokensEvent
+from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.engine.stats import Times
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
 from edge_phi3.generation.logits import Scores
+from edge_phi3.generation.processors import Tokens
 from edge_phi3.llama import DecodeFailedError
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,12 @@ class EngineCore:
     token, which stop strings are compared with; `clock` returns seconds that only grow.
 
     Attributes:
-        steps: batches decoded.
-        turns: calls of `step` that have returned.
+        steps: batches decoded, in `turns` calls of `step` that have returned.
         prompt_tokens: tokens of all prompts accepted.
         cached_tokens: those of them found in the prefix cache.
         generated_tokens: tokens generated, over all finished requests.
-        device_times: how long batches took, from their launch to their logits.
-        host_times: how long steps that decoded took beside.
+        drafted_tokens: tokens drafted for them, `accepted_tokens` of which the model chose.
+        device_times: how long batches took from launch to logits; `host_times`: what their steps took beside.
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
-        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = 0
+        self.generated_tokens = self.drafted_tokens = self.accepted_tokens = 0
         self.device_times, self.host_times = Times(), Times()
         self._outbox = outbox
         self._max_queue = max_queue
@@ -84,7 +85,7 @@ class EngineCore:
     @property
     def waiting(self) -> int:
         """How many accepted requests hold no cells."""
-        unaware = sum(request.decoder.finished for request, _, _ in self._chosen)
+        unaware = len({request for request, _, _ in self._chosen if request.decoder.finished})
         return max(0, len(self._in_flight) - len(self.scheduler.running) - unaware)
 
     def submit(self, request: GenerationRequest, send: Callable[[Event], None]) -> RunningRequest:
@@ -211,9 +212,16 @@ class EngineCore:
         self.steps += 1
         if batch.scored:
             logits = self._score(batch, logits)
-        chosen = advance([request.decoder for request in batch.choosing], logits)
+        drafted = len(logits) - batch.drafted
+        self._choose(runner, batch.choosing, logits[:drafted])
+        if batch.drafts:
+            self._check_drafts(runner, batch.drafts, logits[drafted:])
+
+    def _choose(self, runner: ModelRunner, requests: Sequence[RunningRequest], logits: Scores) -> None:
+        """Choose a token for each row of some requests, and continue or end these."""
+        chosen = advance([request.decoder for request in requests], logits)
         now = self._clock()
-        for request, step in zip(batch.choosing, chosen, strict=True):
+        for request, step in zip(requests, chosen, strict=True):
             if request.failed:
                 continue
             try:
@@ -221,6 +229,23 @@ class EngineCore:
             except Exception:
                 logger.exception("Request %s cannot go on.", request.request.request_id)
                 self._fail(request, "it cannot go on")
+
+    def _check_drafts(self, runner: ModelRunner, drafts: Mapping[RunningRequest, Tokens], logits: Scores) -> None:
+        """Let requests go on through what was drafted for them, as long as it is what their own choices are."""
+        parts = np.split(logits, np.cumsum([draft.size for draft in drafts.values()]))
+        rows = {
+            request: part.reshape(*draft.T.shape, -1)
+            for (request, draft), part in zip(drafts.items(), parts, strict=False)
+        }
+        held, going = dict.fromkeys(drafts, 0), list(drafts)
+        while going := [request for request in going if request.follows(drafts[request], held[request])]:
+            following = np.concatenate([rows[request][held[request]] for request in going])
+            for request in going:
+                runner.accept(request)
+                held[request] += 1
+            self._choose(runner, going, following)
+        for request, draft in drafts.items():
+            runner.judge(request, draft, held[request])
 
     def _score(self, batch: Batch, logits: Scores) -> Scores:
         """Make log-probabilities of the logits of prompts, and return those that tokens are chosen from."""
@@ -270,18 +295,14 @@ class EngineCore:
             self._outbox.urgent = True
         if request.request.stream and step.emitted:
             request.send(TokensEvent([*step.emitted], [*step.logprobs]))
-        if request.decoder.finished:
-            self._end(request, request.decoder.error or self._finished(request, now))
+        if not step.parents:
+            self._end(request, request.decoder.error or self._finished(request.finished(now)))
 
-    def _finished(self, request: RunningRequest, now: float) -> FinishedEvent:
-        result = request.decoder.result()
-        generated = sum(len(sequence) - request.prompt_length for sequence in result.sequences)
-        self.generated_tokens += generated
-        submitted, started, first = request.submitted, request.started, request.first_token
-        assert started is not None
-        assert first is not None
-        timing = Timing(queue=started - submitted, first_token=first - submitted, total=now - submitted)
-        return FinishedEvent(result, timing, request.cached_tokens, generated, request.prompt_logprobs)
+    def _finished(self, event: FinishedEvent) -> FinishedEvent:
+        self.generated_tokens += event.generated_tokens
+        self.drafted_tokens += event.drafted_tokens
+        self.accepted_tokens += event.accepted_tokens
+        return event
 
     def _end(self, request: RunningRequest, event: Event | None) -> None:
         """Send the last event of a request, unless somebody has."""

@@ -140,6 +140,8 @@ class Engine:
             prompt_tokens_total=core.prompt_tokens,
             cached_tokens_total=core.cached_tokens,
             generated_tokens_total=core.generated_tokens,
+            drafted_tokens_total=core.drafted_tokens,
+            accepted_tokens_total=core.accepted_tokens,
             preemptions_total=core.scheduler.preemptions,
             steps_total=core.steps,
             gpu_layers=loaded.gpu_layers,

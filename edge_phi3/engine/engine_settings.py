@@ -25,6 +25,7 @@ class EngineSettings(ContextOptions):
     prefix_cache: bool = True
     prefix_cache_mib: int = 0
     exact_seeds: bool = False
+    speculation: str = "auto"
     stall_timeout: float = 60.0
     exit_on_stall: bool = True
 

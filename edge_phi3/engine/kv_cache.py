@@ -145,6 +145,14 @@ class KVCache:
         self._let_go(self._held[seq_id][old:start])
         self.start[seq_id] = start
 
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Drop the positions of a sequence from `length` on, if it has any."""
+        if length >= self.length[seq_id]:
+            return
+        self._context.remove(seq_id, length, -1)
+        self._let_go(self._held[seq_id][length : self.length[seq_id]])
+        self.length[seq_id] = length
+
     def fork(self, sequence: Sequence) -> Sequence:
         """Return a copy of a sequence that goes its own way, and shares its cells."""
         seq_id = self._fork(sequence.seq_id, sequence.computed)
@@ -180,12 +188,6 @@ class KVCache:
         self._sharers[self._held[target][start:]] += 1
         self.length[target] = length
         return target
-
-    def _truncate(self, seq_id: int, length: int) -> None:
-        """Drop the positions of a sequence from `length` on."""
-        self._context.remove(seq_id, length, -1)
-        self._let_go(self._held[seq_id][length : self.length[seq_id]])
-        self.length[seq_id] = length
 
     def _let_go(self, cells: NDArray[np.int32]) -> None:
         alone = self._sharers[cells] == 0
@@ -263,7 +265,7 @@ class KVCache:
             self.start[seq_id] = self.length[seq_id] = start
             self._held[seq_id] = np.empty(start, np.int32)
         self.append(seq_id, end - self.length[seq_id])
-        self._truncate(seq_id, len(tokens))
+        self.truncate(seq_id, len(tokens))
         sequence.computed = len(tokens)
         self._prefixes[seq_id] = tokens.copy()
 
@@ -279,7 +281,7 @@ class KVCache:
         if tokens is None or not keeps or len(tokens) <= self.start[seq_id]:
             self.release(seq_id)
             return
-        self._truncate(seq_id, len(tokens))
+        self.truncate(seq_id, len(tokens))
         for other, kept in list(self._kept.items()):
             covered = self.start[seq_id] <= self.start[other] and kept.worth <= worth
             if covered and common_length(kept.tokens, tokens) == len(kept.tokens):

@@ -13,6 +13,7 @@ from edge_phi3.engine.contexts import ContextShape, context_shapes
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.host_cache import BLOCK_SIZE, PER_STEP, HostCache
 from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.speculation import Speculation
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
 from edge_phi3.llama import ModelLoadError
@@ -95,6 +96,7 @@ def _runner(
     capacity = int((settings.prefix_cache_mib << 20 or available_memory() // 8) * share)
     block_size = max(1, min(BLOCK_SIZE, PER_STEP // context.bytes_per_token))
     window = int(model.metadata("phi3.attention.sliding_window") or 0)
+    sizes = None if context.offloaded else measure(context)
     return ModelRunner(
         context,
         max_tokens=shape.max_tokens,
@@ -102,7 +104,8 @@ def _runner(
         window_chunk=settings.window_chunk,
         host_cache=HostCache(capacity, block_size) if settings.prefix_cache and context.saves else None,
         retain=settings.prefix_cache and context.offloaded,
-        sizes=None if context.offloaded else measure(context),
+        sizes=sizes,
+        speculation=Speculation.of(settings.speculation, {} if sizes is None else sizes.seconds),
     )
 
 

@@ -3,16 +3,12 @@
 The order is llama-server's and vLLM's: first one token of every row that decodes, then prompts chunk by chunk while
 there is room, so that a long prompt delays the others by one chunk at most. On a CPU, rows and prompts that would fill
 a tile together take turns.
-
-llama.cpp does not know Phi-3's sliding window: what has left it is removed before a token is decoded. A token sees the
-last `window` ones, itself included. Those of a prompt are fed `window_chunk` at a time beyond the window, and all of a
-chunk see what its first one sees. Chunks begin at absolute positions, so that an answer does not depend on how a prompt
-was cut into batches.
 """
 
 from __future__ import annotations
 
 import operator
+import time
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +20,8 @@ from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.sequence import RunningRequest, Sequence
+from edge_phi3.engine.speculation import Speculation
+from edge_phi3.engine.window import SlidingWindow
 from edge_phi3.llama.context import Context
 
 _FEW_RUNS = 32
@@ -36,7 +34,8 @@ class Batch:
 
     `members` are the requests that have tokens in it, `choosing` those whose decoders get logits, in the order of the
     logits' rows; `scored` those of whose prompts some tokens have logits too, each with its first row and how many.
-    There are `rows` of logits in all.
+    There are `rows` of logits in all, but for those of drafts: `drafts` are their tokens, shape ``(rows of the request,
+    tokens)``, whose logits come last, request by request, and of each the first tokens of all its rows first.
     """
 
     count: int = 0
@@ -45,6 +44,12 @@ class Batch:
     choosing: list[RunningRequest] = field(default_factory=list)
     members: list[RunningRequest] = field(default_factory=list)
     scored: list[tuple[RunningRequest, int, int]] = field(default_factory=list)
+    drafts: dict[RunningRequest, NDArray[np.int32]] = field(default_factory=dict)
+
+    @property
+    def drafted(self) -> int:
+        """Drafted tokens, each of which has logits."""
+        return sum(draft.size for draft in self.drafts.values())
 
 
 class ModelRunner:
@@ -66,26 +71,17 @@ class ModelRunner:
         host_cache: HostCache | None = None,
         retain: bool = False,
         sizes: BatchSizes | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.context = context
         self.max_tokens = max_tokens
         self.kv = KVCache(context, window=window, host_cache=host_cache, retain=retain)
         self.running: list[RunningRequest] = []
-        self._window = window
-        self._window_chunk = window_chunk
+        self.window = SlidingWindow(window, window_chunk)
         self._sizes = sizes
+        self._speculation = speculation or Speculation(0)
         self._batches = 0
         self._prompts_turn = False
-
-    def cells_needed(self, prompt_length: int, length: int, rows: int) -> int:
-        """Return the most cells that a request holds from its prompt on until its rows have so many tokens.
-
-        Rows share what they have in common, which is the prompt at least.
-        """
-        window = length if self._window is None else self._window
-        gone = max(0, length - window)
-        shared, own = max(0, prompt_length - gone), min(length - prompt_length, window)
-        return max(min(prompt_length, window + self._window_chunk - 1), shared + rows * max(0, own))
 
     # -- batches
 
@@ -108,7 +104,8 @@ class ModelRunner:
             self._add_prompts(batch, prompts)
             if batch.count:
                 return batch
-        if prompts and not apart:
+        drafts = {} if prompts else self._drafts(decoding)
+        if drafts or (prompts and not apart):
             sizes = None
         if sizes is not None:
             decoding = self._in_turn(decoding, sizes)
@@ -118,14 +115,18 @@ class ModelRunner:
             self._pad(batch, sizes.padding(batch.count))
         if not apart:
             self._add_prompts(batch, prompts)
+        for request, draft in drafts.items():
+            self._add_draft(batch, request, draft)
         return batch
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
         """Decode a batch, and call `beside` meanwhile. Return its logits, as `Context.decode` does."""
-        logits = self.context.decode(batch.count, batch.rows + batch.padding, beside)
+        started = time.perf_counter()
+        logits = self.context.decode(batch.count, batch.rows + batch.padding + batch.drafted, beside)
+        self._speculation.took(batch.count, time.perf_counter() - started)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
-        return logits[: batch.rows]
+        return logits[: batch.rows + batch.drafted]
 
     def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
         """Return the requests that go on now: all, or those whose last token is the oldest."""
@@ -153,10 +154,8 @@ class ModelRunner:
         """Add the last token of each row of the requests that decode; False when there are too few cells."""
         kv, context = self.kv, self.context
         rows = [sequence for request in decoding for sequence in request.sequences]
-        if self._window is not None:
-            for request in decoding:
-                for sequence in request.sequences:
-                    kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
+        for request in decoding:
+            self._trim(request)
         count = len(rows)
         kv.make_room(count)
         if count > kv.free:
@@ -194,14 +193,19 @@ class ModelRunner:
         # Several rows leave their last tokens to be decoded together, since the decoder wants all logits at once.
         whole = request.decoder.rows == 1
         end = request.length if whole else request.stem if len(rows) == 1 else request.length - 1
-        return end - computed if self._window is None else min(end - computed, self._chunk(request, computed))
+        return self.window.next_chunk(request.prompt_length, computed, end)
+
+    def _trim(self, request: RunningRequest) -> None:
+        """Drop what the next token of each row of a request does not see."""
+        if self.window.size is not None:
+            for sequence in request.sequences:
+                start = self.window.first_visible(request.prompt_length, sequence.computed)
+                self.kv.trim(sequence.seq_id, start)
 
     def _add_prompt(self, batch: Batch, request: RunningRequest) -> None:
         """Add tokens of a request that is not computed yet, as far as there is room for them and cells are free."""
         tokens, rows = request.decoder.row_tokens(), request.sequences
-        if self._window is not None:
-            for sequence in rows:
-                self.kv.trim(sequence.seq_id, self._first_visible(request, sequence.computed))
+        self._trim(request)
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
         count = min(self._next_chunk(request), (self.context.batch_size - batch.count) // len(rows))
         first, known = batch.count - rows[0].computed, len(request.prompt_logprobs)
@@ -225,6 +229,48 @@ class ModelRunner:
             self.context.wants_logits[batch.count - 1] = 1
             batch.choosing.append(request)
             batch.rows += 1
+
+    # -- drafts
+
+    def _drafts(self, decoding: list[RunningRequest]) -> dict[RunningRequest, NDArray[np.int32]]:
+        """Return the drafts that are checked beside the rows that decode, in cells that nobody else needs."""
+        rows = sum(len(request.sequences) for request in decoding)
+        room = min(self.context.batch_size - rows, self.kv.free - rows, self.context.scored)
+        may = [(request, most) for request in decoding if (most := self._most_drafted(request)) > 0]
+        return self._speculation.drafts(may, rows, room) if may and room > 0 else {}
+
+    def _most_drafted(self, request: RunningRequest) -> int:
+        """Return how many tokens may be drafted for each row of a request."""
+        if request.exact or request.request.config.is_beam_search or request.length == request.prompt_length:
+            return 0  # the first token parts a prompt's one row into several
+        # The last token is not decoded, and what a token sees must not have left the window of the one before it.
+        bounds = [request.max_length - 1, self.max_tokens, self.window.size]
+        return min(bound for bound in bounds if bound is not None) - request.length
+
+    def _add_draft(self, batch: Batch, request: RunningRequest, draft: NDArray[np.int32]) -> None:
+        """Add the tokens of a draft. They count as computed when the model has chosen them: see `accept`."""
+        context, rows, end = self.context, request.sequences, batch.count + draft.size
+        part = slice(batch.count, end)
+        context.tokens[part] = draft.T.ravel()
+        context.positions[part] = np.repeat(rows[0].computed + np.arange(draft.shape[1], dtype=np.int32), len(rows))
+        context.seq_ids[part] = [sequence.seq_id for sequence in rows] * draft.shape[1]
+        context.wants_logits[part] = 1
+        for sequence in rows:
+            self.kv.append(sequence.seq_id, draft.shape[1])
+        batch.count = end
+        batch.drafts[request] = draft
+
+    def accept(self, request: RunningRequest) -> None:
+        """Count a drafted token of each row of a request as computed."""
+        for sequence in request.sequences:
+            sequence.computed += 1
+            sequence.scattered += 1
+
+    def judge(self, request: RunningRequest, draft: NDArray[np.int32], held: int) -> None:
+        """Drop what was drafted for the rows of a request beyond `held` tokens."""
+        request.drafting.judge(draft.shape[1], held, len(draft))
+        for sequence in request.sequences:
+            self.kv.truncate(sequence.seq_id, sequence.computed)
 
     def _part_rows(self, request: RunningRequest) -> None:
         """Fork a sequence for each row of a request that comes back, once what the rows share is computed."""
@@ -277,22 +323,3 @@ class ModelRunner:
             costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
             self.kv.finish(sequence, lines[row, :certain], prompt if costly else certain)
         request.sequences = []
-
-    # -- the window
-
-    def _chunk(self, request: RunningRequest, position: int) -> int:
-        """Return how many tokens from `position` on may be in one batch."""
-        assert self._window is not None
-        if position < self._window:
-            return self._window - position
-        if position >= request.prompt_length:
-            return 1
-        left = self._window_chunk - (position - self._window) % self._window_chunk
-        return min(left, request.prompt_length - position)
-
-    def _first_visible(self, request: RunningRequest, position: int) -> int:
-        """Return the first position that the token at `position` sees."""
-        assert self._window is not None
-        if self._window <= position < request.prompt_length:
-            position -= (position - self._window) % self._window_chunk
-        return max(0, position - self._window + 1)

@@ -85,7 +85,7 @@ class Scheduler:
     def _obstacle(self, prompt_length: int, max_length: int, rows: int) -> tuple[int, int] | None:
         """Return the cells that are needed and those that there are in a context that is too small, or None."""
         for runner, longest in self._visits(prompt_length, max_length):
-            needed = runner.cells_needed(prompt_length, longest, rows)
+            needed = runner.window.cells_needed(prompt_length, longest, rows)
             if needed > runner.kv.cells:
                 return needed, runner.kv.cells
             if runner is self.runners[-1] and runner.max_tokens is not None and longest > runner.max_tokens:
@@ -156,7 +156,7 @@ class Scheduler:
 
     @staticmethod
     def _cells_to_start(request: RunningRequest, runner: ModelRunner) -> int:
-        return runner.cells_needed(request.prompt_length, request.length, request.decoder.rows)
+        return runner.window.cells_needed(request.prompt_length, request.length, request.decoder.rows)
 
     def _enter(self, request: RunningRequest, runner: ModelRunner) -> None:
         if request.exact:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.drafting import Drafting
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs
@@ -83,6 +84,8 @@ class FinishedEvent:
         timing: when things happened.
         cached_tokens: how many tokens of the prompt came from the prefix cache.
         generated_tokens: tokens generated, over all returned sequences.
+        drafted_tokens: tokens that were drafted for them.
+        accepted_tokens: those of them that the model chose.
         prompt_logprobs: of each token of the prompt but the first, when the request wants them, else empty.
     """
 
@@ -90,6 +93,8 @@ class FinishedEvent:
     timing: Timing
     cached_tokens: int
     generated_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
@@ -129,6 +134,7 @@ class RunningRequest:
         first_token: when its first token was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         prompt_logprobs: those of the prompt that are known so far, where they are wanted.
+        drafting: what its drafts need.
         failed: whether an error of ours, or of its parameters, has ended it.
     """
 
@@ -145,6 +151,7 @@ class RunningRequest:
     first_token: float | None = None
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    drafting: Drafting = field(default_factory=Drafting)
     cancelled: bool = False
     failed: bool = False
 
@@ -197,6 +204,29 @@ class RunningRequest:
         assert top is not None
         following = self.request.prompt_ids[known + 1 : known + 1 + len(logits)]
         self.prompt_logprobs += token_logprobs(logits, following.tolist(), top)
+
+    def finished(self, now: float) -> FinishedEvent:
+        """Return the last event of a request whose tokens are all chosen."""
+        result = self.decoder.result()
+        generated = sum(len(sequence) - self.prompt_length for sequence in result.sequences)
+        assert self.started is not None
+        assert self.first_token is not None
+        return FinishedEvent(
+            result,
+            Timing(self.started - self.submitted, self.first_token - self.submitted, now - self.submitted),
+            self.cached_tokens,
+            generated,
+            self.drafting.drafted,
+            self.drafting.held,
+            self.prompt_logprobs,
+        )
+
+    def follows(self, draft: NDArray[np.int32], place: int) -> bool:
+        """Return whether its rows have all gone on by the token at `place` of a draft, and are to go on."""
+        if place >= draft.shape[1] or self.decoder.finished or len(self.sequences) != len(draft):
+            return False
+        last: list[int] = draft[:, place].tolist()
+        return self.decoder.last_tokens() == last
 
     @property
     def deadline(self) -> float | None:

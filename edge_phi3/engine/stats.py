@@ -45,6 +45,8 @@ class EngineStats:
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     generated_tokens_total: int = 0
+    drafted_tokens_total: int = 0
+    accepted_tokens_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
     gpu_layers: int = 0

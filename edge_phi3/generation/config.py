@@ -202,6 +202,7 @@ def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int)
         ("diversity_penalty", not searched and penalty > 0, "needs `num_beams` and `num_beam_groups` above 1"),
         ("num_return_sequences", 1 < beams < returned, f"must be at most `num_beams` ({beams})"),
         ("num_return_sequences", beams == 1 < returned and greedy, f"must be 1 {when_greedy}"),
+        ("prompt_lookup_num_tokens", searched and bool(config.prompt_lookup_num_tokens), "must be 0 with beams"),
         # transformers 4.49.0 means all rows, but reaches only the first.
         ("encoder_repetition_penalty", several and config.encoder_repetition_penalty != 1, f"must be 1 {when_several}"),
         ("exponential_decay_length_penalty", decays and not ends, "needs an `eos_token_id` to favour"),

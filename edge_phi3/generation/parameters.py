@@ -122,6 +122,11 @@ class Parameters:
         "Seconds after which no further token is generated.",
         "Counted from the moment the request is queued.",
     )
+    prompt_lookup_num_tokens: int | None = _length(
+        Value(integer(0, 64), None, example=8),
+        "Drafts so many tokens from what followed the same words earlier in the text, and checks them in one step.",
+        "Changes the speed alone. null leaves it to `--speculation`, 0 drafts none; not with beams.",
+    )
     num_return_sequences: int = _sampling(
         Value(integer(1), 1, null=Source.INHERIT),
         "How many sequences are returned.",

@@ -27,7 +27,7 @@ class Refused:
         return value is None or any(type(value) is type(known) and value == known for known in self.harmless)
 
 
-_ASSISTED = "assisted generation needs a second model or a draft; every token here comes from the one model"
+_ASSISTED = "assisted generation needs a second model; see `prompt_lookup_num_tokens` for drafts without one"
 _ENCODER = "Phi-3 has no encoder; the decoder starts from the prompt"
 _HIDDEN = "it needs the hidden states of the model, which llama.cpp does not return"
 _CACHE = "the engine has one KV cache, shared by all requests and set by the service's own options"
@@ -54,7 +54,7 @@ REFUSED: Final[Mapping[str, Refused]] = {
     "is_assistant": Refused(_ASSISTED, (False,)),
     "logits_processor": Refused(_OBJECT),
     "low_memory": Refused("beams share their KV cache already", (False,), changes_tokens=False),
-    "max_matching_ngram_size": Refused(_ASSISTED, changes_tokens=False),
+    "max_matching_ngram_size": Refused("the longest match counts (`prompt_lookup_num_tokens`)", changes_tokens=False),
     "negative_prompt_attention_mask": Refused("it belongs to `guidance_scale`, which is not supported"),
     "negative_prompt_ids": Refused("it belongs to `guidance_scale`, which is not supported"),
     "num_assistant_tokens": Refused(_ASSISTED, (20,), changes_tokens=False),
@@ -64,7 +64,6 @@ REFUSED: Final[Mapping[str, Refused]] = {
     "output_logits": Refused("a reply holds processed scores only (`output_scores`)", (False,), changes_tokens=False),
     "penalty_alpha": Refused("contrastive search compares hidden states, which llama.cpp does not return", (0, 0.0)),
     "prefix_allowed_tokens_fn": Refused(_OBJECT),
-    "prompt_lookup_num_tokens": Refused(_ASSISTED),
     "return_legacy_cache": Refused("a reply does not hold the KV cache", (False,), changes_tokens=False),
     "stopping_criteria": Refused(_OBJECT),
     "streamer": Refused('set `"stream": true` beside the prompt instead'),

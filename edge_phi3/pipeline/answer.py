@@ -58,6 +58,8 @@ class GenerationOutput:
         scores: score and log-probability of each generated token of each sequence, or None when not wanted.
         completion_tokens: tokens generated, over all sequences.
         cached_tokens: tokens of the prompt that came from the prefix cache.
+        drafted_tokens: tokens that were drafted, over all sequences.
+        accepted_tokens: those of them that the model chose.
         logprobs: of each token of each sequence that is part of its text, or None when not wanted.
         prompt_logprobs: of each token of the prompt, placed in the text in front of the answers; the first token's is
             NaN. None when not wanted; else `logprobs` has every token.
@@ -72,6 +74,8 @@ class GenerationOutput:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     timing: Timing
     logprobs: list[list[PlacedLogprobs]] | None = None
     prompt_logprobs: list[PlacedLogprobs] | None = None

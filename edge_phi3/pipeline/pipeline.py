@@ -280,6 +280,8 @@ class TextGenerationPipeline:
             prompt_tokens=len(prepared.prompt_ids),
             completion_tokens=generated,
             cached_tokens=event.cached_tokens,
+            drafted_tokens=event.drafted_tokens,
+            accepted_tokens=event.accepted_tokens,
             timing=event.timing,
             logprobs=None if result.logprobs is None else logprobs,
             prompt_logprobs=self._placed_prompt(prepared, event.prompt_logprobs) if scored else None,

@@ -58,13 +58,16 @@ def test_short_and_long_prompts_side_by_side(make_model: MakeModel, model: str) 
     assert answers == {case.name: recorded()[case.name] for case in together}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+@pytest.fixture(scope="module", params=["off", "5"], ids=["no drafts", "drafts of 5"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """In what each answer differs from transformers', all asked at once."""
     folder = tmp_path_factory.mktemp("golden")
     model = convert(write_engine_model(folder), folder / "model.gguf", outtype="f32").path
-    with running_engine(model, ctx_size=4096, parallel=16, max_queue=len(RECORDED)) as engine:
-        return [each.differences for each in compared(engine, RECORDED)]
+    options = {"ctx_size": 4096, "parallel": 16, "max_queue": len(RECORDED), "speculation": request.param}
+    with running_engine(model, **options) as engine:
+        differences = [each.differences for each in compared(engine, RECORDED)]
+        assert (engine.stats().accepted_tokens_total > 100 // EVERY) == (request.param == "5")
+        return differences
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -167,8 +167,9 @@ def test_every_name_of_transformers_is_known() -> None:
         ({"encoder_repetition_penalty": 1.2, "num_return_sequences": 2}, "several beams or sequences"),
         *(({name: value}, f"`{name}` is not supported: .{{10}}") for name, value in (
             ("use_cache", False), ("use_cache", 1), ("penalty_alpha", 0.6), ("guidance_scale", 1.5),
-            ("force_words_ids", [[1]]), ("prompt_lookup_num_tokens", 3), ("watermarking_config", {}),
+            ("force_words_ids", [[1]]), ("watermarking_config", {}),
             ("dola_layers", "low"), ("low_memory", True), ("cache_implementation", "static"), ("constraints", []),
+            ("max_matching_ngram_size", 3),
         )),
     ],
 )  # fmt: skip

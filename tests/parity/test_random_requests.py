@@ -79,7 +79,9 @@ def test_answers_are_those_of_transformers(name: str, peers: Peers, tmp_path: Pa
     answered = [(request, Answer(**found)) for request, found in pairs if found is not None][:share]
     assert len(answered) == share, "transformers failed on more requests than were spare"
     model = convert(checkpoint, tmp_path / "model.gguf", outtype="f32").path
-    with running_engine(model, ctx_size=4096, parallel=16, max_queue=share) as engine:
+    speculation = secrets.choice(("auto", "off", "5"))
+    print(f"speculation {speculation}")
+    with running_engine(model, ctx_size=4096, parallel=16, max_queue=share, speculation=speculation) as engine:
         doubtful = [one for one in compared(engine, answered) if one.differences]
     noise = ("--noise", str(_NOISE), "--times", str(_NOISY_RUNS))
     asked = [one.request for one in doubtful]

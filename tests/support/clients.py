@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.errors import (
@@ -21,6 +22,7 @@ from edge_phi3.generation import GenerationError, GenerationResult
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
+from tests.support.drafts import Foreseen
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 from tests.support.schemas import SCHEMAS, small_vocabulary
@@ -79,6 +81,7 @@ class Client:
             self.refusal = error
             self._check_refusal(error, in_flight)
             return
+        self.running.drafting = Foreseen(self._coming, wrong=END)
         if self.ask.fault == "choosing":
             decoder = self.running.decoder
             decoder.processors = (*decoder.processors, self._break)
@@ -114,6 +117,9 @@ class Client:
         scenario = self._scenario
         return answer(self._request(faulty=False), MODEL, scenario.attention, TEXTS, entropy=self.ask.entropy)
 
+    def _coming(self) -> list[NDArray[np.int32]] | None:
+        return None if self.expected.result is None else self.expected.result.sequences
+
     # -- what it knows of itself
 
     @property
@@ -143,6 +149,9 @@ class Client:
     def holds(self, position: int, token: int) -> bool:
         assert self.running is not None
         tokens = self.running.decoder.history.tokens
+        drafting = self.running.drafting
+        if isinstance(drafting, Foreseen) and len(drafting.last) == len(tokens):
+            tokens = np.hstack([tokens, drafting.last])
         return position < tokens.shape[1] and token in tokens[:, position].tolist()
 
     # -- checks

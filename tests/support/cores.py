@@ -14,6 +14,7 @@ from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.speculation import Speculation
 from tests.support.hash_context import HashContext
 from tests.support.reference import contents_of
 from tests.support.scenarios import TEXTS, Scenario
@@ -98,6 +99,7 @@ def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCor
                 host_cache=None if scenario.host_cache is None else CheckedHostCache(scenario, number),
                 retain=scenario.offloaded and scenario.share_prefixes,
                 sizes=BatchSizes(sizes, tile=sum(scenario.sizes[:3])) if sizes else None,
+                speculation=Speculation(scenario.drafts),
             )
         )
     scheduler = Scheduler(

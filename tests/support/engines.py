@@ -25,6 +25,7 @@ from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
 from tests.support.cores import audit
+from tests.support.drafts import Foreseen
 
 OPTIONS = "TEST_ENGINE_OPTIONS"
 """Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
@@ -128,7 +129,7 @@ def rules_of(path: Path, texts: Sequence[str]) -> tuple[list[list[int]], list[ob
     # The speed of batches is of no matter here, and slow to measure.
     with mock.patch.object(loader, "measure", return_value=None), contextlib.closing(loader.load(settings)) as loaded:
         tokenizer, defaults = loaded.tokenizer, loaded.defaults
-        runners = [(runner.kv.cells, runner.max_tokens, runner._window) for runner in loaded.runners]
+        runners = [(runner.kv.cells, runner.max_tokens, runner.window.size) for runner in loaded.runners]
         ends = [defaults.bos_token_id, {*defaults.eos_token_ids}, defaults.pad_token_id, tokenizer.special_tokens]
         return [tokenizer.encode(text).tolist() for text in texts], [tokenizer.special_ids, ends, runners]
 
@@ -153,6 +154,8 @@ def compared(engine: Engine, answered: Sequence[tuple[Request, Answer]]) -> list
     usual: dict[str, Any] = {**API_DEFAULTS}
     scored = {"output_scores": True, "return_dict_in_generate": True}
     asked = [Asked(engine, each.prompt, **usual | each.kwargs | scored) for each, _ in answered]
+    for (_, theirs), running in zip(answered, asked, strict=True):
+        running.running.drafting = Foreseen(theirs.sequences, wrong=3)
     found = []
     for (request, theirs), running in zip(answered, asked, strict=True):
         pad = running.request.config.pad_token_id

@@ -323,6 +323,7 @@ class Life:
             "generation error": any(isinstance(client.final, GenerationError) for client in clients),
             "max time": any("time" in end.result.finish_reasons for _, end in ends),
             "scored prompt": any(len(end.prompt_logprobs) > 0 for _, end in ends),
+            "drafts": any(end.accepted_tokens for _, end in ends),
             "beams": any(client.config.is_beam_search for client, _ in ends),
         }
         self.met.update({kind: int(found) for kind, found in met.items()})

@@ -89,6 +89,7 @@ class _Maker:
             per_step=TOKEN_BYTES * chance.choice((1, 10, 2000)),
             kept_sequences=chance.choice((0, 0, 1, 3, 20)),
             exact_seeds=self.often(0.2),
+            drafts=chance.choice((1, 2, 5)) if self.often(0.4) else 0,
             max_queue=self.between(1, 4) if self.often(0.1) else 256,
             offloaded=self.often(0.5),
             sizes=tuple(chance.choices((1, 2, 3, 5, 8), k=8)) if self.often(0.4) else (),

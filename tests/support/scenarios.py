@@ -144,6 +144,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
         kept_sequences: ids beyond `parallel`, for finished sequences that stay in their cells.
         sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
             The first three together are the tokens of a tile.
+        drafts: tokens that are drafted for each row, many of which are those that come.
         failures: decodes that fail.
         stop_at: the step before which the engine is stopped, or None.
     """
@@ -165,6 +166,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
     max_queue: int = 256
     offloaded: bool = False
     sizes: tuple[int, ...] = ()
+    drafts: int = 0
     failures: tuple[Failure, ...] = ()
     stop_at: int | None = None
 

@@ -102,6 +102,7 @@ def make_setups(seed: int, count: int) -> list[Setup]:
                 "exact_seeds": turn == 1 or chance.random() < 0.5,
                 # Above 1, answers beyond the window depend on what else runs.
                 "window_chunk": 32 if turn > 1 and chance.random() < 0.3 else 1,
+                "speculation": chance.choice(("auto", "off", 3)),
                 "max_queue": 4 if chance.random() < 0.2 else 256,
                 **chance.choice(({}, {"prefix_cache_mib": 1}, {"prefix_cache": False})),
             }

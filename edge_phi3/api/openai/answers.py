@@ -20,7 +20,7 @@ from msgspec import Struct
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
-from edge_phi3.api.openai.schemas import CompletionUsage, PromptTokensDetails
+from edge_phi3.api.openai.schemas import CompletionTokensDetails, CompletionUsage, PromptTokensDetails
 from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
@@ -198,7 +198,15 @@ def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:
     prompt = sum(output.prompt_tokens for output in outputs)
     completion = sum(output.completion_tokens for output in outputs)
     cached = sum(output.cached_tokens for output in outputs)
-    return CompletionUsage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+    accepted = sum(output.accepted_tokens for output in outputs)
+    rejected = sum(output.drafted_tokens for output in outputs) - accepted
+    return CompletionUsage(
+        prompt,
+        completion,
+        prompt + completion,
+        PromptTokensDetails(cached),
+        CompletionTokensDetails(accepted, rejected),
+    )
 
 
 async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:

@@ -1,0 +1,127 @@
+"""How many drafted tokens are checked beside the tokens that must be decoded: as many as make tokens come fastest.
+
+A batch of more tokens takes longer, and a drafted token counts if all before it were what the model chose. What batches
+of each size take is measured while they run; how often drafts hold is counted for each request, apart for short and
+long matches. Where no size that was measured can pay, nothing is looked up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_phi3.engine.sequence import RunningRequest
+
+_MOST = 16
+"""Tokens that are drafted for a sequence at most."""
+_TRIAL = 100
+"""Batches from one that tries a size which is not known, or not lately, to the next."""
+_MARGIN = 1.02
+"""How many times more tokens per second must be expected of a larger batch."""
+_NEWEST = 0.3
+"""The weight of the newest measurement of a size."""
+
+
+class Speculation:
+    """The drafts of one context.
+
+    Args:
+        tokens: how many are drafted for each sequence; None for as many as pay.
+        seconds: what batches of some sizes take, as far as that is known.
+    """
+
+    def __init__(self, tokens: int | None = None, seconds: Mapping[int, float] | None = None) -> None:
+        self._tokens = tokens
+        self._seconds = dict(seconds or {})
+        self._tried: dict[int, int] = {}
+        """The number of the last batch of each size."""
+        self._batches = 0
+
+    @classmethod
+    def of(cls, setting: str, seconds: Mapping[int, float]) -> Self:
+        """Return what ``--speculation`` says: "auto", "off", or a number."""
+        return cls(None if setting == "auto" else 0 if setting == "off" else int(setting), seconds)
+
+    def took(self, count: int, seconds: float) -> None:
+        """Take note that a batch of `count` tokens took so long."""
+        known = self._seconds.get(count, seconds)
+        self._seconds[count] = known + _NEWEST * (seconds - known)
+        self._tried[count] = self._batches
+        self._batches += 1
+
+    def drafts(
+        self, requests: Sequence[tuple[RunningRequest, int]], rows: int, room: int
+    ) -> dict[RunningRequest, NDArray[np.int32]]:
+        """Return the tokens that are checked in the next batch, shape ``(rows of the request, tokens)``.
+
+        Args:
+            requests: those that may have some, each with the most for each of its rows.
+            rows: rows that decode in the batch.
+            room: drafted tokens that fit it.
+        """
+        wanted = [request.request.config.prompt_lookup_num_tokens for request, _ in requests]
+        forced = [self._tokens if tokens is None else tokens for tokens in wanted]
+        trial = self._batches % _TRIAL == _TRIAL - 1
+        if not any(forced) and not (None in forced and (trial or self._may_pay(rows, room))):
+            return {}
+        found: dict[RunningRequest, NDArray[np.int32]] = {}
+        weighed: list[tuple[float, RunningRequest]] = []
+        for (request, most), tokens in zip(requests, forced, strict=True):
+            bounds = (most, _MOST if tokens is None else tokens, room // len(request.sequences))
+            draft = request.drafting.draft(request.decoder, min(bounds))
+            if not draft.shape[1]:
+                continue
+            found[request] = draft
+            if tokens is None:
+                share = request.drafting.share
+                weighed += [(share**place, request) for place in range(1, draft.shape[1] + 1)]
+            else:
+                room -= draft.size
+                rows += draft.size
+        weighed.sort(key=lambda each: -each[0])
+        lengths = self._lengths(weighed, rows, room, trial=trial)
+        for request in {request for _, request in weighed}:
+            if length := lengths.get(request):
+                found[request] = found[request][:, :length]
+            else:
+                del found[request]
+        return found
+
+    def _may_pay(self, rows: int, room: int) -> bool:
+        """Return whether a larger batch would pay if all that was drafted held."""
+        alone = self._seconds.get(rows)
+        if alone is None:
+            return False
+        sizes = (size for size in self._seconds if rows < size <= rows + min(room, rows * _MOST))
+        return any(size / self._seconds[size] > _MARGIN * rows / alone for size in sizes)
+
+    def _lengths(
+        self, weighed: list[tuple[float, RunningRequest]], rows: int, room: int, *, trial: bool
+    ) -> dict[RunningRequest, int]:
+        """Return how many tokens are drafted for each row of each request.
+
+        `weighed` are the tokens that may be, the likeliest to hold first, each for all rows of its request.
+        """
+        alone = self._seconds.get(rows)
+        best, taken = _MARGIN * rows / alone if alone else np.inf, 0
+        size, expected = rows, float(rows)
+        unknown: list[tuple[int, int]] = []
+        for number, (share, request) in enumerate(weighed, 1):
+            size += len(request.sequences)
+            expected += share * len(request.sequences)
+            if size - rows > room:
+                break
+            if size in self._seconds and expected / self._seconds[size] > best:
+                best, taken = expected / self._seconds[size], number
+            if number & (number - 1) == 0:  # sizes that are worth knowing: 1, 2, 4, ... tokens more
+                unknown.append((self._tried.get(size, -1), number))
+        if trial and unknown:
+            taken = min(unknown)[1]
+        lengths: dict[RunningRequest, int] = {}
+        for _, request in itertools.islice(weighed, taken):
+            lengths[request] = lengths.get(request, 0) + 1
+        return lengths
