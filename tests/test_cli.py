@@ -23,6 +23,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import flag_of
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.cases import cases
 
 HEAVY = {"litestar", "pydantic", "numpy", "llama_cpp", "uvicorn", "gguf"}
 WAITING = """
@@ -81,20 +82,7 @@ def test_serve_has_a_flag_for_every_option() -> None:
     assert "[default: 8080]" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("", None),
-        ("serv", None),
-        ("serve --prot 1", None),
-        ("convert", None),
-        ("serve --port 99999", "--port: '99999' is not allowed; give a whole number from 0 to 65535."),
-        (
-            "quantize a.gguf -o b.gguf --tensor-type attn_v",
-            "--tensor-type: 'attn_v' is not allowed; give PATTERN=TYPE, as in attn_v=q8_0.",
-        ),
-    ],
-)
+@cases
 def test_wrong_usage_has_exit_code_2(arguments: str, sentence: str | None) -> None:
     result = edge_phi3(*arguments.split())
     assert result.returncode == 2
@@ -171,14 +159,7 @@ def running(patch: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    "patch",
-    [
-        "cli.app = block",
-        "import edge_phi3.api.server as server; server.create_service = block",
-        "import edge_phi3.api.server as server; server._bind = block",
-    ],
-)
+@cases
 def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str, number: int) -> None:
     with running(patch, *SERVE) as popen:
         popen.send_signal(number)

@@ -15,6 +15,7 @@ from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import Report, ServeBench, measure
 from edge_phi3.bench.workload import Workload
+from tests.support.cases import cases
 from tests.support.in_process import Running
 from tests.test_cli import edge_phi3
 
@@ -101,15 +102,7 @@ def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> Non
     assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--clients", "0"], "give positive numbers"),
-        (["--clients", "two"], "give positive numbers"),
-        (["--api", "grpc"], "grpc"),
-        (["--rate", "2"], "--rate needs --requests or --duration"),
-    ],
-)
+@cases
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
     result = edge_phi3("bench", "serve", "http://127.0.0.1:9", *arguments)
     assert result.returncode == 2

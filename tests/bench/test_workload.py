@@ -15,6 +15,7 @@ from edge_phi3.bench.endpoints import Endpoint, measure_ruler
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.workload import FileSessions, RandomSessions, Workload, parse_lengths
 from tests.bench.conftest import RULER, client_of
+from tests.support.cases import cases
 
 
 def test_a_seed_asks_the_same_again_and_another_asks_something_else() -> None:
@@ -77,17 +78,7 @@ def test_prompts_from_a_file_are_all_asked_before_any_comes_again(tmp_path: Path
     assert [session.users for session in drawn[3:]] == [session.users for session in drawn[:3]]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("\n \n", "holds no prompt"),
-        ('ok\n{"text": "a"}', "line 2"),
-        ('{"prompt": 3}', "line 1: Expected `str`"),
-        ('{"prompt": "a", "max_tokens": 0}', "line 1: Expected `int` >= 1"),
-        ('{"prompt": "a"', "line 1"),
-        (None, "cannot be read"),
-    ],
-)
+@cases
 def test_files_that_are_wrong_are_told(tmp_path: Path, content: str | None, message: str) -> None:
     file = tmp_path / "prompts.txt"
     if content is not None:

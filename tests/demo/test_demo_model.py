@@ -36,6 +36,7 @@ from scripts.demo_model.corpus import (
 )
 from scripts.demo_model.folder import whole_folder
 from tests.golden.vocabularies import VOCABULARY_GGUF
+from tests.support.cases import cases
 
 FAST = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
 
@@ -122,26 +123,9 @@ def items() -> list[Item]:
     return read_corpus()
 
 
-@pytest.mark.parametrize(
-    ("docstring", "answer"),
-    [
-        ("Return the sum of x and y.", "Return the sum of x and y."),
-        ("Wrapped over\n    two lines.\n\n    More.", "Wrapped over two lines."),
-        ("f(x) -> y\n\nReturn y for x.", "Return y for x."),
-        ("f(x[, y]) -> z\nf(x) -> z\n\nReturn z for x.", "Return z for x."),
-        ("f(x) -> Return y for x.", "Return y for x."),
-        ("D.copy() -> a shallow copy of D", "a shallow copy of D"),
-        ("First sentence. " + "Long " * 60 + "second.", "First sentence."),
-        ("Do it very well. For example:\n\n    f()", "Do it very well."),
-        ("Long " * 60 + "only.", None),
-        (">>> f(1) is an example", None),
-        ("f(x)", None),
-        ("", None),
-        ("Short.", None),
-    ],
-)
+@cases
 def test_first_paragraph(docstring: str, answer: str | None) -> None:
-    assert first_paragraph(docstring) == answer
+    assert first_paragraph(docstring.replace("LONG", "Long " * 60)) == answer
 
 
 def test_names_and_shared_texts_come_once_and_answers_are_prose_of_limited_length(items: list[Item]) -> None:

@@ -13,6 +13,7 @@ from edge_phi3.generation.parameters import PARAMETERS
 from edge_phi3.generation.refused import REFUSED
 from tests.generation.conftest import DEFAULTS
 from tests.golden.generation_data import FOLDER, REPLAY_DEFAULTS, VALIDATION, VALIDATION_PROMPT
+from tests.support.cases import cases
 
 VALIDATED: list[tuple[dict[str, Any], str | None]] = json.loads(VALIDATION.read_text())
 
@@ -44,18 +45,10 @@ def test_the_apis_defaults_win_over_the_models_file_and_the_request_over_both() 
     assert config.top_k == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("typical_p", 1.0), ("min_p", None), ("do_sample", False),
-        ("repetition_penalty", 1.0), ("min_length", 0), ("max_new_tokens", None), ("bad_words_ids", ()),
-        ("eos_token_id", (3,)), ("pad_token_id", 0), ("num_beams", 1), ("early_stopping", False),
-        ("length_penalty", 1.0), ("num_return_sequences", 1), ("renormalize_logits", False), ("stop_strings", ()),
-        ("max_time", None), ("seed", None), ("forced_bos_token_id", None), ("remove_invalid_values", False),
-    ],
-)  # fmt: skip
+@cases
 def test_null_means_not_set(name: str, value: object) -> None:
-    assert getattr(resolve(**{name: None}), name) == value
+    found = getattr(resolve(**{name: None}), name)
+    assert (list(found) if isinstance(found, tuple) else found) == value
 
 
 def test_a_seed_of_minus_one_is_none() -> None:
@@ -96,27 +89,10 @@ def test_whole_numbers_are_good_numbers() -> None:
     assert (config.temperature, config.top_p, config.length_penalty, config.max_time) == (2.0, 1.0, -1.0, 3.0)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", "1"), ("temperature", True), ("temperature", float("nan")), ("temperature", float("inf")),
-        ("temperature", 10**400), ("top_k", 1.0), ("top_k", "3"), ("top_k", False), ("do_sample", 1),
-        ("do_sample", "true"), ("max_length", 0), ("max_length", -5), ("max_length", 1.5), ("num_beams", 0),
-        ("num_beams", 257), ("num_return_sequences", 0), ("num_return_sequences", 10**9), ("num_beam_groups", 0),
-        ("early_stopping", 1), ("early_stopping", "sometimes"), ("bad_words_ids", "x"), ("bad_words_ids", [[1.0]]),
-        ("bad_words_ids", [[True]]), ("bad_words_ids", [[1], []]), ("sequence_bias", {"1": 2}),
-        ("sequence_bias", [[[1], 2, 3]]), ("sequence_bias", [[[1], None]]), ("eos_token_id", [3, 200]),
-        ("eos_token_id", -2), ("eos_token_id", "3"), ("pad_token_id", -1), ("pad_token_id", 200), ("seed", -2),
-        ("seed", 2**64), ("seed", 1.0), ("stop_strings", []), ("stop_strings", ""), ("stop_strings", ["a", ""]),
-        ("stop_strings", [1]), ("max_time", -1), ("max_time", "1s"), ("exponential_decay_length_penalty", [1.5, 2]),
-        ("suppress_tokens", [1.0]), ("forced_bos_token_id", 200), ("forced_eos_token_id", [1, 200]),
-        ("no_repeat_ngram_size", -1), ("min_length", -1), ("min_new_tokens", -1), ("top_p", 1.5), ("typical_p", 1.5),
-        ("epsilon_cutoff", 1.0), ("eta_cutoff", -0.1), ("output_scores", "yes"),
-    ],
-)  # fmt: skip
+@cases
 def test_wrong_types_and_ranges_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ParameterError) as caught:
-        resolve(**{name: value})
+        resolve(**{name: 10**400 if value == "10**400" else value})
     assert caught.value.parameter == name
     sentence = str(caught.value)
     assert f"`{name}`" in sentence
@@ -157,21 +133,7 @@ def test_every_name_of_transformers_is_known() -> None:
     assert not PARAMETERS.keys() & REFUSED.keys()
 
 
-@pytest.mark.parametrize(
-    ("requested", "sentence"),
-    [
-        ({"max_token": 3}, "`max_token` is not a generation parameter"),
-        ({"presence_penalty": 1.0}, "`presence_penalty` is not a generation parameter"),
-        ({"repitition_penalty": 1.1}, "Did you mean `repetition_penalty`"),
-        # transformers gives it to the first beam or sequence only.
-        ({"encoder_repetition_penalty": 1.2, "num_return_sequences": 2}, "several beams or sequences"),
-        *(({name: value}, f"`{name}` is not supported: .{{10}}") for name, value in (
-            ("use_cache", False), ("use_cache", 1), ("penalty_alpha", 0.6), ("guidance_scale", 1.5),
-            ("force_words_ids", [[1]]), ("prompt_lookup_num_tokens", 3), ("watermarking_config", {}),
-            ("dola_layers", "low"), ("low_memory", True), ("cache_implementation", "static"), ("constraints", []),
-        )),
-    ],
-)  # fmt: skip
+@cases
 def test_what_is_unknown_or_unsupported_is_refused_with_a_reason(requested: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ParameterError, match=sentence) as caught:
         resolve(**requested)

@@ -15,6 +15,7 @@ from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
 from edge_phi3.generation.stopping import StopStrings
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
+from tests.support.cases import cases
 
 PROMPT = (5, 6, 7)
 
@@ -43,15 +44,7 @@ def test_the_sequences_of_a_request_are_drawn_independently() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"top_k": 150}, {"num_beams": 2},
-        *({"top_k": 0} | warper for warper in (
-            {}, {"top_p": 0.5}, {"typical_p": 0.5}, {"min_p": 0.1}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
-        )),
-    ],
-)  # fmt: skip
+@cases
 def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any], value: float) -> None:
     logits = table_model(1)(PROMPT)[None]
     logits[0, 100] = value
@@ -222,17 +215,7 @@ def forced(*tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return logits
 
 
-@pytest.mark.parametrize(
-    ("tokens", "strings", "found"),
-    [
-        ([2, 1, 3], ["ab"], False),  # as in transformers, the window is as many tokens as the string has characters
-        ([2, 1, 3], ["ab", "xyz"], True),
-        ([2, 0, 3], ["ab"], False),  # nothing reaches across an id without a token
-        ([2, 3, 1], ["ab"], False),
-        ([0], ["a"], False),
-        ([2, 3, 50], ["ab"], False),
-    ],
-)
+@cases
 def test_stop_strings(tokens: list[int], strings: list[str], found: bool) -> None:
     assert StopStrings(strings, TEXTS).matches(np.array(tokens, dtype=np.int32)) is found
 

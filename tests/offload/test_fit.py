@@ -14,6 +14,7 @@ import pytest
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_fit import Made
+from tests.support.cases import cases
 from tests.support.services import PATIENCE, Server, serving
 
 GIB = 1 << 30
@@ -133,20 +134,9 @@ def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f1
     serve_as_recommended(device, tmp_path, found)
 
 
-NO_WEIGHTS = r"There is not enough memory for {} \(.*unable to allocate RPC0\[.*\] buffer.*ower --n-gpu-layers.*"
-NO_CACHE = r"llama\.cpp cannot make a context of 65536 KV cells of type f16 \(.*Lower --ctx-size.*"
-
-
-@pytest.mark.parametrize(
-    ("memory", "verb", "options", "sentence"),
-    [
-        (8, "serve", ("--port", "0", "--log-level", "error"), NO_WEIGHTS),
-        (8, "imatrix", ("-o", "{}/m.gguf", "--chunks", "1"), NO_WEIGHTS),
-        (200, "serve", ("--port", "0", "--log-level", "error", "--ctx-size", "65536"), NO_CACHE),
-    ],
-)
+@cases
 def test_what_does_not_fit_is_told(
-    plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: tuple[str, ...], sentence: str
+    plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: list[str], sentence: str
 ) -> None:
     command = ("-m", "edge_phi3", verb, str(demo_f16), *(option.format(tmp_path) for option in options))
     with running_device(plugin, tmp_path / "device.log", memory=memory << 20) as device:

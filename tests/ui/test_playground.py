@@ -12,6 +12,7 @@ import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
+from tests.support.cases import cases
 from tests.support.services import PATIENCE, Server, wait_for
 from tests.ui.conftest import Playground
 
@@ -184,14 +185,7 @@ def test_a_refusal_is_the_service_s_own_sentence(
     playground.ask(OTHER, count=2)
 
 
-@pytest.mark.parametrize(
-    ("body", "text", "sentence"),
-    [
-        ("", "", "The service cannot be reached"),
-        ('data: {"index":0,"text":"Re"}\r\n\r\n', "Re", "The connection ended before the answer was complete."),
-        (': waiting\n\ndata: {"index":0,"text":"Re"}\n\nevent: error\ndata: {"detail":"Slow."}\n\n', "Re", "Slow."),
-    ],
-)
+@cases
 def test_a_stream_that_breaks_keeps_what_has_come(playground: Playground, body: str, text: str, sentence: str) -> None:
     def answer(route: Route) -> None:
         if body:
@@ -238,14 +232,7 @@ def test_a_reload_changes_nothing_and_a_new_chat_keeps_the_settings_alone(playgr
     assert roles == ["system", "user"]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "count"),
-    [
-        ({"num_return_sequences": "3", "temperature": "2", "seed": "7", "max_new_tokens": "12"}, 3),
-        ({"do_sample": "false", "num_beams": "4", "num_return_sequences": "2"}, 1),
-    ],
-    ids=["sequences", "beams, whose one event holds their texts joined"],
-)
+@cases
 def test_several_sequences_stand_apart(
     playground: Playground, server: Server, parameters: dict[str, str], count: int
 ) -> None:
@@ -264,15 +251,7 @@ def test_several_sequences_stand_apart(
     assert messages[1]["content"].strip() == texts[0].strip()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "reason"),
-    [
-        ({"max_new_tokens": "3"}, "cut at the length limit"),
-        ({"max_new_tokens": "", "max_length": "16"}, "cut at the length limit"),
-        ({"stop_strings": "JSON"}, "met a stop string"),
-        ({"max_time": "0", "eos_token_id": "-1"}, "out of time (max_time)"),
-    ],
-)
+@cases
 def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[str, str], reason: str) -> None:
     playground.put(do_sample="false", **parameters)
     playground.ask(QUESTION)

@@ -1,0 +1,28 @@
+"""Tables of cases, in a YAML file beside the tests that they are for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import yaml
+
+_Test = TypeVar("_Test", bound=Callable[..., None])
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@functools.cache
+def tables(module: str) -> dict[str, Any]:
+    """Return what the YAML file beside a module holds: ``test_this.yaml`` is that of ``test_this.py``."""
+    found: dict[str, Any] = yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), _SafeLoader)
+    return found
+
+
+def cases(test: _Test) -> _Test:
+    """Parametrise a test with the table of its name: first the names of its arguments, then a list for each case."""
+    names, *rows = tables(inspect.getfile(test))[test.__name__]
+    return pytest.mark.parametrize(",".join(names), rows if len(names) > 1 else [row[0] for row in rows])(test)
