@@ -16,6 +16,7 @@ from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.settings import Settings
 from tests.api.conftest import GREEDY, PROMPT, USER, Running, loader, ready
 from tests.golden import attention
+from tests.support.cases import cases
 
 
 @pytest.mark.parametrize("text", ["<", "|", ">", "end", "n", "", "1. ", "```json\n", "Sure"])
@@ -48,14 +49,7 @@ def test_a_model_whose_template_cannot_be_compiled_answers_prompts(tmp_path: Pat
         assert api.chat(prompt=PROMPT, generate_kwargs=GREEDY).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("template", "sentence"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate."),
-        ("{{ 1 / (messages | length - 1) }}", "ZeroDivisionError"),
-    ],
-)
+@cases
 def test_what_a_template_does_wrong_is_the_request_s_error(
     api: Running, monkeypatch: pytest.MonkeyPatch, template: str, sentence: str
 ) -> None:

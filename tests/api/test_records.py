@@ -20,6 +20,7 @@ from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.tracing import tracing_of
 from edge_phi3.settings import Settings
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, USER, Running, loader, ready
+from tests.support.cases import cases
 
 SECRETS = {"prompt": "the-secret-prompt", "key": "the-secret-key"}
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -72,15 +73,7 @@ def test_a_request_is_one_line_with_its_counts_and_times(model_path: Path, capsy
         assert unsaid not in errors
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "prompt"),
-    [
-        ("/chat", {"prompt": "a prompt"}, "a prompt"),
-        ("/chat", {"messages": USER}, USER),
-        ("/v1/chat/completions", {"messages": USER}, USER),
-        ("/v1/completions", {"prompt": ["a prompt", "b"]}, ["a prompt", "b"]),
-    ],
-)
+@cases
 def test_prompts_and_answers_are_logged_only_when_asked_for(
     model_path: Path, capsys: pytest.CaptureFixture[str], path: str, body: dict[str, Any], prompt: Any
 ) -> None:

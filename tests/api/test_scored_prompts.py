@@ -14,6 +14,7 @@ from edge_phi3.api.openai.shown import _text
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.options import ContextOptions
 from tests.api.conftest import PROMPT, Running
+from tests.support.cases import cases
 
 LONGEST = 512
 TEXT = "<|user|>\nWhat does json.dumps do? \u2603\U0001f600 é<|end|>\n" * 6
@@ -53,15 +54,7 @@ def tokens_of(api: Running, prompt: str | list[int]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("several", "kind", "more"),
-    [
-        (False, "texts", {"max_tokens": 1, "logprobs": 1}),
-        (False, "tokens", {"max_tokens": 0, "logprobs": 0}),
-        (True, "texts", {"max_tokens": 0, "logprobs": 5}),
-        (True, "tokens", {"max_tokens": 1, "logprobs": 1}),
-    ],
-)
+@cases
 def test_they_are_the_log_softmax_of_the_models_logits(
     api: Running, own: Context, several: bool, kind: str, more: dict[str, int]
 ) -> None:
