@@ -22,6 +22,7 @@ from edge_phi3.files import DiskFullError
 from edge_phi3.progress import SilentProgress
 from tests.catalog.conftest import SHARD, Notes
 from tests.catalog.hub_server import HubServer
+from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
 
@@ -205,17 +206,7 @@ def test_several_quantisations_come_from_one_download_and_one_conversion(hub: Hu
         assert (shelf / kind / f"tiny-{kind}.gguf").read_bytes() == alone.path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (("demo", "--imatrix", "auto"), 2, "--imatrix: give --output-dir too; the store's models do without."),
-        (("demo", "--json"), 2, "--json: give --output-dir too"),
-        (("o/r/x.gguf", "--output-dir", "out"), 2, "o/r/x.gguf is a GGUF already; quantise it with"),
-        (("demo", "--quant", "IQ2_XS"), 1, "IQ2_XS needs an importance matrix, .* add --output-dir DIR"),
-        (("demo", "--quant", "IQ2_XS", "--imatrix", "none", "--output-dir", "out"), 1, "IQ2_XS needs an .* matrix; g"),
-        (("demo", "--imatrix", "absent.gguf", "--output-dir", "out"), 1, "absent.gguf cannot be read: No such file"),
-    ],
-)
+@cases
 def test_what_cannot_be_pulled_is_refused_in_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
 ) -> None:
