@@ -32,6 +32,7 @@ from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model
 from scripts.demo_model.corpus import read_corpus
 from tests.conversion.conftest import fields_of, tensors_of, write_model
+from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
 TEXT = calibration_text()[:3000]
@@ -249,19 +250,7 @@ def test_a_matrix_that_lacks_a_tensor_is_refused_when_the_tensor_needs_it(
     quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("absent", "cannot be read: No such file"),
-        ("empty", "it ends early, or is another kind of file"),
-        ("cut-legacy", "it ends early, or is another kind of file"),
-        ("cut-gguf-header", "not a whole importance matrix"),
-        ("cut-gguf-data", "not a whole importance matrix"),
-        ("no-sums", r"no tensor whose name ends with \.in_sum2"),
-        ("wrong-type", "it is a GGUF of type 'adapter', not 'imatrix'"),
-        ("nan", rf"holds NaN or infinite values for {UP}"),
-    ],
-)
+@cases
 def test_a_bad_matrix_is_refused_in_a_sentence(source: Path, tmp_path: Path, sums: Sums, kind: str, words: str) -> None:
     if kind == "nan":
         sums[UP][4] = np.nan

@@ -30,6 +30,7 @@ from edge_phi3.llama.quantizer import Job, QuantizerProcess
 from edge_phi3.planning.gguf_layout import write_base
 from tests.conversion.conftest import fields_of, tensors_of, write_model
 from tests.golden.gguf_digests import QUANTIZED, QUANTIZED_TYPES, digest, write_quantizer_inputs
+from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
 WITHOUT_MATRIX = [type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.needs_imatrix]
@@ -237,18 +238,7 @@ def test_what_cannot_be_made_is_refused_in_a_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("absent", r"absent\.gguf cannot be read: No such file"),
-        ("folder", r"folder\.gguf cannot be read: Is a directory"),
-        ("empty", r"empty\.gguf is not a GGUF file"),
-        ("cut-header", r"cut-header\.gguf"),
-        ("cut-weights", r"cut-weights\.gguf is cut short; download or convert it again"),
-        ("other-architecture", r"other-architecture\.gguf: .*unknown model architecture: 'phi99'"),
-        ("nan", r"nan\.gguf holds NaN or infinite weights in blk\.1\.ffn_up\.weight"),
-    ],
-)
+@cases
 def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kind: str, words: str) -> None:
     bad = tmp_path / f"{kind}.gguf"
     whole = source.read_bytes()
