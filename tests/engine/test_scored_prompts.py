@@ -7,18 +7,10 @@ import pytest
 
 from tests.engine.conftest import Asked, MakeModel, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
+from tests.support.cases import cases
 
 
-@pytest.mark.parametrize(
-    ("model", "length", "places"),
-    [
-        # In the window of 2047, where a step of 64 ends, and behind the window.
-        ("4k", 2200, (1, 64, 65, 2046, 2047, 2048, 2111, 2199)),
-        # With the short factors, and with the long ones.
-        ("128k", 300, (1, 65, 299)),
-        ("128k", 4200, (4097, 4199)),
-    ],
-)
+@cases
 @pytest.mark.parametrize("options", [{}, {"batch_size": 48, "parallel": 2, "exact_seeds": True}])
 def test_each_is_what_the_tokens_before_give(
     make_model: MakeModel, model: str, length: int, places: tuple[int, ...], options: dict[str, int]
