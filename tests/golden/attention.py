@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.family import FAMILY
+from tests.support.cases import tables
 
 GOLDEN = Path(__file__).with_name("attention.json")
 FIRST_TOKEN, LAST_TOKEN = 259, 500
@@ -55,26 +56,7 @@ class Case:
         return random.integers(FIRST_TOKEN, LAST_TOKEN, self.prompt_length, dtype=np.int32)
 
 
-CASES = (
-    Case("4k", 40, 24),
-    Case("4k", 2030, 48),
-    Case("4k", 2500, 24),
-    Case("4k", 3000, 24),
-    Case("4k", 3500, 24),
-    Case("128k", 100, 24),
-    Case("128k", 4000, 24),
-    Case("128k", 6000, 24),
-    Case("128k", 4085, 32, from_scratch=True),
-    Case("gqa", 300, 24),
-    Case("tied", 300, 24),
-    Case("phi-3-medium-128k", 100, 24),
-    Case("phi-3-medium-128k", 6000, 24),
-    Case("phi-4-mini", 100, 24),
-    Case("phi-4-mini", 6000, 24),
-    Case("phi-4-mini", 4085, 32, from_scratch=True),
-    Case("phi-4", 300, 24),
-    Case("phi-4", 6000, 24),
-)
+CASES = tuple(Case(*case) for case in tables(__file__)["CASES"])
 
 
 def write_model(folder: Path, model: str) -> Path:

@@ -22,15 +22,7 @@ from tests.golden.family import FAMILY
 CONVERTED = Path(__file__).with_name("converter.json")
 QUANTIZED = Path(__file__).with_name("quantized.json")
 
-QUANTIZED_TYPES = {
-    "Q4_0": False,
-    "Q4_K_M": False,
-    "Q5_K_M": False,
-    "Q6_K": False,
-    "Q8_0": False,
-    "IQ4_XS": False,
-    "IQ2_XS": True,
-}
+QUANTIZED_TYPES = dict.fromkeys(("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS"), False) | {"IQ2_XS": True}
 """Each file type, and whether it is made with the importance matrix."""
 
 _OURS_ALONE = ("edge_phi3.", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")

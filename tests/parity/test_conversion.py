@@ -14,19 +14,7 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
-from tests.golden.gguf_digests import (
-    CONVERTED,
-    CONVERTER_CASES,
-    QUANTIZED,
-    QUANTIZED_TYPES,
-    Description,
-    describe,
-    differences,
-    digest,
-    write_converter_case,
-    write_matrix,
-    write_quantizer_inputs,
-)
+from tests.golden import gguf_digests as digests
 from tests.parity.conftest import RECORDING, Peers
 from tests.support.models import model_path
 
@@ -51,39 +39,39 @@ for checkpoint, outtype, output in jobs:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_converter_case(folder, name) for name in CONVERTER_CASES}
+    return {name: digests.write_converter_case(folder, name) for name in digests.CONVERTER_CASES}
 
 
 @pytest.fixture(scope="module")
 def theirs(
     peers: Peers, checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Description]]:
+) -> dict[str, dict[str, digests.Description]]:
     """What llama.cpp's converter makes of each checkpoint in each type."""
     folder = tmp_path_factory.mktemp("theirs")
     jobs = [(name, outtype, folder / f"{name}-{outtype}.gguf") for name in checkpoints for outtype in OUTTYPES]
     asked = json.dumps([[str(checkpoints[name]), outtype, str(path)] for name, outtype, path in jobs])
-    styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in CONVERTER_CASES.items()}
+    styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in digests.CONVERTER_CASES.items()}
     pre = json.dumps({name: style.pre for name, style in styles.items() if style})
     peers.python("-c", _REFERENCE, peers.converter(), asked, pre)
-    found: dict[str, dict[str, Description]] = {}
+    found: dict[str, dict[str, digests.Description]] = {}
     for name, outtype, path in jobs:
-        found.setdefault(name, {})[outtype] = describe(path)
+        found.setdefault(name, {})[outtype] = digests.describe(path)
     if RECORDING:
-        CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        digests.CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return found
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
-@pytest.mark.parametrize("name", CONVERTER_CASES)
+@pytest.mark.parametrize("name", digests.CONVERTER_CASES)
 def test_both_converters_write_the_same(
     name: str,
     outtype: str,
     checkpoints: dict[str, Path],
-    theirs: dict[str, dict[str, Description]],
+    theirs: dict[str, dict[str, digests.Description]],
     tmp_path: Path,
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
-    assert differences(theirs[name][outtype], describe(ours)) == []
+    assert digests.differences(theirs[name][outtype], digests.describe(ours)) == []
 
 
 # -- quantising
@@ -94,24 +82,24 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Name, BF16 file and importance matrix of a model."""
     folder = tmp_path_factory.mktemp("inputs")
     if request.param == "demo":
-        return "demo", *write_quantizer_inputs(folder)
+        return "demo", *digests.write_quantizer_inputs(folder)
     model = model_path(request.param, kind="BF16")
-    return request.param, model, write_matrix(folder / "imatrix.gguf", model)
+    return request.param, model, digests.write_matrix(folder / "imatrix.gguf", model)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+@pytest.mark.parametrize("kind", digests.QUANTIZED_TYPES)
 def test_both_quantisers_write_the_same_tensors(
     inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
 ) -> None:
     name, model, matrix = inputs
-    guided = QUANTIZED_TYPES[kind]
+    guided = digests.QUANTIZED_TYPES[kind]
     theirs = tmp_path / "theirs.gguf"
     peers.run(
         "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())
     )  # fmt: skip
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix if guided else None).path
-    expected = digest(theirs)
+    expected = digests.digest(theirs)
     if RECORDING and name == "demo":
-        record = json.loads(QUANTIZED.read_text("utf-8")) | {kind: expected}
-        QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    assert digest(ours) == expected
+        record = json.loads(digests.QUANTIZED.read_text("utf-8")) | {kind: expected}
+        digests.QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    assert digests.digest(ours) == expected

@@ -18,6 +18,7 @@ from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.imatrix import make_imatrix
 from edge_phi3.conversion.quantize import quantize
 from tests.parity.conftest import Peers
+from tests.support.cases import tables
 from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
@@ -31,17 +32,7 @@ LEAST = 5e-4
 
 _ATTEMPTS = 20
 _NUMBER = r"\s*(-?[\d.]+)"
-_PATTERNS = {
-    "perplexity": (rf"Mean PPL\(Q\)\s*:{_NUMBER} ±", 1e-6),
-    "perplexity_error": (rf"Mean PPL\(Q\)\s*:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "log_ratio": (rf"Mean ln\(PPL\(Q\)/PPL\(base\)\)\s*:{_NUMBER} ±", 1e-6),
-    "log_ratio_error": (rf"Mean ln\(PPL\(Q\)/PPL\(base\)\)\s*:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "mean": (rf"Mean\s+KLD:{_NUMBER} ±", 1e-6),
-    "error": (rf"Mean\s+KLD:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "median": (rf"Median\s+KLD:{_NUMBER}", 1e-6),
-    "p99": (rf"99\.0%\s+KLD:{_NUMBER}", 1e-6),
-    "same_top": (rf"Same top p:{_NUMBER} ±", 1e-5),
-}
+_PATTERNS = tables(__file__)["_PATTERNS"]
 """What llama-perplexity prints under our names, and the last digit that it prints."""
 
 OPTIONS = ("-c", str(SIZE), "-t", str(THREADS), "-ngl", "0")

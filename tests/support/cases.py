@@ -1,4 +1,4 @@
-"""Tables of cases, in a YAML file beside the tests that they are for."""
+"""Tables of cases and other data, in a YAML file beside the module that they are for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pytest
 import yaml
 
 _Test = TypeVar("_Test", bound=Callable[..., None])
@@ -24,5 +23,7 @@ def tables(module: str) -> dict[str, Any]:
 
 def cases(test: _Test) -> _Test:
     """Parametrise a test with the table of its name: first the names of its arguments, then a list for each case."""
+    import pytest  # some who read tables alone lack it
+
     names, *rows = tables(inspect.getfile(test))[test.__name__]
     return pytest.mark.parametrize(",".join(names), rows if len(names) > 1 else [row[0] for row in rows])(test)
