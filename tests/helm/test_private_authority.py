@@ -12,17 +12,8 @@ import pytest
 
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
+from tests.helm import test_journey as journey
 from tests.helm.chart import Object, preparer, render
-from tests.helm.test_journey import (
-    CONTENT,
-    REPOSITORY,
-    SHA256,
-    SMALL,
-    command_of,
-    environment_of,
-    program_of,
-    run_together,
-)
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +44,8 @@ def private_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubS
         private._server.socket = context.wrap_socket(private._server.socket, server_side=True)
         private.endpoint, private.cdn = (url.replace("http:", "https:") for url in (private.endpoint, private.cdn))
         checkpoint = write_checkpoint(folder / "tiny", hidden_size=256)
-        private.repositories[REPOSITORY] = Repository.of(checkpoint)
-        private.repositories["site/files"] = Repository({"model.gguf": CONTENT})
+        private.repositories[journey.REPOSITORY] = Repository.of(checkpoint)
+        private.repositories["site/files"] = Repository({"model.gguf": journey.CONTENT})
         yield private, folder / "ca.crt"
 
 
@@ -68,14 +59,14 @@ def test_a_private_authority_is_trusted_where_it_is_given(
     if way == "the Hub":
         model["endpoint"] = private.endpoint
     else:
-        model |= {"url": f"{private.endpoint}/site/files/resolve/main/model.gguf", "sha256": SHA256}
-    objects = render(SMALL | {"model": model, "storage": {"mountPath": str(tmp_path)}})
+        model |= {"url": f"{private.endpoint}/site/files/resolve/main/model.gguf", "sha256": journey.SHA256}
+    objects = render(journey.SMALL | {"model": model, "storage": {"mountPath": str(tmp_path)}})
     container = preparer(objects)
     if way == "a URL":
-        container["command"][1:2] = ["-c", program_of(objects)]
+        container["command"][1:2] = ["-c", journey.program_of(objects)]
     # Its mount: the file that the ConfigMap of the site holds.
-    env = environment_of(container, FETCH_PATIENCE="0")
+    env = journey.environment_of(container, FETCH_PATIENCE="0")
     env |= {name: str(certificate) for name, value in env.items() if value == "/etc/edge-phi3/ca/ca.crt"}
-    ((code, _, log),) = run_together(command_of(container), env, 1)
+    ((code, _, log),) = journey.run_together(journey.command_of(container), env, 1)
     assert (code == 0) is known, log
     assert known or "CERTIFICATE_VERIFY_FAILED" in log
