@@ -14,28 +14,13 @@ import pytest
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_fit import Made
-from tests.support.cases import cases
+from tests.support.cases import cases, tables
 from tests.support.services import PATIENCE, Server, serving
 
 GIB = 1 << 30
 ALL = -1
 
-GRID: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("4k", "Q4_K_M", {"n_gpu_layers": ALL}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 3, "parallel": 3, "ctx_size": 5000}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 64, "ctx_size": 16384}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 1, "parallel": 1, "ctx_size": 256}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 0}),
-    ("4k", "Q8_0", {"n_gpu_layers": ALL, "kv_cache_type": "f32", "ctx_size": 2048}),
-    ("4k", "Q4_0", {"n_gpu_layers": 2, "kv_cache_type": "q8_0", "ctx_size": 8192}),
-    ("4k", "F16", {"n_gpu_layers": 3, "batch_size": 2048, "flash_attn": "off"}),
-    ("4k", "F32", {"n_gpu_layers": 2, "batch_size": 64, "flash_attn": "on", "kv_cache_type": "f32"}),
-    ("grouped", "F16", {"n_gpu_layers": 2}),
-    ("tied", "F16", {"n_gpu_layers": ALL}),
-    ("tied", "F16", {"n_gpu_layers": 2}),
-    ("128k", "Q4_K_M", {"n_gpu_layers": ALL}),
-    ("128k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 3, "ctx_size": 16384}),
-)
+GRID: tuple[tuple[str, str, dict[str, Any]], ...] = tables(__file__)["GRID"]
 """Model, type, and how it is served."""
 
 
