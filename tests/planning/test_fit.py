@@ -20,6 +20,7 @@ from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.golden.checkpoints import longrope, write_checkpoint
 from tests.planning.buffers import MIB, Places, check, loaded, planned
+from tests.support.cases import tables
 
 GIB = 1 << 30
 CPU = Machine(gpu=False, name="a machine", free=64 * GIB, reserve=0)
@@ -36,18 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 TYPES = "F32 F16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL IQ4_XS Q3_K_M Q2_K IQ3_XXS IQ2_XS"
 FEW_TYPES = ("F16", "Q4_K_M", "Q4_0")
 
-GRID: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "one sequence": {"parallel": 1, "ctx_size": 256},
-    "large": {"parallel": 64, "ctx_size": 16384},
-    "odd context": {"parallel": 3, "ctx_size": 5000},
-    "f32": {"kv_cache_type": "f32", "ctx_size": 2048},
-    "q8_0": {"kv_cache_type": "q8_0", "ctx_size": 8192},
-    "small batch": {"batch_size": 64, "ctx_size": 4096},
-    "large batch": {"batch_size": 2048, "ctx_size": 8192},
-    "no flash attention": {"flash_attn": "off", "ctx_size": 4096},
-    "flash attention": {"flash_attn": "on", "kv_cache_type": "f32", "ctx_size": 4096},
-}
+GRID: dict[str, dict[str, Any]] = tables(__file__)["GRID"]
 
 
 @dataclasses.dataclass(frozen=True)
