@@ -20,21 +20,11 @@ from edge_phi3.engine.watchdog import Watchdog, stacks
 from edge_phi3.errors import InternalError
 from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
+from tests.support.cases import tables
 from tests.support.services import wait_for
 
 STALL, RECOVERY, LOSS = "stalled", "recovered", "lost"
-STORIES: dict[str, list[tuple[str, float, list[str]]]] = {
-    "reported once, lost after the same time again": [
-        ("wait", 59, []),
-        ("wait", 2, [STALL]),
-        ("wait", 57, []),
-        ("wait", 300, [LOSS]),
-    ],
-    "a step comes after all": [("wait", 70, [STALL]), ("step", 1, [RECOVERY]), ("wait", 59, []), ("wait", 10, [STALL])],
-    "nothing to do": [("idle", 500, []), ("wait", 59, [])],
-    "slow steps": [*(("wait", 20, []), ("step", 1, [])) * 3, ("wait", 180, []), ("wait", 40, [STALL])],
-    "the watchdog itself stood still": [("wait", 30, []), ("sleep", 100_000, []), ("wait", 25, [])],
-}
+STORIES: dict[str, list[tuple[str, float, list[str]]]] = tables(__file__)["STORIES"]
 """What happens at first, the seconds that it lasts, and what the watchdog calls meanwhile; its limit is 60 seconds."""
 
 
