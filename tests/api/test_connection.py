@@ -17,17 +17,12 @@ import pytest
 
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.settings import Settings
-from tests.api.conftest import GREEDY, PATIENCE, Running, loader, ready
+from tests.api.conftest import PATIENCE, Running, loader, ready
+from tests.support.cases import tables
 from tests.support.services import Server, serving, wait_for
 
 USER = [{"role": "user", "content": "a"}]
-BODIES: dict[str, Any] = {
-    "/chat": {"prompt": "a", "generate_kwargs": GREEDY},
-    "/v1/chat/completions": {"messages": USER, "max_tokens": 4},
-    "/v1/completions": {"prompt": "a", "max_tokens": 4},
-    "/tokenize": {"text": "a"},
-    "/detokenize": {"tokens": [300]},
-}
+BODIES: dict[str, Any] = tables(__file__)["BODIES"]
 H2C = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAA"]
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD_LIMIT = 65536
