@@ -15,17 +15,11 @@ from edge_phi3.conversion.quantize_plan import Options, make_job
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.quantizer import QuantizerProcess
 from tests.golden.family import FAMILY, write_member
+from tests.support.cases import tables
 from tests.support.services import PATIENCE, serving
 from tests.test_cli import edge_phi3
 
-_REASONING = "<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|>"
-PROMPTS = {
-    "phi-4-mini-reasoning": _REASONING + "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>",
-    "phi-4-mini": "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>",
-    "phi-4": "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi<|im_end|>"
-    "<|im_start|>assistant<|im_sep|>",
-    "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n",
-}
+PROMPTS = tables(__file__)["PROMPTS"]
 """What a conversation becomes, by the beginning of a member's name."""
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
