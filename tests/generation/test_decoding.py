@@ -15,7 +15,7 @@ from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
 from edge_phi3.generation.stopping import StopStrings
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
-from tests.support.cases import cases
+from tests.support.cases import cases, tables
 
 PROMPT = (5, 6, 7)
 
@@ -156,13 +156,7 @@ def test_extreme_length_penalties_do_not_overflow(length_penalty: float, score: 
 # -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen
 
 
-MODES: list[dict[str, Any]] = [
-    {"do_sample": False},
-    {"do_sample": False, "suppress_tokens": list(range(0, 200, 2)), "return_dict_in_generate": True},
-    {"seed": 1, "temperature": 0.5, "top_k": 3},
-    {"seed": 2, "num_return_sequences": 3, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.3},
-    {"do_sample": None, "num_return_sequences": 2},
-]
+MODES: list[dict[str, Any]] = tables(__file__)["MODES"]
 
 
 @pytest.mark.parametrize("options", MODES)

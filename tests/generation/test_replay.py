@@ -11,22 +11,15 @@ from numpy.typing import NDArray
 from edge_phi3.generation import Decoder
 from edge_phi3.generation.parameters import PARAMETERS
 from tests.generation.conftest import Prefix, decoder, run
-from tests.golden.generation_data import (
-    REPLAY_DEFAULTS,
-    Answer,
-    differences,
-    read_answers,
-    read_logits,
-    replay_texts,
-)
+from tests.golden import generation_data as data
 from tests.golden.requests import MODES, Request
 
-RECORDED = read_answers("replay")
+RECORDED = data.read_answers("replay")
 
 
 @functools.cache
 def logits() -> dict[Prefix, NDArray[np.float32]]:
-    return read_logits()
+    return data.read_logits()
 
 
 def recorded_logits(prefix: Prefix) -> NDArray[np.float32]:
@@ -36,13 +29,13 @@ def recorded_logits(prefix: Prefix) -> NDArray[np.float32]:
 
 def start(request: Request) -> Decoder:
     options = request.kwargs | {"output_scores": True, "return_dict_in_generate": True}
-    return decoder(request.prompt, REPLAY_DEFAULTS, vocabulary=replay_texts(), **options)
+    return decoder(request.prompt, data.REPLAY_DEFAULTS, vocabulary=data.replay_texts(), **options)
 
 
-def compare(running: Decoder, request: Request, answer: Answer) -> list[str]:
-    pad = REPLAY_DEFAULTS.pad_token_id
+def compare(running: Decoder, request: Request, answer: data.Answer) -> list[str]:
+    pad = data.REPLAY_DEFAULTS.pad_token_id
     assert pad is not None
-    return differences(running.result(), request, answer, request.kwargs.get("pad_token_id", pad))
+    return data.differences(running.result(), request, answer, request.kwargs.get("pad_token_id", pad))
 
 
 @pytest.mark.parametrize("mode", MODES)
