@@ -19,9 +19,7 @@ def _no_options_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
 
 
-def test_flags_win_over_the_environment_which_wins_over_the_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text('port = 1001\nctx-size = 2001\nbatch_size = 33\nhost = "0.0.0.0"\n')
     monkeypatch.setenv("EDGE_PHI3_PORT", "1002")
@@ -37,9 +35,7 @@ def test_engine_options_have_the_engine_s_defaults() -> None:
             assert getattr(settings, field.name) == field.default, field.name
 
 
-def test_keys_come_from_the_environment_and_a_file_and_are_never_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_keys_come_from_environment_and_file_and_never_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one-secret\n\n  two-secret \n")
     monkeypatch.setenv("EDGE_PHI3_API_KEY", "first-secret,second-secret")

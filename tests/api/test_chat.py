@@ -117,9 +117,7 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str
         (b'{"prompt": "a", "generate_kwargs": {"top_k": ' + b"1" * 5000 + b"}}", ""),
     ],
 )
-def test_a_wrong_request_is_one_sentence_that_names_the_field(
-    api: Running, body: dict[str, Any] | bytes, sentence: str
-) -> None:
+def test_a_wrong_request_is_a_sentence_on_the_field(api: Running, body: dict[str, Any] | bytes, sentence: str) -> None:
     content = body if isinstance(body, bytes) else json.dumps(body)
     response = api.client.post("/chat", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
@@ -138,9 +136,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
     [({}, 1), ({"do_sample": True, "num_return_sequences": 3, "seed": 5}, 3), ({"num_beams": 3}, 0)],
     ids=["one sequence", "several", "beams, whose texts are not known before the end"],
 )
-def test_a_stream_holds_the_pieces_of_each_text_and_then_the_plain_answer(
-    api: Running, kwargs: dict[str, Any], count: int
-) -> None:
+def test_a_stream_holds_each_text_s_pieces_then_the_answer(api: Running, kwargs: dict[str, Any], count: int) -> None:
     kwargs = {**GREEDY, "max_new_tokens": 20, **kwargs}
     body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": kwargs}
     plain = api.chat(**body).json()
@@ -215,9 +211,7 @@ def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
         assert api.chat(prompt="a", generate_kwargs={"max_new_tokens": 10}).status_code == 200
 
 
-def test_a_full_queue_is_answered_429_what_never_fits_400_and_too_long_a_wait_504(
-    model_path: Path, clock: Clock
-) -> None:
+def test_a_full_queue_is_429_what_never_fits_400_and_too_long_a_wait_504(model_path: Path, clock: Clock) -> None:
     slow = {"prompt": PROMPT, "generate_kwargs": LONG | {"max_new_tokens": 12000}}
 
     def refusals(status: int, **body: Any) -> list[httpx.Response]:

@@ -128,9 +128,7 @@ def test_a_request_for_a_proxy_is_answered_as_our_own(server: Server) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 7])
 @pytest.mark.parametrize("where", ["line", "one header", "many headers"])
-def test_a_request_line_and_headers_of_64_kib_are_taken_and_more_are_refused(
-    server: Server, where: str, pieces: int
-) -> None:
+def test_a_line_and_headers_of_64_kib_are_taken_and_more_refused(server: Server, where: str, pieces: int) -> None:
     def request(size: int) -> bytes:
         """Return a request whose line and headers take so many bytes, as h11 counts and as it does not."""
         target, lines = "/livez", ["Connection: close"]
@@ -179,9 +177,7 @@ def test_a_body_of_tiny_chunks_is_refused_and_one_of_decent_chunks_is_read(serve
     assert "chunks are too small" in json.loads(content)["detail"]
 
 
-def test_pipelined_requests_whose_answers_nobody_reads_cost_no_memory_and_are_answered_when_read(
-    server: Server,
-) -> None:
+def test_pipelined_requests_whose_answers_nobody_reads_cost_no_memory_and_are_answered_later(server: Server) -> None:
     before, requests = memory(server), GET * (7_600_000 // len(GET))
     with connected(server) as client:
         client.settimeout(0.5)
@@ -212,9 +208,7 @@ def test_pipelined_requests_whose_answers_nobody_reads_cost_no_memory_and_are_an
         (GET + GET[:20], 200, ""),
     ],
 )
-def test_who_sends_nothing_or_not_all_of_it_is_let_go(
-    hasty: Server, sent: bytes, status: int | None, sentence: str
-) -> None:
+def test_who_sends_nothing_or_not_all_is_let_go(hasty: Server, sent: bytes, status: int | None, sentence: str) -> None:
     with connected(hasty) as client:
         client.sendall(sent)
         answer = until_closed(client)
@@ -277,9 +271,7 @@ def answers_on(client: socket.socket) -> bool:
     return answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_who_comes_when_all_connections_are_at_work_is_told_so(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_comes_when_all_connections_work_is_told_so(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, begun = threading.Event(), threading.Semaphore(0)
     prepare = TextGenerationPipeline.prepare
 

@@ -35,9 +35,7 @@ def chunks(response: httpx.Response) -> list[dict[str, Any]]:
 
 
 @cases
-def test_a_recorded_body_is_answered_or_refused_by_name(
-    api: Running, name: str, path: str, status: int, ignored: str
-) -> None:
+def test_a_recorded_body_is_answered_or_refused(api: Running, name: str, path: str, status: int, ignored: str) -> None:
     response = api.client.post(path, json=recorded(name))
     assert response.status_code == status, response.text
     if status == 200:
@@ -94,9 +92,7 @@ def test_a_name_can_stand_in_a_header_whatever_it_is(api: Running, path: str, na
     assert "x-ignored-fields" in response.headers
 
 
-def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
-    api: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_table_has_is_named_in_a_header_and_once_logged(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
     log = SimpleNamespace(warning=lambda _, **facts: logged.append(facts["fields"]))
     monkeypatch.setattr(body_module, "logger", log)
@@ -115,9 +111,7 @@ def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
 
 
 @cases
-def test_what_would_change_the_answer_and_cannot_be_had_is_refused(
-    api: Running, path: str, body: dict[str, Any], sentence: str
-) -> None:
+def test_what_matters_and_is_not_there_is_refused(api: Running, path: str, body: dict[str, Any], sentence: str) -> None:
     given = {"messages": USER} if path == CHAT else {"prompt": "json"}
     response = api.client.post(path, json={**given, "max_tokens": 12, **body})
     assert response.status_code == 400

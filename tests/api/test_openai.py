@@ -75,9 +75,7 @@ def emoji(api: Running, count: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["phi-3", "phi-4-mini-instruct"])
-def test_a_character_of_byte_tokens_goes_out_when_it_is_complete_and_may_be_a_stop(
-    kind: str, model_path: Path, tmp_path: Path
-) -> None:
+def test_a_character_of_bytes_goes_out_whole_and_may_be_a_stop(kind: str, model_path: Path, tmp_path: Path) -> None:
     if kind != "phi-3":
         model_path = convert(write_member(tmp_path, kind, layers=1), tmp_path / "model.gguf").path
     with ready(loader(model_path, stream_interval=0)) as api, openai_client(api) as client:

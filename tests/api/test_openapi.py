@@ -80,9 +80,7 @@ def test_generated_requests_meet_the_document(model_path: Path, tmp_path: Path, 
 
 
 @cases
-def test_a_browser_is_sent_to_the_playground_and_a_client_gets_its_json(
-    api: Running, accept: str | None, prefers: bool
-) -> None:
+def test_a_browser_gets_the_playground_and_a_client_its_json(api: Running, accept: str | None, prefers: bool) -> None:
     headers = {} if accept is None else {"accept": accept}
     answer = api.client.send(httpx.Request("GET", api.client.base_url, headers=headers))
     assert answer.headers["vary"] == "Accept"

@@ -85,9 +85,7 @@ def test_one_part_is_measured_and_the_page_says_so(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "benchmarks.md").read_text()
 
 
-def test_a_part_that_fails_leaves_the_figures_before_and_others_go_on(
-    folders: tuple[str | Path, ...], tmp_path: Path
-) -> None:
+def test_a_part_that_fails_leaves_its_figures_and_others_go_on(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
     path = tmp_path / "results" / "prefix_cache.json"
     before = path.read_text()
     parts = ("--only", "prefix_cache", "--only", "memory")

@@ -98,9 +98,7 @@ def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) 
     assert not list(folder.glob("*Q8_0.gguf"))
 
 
-def test_what_is_measured_is_not_measured_again(
-    report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_done_twice(report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[str] = []
 
     def counting(job: Job, *arguments: object) -> object:

@@ -118,9 +118,7 @@ def test_a_killed_making_goes_on_after_its_conversion(
     assert not list(catalog.store.glob("*/.work-*"))
 
 
-def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(
-    catalog: Catalog, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_not_converted_leaves_nothing(catalog: Catalog, checkpoint: Path, tmp_path: Path) -> None:
     bad = Path(shutil.copytree(checkpoint, tmp_path / "bad"))
     (bad / SHARD).write_bytes((bad / SHARD).read_bytes()[:-100])
     with pytest.raises(ConversionError):
@@ -128,9 +126,7 @@ def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(
     assert [path.name for path in catalog.store.iterdir()] == [".locks"]
 
 
-def test_too_little_space_is_told_before_any_work(
-    catalog: Catalog, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_told_at_once(catalog: Catalog, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
     with pytest.raises(DiskFullError, match=r"Q4_K_M, BF16 will take about .* kB left; free .* EDGE_PHI3_STORE to"):
         catalog.resolve(str(checkpoint))

@@ -202,9 +202,7 @@ def write_legacy(path: Path, sums: Sums) -> Path:
 
 # One of each grid that ggml builds when it meets a type; that of IQ1 takes it many seconds.
 @pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", pytest.param("IQ1_S", marks=pytest.mark.soak)])
-def test_types_that_need_a_matrix_are_made_with_one_and_name_it(
-    source: Path, tmp_path: Path, sums: Sums, name: str
-) -> None:
+def test_types_that_need_a_matrix_are_made_and_name_it(source: Path, tmp_path: Path, sums: Sums, name: str) -> None:
     assert QUANTIZATION_TYPES[name].needs_imatrix
     imatrix = write_legacy(tmp_path / "imatrix.dat", sums)
     result = quantize(source, tmp_path / "out.gguf", type=name, imatrix=imatrix)
@@ -236,9 +234,7 @@ def test_a_matrix_of_another_model_is_refused(source: Path, tmp_path: Path, sums
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_matrix_that_lacks_a_tensor_is_refused_when_the_tensor_needs_it(
-    source: Path, tmp_path: Path, sums: Sums
-) -> None:
+def test_a_matrix_that_lacks_a_tensor_is_refused_when_that_needs_it(source: Path, tmp_path: Path, sums: Sums) -> None:
     del sums[UP]
     imatrix = write_gguf(tmp_path / "imatrix.gguf", sums)
     with pytest.raises(QuantizeError, match=rf"{UP} cannot become iq2_xs without a row in"):

@@ -96,9 +96,7 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
     assert not any(key.startswith("general.source") for key in converted(elsewhere))
 
 
-def test_llama_cpp_learns_of_all_ends_that_it_can_and_our_key_has_all(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_llama_cpp_learns_ends_it_can_and_our_key_has_all(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = converted(checkpoint)
     assert keys[EOS_TOKEN_IDS_KEY] == ENDS
     assert keys[PAD_TOKEN_ID_KEY] == keys["tokenizer.ggml.eos_token_id"] == ENDS[0]

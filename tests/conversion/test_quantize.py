@@ -259,9 +259,7 @@ def test_a_bad_source_is_refused_in_a_sentence(source: Path, tmp_path: Path, kin
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_too_little_free_space_is_told_before_the_work_begins(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_free_space_is_told_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(DiskFullError, match=r"out\.gguf will take about \d\.\d MB, .* has 1\.0 kB left"):
         quantize(source, tmp_path / "out.gguf", type="Q8_0")

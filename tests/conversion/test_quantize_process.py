@@ -97,9 +97,7 @@ def test_a_crash_of_the_quantiser_becomes_a_sentence(tmp_path: Path, monkeypatch
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_a_quantiser_that_dies_between_two_jobs_is_told(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantiser_that_dies_idle_is_told(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # After the dry run, and before the real one.
     monkeypatch.setattr(module, "check_plan", kill_quantisers)
     with pytest.raises(QuantizeError, match=r"could not quantise .*quantiser died before the first tensor: exit code"):

@@ -248,7 +248,7 @@ def test_thousands_of_generated_texts(whole: tuple[Encode, Encode, Encode]) -> N
     assert [text for text in texts if ours(text) != theirs(text)] == []
 
 
-def test_llama_cpp_alone_differs_only_in_unicode_white_space_after_a_special_token(
+def test_llama_cpp_alone_differs_in_unicode_space_after_a_special_token(
     whole: tuple[Encode, Encode, Encode],
 ) -> None:
     _, alone, theirs = whole

@@ -108,9 +108,7 @@ def test_a_vocabulary_that_cannot_be_used_is_refused_when_it_is_loaded(
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "phi-3-mini-4k-instruct"])
-def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_cpps_file_has_the_members_own_rules(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without our keys: the same tokens, ends, padding, window, contexts, and tokens that a text leaves out."""
     monkeypatch.setattr(loader, "measure", lambda _: None)  # of no matter here, and slow
     folder = write_member(tmp_path, name, layers=1)

@@ -196,9 +196,7 @@ def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
         vocabulary.start({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": different}}})
 
 
-def test_who_has_used_up_the_time_of_all_copies_may_write_nothing_more(
-    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_has_used_up_the_time_may_write_nothing(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = iter(range(1000))
     monkeypatch.setattr("edge_phi3.engine.constraint.time", SimpleNamespace(thread_time=lambda: next(spent)))
     constraint = vocabulary.start({"type": "array"})

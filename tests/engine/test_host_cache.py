@@ -74,9 +74,7 @@ def test_the_longest_prefix_is_found_with_its_content(kept: list[list[int]], que
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 9), st.lists(tokens, max_size=9), tokens)
-def test_what_a_window_left_out_is_kept_when_another_sequence_holds_it(
-    window: int, kept: list[list[int]], query: list[int]
-) -> None:
+def test_what_a_window_left_is_kept_when_others_hold_it(window: int, kept: list[list[int]], query: list[int]) -> None:
     store = HostCache(1 << 20, BLOCK)
     for values in kept:
         turns = iter([True, False] * len(values))  # a block at a time

@@ -69,9 +69,7 @@ def test_scores_are_recorded_where_both_options_are_on(dictionary: bool, output_
 @given(
     st.integers(0, 2**32), st.integers(1, 2000), st.floats(0, 1, exclude_max=True), st.floats(0.01, 50), st.booleans()
 )
-def test_draws_invert_the_cumulative_distribution(
-    seed: int, width: int, uniform: float, spread: float, whole: bool
-) -> None:
+def test_draws_invert_the_distribution(seed: int, width: int, uniform: float, spread: float, whole: bool) -> None:
     tokens = None if whole else np.tile(np.arange(width, dtype=np.int32), (2, 1))
     random = np.random.default_rng(seed)
     scores = (random.standard_normal((2, width)) * spread).astype(np.float32)

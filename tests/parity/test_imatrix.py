@@ -40,9 +40,7 @@ def llama_imatrix(peers: Peers, inputs: tuple[Path, Path], output: Path, *, size
 
 @pytest.mark.parametrize("batch", ["one chunk", "2048 tokens"])
 @pytest.mark.parametrize("size", [512, 600])
-def test_both_collect_the_same_matrix(
-    peers: Peers, inputs: tuple[Path, Path], tmp_path: Path, size: int, batch: str
-) -> None:
+def test_both_collect_the_same(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path, size: int, batch: str) -> None:
     """Chunk by chunk, as edge-phi3 does it, the counts are equal too.
 
     With its own batch of 2,048 tokens llama-imatrix evaluates several chunks together and may pass over a few rows or
@@ -66,9 +64,7 @@ def test_both_collect_the_same_matrix(
         assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
 
 
-def test_both_quantisers_read_a_matrix_of_llama_imatrix(
-    peers: Peers, inputs: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_both_quantisers_read_llama_imatrix(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path) -> None:
     model, kind = inputs[0], "IQ2_XS"
     matrix = llama_imatrix(peers, inputs, tmp_path / "matrix.gguf", size=512, batch=512)
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix).path

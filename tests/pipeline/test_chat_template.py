@@ -90,9 +90,7 @@ def test_a_users_turn_is_continued_when_asked_for_and_both_wishes_are_refused() 
 
 
 @cases
-def test_without_a_system_role_its_words_are_the_users(
-    messages: str, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_without_a_system_role_the_user_says_it(messages: str, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     template = ChatTemplate(
         "{% for m in messages if m.role != 'system' %}{{ m.role[0] + ':' + m.content + ' ' }}{% endfor %}"
     )

@@ -168,9 +168,7 @@ def test_a_parameter_is_found_by_name_or_meaning(playground: Playground) -> None
 
 
 @pytest.mark.parametrize(("name", "value", "sent"), [("top_p", "7", 7), ("top_k", "many", "many")])
-def test_a_refusal_is_the_service_s_own_sentence(
-    playground: Playground, server: Server, name: str, value: str, sent: Any
-) -> None:
+def test_a_refusal_is_the_service_s(playground: Playground, server: Server, name: str, value: str, sent: Any) -> None:
     playground.refusals_expected = True
     playground.put(**{name: value})
     playground.ask(QUESTION, ended="failed")
@@ -233,9 +231,7 @@ def test_a_reload_changes_nothing_and_a_new_chat_keeps_the_settings_alone(playgr
 
 
 @cases
-def test_several_sequences_stand_apart(
-    playground: Playground, server: Server, parameters: dict[str, str], count: int
-) -> None:
+def test_sequences_stand_apart(playground: Playground, server: Server, parameters: dict[str, str], count: int) -> None:
     playground.put(**parameters)
     playground.ask(QUESTION)
     expect(playground.answers).to_have_count(count)
