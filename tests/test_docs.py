@@ -14,13 +14,8 @@ from scripts import update_docs
 from tests.support.cases import cases
 from tests.support.documents import LANGUAGES, NEEDS, PAGES, PROGRAMS, ROOT, blocks, mistakes, page_mistakes, unfenced
 
-LINKED = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    *ROOT.glob("benchmarks/**/*.md"),
-    ROOT / "helm/edge-phi3/README.md",
-    ROOT / "tests/golden/README.md",
-]
+_WHERE = ("*.md", "docs/*.md", "benchmarks/**/*.md", "helm/edge-phi3/README.md", "tests/golden/README.md")
+LINKED = [page for pattern in _WHERE for page in ROOT.glob(pattern)]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _QUOTED = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)

@@ -236,14 +236,8 @@ def test_connections_wait_longer_for_another_request_than_proxies_do() -> None:
 
 
 def test_a_stream_that_nobody_reads_is_ended_and_its_request_with_it(hasty: Server) -> None:
-    wordy = {
-        "stream": True,
-        "logprobs": True,
-        "top_logprobs": 20,
-        "max_tokens": 1500,
-        "generate_kwargs": {"eos_token_id": -1},
-    }
-    body = json.dumps({"messages": USER} | wordy).encode()
+    wordy = {"stream": True, "logprobs": True, "top_logprobs": 20, "max_tokens": 1500}
+    body = json.dumps({"messages": USER, "generate_kwargs": {"eos_token_id": -1}} | wordy).encode()
     # A short window and small segments: the kernel holds little of it.
     with connected(hasty, SO_RCVBUF=4096, TCP_MAXSEG=536) as client:
         client.sendall(head("POST", "/v1/chat/completions", body=body))

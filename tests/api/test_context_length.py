@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, loader, ready
+from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, Running, loader, ready
 
 LONG = "json dumps " * 3000
 TOO_LONG = "but this model's maximum context length is 4096 tokens"
@@ -39,8 +39,10 @@ def test_a_prompt_beyond_the_context_is_refused_at_once(model_path: Path) -> Non
         last = [api.client.post(COMPLETIONS, json={"prompt": tokens[:length], **ENDLESS}) for length in (4095, 4096)]
         assert [response.status_code for response in last] == [200, 400]
         assert last[0].json()["usage"]["completion_tokens"] == 1
-        whole = api.client.post(CHAT, json={"messages": USER, "max_tokens": 10**6, "temperature": 0, **ENDLESS})
-        assert whole.json()["usage"]["total_tokens"] == 4096
+        nearly = [{"role": "user", "content": "json dumps " * 1990}]
+        for limit in ({}, {"max_tokens": 10**6}):
+            whole = api.client.post(CHAT, json={"messages": nearly, "temperature": 0, **limit, **ENDLESS})
+            assert whole.json()["usage"]["total_tokens"] == 4096
         cut = api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "max_new_tokens": None, "max_length": "99999"})
         assert (cut.status_code, cut.headers["x-ignored-fields"]) == (200, "generate_kwargs.max_length")
         assert "x-ignored-fields" not in api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "max_length": 9999}).headers

@@ -21,11 +21,8 @@ from edge_phi3.generation.reference import generate_kwargs_schema
 from tests.api.conftest import PATIENCE, Running, loader, ready
 from tests.support.cases import cases
 
-NEEDED: dict[str, dict[str, Any]] = {
-    "num_beam_groups": {"num_beams": 2, "do_sample": False},
-    "num_return_sequences": {"num_beams": 2},
-    "max_length": {"max_new_tokens": None},
-}
+NEEDED: dict[str, dict[str, Any]] = {"num_beam_groups": {"num_beams": 2, "do_sample": False}}
+NEEDED |= {"num_return_sequences": {"num_beams": 2}, "max_length": {"max_new_tokens": None}}
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -127,7 +127,8 @@ def test_turns_carry_the_answers_that_were_given() -> None:
     endpoint = Slow(0.0)
     records = load(endpoint, Level(clients=1, sessions=1), Workload(prompt_tokens="4", turns="3"))
     assert [record.turn for record in records] == [0, 1, 2]
-    assert list(endpoint.asked[2].turns)[1] == " piece piece piece"
+    first, answer, *rest = endpoint.asked[2].turns
+    assert (first, answer, len(rest)) == (endpoint.asked[0].turns[0], " piece piece piece", 3)
     assert [record.prompt_tokens for record in records] == [4, 11, 18]
 
 

@@ -43,14 +43,6 @@ def test_shared_prefixes_stand_in_front_of_the_first_turn_only() -> None:
     assert len({session.users[0] for session in drawn}) == 60
 
 
-def test_each_turn_carries_the_conversation_so_far() -> None:
-    session = RandomSessions(Workload(prompt_tokens="3", turns="2", temperature=0.5), RULER)(0)
-    first = session.ask([])
-    second = session.ask([*first.turns, "the answer"])
-    assert list(second.turns) == [session.users[0], "the answer", session.users[1]]
-    assert (second.max_tokens, second.how.temperature) == (64, 0.5)
-
-
 def test_without_a_tokenizer_the_mean_length_of_words_is_measured() -> None:
     def answer(request: httpx.Request) -> httpx.Response:
         if request.url.path == "/tokenize":
@@ -100,14 +92,7 @@ def test_a_range_is_uniform_with_both_ends_and_no_length_is_below_one() -> None:
     assert draws("normal:1,50").min() == 1
 
 
-@pytest.mark.parametrize(
-    ("text", "median", "mean"),
-    [
-        ("normal:100,10", 100, 100),
-        ("lognormal:100,0.5", 100, 100 * np.exp(0.125)),
-        ("exponential:100", 100 * np.log(2), 100),
-    ],
-)
+@cases
 def test_named_distributions_have_their_medians_and_means(text: str, median: float, mean: float) -> None:
     assert (np.median(draws(text)), draws(text).mean()) == pytest.approx((median, mean), rel=0.03)
 

@@ -251,15 +251,9 @@ def test_a_bad_matrix_is_refused_in_a_sentence(source: Path, tmp_path: Path, sum
     if kind == "nan":
         sums[UP][4] = np.nan
     new, old = (write(tmp_path / write.__name__, sums).read_bytes() for write in (write_gguf, write_legacy))
-    contents = {
-        "empty": b"",
-        "cut-legacy": old[:-1200],
-        "cut-gguf-header": new[:60],
-        "cut-gguf-data": new[:-300],
-        "no-sums": new.replace(b".in_sum2", b".in_sumX"),
-        "wrong-type": new.replace(b"\0imatrix", b"\0adapter", 1),
-        "nan": new,
-    }
+    contents = {"empty": b"", "cut-legacy": old[:-1200], "cut-gguf-header": new[:60], "cut-gguf-data": new[:-300]}
+    contents |= {"no-sums": new.replace(b".in_sum2", b".in_sumX"), "nan": new}
+    contents["wrong-type"] = new.replace(b"\0imatrix", b"\0adapter", 1)
     path = tmp_path / "imatrix.file"
     if kind in contents:
         path.write_bytes(contents[kind])

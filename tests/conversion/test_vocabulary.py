@@ -59,13 +59,6 @@ def test_the_configuration_decides_on_the_beginning_token(checkpoint: Path, tmp_
         assert fields_of(tmp_path / "out.gguf")["tokenizer.ggml.add_bos_token"] is expected
 
 
-def test_a_chat_template_in_a_file_of_its_own(checkpoint: Path, tmp_path: Path) -> None:
-    edit(checkpoint / "tokenizer_config.json", chat_template=...)
-    (checkpoint / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
-    convert(checkpoint, tmp_path / "out.gguf")
-    assert fields_of(tmp_path / "out.gguf")["tokenizer.chat_template"] == "{{ messages }}"
-
-
 UNFIT: list[tuple[str, dict[str, Any], type[ConversionError], str]] = [
     ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}, UnsupportedModelError, "as in Phi-4, whose byte"),
     ("tokenizer.json", {"model": {"type": "Unigram"}}, UnsupportedModelError, "is not byte-pair encoding"),

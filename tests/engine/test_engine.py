@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from typing import Any
@@ -11,12 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.errors import EngineStoppedError, RequestTooLargeError
-from edge_phi3.engine.sequence import GenerationRequest, TokensEvent
-from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.llama import DecodeFailedError, ModelLoadError
+from edge_phi3.llama import DecodeFailedError
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 from tests.support.services import wait_for
@@ -50,22 +45,6 @@ def test_a_batch_has_room_for_every_sequence(make_model: MakeModel, batch_size: 
         assert ask(engine, prompt(1, 30), max_new_tokens=8) == expected
 
 
-def test_closing_the_iterator_cancels(make_model: MakeModel) -> None:
-    async def leave_early(engine: Engine) -> None:
-        config = GenerationConfig.resolve(
-            {"do_sample": False, "max_new_tokens": 3000, **ENDLESS}, engine.model.defaults
-        )
-        events = engine.generate(GenerationRequest(prompt(8, 10), config, stream=True))
-        async for event in events:
-            assert isinstance(event, TokensEvent)
-            break
-        await events.aclose()
-
-    with running_engine(make_model("4k")) as engine:
-        asyncio.run(leave_early(engine))
-        assert wait_for(lambda: engine.stats().running == 0)
-
-
 def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), ctx_size=1024, parallel=16) as engine:
         with pytest.raises(RequestTooLargeError, match=r"1509 KV cells .* has 1024"):
@@ -82,24 +61,6 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
         assert wait_for(lambda: engine.status == "broken")
         with pytest.raises(EngineStoppedError, match="broken"):
             Asked(engine, prompt(1, 10), max_new_tokens=5)
-
-
-def test_draining_finishes_what_runs(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k")) as engine:
-        asked = Asked(engine, prompt(1, 10), max_new_tokens=100, **ENDLESS)
-        asyncio.run(engine.drain(60))
-        assert len(generated(asked.finished())[0]) == 100
-        assert engine.status == "stopped"
-        with pytest.raises(EngineStoppedError):
-            Asked(engine, prompt(1, 10), max_new_tokens=1)
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
-def test_a_file_that_is_no_model_is_refused(tmp_path: Any, content: bytes) -> None:
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ModelLoadError, match=r"broken\.gguf"):
-        Engine(EngineSettings(path)).load()
 
 
 def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -45,15 +47,8 @@ def test_a_conversation_goes_on_in_the_cells_of_a_device() -> None:
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_what_a_step_copies_is_bounded(offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     block, per_step = 4, 10
-    scenario = Scenario(
-        (),
-        cells=(1000,),
-        parallel=17,
-        offloaded=offloaded,
-        host_cache=1 << 20,
-        block_size=block,
-        per_step=per_step * TOKEN_BYTES,
-    )
+    sizes: dict[str, Any] = {"cells": (1000,), "parallel": 17, "host_cache": 1 << 20, "block_size": block}
+    scenario = Scenario((), offloaded=offloaded, per_step=per_step * TOKEN_BYTES, **sizes)
     core, (context,) = make_core(scenario, lambda: 0.0)
     copied: list[int] = []
     save = context.save

@@ -15,13 +15,9 @@ from tests.helm.test_render import metrics_of_the_service
 ROUTER = values_of(CHART / "examples" / "llm-d-router-values.yaml")["router"]
 CONFIG: Any = yaml.safe_load(ROUTER["epp"]["pluginsCustomConfig"][ROUTER["epp"]["pluginsConfigFile"]])
 
-KNOWN: dict[str, set[str]] = {
-    "queue-scorer": set(),
-    "kv-cache-utilization-scorer": set(),
-    "prefix-cache-scorer": set(),
-    "metrics-data-source": {"scheme", "path", "insecureSkipVerify"},
-    "core-metrics-extractor": {"engineLabelKey", "defaultEngine", "engineConfigs"},
-}
+KNOWN = {f"{name}-scorer": set[str]() for name in ("queue", "kv-cache-utilization", "prefix-cache")}
+KNOWN["metrics-data-source"] = {"scheme", "path", "insecureSkipVerify"}
+KNOWN["core-metrics-extractor"] = {"engineLabelKey", "defaultEngine", "engineConfigs"}
 """Plugins and their parameters in llm-d/llm-d-router v0.10.0, pkg/epp/framework/plugins."""
 
 ENGINE = {"name", "queuedRequestsSpec", "runningRequestsSpec", "kvUsageSpec", "loraSpec", "cacheInfoSpec"}

@@ -23,20 +23,8 @@ def private_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubS
     if openssl is None:
         pytest.skip("openssl makes the certificate")
     folder = tmp_path_factory.mktemp("authority")
-    subject = ["-subj", "/CN=site", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
-    command = [
-        openssl,
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-keyout",
-        "key.pem",
-        "-out",
-        "ca.crt",
-        *subject,
-    ]
+    words = f"{openssl} req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out ca.crt -subj /CN=site"
+    command = [*words.split(), "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "ca.crt", folder / "key.pem")

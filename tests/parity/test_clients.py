@@ -15,38 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.support.cases import tables
 from tests.support.services import Server, serving
 
 pytestmark = pytest.mark.parity
 
 QUESTION = "What does json.dumps do?"
-CLIENTS = {
-    "langchain": """
-from langchain_openai import ChatOpenAI
-chat = ChatOpenAI(base_url=url, api_key="none", model="m", temperature=0, max_tokens=8, max_retries=0,
-                  extra_body={"top_k": 5, "min_p": 0.1})
-print(json.dumps([chat.invoke(question).content, "".join(piece.content for piece in chat.stream(question))]))
-""",
-    "litellm": """
-import litellm
-def ask(model, question, **more):
-    messages = [{"role": "user", "content": question}]
-    answer = litellm.completion(model=model, api_base=url, api_key="none", messages=messages, max_tokens=8,
-                                temperature=0, num_retries=0, **more)
-    return answer.choices[0].message.content
-texts = [ask("openai/m", question), ask("hosted_vllm/m", question, top_k=3, repetition_penalty=1.0)]
-try:
-    ask("openai/m", question * 2000)
-except litellm.ContextWindowExceededError:
-    print(json.dumps(texts))
-""",
-    "llm": """
-import llm, llm.default_plugins.openai_models as models
-chat = models.Chat("m", model_name="m", api_base=url, key="none")
-print(json.dumps([chat.prompt(question, temperature=0, max_tokens=8, stream=stream, key="none").text()
-                  for stream in (False, True)]))
-""",
-}
+CLIENTS: dict[str, str] = tables(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.options import usable_cores
 from tests.golden import gguf_digests as digests
 from tests.parity.conftest import RECORDING, Peers
+from tests.support.cases import tables
 from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
@@ -25,16 +26,7 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 # One process for all conversions: importing torch takes longer than converting a small checkpoint. What llama.cpp's
 # converter makes of one text tells it the pre-tokenizer of a whole vocabulary, but not of a small one.
-_REFERENCE = """
-import json, os, runpy, sys
-script, jobs, pre = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-sys.path[0] = os.path.dirname(script)
-from conversion.base import TextModel
-TextModel.get_vocab_base_pre = lambda model, _: pre[model.dir_model.name]
-for checkpoint, outtype, output in jobs:
-    sys.argv = [script, checkpoint, "--outtype", outtype, "--outfile", output]
-    runpy.run_path(script, run_name="__main__")
-"""
+_REFERENCE: str = tables(__file__)["_REFERENCE"]
 
 
 @pytest.fixture(scope="module")
