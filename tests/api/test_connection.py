@@ -18,7 +18,7 @@ import pytest
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.settings import Settings
 from tests.api.conftest import PATIENCE, Running, loader, ready
-from tests.support.cases import tables
+from tests.support.cases import cases, tables
 from tests.support.services import Server, serving, wait_for
 
 USER = [{"role": "user", "content": "a"}]
@@ -194,27 +194,14 @@ def test_pipelined_requests_whose_answers_nobody_reads_cost_no_memory_and_are_an
     assert set(re.findall(rb"HTTP/1\.1 (\d+)", answers)) == {b"200"}
 
 
-@pytest.mark.parametrize(
-    ("sent", "status", "sentence"),
-    [
-        (b"", None, ""),
-        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: ", 408, "headers took too long to arrive (--header-timeout)"),
-        (head("POST", "/chat", "Content-Length: 9"), 408, "body took too long to arrive (--body-timeout)"),
-        (head("POST", "/v1/completions", "Content-Length: 9"), 408, "body took too long"),
-        (head("POST", "/chat", "Transfer-Encoding: chunked"), 408, "body took too long to arrive (--body-timeout)"),
-        # Answered before the body is there, which never comes: the connection does not stay.
-        (head("POST", "/nowhere", "Content-Length: 9"), 404, "There is nothing"),
-        (GET, 200, ""),
-        (GET + GET[:20], 200, ""),
-    ],
-)
-def test_who_sends_nothing_or_not_all_is_let_go(hasty: Server, sent: bytes, status: int | None, sentence: str) -> None:
+@cases
+def test_who_sends_nothing_or_not_all_is_let_go(hasty: Server, sent: str, status: int | None, sentence: str) -> None:
     with connected(hasty) as client:
-        client.sendall(sent)
+        client.sendall(sent.encode())
         answer = until_closed(client)
     assert (parsed(answer)[0] if answer else None) == status
     assert sentence in answer.decode()
-    assert (b'{"error":' in answer) is (b"/v1/" in sent)
+    assert (b'{"error":' in answer) is ("/v1/" in sent)
 
 
 def test_a_byte_now_and_then_wins_no_time(hasty: Server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -122,19 +123,11 @@ def test_text_goes_to_tokens_and_back_and_what_is_no_token_is_refused(api: Runni
 LONG = "a long story " * 4000
 
 
-@pytest.mark.parametrize(
-    ("path", "method", "body"),
-    [
-        ("/chat", "prepare", {"prompt": LONG}),
-        ("/v1/chat/completions", "prepare", {"messages": [{"role": "user", "content": LONG}]}),
-        ("/v1/completions", "prepare", {"prompt": LONG}),
-        ("/tokenize", "tokenize", {"text": LONG}),
-        ("/detokenize", "detokenize", {"tokens": [300] * len(LONG)}),
-    ],
-)
+@cases
 def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
     api: Running, monkeypatch: pytest.MonkeyPatch, path: str, method: str, body: dict[str, Any]
 ) -> None:
+    body = json.loads(json.dumps(body).replace("LONG", LONG).replace('"IDS"', str([300] * len(LONG))))
     works = getattr(TextGenerationPipeline, method)
     begun, answered = threading.Event(), threading.Event()
 

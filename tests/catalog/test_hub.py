@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pytest
@@ -19,6 +20,7 @@ from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.quantize import quantize
 from tests.catalog.conftest import SHARD, Notes, files_below
 from tests.catalog.hub_server import HubServer, Refusal, Repository
+from tests.support.cases import cases
 
 
 def test_a_pull_gives_what_convert_and_quantize_give(
@@ -134,49 +136,21 @@ def test_ready_made_ggufs_are_kept_as_they_are_each_with_its_own_content(hub: Hu
     assert not hub.gets("README.md")
 
 
-OTHERS = {
-    "owner/ready": {"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"},
-    "owner/old": {"config.json": b"{}", "pytorch_model.bin": b"x"},
-    "owner/data": {"train.csv": b"1,2"},
-}
-GATED = Refusal(401, "GatedRepo", "Access to model is restricted.")
-WAITING = Refusal(403, "GatedRepo", "Your access request is awaiting a review.")
-FORBIDDEN = Refusal(403, "", "Fine-grained token lacks the permission")
+READY = {"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"}
+OTHERS = {"owner/ready": READY, "owner/data": {"train.csv": b"1,2"}}
+OTHERS["owner/old"] = {"config.json": b"{}", "pytorch_model.bin": b"x"}
 
 
-@pytest.mark.parametrize(
-    ("reference", "refusal", "token", "words"),
-    [
-        ("owner/tiny", GATED, "", r"is gated: accept its terms on http\S+/owner/tiny .*; then set HF_TOKEN"),
-        ("owner/tiny", WAITING, HubServer.token, r"\(HF_TOKEN\) has not been let in yet"),
-        ("owner/tiny", None, "hf_wrong", r"not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
-        ("owner/tiny", FORBIDDEN, "", r"forbids reading config\.json; the token in HF_TOKEN lacks the"),
-        ("owner/absent", None, "", r"has no repository owner/absent, or it is private, which takes a token in"),
-        ("owner/absent", None, HubServer.token, r"owner/absent, or the token may not see it; check the name"),
-        ("owner/tiny@v9", None, "", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
-        ("owner/ready/c.gguf", None, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
-        ("owner/tiny/m.gguf", None, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
-        ("owner/ready", None, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
-        ("owner/old", None, "", r"holds only pickled weights \(\.bin\)"),
-        ("owner/data", None, "", r"owner/data holds no config\.json with safetensors beside it"),
-    ],
-)
+@cases
 def test_a_refusal_is_a_sentence_and_leaves_nothing(
-    hub: HubServer,
-    catalog: Catalog,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    reference: str,
-    refusal: Refusal | None,
-    token: str,
-    words: str,
+    hub: HubServer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch, *, name: str, by: Any, token: str, words: str
 ) -> None:
     hub.repositories |= {name: Repository(files) for name, files in OTHERS.items()}
-    hub.repositories["owner/tiny"].refusal = refusal
+    hub.repositories["owner/tiny"].refusal = by and Refusal(*by)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=words):
-        catalog.resolve(reference)
+        catalog.resolve(name)
     assert not catalog.store.exists() or files_below(catalog.store) == []
 
 
