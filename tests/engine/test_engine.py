@@ -1,4 +1,4 @@
-"""Many requests on one model: exact, bounded, cancellable, and back on its feet after a failure."""
+"""Many requests on one model: exact, bounded, back after a failure; scored prompts, and sizes of batches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.engine.batch_sizes import BatchSizes, measure
 from edge_phi3.engine.errors import EngineStoppedError, RequestTooLargeError
 from edge_phi3.llama import DecodeFailedError
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
+from tests.support.cases import cases
 from tests.support.services import wait_for
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
@@ -73,3 +75,57 @@ def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> No
             closer.join()
         with pytest.raises(EngineStoppedError):
             asked.finished()
+
+
+@cases
+@pytest.mark.parametrize("options", [{}, {"batch_size": 48, "parallel": 2, "exact_seeds": True}])
+def test_each_is_what_the_tokens_before_give(
+    make_model: MakeModel, model: str, length: int, places: tuple[int, ...], options: dict[str, int]
+) -> None:
+    prompt = np.random.default_rng(length).integers(FIRST_TOKEN, LAST_TOKEN, length, dtype=np.int32)
+    with running_engine(make_model(model), **options) as engine:
+        size = engine.model.model.vocab_size
+        beside = Asked(engine, prompt[:50], max_new_tokens=60, eos_token_id=[])
+        scored = Asked(engine, prompt, scored_prompt=3, max_new_tokens=1, seed=1).finished().prompt_logprobs
+        assert [each.token_id for each in scored] == prompt[1:].tolist()
+        for place in places:
+            event = Asked(engine, prompt[:place], max_new_tokens=1, top_logprobs=size).finished()
+            assert event.result.logprobs is not None
+            ((right,),) = event.result.logprobs
+            found, every = scored[place - 1], dict(right.top)
+            assert found.logprob == pytest.approx(every[found.token_id], abs=1e-4)
+            assert [logprob for _, logprob in found.top] == pytest.approx([each for _, each in right.top[:3]], abs=1e-4)
+        assert len(beside.finished().result.sequences[0]) == 110
+
+
+MEASURED = {1: 17, 2: 29, 3: 39, 4: 42, 6: 64, 7: 74, 8: 104, 12: 123, 15: 144, 16: 127, 24: 207, 32: 228}
+"""Milliseconds of a 0.65 B model at Q4_K_M on two cores with AVX2."""
+
+
+def test_rows_are_filled_up_where_a_whole_tile_is_faster() -> None:
+    sizes = BatchSizes(MEASURED)
+    assert {rows: sizes.padding(rows) for rows in (3, 4, 12, 14, 15, 16, 33)} == {
+        3: 0, 4: 0, 12: 0, 14: 2, 15: 1, 16: 0, 33: 0,
+    }  # fmt: skip
+
+
+def test_rows_go_in_two_batches_where_that_is_faster() -> None:
+    sizes = BatchSizes(MEASURED)
+    assert {rows: sizes.first(rows) for rows in (1, 2, 4, 7, 8, 16, 40)} == {
+        1: 1, 2: 2, 4: 4, 7: 7, 8: 4, 16: 16, 40: 40,
+    }  # fmt: skip
+
+
+def test_what_was_not_measured_is_decoded_as_it_comes() -> None:
+    sizes = BatchSizes({})
+    assert sizes.padding(3) == 0
+    assert sizes.first(3) == 3
+
+
+def test_a_context_is_measured_and_left_empty(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=6) as engine:
+        context = engine.model.runners[0].context
+        engine._core.stop("It is measured.")  # type: ignore[union-attr]
+        sizes = measure(context)
+        assert sizes._largest <= 6
+        assert context.position_range(0) == (-1, -1)

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import helm_python
 import pytest
@@ -139,22 +138,12 @@ def test_every_port_that_a_value_names_can_be_reached(place: str, mode: str) -> 
 
 
 def test_every_port_of_a_container_can_be_connected_to() -> None:
-    safe = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    ports: list[Any] = [
-        {"containerPort": 7001, "name": "a"},
-        {"containerPort": 7001, "protocol": "UDP"},
-        {"containerPort": 7002},
-    ]
-    sources: list[list[chart.Object]] = [[], [{"podSelector": {}}]]
-    for source in sources:
-        values = {
-            "extraContainers": [{"name": "x", "image": "x", "ports": ports, "securityContext": safe}],
-            "networkPolicy": {"from": source},
-        }
-        objects = chart.render(values)
+    container: chart.Object = tables(__file__)["CONTAINER"]
+    for source in ([], [{"podSelector": {}}]):
+        objects = chart.render({"extraContainers": [container], "networkPolicy": {"from": source}})
         check_all(objects)
         assert chart.schema_errors(objects, chart.NEWEST) == []
-        wanted = {(port["containerPort"], port.get("protocol", "TCP")) for port in ports}
+        wanted = {(port["containerPort"], port.get("protocol", "TCP")) for port in container["ports"]}
         (service,), (policy,) = chart.of_kind(objects, "Service"), chart.of_kind(objects, "NetworkPolicy")
         assert {(port["targetPort"], port["protocol"]) for port in service["spec"]["ports"]} == wanted | {
             ("http", "TCP")

@@ -1,7 +1,8 @@
-"""The chart renders to valid objects, or refuses values with a sentence; what it watches is there to be watched."""
+"""The chart renders to valid objects, or refuses values with a sentence; what watches it, and picks its pods, fits."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from typing import Any
 
 import helm_python
 import pytest
+import yaml
 
 from edge_phi3 import __version__
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.catalog.reference import parse_reference
 from edge_phi3.engine.stats import EngineStats
 from tests.helm import chart
-from tests.helm.invariants import check_all, check_service_options
+from tests.helm.invariants import check_all, check_service_options, routes
 
 REJECTIONS = chart.values_of(chart.DATA / "rejections.yaml")
 DASHBOARD = json.loads((chart.CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
@@ -174,3 +176,45 @@ def test_panels_do_not_overlap() -> None:
         assert not cells & taken, panel["title"]
         assert grid["x"] + grid["w"] <= 24
         taken |= cells
+
+
+ROUTER = chart.values_of(chart.CHART / "examples" / "llm-d-router-values.yaml")["router"]
+CONFIG: Any = yaml.safe_load(ROUTER["epp"]["pluginsCustomConfig"][ROUTER["epp"]["pluginsConfigFile"]])
+
+KNOWN = {f"{name}-scorer": set[str]() for name in ("queue", "kv-cache-utilization", "prefix-cache")}
+KNOWN["metrics-data-source"] = {"scheme", "path", "insecureSkipVerify"}
+KNOWN["core-metrics-extractor"] = {"engineLabelKey", "defaultEngine", "engineConfigs"}
+"""Plugins and their parameters in llm-d/llm-d-router v0.10.0, pkg/epp/framework/plugins."""
+
+ENGINE = {"name", "queuedRequestsSpec", "runningRequestsSpec", "kvUsageSpec", "loraSpec", "cacheInfoSpec"}
+"""Of its datalayer/extractor/metrics/factories.go."""
+
+
+def test_the_picker_takes_the_configuration() -> None:
+    assert (CONFIG["apiVersion"], CONFIG["kind"]) == ("llm-d.ai/v1alpha1", "EndpointPickerConfig")
+    plugins = {plugin["type"]: plugin.get("parameters", {}) for plugin in CONFIG["plugins"]}
+    assert all(plugins[name].keys() <= KNOWN[name] for name in plugins)
+    used = [plugin["pluginRef"] for profile in CONFIG["schedulingProfiles"] for plugin in profile["plugins"]]
+    assert set(used) <= plugins.keys()
+    extractor = plugins["core-metrics-extractor"]
+    (engine,) = extractor["engineConfigs"]
+    assert engine.keys() <= ENGINE
+    metrics = {value for key, value in engine.items() if key != "name"}
+    assert len(metrics) == 4
+    assert metrics <= metrics_of_the_service("edge_phi3_") | {"edge_phi3_cache_config_info"}
+    assert plugins["metrics-data-source"]["path"] in routes()
+    assert engine["name"] == extractor["defaultEngine"]
+
+
+@pytest.mark.parametrize(("prefix", "own"), list(itertools.product(["edge_phi3_", "vllm:"], [False, True])))
+def test_the_pods_are_those_that_it_looks_for(prefix: str, own: bool) -> None:
+    pool = {"inferencePool": {"enabled": True, "endpointPicker": "p"}} if own else {"httpRoute": {"inferencePool": "p"}}
+    objects = chart.render({**pool, "serve": {"options": {"metrics-prefix": prefix}}})
+    labels = chart.workload(objects)["spec"]["template"]["metadata"]["labels"]
+    assert ROUTER["modelServers"]["matchLabels"].items() <= labels.items()
+    (key,) = [plugin["parameters"]["engineLabelKey"] for plugin in CONFIG["plugins"] if "extractor" in plugin["type"]]
+    assert labels[key] == ("vllm" if prefix == "vllm:" else "edge-phi3")
+    ports = chart.of_kind(objects, "InferencePool")[0]["spec"] if own else ROUTER["modelServers"]
+    assert ports["targetPorts"] == [{"number": 8080}]
+    # Nothing restarts where there is no pool.
+    assert key not in chart.workload(chart.render())["spec"]["template"]["metadata"]["labels"]
