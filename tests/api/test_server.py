@@ -80,7 +80,7 @@ def test_sigterm_ends_a_service_whose_engine_never_comes_back(serve: Serve, slow
 
 
 def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(serve: Serve, slow: Path) -> None:
-    with serve("--stall-timeout", "4") as server:
+    with serve("--stall-timeout", "2") as server:
         slow.write_text("36000")
         answer = httpx.post(f"{server.url}/chat", json={"prompt": PROMPT}, timeout=PATIENCE)
         assert answer.status_code == 500

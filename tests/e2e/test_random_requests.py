@@ -55,7 +55,8 @@ def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     assert compared == 12 * chosen["crosstalk"]
 
 
-@pytest.mark.parametrize("cells", [None, 8000, 20000])  # those of the defaults, more, and enough for all of it
+# The cells of the defaults, more, and enough for all of it.
+@pytest.mark.parametrize("cells", [None, pytest.param(8000, marks=pytest.mark.soak), 20000])
 def test_sequences_that_outgrow_the_original_context_stop_nobody(model: Model, folder: Path, cells: int | None) -> None:
     enough, short = cells == 20000, ask(8, do_sample=False, max_new_tokens=4)
     beams: dict[str, Any] = {"num_beams": 4, "do_sample": False}

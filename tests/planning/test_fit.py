@@ -34,7 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "128k": {"max_position_embeddings": 131072, "rope_scaling": longrope(64), "sliding_window": None},
 }
 
-TYPES = "F32 F16 Q8_0 Q6_K Q5_K_M Q4_K_M Q4_0 IQ4_NL IQ4_XS Q3_K_M Q2_K IQ3_XXS IQ2_XS"
+TYPES = "F32 F16 Q8_0 Q6_K Q4_K_M Q4_0 IQ4_NL Q2_K IQ2_XS"
 FEW_TYPES = ("F16", "Q4_K_M", "Q4_0")
 
 GRID: dict[str, dict[str, Any]] = tables(__file__)["GRID"]

@@ -22,8 +22,13 @@ def tables(module: str) -> dict[str, Any]:
 
 
 def cases(test: _Test) -> _Test:
-    """Parametrise a test with the table of its name: first the names of its arguments, then a list for each case."""
+    """Parametrise a test with the table of its name: first the names of its arguments, then a list for each case.
+
+    The table ``NAME at length`` has cases for the marker "soak".
+    """
     import pytest  # some who read tables alone lack it
 
-    names, *rows = tables(inspect.getfile(test))[test.__name__]
-    return pytest.mark.parametrize(",".join(names), rows if len(names) > 1 else [row[0] for row in rows])(test)
+    found = tables(inspect.getfile(test))
+    names, *rows = found[test.__name__]
+    soak = [pytest.param(*row, marks=pytest.mark.soak) for row in found.get(f"{test.__name__} at length", ())]
+    return pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)
