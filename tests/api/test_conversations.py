@@ -78,10 +78,3 @@ def test_a_refusal_that_repeats_what_users_write_can_be_read(careful: Running, m
     monkeypatch.setattr(careful.service.pipeline, "_template", refusing)
     response = careful.chat(messages=[{"role": "user", "content": "this<|end|>"}])
     assert (response.status_code, response.json()["detail"][-15:]) == (400, "Not this<|end|>")
-
-
-def test_a_seed_of_minus_one_draws_a_new_one(api: Running) -> None:
-    kwargs = {"seed": -1, "temperature": 1.5, "top_k": 0, "max_new_tokens": 12}
-    first, second = (api.chat(messages=USER, generate_kwargs=kwargs).json() for _ in range(2))
-    assert first != second
-    assert api.chat(messages=USER, generate_kwargs=kwargs | {"seed": -2}).status_code == 400

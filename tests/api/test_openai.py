@@ -120,11 +120,6 @@ def test_messages_may_come_in_parts_and_from_developers(ask: Any) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("kwargs", [{"num_beams": 3, "do_sample": False, "max_new_tokens": 12}, {"max_new_tokens": 3}])
-def test_parameters_of_chat_may_be_given_beside_openai_s(api: Running, ask: Any, kwargs: dict[str, Any]) -> None:
-    assert ask(generate_kwargs=kwargs).choices[0].message.content == greedy(api, **kwargs)
-
-
 def test_prompts_are_continued(api: Running, client: Any) -> None:
     text = client.completions.create(prompt=PROMPT, **COMPLETION).choices[0].text
     assert text == greedy(api, max_new_tokens=8)

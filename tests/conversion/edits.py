@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from tests.conversion.conftest import edit, edited_weights
 
@@ -17,22 +17,24 @@ MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 LEFT_OVER = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
 
 Edit = Callable[[Path], object]
+_Given = ParamSpec("_Given")
 
 
-def each(*edits: Edit) -> Edit:
-    def apply(folder: Path) -> None:
-        for one in edits:
-            one(folder)
-
-    return apply
+def editing(change: Callable[Concatenate[Path, _Given], None]) -> Callable[_Given, Edit]:
+    """Make of a change of a folder what returns the edit that makes it, given all but the folder."""
+    return lambda *given, **named: lambda folder: change(folder, *given, **named)
 
 
-def removed(*names: str) -> Edit:
-    def apply(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
+@editing
+def each(folder: Path, *edits: Edit) -> None:
+    for one in edits:
+        one(folder)
 
-    return apply
+
+@editing
+def removed(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink()
 
 
 def written(name: str) -> Edit:
@@ -53,13 +55,11 @@ def shards(folder: Path) -> Iterator[tuple[dict[str, Any], bytearray]]:
     edit(folder / INDEX, weight_map=weight_map)
 
 
-def renamed(rename: Callable[[str], str]) -> Edit:
-    def apply(folder: Path) -> None:
-        for header, _ in shards(folder):
-            entries = {rename(name): header.pop(name) for name in list(header) if name != "__metadata__"}
-            header.update(entries)
-
-    return apply
+@editing
+def renamed(folder: Path, rename: Callable[[str], str]) -> None:
+    for header, _ in shards(folder):
+        entries = {rename(name): header.pop(name) for name in list(header) if name != "__metadata__"}
+        header.update(entries)
 
 
 def split(folder: Path) -> None:
@@ -83,23 +83,18 @@ def split_as(**entries: Any) -> Edit:
     return each(split, config(**entries))
 
 
-def index(change: Callable[[dict[str, str]], dict[str, str]]) -> Edit:
-    def apply(folder: Path) -> None:
-        found = json.loads((folder / INDEX).read_text())["weight_map"]
-        edit(folder / INDEX, weight_map=change(found))
-
-    return apply
+@editing
+def index(folder: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    found = json.loads((folder / INDEX).read_text())["weight_map"]
+    edit(folder / INDEX, weight_map=change(found))
 
 
-def without_index(*names: str) -> Edit:
+@editing
+def without_index(folder: Path, *names: str) -> None:
     """Remove the index, and call the shards so."""
-
-    def apply(folder: Path) -> None:
-        (folder / INDEX).unlink()
-        for old, new in zip((FIRST, SECOND), names, strict=True):
-            (folder / old).rename(folder / new)
-
-    return apply
+    (folder / INDEX).unlink()
+    for old, new in zip((FIRST, SECOND), names, strict=True):
+        (folder / old).rename(folder / new)
 
 
 def one_shard(folder: Path) -> None:
@@ -146,32 +141,25 @@ def template_file(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", chat_template="{{ 'stale' }}")
 
 
-def quantised(dtype: str, suffix: str = "") -> Edit:
+@editing
+def quantised(folder: Path, dtype: str, suffix: str = "") -> None:
     """Make a matrix one of bytes, with the scales of bitsandbytes beside it."""
-
-    def apply(folder: Path) -> None:
-        with edited_weights(folder / FIRST) as (header, data):
-            name = next(name for name in header if name.endswith("o_proj.weight"))
-            header[name] |= {"dtype": dtype, "shape": [64, 128]}
-            if suffix:
-                header[name.removesuffix("weight") + suffix] = {
-                    "dtype": "F32", "shape": [64], "data_offsets": [len(data), len(data) + 256],
-                }  # fmt: skip
-                data.extend(bytes(256))
-        edit(folder / "config.json", quantization_config=LEFT_OVER)
-
-    return apply
+    with edited_weights(folder / FIRST) as (header, data):
+        name = next(name for name in header if name.endswith("o_proj.weight"))
+        header[name] |= {"dtype": dtype, "shape": [64, 128]}
+        if suffix:
+            scales = {"dtype": "F32", "shape": [64], "data_offsets": [len(data), len(data) + 256]}
+            header[name.removesuffix("weight") + suffix] = scales
+            data.extend(bytes(256))
+    edit(folder / "config.json", quantization_config=LEFT_OVER)
 
 
-def only(name: str) -> Edit:
+@editing
+def only(folder: Path, name: str) -> None:
     """Leave no weights but a file of this name."""
-
-    def apply(folder: Path) -> None:
-        for path in [*folder.glob("*.safetensors*")]:
-            path.unlink()
-        (folder / name).write_bytes(b"x")
-
-    return apply
+    for path in [*folder.glob("*.safetensors*")]:
+        path.unlink()
+    (folder / name).write_bytes(b"x")
 
 
 def adapter(folder: Path) -> None:
@@ -186,24 +174,19 @@ def stated(**entries: Any) -> Edit:
     return each(config(**entries), removed("generation_config.json"))
 
 
-def moved_into(name: str) -> Edit:
-    def apply(folder: Path) -> None:
-        (folder / name).mkdir()
-        (folder / "config.json").rename(folder / name / "config.json")
-
-    return apply
+@editing
+def moved_into(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    (folder / "config.json").rename(folder / name / "config.json")
 
 
-def real(kind: str) -> Edit:
+@editing
+def real(folder: Path, kind: str) -> None:
     """Make it what it would be with a vocabulary of its own: no token of Phi-3's chat."""
-
-    def apply(folder: Path) -> None:
-        split_as(**(LLAMA if kind == "llama" else MISTRAL), sliding_window=None)(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-            text = (folder / name).read_text(encoding="utf-8")
-            (folder / name).write_text(text.replace("<|end|>", "<|eot|>"), encoding="utf-8")
-
-    return apply
+    split_as(**(LLAMA if kind == "llama" else MISTRAL), sliding_window=None)(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        text = (folder / name).read_text(encoding="utf-8")
+        (folder / name).write_text(text.replace("<|end|>", "<|eot|>"), encoding="utf-8")
 
 
 def utf16(name: str) -> Edit:

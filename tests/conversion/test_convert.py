@@ -25,7 +25,7 @@ from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.conversion.conftest import edit, tensors_of
 from tests.golden import attention
-from tests.golden.checkpoints import Tensor, phi3_tensors, write_checkpoint, write_weights
+from tests.golden.checkpoints import phi3_tensors, write_checkpoint
 from tests.golden.gguf_digests import CONVERTED, CONVERTER_CASES, describe, differences, write_converter_case
 from tests.support.engines import ask, running_engine
 
@@ -56,16 +56,6 @@ def test_auto_keeps_the_checkpoints_own_type(dtype: str, outtype: str, tmp_path:
     auto = convert(checkpoint, tmp_path / "auto.gguf")
     assert auto.outtype == outtype
     assert auto.path.read_bytes() == convert(checkpoint, tmp_path / "named.gguf", outtype=outtype).path.read_bytes()
-
-
-def test_stored_rotary_frequencies_are_ignored(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", layers=1)
-    convert(checkpoint, tmp_path / "without.gguf")
-    tensors = list(phi3_tensors(64, 160, 1, heads=4, kv_heads=4, rows=672, gain=1.5))
-    tensors.append(Tensor("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), 1.0))
-    write_weights(checkpoint, tensors, seed=0, dtype="float32")
-    convert(checkpoint, tmp_path / "with.gguf")
-    assert (tmp_path / "with.gguf").read_bytes() == (tmp_path / "without.gguf").read_bytes()
 
 
 def test_the_result_and_the_progress_tell_what_happened(pristine: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ from tests.conversion.edits import (
     without_tokenizer,
     written,
 )
-from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.golden.checkpoints import write_checkpoint
 from tests.support.engines import ask, running_engine
 
 
@@ -203,17 +203,6 @@ def test_what_is_refused_is_named(name: str, checkpoint: Path, tmp_path: Path) -
         convert(checkpoint, output)
     assert type(caught.value) is error
     assert not output.parent.exists()
-
-
-def test_factors_in_the_spelling_of_old_revisions(checkpoint: Path, tmp_path: Path) -> None:
-    scaling = longrope(16)
-    found = []
-    for spelling in ({"type": "longrope"}, {"rope_type": None, "type": "su"}, {"rope_type": "longrope"}):
-        factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
-        edit(checkpoint / "config.json", max_position_embeddings=131072, rope_scaling=factors | spelling)
-        found.append(convert(checkpoint, tmp_path / "out.gguf", force=True).path.read_bytes())
-    assert found[0] == found[1] == found[2]
-    assert "rope_factors_long.weight" in tensors_of(tmp_path / "out.gguf")
 
 
 def test_shards_of_different_types_have_that_of_most_weights(checkpoint: Path, tmp_path: Path) -> None:

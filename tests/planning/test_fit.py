@@ -122,23 +122,10 @@ def row_of(layout: Layout, options: Options, machine: Machine) -> Row:
     return row
 
 
-def test_offloaded_layers_move_from_the_machine_to_the_gpu(mini: Layout) -> None:
-    assert read_layout(mini.path).tensors == mini.tensors
+def test_a_gpu_that_was_not_asked_is_thought_to_take_all_compute_buffers(mini: Layout) -> None:
     # 3,821,079,552 weights, of which 199,680 of the norms are F32.
     assert sum(tensor.size for tensor in mini.tensors) == 2 * (3_821_079_552 - 199_680) + 4 * 199_680
-    block = sum(tensor.size for tensor in mini.tensors if tensor.name.startswith("blk.0."))
-    sizes = {tensor.name: tensor.size for tensor in mini.tensors}
-    output = sizes["output.weight"] + sizes["output_norm.weight"]
-    for count in range(34):
-        found = placed(mini, count)
-        blocks = max(0, count - 1)
-        assert found.device.weights == (blocks * block + output if count else 0)
-        assert found.device.kv_cache == 320 * MIB * blocks // 32
-        assert found.device.kv_cache + found.host.kv_cache == 320 * MIB
-        assert (found.device.compute, found.host.compute) == (70 * MIB, 9 * MIB)
-        assert (found.device.output, found.host.output) == (0, 30 * MIB)
-    assert placed(mini, 33).host.weights == sizes["token_embd.weight"]
-    # A GPU that was not asked is thought to take all compute buffers.
+    assert (placed(mini, 33).device.compute, placed(mini, 33).host.compute) == (70 * MIB, 9 * MIB)
     assert placed(mini, 33, gpu_asked=False).device.compute == 79 * MIB
     assert placed(mini, 0, gpu_asked=False).device.compute == 0
 
