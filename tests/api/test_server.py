@@ -82,7 +82,7 @@ def test_sigterm_ends_a_service_whose_engine_never_comes_back(serve: Serve, slow
 def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(serve: Serve, slow: Path) -> None:
     with serve("--stall-timeout", "2") as server:
         slow.write_text("36000")
-        answer = httpx.post(f"{server.url}/chat", json={"prompt": PROMPT}, timeout=PATIENCE)
+        answer = server.post("/chat", prompt=PROMPT)
         assert answer.status_code == 500
         assert "completed no step" in answer.json()["detail"]
         with contextlib.suppress(httpx.TransportError):  # it may have gone already
@@ -97,7 +97,7 @@ def test_running_requests_finish_while_the_service_is_no_longer_ready(serve: Ser
         assert logged(server, '"event":"stopping"')
         assert server.get("/readyz").status_code == 503
         assert server.get("/livez").status_code == 200
-        refused = httpx.post(f"{server.url}/chat", json={"prompt": PROMPT}, timeout=PATIENCE)
+        refused = server.post("/chat", prompt=PROMPT)
         assert (refused.status_code, refused.json()) == (503, STOPPING)
         slow.unlink()
         assert answer.result(PATIENCE).status_code == 200

@@ -25,14 +25,9 @@ from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.conversion.conftest import JSON, edit, edited_weights, tensors_of
 from tests.golden.checkpoints import long_context, longrope, write_checkpoint
+from tests.support.cases import tables
 
-MINI_4K: dict[str, Any] = {
-    "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
-    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
-    "num_key_value_heads": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
-    "vocab_size": 32064,
-}  # fmt: skip
+MINI_4K: dict[str, Any] = tables(__file__)["MINI_4K"]
 MINI_128K = MINI_4K | long_context(96)
 
 
@@ -82,13 +77,7 @@ def factor(value: float) -> dict[str, Any]:
     return {"longrope": EXPECTED["longrope"] | {"attention_factor": value}}
 
 
-SPELLINGS = [
-    {"type": "longrope"},
-    {"type": "yarn"},
-    {"rope_type": "longrope", "type": "su"},
-    {"rope_type": None, "type": "su"},
-    {"rope_type": "longrope", "type": None},
-]
+SPELLINGS = tables(__file__)["SPELLINGS"]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)

@@ -15,15 +15,15 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import httpx
 import pytest
 
 from edge_phi3.catalog import Catalog
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
 from tests.support.documents import PAGES, ROOT, blocks, run, run_at
-from tests.support.services import PATIENCE, Server, serving
+from tests.support.services import Server, serving
 
 PRESET = "microsoft/Phi-3-mini-4k-instruct"
 SHOWN = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)+)", re.MULTILINE)
@@ -94,17 +94,16 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server, st
 
 
 def test_the_card_questions_are_answered_quantised_and_not(tmp_path: Path, store: Path, server: Server) -> None:
-    def answer(question: str, url: str) -> str:
-        body = {"prompt": f"<|user|>\n{question}<|end|>\n<|assistant|>\n", "return_full_text": False}
-        body |= {"generate_kwargs": {"do_sample": False}}
-        text: str = httpx.post(f"{url}/chat", json=body, timeout=PATIENCE).json()["Result"]
-        return text.strip()
+    def answer(question: str, asked: Server) -> str:
+        prompt = f"<|user|>\n{question}<|end|>\n<|assistant|>\n"
+        answered = asked.post("/chat", prompt=prompt, return_full_text=False, generate_kwargs={"do_sample": False})
+        return str(answered.json()["Result"]).strip()
 
     questions = json.loads((DEMO_CHECKPOINT / "questions.json").read_text(encoding="utf-8"))
     assert len(questions) == 10
     with serving(tmp_path, "--quant", "F16", store=store) as another:
-        for url in (server.url, another.url):
-            right = [entry["question"] for entry in questions if answer(entry["question"], url) == entry["answer"]]
+        for asked in (server, another):
+            right = [entry["question"] for entry in questions if answer(entry["question"], asked) == entry["answer"]]
             assert len(right) >= 8, f"answered only {right}"
             assert "What does json.dumps do?" in right
 
@@ -116,8 +115,8 @@ def test_what_the_turns_of_a_chat_share_is_found_again(server: Server) -> None:
     prompts = cached = 0
     for turn, topic in enumerate(topics.split(), 1):
         messages.append({"role": "user", "content": f"What does {topic} do?"})
-        body = {"model": "any", "messages": messages, "temperature": 0, "max_tokens": 64}
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=PATIENCE).json()
+        body: dict[str, Any] = {"model": "any", "messages": messages, "temperature": 0, "max_tokens": 64}
+        answer = server.post("/v1/chat/completions", **body).json()
         messages.append(answer["choices"][0]["message"])
         if turn > 1:
             prompts += answer["usage"]["prompt_tokens"]

@@ -29,36 +29,13 @@ def resolve(file: dict[str, Any] | None = None, **requested: Any) -> GenerationC
     return GenerationConfig.resolve(requested, defaults)
 
 
-def test_an_empty_request_means_the_defaults_of_the_api() -> None:
-    config = resolve()
-    assert (config.max_length, config.min_length, config.do_sample, config.early_stopping) == (200, 0, True, False)
-    assert (config.num_beams, config.temperature, config.top_k, config.top_p) == (1, 1.0, 10, 1.0)
-    assert (config.typical_p, config.repetition_penalty) == (1.0, 1.0)
-    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == ((3,), 0, 1)
-
-
-def test_the_apis_defaults_win_over_the_models_file_and_the_request_over_both() -> None:
-    file = {"temperature": 0.5, "top_k": 7, "length_penalty": 2.0, "repetition_penalty": 1.5, "no_such_name": 1}
-    config = resolve(file, top_k=3)
-    assert (config.temperature, config.repetition_penalty) == (1.0, 1.0)
-    assert config.length_penalty == 2.0
-    assert config.top_k == 3
-
-
 @cases
-def test_null_means_not_set(name: str, value: object) -> None:
-    found = getattr(resolve(**{name: None}), name)
-    assert (list(found) if isinstance(found, tuple) else found) == value
-
-
-def test_a_seed_of_minus_one_is_none() -> None:
-    assert resolve(seed=-1).seed is resolve({"seed": -1}).seed is None
-
-
-def test_null_falls_to_the_models_file_where_transformers_cannot_do_without_a_value() -> None:
-    file = {"length_penalty": 0.5, "num_return_sequences": 2, "max_length": 77}
-    config = resolve(file, length_penalty=None, num_return_sequences=None, max_length=None)
-    assert (config.length_penalty, config.num_return_sequences, config.max_length) == (0.5, 2, 77)
+def test_a_request_and_the_models_file_mean(file: dict[str, Any] | None, requested: Any, meant: dict[str, Any]) -> None:
+    """The API's defaults win over the model's file, and the request over both; null falls to the file where it must."""
+    config = resolve(file, **requested)
+    found = {name: getattr(config, name) for name in meant}
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()} == meant
+    assert not any(type(found[name]) is int and type(value) is float for name, value in meant.items())
 
 
 def test_every_parameter_may_be_null() -> None:
@@ -66,27 +43,18 @@ def test_every_parameter_may_be_null() -> None:
         resolve(**{name: None})
 
 
-def test_null_max_length_gives_twenty_new_tokens_within_the_context() -> None:
-    assert resolve(max_length=None).total_length(9) == 29
-    assert resolve(max_length=None).total_length(4090) == 4096
-    assert resolve({"max_length": 20}, max_length=None).total_length(9) == 29
-    with pytest.raises(ParameterError, match=r"4096 tokens.*4096"):
-        resolve(max_length=None).total_length(4096)
-
-
-def test_max_new_tokens_wins_over_max_length() -> None:
-    assert resolve(max_length=3, max_new_tokens=5).total_length(10) == 15
+@cases
+def test_max_new_tokens_wins_over_max_length_and_null_means_twenty(
+    file: dict[str, Any], requested: dict[str, Any], prompt: int, total: int
+) -> None:
+    assert resolve(file, **requested).total_length(prompt) == total
 
 
 def test_a_prompt_without_room_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ParameterError, match=r"`max_length` is 8, .* 9 tokens") as caught:
-        resolve(max_length=8).total_length(9)
-    assert caught.value.parameter == "max_length"
-
-
-def test_whole_numbers_are_good_numbers() -> None:
-    config = resolve(temperature=2, top_p=1, length_penalty=-1, max_time=3)
-    assert (config.temperature, config.top_p, config.length_penalty, config.max_time) == (2.0, 1.0, -1.0, 3.0)
+    for limit, prompt, words in ((8, 9, r"`max_length` is 8, .* 9 tokens"), (None, 4096, r"4096 tokens.*4096")):
+        with pytest.raises(ParameterError, match=words) as caught:
+            resolve(max_length=limit).total_length(prompt)
+        assert limit is None or caught.value.parameter == "max_length"
 
 
 @cases

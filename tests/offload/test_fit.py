@@ -8,14 +8,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_fit import Made
 from tests.support.cases import cases, tables
-from tests.support.services import PATIENCE, Server, serving
+from tests.support.services import serving
 
 GIB = 1 << 30
 ALL = -1
@@ -77,14 +76,6 @@ def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
-def answer_of(server: Server) -> str:
-    body: dict[str, Any] = {"prompt": "<|user|>\nWhat does len do?<|end|>\n<|assistant|>\n", "return_full_text": False}
-    body["generate_kwargs"] = {"do_sample": False}
-    response = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE, trust_env=False)
-    assert response.status_code == 200, response.text
-    return str(response.json()["Result"])
-
-
 def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) -> None:
     """Run the command of a plan, and compare what it takes of the device with the plan."""
     (row,) = found["types"]
@@ -97,7 +88,9 @@ def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) ->
         assert f"{row['layers_on_gpu']} of 7 layers on the GPU" in server.log.read_text()
         # What its server was asked to allocate, of all that it was asked.
         allocated = sum(device.calls("alloc_buffer").elements())
-        assert answer_of(server).strip()
+        prompt = "<|user|>\nWhat does len do?<|end|>\n<|assistant|>\n"
+        answered = server.post("/chat", prompt=prompt, return_full_text=False, generate_kwargs={"do_sample": False})
+        assert answered.json()["Result"].strip(), answered.text
         assert device.calls("get_tensor"), "the device was asked"
     assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
 

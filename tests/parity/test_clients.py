@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.support.cases import tables
@@ -43,6 +42,6 @@ def test_a_client_gets_the_answer_of_chat(server: Server, name: str, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     kwargs = {"do_sample": False, "max_new_tokens": 8}
-    body = {"messages": [{"role": "user", "content": QUESTION}], "generate_kwargs": kwargs}
-    text = httpx.post(f"{server.url}/chat", json=body, trust_env=False).json()["Result"]
+    messages = [{"role": "user", "content": QUESTION}]
+    text = server.post("/chat", messages=messages, generate_kwargs=kwargs).json()["Result"]
     assert json.loads(done.stdout.splitlines()[-1]) == [text, text]

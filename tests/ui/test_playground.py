@@ -8,7 +8,6 @@ import shlex
 import subprocess
 from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
@@ -22,7 +21,7 @@ ENDLESS = {"max_new_tokens": "4000", "num_return_sequences": "8", "eos_token_id"
 
 
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=PATIENCE)
+    answer = server.post("/chat", **body | {"stream": False})
     assert answer.status_code == 200, answer.text
     result: dict[str, Any] = answer.json()
     return result
@@ -166,8 +165,7 @@ def test_a_refusal_is_the_service_s(playground: Playground, server: Server, name
     playground.refusals_expected = True
     playground.put(**{name: value})
     playground.ask(QUESTION, ended="failed")
-    body = {"prompt": "a", "generate_kwargs": {name: sent}}
-    refused = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE)
+    refused = server.post("/chat", prompt="a", generate_kwargs={name: sent})
     assert refused.status_code == 400
     expect(playground.page.get_by_role("alert")).to_have_text(refused.json()["detail"])
     playground.put(**{name: ""})
