@@ -70,12 +70,7 @@ def test_the_version_names_the_model_and_what_is_not_there_is_said_so(api: Runni
     body = api.client.get("/version").json()
     assert (body["version"], body["model"]["name"]) == (__version__, "random-4k")
     assert body["model"]["context_length"] == 4096
-    for path, status, sentence in (
-        ("/nowhere", 404, "There is nothing at /nowhere; /docs shows what there is."),
-        ("/chat", 405, "GET is not a method of /chat."),
-        ("/v1/nowhere", 404, "There is nothing at /v1/nowhere; /docs shows what there is."),
-        ("/v1/completions", 405, "GET is not a method of /v1/completions."),
-    ):
+    for path, status, sentence in tables(__file__)["NOT_THERE"]:
         response = api.client.get(path)
         code = {404: "unknown_url", 405: "method_not_supported"}[status]
         error = {"message": sentence, "type": "invalid_request_error", "param": None, "code": code}
@@ -194,14 +189,7 @@ def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", answer)
-    memory = {"used": "1.00 GB", "total": "2.00 GB"}
-    assert api.client.get("/metrics").json() == {
-        "gpu_info": [
-            {"id": "0", "name": "GeForce GTX 950", "load": "25.00%", "temperature": "55 C", "memory": memory},
-            {"id": "1", "name": "A100 MIG", "load": "n/a", "temperature": "55 C", "memory": memory},
-        ],
-        "cpu_info": None,
-    }
+    assert api.client.get("/metrics").json() == tables(__file__)["GPUS"]
 
 
 def samples(api: Running) -> dict[str, float]:

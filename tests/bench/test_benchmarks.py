@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 REPORT, MEASURE = ((sys.executable, "-m", f"benchmarks.{name}") for name in ("report", "measure"))
 GPU = ROOT / "benchmarks" / "gpu" / "run.sh"
@@ -50,11 +52,7 @@ def test_what_changed_makes_page_and_plots_stale_and_is_shown(folders: tuple[str
     path.write_text(json.dumps(data))
     stale = run(*REPORT, "--check", *folders, code=1).stdout
     assert stale.endswith("benchmarks.md, quantizations-quality.svg, quantizations-speed.svg\n")
-    result = {
-        "part": "throughput", "model": "0.65b", "case": "4 clients, greedy", "ours": 125.0, "theirs": 100.0,
-        "unit": "tokens/s", "ratio": 1.25, "low": 1.2, "high": 1.3, "load": 0.1,
-        "turns": [[120.0, 100.0], [130.0, 100.0]],
-    }  # fmt: skip
+    result = tables(__file__)["RESULT"]
     machine = json.loads((tmp_path / "results" / "transformers.json").read_text())["machine"]
     (tmp_path / "results" / "engine.json").write_text(json.dumps({"machine": machine, "results": [result]}))
     run(*REPORT, *folders)
