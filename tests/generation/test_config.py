@@ -60,7 +60,7 @@ def test_a_prompt_without_room_is_refused_with_both_numbers() -> None:
 @cases
 def test_wrong_types_and_ranges_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ParameterError) as caught:
-        resolve(**{name: 10**400 if value == "10**400" else value})
+        resolve(None, **{name: 10**400 if value == "10**400" else value})
     assert caught.value.parameter == name
     sentence = str(caught.value)
     assert f"`{name}`" in sentence

@@ -139,6 +139,7 @@ def test_every_port_that_a_value_names_can_be_reached(place: str, mode: str) -> 
 
 def test_every_port_of_a_container_can_be_connected_to() -> None:
     container: chart.Object = tables(__file__)["CONTAINER"]
+    source: list[chart.Object]
     for source in ([], [{"podSelector": {}}]):
         objects = chart.render({"extraContainers": [container], "networkPolicy": {"from": source}})
         check_all(objects)

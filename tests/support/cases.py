@@ -31,4 +31,5 @@ def cases(test: _Test) -> _Test:
     found = tables(inspect.getfile(test))
     names, *rows = found[test.__name__]
     soak = [pytest.param(*row, marks=pytest.mark.soak) for row in found.get(f"{test.__name__} at length", ())]
-    return pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)
+    parametrised: _Test = pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)
+    return parametrised
