@@ -110,8 +110,8 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
     assert '"seed": 18446744073709551615' in sent
     body = json.loads(sent)
     assert body["messages"] == [{"role": "user", "content": AWKWARD}]
-    kwargs: dict[str, Any] = {"max_new_tokens": 16, "return_dict_in_generate": True, "do_sample": False, "seed": 2**64 - 1}
-    kwargs |= {"temperature": 0.5, "stop_strings": "never said", "early_stopping": "never"}
+    kwargs: dict[str, Any] = {"max_new_tokens": 16, "return_dict_in_generate": True, "do_sample": False}
+    kwargs |= {"seed": 2**64 - 1, "temperature": 0.5, "stop_strings": "never said", "early_stopping": "never"}
     assert body["generate_kwargs"] == kwargs
     run = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=PATIENCE, text=True)
     last = run.stdout.strip().split("\n\n")[-1]
