@@ -23,22 +23,10 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import flag_of
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.cases import cases, tables
 
 HEAVY = {"litestar", "pydantic", "numpy", "llama_cpp", "uvicorn", "gguf"}
-WAITING = """
-import os, signal, sys, threading
-# A shell that runs the tests in its background lets them, and what they start, ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-import edge_phi3.cli as cli
-
-def block(*_, **__):
-    os.write(1, b"here\\n")
-    threading.Event().wait()
-
-{patch}
-sys.argv = ["edge-phi3", *{arguments!r}]
-cli.main()
-"""
+WAITING: str = tables(__file__)["WAITING"]
 SERVE = ("serve", "--port", "0")
 
 
@@ -81,20 +69,7 @@ def test_serve_has_a_flag_for_every_option() -> None:
     assert "[default: 8080]" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("", None),
-        ("serv", None),
-        ("serve --prot 1", None),
-        ("convert", None),
-        ("serve --port 99999", "--port: '99999' is not allowed; give a whole number from 0 to 65535."),
-        (
-            "quantize a.gguf -o b.gguf --tensor-type attn_v",
-            "--tensor-type: 'attn_v' is not allowed; give PATTERN=TYPE, as in attn_v=q8_0.",
-        ),
-    ],
-)
+@cases
 def test_wrong_usage_has_exit_code_2(arguments: str, sentence: str | None) -> None:
     result = edge_phi3(*arguments.split())
     assert result.returncode == 2
@@ -170,15 +145,7 @@ def running(patch: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             popen.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize(
-    "patch",
-    [
-        "cli.app = block",
-        "import edge_phi3.api.server as server; server.create_service = block",
-        "import edge_phi3.api.server as server; server._bind = block",
-    ],
-)
+@cases
 def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str, number: int) -> None:
     with running(patch, *SERVE) as popen:
         popen.send_signal(number)
@@ -186,7 +153,9 @@ def test_a_service_that_is_told_to_stop_before_it_serves_exits_with_0(patch: str
     assert popen.returncode == 0
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2, 0.5, 0.9])  # wherever its start is then, on whatever machine
+@pytest.mark.parametrize(
+    "delay", [0.05, 0.5, *(pytest.param(each, marks=pytest.mark.soak) for each in (0.0, 0.2, 0.9))]
+)
 def test_a_service_that_is_told_to_stop_while_it_starts_exits_with_0(delay: float) -> None:
     with running("os.write(1, b'here\\n')", *SERVE) as popen:
         time.sleep(delay)
@@ -204,8 +173,10 @@ def _catches(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
-@pytest.mark.parametrize("verb", ["convert", "quantize", "pull"])
+TERM, INT = (signal.SIGTERM, 143), (signal.SIGINT, 1)
+
+
+@pytest.mark.parametrize(("verb", "number", "code"), [("convert", *TERM), ("quantize", *INT), ("pull", *TERM)])
 def test_verbs_that_write_leave_no_unfinished_file(tmp_path: Path, verb: str, number: int, code: int) -> None:
     source, output = write_checkpoint(tmp_path / "checkpoint", layers=1), tmp_path / "out"
     if verb == "quantize":

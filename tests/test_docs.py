@@ -11,15 +11,11 @@ import pytest
 
 import edge_phi3
 from scripts import update_docs
+from tests.support.cases import cases
 from tests.support.documents import LANGUAGES, NEEDS, PAGES, PROGRAMS, ROOT, blocks, mistakes, page_mistakes, unfenced
 
-LINKED = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/*.md"),
-    *ROOT.glob("benchmarks/**/*.md"),
-    ROOT / "helm/edge-phi3/README.md",
-    ROOT / "tests/golden/README.md",
-]
+_WHERE = ("*.md", "docs/*.md", "benchmarks/**/*.md", "helm/edge-phi3/README.md", "tests/golden/README.md")
+LINKED = [page for pattern in _WHERE for page in ROOT.glob(pattern)]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _QUOTED = re.compile(r"^\| `(.+?)` \|", re.MULTILINE)
@@ -80,22 +76,7 @@ def test_every_target_and_module_named_for_developers_is_there(page: Path) -> No
     assert [mistake for command in named for mistake in mistakes(command)] == []
 
 
-@pytest.mark.parametrize(
-    ("command", "mistake"),
-    [
-        ("edge-phi3 serve --prot 1", "edge-phi3 serve has no flag --prot"),
-        ("edge-phi3 serf", "edge-phi3 has no verb 'serf'"),
-        ("edge-phi3 bench quants demo --tpye Q4_0", "edge-phi3 bench has no flag --tpye"),
-        ("docker run --rm edge-phi3:0.1.0-cpu serve --prot 1", "edge-phi3 serve has no flag --prot"),
-        ("docker build --build-arg CUDA_ARCHITECTURE=86 .", "Dockerfile.cuda has no argument CUDA_ARCHITECTURE"),
-        ("make tset", "make has no target tset"),
-        ("python -m benchmarks.nothing", "there is no module benchmarks.nothing"),
-        ("python scripts/nothing.py", "there is no script scripts/nothing.py"),
-        ("pip install 'edge-phi3[benches]'", "edge-phi3 has no extra benches"),
-        ("wget http://127.0.0.1", "'wget' is not one of the programs that the pages use"),
-        ("curl 'http://127.0.0.1", "unexpected EOF"),
-    ],
-)
+@cases
 def test_a_mistake_in_a_command_is_found(command: str, mistake: str) -> None:
     (found,) = mistakes(command)
     assert mistake in found

@@ -10,6 +10,7 @@ import pytest
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import to_toml
+from tests.support.cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +19,7 @@ def _no_options_in_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(ENV_PREFIX + name.upper(), raising=False)
 
 
-def test_flags_win_over_the_environment_which_wins_over_the_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text('port = 1001\nctx-size = 2001\nbatch_size = 33\nhost = "0.0.0.0"\n')
     monkeypatch.setenv("EDGE_PHI3_PORT", "1002")
@@ -36,9 +35,7 @@ def test_engine_options_have_the_engine_s_defaults() -> None:
             assert getattr(settings, field.name) == field.default, field.name
 
 
-def test_keys_come_from_the_environment_and_a_file_and_are_never_shown(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_keys_come_from_environment_and_file_and_never_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one-secret\n\n  two-secret \n")
     monkeypatch.setenv("EDGE_PHI3_API_KEY", "first-secret,second-secret")
@@ -57,21 +54,7 @@ def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str 
         Settings.load({"api_key_file": str(keys)})
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("port", "99999", "'99999' is not allowed; give a whole number from 0 to 65535."),
-        ("port", "web", "'web' is not allowed; give a whole number from 0 to 65535."),
-        ("parallel", 0, "0 is not allowed; give a whole number from 1 to 255."),
-        ("kv_cache_type", "f8", "'f8' is not allowed; give one of f32, f16, q8_0."),
-        ("grace_period", "-1", "'-1' is not allowed; give a number from 0 to 86400."),
-        ("log_prompts", "perhaps", "'perhaps' is not allowed; give true or false."),
-        ("lora", ["a.gguf=big"], "['a.gguf=big'] is not allowed; give FILE[=SCALE]."),
-        ("max_body_size", "12", "'12' is not allowed; give a size such as 4MiB or 65536, from 1024 to 1073741824."),
-        ("otel_endpoint", "collector:4318", "'collector:4318' is not allowed; give URL."),
-        ("api_key", ["ключ"], "the value is not allowed: a key is made of ASCII characters and is not empty."),
-    ],
-)
+@cases
 def test_a_wrong_flag_is_one_sentence(name: str, value: object, sentence: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({name: value})
@@ -84,15 +67,7 @@ def test_a_wrong_quantisation_type_names_close_ones() -> None:
     assert Settings.load({"quant": "q8_0"}).quant == "Q8_0"
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ('rate-limit = "5/week"', r"^rate-limit in .*config\.toml: '5/week' is not allowed"),
-        ("prot = 1", r"config\.toml has the key 'prot', which is no option\. Did you mean port\?"),
-        ("port = ", "is not valid TOML"),
-        (None, "cannot be read: No such file or directory"),
-    ],
-)
+@cases
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
     config = tmp_path / "config.toml"
     if content is not None:

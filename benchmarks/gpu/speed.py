@@ -46,6 +46,7 @@ class Plan:
 
     def __init__(self, options: Options) -> None:
         small = options.small
+        self.kinds = KINDS[:1] if small else KINDS
         self.clients = (1, 8) if small else (1, 8, 32, 64, 128)
         self.sampled_clients = (8,) if small else (1, 32)
         self.requests = 4 if small else 8
@@ -67,7 +68,7 @@ class Plan:
 def measure_speed(steps: Steps, options: Options) -> None:
     """Run all steps of this part."""
     plan = Plan(options)
-    for kind in KINDS:
+    for kind in plan.kinds:
         for number in range(options.rounds):
             name = f"speed.throughput.{kind}.{number + 1}"
             steps.run(name, functools.partial(_throughput, options, plan, kind, number))

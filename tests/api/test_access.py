@@ -23,6 +23,7 @@ from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
 from edge_phi3.api.server import _bind
 from edge_phi3.settings import Settings, SettingsError
 from tests.api.conftest import GREEDY, Clock, Running, loader, ready
+from tests.support.cases import cases
 from tests.support.services import serving
 
 BODY = {"prompt": "a", "generate_kwargs": GREEDY}
@@ -78,18 +79,7 @@ def test_addresses_without_number_take_bounded_memory(monkeypatch: pytest.Monkey
     assert len(limiter._full_at) <= 101
 
 
-@pytest.mark.parametrize(
-    ("trusted", "forwarded", "counted_apart"),
-    [
-        ((), "198.51.100.{}", False),
-        (("192.0.2.0/24",), "198.51.100.{}", False),
-        (("127.0.0.0/8",), "198.51.100.{}", True),
-        (("127.0.0.1", "192.0.2.0/24"), "198.51.100.{}, 192.0.2.7", True),
-        (("127.0.0.1",), "198.51.100.{}, 192.0.2.7", False),
-        (("127.0.0.1",), "2001:db8::{}", False),  # one network of IPv6 is one client
-        (("127.0.0.1",), "2001:db8:0:{}::1", True),
-    ],
-)
+@cases
 def test_only_a_trusted_proxy_says_for_whom_it_asks(
     model_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: tuple[str, ...], forwarded: str, counted_apart: bool
 ) -> None:
@@ -108,22 +98,7 @@ def test_a_proxy_is_an_address_or_a_network() -> None:
         Settings.load({"max_queue": 0})
 
 
-@pytest.mark.parametrize(
-    ("options", "host", "taken"),
-    [
-        *[({}, host, True) for host in ("localhost", "LOCALHOST:1", "a.localhost", "localhost.", "")],
-        *[({}, host, True) for host in ("127.0.0.1:8080", "[::1]:8080", "::1")],
-        *[({}, host, False) for host in ("evil.example", "evil.example:80", "localhost.evil.example")],
-        *[({}, host, False) for host in ("127.0.0.1.evil", "[", "a b", ":80")],
-        ({"host": "0.0.0.0"}, "any.example", True),
-        ({"host": "::1"}, "any.example", False),
-        ({"allowed_host": ["phi.example", "*.phi.example"]}, "eu.phi.example:443", True),
-        ({"allowed_host": ["phi.example"]}, "10.1.2.3:8080", True),
-        ({"allowed_host": ["phi.example"]}, "localhost", False),
-        ({"host": "0.0.0.0", "allowed_host": ["phi.example"]}, "evil.example", False),
-        ({"allowed_host": ["*"]}, "evil.example", True),
-    ],
-)
+@cases
 def test_the_service_is_called_by_its_own_names(options: dict[str, Any], host: str, taken: bool) -> None:
     assert HostList(Settings.load(options)).takes(host) is taken
 
@@ -138,18 +113,7 @@ def test_a_stranger_s_name_is_refused_on_every_route(api: Running) -> None:
         assert "--allowed-host" in answer.text
 
 
-@pytest.mark.parametrize(
-    ("headers", "status", "sentence"),
-    [
-        ({}, 200, ""),
-        ({"origin": EVIL}, 415, "nothing"),
-        ({"sec-fetch-site": "cross-site"}, 415, "nothing"),
-        ({"origin": EVIL, "content-type": "text/plain"}, 415, "text/plain"),
-        ({"origin": EVIL, "content-type": "application/json"}, 200, ""),  # which takes a preflight
-        ({"content-encoding": "gzip"}, 415, "compressed (gzip)"),
-        ({"content-encoding": "identity"}, 200, ""),
-    ],
-)
+@cases
 def test_a_page_cannot_send_a_body_without_a_type_and_nobody_a_compressed_one(
     api: Running, headers: dict[str, str], status: int, sentence: str
 ) -> None:

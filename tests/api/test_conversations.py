@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ from typing import Any
 import pytest
 
 from edge_phi3.commands.loading import load_pipeline
-from edge_phi3.conversion.convert import convert
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.settings import Settings
-from tests.api.conftest import GREEDY, PROMPT, USER, Running, loader, ready
-from tests.golden import attention
+from tests.api.conftest import GREEDY, PROMPT, USER, Running, ready
+from tests.support.cases import cases
 
 
 @pytest.mark.parametrize("text", ["<", "|", ">", "end", "n", "", "1. ", "```json\n", "Sure"])
@@ -28,34 +26,7 @@ def test_a_turn_that_was_begun_is_continued_where_it_ends(api: Running, client: 
     assert continued == client.completions.create(prompt=PROMPT + text, **asked).choices[0].text
 
 
-def make_template(folder: Path, template: str, tmp_path: Path) -> Path:
-    attention.write_model(folder, "4k")
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"chat_template": template}), encoding="utf-8")
-    return convert(folder, tmp_path / "model.gguf", outtype="f32").path
-
-
-def test_a_model_whose_template_cannot_be_compiled_answers_prompts(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    with ready(loader(make_template(folder, "{% if messages %}{% oops %}", tmp_path))) as api:
-        response = api.chat(messages=USER)
-        assert response.status_code == 400
-        assert "cannot be compiled (Encountered unknown tag 'oops'" in response.json()["detail"]
-        error = api.client.post("/v1/chat/completions", json={"messages": USER}).json()["error"]
-        assert "send `prompt` instead" in error["message"]
-        assert api.chat(prompt=PROMPT, generate_kwargs=GREEDY).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("template", "sentence"),
-    [
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ raise_exception('Roles must alternate.') }}", "Roles must alternate."),
-        ("{{ 1 / (messages | length - 1) }}", "ZeroDivisionError"),
-    ],
-)
+@cases
 def test_what_a_template_does_wrong_is_the_request_s_error(
     api: Running, monkeypatch: pytest.MonkeyPatch, template: str, sentence: str
 ) -> None:
@@ -65,6 +36,8 @@ def test_what_a_template_does_wrong_is_the_request_s_error(
         assert response.status_code == 400
         assert "chat template" in response.text
         assert sentence in response.text
+        assert "send `prompt` instead" in response.text or "compiled" not in sentence
+    assert api.chat(prompt=PROMPT, generate_kwargs=GREEDY).status_code == 200
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +78,3 @@ def test_a_refusal_that_repeats_what_users_write_can_be_read(careful: Running, m
     monkeypatch.setattr(careful.service.pipeline, "_template", refusing)
     response = careful.chat(messages=[{"role": "user", "content": "this<|end|>"}])
     assert (response.status_code, response.json()["detail"][-15:]) == (400, "Not this<|end|>")
-
-
-def test_a_seed_of_minus_one_draws_a_new_one(api: Running) -> None:
-    kwargs = {"seed": -1, "temperature": 1.5, "top_k": 0, "max_new_tokens": 12}
-    first, second = (api.chat(messages=USER, generate_kwargs=kwargs).json() for _ in range(2))
-    assert first != second
-    assert api.chat(messages=USER, generate_kwargs=kwargs | {"seed": -2}).status_code == 400

@@ -16,6 +16,7 @@ from edge_phi3.api import body as body_module
 from edge_phi3.api.openai import fields
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, greedy
+from tests.support.cases import cases
 
 DATA = Path(__file__).with_name("data")
 
@@ -33,27 +34,8 @@ def chunks(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "status", "ignored"),
-    [
-        *(("01", path, 200, ignored) for path, ignored in ((CHAT, ""), ("/chat", "max_tokens, temperature"))),
-        *((name, CHAT, 200, "") for name in ("02", "04", "05", "11", "22")),
-        *((name, COMPLETIONS, 200, "") for name in ("03", "13")),
-        ("12", CHAT, 200, "num_ctx"),
-        ("24", CHAT, 200, "reasoning_effort"),
-        ("27", "/tokenize", 200, ""),
-        ("28", "/chat", 200, "temperature, max_tokens"),
-        ("29", "/chat", 200, ""),
-        ("07", CHAT, 400, "`tools`"),
-        ("09", CHAT, 400, "`messages[1].tool_calls`"),
-        ("26", CHAT, 400, "`tool_choice`"),
-        ("32", CHAT, 400, "`response_format`"),
-        ("10", "/v1/responses", 404, "/v1/responses"),
-    ],
-)
-def test_a_recorded_body_is_answered_or_refused_by_name(
-    api: Running, name: str, path: str, status: int, ignored: str
-) -> None:
+@cases
+def test_a_recorded_body_is_answered_or_refused(api: Running, name: str, path: str, status: int, ignored: str) -> None:
     response = api.client.post(path, json=recorded(name))
     assert response.status_code == status, response.text
     if status == 200:
@@ -110,9 +92,7 @@ def test_a_name_can_stand_in_a_header_whatever_it_is(api: Running, path: str, na
     assert "x-ignored-fields" in response.headers
 
 
-def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
-    api: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_no_table_has_is_named_in_a_header_and_once_logged(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[str] = []
     log = SimpleNamespace(warning=lambda _, **facts: logged.append(facts["fields"]))
     monkeypatch.setattr(body_module, "logger", log)
@@ -130,33 +110,8 @@ def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
     assert logged == [shown, ", ".join(names)]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "sentence"),
-    [
-        (CHAT, {"guidance_scale": 2}, "`guidance_scale` is not supported"),
-        (CHAT, {"mirostat": 2}, "`mirostat` is not supported"),
-        (CHAT, {"prompt_logprobs": 0}, "`prompt_logprobs` is not supported"),
-        (CHAT, {"echo": True}, "`echo` is not supported: it is a field of completions."),
-        (COMPLETIONS, {"top_logprobs": 3}, "`top_logprobs` is not supported"),
-        (COMPLETIONS, {"suffix": "x"}, "`suffix` is not supported"),
-        (COMPLETIONS, {"cache_salt": "x"}, "`cache_salt` is not supported"),
-        (COMPLETIONS, {"best_of": 2, "n": 3}, "`best_of` must be at least `n`"),
-        (COMPLETIONS, {"best_of": 2, "stream": True}, "`best_of` must be at least `n`, and equal to it in a stream."),
-        (CHAT, {"min_tokens": 20}, "`min_tokens` must be at most `max_tokens` (12), but is 20."),
-        (CHAT, {"max_tokens": -2}, "`max_tokens` must be an integer >= -1"),
-        (CHAT, {"stop_token_ids": [10**6]}, "`stop_token_ids[0]` must be a token id"),
-        (CHAT, {"allowed_token_ids": [10**6]}, "`allowed_token_ids[0]` must be a token id"),
-        (CHAT, {"bad_words": [""]}, "`bad_words` must be"),
-        (CHAT, {"logit_bias": [[5, True]]}, "`logit_bias` must lie between"),
-        (CHAT, {"logit_bias": [[5]]}, "`logit_bias"),
-        (CHAT, {"truncate_prompt_tokens": 0}, "`truncate_prompt_tokens` must be"),
-        (CHAT, {"truncate_prompt_tokens": 3, "truncation_side": "up"}, "`truncation_side` must be left or right"),
-        (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "`add_generation_prompt` must not"),
-    ],
-)
-def test_what_would_change_the_answer_and_cannot_be_had_is_refused(
-    api: Running, path: str, body: dict[str, Any], sentence: str
-) -> None:
+@cases
+def test_what_matters_and_is_not_there_is_refused(api: Running, path: str, body: dict[str, Any], sentence: str) -> None:
     given = {"messages": USER} if path == CHAT else {"prompt": "json"}
     response = api.client.post(path, json={**given, "max_tokens": 12, **body})
     assert response.status_code == 400
@@ -178,22 +133,7 @@ def test_what_asks_for_nothing_is_taken_in_silence(api: Running, path: str) -> N
 # -- what they mean
 
 
-@pytest.mark.parametrize(
-    ("body", "kwargs"),
-    [
-        ({"temperature": 1, "top_k": 1}, {}),
-        ({"temperature": 1, "min_p": 1}, {}),
-        ({"temperature": 1, "typical_p": 0.3, "seed": 5}, {"do_sample": True, "typical_p": 0.3, "seed": 5, "top_k": 0}),
-        ({"temperature": 1, "top_k": -1, "seed": 5}, {"do_sample": True, "top_k": 0, "seed": 5}),
-        ({"repetition_penalty": 1.7}, {"repetition_penalty": 1.7}),
-        ({"repeat_penalty": 1.7, "repeat_last_n": -1}, {"repetition_penalty": 1.7}),
-        ({"repeat_penalty": 1.7, "repeat_last_n": 0}, {}),
-        ({"n_predict": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
-        ({"max_completion_tokens": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
-        ({"length_penalty": -3.0, "generate_kwargs": {"num_beams": 3}}, {"num_beams": 3, "length_penalty": -3.0}),
-        ({"truncate_prompt_tokens": 100}, {}),
-    ],
-)
+@cases
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_sampler_s_field_is_the_parameter_of_chat(
     api: Running, ask_for: Any, path: str, body: dict[str, Any], kwargs: dict[str, Any]
@@ -302,25 +242,7 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     assert text["text"] == text["prompt"] == text["content"] != ""
 
 
-@pytest.mark.parametrize(
-    ("lax", "strict"),
-    [
-        ({"return_full_text": "false", "clean_up_tokenization_spaces": "1"}, {"return_full_text": False}),
-        ({"return_full_text": 0, "stream": "no"}, {"return_full_text": False}),
-        (
-            {"generate_kwargs": {"max_length": "30", "do_sample": "false", "num_beams": "2", "length_penalty": "0.5"}},
-            {"generate_kwargs": {"max_length": 30, "do_sample": False, "num_beams": 2, "length_penalty": 0.5}},
-        ),
-        (
-            {"generate_kwargs": {"max_new_tokens": 9.0, "do_sample": 0, "early_stopping": "yes", "num_beams": "3"}},
-            {"generate_kwargs": {"max_new_tokens": 9, "do_sample": False, "early_stopping": True, "num_beams": 3}},
-        ),
-        (
-            {"generate_kwargs": {"do_sample": "off", "eos_token_id": "-1", "max_length": " 40 ", "min_length": True}},
-            {"generate_kwargs": {"do_sample": False, "eos_token_id": -1, "max_length": 40, "min_length": 1}},
-        ),
-    ],
-)
+@cases
 def test_chat_reads_values_as_the_original_did(api: Running, lax: dict[str, Any], strict: dict[str, Any]) -> None:
     greedy = {"prompt": PROMPT, "generate_kwargs": GREEDY}
     answers = [api.chat(**greedy | body) for body in (lax, strict)]

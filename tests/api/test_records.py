@@ -20,6 +20,7 @@ from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.tracing import tracing_of
 from edge_phi3.settings import Settings
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, USER, Running, loader, ready
+from tests.support.cases import cases, tables
 
 SECRETS = {"prompt": "the-secret-prompt", "key": "the-secret-key"}
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -72,15 +73,7 @@ def test_a_request_is_one_line_with_its_counts_and_times(model_path: Path, capsy
         assert unsaid not in errors
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "prompt"),
-    [
-        ("/chat", {"prompt": "a prompt"}, "a prompt"),
-        ("/chat", {"messages": USER}, USER),
-        ("/v1/chat/completions", {"messages": USER}, USER),
-        ("/v1/completions", {"prompt": ["a prompt", "b"]}, ["a prompt", "b"]),
-    ],
-)
+@cases
 def test_prompts_and_answers_are_logged_only_when_asked_for(
     model_path: Path, capsys: pytest.CaptureFixture[str], path: str, body: dict[str, Any], prompt: Any
 ) -> None:
@@ -186,18 +179,7 @@ def test_each_request_is_a_span_that_continues_the_client_s_trace(model_path: Pa
     assert (first.trace_id.hex(), first.parent_span_id.hex(), first.kind) == (TRACE, PARENT, 2)
     assert 0 < first.start_time_unix_nano < first.end_time_unix_nano
     told = values(first.attributes)
-    expected = {
-        "http.request.method": "POST",
-        "http.response.status_code": 200,
-        "url.path": "/chat",
-        "http.request.header.x-request-id": ["mine"],
-        "gen_ai.operation.name": "text_completion",
-        "gen_ai.provider.name": "edge-phi3",
-        "gen_ai.response.model": "random-4k",
-        "gen_ai.response.finish_reasons": ["length"],
-        "gen_ai.usage.output_tokens": 5,
-    }
-    assert told | expected == told
+    assert told | tables(__file__)["SPAN"] == told
     assert told["gen_ai.usage.input_tokens"] > 5
     times = [told[f"gen_ai.latency.{name}"] for name in ("time_in_queue", "time_to_first_token", "e2e")]
     assert [0, *times] == sorted([0, *times])

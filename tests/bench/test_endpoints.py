@@ -19,6 +19,7 @@ from edge_phi3.bench.errors import BenchError, ExchangeError
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.workload import Ask, Workload
 from tests.bench.conftest import DATA, client_of
+from tests.support.cases import cases
 from tests.support.in_process import Running
 
 GREEDY = Ask(["hello there"], 6, Workload())
@@ -87,22 +88,11 @@ def test_a_stream_is_read_wherever_the_network_cuts(cuts: list[int], end: bytes)
     assert (answer.prompt_tokens, answer.completion_tokens, answer.cached_tokens) == (4, 2, 0)
 
 
-@pytest.mark.parametrize(
-    ("api", "stream", "message"),
-    [
-        ("llama-server", LLAMA_SERVER_STREAM[:-20], "The stream ended before the answer did."),
-        ("llama-server", b'data: {"error":{"code":500,"message":"no slot"}}\n\n', "no slot"),
-        ("openai", b'data: {"choices":[{"text":"a"}]}\n\n', "The stream ended before the answer did."),
-        ("openai", b'data: {"error":{"message":"overloaded"}}\n\ndata: [DONE]\n\n', "overloaded"),
-        ("openai", b'data: {"error":"overloaded"}\n\n', "overloaded"),
-        ("chat", b'event: error\ndata: {"detail":"The engine is broken."}\n\n', "The engine is broken."),
-        ("chat", b"data: nonsense\n\n", "not JSON"),
-        ("chat", b"data: [1]\n\n", "where an object belongs"),
-    ],
-)
-def test_streams_that_fail_are_failures(api: str, stream: bytes, message: str) -> None:
+@cases
+def test_streams_that_fail_are_failures(api: str, stream: str | None, message: str) -> None:
+    content = LLAMA_SERVER_STREAM[:-20] if stream is None else stream.encode()
     with pytest.raises(ExchangeError, match=message):
-        generate(client_of(lambda _: httpx.Response(200, content=stream)), api)
+        generate(client_of(lambda _: httpx.Response(200, content=content)), api)
 
 
 def test_failures_of_the_network_are_told() -> None:

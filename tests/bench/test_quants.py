@@ -22,6 +22,7 @@ from edge_phi3.bench.report_files import write_json
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
+from tests.support.cases import cases
 from tests.test_cli import Result, edge_phi3
 
 QUICK = ["--ctx-size", "64", "--chunks", "3", "--threads", "1", "--repetitions", "2"]
@@ -97,9 +98,7 @@ def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) 
     assert not list(folder.glob("*Q8_0.gguf"))
 
 
-def test_what_is_measured_is_not_measured_again(
-    report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_done_twice(report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[str] = []
 
     def counting(job: Job, *arguments: object) -> object:
@@ -163,19 +162,7 @@ def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantRep
         plot_quality(report.measurements, tmp_path / "c.xyz")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--type", "Q9_K"], "'Q9_K' is not a quantisation type"),
-        (["--type", "IQ1_S", "--imatrix", "none"], "IQ1_S needs an importance matrix"),
-        (["--type", "Q8_0", "--text", "absent.txt"], "absent.txt cannot be read"),
-        (["--type", "Q4_0", "--imatrix", "absent.gguf"], "absent.gguf cannot be read"),
-        (["--type", "Q8_0", "--ctx-size", "4000"], "two chunks of 4000 are needed"),
-        (["small.gguf"], "quantised to Q8_0 already"),
-        (["text.gguf"], "not a whole GGUF"),
-        (["absent"], "neither a GGUF file nor a checkpoint"),
-    ],
-)
+@cases
 def test_what_cannot_be_measured_is_refused_in_a_sentence(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:

@@ -15,6 +15,7 @@ from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import Report, ServeBench, measure
 from edge_phi3.bench.workload import Workload
+from tests.support.cases import cases
 from tests.support.in_process import Running
 from tests.test_cli import edge_phi3
 
@@ -58,16 +59,6 @@ def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) ->
     assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72
 
 
-@pytest.mark.parametrize("api", ["openai", "openai-chat"])
-def test_a_sampled_load_on_our_own_openai_api_is_measured(service: Running, api: str) -> None:
-    workload = Workload(prompt_tokens="12", output_tokens="5", temperature=0.8, top_k=5, ignore_eos=True)
-    bench = ServeBench(f"http://127.0.0.1:{service.port}", [Level(clients=2, sessions=4)], workload, api=api)
-    report = asyncio.run(measure(bench))
-    assert [(level.requests, level.failed) for level in report.levels] == [(4, 0)]
-    assert {record.completion_tokens for record in report.requests[0]} == {5}
-    assert report.exact_lengths
-
-
 def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:
     with pytest.raises(BenchError, match=r"No request to .* succeeded: HTTP 400"):
         run(service, Level(clients=1, sessions=1), output_tokens="1000000")
@@ -101,15 +92,7 @@ def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> Non
     assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--clients", "0"], "give positive numbers"),
-        (["--clients", "two"], "give positive numbers"),
-        (["--api", "grpc"], "grpc"),
-        (["--rate", "2"], "--rate needs --requests or --duration"),
-    ],
-)
+@cases
 def test_wrong_options_are_refused(arguments: list[str], message: str) -> None:
     result = edge_phi3("bench", "serve", "http://127.0.0.1:9", *arguments)
     assert result.returncode == 2

@@ -14,6 +14,7 @@ from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint,
 from edge_phi3.catalog.store import folder_name, shelf_name
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
+from tests.support.cases import cases
 
 DEMO = LocalCheckpoint(DEMO_CHECKPOINT, "phi-3-demo")
 PRESET = HubCheckpoint("microsoft/Phi-3-mini-128k-instruct", "main", "phi-3-mini-128k-instruct")
@@ -56,21 +57,7 @@ def test_what_lies_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest
     assert (model.path, model.name, model.quant, model.manifest) == (Path("owner/name/file.gguf"), "file", None, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("phi-3-mini-4k", r"is neither .* owner/name/file\.gguf\. Did you mean phi-3-mini-4k-instruct\?"),
-        ("llama", r"give phi-3-demo, phi-3-mini-4k-instruct, phi-3-mini-128k-instruct, .*, phi-4, a Hub repository"),
-        ("/no/such/folder", r"/no/such/folder does not exist"),
-        ("./model.gguf", r"\./model\.gguf does not exist"),
-        ("https://example.org/model.gguf", r"is a URL; name a Hub repository as owner/name"),
-        ("owner/name/file.bin", "is neither a file nor a folder here"),
-        ("owner/name/../../etc/passwd.gguf", r"is not a path within a repository"),
-        ("owner/name/..\\x.gguf", r"is not a path within a repository"),
-        ("own..er/name", "has neither"),
-        ("owner/na me", "is neither"),
-    ],
-)
+@cases
 def test_what_means_nothing_is_answered_in_a_sentence(text: str, words: str) -> None:
     with pytest.raises(ModelReferenceError, match=words):
         parse_reference(text)

@@ -101,9 +101,7 @@ def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
-    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -113,9 +111,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
     assert list((tmp_path / "output").iterdir()) == []
 
 
-def test_a_disk_without_room_is_refused_before_writing(
-    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_without_room_is_refused_first(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(DiskFullError, match=r"out\.gguf will take about [\d.]+ .B, .* has 1\.0 kB left"):
         convert(pristine, tmp_path / "output" / "out.gguf")

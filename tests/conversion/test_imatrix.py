@@ -32,6 +32,7 @@ from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model
 from scripts.demo_model.corpus import read_corpus
 from tests.conversion.conftest import fields_of, tensors_of, write_model
+from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
 TEXT = calibration_text()[:3000]
@@ -201,9 +202,7 @@ def write_legacy(path: Path, sums: Sums) -> Path:
 
 # One of each grid that ggml builds when it meets a type; that of IQ1 takes it many seconds.
 @pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", pytest.param("IQ1_S", marks=pytest.mark.soak)])
-def test_types_that_need_a_matrix_are_made_with_one_and_name_it(
-    source: Path, tmp_path: Path, sums: Sums, name: str
-) -> None:
+def test_types_that_need_a_matrix_are_made_and_name_it(source: Path, tmp_path: Path, sums: Sums, name: str) -> None:
     assert QUANTIZATION_TYPES[name].needs_imatrix
     imatrix = write_legacy(tmp_path / "imatrix.dat", sums)
     result = quantize(source, tmp_path / "out.gguf", type=name, imatrix=imatrix)
@@ -235,9 +234,7 @@ def test_a_matrix_of_another_model_is_refused(source: Path, tmp_path: Path, sums
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_a_matrix_that_lacks_a_tensor_is_refused_when_the_tensor_needs_it(
-    source: Path, tmp_path: Path, sums: Sums
-) -> None:
+def test_a_matrix_that_lacks_a_tensor_is_refused_when_that_needs_it(source: Path, tmp_path: Path, sums: Sums) -> None:
     del sums[UP]
     imatrix = write_gguf(tmp_path / "imatrix.gguf", sums)
     with pytest.raises(QuantizeError, match=rf"{UP} cannot become iq2_xs without a row in"):
@@ -249,32 +246,14 @@ def test_a_matrix_that_lacks_a_tensor_is_refused_when_the_tensor_needs_it(
     quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("absent", "cannot be read: No such file"),
-        ("empty", "it ends early, or is another kind of file"),
-        ("cut-legacy", "it ends early, or is another kind of file"),
-        ("cut-gguf-header", "not a whole importance matrix"),
-        ("cut-gguf-data", "not a whole importance matrix"),
-        ("no-sums", r"no tensor whose name ends with \.in_sum2"),
-        ("wrong-type", "it is a GGUF of type 'adapter', not 'imatrix'"),
-        ("nan", rf"holds NaN or infinite values for {UP}"),
-    ],
-)
+@cases
 def test_a_bad_matrix_is_refused_in_a_sentence(source: Path, tmp_path: Path, sums: Sums, kind: str, words: str) -> None:
     if kind == "nan":
         sums[UP][4] = np.nan
     new, old = (write(tmp_path / write.__name__, sums).read_bytes() for write in (write_gguf, write_legacy))
-    contents = {
-        "empty": b"",
-        "cut-legacy": old[:-1200],
-        "cut-gguf-header": new[:60],
-        "cut-gguf-data": new[:-300],
-        "no-sums": new.replace(b".in_sum2", b".in_sumX"),
-        "wrong-type": new.replace(b"\0imatrix", b"\0adapter", 1),
-        "nan": new,
-    }
+    contents = {"empty": b"", "cut-legacy": old[:-1200], "cut-gguf-header": new[:60], "cut-gguf-data": new[:-300]}
+    contents |= {"no-sums": new.replace(b".in_sum2", b".in_sumX"), "nan": new}
+    contents["wrong-type"] = new.replace(b"\0imatrix", b"\0adapter", 1)
     path = tmp_path / "imatrix.file"
     if kind in contents:
         path.write_bytes(contents[kind])

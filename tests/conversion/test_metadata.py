@@ -16,6 +16,7 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model, tokenize
 from tests.conversion.conftest import edit, fields_of
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.cases import cases
 
 ENDS = [phi3_vocabulary(merges=300).id_of(text) for text in ("<|endoftext|>", "<|assistant|>", "<|end|>")]
 
@@ -38,22 +39,12 @@ def ends_of(checkpoint: Path) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("repository", "stated", "folder", "name"),
-    [
-        ("microsoft/Phi-3-mini-4k-instruct", "other", "folder", "Phi-3-mini-4k-instruct"),
-        (None, "Phi-3-mini-4k-instruct", "folder", "Phi-3-mini-4k-instruct"),
-        (None, "microsoft/Phi-3.5-mini-instruct/", "folder", "Phi-3.5-mini-instruct"),
-        (None, ..., "my-phi3-tune", "my-phi3-tune"),
-        (None, ..., "tune", "Phi-3 tune"),
-        ("someone/medical", ..., "folder", "Phi-3 medical"),
-    ],
-)
+@cases
 def test_the_name_makes_llama_cpp_follow_phi3s_tokenizer(
-    checkpoint: Path, repository: str | None, stated: object, folder: str, name: str
+    checkpoint: Path, repository: str | None, stated: str, folder: str, name: str
 ) -> None:
     checkpoint = checkpoint.rename(checkpoint.parent / folder)
-    edit(checkpoint / "config.json", _name_or_path=stated)
+    edit(checkpoint / "config.json", _name_or_path=stated or ...)
     keys = converted(checkpoint, SourceInfo(repository) if repository else None)
     assert keys["general.name"] == name
     chat = "<|user|>\n Hello<|end|>\n<|assistant|>\n"
@@ -96,9 +87,7 @@ def test_the_source_is_named_as_told_or_as_the_hubs_cache_names_it(pristine: Pat
     assert not any(key.startswith("general.source") for key in converted(elsewhere))
 
 
-def test_llama_cpp_learns_of_all_ends_that_it_can_and_our_key_has_all(
-    checkpoint: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_llama_cpp_learns_ends_it_can_and_our_key_has_all(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = converted(checkpoint)
     assert keys[EOS_TOKEN_IDS_KEY] == ENDS
     assert keys[PAD_TOKEN_ID_KEY] == keys["tokenizer.ggml.eos_token_id"] == ENDS[0]

@@ -25,14 +25,9 @@ from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.conversion.conftest import JSON, edit, edited_weights, tensors_of
 from tests.golden.checkpoints import long_context, longrope, write_checkpoint
+from tests.support.cases import tables
 
-MINI_4K: dict[str, Any] = {
-    "architectures": ["Phi3ForCausalLM"], "hidden_size": 3072, "intermediate_size": 8192,
-    "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
-    "num_key_value_heads": None, "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-05,
-    "rope_scaling": None, "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False,
-    "vocab_size": 32064,
-}  # fmt: skip
+MINI_4K: dict[str, Any] = tables(__file__)["MINI_4K"]
 MINI_128K = MINI_4K | long_context(96)
 
 
@@ -82,21 +77,13 @@ def factor(value: float) -> dict[str, Any]:
     return {"longrope": EXPECTED["longrope"] | {"attention_factor": value}}
 
 
-SPELLINGS = [
-    {"type": "longrope"},
-    {"type": "yarn"},
-    {"rope_type": "longrope", "type": "su"},
-    {"rope_type": None, "type": "su"},
-    {"rope_type": "longrope", "type": None},
-]
+SPELLINGS = tables(__file__)["SPELLINGS"]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=str)
 @pytest.mark.parametrize("places", [("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling")])
 @pytest.mark.parametrize("other", [None, {}, DEFAULT, {"type": "default"}, {"rope_theta": 10000.0}], ids=str)
-def test_the_factors_of_either_place_count(
-    places: tuple[str, str], spelling: dict[str, Any], other: dict[str, Any] | None
-) -> None:
+def test_either_place_counts(places: tuple[str, str], spelling: dict[str, Any], other: dict[str, Any] | None) -> None:
     config = LONG_CONTEXT | {places[0]: FACTORS | spelling, places[1]: other}
     assert rope_of(config) == EXPECTED | {"notes": (NOTE.format(*places),) if other else ()}
 
@@ -136,9 +123,7 @@ def test_an_entry_may_stand_in_one_place_or_in_both(changes: dict[str, Any], exp
         (SCALING | {"attention_factor": 1.5}, NEW | {"attention_factor": 1.25}, "attention_factor"),
     ],
 )
-def test_places_that_contradict_each_other_are_refused(
-    scaling: dict[str, Any], parameters: dict[str, Any], entry: str
-) -> None:
+def test_places_that_contradict_are_refused(scaling: dict[str, Any], parameters: dict[str, Any], entry: str) -> None:
     config = LONG_CONTEXT | {"partial_rotary_factor": 1.0, "rope_scaling": scaling, "rope_parameters": parameters}
     words = f"^config.json: rope_scaling and rope_parameters contradict each other on {entry}.*; remove the one"
     with pytest.raises(CheckpointError, match=words):
@@ -170,9 +155,7 @@ def test_factors_without_their_type_have_no_effect_and_are_told(kind: dict[str, 
     )
 
 
-def test_the_file_is_that_of_the_factors_alone_and_the_converter_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_file_is_that_of_the_factors_and_a_note_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_checkpoint(tmp_path / "phi-3-long", layers=1, **long_context())
     alone = convert(folder, tmp_path / "alone.gguf").path.read_bytes()
     assert caplog.messages == []

@@ -21,21 +21,11 @@ from tokenizers import Tokenizer
 from edge_phi3.conversion.phi3 import read_phi3
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.demo import DEMO_CHECKPOINT
+from scripts.demo_model import corpus
 from scripts.demo_model.card import render_card
-from scripts.demo_model.corpus import (
-    EMPHASISED,
-    LONGEST_ANSWER,
-    QUESTIONS,
-    Item,
-    dice,
-    expected_answer,
-    first_paragraph,
-    question_name,
-    read_corpus,
-    split_corpus,
-)
 from scripts.demo_model.folder import whole_folder
 from tests.golden.vocabularies import VOCABULARY_GGUF
+from tests.support.cases import cases
 
 FAST = Tokenizer.from_file(str(DEMO_CHECKPOINT / "tokenizer.json"))
 
@@ -59,9 +49,9 @@ def test_the_card_is_the_one_that_the_recorded_run_gives_and_the_folder_suits_a_
 
 def test_the_ten_questions_are_the_ones_fixed_before_training() -> None:
     questions, answers = read("questions.json"), read("training.json")["answers"]
-    assert tuple(entry["question"] for entry in questions) == QUESTIONS
+    assert tuple(entry["question"] for entry in questions) == corpus.QUESTIONS
     assert [(a["question"], a["expected"]) for a in answers] == [(q["question"], q["answer"]) for q in questions]
-    assert all(12 <= len(entry["answer"]) <= LONGEST_ANSWER for entry in questions)
+    assert all(12 <= len(entry["answer"]) <= corpus.LONGEST_ANSWER for entry in questions)
 
 
 def test_configuration_is_phi_3_mini_4k_in_all_but_size() -> None:
@@ -118,70 +108,53 @@ def test_any_text_comes_back(text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def items() -> list[Item]:
-    return read_corpus()
+def items() -> list[corpus.Item]:
+    return corpus.read_corpus()
 
 
-@pytest.mark.parametrize(
-    ("docstring", "answer"),
-    [
-        ("Return the sum of x and y.", "Return the sum of x and y."),
-        ("Wrapped over\n    two lines.\n\n    More.", "Wrapped over two lines."),
-        ("f(x) -> y\n\nReturn y for x.", "Return y for x."),
-        ("f(x[, y]) -> z\nf(x) -> z\n\nReturn z for x.", "Return z for x."),
-        ("f(x) -> Return y for x.", "Return y for x."),
-        ("D.copy() -> a shallow copy of D", "a shallow copy of D"),
-        ("First sentence. " + "Long " * 60 + "second.", "First sentence."),
-        ("Do it very well. For example:\n\n    f()", "Do it very well."),
-        ("Long " * 60 + "only.", None),
-        (">>> f(1) is an example", None),
-        ("f(x)", None),
-        ("", None),
-        ("Short.", None),
-    ],
-)
+@cases
 def test_first_paragraph(docstring: str, answer: str | None) -> None:
-    assert first_paragraph(docstring) == answer
+    assert corpus.first_paragraph(docstring.replace("LONG", "Long " * 60)) == answer
 
 
-def test_names_and_shared_texts_come_once_and_answers_are_prose_of_limited_length(items: list[Item]) -> None:
+def test_names_and_shared_texts_come_once_and_answers_are_prose_of_limited_length(items: list[corpus.Item]) -> None:
     assert len(items) > 1000
-    assert all(12 <= len(item.answer) <= LONGEST_ANSWER for item in items)
+    assert all(12 <= len(item.answer) <= corpus.LONGEST_ANSWER for item in items)
     assert all(item.answer == " ".join(item.answer.split()) for item in items)
     names = {item.name for item in items}
     assert len(names) == len(items)
     ordinary = [item.answer for item in items if not item.emphasised]
     assert len(ordinary) == len(set(ordinary))
-    for question in QUESTIONS:
-        assert question_name(question) in names & EMPHASISED
-        assert expected_answer(question, items)
+    for question in corpus.QUESTIONS:
+        assert corpus.question_name(question) in names & corpus.EMPHASISED
+        assert corpus.expected_answer(question, items)
 
 
-def test_what_this_process_patches_does_not_count(items: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_this_process_patches_does_not_count(items: list[corpus.Item], monkeypatch: pytest.MonkeyPatch) -> None:
     def warn_often() -> None:
         """Warn more often than the library does."""
 
     warn_often.__module__ = "textwrap"
     monkeypatch.setattr(textwrap, "__all__", [*textwrap.__all__, "warn_often"])
     monkeypatch.setattr(textwrap, "warn_often", warn_often, raising=False)
-    assert read_corpus() == items
+    assert corpus.read_corpus() == items
 
 
-def test_held_out_items_are_ordinary_and_never_trained(items: list[Item]) -> None:
-    split = split_corpus(items, seed=3, share=0.05)
+def test_held_out_items_are_ordinary_and_never_trained(items: list[corpus.Item]) -> None:
+    split = corpus.split_corpus(items, seed=3, share=0.05)
     assert len(split.held_out) == round(0.05 * len(items))
     assert not any(item.emphasised for item in split.held_out)
     assert not set(split.trained) & set(split.held_out)
     assert set(split.trained) | set(split.held_out) == set(items)
-    assert split_corpus(items, seed=3, share=0.05) == split
-    assert split_corpus(items, seed=4, share=0.05) != split
+    assert corpus.split_corpus(items, seed=3, share=0.05) == split
+    assert corpus.split_corpus(items, seed=4, share=0.05) != split
 
 
 def test_questions_come_with_and_without_backticks_and_a_module_is_no_call() -> None:
-    chance = dice(0)
-    asked = {Item("len", "Length.").ask(chance) for _ in range(300)}
+    chance = corpus.dice(0)
+    asked = {corpus.Item("len", "Length.").ask(chance) for _ in range(300)}
     assert {"What does len do?", "What does `len` do?", "What does len() do?", "What is len?"} <= asked
-    modules = {Item("json", "JSON.", module=True).ask(chance) for _ in range(300)}
+    modules = {corpus.Item("json", "JSON.", module=True).ask(chance) for _ in range(300)}
     assert "What does json do?" in modules
     assert not any("()" in question for question in modules)
 

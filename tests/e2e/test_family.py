@@ -6,7 +6,6 @@ import contextlib
 import json
 from pathlib import Path
 
-import httpx
 import msgspec
 import pytest
 
@@ -15,17 +14,11 @@ from edge_phi3.conversion.quantize_plan import Options, make_job
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.quantizer import QuantizerProcess
 from tests.golden.family import FAMILY, write_member
-from tests.support.services import PATIENCE, serving
+from tests.support.cases import tables
+from tests.support.services import serving
 from tests.test_cli import edge_phi3
 
-_REASONING = "<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|>"
-PROMPTS = {
-    "phi-4-mini-reasoning": _REASONING + "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>",
-    "phi-4-mini": "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>",
-    "phi-4": "<|im_start|>system<|im_sep|>Be brief.<|im_end|><|im_start|>user<|im_sep|>Hi<|im_end|>"
-    "<|im_start|>assistant<|im_sep|>",
-    "phi-3": "<|system|>\nBe brief.<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n",
-}
+PROMPTS = tables(__file__)["PROMPTS"]
 """What a conversation becomes, by the beginning of a member's name."""
 CONVERSATION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 
@@ -74,9 +67,8 @@ def test_a_member_goes_the_whole_way(
     assert [row["type"] for row in report["measurements"]] == ["BF16", "Q4_K_M"]
     with serving(tmp_path, str(tmp_path / "Q4_K_M.gguf"), "--ctx-size", "512", store=tmp_path / "store") as server:
         kwargs = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
-        body = {"messages": CONVERSATION, "generate_kwargs": kwargs}
-        answer = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE).json()
+        answer = server.post("/chat", messages=CONVERSATION, generate_kwargs=kwargs).json()
         prompt = next(text for beginning, text in PROMPTS.items() if name.startswith(beginning))
-        asked = httpx.post(f"{server.url}/tokenize", json={"text": prompt}, timeout=PATIENCE).json()["tokens"]
+        asked = server.post("/tokenize", text=prompt).json()["tokens"]
         assert answer["sequences"][0][: len(asked)] == asked
         assert 1 <= len(answer["sequences"][0]) - len(asked) <= 4

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import cases
 from tests.support.service_client import CHAT, Ask, Outcome, send
 from tests.support.service_fuzz import Trial
 from tests.support.service_requests import WORDS, AskMaker, Setup, make_model
@@ -40,24 +41,7 @@ def is_answered(outcome: Outcome) -> bool:
     return outcome.status == 200 and outcome.answer is not None and not outcome.trouble
 
 
-MIXED = {"seed": 1, "threads": 8, "share": 0.15, "count": 50, "crosstalk": 1, "longest": 1600}
-SMALL = {"seed": 12, "threads": 2, "share": 0.3, "count": 15, "crosstalk": 0, "longest": 400}
-LEAVING = {"seed": 5, "threads": 16, "share": 0.0, "count": 0, "crosstalk": 4, "longest": 100}
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "chosen"),
-    [
-        ("128k", {"ctx_size": 6000, "prefix_cache_mib": 1}, MIXED),
-        ("window of 64", {"ctx_size": 1024, "parallel": 4, "exact_seeds": True}, MIXED),
-        ("phi-4-mini", {"ctx_size": 6000}, MIXED),
-        ("window of 64", {"ctx_size": 4096}, SMALL),
-        ("window of 16", {"ctx_size": 4096}, SMALL),
-        ("window of 3", {"ctx_size": 4096}, SMALL),
-        # So many cells that a cache with a part for each sequence would have room for eight beams.
-        ("128k", {"ctx_size": 65536}, LEAVING),
-    ],
-)
+@cases
 def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     model: Model, kind: str, options: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
@@ -71,7 +55,8 @@ def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     assert compared == 12 * chosen["crosstalk"]
 
 
-@pytest.mark.parametrize("cells", [None, 8000, 20000])  # those of the defaults, more, and enough for all of it
+# The cells of the defaults, more, and enough for all of it.
+@pytest.mark.parametrize("cells", [None, pytest.param(8000, marks=pytest.mark.soak), 20000])
 def test_sequences_that_outgrow_the_original_context_stop_nobody(model: Model, folder: Path, cells: int | None) -> None:
     enough, short = cells == 20000, ask(8, do_sample=False, max_new_tokens=4)
     beams: dict[str, Any] = {"num_beams": 4, "do_sample": False}

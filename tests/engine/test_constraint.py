@@ -27,9 +27,10 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation import GenerationConfig, GenerationError, ModelDefaults
 from edge_phi3.llama.model import Model
 from tests.engine.conftest import Asked, MakeModel, engine_at_rest, running_engine
-from tests.generation import conftest as tables
+from tests.generation import conftest as toys
 from tests.golden.checkpoints import write_checkpoint
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.cases import tables
 
 STEPS = 600
 DATA = json.loads((Path(__file__).parent / "data" / "json_schemas.json").read_text(encoding="utf-8"))
@@ -195,9 +196,7 @@ def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
         vocabulary.start({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": different}}})
 
 
-def test_who_has_used_up_the_time_of_all_copies_may_write_nothing_more(
-    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_has_used_up_the_time_may_write_nothing(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = iter(range(1000))
     monkeypatch.setattr("edge_phi3.engine.constraint.time", SimpleNamespace(thread_time=lambda: next(spent)))
     constraint = vocabulary.start({"type": "array"})
@@ -223,22 +222,8 @@ def test_where_llguidance_gives_up_nothing_may_come(vocabulary: Vocabulary) -> N
 # -- in decoders and the engine
 
 PROMPT = np.arange(300, 320, dtype=np.int32)
-ANSWER = {
-    "type": "object",
-    "properties": {
-        "kind": {"enum": ["one", "two", "three"]},
-        "count": {"type": "integer", "minimum": 0, "maximum": 99},
-        "text": {"type": "string", "maxLength": 4},
-    },
-    "required": ["kind", "count", "text"],
-}
-OPTIONS: list[dict[str, Any]] = [
-    {"do_sample": False},
-    {"do_sample": False, "return_dict_in_generate": True, "output_scores": True},
-    {"do_sample": None, "num_return_sequences": 2, "min_new_tokens": 5},
-    {"seed": 1, "temperature": 2.0, "top_k": 0, "top_logprobs": 2},
-    {"seed": 2, "num_return_sequences": 4, "top_k": 5, "return_dict_in_generate": True, "output_scores": True},
-]
+ANSWER = tables(__file__)["ANSWER"]
+OPTIONS: list[dict[str, Any]] = tables(__file__)["OPTIONS"]
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +236,9 @@ def engine(make_model: MakeModel) -> Iterator[Engine]:
 def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(engine: Engine, options: dict[str, Any]) -> None:
     defaults: ModelDefaults = engine.model.defaults
     start = ConstraintVocabulary(engine.model.tokenizer).constrain(ANSWER, defaults.eos_token_ids)
-    model = tables.table_model(1, defaults.vocab_size)
+    model = toys.table_model(1, defaults.vocab_size)
 
-    def obedient(prefix: tables.Prefix) -> NDArray[np.float32]:
+    def obedient(prefix: toys.Prefix) -> NDArray[np.float32]:
         row, constraint = model(prefix).copy(), start.clone()
         for token in prefix[len(PROMPT) :]:
             constraint.accept(token)
@@ -262,8 +247,8 @@ def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(engine: E
 
     options = {"defaults": defaults, "max_length": None, "max_new_tokens": 200} | options
     logprobs = options.pop("top_logprobs", None)
-    result = tables.answer(model, PROMPT.tolist(), constraint=start, top_logprobs=logprobs, **options)
-    expected = tables.answer(obedient, PROMPT.tolist(), **options)
+    result = toys.answer(model, PROMPT.tolist(), constraint=start, top_logprobs=logprobs, **options)
+    expected = toys.answer(obedient, PROMPT.tolist(), **options)
     assert [each.tolist() for each in result.sequences] == [each.tolist() for each in expected.sequences]
     assert result.finish_reasons == expected.finish_reasons
     assert result.scores == expected.scores

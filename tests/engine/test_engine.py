@@ -1,24 +1,25 @@
-"""Many requests on one model: exact, bounded, cancellable, and back on its feet after a failure."""
+"""Many requests on one model: exact, bounded, back after a failure; scored prompts, sizes of batches, delivery."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.batch_sizes import BatchSizes, measure
 from edge_phi3.engine.errors import EngineStoppedError, RequestTooLargeError
-from edge_phi3.engine.sequence import GenerationRequest, TokensEvent
-from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.llama import DecodeFailedError, ModelLoadError
+from edge_phi3.engine.events import EventBatcher, Mailbox
+from edge_phi3.engine.sequence import TokensEvent
+from edge_phi3.llama import DecodeFailedError
 from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
+from tests.support.cases import cases
 from tests.support.services import wait_for
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
@@ -50,22 +51,6 @@ def test_a_batch_has_room_for_every_sequence(make_model: MakeModel, batch_size: 
         assert ask(engine, prompt(1, 30), max_new_tokens=8) == expected
 
 
-def test_closing_the_iterator_cancels(make_model: MakeModel) -> None:
-    async def leave_early(engine: Engine) -> None:
-        config = GenerationConfig.resolve(
-            {"do_sample": False, "max_new_tokens": 3000, **ENDLESS}, engine.model.defaults
-        )
-        events = engine.generate(GenerationRequest(prompt(8, 10), config, stream=True))
-        async for event in events:
-            assert isinstance(event, TokensEvent)
-            break
-        await events.aclose()
-
-    with running_engine(make_model("4k")) as engine:
-        asyncio.run(leave_early(engine))
-        assert wait_for(lambda: engine.stats().running == 0)
-
-
 def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
     with running_engine(make_model("4k"), ctx_size=1024, parallel=16) as engine:
         with pytest.raises(RequestTooLargeError, match=r"1509 KV cells .* has 1024"):
@@ -84,24 +69,6 @@ def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: py
             Asked(engine, prompt(1, 10), max_new_tokens=5)
 
 
-def test_draining_finishes_what_runs(make_model: MakeModel) -> None:
-    with running_engine(make_model("4k")) as engine:
-        asked = Asked(engine, prompt(1, 10), max_new_tokens=100, **ENDLESS)
-        asyncio.run(engine.drain(60))
-        assert len(generated(asked.finished())[0]) == 100
-        assert engine.status == "stopped"
-        with pytest.raises(EngineStoppedError):
-            Asked(engine, prompt(1, 10), max_new_tokens=1)
-
-
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model" * 100])
-def test_a_file_that_is_no_model_is_refused(tmp_path: Any, content: bytes) -> None:
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(content)
-    with pytest.raises(ModelLoadError, match=r"broken\.gguf"):
-        Engine(EngineSettings(path)).load()
-
-
 def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> None:
     with running_engine(make_model("4k")) as engine:
         asked = Asked(engine, prompt(1, 10), max_new_tokens=3000, **ENDLESS)
@@ -112,3 +79,114 @@ def test_closing_twice_at_once_frees_the_model_once(make_model: MakeModel) -> No
             closer.join()
         with pytest.raises(EngineStoppedError):
             asked.finished()
+
+
+@cases
+@pytest.mark.parametrize("options", [{}, {"batch_size": 48, "parallel": 2, "exact_seeds": True}])
+def test_each_is_what_the_tokens_before_give(
+    make_model: MakeModel, model: str, length: int, places: tuple[int, ...], options: dict[str, int]
+) -> None:
+    prompt = np.random.default_rng(length).integers(FIRST_TOKEN, LAST_TOKEN, length, dtype=np.int32)
+    with running_engine(make_model(model), **options) as engine:
+        size = engine.model.model.vocab_size
+        beside = Asked(engine, prompt[:50], max_new_tokens=60, eos_token_id=[])
+        scored = Asked(engine, prompt, scored_prompt=3, max_new_tokens=1, seed=1).finished().prompt_logprobs
+        assert [each.token_id for each in scored] == prompt[1:].tolist()
+        for place in places:
+            event = Asked(engine, prompt[:place], max_new_tokens=1, top_logprobs=size).finished()
+            assert event.result.logprobs is not None
+            ((right,),) = event.result.logprobs
+            found, every = scored[place - 1], dict(right.top)
+            assert found.logprob == pytest.approx(every[found.token_id], abs=1e-4)
+            assert [logprob for _, logprob in found.top] == pytest.approx([each for _, each in right.top[:3]], abs=1e-4)
+        assert len(beside.finished().result.sequences[0]) == 110
+
+
+MEASURED = {1: 17, 2: 29, 3: 39, 4: 42, 6: 64, 7: 74, 8: 104, 12: 123, 15: 144, 16: 127, 24: 207, 32: 228}
+"""Milliseconds of a 0.65 B model at Q4_K_M on two cores with AVX2."""
+
+
+def test_rows_are_filled_up_where_a_whole_tile_is_faster() -> None:
+    sizes = BatchSizes(MEASURED)
+    assert {rows: sizes.padding(rows) for rows in (3, 4, 12, 14, 15, 16, 33)} == {
+        3: 0, 4: 0, 12: 0, 14: 2, 15: 1, 16: 0, 33: 0,
+    }  # fmt: skip
+
+
+def test_rows_go_in_two_batches_where_that_is_faster() -> None:
+    sizes = BatchSizes(MEASURED)
+    assert {rows: sizes.first(rows) for rows in (1, 2, 4, 7, 8, 16, 40)} == {
+        1: 1, 2: 2, 4: 4, 7: 7, 8: 4, 16: 16, 40: 40,
+    }  # fmt: skip
+
+
+def test_what_was_not_measured_is_decoded_as_it_comes() -> None:
+    sizes = BatchSizes({})
+    assert sizes.padding(3) == 0
+    assert sizes.first(3) == 3
+
+
+def test_a_context_is_measured_and_left_empty(make_model: MakeModel) -> None:
+    with running_engine(make_model("4k"), parallel=6) as engine:
+        context = engine.model.runners[0].context
+        engine._core.stop("It is measured.")  # type: ignore[union-attr]
+        sizes = measure(context)
+        assert sizes._largest <= 6
+        assert context.position_range(0) == (-1, -1)
+
+
+async def _deliveries(interval: float, step: float, steps: int) -> list[tuple[float, int]]:
+    """Return the times of the deliveries of a stream, and how many tokens each had, by a clock of steps."""
+    now = 1000.0
+    outbox, mailbox = EventBatcher(interval, lambda: now), Mailbox()
+    outbox.flush()
+    outbox.flush_if_due()
+    loop = asyncio.get_running_loop()
+    found: list[tuple[float, int]] = []
+    for number in range(1, steps + 1):
+        now = 1000.0 + number * step
+        outbox.post(loop, mailbox, TokensEvent([(0, number)]))
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        while not mailbox.empty():
+            event = mailbox.get_nowait()
+            assert isinstance(event, TokensEvent)
+            found.append((now, len(event.tokens)))
+    return found
+
+
+@pytest.mark.parametrize("step", [0.003, 0.011, 0.03, 0.049])
+def test_a_token_waits_for_no_longer_than_the_interval(step: float) -> None:
+    found = asyncio.run(_deliveries(0.1, step, 200))
+    apart = [later - earlier for (earlier, _), (later, _) in pairwise(found)]
+    assert max(apart) <= 0.1 + 1e-9
+    assert min(apart) > 0.1 - step - 1e-9
+    assert all(tokens == round(seconds / step) for seconds, (_, tokens) in zip(apart, found[1:], strict=True))
+
+
+@pytest.mark.parametrize(("interval", "step"), [(0.1, 0.06), (0.1, 0.5), (0.0, 0.001)])
+def test_no_token_waits_where_steps_are_slow_or_waiting_is_switched_off(interval: float, step: float) -> None:
+    assert [tokens for _, tokens in asyncio.run(_deliveries(interval, step, 50))] == [1] * 50
+
+
+def test_what_is_urgent_takes_along_what_waits() -> None:
+    async def post() -> None:
+        now = 1000.0
+        outbox, mailbox, other = EventBatcher(10.0, lambda: now), Mailbox(), Mailbox()
+        outbox.flush()
+        outbox.flush_if_due()
+        loop = asyncio.get_running_loop()
+        outbox.post(loop, mailbox, TokensEvent([(0, 1)]))
+        now = 1000.01
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        assert mailbox.empty()
+        failure = ValueError("over")
+        outbox.post(loop, other, failure)
+        now = 1000.02
+        outbox.flush_if_due()
+        await asyncio.sleep(0)
+        assert mailbox.get_nowait() == TokensEvent([(0, 1)])
+        assert other.get_nowait() is failure
+
+    asyncio.run(post())

@@ -143,6 +143,10 @@ def _for_all(_: Any, core: EngineCore, _request: Any, why: str) -> None:
         core._end(each, RuntimeError(why))
 
 
+def _with_unscored(original: Any, scheduler: Scheduler, request: Any) -> Any:
+    return request.stem_tokens() if request.unscored else original(scheduler, request)
+
+
 def _without_content(original: Any, context: HashContext, *arguments: Any, **options: Any) -> bool:
     before = context._data.copy()
     restored: bool = original(context, *arguments, **options)
@@ -163,55 +167,18 @@ def _over_another(original: Any, context: HashContext, count: int) -> NDArray[np
 
 
 WRONG: dict[str, tuple[type, str, Callable[..., Any], int]] = {
-    "who comes back waits behind all others": (
-        Scheduler,
-        "enqueue",
-        lambda _, scheduler, request: scheduler.waiting.append(request),
-        60,
-    ),
+    "who comes back waits behind all others": (Scheduler, "enqueue", lambda _, s, one: s.waiting.append(one), 60),
     "one token too many is shared": (KVCache, "_longest_shared", _one_too_many, 60),
     "one request's failure ends others": (EngineCore, "_fail", _for_all, 60),
-    "a prompt that is scored begins with cells that have no logits": (
-        Scheduler,
-        "_known_tokens",
-        lambda original, scheduler, request: (
-            request.stem_tokens() if request.unscored else original(scheduler, request)
-        ),
-        100,
-    ),
-    "prompts are scored by the logits beside theirs": (
-        EngineCore,
-        "_score",
-        lambda original, core, batch, logits: original(core, batch, np.roll(logits, 1, axis=0)),
-        40,
-    ),
+    "a prompt that is scored begins with cells that have no logits": (Scheduler, "_known_tokens", _with_unscored, 100),
+    "prompts have the scores beside theirs": (EngineCore, "_score", lambda f, *a: f(*a[:2], np.roll(a[2], 1, 0)), 40),
     "a cell is never freed": (KVCache, "_let_go", lambda original, kv, cells: original(kv, cells[1:]), 20),
     "finished sequences keep their cells": (KVCache, "make_room", lambda *_: None, 20),
     "what never fits is not refused": (Scheduler, "refuse_what_never_fits", lambda *_: None, 40),
-    "the context shares one cell too few": (
-        HashContext,
-        "_cells_to_copy",
-        lambda original, context, source: original(context, source)[1:],
-        20,
-    ),
-    "the context takes cells for what is restored, and leaves in them what they held": (
-        HashContext,
-        "restore",
-        _without_content,
-        60,
-    ),
-    "the context keeps what has left the window": (
-        HashContext,
-        "remove",
-        lambda original, context, *ids: ids[1] and original(context, *ids),
-        20,
-    ),
-    "the context leaves what is no number after a failure": (
-        HashContext,
-        "clear",
-        lambda original, context, **_: original(context),
-        100,
-    ),
+    "the context shares one cell too few": (HashContext, "_cells_to_copy", lambda f, *ids: f(*ids)[1:], 20),
+    "the context leaves in cells for what is restored what they held": (HashContext, "restore", _without_content, 60),
+    "the context keeps what has left the window": (HashContext, "remove", lambda f, *ids: ids[2] and f(*ids), 20),
+    "the context leaves what is no number after a failure": (HashContext, "clear", lambda f, self, **_: f(self), 100),
     "the contexts have the same rotary factors": (HashContext, "__init__", _in_one_rotary_set, 60),
     "the context writes a token where another one is": (HashContext, "_free_slots", _over_another, 20),
 }

@@ -44,9 +44,7 @@ def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: 
         ({"lora": ((Path("absent.gguf"), 1.0),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
     ],
 )
-def test_what_does_not_fit_the_model_is_explained(
-    make_model: MakeModel, options: dict[str, Any], sentence: str
-) -> None:
+def test_what_does_not_fit_the_model_is_told(make_model: MakeModel, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ModelLoadError, match=sentence), running_engine(make_model("4k"), **options):
         pass
 
@@ -75,9 +73,7 @@ def test_layers_are_counted_where_there_is_a_gpu(
         assert (engine.stats().gpu_layers, engine.stats().cpu_layers) == (there, 3 - there)
 
 
-def test_a_context_that_cannot_be_made_leaves_nothing_behind(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_context_that_cannot_be_made_leaves_nothing(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first context of two is freed before the weights that it points to."""
     freed: list[str] = []
 
@@ -105,9 +101,7 @@ def test_a_context_that_cannot_be_made_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("ctx_size", [0, 512, 4096, 4097, 8192])
-def test_a_model_with_two_sets_of_rotary_factors_takes_all_sequences_in_both_contexts(
-    make_model: MakeModel, ctx_size: int
-) -> None:
+def test_two_sets_of_rotary_factors_take_all_sequences_in_both_contexts(make_model: MakeModel, ctx_size: int) -> None:
     with running_engine(make_model("128k"), ctx_size=ctx_size) as engine:
         cells = {0: [4096, 8192], 512: [512], 4096: [4096], 4097: [4096, 4352], 8192: [4096, 8192]}[ctx_size]
         assert [runner.kv.cells for runner in engine.model.runners] == cells

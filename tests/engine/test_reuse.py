@@ -105,9 +105,7 @@ def test_a_state_that_cannot_be_restored_is_computed(make_model: MakeModel, monk
         assert generated(event) == expected
 
 
-def test_a_seed_repeats_exactly_on_a_quantised_model_wherever_its_cells_lie(
-    make_model: MakeModel, tmp_path: Any
-) -> None:
+def test_a_seed_repeats_exactly_on_a_quantised_model_wherever_cells_lie(make_model: MakeModel, tmp_path: Any) -> None:
     quantised = quantize(make_model("wide"), tmp_path / "wide-q4.gguf", type="Q4_K_M").path
     options = {"do_sample": True, "seed": 5, "top_k": 0, "temperature": 1.5, "max_new_tokens": 24, **ENDLESS}
     beams = {"num_beams": 3, "max_new_tokens": 12, **ENDLESS, "do_sample": True, "seed": 8}

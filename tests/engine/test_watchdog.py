@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,21 +17,11 @@ from edge_phi3.engine.watchdog import Watchdog, stacks
 from edge_phi3.errors import InternalError
 from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
+from tests.support.cases import tables
 from tests.support.services import wait_for
 
 STALL, RECOVERY, LOSS = "stalled", "recovered", "lost"
-STORIES: dict[str, list[tuple[str, float, list[str]]]] = {
-    "reported once, lost after the same time again": [
-        ("wait", 59, []),
-        ("wait", 2, [STALL]),
-        ("wait", 57, []),
-        ("wait", 300, [LOSS]),
-    ],
-    "a step comes after all": [("wait", 70, [STALL]), ("step", 1, [RECOVERY]), ("wait", 59, []), ("wait", 10, [STALL])],
-    "nothing to do": [("idle", 500, []), ("wait", 59, [])],
-    "slow steps": [*(("wait", 20, []), ("step", 1, [])) * 3, ("wait", 180, []), ("wait", 40, [STALL])],
-    "the watchdog itself stood still": [("wait", 30, []), ("sleep", 100_000, []), ("wait", 25, [])],
-}
+STORIES: dict[str, list[tuple[str, float, list[str]]]] = tables(__file__)["STORIES"]
 """What happens at first, the seconds that it lasts, and what the watchdog calls meanwhile; its limit is 60 seconds."""
 
 
@@ -136,27 +123,3 @@ def test_draining_ends_although_the_thread_never_comes_back(make_model: MakeMode
         go.set()
         engine._thread.join(600)
         assert engine.close(), "what was left is freed once the thread has ended"
-
-
-LOST = """
-import sys, threading
-from pathlib import Path
-from edge_phi3.engine.engine import Engine
-from edge_phi3.engine.engine_settings import EngineSettings
-from tests.engine.conftest import Asked
-
-engine = Engine(EngineSettings(Path(sys.argv[1]), stall_timeout=0.5, exit_on_stall=True))
-engine.load()
-engine.model.runners[0].context.decode = lambda *_: threading.Event().wait()
-print("asked", flush=True)
-Asked(engine, [300, 301], max_new_tokens=5)
-threading.Event().wait()
-"""
-
-
-def test_the_process_exits_with_1_when_the_stall_goes_on(make_model: MakeModel) -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", LOST, str(make_model("4k"))]
-    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
-    assert ended.stdout == "asked\n"
-    assert ended.returncode == 1, ended.stderr

@@ -1,7 +1,8 @@
-"""Decoding beyond transformers' recorded answers: seeds, draws, scores, beams, log-probabilities, ends."""
+"""Decoding: transformers' recorded answers, and beyond them seeds, draws, scores, beams, log-probabilities, ends."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -9,12 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from edge_phi3.generation import GenerationError, ModelDefaults, advance
+from edge_phi3.generation import Decoder, GenerationError, ModelDefaults, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
+from edge_phi3.generation.parameters import PARAMETERS
 from edge_phi3.generation.stopping import StopStrings
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
+from tests.golden import generation_data as data
+from tests.golden.requests import MODES, Request
+from tests.support.cases import cases, tables
 
 PROMPT = (5, 6, 7)
 
@@ -43,15 +49,7 @@ def test_the_sequences_of_a_request_are_drawn_independently() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"top_k": 150}, {"num_beams": 2},
-        *({"top_k": 0} | warper for warper in (
-            {}, {"top_p": 0.5}, {"typical_p": 0.5}, {"min_p": 0.1}, {"epsilon_cutoff": 0.1}, {"eta_cutoff": 0.1},
-        )),
-    ],
-)  # fmt: skip
+@cases
 def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any], value: float) -> None:
     logits = table_model(1)(PROMPT)[None]
     logits[0, 100] = value
@@ -76,9 +74,7 @@ def test_scores_are_recorded_where_both_options_are_on(dictionary: bool, output_
 @given(
     st.integers(0, 2**32), st.integers(1, 2000), st.floats(0, 1, exclude_max=True), st.floats(0.01, 50), st.booleans()
 )
-def test_draws_invert_the_cumulative_distribution(
-    seed: int, width: int, uniform: float, spread: float, whole: bool
-) -> None:
+def test_draws_invert_the_distribution(seed: int, width: int, uniform: float, spread: float, whole: bool) -> None:
     tokens = None if whole else np.tile(np.arange(width, dtype=np.int32), (2, 1))
     random = np.random.default_rng(seed)
     scores = (random.standard_normal((2, width)) * spread).astype(np.float32)
@@ -163,16 +159,10 @@ def test_extreme_length_penalties_do_not_overflow(length_penalty: float, score: 
 # -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen
 
 
-MODES: list[dict[str, Any]] = [
-    {"do_sample": False},
-    {"do_sample": False, "suppress_tokens": list(range(0, 200, 2)), "return_dict_in_generate": True},
-    {"seed": 1, "temperature": 0.5, "top_k": 3},
-    {"seed": 2, "num_return_sequences": 3, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.3},
-    {"do_sample": None, "num_return_sequences": 2},
-]
+OPTIONS: list[dict[str, Any]] = tables(__file__)["OPTIONS"]
 
 
-@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("top", [0, 1, 5, VOCABULARY + 1])
 def test_they_are_the_log_softmax_of_the_raw_logits(options: dict[str, Any], top: int) -> None:
     model, options = table_model(1), {"max_new_tokens": 12} | options
@@ -222,17 +212,7 @@ def forced(*tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return logits
 
 
-@pytest.mark.parametrize(
-    ("tokens", "strings", "found"),
-    [
-        ([2, 1, 3], ["ab"], False),  # as in transformers, the window is as many tokens as the string has characters
-        ([2, 1, 3], ["ab", "xyz"], True),
-        ([2, 0, 3], ["ab"], False),  # nothing reaches across an id without a token
-        ([2, 3, 1], ["ab"], False),
-        ([0], ["a"], False),
-        ([2, 3, 50], ["ab"], False),
-    ],
-)
+@cases
 def test_stop_strings(tokens: list[int], strings: list[str], found: bool) -> None:
     assert StopStrings(strings, TEXTS).matches(np.array(tokens, dtype=np.int32)) is found
 
@@ -269,3 +249,55 @@ def test_no_end_token_ends_nothing(ends: object) -> None:
     for token in (END, END, END):
         advance([each], forced(token))
     assert each.result().sequences[0].tolist() == [*PROMPT, END, END, END]
+
+
+RECORDED = data.read_answers("replay")
+
+
+@functools.cache
+def logits() -> dict[Prefix, NDArray[np.float32]]:
+    return data.read_logits()
+
+
+def recorded_logits(prefix: Prefix) -> NDArray[np.float32]:
+    assert prefix in logits(), f"transformers never came to {prefix}"
+    return logits()[prefix]
+
+
+def start(request: Request) -> Decoder:
+    options = request.kwargs | {"output_scores": True, "return_dict_in_generate": True}
+    return decoder(request.prompt, data.REPLAY_DEFAULTS, vocabulary=data.replay_texts(), **options)
+
+
+def compare(running: Decoder, request: Request, answer: data.Answer) -> list[str]:
+    pad = data.REPLAY_DEFAULTS.pad_token_id
+    assert pad is not None
+    return data.differences(running.result(), request, answer, request.kwargs.get("pad_token_id", pad))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_request_alone_gives_the_tokens_and_scores_of_transformers(mode: str) -> None:
+    of_mode = [(request, answer) for request, answer in RECORDED if request.mode == mode]
+    running = [start(request) for request, _ in of_mode]
+    for each, (request, _) in zip(running, of_mode, strict=True):
+        run(recorded_logits, (each, request.prompt))
+    found = [compare(each, *recorded) for each, recorded in zip(running, of_mode, strict=True)]
+    assert {number: differing for number, differing in enumerate(found) if differing} == {}
+
+
+def test_all_requests_together_give_the_tokens_and_scores_of_transformers() -> None:
+    running = [(start(request), request.prompt) for request, _ in RECORDED]
+    run(recorded_logits, *running)
+    found = [compare(each, *recorded) for (each, _), recorded in zip(running, RECORDED, strict=True)]
+    assert not [index for index, differing in enumerate(found) if differing]
+    reasons = {reason for each, _ in running for reason in each.result().finish_reasons}
+    assert reasons == {"stop", "stop_string", "length"}, "answers end in every way"
+
+
+def test_the_recorded_requests_cover_every_mode_and_parameter() -> None:
+    requests = [request for request, _ in RECORDED]
+    assert len(requests) >= 400
+    assert {request.mode for request in requests} == set(MODES)
+    recorded = {name for request in requests for name in request.kwargs}
+    elsewhere = {"max_time", "bos_token_id", "output_scores", "return_dict_in_generate"}
+    assert recorded == PARAMETERS.keys() - elsewhere

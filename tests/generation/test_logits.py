@@ -16,6 +16,7 @@ from edge_phi3.generation.logits import log_softmax, softmax, top_candidates, to
 from edge_phi3.generation.processors import build_processors
 from edge_phi3.generation.warpers import Warping, warp
 from tests.golden.generation_data import REPLAY_DEFAULTS
+from tests.support.cases import tables
 
 SIZES = (5, 64, 96, 1000, 4096, 5003, 32064)
 KINDS = ("plain", "ties", "banned", "flat", "peaks")
@@ -225,21 +226,12 @@ def test_invalid_values_become_0_and_the_largest_numbers() -> None:
 
 
 def test_processors_follow_the_order_of_transformers() -> None:
-    everything = {
-        "num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5, "do_sample": False,
-        "sequence_bias": [[[3], 1.0]], "repetition_penalty": 1.1, "no_repeat_ngram_size": 2,
-        "encoder_no_repeat_ngram_size": 2, "bad_words_ids": [[4]], "min_length": 50, "forced_bos_token_id": 5,
-        "forced_eos_token_id": 6, "remove_invalid_values": True, "exponential_decay_length_penalty": [1, 1.1],
-        "suppress_tokens": [9], "begin_suppress_tokens": [9], "renormalize_logits": True,
-    }  # fmt: skip
+    everything = tables(__file__)["EVERYTHING"]
     config = dataclasses.replace(GenerationConfig.resolve(everything, REPLAY_DEFAULTS), presence_penalty=1.0)
     built = build_processors(config, np.ones(1, dtype=np.int32))
     functions = [getattr(processor, "func", processor) for processor in built]
-    assert [getattr(function, "__name__", type(function).__name__) for function in functions] == [
-        "SequenceBias", "HammingDiversity", "penalize_repetition", "penalize_occurrences", "ban_repeated_ngrams",
-        "ban_repeated_ngrams", "SequenceBias", "ban_tokens", "force_tokens", "force_tokens", "make_finite",
-        "favour_the_end", "ban_tokens", "ban_tokens", "renormalize",
-    ]  # fmt: skip
+    names = [getattr(function, "__name__", type(function).__name__) for function in functions]
+    assert names == tables(__file__)["ORDER"]
 
 
 def test_what_is_off_is_not_built() -> None:

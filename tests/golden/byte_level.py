@@ -6,6 +6,7 @@ flags, templates and order of ids are the published models'.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 
 from edge_phi3.byte_level import PATTERNS
 from tests.golden.vocabularies import AddedToken
+from tests.support.cases import tables
 
 MERGES = Path(__file__).parent.parent / "data" / "byte-level-merges.txt"
 
@@ -40,58 +42,14 @@ class Style:
     base: int
     added: dict[int, str]
     strips: dict[str, bool]
-    keeps_space: tuple[str, ...]
-    not_special: tuple[str, ...]
+    keeps_space: list[str]
+    not_special: list[str]
     roles: dict[str, str]
-    ends: tuple[str, ...]
+    ends: list[str]
     template: str
 
 
-_TOOLS = ("<|tool|>", "<|/tool|>", "<|tool_call|>", "<|/tool_call|>", "<|tool_response|>")
-_PHI_4_MINI_TURNS = (
-    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and message['tools'] is not "
-    "none %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|tool|>' + message['tools'] + '<|/tool|>' + "
-    "'<|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
-)
-
-PHI_4_MINI = Style(
-    pre="gpt-4o",
-    base=199998,
-    added={1: "<|endoftext|>", 20: "<|endofprompt|>", 21: "<|assistant|>", 22: "<|end|>", 23: "<|user|>"}
-    | {24: "<|system|>", **{25 + i: text for i, text in enumerate(_TOOLS)}, 30: "<|tag|>"},
-    strips={"rstrip": True},
-    keeps_space=("<|endoftext|>", "<|endofprompt|>"),
-    not_special=_TOOLS,
-    roles=dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
-    ends=("<|end|>", "<|endoftext|>"),
-    template=_PHI_4_MINI_TURNS,
-)
-PHI_4_MINI_REASONING = dataclasses.replace(
-    PHI_4_MINI,
-    template="{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.<|end|>' }}" + _PHI_4_MINI_TURNS,
-)
-_PHI_4_NAMED = {1: "<|endoftext|>", 2: "<|fim_prefix|>", 3: "<|fim_middle|>", 4: "<|fim_suffix|>"}
-_PHI_4_NAMED |= {8: "<|im_start|>", 9: "<|im_end|>", 10: "<|im_sep|>", 20: "<|endofprompt|>"}
-_PHI_4_DUMMIES = [place for place in range(96) if place not in _PHI_4_NAMED]
-_PHI_4_ADDED = _PHI_4_NAMED | {place: f"<|dummy_{number}|>" for number, place in enumerate(_PHI_4_DUMMIES)}
-PHI_4 = Style(
-    pre="dbrx",
-    base=100256,
-    added=_PHI_4_ADDED,
-    strips={"lstrip": True, "rstrip": True},
-    keeps_space=(),
-    not_special=(),
-    roles={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": _PHI_4_ADDED[95]},
-    ends=("<|endoftext|>", "<|im_end|>"),
-    template=(
-        "{% for message in messages %}{% if (message['role'] == 'system') %}{{'<|im_start|>system<|im_sep|>' + "
-        "message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'user') %}{{'<|im_start|>user<|im_sep|>' + "
-        "message['content'] + '<|im_end|>'}}{% elif (message['role'] == 'assistant') %}{{'<|im_start|>assistant"
-        "<|im_sep|>' + message['content'] + '<|im_end|>'}}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
-    ),
-)
+STYLES = {name: Style(**fields) for name, fields in tables(__file__)["STYLES"].items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,36 +85,12 @@ class ByteLevelVocabulary:
         return {f"{role}_id": token_id for role, token_id in roles.items()}
 
     def tokenizer_json(self) -> dict[str, Any]:
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": PATTERNS[self.style.pre][0]},
-            "behavior": "Removed",
-            "invert": True,
-        }
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        model = {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": "",
-            "end_of_word_suffix": "",
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {token: i for i, token in enumerate(self.tokens)} | self._added_behind_gaps(),
-            "merges": [merge.split(" ") for merge in self.merges],
-        }
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [vars(token) for token in self.added],
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-            "post_processor": byte_level | {"use_regex": True},
-            "decoder": byte_level | {"use_regex": True},
-            "model": model,
-        }
+        made: dict[str, Any] = copy.deepcopy(tables(__file__)["TOKENIZER"])
+        made["added_tokens"] = [vars(token) for token in self.added]
+        made["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": PATTERNS[self.style.pre][0]}
+        made["model"]["vocab"] = {token: i for i, token in enumerate(self.tokens)} | self._added_behind_gaps()
+        made["model"]["merges"] = [merge.split(" ") for merge in self.merges]
+        return made
 
     def _added_behind_gaps(self) -> dict[str, int]:
         """Return the added tokens that do not follow another: `tokenizers` takes their ids from the vocabulary."""
@@ -166,24 +100,12 @@ class ByteLevelVocabulary:
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files, and ``generation_config.json``."""
         style = self.style
-        config = {
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "add_prefix_space": False,
-            "added_tokens_decoder": {
-                str(token.id): {name: value for name, value in vars(token).items() if name != "id"}
-                for token in self.added
-            },
-            "chat_template": style.template,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 131072,
-            "tokenizer_class": "GPT2Tokenizer",
-            **style.roles,
-        }
+        decoder = {str(token.id): dict(list(vars(token).items())[1:]) for token in self.added}
+        config = tables(__file__)["CONFIG"] | {"added_tokens_decoder": decoder, "chat_template": style.template}
         ends = [self.id_of(text) for text in style.ends]
         for name, content in {
             "tokenizer.json": self.tokenizer_json(),
-            "tokenizer_config.json": config,
+            "tokenizer_config.json": config | style.roles,
             "special_tokens_map.json": style.roles,
             "added_tokens.json": {token.content: token.id for token in self.added},
             "vocab.json": {token: i for i, token in enumerate(self.tokens)},
@@ -203,10 +125,10 @@ def alphabet() -> list[str]:
 
 @functools.cache
 def small_vocabulary(style_name: str) -> ByteLevelVocabulary:
-    """Return the vocabulary of 1,100 tokens in the style `PHI_4_MINI`, `PHI_4_MINI_REASONING` or `PHI_4`."""
+    """Return the vocabulary of 1,100 tokens in one of `STYLES`."""
     merges = MERGES.read_text(encoding="utf-8").splitlines()
     tokens = (*sorted(alphabet()), *(merge.replace(" ", "") for merge in merges))
-    return ByteLevelVocabulary(tokens, tuple(merges), globals()[style_name])
+    return ByteLevelVocabulary(tokens, tuple(merges), STYLES[style_name])
 
 
 def reference_tokenizer(folder: Path) -> Tokenizer:

@@ -55,12 +55,8 @@ def longrope(head_size: int) -> dict[str, Any]:
 
 def long_context(head_size: int = 16) -> dict[str, Any]:
     """Return what tells Phi-3-mini-128k from the 4k model in ``config.json``, as arguments of `write_checkpoint`."""
-    return {
-        "max_position_embeddings": 131072,
-        "original_max_position_embeddings": 4096,
-        "sliding_window": 262144,
-        "rope_scaling": longrope(head_size),
-    }
+    lengths = {"max_position_embeddings": 131072, "original_max_position_embeddings": 4096, "sliding_window": 262144}
+    return lengths | {"rope_scaling": longrope(head_size)}
 
 
 def write_checkpoint(
@@ -94,18 +90,10 @@ def write_checkpoint(
     rows = vocab_size or -(-len(vocabulary) // 32) * 32
     kv_heads = kv_heads or heads
     end = vocabulary.id_of("<|endoftext|>")
-    hf_config = json.loads((DEMO_CHECKPOINT / "config.json").read_text(encoding="utf-8")) | {
-        "eos_token_id": end,
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "pad_token_id": end,
-        "torch_dtype": dtype,
-        "vocab_size": rows,
-        **config,
-    }
+    stated: dict[str, Any] = {"eos_token_id": end, "pad_token_id": end, "torch_dtype": dtype, "vocab_size": rows}
+    stated |= {"hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers}
+    stated |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, **config}
+    hf_config = json.loads((DEMO_CHECKPOINT / "config.json").read_text(encoding="utf-8")) | stated
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     if isinstance(vocabulary, Vocabulary):
         write_tokenizer(folder, vocabulary, add_bos=add_bos)
@@ -122,14 +110,7 @@ def write_checkpoint(
 
 
 def phi3_tensors(
-    hidden_size: int,
-    intermediate_size: int,
-    layers: int,
-    *,
-    heads: int,
-    kv_heads: int,
-    rows: int,
-    gain: float,
+    hidden_size: int, intermediate_size: int, layers: int, *, heads: int, kv_heads: int, rows: int, gain: float
 ) -> Iterator[Tensor]:
     """Return the tensors of ``Phi3ForCausalLM`` in the order of ``state_dict()``."""
     head_size = hidden_size // heads

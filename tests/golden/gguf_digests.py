@@ -18,19 +18,12 @@ from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatr
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.checkpoints import long_context, longrope, write_checkpoint
 from tests.golden.family import FAMILY
+from tests.support.cases import tables
 
 CONVERTED = Path(__file__).with_name("converter.json")
 QUANTIZED = Path(__file__).with_name("quantized.json")
 
-QUANTIZED_TYPES = {
-    "Q4_0": False,
-    "Q4_K_M": False,
-    "Q5_K_M": False,
-    "Q6_K": False,
-    "Q8_0": False,
-    "IQ4_XS": False,
-    "IQ2_XS": True,
-}
+QUANTIZED_TYPES = dict.fromkeys(("Q4_0", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_XS"), False) | {"IQ2_XS": True}
 """Each file type, and whether it is made with the importance matrix."""
 
 _OURS_ALONE = ("edge_phi3.", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.eot_token_id")
@@ -41,19 +34,12 @@ _PARAMETERS = _LONG | {"rope_theta": 10000.0, "original_max_position_embeddings"
 del _PARAMETERS["type"]
 
 CONVERTER_CASES: dict[str, dict[str, Any]] = {
-    "4k": {},
-    "4k-float16": {"dtype": "float16"},
-    "4k-float32": {"dtype": "float32"},
+    **tables(__file__)["CONVERTER_CASES"],
     "128k": long_context(),
     "128k-su": long_context() | {"rope_scaling": _LONG | {"type": "su"}},
     "128k-yarn": long_context() | {"rope_scaling": _LONG | {"type": "yarn"}},
     "128k-rope_parameters": long_context() | {"rope_scaling": None, "rope_parameters": _PARAMETERS},
-    "gqa": {"heads": 4, "kv_heads": 1, "sliding_window": 2047},
     "gqa-128k-sharded": {"kv_heads": 2, "shards": 3, **long_context()},
-    "sharded": {"shards": 2, "layers": 3},
-    "sharded-float32": {"dtype": "float32", "shards": 4},
-    "rows-of-no-whole-blocks": {"intermediate_size": 72},
-    "bos": {"add_bos": True, "sliding_window": None},
     # The others of the family; sizes, positions and vocabulary of each.
     **{name: FAMILY[name] | {"layers": 1} for name in FAMILY if "mini-4k" not in name and "mini-128k" not in name},
 }

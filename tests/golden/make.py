@@ -21,21 +21,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from tests.golden import attention
+from tests.golden import generation_data as data
 from tests.golden import pipeline as texts
-from tests.golden.generation_data import (
-    ENGINE_SEED,
-    FOLDER,
-    REPLAY_SEED,
-    REPLAY_VOCABULARY,
-    VALIDATION,
-    VALIDATION_PROMPT,
-    Answer,
-    replay_texts,
-    write_answers,
-    write_engine_model,
-    write_logits,
-    write_replay_model,
-)
 from tests.golden.reference import Reference, is_undrawable
 from tests.golden.requests import MODES, Request, RequestMaker
 
@@ -66,29 +53,29 @@ class PlainTokenizer:
 
 def record_replay() -> None:
     """Record answers together with the logits that they were chosen from."""
-    texts = replay_texts()
+    texts = data.replay_texts()
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(write_replay_model(Path(folder)), PlainTokenizer(texts), rounded=True)
-    maker = RequestMaker(REPLAY_SEED, range(1, REPLAY_VOCABULARY), texts=texts)
-    write_answers(FOLDER / "replay.json", _answered(maker, reference.answer))
-    write_logits(FOLDER / "replay.npz", reference.logits)
+        reference = Reference(data.write_replay_model(Path(folder)), PlainTokenizer(texts), rounded=True)
+    maker = RequestMaker(data.REPLAY_SEED, range(1, data.REPLAY_VOCABULARY), texts=texts)
+    data.write_answers(data.FOLDER / "replay.json", _answered(maker, reference.answer))
+    data.write_logits(data.FOLDER / "replay.npz", reference.logits)
 
 
 def record_engine() -> None:
     """Record answers that do not hang on rounding errors, for engines that compute logits themselves."""
     with tempfile.TemporaryDirectory() as folder:
-        write_engine_model(Path(folder))
+        data.write_engine_model(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=False)
         reference = Reference(Path(folder), tokenizer)
     usual = [token for token in range(259, len(tokenizer)) if token not in tokenizer.all_special_ids]
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     texts = [tokenizer.convert_tokens_to_string(["a", piece])[1:] for piece in pieces]
-    maker = RequestMaker(ENGINE_SEED, usual, texts=texts, longest_prompt=40, most_new=16, most_beams=8)
-    write_answers(FOLDER / "engine.json", _answered(maker, reference.answer_firmly))
+    maker = RequestMaker(data.ENGINE_SEED, usual, texts=texts, longest_prompt=40, most_new=16, most_beams=8)
+    data.write_answers(data.FOLDER / "engine.json", _answered(maker, reference.answer_firmly))
 
 
-def _answered(maker: RequestMaker, ask: Any) -> list[tuple[Request, Answer]]:
-    answers: list[tuple[Request, Answer]] = []
+def _answered(maker: RequestMaker, ask: Any) -> list[tuple[Request, data.Answer]]:
+    answers: list[tuple[Request, data.Answer]] = []
     for number, mode in enumerate(MODES, 1):
         while len(answers) < number * REQUESTS_PER_MODE:
             request = maker.make(mode)
@@ -99,7 +86,7 @@ def _answered(maker: RequestMaker, ask: Any) -> list[tuple[Request, Answer]]:
                     continue
                 raise
             if answer is not None:
-                answers.append((request, Answer(answer.sequences, *map(_short, dataclasses.astuple(answer)[1:]))))
+                answers.append((request, data.Answer(answer.sequences, *map(_short, dataclasses.astuple(answer)[1:]))))
     return answers
 
 
@@ -113,19 +100,19 @@ def _short(values: Any) -> Any:
 def record_validation() -> None:
     """Record which of the requests in ``validation.json`` transformers refuses; a new one has null for its reason."""
     with tempfile.TemporaryDirectory() as folder:
-        reference = Reference(write_replay_model(Path(folder)), PlainTokenizer(replay_texts()))
+        reference = Reference(data.write_replay_model(Path(folder)), PlainTokenizer(data.replay_texts()))
     lines = []
-    for kwargs, _ in json.loads(VALIDATION.read_text(encoding="utf-8")):
+    for kwargs, _ in json.loads(data.VALIDATION.read_text(encoding="utf-8")):
         reason = None
         try:
             mode = "sample" if kwargs.get("num_beams", 1) in (1, None) else "group_beam"
-            reference.answer(Request(mode, VALIDATION_PROMPT, dict(kwargs)))
+            reference.answer(Request(mode, data.VALIDATION_PROMPT, dict(kwargs)))
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         lines.append(json.dumps([kwargs, reason]))
-    _write_lines(VALIDATION, lines)
+    _write_lines(data.VALIDATION, lines)
     names = sorted(name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_"))
-    (FOLDER / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
+    (data.FOLDER / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
 
 
 def record_attention() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.support.cases import tables
+
 MODES = ("greedy", "sample", "beam", "beam_sample", "group_beam")
 
 
@@ -52,7 +54,7 @@ class RequestMaker:
         kwargs: dict[str, Any] = {"do_sample": mode in ("sample", "beam_sample")}
         kwargs |= self._lengths(len(prompt)) | self._processors(prompt)
         if mode in ("sample", "beam_sample"):
-            kwargs |= self._warpers() | {"seed": self._integer(0, 2**62)}
+            kwargs |= self._chosen("WARPERS") | {"seed": self._integer(0, 2**62)}
         if mode == "sample":
             kwargs["num_return_sequences"] = self._integer(1, 4)
         if mode in ("beam", "beam_sample", "group_beam"):
@@ -76,19 +78,33 @@ class RequestMaker:
     def _some(self, count: int) -> list[int]:
         return [int(token) for token in self._random.choice(self._tokens, count)]
 
-    def _chosen(self, chances: dict[str, tuple[float, Callable[[], Any]]]) -> dict[str, Any]:
-        return {name: make() for name, (chance, make) in chances.items() if self._chance(chance)}
+    def _several(self, low: int, high: int) -> list[int]:
+        return self._some(self._integer(low, high))
+
+    def _token(self) -> int:
+        return self._some(1)[0]
+
+    def _always(self) -> bool:
+        return True
+
+    def _decay(self) -> list[float]:
+        return [self._integer(0, 4), self._number(1.01, 1.5)]
+
+    def _chosen(self, table: str, **makers: Callable[[], Any]) -> dict[str, Any]:
+        """Choose parameters of a table; `makers` draw the values that follow from the request."""
+        kwargs = {}
+        for name, (chance, *kind) in tables(__file__)[table].items():
+            if self._chance(chance):
+                kwargs[name] = getattr(self, f"_{kind[0]}")(*kind[1:]) if kind else makers[name]()
+        return kwargs
 
     def _lengths(self, prompt_length: int) -> dict[str, Any]:
         new = self._integer(1, self._most_new)
         kwargs: dict[str, Any] = {"max_new_tokens": new} if self._chance(0.5) else {"max_length": prompt_length + new}
         kwargs |= self._chosen(
-            {
-                "min_length": (0.15, lambda: prompt_length + self._integer(0, new)),
-                "min_new_tokens": (0.15, lambda: self._integer(0, new)),
-                "eos_token_id": (0.8, self._ends),
-                "pad_token_id": (0.2, lambda: self._some(1)[0]),
-            }
+            "LENGTHS",
+            min_length=lambda: prompt_length + self._integer(0, new),
+            min_new_tokens=lambda: self._integer(0, new),
         )
         if self._texts is not None and self._chance(0.25):
             kwargs["stop_strings"] = self._stop_strings()
@@ -96,52 +112,29 @@ class RequestMaker:
 
     def _ends(self) -> int | list[int]:
         # Many end tokens, so that short answers of random models do end.
-        return self._some(1)[0] if self._chance(0.3) else self._some(self._integer(1, 10))
+        return self._token() if self._chance(0.3) else self._several(1, 10)
 
     def _stop_strings(self) -> str | list[str]:
         assert self._texts is not None
         strings = []
         for _ in range(self._integer(1, 3)):
-            text = "".join(self._texts[token] or "" for token in self._some(self._integer(1, 2)))
+            text = "".join(self._texts[token] or "" for token in self._several(1, 2))
             start = self._integer(0, max(len(text) - 2, 0))
             strings.append(text[start : start + self._integer(1, 3)] or "e")
         return strings[0] if len(strings) == 1 and self._chance(0.5) else strings
 
     def _phrases(self) -> list[list[int]]:
-        return [self._some(self._integer(1, 3)) for _ in range(self._integer(1, 12))]
+        return [self._several(1, 3) for _ in range(self._integer(1, 12))]
 
     def _processors(self, prompt: list[int]) -> dict[str, Any]:
         # Phrases that begin with what the prompt ends on take effect at once.
         likely = [*prompt[-1:], *self._some(1)]
-        chances: dict[str, tuple[float, Callable[[], Any]]] = {
-            "repetition_penalty": (0.25, lambda: self._number(0.6, 1.8)),
-            "no_repeat_ngram_size": (0.25, lambda: self._integer(1, 4)),
-            "encoder_no_repeat_ngram_size": (0.2, lambda: self._integer(1, 3)),
-            "bad_words_ids": (0.25, lambda: [*self._phrases(), likely]),
-            "sequence_bias": (0.25, lambda: [[one, self._number(-4, 4)] for one in [*self._phrases(), likely]]),
-            "forced_eos_token_id": (0.1, lambda: self._some(self._integer(1, 2))),
-            "remove_invalid_values": (0.2, lambda: True),
-            "exponential_decay_length_penalty": (0.15, lambda: [self._integer(0, 4), self._number(1.01, 1.5)]),
-            "suppress_tokens": (0.2, lambda: self._some(self._integer(1, 20))),
-            "begin_suppress_tokens": (0.2, lambda: self._some(self._integer(1, 20))),
-            "renormalize_logits": (0.2, lambda: True),
-        }
-        if len(prompt) == 1:
-            chances["forced_bos_token_id"] = (0.3, lambda: self._some(1)[0])
-        return self._chosen(chances)
-
-    def _warpers(self) -> dict[str, Any]:
-        return self._chosen(
-            {
-                "temperature": (0.6, lambda: self._number(0.3, 2.5)),
-                "top_k": (0.6, lambda: self._one_of(0, 1, 3, 5, 20, 50, 1000, None)),
-                "top_p": (0.4, lambda: self._number(0.05, 1.0)),
-                "min_p": (0.2, lambda: self._number(0.0, 0.3)),
-                "typical_p": (0.3, lambda: self._number(0.1, 0.99)),
-                "epsilon_cutoff": (0.2, lambda: self._number(0.001, 0.05)),
-                "eta_cutoff": (0.2, lambda: self._number(0.001, 0.05)),
-            }
+        kwargs = self._chosen(
+            "PROCESSORS",
+            bad_words_ids=lambda: [*self._phrases(), likely],
+            sequence_bias=lambda: [[one, self._number(-4, 4)] for one in [*self._phrases(), likely]],
         )
+        return kwargs | (self._chosen("ONE_TOKEN") if len(prompt) == 1 else {})
 
     def _beams(self, mode: str) -> dict[str, Any]:
         kwargs: dict[str, Any] = {"num_beams": self._integer(2, self._most_beams)}
@@ -151,9 +144,4 @@ class RequestMaker:
             kwargs["num_beams"] = groups * self._integer(1, self._most_beams // groups)
             kwargs["diversity_penalty"] = self._number(0.1, 3.0)
         kwargs["num_return_sequences"] = self._integer(1, kwargs["num_beams"])
-        return kwargs | self._chosen(
-            {
-                "early_stopping": (0.6, lambda: self._one_of(True, False, "never")),
-                "length_penalty": (0.6, lambda: self._number(-2.0, 3.0)),
-            }
-        )
+        return kwargs | self._chosen("BEAMS")

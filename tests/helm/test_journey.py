@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -23,23 +25,13 @@ from edge_phi3.catalog.reference import LocalCheckpoint, parse_reference
 from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import write_checkpoint
-from tests.helm.chart import (
-    Object,
-    containers,
-    environment,
-    of_kind,
-    pod_of,
-    preparer,
-    render,
-    render_texts,
-    server,
-)
+from tests.helm import chart
 from tests.support.documents import ROOT, blocks, run_at
 from tests.support.services import PATIENCE, Server, free_port, serving
 
 TEXT = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
 REPOSITORY = "microsoft/Phi-3-mini-4k-instruct"
-SMALL: Object = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
+SMALL: chart.Object = {"gpu": {"enabled": False}, "serve": {"options": {"ctx-size": 512, "parallel": 2}}}
 """What a machine without a GPU needs beside the values on the page."""
 
 NOWHERE = "http://127.0.0.1:9"
@@ -49,15 +41,15 @@ CONTENT = bytes(range(256)) * 40_000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-def command_of(container: Object) -> list[str]:
+def command_of(container: chart.Object) -> list[str]:
     """Return the command of a container as it is on this machine: the image's programs are those of this Python."""
     command = [*container.get("command", ["edge-phi3"]), *container.get("args", [])]
     return [sys.executable, *(["-m", "edge_phi3"] if command[0] == "edge-phi3" else []), *command[1:]]
 
 
-def environment_of(container: Object, **more: str) -> dict[str, str]:
+def environment_of(container: chart.Object, **more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("EDGE_PHI3_", "HF_"))}
-    return kept | environment(container) | more
+    return kept | chart.environment(container) | more
 
 
 def run_together(command: list[str], env: dict[str, str], count: int) -> list[tuple[int, str, str]]:
@@ -68,9 +60,9 @@ def run_together(command: list[str], env: dict[str, str], count: int) -> list[tu
     return [(process.returncode, *written) for process, written in zip(running, ended, strict=True)]
 
 
-def prepare(objects: list[Object], count: int = 1, **env: str) -> tuple[str, list[str]]:
+def prepare(objects: list[chart.Object], count: int = 1, **env: str) -> tuple[str, list[str]]:
     """Run the init container that makes the model, `count` times at once; return what all printed, and their logs."""
-    container = preparer(objects)
+    container = chart.preparer(objects)
     ended = run_together(command_of(container), environment_of(container, **env), count)
     assert {code for code, _, _ in ended} == {0}, ended
     (printed,) = {printed for _, printed, _ in ended}
@@ -78,9 +70,9 @@ def prepare(objects: list[Object], count: int = 1, **env: str) -> tuple[str, lis
 
 
 @contextlib.contextmanager
-def served(objects: list[Object], keys: Path | None = None, **env: str) -> Iterator[Server]:
+def served(objects: list[chart.Object], keys: Path | None = None, **env: str) -> Iterator[Server]:
     """Run the container of the service, with `keys` for the Secret's file; its probes are content once it is ready."""
-    container = server(objects)
+    container = chart.server(objects)
     arguments = [str(keys) if keys and part.startswith("/etc/edge-phi3/keys/") else part for part in container["args"]]
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -121,18 +113,20 @@ def test_replicas_that_start_together_make_the_default_model_once_and_all_serve(
     keys.write_text("first\nsecond\n")
     storage = {"mountPath": str(volume), "accessMode": "ReadWriteMany"}
     values = SMALL | {"replicas": 2, "model": {"endpoint": hub.endpoint}, "storage": storage}
-    objects, closed = render(values), render(values | {"auth": {"keys": ["first", "second"]}})
-    assert server(objects)["args"][1] == server(render())["args"][1], "the model of a release without values"
+    objects, closed = chart.render(values), chart.render(values | {"auth": {"keys": ["first", "second"]}})
+    assert chart.server(objects)["args"][1] == chart.server(chart.render())["args"][1], (
+        "the model of a release without values"
+    )
     printed, logs = prepare(objects, 2)
     assert Path(printed).is_relative_to(volume)
     assert len([log for log in logs if re.search("quantis|convert", log, re.IGNORECASE)]) == 1, "the other waited"
     assert len(hub.gets("config.json")) == 1
     requested, made = len(hub.requests), times_of(volume)
-    (test_pod,) = of_kind(closed, "Pod", "-test")
-    (asking,) = containers(test_pod)
+    (test_pod,) = chart.of_kind(closed, "Pod", "-test")
+    (asking,) = chart.containers(test_pod)
     env = {"HF_ENDPOINT": hub.endpoint}
     with served(objects, None, **env) as first, served(closed, keys, **env) as second:
-        for text in (TEXT, render_texts(values)["NOTES.txt"]):
+        for text in (TEXT, chart.render_texts(values)["NOTES.txt"]):
             assert_answers(first, text)
         # The test pod of `helm test` itself, with the service's address in place of the cluster's.
         command = [part.replace("http://edge-phi3.ai.svc", second.url) for part in command_of(asking)]
@@ -157,19 +151,19 @@ def carried(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
-def program_of(objects: list[Object]) -> str:
+def program_of(objects: list[chart.Object]) -> str:
     """Return the chart's own program, which downloads a model from a URL."""
-    (scripts,) = of_kind(objects, "ConfigMap")
+    (scripts,) = chart.of_kind(objects, "ConfigMap")
     return str(scripts["data"]["fetch_model.py"])
 
 
-def values_of_the_site(kind: str, replaced: dict[str, str]) -> Object:
+def values_of_the_site(kind: str, replaced: dict[str, str]) -> chart.Object:
     """Return one of the blocks for `site.yaml`, with what an operator fills in."""
     (text,) = [block.text for block in blocks(TEXT, "yaml") if kind in block.text and "kind:" not in block.text]
     for name, value in replaced.items():
         assert name in text
         text = text.replace(name, value)
-    values: Object = yaml.safe_load(text)
+    values: chart.Object = yaml.safe_load(text)
     return values
 
 
@@ -180,8 +174,8 @@ def test_a_site_without_internet_with_a_claim(carried: Path, tmp_path: Path) -> 
     subprocess.run(["tar", "-xmf", "-", "-C", tmp_path], input=archive, check=True)
     values = SMALL | values_of_the_site("existingClaim", {})
     values["storage"]["mountPath"] = str(volume)
-    objects = render(values)
-    assert "initContainers" not in pod_of(objects)
+    objects = chart.render(values)
+    assert "initContainers" not in chart.pod_of(objects)
     before = times_of(volume)
     with served(objects, HF_ENDPOINT=NOWHERE) as running:
         assert_answers(running)
@@ -195,7 +189,7 @@ def test_a_site_without_internet_with_an_image(carried: Path) -> None:
     values = SMALL | values_of_the_site("imageReference", {"FOLDER/Q4_K_M/FILE.gguf": path})
     values["storage"]["mountPath"] = str(carried)
     values["model"]["name"] = values["model"]["name"].replace("/models", str(carried), 1)
-    with served(render(values), HF_ENDPOINT=NOWHERE) as running:
+    with served(chart.render(values), HF_ENDPOINT=NOWHERE) as running:
         assert_answers(running)
 
 
@@ -207,9 +201,9 @@ def test_a_site_without_internet_with_a_file_server(hub: HubServer, carried: Pat
     replaced = {"https://files.site.example/phi3.gguf": f'"{url}"', "THE_SUM": checksum}
     values = SMALL | values_of_the_site("sha256", replaced)
     values["storage"] = {"mountPath": str(tmp_path)}
-    objects = render(values)
-    assert server(objects)["args"][1] == str(tmp_path / "url" / f"{checksum[:12]}-{file.name}")
-    preparer(objects)["command"][1:2] = ["-c", program_of(objects)]
+    objects = chart.render(values)
+    assert chart.server(objects)["args"][1] == str(tmp_path / "url" / f"{checksum[:12]}-{file.name}")
+    chart.preparer(objects)["command"][1:2] = ["-c", program_of(objects)]
     prepare(objects, HF_ENDPOINT=NOWHERE)
     with served(objects, HF_ENDPOINT=NOWHERE) as running:
         assert_answers(running)
@@ -218,7 +212,7 @@ def test_a_site_without_internet_with_a_file_server(hub: HubServer, carried: Pat
 def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> None:
     (program,) = re.findall(r'-- python -c "(.*)"$', TEXT, re.MULTILINE)
     values = SMALL | {"model": {"name": "demo", "prepare": {"mode": "none"}}, "storage": {"mountPath": str(tmp_path)}}
-    container = server(render(values))
+    container = chart.server(chart.render(values))
     port = str(free_port())
     command, env = command_of(container), environment_of(container)
     command[command.index("--port") + 1] = port
@@ -227,7 +221,7 @@ def test_a_pod_says_how_it_is_before_and_after_it_is_ready(tmp_path: Path) -> No
     assert isinstance(demo, LocalCheckpoint)
     locks.mkdir()
     making = FileLock(locks / f"{shelf_name(demo)}.lock")
-    said: list[Object] = []
+    said: list[chart.Object] = []
     with making, subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:
         try:
             while not said or said[-1] != {"status": "Healthy"}:
@@ -254,8 +248,8 @@ def files() -> Iterator[HubServer]:
 def fetch(files: HubServer, target: Path, *, name: str = "model", sha256: str = SHA256, count: int = 1) -> list[Any]:
     """Run the chart's program `count` times at once, without patience between attempts; return exit codes and logs."""
     url = f"{files.endpoint}/site/files/resolve/main/{name}.gguf"
-    objects = render({"model": {"url": "https://h.example/model.gguf", "sha256": sha256}})
-    command = [sys.executable, "-c", program_of(objects), *preparer(objects)["command"][2:4], url, str(target)]
+    objects = chart.render({"model": {"url": "https://h.example/model.gguf", "sha256": sha256}})
+    command = [sys.executable, "-c", program_of(objects), *chart.preparer(objects)["command"][2:4], url, str(target)]
     ended = run_together(command, os.environ | {"FETCH_PATIENCE": "0"}, count)
     return [(code, log) for code, _, log in ended]
 
@@ -290,17 +284,58 @@ def test_a_download_that_was_cut_off_goes_on(files: HubServer, tmp_path: Path, r
     assert ranges_of(files) == ([f"bytes={there}-"] if there else [None, "bytes=2000000-", rest])
 
 
-@pytest.mark.parametrize(
-    ("name", "sha256", "sentence"),
-    [
+def test_another_content_or_none_is_refused_and_not_kept(files: HubServer, tmp_path: Path) -> None:
+    for name, sha256, sentence in (
         ("model", "0" * 64, f"has the SHA-256 {SHA256}, not 0000"),
         ("other", SHA256, "other.gguf cannot be downloaded: HTTP Error 404"),
-    ],
-)
-def test_another_content_or_none_is_refused_and_not_kept(
-    files: HubServer, tmp_path: Path, name: str, sha256: str, sentence: str
+    ):
+        ((code, log),) = fetch(files, tmp_path / "m.gguf", name=name, sha256=sha256)
+        assert (code, sentence in log) == (1, True), log
+        assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]
+
+
+# -- a model behind a certificate of the site's own: what `model.caBundle` mounts is what the programs trust
+
+
+@pytest.fixture(scope="module")
+def private_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubServer, Path]]:
+    """A mirror of the Hub with a certificate that nobody knows, and that certificate."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("authority")
+    words = f"{openssl} req -x509 -newkey rsa:2048 -nodes -keyout key.pem -out ca.crt -subj /CN=site"
+    command = [*words.split(), "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "ca.crt", folder / "key.pem")
+    with HubServer() as private:
+        private._server.socket = context.wrap_socket(private._server.socket, server_side=True)
+        private.endpoint, private.cdn = (url.replace("http:", "https:") for url in (private.endpoint, private.cdn))
+        checkpoint = write_checkpoint(folder / "tiny", hidden_size=256)
+        private.repositories[REPOSITORY] = Repository.of(checkpoint)
+        private.repositories["site/files"] = Repository({"model.gguf": CONTENT})
+        yield private, folder / "ca.crt"
+
+
+@pytest.mark.parametrize("way", ["the Hub", "a URL"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_private_authority_is_trusted_where_it_is_given(
+    private_hub: tuple[HubServer, Path], tmp_path: Path, way: str, known: bool
 ) -> None:
-    ((code, log),) = fetch(files, tmp_path / "m.gguf", name=name, sha256=sha256)
-    assert code == 1
-    assert sentence in log
-    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf.lock"]
+    private, certificate = private_hub
+    model: chart.Object = {"caBundle": {"existingConfigMap": "trust"}} if known else {}
+    if way == "the Hub":
+        model["endpoint"] = private.endpoint
+    else:
+        model |= {"url": f"{private.endpoint}/site/files/resolve/main/model.gguf", "sha256": SHA256}
+    objects = chart.render(SMALL | {"model": model, "storage": {"mountPath": str(tmp_path)}})
+    container = chart.preparer(objects)
+    if way == "a URL":
+        container["command"][1:2] = ["-c", program_of(objects)]
+    # Its mount: the file that the ConfigMap of the site holds.
+    env = environment_of(container, FETCH_PATIENCE="0")
+    env |= {name: str(certificate) for name, value in env.items() if value == "/etc/edge-phi3/ca/ca.crt"}
+    ((code, _, log),) = run_together(command_of(container), env, 1)
+    assert (code == 0) is known, log
+    assert known or "CERTIFICATE_VERIFY_FAILED" in log

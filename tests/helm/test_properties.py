@@ -113,7 +113,7 @@ def is_sentence(error: helm_python.HelmRenderError) -> re.Match[str] | None:
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture],
 )
-def test_any_values_make_a_sound_release_or_a_sentence(
+def test_any_values_are_sound_or_refused(
     values: Object, release: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     try:

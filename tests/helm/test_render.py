@@ -1,7 +1,8 @@
-"""The chart renders to valid objects, or refuses values with a sentence; what it watches is there to be watched."""
+"""The chart renders to valid objects, or refuses values with a sentence; what watches it, and picks its pods, fits."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -10,33 +11,17 @@ from typing import Any
 
 import helm_python
 import pytest
+import yaml
 
 from edge_phi3 import __version__
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.catalog.reference import parse_reference
 from edge_phi3.engine.stats import EngineStats
-from tests.helm.chart import (
-    CHART,
-    DATA,
-    EXAMPLES,
-    NEWEST,
-    Object,
-    loaded,
-    of_kind,
-    oldest_kubernetes,
-    pod_of,
-    preparer,
-    render,
-    render_texts,
-    schema_errors,
-    server,
-    values_of,
-    workload,
-)
-from tests.helm.invariants import check_all, check_service_options
+from tests.helm import chart
+from tests.helm.invariants import check_all, check_service_options, routes
 
-REJECTIONS = values_of(DATA / "rejections.yaml")
-DASHBOARD = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
+REJECTIONS = chart.values_of(chart.DATA / "rejections.yaml")
+DASHBOARD = json.loads((chart.CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
 
 _METRIC = re.compile(r"(?<![\w.$])([a-zA-Z_:][a-zA-Z0-9_:]*)(?=\{)")
 """A metric in PromQL: every query of ours gives its labels."""
@@ -44,31 +29,33 @@ _METRIC = re.compile(r"(?<![\w.$])([a-zA-Z_:][a-zA-Z0-9_:]*)(?=\{)")
 
 def header_of(example: str, key: str) -> str | None:
     """Return what an example says of itself in a comment such as ``# kubernetes: 1.34``."""
-    found = re.search(rf"^# {key}: (.+)$", EXAMPLES[example].read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(rf"^# {key}: (.+)$", chart.EXAMPLES[example].read_text(encoding="utf-8"), re.MULTILINE)
     return found and found[1]
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+@pytest.mark.parametrize("example", chart.EXAMPLES)
 def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path: Path) -> None:
-    values, keys = values_of(EXAMPLES[example]), tmp_path / "api-keys"
+    values, keys = chart.values_of(chart.EXAMPLES[example]), tmp_path / "api-keys"
     keys.write_text("key\n")
-    report = helm_python.lint(CHART, values, strict=True)
+    report = helm_python.lint(chart.CHART, values, strict=True)
     assert report["errors"] == []
     # Severity 1 is information: a chart without an icon.
     assert [message for message in report["messages"] if message["severity"] > 1] == []
     oldest = header_of(example, "kubernetes")
     assert oldest is not None, "an example says from which Kubernetes on it works"
     for release in ("edge-phi3", "r", "3phi", "a.b", "a-release-name-of-the-53-characters-that-helm-allows-x"):
-        objects = render(values, name=release)
+        objects = chart.render(values, name=release)
         check_all(objects, is_restricted=header_of(example, "restricted") != "false")
-        assert schema_errors(objects, oldest, NEWEST) == []
+        assert chart.schema_errors(objects, oldest, chart.NEWEST) == []
     options = values.get("serve", {}).get("options", {})
     check_service_options(objects, {"log-format": "json", **options}, keys)
 
 
 def test_examples_span_the_supported_versions() -> None:
-    assert header_of("defaults", "kubernetes") == oldest_kubernetes()
-    assert schema_errors(render(values_of(EXAMPLES["dra"])), "1.33"), "the checks see what is too new"
+    assert header_of("defaults", "kubernetes") == chart.oldest_kubernetes()
+    assert chart.schema_errors(chart.render(chart.values_of(chart.EXAMPLES["dra"])), "1.33"), (
+        "the checks see what is too new"
+    )
 
 
 def part_of(whole: Any, keys: list[str]) -> Any:
@@ -80,54 +67,58 @@ def part_of(whole: Any, keys: list[str]) -> Any:
     return part_of(whole[int(keys[0])] if isinstance(whole, list) else whole.get(keys[0]), keys[1:])
 
 
-@pytest.mark.parametrize("case", values_of(DATA / "renders.yaml"), ids=lambda case: case["it"].replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case", chart.values_of(chart.DATA / "renders.yaml"), ids=lambda case: case["it"].replace(" ", "-")
+)
 def test_the_chart(case: Any) -> None:
-    values = values_of(EXAMPLES[case["example"]]) if "example" in case else case.get("values", {})
-    objects = render(values)
-    named: Object = {f"{obj['kind']}/{obj['metadata']['name']}": obj for obj in objects} | {"pod": pod_of(objects)}
+    values = chart.values_of(chart.EXAMPLES[case["example"]]) if "example" in case else case.get("values", {})
+    objects = chart.render(values)
+    named: chart.Object = {f"{obj['kind']}/{obj['metadata']['name']}": obj for obj in objects} | {
+        "pod": chart.pod_of(objects)
+    }
     expected = json.loads(json.dumps(case.get("parts", {})).replace("VERSION", __version__))
     assert {path: part_of(named, path.split()) for path in expected} == expected
-    notes = render_texts(values)["NOTES.txt"]
+    notes = chart.render_texts(values)["NOTES.txt"]
     assert [line for line in case.get("notes", []) if line not in notes] == []
     if model := case.get("serves"):
         parse_reference(model)
-        assert server(objects)["args"][:2] == ["serve", model]
-        assert preparer(objects)["command"][:3] == ["edge-phi3", "pull", model]
+        assert chart.server(objects)["args"][:2] == ["serve", model]
+        assert chart.preparer(objects)["command"][:3] == ["edge-phi3", "pull", model]
 
 
 def test_changed_keys_restart_the_pods() -> None:
-    first, again, other = (workload(render({"auth": {"keys": [key]}}))["spec"]["template"] for key in "aab")
+    first, again, other = (chart.workload(chart.render({"auth": {"keys": [key]}}))["spec"]["template"] for key in "aab")
     assert first == again != other
 
 
 def test_package_and_show(tmp_path: Path) -> None:
-    archive = helm_python.package(CHART, destination=tmp_path)
-    assert Path(archive).name == f"edge-phi3-{loaded().version}.tgz"
+    archive = helm_python.package(chart.CHART, destination=tmp_path)
+    assert Path(archive).name == f"edge-phi3-{chart.loaded().version}.tgz"
     with helm_python.Chart.load(archive) as packaged:
-        assert packaged.values == loaded().values
-        assert packaged.schema == loaded().schema
+        assert packaged.values == chart.loaded().values
+        assert packaged.schema == chart.loaded().schema
         names = {file["name"] for file in packaged.files}
         assert {"README.md", "files/fetch_model.py", "files/dashboard.json"} <= names
         assert not [name for name in names if name.startswith("ci/")]
-        assert packaged.render({}, name="a", namespace="b") == loaded().render({}, name="a", namespace="b")
+        assert packaged.render({}, name="a", namespace="b") == chart.loaded().render({}, name="a", namespace="b")
 
 
 def test_every_value_is_used_by_a_template() -> None:
-    templates = "\n".join(template["data"] for template in loaded().templates)
-    assert [key for key in loaded().values if not re.search(rf"(\.Values|\$v)\.{key}", templates)] == []
+    templates = "\n".join(template["data"] for template in chart.loaded().templates)
+    assert [key for key in chart.loaded().values if not re.search(rf"(\.Values|\$v)\.{key}", templates)] == []
 
 
 @pytest.mark.parametrize(("values", "named"), REJECTIONS["schema"], ids=str)
-def test_the_schema_refuses(values: Object, named: str) -> None:
+def test_the_schema_refuses(values: chart.Object, named: str) -> None:
     with pytest.raises(helm_python.HelmValuesError) as caught:
-        render(values)
+        chart.render(values)
     assert named in str(caught.value)
 
 
 @pytest.mark.parametrize(("values", "sentence"), REJECTIONS["templates"], ids=str)
-def test_values_that_do_not_fit_together_are_refused(values: Object, sentence: str) -> None:
+def test_values_that_do_not_fit_together_are_refused(values: chart.Object, sentence: str) -> None:
     with pytest.raises(helm_python.HelmRenderError) as caught:
-        render(values)
+        chart.render(values)
     assert sentence in str(caught.value)
 
 
@@ -138,23 +129,23 @@ def metrics_of_the_service(prefix: str) -> set[str]:
     return {family.name + suffix for family in families for suffix in suffixes.get(family.type, ("",))}
 
 
-def queries_of(objects: list[Object]) -> Iterator[str]:
-    for rule in of_kind(objects, "PrometheusRule"):
+def queries_of(objects: list[chart.Object]) -> Iterator[str]:
+    for rule in chart.of_kind(objects, "PrometheusRule"):
         yield from (entry["expr"] for group in rule["spec"]["groups"] for entry in group["rules"])
-    for scaler in of_kind(objects, "ScaledObject"):
+    for scaler in chart.of_kind(objects, "ScaledObject"):
         yield from (trigger["metadata"]["query"] for trigger in scaler["spec"]["triggers"])
 
 
 @pytest.mark.parametrize(("example", "prefix"), [("scaled", "edge_phi3_"), ("hpa-ephemeral", "vllm:")])
 def test_alerts_and_autoscalers_ask_for_metrics_there_are_of_this_release_alone(example: str, prefix: str) -> None:
-    objects = render(values_of(EXAMPLES[example]), name="other", namespace="there")
+    objects = chart.render(chart.values_of(chart.EXAMPLES[example]), name="other", namespace="there")
     known, queries = metrics_of_the_service(prefix), list(queries_of(objects))
     asked = {name for query in queries for name in _METRIC.findall(query)}
     assert {f"{prefix}num_requests_waiting", f"{prefix}requests_total", "up"} <= asked
     # Those of kube-state-metrics, in the names that its documents give them.
     kube = {"kube_deployment_spec_replicas", "kube_deployment_status_replicas_ready"}
     assert asked - {"up"} - kube <= known
-    for scaler in of_kind(objects, "HorizontalPodAutoscaler"):
+    for scaler in chart.of_kind(objects, "HorizontalPodAutoscaler"):
         assert {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]} <= known
     for query in queries:
         own = re.findall(r'\{namespace="there", (?:service|deployment)="other-edge-phi3"', query)
@@ -170,7 +161,7 @@ def test_the_dashboard_asks_for_metrics_there_are() -> None:
 
 
 def test_the_dashboard_is_rendered_under_the_prefix_and_covers_the_engine() -> None:
-    (map_,) = of_kind(render(values_of(EXAMPLES["hpa-ephemeral"])), "ConfigMap", "-dashboard")
+    (map_,) = chart.of_kind(chart.render(chart.values_of(chart.EXAMPLES["hpa-ephemeral"])), "ConfigMap", "-dashboard")
     text = map_["data"]["edge-phi3.json"]
     assert "vllm:num_requests_running" in text
     assert "edge_phi3_" not in text
@@ -185,3 +176,45 @@ def test_panels_do_not_overlap() -> None:
         assert not cells & taken, panel["title"]
         assert grid["x"] + grid["w"] <= 24
         taken |= cells
+
+
+ROUTER = chart.values_of(chart.CHART / "examples" / "llm-d-router-values.yaml")["router"]
+CONFIG: Any = yaml.safe_load(ROUTER["epp"]["pluginsCustomConfig"][ROUTER["epp"]["pluginsConfigFile"]])
+
+KNOWN = {f"{name}-scorer": set[str]() for name in ("queue", "kv-cache-utilization", "prefix-cache")}
+KNOWN["metrics-data-source"] = {"scheme", "path", "insecureSkipVerify"}
+KNOWN["core-metrics-extractor"] = {"engineLabelKey", "defaultEngine", "engineConfigs"}
+"""Plugins and their parameters in llm-d/llm-d-router v0.10.0, pkg/epp/framework/plugins."""
+
+ENGINE = {"name", "queuedRequestsSpec", "runningRequestsSpec", "kvUsageSpec", "loraSpec", "cacheInfoSpec"}
+"""Of its datalayer/extractor/metrics/factories.go."""
+
+
+def test_the_picker_takes_the_configuration() -> None:
+    assert (CONFIG["apiVersion"], CONFIG["kind"]) == ("llm-d.ai/v1alpha1", "EndpointPickerConfig")
+    plugins = {plugin["type"]: plugin.get("parameters", {}) for plugin in CONFIG["plugins"]}
+    assert all(plugins[name].keys() <= KNOWN[name] for name in plugins)
+    used = [plugin["pluginRef"] for profile in CONFIG["schedulingProfiles"] for plugin in profile["plugins"]]
+    assert set(used) <= plugins.keys()
+    extractor = plugins["core-metrics-extractor"]
+    (engine,) = extractor["engineConfigs"]
+    assert engine.keys() <= ENGINE
+    metrics = {value for key, value in engine.items() if key != "name"}
+    assert len(metrics) == 4
+    assert metrics <= metrics_of_the_service("edge_phi3_") | {"edge_phi3_cache_config_info"}
+    assert plugins["metrics-data-source"]["path"] in routes()
+    assert engine["name"] == extractor["defaultEngine"]
+
+
+@pytest.mark.parametrize(("prefix", "own"), list(itertools.product(["edge_phi3_", "vllm:"], [False, True])))
+def test_the_pods_are_those_that_it_looks_for(prefix: str, own: bool) -> None:
+    pool = {"inferencePool": {"enabled": True, "endpointPicker": "p"}} if own else {"httpRoute": {"inferencePool": "p"}}
+    objects = chart.render({**pool, "serve": {"options": {"metrics-prefix": prefix}}})
+    labels = chart.workload(objects)["spec"]["template"]["metadata"]["labels"]
+    assert ROUTER["modelServers"]["matchLabels"].items() <= labels.items()
+    (key,) = [plugin["parameters"]["engineLabelKey"] for plugin in CONFIG["plugins"] if "extractor" in plugin["type"]]
+    assert labels[key] == ("vllm" if prefix == "vllm:" else "edge-phi3")
+    ports = chart.of_kind(objects, "InferencePool")[0]["spec"] if own else ROUTER["modelServers"]
+    assert ports["targetPorts"] == [{"number": 8080}]
+    # Nothing restarts where there is no pool.
+    assert key not in chart.workload(chart.render())["spec"]["template"]["metadata"]["labels"]

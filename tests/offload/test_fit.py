@@ -8,33 +8,18 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_fit import Made
-from tests.support.services import PATIENCE, Server, serving
+from tests.support.cases import cases, tables
+from tests.support.services import serving
 
 GIB = 1 << 30
 ALL = -1
 
-GRID: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("4k", "Q4_K_M", {"n_gpu_layers": ALL}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 3, "parallel": 3, "ctx_size": 5000}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 64, "ctx_size": 16384}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 1, "parallel": 1, "ctx_size": 256}),
-    ("4k", "Q4_K_M", {"n_gpu_layers": 0}),
-    ("4k", "Q8_0", {"n_gpu_layers": ALL, "kv_cache_type": "f32", "ctx_size": 2048}),
-    ("4k", "Q4_0", {"n_gpu_layers": 2, "kv_cache_type": "q8_0", "ctx_size": 8192}),
-    ("4k", "F16", {"n_gpu_layers": 3, "batch_size": 2048, "flash_attn": "off"}),
-    ("4k", "F32", {"n_gpu_layers": 2, "batch_size": 64, "flash_attn": "on", "kv_cache_type": "f32"}),
-    ("grouped", "F16", {"n_gpu_layers": 2}),
-    ("tied", "F16", {"n_gpu_layers": ALL}),
-    ("tied", "F16", {"n_gpu_layers": 2}),
-    ("128k", "Q4_K_M", {"n_gpu_layers": ALL}),
-    ("128k", "Q4_K_M", {"n_gpu_layers": 2, "parallel": 3, "ctx_size": 16384}),
-)
+GRID: tuple[tuple[str, str, dict[str, Any]], ...] = tables(__file__)["GRID"]
 """Model, type, and how it is served."""
 
 
@@ -91,14 +76,6 @@ def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
     return found
 
 
-def answer_of(server: Server) -> str:
-    body: dict[str, Any] = {"prompt": "<|user|>\nWhat does len do?<|end|>\n<|assistant|>\n", "return_full_text": False}
-    body["generate_kwargs"] = {"do_sample": False}
-    response = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE, trust_env=False)
-    assert response.status_code == 200, response.text
-    return str(response.json()["Result"])
-
-
 def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) -> None:
     """Run the command of a plan, and compare what it takes of the device with the plan."""
     (row,) = found["types"]
@@ -111,7 +88,9 @@ def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) ->
         assert f"{row['layers_on_gpu']} of 7 layers on the GPU" in server.log.read_text()
         # What its server was asked to allocate, of all that it was asked.
         allocated = sum(device.calls("alloc_buffer").elements())
-        assert answer_of(server).strip()
+        prompt = "<|user|>\nWhat does len do?<|end|>\n<|assistant|>\n"
+        answered = server.post("/chat", prompt=prompt, return_full_text=False, generate_kwargs={"do_sample": False})
+        assert answered.json()["Result"].strip(), answered.text
         assert device.calls("get_tensor"), "the device was asked"
     assert row["gpu"]["total"] == pytest.approx(allocated, rel=TOLERANCE)
 
@@ -133,20 +112,9 @@ def test_on_a_smaller_device_it_serves_with_fewer_layers(device: Device, demo_f1
     serve_as_recommended(device, tmp_path, found)
 
 
-NO_WEIGHTS = r"There is not enough memory for {} \(.*unable to allocate RPC0\[.*\] buffer.*ower --n-gpu-layers.*"
-NO_CACHE = r"llama\.cpp cannot make a context of 65536 KV cells of type f16 \(.*Lower --ctx-size.*"
-
-
-@pytest.mark.parametrize(
-    ("memory", "verb", "options", "sentence"),
-    [
-        (8, "serve", ("--port", "0", "--log-level", "error"), NO_WEIGHTS),
-        (8, "imatrix", ("-o", "{}/m.gguf", "--chunks", "1"), NO_WEIGHTS),
-        (200, "serve", ("--port", "0", "--log-level", "error", "--ctx-size", "65536"), NO_CACHE),
-    ],
-)
+@cases
 def test_what_does_not_fit_is_told(
-    plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: tuple[str, ...], sentence: str
+    plugin: Path, demo_f16: Path, tmp_path: Path, *, memory: int, verb: str, options: list[str], sentence: str
 ) -> None:
     command = ("-m", "edge_phi3", verb, str(demo_f16), *(option.format(tmp_path) for option in options))
     with running_device(plugin, tmp_path / "device.log", memory=memory << 20) as device:

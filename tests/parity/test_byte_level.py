@@ -22,7 +22,7 @@ import pytest
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
-from tests.golden.byte_level import PHI_4, PHI_4_MINI, ByteLevelVocabulary, Style, alphabet, reference_tokenizer
+from tests.golden.byte_level import STYLES, ByteLevelVocabulary, Style, alphabet, reference_tokenizer
 from tests.golden.family import write_member
 from tests.golden.gguf_digests import describe, differences
 from tests.parity.conftest import Peers
@@ -31,7 +31,10 @@ from tests.support.odd_texts import random_text
 pytestmark = pytest.mark.parity
 
 PACKAGE = "js-tiktoken@1.0.21"
-TABLES = {"phi-4-mini-instruct": (PHI_4_MINI, "o200k_base", 200064), "phi-4": (PHI_4, "cl100k_base", 100352)}
+TABLES = {
+    "phi-4-mini-instruct": (STYLES["PHI_4_MINI"], "o200k_base", 200064),
+    "phi-4": (STYLES["PHI_4"], "cl100k_base", 100352),
+}
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:

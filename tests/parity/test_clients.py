@@ -12,41 +12,15 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from tests.support.cases import tables
 from tests.support.services import Server, serving
 
 pytestmark = pytest.mark.parity
 
 QUESTION = "What does json.dumps do?"
-CLIENTS = {
-    "langchain": """
-from langchain_openai import ChatOpenAI
-chat = ChatOpenAI(base_url=url, api_key="none", model="m", temperature=0, max_tokens=8, max_retries=0,
-                  extra_body={"top_k": 5, "min_p": 0.1})
-print(json.dumps([chat.invoke(question).content, "".join(piece.content for piece in chat.stream(question))]))
-""",
-    "litellm": """
-import litellm
-def ask(model, question, **more):
-    messages = [{"role": "user", "content": question}]
-    answer = litellm.completion(model=model, api_base=url, api_key="none", messages=messages, max_tokens=8,
-                                temperature=0, num_retries=0, **more)
-    return answer.choices[0].message.content
-texts = [ask("openai/m", question), ask("hosted_vllm/m", question, top_k=3, repetition_penalty=1.0)]
-try:
-    ask("openai/m", question * 2000)
-except litellm.ContextWindowExceededError:
-    print(json.dumps(texts))
-""",
-    "llm": """
-import llm, llm.default_plugins.openai_models as models
-chat = models.Chat("m", model_name="m", api_base=url, key="none")
-print(json.dumps([chat.prompt(question, temperature=0, max_tokens=8, stream=stream, key="none").text()
-                  for stream in (False, True)]))
-""",
-}
+CLIENTS: dict[str, str] = tables(__file__)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +42,6 @@ def test_a_client_gets_the_answer_of_chat(server: Server, name: str, tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     kwargs = {"do_sample": False, "max_new_tokens": 8}
-    body = {"messages": [{"role": "user", "content": QUESTION}], "generate_kwargs": kwargs}
-    text = httpx.post(f"{server.url}/chat", json=body, trust_env=False).json()["Result"]
+    messages = [{"role": "user", "content": QUESTION}]
+    text = server.post("/chat", messages=messages, generate_kwargs=kwargs).json()["Result"]
     assert json.loads(done.stdout.splitlines()[-1]) == [text, text]

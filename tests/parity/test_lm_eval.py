@@ -24,22 +24,13 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.parity.conftest import Peers
+from tests.support.cases import tables
 from tests.support.service_requests import WORDS
 from tests.support.services import serving
 
 pytestmark = pytest.mark.parity
 
-TASK = """\
-task: texts
-dataset_path: json
-dataset_kwargs: {data_files: {test: texts.json}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{context}}"
-doc_to_target: "{{continuation}}"
-target_delimiter: ""
-metric_list: [{metric: acc}]
-"""
+TASK: str = tables(__file__)["TASK"]
 TEXTS, TOLERANCE = 200, 1e-3
 LONG, LONG_TOLERANCE = {"demo": (900, 1000, 1150, 1250), "128k": (2500, 4000, 4030, 4150, 5000)}, 1e-2
 """Words of contexts that end far behind the window, or the original context, after the `TEXTS` of up to 150 words; the

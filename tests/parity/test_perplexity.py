@@ -1,8 +1,4 @@
-"""`edge-phi3 bench quants` and llama-perplexity find the same perplexities and divergences of the demo model's types.
-
-Special tokens in the text are read as characters, as llama-perplexity does. Each program makes and reads its own file
-of the F16 model's log-probabilities, rounded to the same steps.
-"""
+"""`edge-phi3 bench quants` and `imatrix` against llama-perplexity and llama-imatrix, on types of the demo model."""
 
 from __future__ import annotations
 
@@ -11,13 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 
 from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import evaluation_text
-from edge_phi3.conversion.imatrix import make_imatrix
+from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
+from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantize import quantize
+from edge_phi3.llama.options import usable_cores
+from tests.golden.gguf_digests import digest
 from tests.parity.conftest import Peers
+from tests.support.cases import tables
 from tests.support.models import model_path
 
 pytestmark = pytest.mark.parity
@@ -31,17 +32,7 @@ LEAST = 5e-4
 
 _ATTEMPTS = 20
 _NUMBER = r"\s*(-?[\d.]+)"
-_PATTERNS = {
-    "perplexity": (rf"Mean PPL\(Q\)\s*:{_NUMBER} ±", 1e-6),
-    "perplexity_error": (rf"Mean PPL\(Q\)\s*:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "log_ratio": (rf"Mean ln\(PPL\(Q\)/PPL\(base\)\)\s*:{_NUMBER} ±", 1e-6),
-    "log_ratio_error": (rf"Mean ln\(PPL\(Q\)/PPL\(base\)\)\s*:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "mean": (rf"Mean\s+KLD:{_NUMBER} ±", 1e-6),
-    "error": (rf"Mean\s+KLD:{_NUMBER} ±{_NUMBER}", 1e-6),
-    "median": (rf"Median\s+KLD:{_NUMBER}", 1e-6),
-    "p99": (rf"99\.0%\s+KLD:{_NUMBER}", 1e-6),
-    "same_top": (rf"Same top p:{_NUMBER} ±", 1e-5),
-}
+_PATTERNS = tables(__file__)["_PATTERNS"]
 """What llama-perplexity prints under our names, and the last digit that it prints."""
 
 OPTIONS = ("-c", str(SIZE), "-t", str(THREADS), "-ngl", "0")
@@ -97,3 +88,58 @@ def test_both_print_the_same_figures(kind: str, peers: Peers, files: Files, tmp_
     for name, (_, tolerance) in _PATTERNS.items():
         found = float(getattr(quality if hasattr(quality, name) else quality.divergence, name))
         assert abs(found - expected[name]) <= max(LEAST * abs(expected[name]), tolerance), (name, found, expected)
+
+
+CORRELATION = 0.9999
+"""Correlation of a tensor's sums: both add up the same products, in another order."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The demo model in F16, and the packaged calibration text."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(calibration_text(), encoding="utf-8")
+    return model_path("demo", kind="F16"), path
+
+
+def llama_imatrix(peers: Peers, inputs: tuple[Path, Path], output: Path, *, size: int, batch: int) -> Path:
+    model, text = inputs
+    peers.run(
+        "llama-imatrix", "-m", model, "-f", text, "-o", output, "-c", str(size), "-b", str(batch), "-t",
+        str(usable_cores()), "--parse-special", "--no-ppl",
+    )  # fmt: skip
+    return output
+
+
+@pytest.mark.parametrize("batch", ["one chunk", "2048 tokens"])
+@pytest.mark.parametrize("size", [512, 600])
+def test_both_collect_the_same(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path, size: int, batch: str) -> None:
+    """Chunk by chunk, as edge-phi3 does it, the counts are equal too.
+
+    With its own batch of 2,048 tokens llama-imatrix evaluates several chunks together and may pass over a few rows or
+    a chunk, since it leaves out products of fewer than 16.
+    """
+    model, text = inputs
+    tokens = size if batch == "one chunk" else 2048 // size * size
+    theirs = read_imatrix(llama_imatrix(peers, inputs, tmp_path / "theirs.gguf", size=size, batch=tokens))
+    make_imatrix(
+        model, tmp_path / "ours.gguf", text=text, ctx_size=size, parse_special=True, threads=usable_cores()
+    )  # fmt: skip
+    ours = read_imatrix(tmp_path / "ours.gguf")
+    assert ours.entries.keys() == theirs.entries.keys()
+    for name, mine in ours.entries.items():
+        other = theirs.entries[name]
+        assert np.corrcoef(mine.sums.ravel(), other.sums.ravel())[0, 1] >= CORRELATION, name
+        if tokens == size:
+            assert np.array_equal(mine.counts, other.counts), name
+    if tokens == size:
+        assert list(ours.entries) == list(theirs.entries)
+        assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
+
+
+def test_both_quantisers_read_llama_imatrix(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    model, kind = inputs[0], "IQ2_XS"
+    matrix = llama_imatrix(peers, inputs, tmp_path / "matrix.gguf", size=512, batch=512)
+    ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix).path
+    peers.run("llama-quantize", "--imatrix", matrix, model, tmp_path / "theirs.gguf", kind, str(usable_cores()))
+    assert digest(ours) == digest(tmp_path / "theirs.gguf")

@@ -15,6 +15,7 @@ from edge_phi3.engine.family import family_of
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import PromptError
 from edge_phi3.pipeline.chat_template import ChatTemplate
+from tests.support.cases import cases
 
 FOUND: dict[str, dict[str, str]] = json.loads(
     (Path(__file__).parents[1] / "data" / "chat_templates.json").read_text(encoding="utf-8")
@@ -74,17 +75,7 @@ def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, 
         assert "".join(decoded.split()) == "".join(plain.split())
 
 
-@pytest.mark.parametrize(
-    ("given", "end"),
-    [
-        ({}, "Hi"),
-        ({"add_generation_prompt": True}, "Hi<|end|>\n<|assistant|>\n"),
-        ({"add_generation_prompt": False}, "Hi<|end|>\n<|endoftext|>"),
-        ({"continue_final_message": True}, "Hi"),
-        ({"continue_final_message": True, "add_generation_prompt": False}, "Hi"),
-        ({"continue_final_message": False}, "Hi<|end|>\n<|assistant|>\n"),
-    ],
-)
+@cases
 def test_what_follows_the_last_message_can_be_said(given: dict[str, Any], end: str) -> None:
     template = ChatTemplate(FOUND["Phi-3-mini-4k-instruct"]["template"], TOKENS)
     rendered = template.render([turn("user", "Hello"), turn("assistant", "Hi")], **given)
@@ -98,19 +89,8 @@ def test_a_users_turn_is_continued_when_asked_for_and_both_wishes_are_refused() 
         template.render(ASKED, add_generation_prompt=True, continue_final_message=True)
 
 
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ("s1 u1", "u:s1\nu1"),
-        ("s1 s2 a1 u1 u2", "a:a1 u:s1\ns2\nu1 u:u2"),
-        ("u1 s1 a1 u2", "u:u1 a:a1 u:s1\nu2"),
-        ("s1 a1", "u:s1 a:a1"),
-        ("u1 a1 s1 s2", "u:u1 a:a1 u:s1\ns2"),
-    ],
-)
-def test_without_a_system_role_its_words_are_the_users(
-    messages: str, expected: str, caplog: pytest.LogCaptureFixture
-) -> None:
+@cases
+def test_without_a_system_role_the_user_says_it(messages: str, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     template = ChatTemplate(
         "{% for m in messages if m.role != 'system' %}{{ m.role[0] + ':' + m.content + ' ' }}{% endfor %}"
     )
@@ -128,41 +108,14 @@ def test_a_template_that_refuses_a_system_role_itself_is_taken_at_its_word(caplo
     assert not caplog.text
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}", "<s>|<|endoftext|>||"),
-        ("{{ tools is none and documents is none }}", "True"),
-        ("{{ strftime_now('%Y') }}", str(dt.datetime.now().year)),  # noqa: DTZ005 - as templates see it
-        (
-            "{% for m in messages %}{% generation %}{% set x = 1 %}{{ m.content }},"
-            "{% endgeneration %}{{ x }}{% endfor %}",
-            "Be brief.,Hello,",
-        ),
-        ("{% for m in messages %}{% if loop.last %}{% continue %}{% endif %}{{ m.content }}{% endfor %}", "Be brief."),
-        ("{{ messages[0] | tojson }}", '{"role": "system", "content": "Be brief."}'),
-        ("{{ {'a': '<é>'} | tojson(indent=1) }}", '{\n "a": "<é>"\n}'),
-        ("{{ enable_thinking }}", "yes"),
-    ],
-)
+@cases
 def test_what_templates_find(source: str, expected: str) -> None:
-    assert ChatTemplate(source, TOKENS).render(ASKED, kwargs={"enable_thinking": "yes", "messages": []}) == expected
+    year = dt.datetime.now().strftime("%Y")  # noqa: DTZ005 - as templates see it
+    rendered = ChatTemplate(source, TOKENS).render(ASKED, kwargs={"enable_thinking": "yes", "messages": []})
+    assert rendered == expected.replace("YEAR", year)
 
 
-@pytest.mark.parametrize(
-    ("source", "what"),
-    [
-        ("{{ raise_exception('Roles must alternate.') }}", "refuses them: Roles must alternate"),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages + 1 }}", "TypeError"),
-        ("{{ messages[9]['role'] }}", "refuses them"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ strftime_now(1) }}", "TypeError"),
-        ("{% if %}", "cannot be compiled"),
-        ("{% nosuchtag %}", "cannot be compiled"),
-    ],
-)
+@cases
 def test_a_template_that_fails_refuses_the_conversation(source: str, what: str) -> None:
     with pytest.raises(PromptError, match=f"^messages: .*{what}"):
         ChatTemplate(source).render(ASKED)

@@ -63,9 +63,7 @@ def complete(data: bytes) -> str:
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_a_character_goes_out_when_it_is_complete_and_only_an_incomplete_one_is_lost(
-    tokenizer: Tokenizer, skip: bool
-) -> None:
+def test_a_character_goes_out_when_it_is_whole_and_only_a_part_is_lost(tokenizer: Tokenizer, skip: bool) -> None:
     shown = tokenizer.shown_bytes[skip]
     cut = 0
     for prompt, answer in sequences(tokenizer, 1000):

@@ -15,24 +15,14 @@ from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.cases import tables
 from tests.support.peers import CACHE
 
 PHI3_VOCABULARY_ROWS = 32064
 SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
 """What transformers 5 saved of four models, without what makes them large."""
 
-SHAPES: dict[str, dict[str, int]] = {
-    # https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/blob/main/config.json: 3.8 billion weights.
-    "phi-3-mini": {"hidden_size": 3072, "intermediate_size": 8192, "heads": 32, "layers": 32},
-    # The same widths with 4 of its 32 layers: 0.65 billion weights.
-    "0.65b": {"hidden_size": 3072, "intermediate_size": 8192, "heads": 32, "layers": 4},
-    # The same widths in a single layer, for work on the weights themselves: 0.31 billion weights.
-    "wide": {"hidden_size": 3072, "intermediate_size": 8192, "heads": 32, "layers": 1},
-    # A third of the widths: 0.12 billion weights.
-    "0.12b": {"hidden_size": 1024, "intermediate_size": 2816, "heads": 16, "layers": 4},
-    # So small that what surrounds the matrices shows: 18 million weights, 16 of them in the vocabulary.
-    "18m": {"hidden_size": 256, "intermediate_size": 512, "heads": 4, "layers": 2},
-}
+SHAPES: dict[str, dict[str, int]] = tables(__file__)["SHAPES"]
 """Random checkpoints with Phi-3's whole vocabulary, by name."""
 
 

@@ -37,16 +37,8 @@ TORCH_PYTHON = "TORCH_PYTHON"
 PROGRAMS = tuple(f"llama-{name}" for name in ("server", "bench", "batched-bench", "quantize", "perplexity", "imatrix"))
 
 # The wheel's own choices, and nothing that a comparison does not run.
-_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=ON",
-    "-DLLAMA_CURL=OFF",
-    "-DLLAMA_OPENSSL=OFF",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_APP=OFF",
-    "-DLLAMA_USE_PREBUILT_UI=OFF",
-)
+_LEFT_OUT = ("CURL", "OPENSSL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_APP", "USE_PREBUILT_UI")
+_OPTIONS = ("-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", *(f"-DLLAMA_{part}=OFF" for part in _LEFT_OUT))
 
 
 class PeerError(RuntimeError):

@@ -60,6 +60,9 @@ class Server:
     def get(self, path: str, **options: Any) -> httpx.Response:
         return _HTTP.get(f"{self.url}{path}", **options)
 
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return _HTTP.post(f"{self.url}{path}", json=body)
+
     def metrics(self) -> dict[str, float]:
         """Return its metrics that have one value, by their names without the prefix."""
         text = self.get("/metrics/prometheus").text

@@ -8,10 +8,10 @@ import shlex
 import subprocess
 from typing import Any
 
-import httpx
 import pytest
 from playwright.sync_api import Route, expect
 
+from tests.support.cases import cases
 from tests.support.services import PATIENCE, Server, wait_for
 from tests.ui.conftest import Playground
 
@@ -21,7 +21,7 @@ ENDLESS = {"max_new_tokens": "4000", "num_return_sequences": "8", "eos_token_id"
 
 
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/chat", json={**body, "stream": False}, timeout=PATIENCE)
+    answer = server.post("/chat", **body | {"stream": False})
     assert answer.status_code == 200, answer.text
     result: dict[str, Any] = answer.json()
     return result
@@ -110,15 +110,9 @@ def test_a_parameter_reaches_the_request_and_the_command(playground: Playground,
     assert '"seed": 18446744073709551615' in sent
     body = json.loads(sent)
     assert body["messages"] == [{"role": "user", "content": AWKWARD}]
-    assert body["generate_kwargs"] == {
-        "max_new_tokens": 16,
-        "return_dict_in_generate": True,
-        "do_sample": False,
-        "seed": 2**64 - 1,
-        "temperature": 0.5,
-        "stop_strings": "never said",
-        "early_stopping": "never",
-    }
+    kwargs: dict[str, Any] = {"max_new_tokens": 16, "return_dict_in_generate": True, "do_sample": False}
+    kwargs |= {"seed": 2**64 - 1, "temperature": 0.5, "stop_strings": "never said", "early_stopping": "never"}
+    assert body["generate_kwargs"] == kwargs
     run = subprocess.run(["sh", "-c", command], capture_output=True, check=True, timeout=PATIENCE, text=True)
     last = run.stdout.strip().split("\n\n")[-1]
     assert last.startswith("event: result\ndata: ")
@@ -167,14 +161,11 @@ def test_a_parameter_is_found_by_name_or_meaning(playground: Playground) -> None
 
 
 @pytest.mark.parametrize(("name", "value", "sent"), [("top_p", "7", 7), ("top_k", "many", "many")])
-def test_a_refusal_is_the_service_s_own_sentence(
-    playground: Playground, server: Server, name: str, value: str, sent: Any
-) -> None:
+def test_a_refusal_is_the_service_s(playground: Playground, server: Server, name: str, value: str, sent: Any) -> None:
     playground.refusals_expected = True
     playground.put(**{name: value})
     playground.ask(QUESTION, ended="failed")
-    body = {"prompt": "a", "generate_kwargs": {name: sent}}
-    refused = httpx.post(f"{server.url}/chat", json=body, timeout=PATIENCE)
+    refused = server.post("/chat", prompt="a", generate_kwargs={name: sent})
     assert refused.status_code == 400
     expect(playground.page.get_by_role("alert")).to_have_text(refused.json()["detail"])
     playground.put(**{name: ""})
@@ -184,14 +175,7 @@ def test_a_refusal_is_the_service_s_own_sentence(
     playground.ask(OTHER, count=2)
 
 
-@pytest.mark.parametrize(
-    ("body", "text", "sentence"),
-    [
-        ("", "", "The service cannot be reached"),
-        ('data: {"index":0,"text":"Re"}\r\n\r\n', "Re", "The connection ended before the answer was complete."),
-        (': waiting\n\ndata: {"index":0,"text":"Re"}\n\nevent: error\ndata: {"detail":"Slow."}\n\n', "Re", "Slow."),
-    ],
-)
+@cases
 def test_a_stream_that_breaks_keeps_what_has_come(playground: Playground, body: str, text: str, sentence: str) -> None:
     def answer(route: Route) -> None:
         if body:
@@ -238,17 +222,8 @@ def test_a_reload_changes_nothing_and_a_new_chat_keeps_the_settings_alone(playgr
     assert roles == ["system", "user"]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "count"),
-    [
-        ({"num_return_sequences": "3", "temperature": "2", "seed": "7", "max_new_tokens": "12"}, 3),
-        ({"do_sample": "false", "num_beams": "4", "num_return_sequences": "2"}, 1),
-    ],
-    ids=["sequences", "beams, whose one event holds their texts joined"],
-)
-def test_several_sequences_stand_apart(
-    playground: Playground, server: Server, parameters: dict[str, str], count: int
-) -> None:
+@cases
+def test_sequences_stand_apart(playground: Playground, server: Server, parameters: dict[str, str], count: int) -> None:
     playground.put(**parameters)
     playground.ask(QUESTION)
     expect(playground.answers).to_have_count(count)
@@ -264,15 +239,7 @@ def test_several_sequences_stand_apart(
     assert messages[1]["content"].strip() == texts[0].strip()
 
 
-@pytest.mark.parametrize(
-    ("parameters", "reason"),
-    [
-        ({"max_new_tokens": "3"}, "cut at the length limit"),
-        ({"max_new_tokens": "", "max_length": "16"}, "cut at the length limit"),
-        ({"stop_strings": "JSON"}, "met a stop string"),
-        ({"max_time": "0", "eos_token_id": "-1"}, "out of time (max_time)"),
-    ],
-)
+@cases
 def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[str, str], reason: str) -> None:
     playground.put(do_sample="false", **parameters)
     playground.ask(QUESTION)

@@ -1,0 +1,35 @@
+"""Tables of cases and other data, in a YAML file beside the module that they are for."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+_Test = TypeVar("_Test", bound=Callable[..., None])
+_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@functools.cache
+def tables(module: str) -> dict[str, Any]:
+    """Return what the YAML file beside a module holds: ``test_this.yaml`` is that of ``test_this.py``."""
+    found: dict[str, Any] = yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), _SafeLoader)
+    return found
+
+
+def cases(test: _Test) -> _Test:
+    """Parametrise a test with the table of its name: first the names of its arguments, then a list for each case.
+
+    The table ``NAME at length`` has cases for the marker "soak".
+    """
+    import pytest  # some who read tables alone lack it
+
+    found = tables(inspect.getfile(test))
+    names, *rows = found[test.__name__]
+    soak = [pytest.param(*row, marks=pytest.mark.soak) for row in found.get(f"{test.__name__} at length", ())]
+    parametrised: _Test = pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)
+    return parametrised
