@@ -1,12 +1,10 @@
 """Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit.
 
-What would change the answer and cannot be had is refused; what else is unknown is ignored, and named. Long texts are
-turned into tokens, or back, beside the event loop, which meanwhile answers others.
+What would change the answer and cannot be had is refused; what else is unknown is ignored, and named.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -22,11 +20,6 @@ from edge_phi3.api.exchange import Exchange, exchange_of
 logger = structlog.get_logger(__name__)
 
 RequestType = TypeVar("RequestType", bound=msgspec.Struct)
-Result = TypeVar("Result")
-
-_LONG = 32 * 1024
-"""Bytes of a body that are prepared in ten to twenty milliseconds on two cores of an EPYC. Short texts are spared the
-fraction of a millisecond that it takes to reach a thread."""
 
 _JSON_NAMES = {
     "str": "a text",
@@ -106,11 +99,6 @@ def _shown(name: str) -> str:
     """Return a name as it can stand in a list in a header, at its end too."""
     shown = name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
     return shown if shown and shown == shown.strip() else f'"{shown[: _LONGEST_IGNORED - 2]}"'
-
-
-async def work_on(body: bytes, work: Callable[[], Result], *, slow: bool = False) -> Result:
-    """Return what `work` returns, called at once, or in a thread when it is slow or the request's body is long."""
-    return await asyncio.to_thread(work) if slow or len(body) >= _LONG else work()
 
 
 def _explain(message: str) -> str:

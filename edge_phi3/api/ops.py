@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +15,7 @@ from litestar.params import RawBody
 from litestar.response import Redirect
 
 from edge_phi3.api import schemas
-from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
@@ -89,8 +90,10 @@ async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
-    wanted = decode_body(request, body, schemas.TokenizeRequest)
-    return await work_on(body, lambda: _tokenized(service.pipeline, wanted))
+    prepare = functools.partial(service.lanes.prepare, request, body)
+    wanted = await prepare(lambda: decode_body(request, body, schemas.TokenizeRequest))
+    foreign = service.is_foreign(wanted.messages)
+    return await prepare(lambda: _tokenized(service.pipeline, wanted), foreign=foreign)
 
 
 @post("/detokenize", status_code=200, body=schemas.DetokenizeRequest)
@@ -98,13 +101,13 @@ async def detokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.DetokenizeResponse:
     """Turn tokens into text."""
-    wanted = decode_body(request, body, schemas.DetokenizeRequest)
 
     def decode() -> str:
+        wanted = decode_body(request, body, schemas.DetokenizeRequest)
         service.check_tokens(wanted.tokens, "tokens")
         return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
 
-    text = await work_on(body, decode)
+    text = await service.lanes.prepare(request, body, decode)
     return schemas.DetokenizeResponse(text, text, text)
 
 
