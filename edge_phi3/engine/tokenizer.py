@@ -21,6 +21,7 @@ from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL, _USER_DEFINED = 1 << 1, 1 << 3, 1 << 4
+_BLOCK = 1 << 14
 _PARTS = 1024
 """How many parts of a text are encoded together: a call takes longer than a short part."""
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
@@ -164,7 +165,9 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens, as ``tokenizer.decode`` does."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
-        return stream.push(list(tokens)) + stream.finish()
+        each = iter(tokens)
+        blocks = iter(lambda: list(itertools.islice(each, _BLOCK)), [])
+        return "".join(map(stream.push, blocks)) + stream.finish()
 
     def decode_prompt(
         self,

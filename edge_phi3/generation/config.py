@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
 from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import ParameterError, Source, leaves
+from edge_phi3.generation.values import LONGEST_SHOWN, ParameterError, Source, leaves, shown
 
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
 
@@ -135,8 +135,10 @@ class GenerationConfig(Parameters):
 def _refuse_unsupported(name: str, value: object) -> None:
     refused = REFUSED.get(name)
     if refused is None:
-        near = difflib.get_close_matches(name, PARAMETERS, n=1)
+        # Compared with all names there are, which takes long for a long one.
+        near = difflib.get_close_matches(name, PARAMETERS, n=1) if len(name) <= LONGEST_SHOWN else []
         hint = f" Did you mean `{near[0]}`?" if near else ""
+        name = name if len(name) <= LONGEST_SHOWN else name[: LONGEST_SHOWN - 3] + "..."
         raise ParameterError(name, f"`{name}` is not a generation parameter.{hint}")
     if not refused.accepts(value):
         raise ParameterError(name, f"`{name}` is not supported: {refused.reason}.")
@@ -166,7 +168,7 @@ def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults)
 def _validate(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
     for name, broken, rule in _rules(config, requested, defaults.max_sequences):
         if broken:
-            raise ParameterError(name, f"`{name}` is {getattr(config, name)}, but {rule}.")
+            raise ParameterError(name, f"`{name}` is {shown(getattr(config, name))}, but {rule}.")
     for name, parameter in PARAMETERS.items():
         value, kind = getattr(config, name), parameter.value.kind
         if parameter.value.with_sampling and config.do_sample:
@@ -174,7 +176,7 @@ def _validate(config: GenerationConfig, requested: Mapping[str, object], default
         for token in leaves(value) if kind.token_ids else ():
             if isinstance(token, int) and token >= config.vocab_size:
                 rule = f"must hold token ids below {config.vocab_size}, the size of the vocabulary"
-                raise ParameterError(name, f"`{name}` is {token}, but {rule}.")
+                raise ParameterError(name, f"`{name}` is {shown(token)}, but {rule}.")
 
 
 def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int) -> list[tuple[str, bool, str]]:

@@ -95,7 +95,7 @@ async def _answer(
     wanted = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
 
     def prepare() -> list[PreparedPrompt]:
-        asked, prompts = translate.asked_by(wanted)
+        asked, prompts = translate.asked_by(service, wanted)
         service.note_prompt(exchange, asked)
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 

@@ -24,6 +24,8 @@ DEFAULT_MAX_TOKENS = 16
 
 _MOST_STOPS = 64
 _MOST_BIAS = 100.0
+_LONGEST_TOKEN = 19
+"""Digits of a token id as the key of an object."""
 _LAST_TOKENS = 64
 """Tokens that `repeat_penalty` looks back when the request does not say: llama-server's default."""
 _SCHEMA = "response_format.json_schema.schema"
@@ -90,11 +92,14 @@ def candidates_of(request: SamplingFields) -> int | None:
     return int(best_of)
 
 
-def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[Any], list[dict[str, Any]]]:
+def asked_by(
+    service: Service, request: ChatCompletionRequest | CompletionRequest
+) -> tuple[list[Any], list[dict[str, Any]]]:
     """Return a request's conversation or prompts, and for each prompt the arguments that `prepare` takes.
 
     Raises:
-        InvalidRequestError: a message holds something else than text; there is no prompt, or they are of several kinds.
+        InvalidRequestError: a message holds something else than text; there is no prompt, or too many, or of several
+            kinds.
     """
     if isinstance(request, ChatCompletionRequest):
         messages = [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
@@ -104,7 +109,7 @@ def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[A
             "chat_template_kwargs": request.chat_template_kwargs or {},
         }
         return messages, [{"messages": messages, **rendering}]
-    prompts = _prompts(request)
+    prompts = _prompts(request, service.settings.max_queue)
     return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
 
 
@@ -122,7 +127,7 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def _prompts(request: CompletionRequest) -> list[str | list[int]]:
+def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
     """Return the prompts of a request for completions: one or more, each a text or token ids."""
     prompt = request.prompt
     if not prompt:
@@ -132,6 +137,10 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     tokens = [item for item in prompt if isinstance(item, int)]
     if len(tokens) == len(prompt):
         return [tokens]
+    if not tokens and len(prompt) > most:
+        raise InvalidRequestError(
+            f"`prompt` has {len(prompt)} prompts; this service takes at most {most} at once (--max-queue)."
+        )
     prompts: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
     if tokens or len({type(item) for item in prompts}) > 1 or not all(prompts):
         raise InvalidRequestError(
@@ -226,7 +235,7 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
 
 
 def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit():
+    if not key.isascii() or not key.isdigit() or len(key) > _LONGEST_TOKEN:
         raise InvalidRequestError(f"`logit_bias` has the key {key[:40]!r}; its keys are token ids.")
     return int(key)
 
