@@ -22,6 +22,7 @@ from typing import Any, Final
 
 import yaml
 
+from edge_phi3.api import limits
 from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
@@ -142,6 +143,7 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
     "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
     "docs/parameters.md": functools.partial(between_marks, reference.markdown),
+    "docs/security.md": functools.partial(between_marks, limits.markdown),
     "docs/cli.md": functools.partial(between_marks, lambda: to_markdown(Settings)),
     f"{CHART}/README.md": functools.partial(
         between_marks, lambda: table((ROOT / CHART / "values.yaml").read_text(encoding="utf-8"))

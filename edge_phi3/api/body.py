@@ -35,7 +35,7 @@ _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
-_MOST_IGNORED, _LONGEST_IGNORED = 16, 64
+MOST_IGNORED, LONGEST_IGNORED = 16, 64
 _MOST_LOGGED: Final = 1000
 _logged: set[str] = set()
 """Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
@@ -85,7 +85,7 @@ def decode_body(
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:
     """Name what is ignored of a request in a header of its answer, and what never was before in the log."""
-    shown = [_shown(name) for name in itertools.islice(dict.fromkeys(names), _MOST_IGNORED)]
+    shown = [_shown(name) for name in itertools.islice(dict.fromkeys(names), MOST_IGNORED)]
     if not shown:
         return
     exchange.headers.append((b"x-ignored-fields", ", ".join(shown).encode()))
@@ -97,8 +97,8 @@ def ignore(exchange: Exchange, names: Iterable[str]) -> None:
 
 def _shown(name: str) -> str:
     """Return a name as it can stand in a list in a header, at its end too."""
-    shown = name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
-    return shown if shown and shown == shown.strip() else f'"{shown[: _LONGEST_IGNORED - 2]}"'
+    shown = name[:LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:LONGEST_IGNORED]
+    return shown if shown and shown == shown.strip() else f'"{shown[: LONGEST_IGNORED - 2]}"'
 
 
 def _explain(message: str) -> str:

@@ -22,7 +22,7 @@ from edge_phi3.pipeline import PreparedPrompt
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion when the request does not say: OpenAI's default."""
 
-_MOST_STOPS = 64
+MOST_STOPS = 64
 _MOST_BIAS = 100.0
 _LONGEST_TOKEN = 19
 """Digits of a token id as the key of an object."""
@@ -152,8 +152,8 @@ def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
 def stops_of(request: SamplingFields) -> list[str]:
     """Return the texts before which an answer ends; too many of them, or an empty one, are an `InvalidRequestError`."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > _MOST_STOPS or not all(stops):
-        raise InvalidRequestError(f"`stop` must be a text or up to {_MOST_STOPS} texts, none of them empty.")
+    if len(stops) > MOST_STOPS or not all(stops):
+        raise InvalidRequestError(f"`stop` must be a text or up to {MOST_STOPS} texts, none of them empty.")
     return stops
 
 
