@@ -23,7 +23,7 @@ from edge_phi3.llama.child_process import Emit, serve_jobs
 
 MOST_CHARACTERS: Final = 8 << 20
 MOST_MEMORY: Final = 512 << 20
-MOST_SECONDS: Final = 2
+MOST_SECONDS: Final = 1
 """Of the text that a template makes, and the bytes and the processor time that a stranger's may take for it."""
 
 _LONGEST_PROBLEM = 300

@@ -37,10 +37,11 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._source, self._special_tokens = source, special_tokens
+        encoded = source.encode(errors="replace")
+        self._source, self._special_tokens = encoded.decode(), special_tokens
         self._merges_system = False
-        self.foreign = hashlib.sha256(source.encode(errors="replace")).hexdigest() not in KNOWN_TEMPLATES
-        self._refusal = self._attempt(templates.Job(source, "")).problem
+        self.foreign = hashlib.sha256(encoded).hexdigest() not in KNOWN_TEMPLATES
+        self._refusal = self._attempt(templates.Job(self._source, "")).problem
         if self._refusal:
             self._refusal += "; send `prompt` instead"
             logger.warning("Conversations are refused: the model's chat template %s.", self._refusal)
@@ -161,7 +162,7 @@ class _Apart:
                 self.close()
                 cause = f"ends its process ({error})"
                 if f"exit code {-signal.SIGXCPU}" in str(error):
-                    cause = f"takes more than {templates.MOST_SECONDS} seconds"
+                    cause = f"takes more than {templates.MOST_SECONDS} s of the processor"
                 return templates.Rendered(problem=cause)
 
     def close(self) -> None:
