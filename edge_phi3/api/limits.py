@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from edge_phi3 import templates
 from edge_phi3.api import body, connection, errors, lanes
 from edge_phi3.api.openai import translate
+from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS
 from edge_phi3.generation.values import LONGEST_SHOWN
 from edge_phi3.settings import Settings
@@ -57,6 +58,12 @@ def _fixed() -> Iterator[tuple[str, str, int | str]]:
     yield "names", "characters of an error", errors.LONGEST_SENTENCE
     yield "depth", "lists and objects inside each other; Python's own limit, about", 1000
     yield "counts", "texts in `stop`", translate.MOST_STOPS
+    yield (
+        "counts",
+        "phrases of several tokens that are banned or biased, texts in `stop_strings`",
+        MOST_PHRASES,
+    )
+    yield "text", "characters of a text in `stop` or `stop_strings`", LONGEST_STOP
     yield "counts", "`top_logprobs`", int(OPENAI_PARAMETERS["top_logprobs"].value.kind.limits["maximum"])
     yield "text", "characters, beyond which a prompt is not tokenised", "the context x the longest token"
     yield "template", "seconds of the processor, for one that is not the family's own", templates.MOST_SECONDS

@@ -17,6 +17,11 @@ DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the prompt)."""
 
 
+MOST_PHRASES: Final = 1024
+LONGEST_STOP: Final = 4096
+"""How many phrases or stop strings of a request are looked for at every token, and characters of one such string."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelDefaults:
     """What a model says about generation.
@@ -191,9 +196,17 @@ def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int)
     with_groups = "with `num_beam_groups` above 1, or the groups are equal"
     when_greedy = "for greedy decoding: set `do_sample` or `num_beams`"
     when_several = "with several beams or sequences"
+    phrases = [phrase for phrase in config.bad_words_ids if len(phrase) > 1]
+    biased = [phrase for phrase, _ in config.sequence_bias if len(phrase) > 1]
+    stops = config.stop_strings
     decays = config.exponential_decay_length_penalty is not None
     ends = bool(config.eos_token_id) and min(config.eos_token_id) >= 0
+    few = f"must hold at most {MOST_PHRASES} phrases of several tokens, each of which is looked for at every token"
+    short = f"must hold at most {MOST_PHRASES} strings of up to {LONGEST_STOP} characters"
     return [
+        ("bad_words_ids", len(phrases) > MOST_PHRASES, few),
+        ("sequence_bias", len(biased) > MOST_PHRASES, few),
+        ("stop_strings", len(stops) > MOST_PHRASES or any(len(stop) > LONGEST_STOP for stop in stops), short),
         ("num_beams", beams > most, too_many),
         ("num_return_sequences", returned > most, too_many),
         ("num_beam_groups", grouped and config.do_sample, f"must be 1 {no_sampling}"),

@@ -44,6 +44,10 @@ BODIES: dict[str, tuple[str, Any, int, str]] = {
             "name": "n", "schema": {"s" * MIB: 1}}}}, 400, "response_format",
     ),
     "many prompts": (COMPLETIONS, {"prompt": ["a"] * 20_000, **SMALL}, 400, "at most 256 at once (--max-queue)"),
+    "many phrases": (
+        "/chat", {"prompt": "a", "generate_kwargs": {"bad_words_ids": [[1, 2]] * 2000}}, 400, "at most 1024 phrases",
+    ),
+    "a long stop": (COMPLETIONS, {"prompt": "a", "stop": "s" * MIB}, 400, "none of them empty or longer than 4096"),
     "many digits": (CHAT, {"messages": USER, "logit_bias": {"1" * 5000: 1}}, 400, "its keys are token ids"),
     "more digits than a token": (CHAT, {"messages": USER, "logit_bias": {"1" * 25: 1}}, 400, "its keys are token ids"),
     "duplicate keys": ("/chat", TWICE, 200, "Result"),

@@ -26,6 +26,7 @@ OPTIONS = [
     *((name, value) for name in ("forced_bos_token_id", "forced_eos_token_id", "eos_token_id", "pad_token_id")
       for value in INTEGERS),
     *((name, [value]) for name in ("suppress_tokens", "begin_suppress_tokens", "eos_token_id") for value in INTEGERS),
+    *(("eos_token_id", ends) for ends in ([3] * 999, [*range(200)], [*range(200)] * 2)),
     *(("bad_words_ids", [[9, value]]) for value in INTEGERS),
     *(("sequence_bias", [[[9], value]]) for value in NUMBERS),
     *(("exponential_decay_length_penalty", pair) for value in NUMBERS for pair in ([value, 1.5], [1, value])),

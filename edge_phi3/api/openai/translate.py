@@ -17,6 +17,7 @@ from edge_phi3.api.openai.fields import (
 )
 from edge_phi3.api.service import Service
 from edge_phi3.engine.errors import SchemaError
+from edge_phi3.generation.config import LONGEST_STOP
 from edge_phi3.pipeline import PreparedPrompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -152,8 +153,10 @@ def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
 def stops_of(request: SamplingFields) -> list[str]:
     """Return the texts before which an answer ends; too many of them, or an empty one, are an `InvalidRequestError`."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > MOST_STOPS or not all(stops):
-        raise InvalidRequestError(f"`stop` must be a text or up to {MOST_STOPS} texts, none of them empty.")
+    if len(stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in stops):
+        raise InvalidRequestError(
+            f"`stop` must be a text or up to {MOST_STOPS} texts, none of them empty or longer than {LONGEST_STOP}."
+        )
     return stops
 
 
