@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -64,9 +64,12 @@ def test_what_grows_with_a_body_is_done_beside_the_event_loop_and_comes_back_sho
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     threads: list[str] = []
     decode = body_module._decode
-    monkeypatch.setattr(
-        body_module, "_decode", lambda text: (threads.append(threading.current_thread().name), decode(text))[1]
-    )
+
+    def watched(text: bytes) -> Any:
+        threads.append(threading.current_thread().name)
+        return decode(text)
+
+    monkeypatch.setattr(body_module, "_decode", watched)
     response = api.client.post(path, content=data, headers={"Content-Type": "application/json"})
     assert response.status_code == status, response.text[:500]
     assert found in f"{response.text} {response.headers.get('x-ignored-fields')}"
@@ -81,7 +84,12 @@ def test_a_text_that_its_length_disqualifies_is_not_tokenised(
 ) -> None:
     seen: list[int] = []
     encode = Model.encode
-    monkeypatch.setattr(Model, "encode", lambda self, texts: seen.append(sum(map(len, texts))) or encode(self, texts))
+
+    def watched(model: Model, texts: Sequence[str]) -> Any:
+        seen.append(sum(map(len, texts)))
+        return encode(model, texts)
+
+    monkeypatch.setattr(Model, "encode", watched)
     longest = api.service.pipeline.engine.model.tokenizer._longest
     most = api.service.pipeline.engine.max_length * longest
     for text in ("🦙" * most, "word " * most, "\n" * most, " " * most, "<|end|>a" * most):
