@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from edge_phi3 import templates
-from edge_phi3.api import body, connection, errors, lanes
+from edge_phi3.api import body, connection, errors, lanes, ops
 from edge_phi3.api.openai import translate
 from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS
@@ -58,11 +58,8 @@ def _fixed() -> Iterator[tuple[str, str, int | str]]:
     yield "names", "characters of an error", errors.LONGEST_SENTENCE
     yield "depth", "lists and objects inside each other; Python's own limit, about", 1000
     yield "counts", "texts in `stop`", translate.MOST_STOPS
-    yield (
-        "counts",
-        "phrases of several tokens that are banned or biased, texts in `stop_strings`",
-        MOST_PHRASES,
-    )
+    yield "counts", "texts or phrases of several tokens that are banned, biased, or stop an answer", MOST_PHRASES
+    yield "counts", "tokens that `/tokenize` returns with their texts", ops.MOST_PIECES
     yield "text", "characters of a text in `stop` or `stop_strings`", LONGEST_STOP
     yield "counts", "`top_logprobs`", int(OPENAI_PARAMETERS["top_logprobs"].value.kind.limits["maximum"])
     yield "text", "characters, beyond which a prompt is not tokenised", "the context x the longest token"

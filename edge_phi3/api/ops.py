@@ -25,6 +25,9 @@ from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 
+MOST_PIECES = 1 << 17
+"""Tokens that are returned with their texts, which take hundreds of bytes each on their way."""
+
 _CPU_SAMPLE_SECONDS = 0.1
 """How long the CPUs are watched for their load; psutil advises at least this."""
 
@@ -129,7 +132,12 @@ def _tokenized(pipeline: TextGenerationPipeline, wanted: schemas.TokenizeRequest
             kwargs=wanted.chat_template_kwargs or {},
         )
     tokens = pipeline.tokenize(text, parse_special=wanted.parse_special_tokens and wanted.parse_special)
-    pieces = [pipeline.token_bytes(token) for token in tokens] if wanted.with_pieces or wanted.return_token_strs else []
+    shown = wanted.with_pieces or wanted.return_token_strs
+    if shown and len(tokens) > MOST_PIECES:
+        raise InvalidRequestError(
+            f"The text has {len(tokens)} tokens; `with_pieces` and `return_token_strs` show up to {MOST_PIECES}."
+        )
+    pieces = [pipeline.token_bytes(token) for token in tokens] if shown else []
     return schemas.TokenizeResponse(
         [schemas.TokenPiece(*each) for each in zip(tokens, map(_piece, pieces), strict=True)]
         if wanted.with_pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge_phi3.api.errors import InvalidRequestError
@@ -17,7 +17,7 @@ from edge_phi3.api.openai.fields import (
 )
 from edge_phi3.api.service import Service
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.generation.config import LONGEST_STOP
+from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.pipeline import PreparedPrompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -219,6 +219,7 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
     """Return pairs of a phrase of one token and its bias, and the tokens that are banned."""
     given = request.logit_bias or {}
     pairs = [(_token(key), bias) for key, bias in given.items()] if isinstance(given, dict) else given
+    _check_few("logit_bias", [key for key, _ in pairs if isinstance(key, str)])
     biases: list[list[Any]] = []
     banned: list[int] = []
     for key, bias in pairs:
@@ -243,8 +244,14 @@ def _token(key: str) -> int:
     return int(key)
 
 
+def _check_few(name: str, texts: Sequence[str]) -> None:
+    if len(texts) > MOST_PHRASES:
+        raise InvalidRequestError(f"`{name}` must hold at most {MOST_PHRASES} texts, but holds {len(texts)}.")
+
+
 def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...]]:
     """Yield the tokens of `bad_words`: of each at the beginning of a text and, where they differ, after a space."""
+    _check_few("bad_words", request.bad_words or ())
     for word in request.bad_words or ():
         alone, after = (tuple(service.pipeline.tokenize(text)) for text in (word, f" {word.lstrip()}"))
         if not alone:
