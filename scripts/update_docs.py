@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import yaml
 
-from edge_phi3.api import limits
 from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
@@ -30,6 +29,7 @@ from edge_phi3.files import atomic_output
 from edge_phi3.generation import reference
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of, to_markdown
+from scripts import limits
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = "helm/edge-phi3"

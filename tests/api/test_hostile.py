@@ -47,8 +47,8 @@ BODIES: dict[str, tuple[str, Any, int, str]] = {
     "many phrases": (
         "/chat", {"prompt": "a", "generate_kwargs": {"bad_words_ids": [[1, 2]] * 2000}}, 400, "at most 1024 phrases",
     ),
-    "many banned words": (CHAT, {"messages": USER, "bad_words": ["a"] * 9999}, 400, "`bad_words` must hold at most 1024"),
-    "many biased texts": (CHAT, {"messages": USER, "logit_bias": [["a", 1]] * 9999}, 400, "must hold at most 1024 texts"),
+    "many banned words": (CHAT, {"messages": USER, "bad_words": ["a"] * 9999}, 400, "must hold at most 1024 texts"),
+    "many biased texts": (CHAT, {"messages": USER, "logit_bias": [["a", 1]] * 9999}, 400, "at most 1024 texts"),
     "many pieces": ("/tokenize", {"text": "🦙" * (MIB // 4), "with_pieces": True}, 400, "show up to 131072"),
     "a long stop": (COMPLETIONS, {"prompt": "a", "stop": "s" * MIB}, 400, "none of them empty or longer than 4096"),
     "many digits": (CHAT, {"messages": USER, "logit_bias": {"1" * 5000: 1}}, 400, "its keys are token ids"),
