@@ -20,6 +20,8 @@ from edge_phi3.engine.errors import DeadlineExceededError
 
 Result = TypeVar("Result")
 
+_STOPPING: Final = "The service is stopping."
+
 LONG: Final = 32 << 10
 LONGEST: Final = 512 << 10
 """Bytes of a body that is no longer prepared on the event loop, where it would take ten to twenty milliseconds on two
@@ -58,7 +60,7 @@ class Lanes:
         if len(body) < LONG and not slow and not foreign:
             return work()
         if self._closed:
-            raise NotReadyError("The service is stopping.")
+            raise NotReadyError(_STOPPING)
         lane = self._lanes["longest" if len(body) >= LONGEST else "foreign" if foreign else "long"]
         running = lane.submit(work)
         self._running.add(running)
@@ -66,6 +68,10 @@ class Lanes:
         try:
             async with cancelled_when_client_leaves(request.receive), asyncio.timeout(self._timeout or None):
                 return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            raise NotReadyError(_STOPPING) from None
         except TimeoutError:
             raise DeadlineExceededError(
                 f"The request was not prepared within {self._timeout:g} s (--request-timeout)."

@@ -110,10 +110,9 @@ class Tokenizer:
         """
         parts = self._escaper.escape(self._splitters[parse_special].split(text))
         front = self._front if add_bos else ()
-        return np.fromiter(itertools.chain(front, self._ids(parts, below - len(front))), np.int32)
+        return np.fromiter(itertools.chain(front, self._ids(parts, len(front), below)), np.int32)
 
-    def _ids(self, parts: Iterator[str | int], below: int) -> Iterator[int]:
-        found = 0
+    def _ids(self, parts: Iterator[str | int], found: int, below: int) -> Iterator[int]:
         while block := list(itertools.islice(parts, _PARTS)):
             texts = [part.replace(SHIELD, "") for part in block if isinstance(part, str)]
             found += len(block) - len(texts)
