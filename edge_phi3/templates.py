@@ -37,10 +37,14 @@ class Job(msgspec.Struct):
 
 
 class Rendered(msgspec.Struct, tag=True):
-    """What came of it: a text, as JSON, which UTF-8 may not hold, or why there is none."""
+    """What came of it: a text, and why there is none, as a list in JSON; UTF-8 may not hold them."""
 
-    text: str = '""'
-    problem: str = ""
+    outcome: str
+
+    @classmethod
+    def of(cls, text: str = "", problem: str = "") -> Rendered:
+        """Return either as the other process sends it."""
+        return cls(json.dumps([text, problem]))
 
 
 def render(source: str, names: dict[str, Any]) -> str:
@@ -60,15 +64,15 @@ def attempt(job: Job) -> Rendered:
     try:
         if not job.names:
             _compiled(job.source)
-            return Rendered()
-        return Rendered(json.dumps(render(job.source, json.loads(job.names))))
+            return Rendered.of()
+        return Rendered.of(render(job.source, json.loads(job.names)))
     except Exception as error:  # noqa: BLE001 - see above
         refuses = isinstance(error, jinja2.TemplateError)
         cause = str(error) if refuses else f"{type(error).__name__}: {error}"
-        cause = cause[:_LONGEST_PROBLEM].encode(errors="replace").decode()
+        cause = cause[:_LONGEST_PROBLEM]
         if not job.names:
-            return Rendered(problem=f"cannot be compiled ({cause})")
-        return Rendered(problem=f"refuses them: {cause}" if refuses else f"fails on them ({cause})")
+            return Rendered.of(problem=f"cannot be compiled ({cause}); send `prompt` instead.")
+        return Rendered.of(problem=f"refuses them: {cause}" if refuses else f"fails on them ({cause}).")
 
 
 @functools.lru_cache(maxsize=4)

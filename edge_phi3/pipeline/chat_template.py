@@ -41,10 +41,9 @@ class ChatTemplate:
         self._source, self._special_tokens = encoded.decode(), special_tokens
         self._merges_system = False
         self.foreign = hashlib.sha256(encoded).hexdigest() not in KNOWN_TEMPLATES
-        self._refusal = self._attempt(templates.Job(self._source, "")).problem
+        _, self._refusal = self._attempt("")
         if self._refusal:
-            self._refusal += "; send `prompt` instead"
-            logger.warning("Conversations are refused: the model's chat template %s.", self._refusal)
+            logger.warning("Conversations are refused: the model's chat template %s", self._refusal)
             return
         probe = [{"role": "system", "content": (marker := _marker())}, {"role": "user", "content": "Hello"}]
         try:
@@ -56,8 +55,12 @@ class ChatTemplate:
                 "The model's chat template has no system role: system messages are put in front of the user's."
             )
 
-    def _attempt(self, job: templates.Job) -> templates.Rendered:
-        return _APART.attempt(job) if self.foreign else templates.attempt(job)
+    def _attempt(self, names: str) -> tuple[str, str]:
+        """Return what it makes of values in JSON, and why nothing; without any it is compiled."""
+        job = templates.Job(self._source, names)
+        rendered = _APART.attempt(job) if self.foreign else templates.attempt(job)
+        text, problem = json.loads(rendered.outcome)
+        return text, problem
 
     def render(
         self,
@@ -103,16 +106,12 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
         names = {"tools": None, "documents": None, **self._special_tokens, **kwargs, "messages": messages}
-        rendered = templates.Rendered(problem=self._refusal)
-        if not self._refusal:
-            try:
-                job = templates.Job(self._source, json.dumps(names, default=dict))
-            except RecursionError:
-                raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
-            rendered = self._attempt(job)
-        if rendered.problem:
-            raise PromptError(f"messages: the model's chat template {rendered.problem.rstrip('.')}.")
-        text: str = json.loads(rendered.text)
+        try:
+            text, problem = ("", self._refusal) if self._refusal else self._attempt(json.dumps(names, default=dict))
+        except RecursionError:
+            raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
+        if problem:
+            raise PromptError(f"messages: the model's chat template {problem}")
         return text
 
 
@@ -160,10 +159,10 @@ class _Apart:
             except (WorkerDiedError, OSError) as error:
                 logger.warning("The process of the chat template has ended: %s.", error)
                 self.close()
-                cause = f"ends its process ({error})"
+                cause = f"ends its process ({error})."
                 if f"exit code {-signal.SIGXCPU}" in str(error):
-                    cause = f"takes more than {templates.MOST_SECONDS} s of the processor"
-                return templates.Rendered(problem=cause)
+                    cause = f"takes more than {templates.MOST_SECONDS} s of the processor."
+                return templates.Rendered.of(problem=cause)
 
     def close(self) -> None:
         """End the process."""
