@@ -71,8 +71,12 @@ def attempt(job: Job) -> Rendered:
         cause = str(error) if refuses else f"{type(error).__name__}: {error}"
         cause = cause[:_LONGEST_PROBLEM]
         if not job.names:
-            return Rendered.of(problem=f"cannot be compiled ({cause}); send `prompt` instead.")
-        return Rendered.of(problem=f"refuses them: {cause}" if refuses else f"fails on them ({cause}).")
+            return Rendered.of(
+                problem=f"the model's chat template cannot be compiled ({cause}); send `prompt` instead."
+            )
+        if refuses:
+            return Rendered.of(problem=f"the model's chat template refuses them: {cause}")
+        return Rendered.of(problem=f"the model's chat template fails on them ({cause}).")
 
 
 @functools.lru_cache(maxsize=4)

@@ -43,7 +43,7 @@ class ChatTemplate:
         self.foreign = hashlib.sha256(encoded).hexdigest() not in KNOWN_TEMPLATES
         _, self._refusal = self._attempt("")
         if self._refusal:
-            logger.warning("Conversations are refused: the model's chat template %s", self._refusal)
+            logger.warning("Conversations are refused: %s", self._refusal)
             return
         probe = [{"role": "system", "content": (marker := _marker())}, {"role": "user", "content": "Hello"}]
         try:
@@ -111,7 +111,7 @@ class ChatTemplate:
         except RecursionError:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         if problem:
-            raise PromptError(f"messages: the model's chat template {problem}")
+            raise PromptError(f"messages: {problem}")
         return text
 
 
@@ -159,9 +159,9 @@ class _Apart:
             except (WorkerDiedError, OSError) as error:
                 logger.warning("The process of the chat template has ended: %s.", error)
                 self.close()
-                cause = f"ends its process ({error})."
+                cause = f"the model's chat template ends its process ({error})."
                 if f"exit code {-signal.SIGXCPU}" in str(error):
-                    cause = f"takes more than {templates.MOST_SECONDS} s of the processor."
+                    cause = f"the model's chat template takes more than {templates.MOST_SECONDS} s of the processor."
                 return templates.Rendered.of(problem=cause)
 
     def close(self) -> None:
