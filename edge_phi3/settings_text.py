@@ -115,7 +115,7 @@ def to_markdown(settings_class: type[BaseModel]) -> str:
     """Return all options as Markdown tables, one for each group."""
     groups: dict[str, list[str]] = {}
     for name, field in settings_class.model_fields.items():
-        row = f"| `{flag_of(name)}` | {_values(field)} | {_default(field)} | {field.description} |"
+        row = f"| `{flag_of(name)}` | {_values(field)} | {default_of(field)} | {field.description} |"
         groups.setdefault(group_of(field), []).append(row)
     head = "| option | values | default | meaning |\n| --- | --- | --- | --- |\n"
     return "\n\n".join(f"#### {group}\n\n{head}" + "\n".join(rows) for group, rows in groups.items())
@@ -126,7 +126,8 @@ def _values(field: FieldInfo) -> str:
     return f"`{metavar}`" if metavar and field.annotation is not ByteSize else allowed_values(field)
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
+    """Return a field's default as Markdown, empty where there is none."""
     if field.default in (None, ()):
         return ""
     shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)

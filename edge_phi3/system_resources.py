@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import pynvml
+
+Value = TypeVar("Value")
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -30,35 +33,43 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Return NVIDIA's GPUs; none without a GPU or its driver."""
+    """Return NVIDIA's GPUs; none without a GPU or its driver.
+
+    Those that share the machine's memory, as Jetson's and GB10's, have none of their own to tell of.
+    """
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return []
     try:
-        return [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        handles = map(_handle, range(_if_supported(pynvml.nvmlDeviceGetCount) or 0))
+        return [_gpu(index, handle) for index, handle in enumerate(handles) if handle is not None]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpu(index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    name = pynvml.nvmlDeviceGetName(handle)
+def _handle(index: int) -> Any:
+    return _if_supported(lambda: pynvml.nvmlDeviceGetHandleByIndex(index))
+
+
+def _gpu(index: int, handle: Any) -> Gpu:
+    memory = _if_supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+    shared = psutil.virtual_memory()
+    name = _if_supported(lambda: pynvml.nvmlDeviceGetName(handle)) or "NVIDIA GPU"
     return Gpu(
         index=index,
         name=name.decode() if isinstance(name, bytes) else name,
-        total=int(memory.total),
-        used=int(memory.used),
-        free=int(memory.free),
-        load=_if_supported(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu),
+        total=int(memory.total if memory else shared.total),
+        used=int(memory.used if memory else shared.total - shared.available),
+        free=int(memory.free if memory else shared.available),
+        load=_if_supported(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
         temperature=_if_supported(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
     )
 
 
-def _if_supported(read: Callable[[], int]) -> int | None:
+def _if_supported(read: Callable[[], Value]) -> Value | None:
     try:
-        return int(read())
+        return read()
     except pynvml.NVMLError:
         return None
 

@@ -29,6 +29,7 @@ from edge_phi3.files import atomic_output
 from edge_phi3.generation import reference
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of, to_markdown
+from scripts import limits
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = "helm/edge-phi3"
@@ -142,6 +143,7 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
     "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
     "docs/parameters.md": functools.partial(between_marks, reference.markdown),
+    "docs/security.md": functools.partial(between_marks, limits.markdown),
     "docs/cli.md": functools.partial(between_marks, lambda: to_markdown(Settings)),
     f"{CHART}/README.md": functools.partial(
         between_marks, lambda: table((ROOT / CHART / "values.yaml").read_text(encoding="utf-8"))

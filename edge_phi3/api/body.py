@@ -1,12 +1,10 @@
 """Request bodies: JSON in, a typed request out, and a sentence for everything that does not fit.
 
-What would change the answer and cannot be had is refused; what else is unknown is ignored, and named. Long texts are
-turned into tokens, or back, beside the event loop, which meanwhile answers others.
+What would change the answer and cannot be had is refused; what else is unknown is ignored, and named.
 """
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -22,11 +20,6 @@ from edge_phi3.api.exchange import Exchange, exchange_of
 logger = structlog.get_logger(__name__)
 
 RequestType = TypeVar("RequestType", bound=msgspec.Struct)
-Result = TypeVar("Result")
-
-_LONG = 32 * 1024
-"""Bytes of a body that are prepared in ten to twenty milliseconds on two cores of an EPYC. Short texts are spared the
-fraction of a millisecond that it takes to reach a thread."""
 
 _JSON_NAMES = {
     "str": "a text",
@@ -42,7 +35,7 @@ _UNKNOWN = re.compile(r"unknown field `(?P<name>.*)`", re.DOTALL)
 _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
-_MOST_IGNORED, _LONGEST_IGNORED = 16, 64
+MOST_IGNORED, LONGEST_IGNORED = 16, 64
 _MOST_LOGGED: Final = 1000
 _logged: set[str] = set()
 """Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
@@ -92,7 +85,7 @@ def decode_body(
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:
     """Name what is ignored of a request in a header of its answer, and what never was before in the log."""
-    shown = [_shown(name) for name in itertools.islice(dict.fromkeys(names), _MOST_IGNORED)]
+    shown = [_shown(name) for name in itertools.islice(dict.fromkeys(names), MOST_IGNORED)]
     if not shown:
         return
     exchange.headers.append((b"x-ignored-fields", ", ".join(shown).encode()))
@@ -104,13 +97,8 @@ def ignore(exchange: Exchange, names: Iterable[str]) -> None:
 
 def _shown(name: str) -> str:
     """Return a name as it can stand in a list in a header, at its end too."""
-    shown = name[:_LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:_LONGEST_IGNORED]
-    return shown if shown and shown == shown.strip() else f'"{shown[: _LONGEST_IGNORED - 2]}"'
-
-
-async def work_on(body: bytes, work: Callable[[], Result], *, slow: bool = False) -> Result:
-    """Return what `work` returns, called at once, or in a thread when it is slow or the request's body is long."""
-    return await asyncio.to_thread(work) if slow or len(body) >= _LONG else work()
+    shown = name[:LONGEST_IGNORED].encode("unicode_escape").decode().replace(",", r"\x2c")[:LONGEST_IGNORED]
+    return shown if shown and shown == shown.strip() else f'"{shown[: LONGEST_IGNORED - 2]}"'
 
 
 def _explain(message: str) -> str:

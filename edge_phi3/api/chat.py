@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from litestar.params import RawBody
 
 from edge_phi3.api import lax
-from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.body import decode_body
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
@@ -25,10 +25,9 @@ async def chat(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[ChatResponse] | EventStream:
     """Continue a prompt or a conversation."""
-    wanted = decode_body(request, body, ChatRequest, functools.partial(_sift, service))
-    exchange = exchange_of(request.scope)
-    service.note_prompt(exchange, wanted.prompt or wanted.messages)
-    prepared = await work_on(body, lambda: _prepare(service, wanted))
+    exchange, prepare = exchange_of(request.scope), functools.partial(service.lanes.prepare, request, body)
+    wanted = await prepare(lambda: decode_body(request, body, ChatRequest, functools.partial(_sift, service)))
+    prepared = await prepare(lambda: _prepare(service, wanted, exchange), foreign=service.is_foreign(wanted.messages))
     if wanted.stream:
         return EventStream(_events(service, prepared, exchange))
     async with cancelled_when_client_leaves(request.receive):
@@ -47,7 +46,8 @@ def _sift(service: Service, body: dict[str, Any]) -> Iterator[str]:
     yield from (name for name in body if name not in ChatRequest.__struct_fields__)
 
 
-def _prepare(service: Service, wanted: ChatRequest) -> PreparedPrompt:
+def _prepare(service: Service, wanted: ChatRequest, exchange: Exchange) -> PreparedPrompt:
+    service.note_prompt(exchange, wanted.prompt or wanted.messages)
     return service.prepare(
         wanted.generate_kwargs or {},
         prompt=wanted.prompt,

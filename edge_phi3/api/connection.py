@@ -29,7 +29,7 @@ Owed = Literal["headers", "body", "reading", "another request"]
 _LINGER: Final = 2.0
 """Seconds in which what a refused client still sends is thrown away: closed at once, it might never see the refusal."""
 
-_FREE_CHUNKS: Final = 4096
+FREE_CHUNKS: Final = 4096
 _LEAST_CHUNK: Final = 16
 """How many chunks a body may have of any size, and how many bytes more of them must have on average: parsing a chunk
 takes as long as copying thousands of bytes."""
@@ -194,7 +194,7 @@ class _Parser(h11.Connection):
         if isinstance(event, h11.Data):
             self._chunks += bool(event.chunk_start)
             self._bytes += len(event.data)
-            if self._chunks > _FREE_CHUNKS and self._bytes < self._chunks * _LEAST_CHUNK:
+            if self._chunks > FREE_CHUNKS and self._bytes < self._chunks * _LEAST_CHUNK:
                 raise h11.RemoteProtocolError("its chunks are too small")
         elif isinstance(event, h11.Request):
             self._chunks = self._bytes = 0

@@ -32,6 +32,9 @@ logger = structlog.get_logger(__name__)
 RETRY_AFTER_SECONDS = 1
 """Seconds that a client should wait when the queue is full: about the time in which a slot becomes free."""
 
+LONGEST_SENTENCE = 1000
+"""Characters of an error."""
+
 CLIENT_GONE = 499
 """The status that logs and metrics show when the client left before the answer; nobody receives it."""
 
@@ -122,13 +125,23 @@ def detail_of(error: BaseException) -> str:
     return "The service met an error of its own; its log has more under this request's X-Request-Id."
 
 
+def log_unforeseen(scope: Scope, error: BaseException) -> None:
+    """Log an error that nobody foresaw under the id that the client is told."""
+    request_id = scope["state"]["exchange"].request_id
+    logger.error("unhandled error", path=scope["path"][:200], request_id=request_id, exc_info=error)
+
+
 def is_openai(scope: Scope) -> bool:
     """Return whether a request is answered in OpenAI's shapes."""
     return scope["path"].startswith("/v1/")
 
 
 def error_body(scope: Scope, message: str, status: int, code: str | None = None) -> ErrorResponse | OpenAIError:
-    """Return the body of an error; in OpenAI's shape its `param` is the first field that the sentence names."""
+    """Return the body of an error; in OpenAI's shape its `param` is the first field that the sentence names.
+
+    Whatever of a request is in the sentence, it is no longer than `LONGEST_SENTENCE`.
+    """
+    message = message if len(message) <= LONGEST_SENTENCE else message[: LONGEST_SENTENCE - 3] + "..."
     if not is_openai(scope):
         return ErrorResponse(message)
     field = _FIELD.search(message) if status == 400 else None
@@ -148,7 +161,7 @@ def _respond(
 
 def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[Any]:
     if not isinstance(error, EdgePhi3Error):
-        logger.error("unhandled error", path=request.scope["path"], exc_info=error)
+        log_unforeseen(request.scope, error)
     status = status_code_of(error)
     code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
     return _respond(request, detail_of(error), status, getattr(error, "headers", _HEADERS.get(status, {})), code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from importlib import metadata
 from typing import Any
 
@@ -14,7 +15,7 @@ from litestar.params import RawBody
 from litestar.response import Redirect
 
 from edge_phi3.api import schemas
-from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
@@ -23,6 +24,9 @@ from edge_phi3.system_resources import Gpu, gpus
 from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
+
+MOST_PIECES = 1 << 17
+"""Tokens that are returned with their texts, which take hundreds of bytes each on their way."""
 
 _CPU_SAMPLE_SECONDS = 0.1
 """How long the CPUs are watched for their load; psutil advises at least this."""
@@ -89,8 +93,10 @@ async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
-    wanted = decode_body(request, body, schemas.TokenizeRequest)
-    return await work_on(body, lambda: _tokenized(service.pipeline, wanted))
+    prepare = functools.partial(service.lanes.prepare, request, body)
+    wanted = await prepare(lambda: decode_body(request, body, schemas.TokenizeRequest))
+    foreign = service.is_foreign(wanted.messages)
+    return await prepare(lambda: _tokenized(service.pipeline, wanted), foreign=foreign)
 
 
 @post("/detokenize", status_code=200, body=schemas.DetokenizeRequest)
@@ -98,13 +104,13 @@ async def detokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.DetokenizeResponse:
     """Turn tokens into text."""
-    wanted = decode_body(request, body, schemas.DetokenizeRequest)
 
     def decode() -> str:
+        wanted = decode_body(request, body, schemas.DetokenizeRequest)
         service.check_tokens(wanted.tokens, "tokens")
         return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
 
-    text = await work_on(body, decode)
+    text = await service.lanes.prepare(request, body, decode)
     return schemas.DetokenizeResponse(text, text, text)
 
 
@@ -126,7 +132,12 @@ def _tokenized(pipeline: TextGenerationPipeline, wanted: schemas.TokenizeRequest
             kwargs=wanted.chat_template_kwargs or {},
         )
     tokens = pipeline.tokenize(text, parse_special=wanted.parse_special_tokens and wanted.parse_special)
-    pieces = [pipeline.token_bytes(token) for token in tokens] if wanted.with_pieces or wanted.return_token_strs else []
+    shown = wanted.with_pieces or wanted.return_token_strs
+    if shown and len(tokens) > MOST_PIECES:
+        raise InvalidRequestError(
+            f"The text has {len(tokens)} tokens; `with_pieces` and `return_token_strs` show up to {MOST_PIECES}."
+        )
+    pieces = [pipeline.token_bytes(token) for token in tokens] if shown else []
     return schemas.TokenizeResponse(
         [schemas.TokenPiece(*each) for each in zip(tokens, map(_piece, pieces), strict=True)]
         if wanted.with_pieces

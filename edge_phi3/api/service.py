@@ -14,6 +14,7 @@ import msgspec
 from edge_phi3.api.auth import KeyRing
 from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
 from edge_phi3.api.exchange import Exchange
+from edge_phi3.api.lanes import Lanes
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta, TextGenerationPipeline
@@ -43,6 +44,7 @@ class Service:
             settings.metrics_prefix, lambda: self.loaded.engine.stats() if self.loaded else None
         )
         self.failure: BaseException | None = None
+        self.lanes = Lanes(settings.request_timeout)
         self._load = load
         self._loading = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._progress = "The model is loading."
@@ -81,15 +83,16 @@ class Service:
             await self.loaded.engine.drain(self.settings.grace_period)
 
     def close(self, patience: float = 2.0) -> bool:
-        """Stop at once, waiting `patience` seconds each for the loading and the engine.
+        """Stop at once, waiting `patience` seconds each for what is prepared, the loading, and the engine.
 
-        Return whether everything has stopped: a step of the loading or the engine may still go on.
+        Return whether everything has stopped: a step of any of them may still go on.
         """
         self._stopping = True
+        prepared = self.lanes.close(patience)
         if self._loading.is_alive():
             self._loading.join(patience)
         stopped = self.loaded is None or self.loaded.engine.close(patience)
-        return stopped and not self._loading.is_alive()
+        return prepared and stopped and not self._loading.is_alive()
 
     # -- how well it is
 
@@ -152,6 +155,10 @@ class Service:
             prepared = prepared.with_config(max_new_tokens=min(room, most or room))
         self._check_limits(prepared)
         return prepared
+
+    def is_foreign(self, messages: object) -> bool:
+        """Return whether a conversation, if there is one, is rendered by a chat template that runs apart."""
+        return bool(messages) and self.loaded is not None and self.loaded.foreign_template
 
     def note_prompt(self, exchange: Exchange, asked: object) -> None:
         """Keep a request's prompt, or its conversation as JSON, for the log when prompts are logged."""

@@ -12,8 +12,16 @@ import msgspec
 from litestar.response.base import Response
 from litestar.types import Receive, Scope, Send
 
-from edge_phi3.api.errors import ClientDisconnectedError, detail_of, error_body, is_openai, status_code_of
+from edge_phi3.api.errors import (
+    ClientDisconnectedError,
+    detail_of,
+    error_body,
+    is_openai,
+    log_unforeseen,
+    status_code_of,
+)
 from edge_phi3.api.exchange import cancelled_when_client_leaves, exchange_of
+from edge_phi3.errors import EdgePhi3Error
 
 FIRST_EVENT_PATIENCE = 1.0
 """Seconds to wait for the first event before the status line is sent: refusals come at once and keep their own status,
@@ -67,6 +75,8 @@ class EventStream(Response[bytes]):
             exchange_of(scope).error = type(error).__name__
             if isinstance(error, ClientDisconnectedError):
                 return
+            if not isinstance(error, EdgePhi3Error):
+                log_unforeseen(scope, error)
             body = error_body(scope, detail_of(error), status_code_of(error))
             await self._send(send, event(body, "" if is_openai(scope) else "error"))
         finally:

@@ -11,6 +11,7 @@ import msgspec
 
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 """Unicode's White_Space, which ``\\s`` is in Rust's regular expressions; Python's ``str.isspace`` has four more."""
+_WINDOW = 1 << 14
 SHIELD = "\ud800"
 """Half of a pair: JSON in UTF-8 cannot hold it."""
 
@@ -36,20 +37,21 @@ class AddedTokenSplitter:
 
     The leftmost comes first, and the longest of those that begin there. llama.cpp strips white space after a special
     token by C's `isspace`, byte by byte, and goes by the model's name to know after which; tokenizers strips Unicode's
-    white space, where the added token's own flags say so. A text that is split here, and whose parts are given to
-    llama.cpp one by one without special tokens, is tokenised exactly as by ``tokenizer.json``.
+    white space, where the added token's own flags say so. A text that is split here, and whose parts are encoded one by
+    one without added tokens, is tokenised exactly as by ``tokenizer.json``.
     """
 
     def __init__(self, added: Iterable[AddedToken]) -> None:
         self._by_text = {token.text: token for token in added}
         longest_first = sorted(self._by_text, key=len, reverse=True)
+        self._longest = max(map(len, self._by_text), default=0)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._white_space = re.compile(f"[{WHITE_SPACE}]*")
 
     def split(self, text: str) -> Iterator[str | int]:
         """Yield the parts of a text in their order: ids of added tokens, and the non-empty texts between them."""
         position = begin = 0
-        while found := self._pattern.search(text, begin):
+        while (found := self._find(text, begin)) is not None:
             token, (start, begin) = self._by_text[found[0]], found.span()
             if token.single_word and any(map(_is_word, text[max(0, start - 1) : start] + text[begin : begin + 1])):
                 continue
@@ -62,6 +64,14 @@ class AddedTokenSplitter:
             position = begin
         if position < len(text):
             yield text[position:]
+
+    def _find(self, text: str, position: int) -> re.Match[str] | None:
+        """Return the next added token, searched for piece by piece: a long search keeps the interpreter from others."""
+        for begin in range(position, len(text), _WINDOW) if self._by_text else ():
+            found = self._pattern.search(text, begin, begin + _WINDOW + self._longest)
+            if found is not None and found.start() < begin + _WINDOW:
+                return found
+        return None
 
     def shield(self, value: Any) -> Any:
         """Return a value of JSON in whose texts no added token is found: `SHIELD` stands after each character of one.
@@ -76,7 +86,7 @@ class AddedTokenSplitter:
 
 
 class Escaper:
-    """Makes of a text's parts what pieces are found in, with "▁" for spaces, where llama.cpp's own rule is not enough.
+    """Makes of a text's parts what pieces are found in, with "▁" for spaces.
 
     Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
     before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in

@@ -7,6 +7,7 @@ swallow is llama.cpp's rule too (llama-vocab.cpp), but there the model's name de
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -73,3 +74,20 @@ _BY_TOKEN: Final[Mapping[str, Family]] = {"<|im_sep|>": _PHI_4, "<|tool_call|>":
 def family_of(control: Collection[str]) -> Family:
     """Return the rules of the models whose vocabulary has these control tokens."""
     return next((family for token, family in _BY_TOKEN.items() if token in control), _OTHER)
+
+
+KNOWN_TEMPLATES: Final = frozenset(
+    {
+        "dcaee66df77bfbb789ec541fe713218da30225a526f1db97138fc39ee6dc56aa",  # Phi-3-mini-4k-instruct
+        "268b6082ceb7176dc6ed80557a2f7837f9f0339592fbee677d405a553af15f88",  # Phi-3-mini-4k-instruct, first revision
+        "68e5b97472ceec7523b68d3678958db46f568999a43221ae354a6ba0bcf0a611",  # Phi-3-mini-128k-instruct, second revision
+        "605841622bcb6572225608f09ec2afcdfb9fb50844ef52715a12689f7b9278b1",  # Phi-3-medium-4k-instruct
+        "78d976a442bcde2f0be15aafbb8e3050e1104f86732266f68403251b89982a90",  # Phi-3.5-mini-instruct
+        "fe4120415a3858b873955c92ce3a103a95bc97c2cb00b72e62659aaf0f891ee5",  # phi-4
+        "a41fb8727c4f1e722e53cb1ea935038a1177b8bdf09387f3b048f9da5255ef3e",  # phi-4, first revision
+        "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9",  # Phi-4-mini-instruct
+        "82fbc9a9237f4009b7e16deca2c1dbb0dc6fb8f1042d025f6e7a001822b92fd9",  # the demo
+        *(hashlib.sha256(each.chat_template.encode()).hexdigest() for each in (_PHI_3, _PHI_4, _OTHER)),
+    }
+)
+"""SHA-256 of the chat templates that are known to do no harm: those published with the family's models, and ours."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Container, Iterable, Mapping
+import sys
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -13,11 +15,15 @@ from numpy.typing import NDArray
 from edge_phi3 import byte_level
 from edge_phi3.engine.added_tokens import SHIELD, AddedToken, AddedTokenSplitter, Escaper, prepended
 from edge_phi3.engine.detokenizer import DecodedPrompt, StreamDecoder
+from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.family import Family, family_of
 from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
 _UNUSED, _CONTROL, _USER_DEFINED = 1 << 1, 1 << 3, 1 << 4
+_BLOCK = 1 << 14
+_PARTS = 1024
+"""How many parts of a text are encoded together: a call takes longer than a short part."""
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -59,7 +65,8 @@ class Tokenizer:
         added = self._added_tokens()
         self.special_ids = frozenset(token.id for token in added if token.special)
         normalized = [token for token in added if token.normalized]
-        prefix = None if self.byte_level else model.metadata("edge_phi3.tokenizer.prefix") or "prepend"
+        usual = "never" if model.metadata("tokenizer.ggml.add_space_prefix") == "false" else "prepend"
+        prefix = None if self.byte_level else model.metadata("edge_phi3.tokenizer.prefix") or usual
         if prefix == "prepend":
             normalized = [msgspec.structs.replace(token, text=prepended(token.text)) for token in normalized]
         if prefix is not None:
@@ -68,11 +75,15 @@ class Tokenizer:
         odd = self.unused_ids | self.raw_of.keys()
         plain = {token: text for token, text in enumerate(self._texts) if token not in odd}
         self.plain_texts = plain, {token: text for token, text in plain.items() if token not in self.special_ids}
-        self._splitter = AddedTokenSplitter(token for token in added if not token.normalized)
+        as_given = [token for token in added if not token.normalized]
+        plain_ones = [token for token in as_given if not token.special]
+        self._splitters = AddedTokenSplitter(plain_ones), AddedTokenSplitter(as_given)
         self.shield = AddedTokenSplitter(added).shield
-        plain_rule = prefix in {"prepend", None} and not normalized
-        self._escaper = None if plain_rule else Escaper(normalized, prefix)
-        self._tokenize = model.tokenize if plain_rule or self.byte_level else model.tokenize_as_is()
+        self._escaper = Escaper(normalized, prefix)
+        self._front = (model.bos_token_id,) if model.adds_bos else ()
+        # No token stands for more characters than its text has, unless characters are unknown, for want of their bytes.
+        known = set(map(self.bytes_of, range(self.vocab_size))) >= {bytes([byte]) for byte in range(256)}
+        self._longest = max(map(len, self._texts)) if known else sys.maxsize
 
     def _added_tokens(self) -> list[AddedToken]:
         described = self._model.metadata("edge_phi3.tokenizer.added_tokens")
@@ -85,21 +96,37 @@ class Tokenizer:
             *(AddedToken(token, self._texts[token], False, False, False) for token in others),
         ]
 
-    def encode(self, text: str, *, parse_special: bool = True, add_bos: bool = True) -> NDArray[np.int32]:
+    def encode(
+        self, text: str, *, parse_special: bool = True, add_bos: bool = True, below: int = sys.maxsize
+    ) -> NDArray[np.int32]:
         """Return the token ids of a text, int32, shape ``(tokens,)``.
 
         With `add_bos` a beginning-of-sequence token is in front where the checkpoint's tokenizer puts one (Phi-3's does
         not). With `parse_special`, texts such as ``<|user|>`` become their special token.
+
+        Raises:
+            ContextLengthError: there are not fewer than `below`. Where the length of a text shows that, nothing is
+                computed.
         """
-        parts: list[NDArray[np.int32]] = []
-        if add_bos and self._model.adds_bos:
-            parts.append(np.array([self._model.bos_token_id], np.int32))
-        found: Iterable[str | int] = self._splitter.split(text) if parse_special else [text]
-        parts += [
-            np.array([part], np.int32) if isinstance(part, int) else self._tokenize(part.replace(SHIELD, ""))
-            for part in (self._escaper.escape(found) if self._escaper else found)
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        parts = self._escaper.escape(self._splitters[parse_special].split(text))
+        front = self._front if add_bos else ()
+        return np.fromiter(itertools.chain(front, self._ids(parts, len(front), below)), np.int32)
+
+    def _ids(self, parts: Iterator[str | int], found: int, below: int) -> Iterator[int]:
+        while block := list(itertools.islice(parts, _PARTS)):
+            texts = [part.replace(SHIELD, "") for part in block if isinstance(part, str)]
+            found += len(block) - len(texts)
+            least = found + sum(-(-len(text) // self._longest) for text in texts)
+            encodings = self._model.encode(texts) if least < below else []
+            found += sum(map(len, encodings))
+            if max(found, least) >= below:
+                raise ContextLengthError(
+                    f"The prompt has at least {max(found, least)} tokens, but this model's maximum context length is"
+                    f" {below} tokens; shorten the prompt."
+                )
+            each = iter(encodings)
+            for part in block:
+                yield from (part,) if isinstance(part, int) else next(each).ids
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -137,7 +164,9 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of tokens, as ``tokenizer.decode`` does."""
         stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
-        return stream.push(list(tokens)) + stream.finish()
+        each = iter(tokens)
+        blocks = iter(lambda: list(itertools.islice(each, _BLOCK)), [])
+        return "".join(map(stream.push, blocks)) + stream.finish()
 
     def decode_prompt(
         self,

@@ -9,12 +9,17 @@ from typing import Any, Final
 
 from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
 from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import ParameterError, Source, leaves
+from edge_phi3.generation.values import LONGEST_SHOWN, ParameterError, Source, leaves, shown
 
 __all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
 
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the prompt)."""
+
+
+MOST_PHRASES: Final = 1024
+LONGEST_STOP: Final = 4096
+"""How many phrases or stop strings of a request are looked for at every token, and characters of one such string."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +140,10 @@ class GenerationConfig(Parameters):
 def _refuse_unsupported(name: str, value: object) -> None:
     refused = REFUSED.get(name)
     if refused is None:
-        near = difflib.get_close_matches(name, PARAMETERS, n=1)
+        # Compared with all names there are, which takes long for a long one.
+        near = difflib.get_close_matches(name, PARAMETERS, n=1) if len(name) <= LONGEST_SHOWN else []
         hint = f" Did you mean `{near[0]}`?" if near else ""
+        name = name if len(name) <= LONGEST_SHOWN else name[: LONGEST_SHOWN - 3] + "..."
         raise ParameterError(name, f"`{name}` is not a generation parameter.{hint}")
     if not refused.accepts(value):
         raise ParameterError(name, f"`{name}` is not supported: {refused.reason}.")
@@ -166,7 +173,7 @@ def _merged(name: str, requested: Mapping[str, object], defaults: ModelDefaults)
 def _validate(config: GenerationConfig, requested: Mapping[str, object], defaults: ModelDefaults) -> None:
     for name, broken, rule in _rules(config, requested, defaults.max_sequences):
         if broken:
-            raise ParameterError(name, f"`{name}` is {getattr(config, name)}, but {rule}.")
+            raise ParameterError(name, f"`{name}` is {shown(getattr(config, name))}, but {rule}.")
     for name, parameter in PARAMETERS.items():
         value, kind = getattr(config, name), parameter.value.kind
         if parameter.value.with_sampling and config.do_sample:
@@ -174,7 +181,7 @@ def _validate(config: GenerationConfig, requested: Mapping[str, object], default
         for token in leaves(value) if kind.token_ids else ():
             if isinstance(token, int) and token >= config.vocab_size:
                 rule = f"must hold token ids below {config.vocab_size}, the size of the vocabulary"
-                raise ParameterError(name, f"`{name}` is {token}, but {rule}.")
+                raise ParameterError(name, f"`{name}` is {shown(token)}, but {rule}.")
 
 
 def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int) -> list[tuple[str, bool, str]]:
@@ -189,9 +196,17 @@ def _rules(config: GenerationConfig, requested: Mapping[str, object], most: int)
     with_groups = "with `num_beam_groups` above 1, or the groups are equal"
     when_greedy = "for greedy decoding: set `do_sample` or `num_beams`"
     when_several = "with several beams or sequences"
+    phrases = [phrase for phrase in config.bad_words_ids if len(phrase) > 1]
+    biased = [phrase for phrase, _ in config.sequence_bias if len(phrase) > 1]
+    stops = config.stop_strings
     decays = config.exponential_decay_length_penalty is not None
     ends = bool(config.eos_token_id) and min(config.eos_token_id) >= 0
+    few = f"must hold at most {MOST_PHRASES} phrases of several tokens, each of which is looked for at every token"
+    short = f"must hold at most {MOST_PHRASES} strings of up to {LONGEST_STOP} characters"
     return [
+        ("bad_words_ids", len(phrases) > MOST_PHRASES, few),
+        ("sequence_bias", len(biased) > MOST_PHRASES, few),
+        ("stop_strings", len(stops) > MOST_PHRASES or any(len(stop) > LONGEST_STOP for stop in stops), short),
         ("num_beams", beams > most, too_many),
         ("num_return_sequences", returned > most, too_many),
         ("num_beam_groups", grouped and config.do_sample, f"must be 1 {no_sampling}"),

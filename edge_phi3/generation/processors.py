@@ -39,7 +39,8 @@ class SequenceBias:
                 start = np.array(phrase[:-1], dtype=np.int32)
                 self._phrases.setdefault(phrase[-2], []).append((start, phrase[-1], np.float32(bias)))
         self._tokens = np.array(list(singles), dtype=np.intp)
-        self._biases = np.array(list(singles.values()), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            self._biases = np.array(list(singles.values()), dtype=np.float32)
         self._singles = dict(zip(singles, self._biases, strict=True))
 
     def __call__(self, tokens: Tokens, scores: Scores) -> None:

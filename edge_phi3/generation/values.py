@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 import operator
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any, Final, Literal
@@ -19,7 +20,11 @@ from edge_phi3.errors import EdgePhi3Error
 
 Schema = dict[str, Any]
 
-_LONGEST_SHOWN = 60
+LONGEST_SHOWN = 60
+"""Characters of a name or value of a request in the sentence that refuses it."""
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = LONGEST_SHOWN
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 20
 _LIMITS: Final[Mapping[str, tuple[str, Callable[[Any, Any], bool]]]] = {
     "minimum": ("of at least", operator.ge),
     "exclusiveMinimum": ("above", operator.gt),
@@ -85,13 +90,17 @@ class Kind:
             raise self._refusal(name, value, self.hint and f"; {self.hint}")
 
     def _refusal(self, name: str, value: object, hint: str = "") -> ParameterError:
-        shown = repr(value)
-        shown = shown if len(shown) <= _LONGEST_SHOWN else shown[: _LONGEST_SHOWN - 3] + "..."
-        return ParameterError(name, f"`{name}` must be {self.allowed}, but is {shown}{hint}.")
+        return ParameterError(name, f"`{name}` must be {self.allowed}, but is {shown(value)}{hint}.")
 
     def json_schema(self) -> Schema:
         """Return the JSON schema."""
         return self.schema or {**msgspec.json.schema(self.type), **self.limits}
+
+
+def shown(value: object) -> str:
+    """Return a value as a sentence shows it, however large it is."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
 def leaves(value: object) -> Iterator[object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ import tokenizers
 from numpy.typing import NDArray
 
 from edge_phi3 import byte_level
-from edge_phi3.llama import ModelLoadError
+from edge_phi3.llama import ModelLoadError, pieces
 from edge_phi3.llama.backend import initialise_backend, reason
 from edge_phi3.llama.ggml import metadata_text, metadata_texts
 
-_UNUSED = 1 << 1
+_UNKNOWN, _UNUSED, _CONTROL, _BYTE = 1 << 0, 1 << 1, 1 << 3, 1 << 5
 """Of ``enum llama_token_attr``."""
 
 VOCABULARIES = ("llama", byte_level.MODEL)
@@ -126,7 +126,6 @@ class Model:
         self._handle = load_file(path, params, overrides)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[tuple[Any, float]] = []
-        self._vocabularies: list[Any] = []
         architecture = self.metadata("general.architecture")
         if architecture != "phi3":
             self.close()
@@ -139,7 +138,11 @@ class Model:
                 " SentencePiece's and byte-level ones."
             )
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        self._byte_level = self._byte_level_tokenizer() if self.vocabulary == byte_level.MODEL else None
+        try:
+            self._encoder  # noqa: B018 - made at once, so that a file that cannot be used fails here
+        except ModelLoadError:
+            self.close()
+            raise
         self.context_length = int(llama_cpp.llama_model_n_ctx_train(self._handle))
         self.layers = int(llama_cpp.llama_model_n_layer(self._handle))
         # The family's tokenizers put no token in front; many GGUFs from elsewhere claim that they do. Ours say what
@@ -147,20 +150,26 @@ class Model:
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
-    def _byte_level_tokenizer(self) -> tokenizers.Tokenizer:
-        found = enumerate(zip(self.pieces, self.attributes, strict=True))
-        pre = self.metadata("tokenizer.ggml.pre") or ""
+    @functools.cached_property
+    def _encoder(self) -> tokenizers.Tokenizer:
+        found = list(enumerate(zip(self.pieces, self.attributes, strict=True)))
         try:
             # Added tokens too: a fine-tune may make one of a word, which merges go on to make.
             tokens = {piece.decode(): token for token, (piece, attributes) in found if not attributes & _UNUSED}
+            if self.vocabulary != byte_level.MODEL:
+                joined = _UNKNOWN | _UNUSED | _CONTROL | _BYTE
+                score = functools.partial(llama_cpp.llama_vocab_get_score, self._vocab)
+                scores = {piece.decode(): score(token) for token, (piece, kind) in found if not kind & joined}
+                unknown = next((piece.decode() for _, (piece, attributes) in found if attributes & _UNKNOWN), None)
+                return pieces.tokenizer(tokens, scores, unknown)
             return byte_level.tokenizer(
                 tokens,
                 metadata_texts(self.path, "tokenizer.ggml.merges"),
-                self.metadata(byte_level.PATTERN_KEY) or byte_level.pattern_of(pre),
+                self.metadata(byte_level.PATTERN_KEY)
+                or byte_level.pattern_of(self.metadata("tokenizer.ggml.pre") or ""),
                 ignore_merges=self.metadata(byte_level.IGNORE_MERGES_KEY) == "true",
             )
         except (byte_level.ByteLevelError, UnicodeDecodeError) as error:
-            self.close()
             raise ModelLoadError(f"{self.path}: its tokenizer cannot be used: {error}.") from error
 
     def metadata(self, key: str) -> str | None:
@@ -217,19 +226,14 @@ class Model:
         get = llama_cpp.llama_vocab_get_attr
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
-    def tokenize(self, text: str) -> NDArray[np.int32]:
-        """Return the ids of a text, int32, shape (tokens,); special tokens in it are the characters they are."""
-        if self._byte_level is not None:
-            text = text.encode("utf-8", errors="replace").decode()
-            return np.array(self._byte_level.encode(text).ids, np.int32)
-        return tokenize(self._vocab, text, add_special=False, parse_special=False)
+    def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Return the tokens of texts without added tokens, in which spaces are "▁" if the vocabulary is not byte-level.
 
-    def tokenize_as_is(self) -> Callable[[str], NDArray[np.int32]]:
-        """Return what tokenises as `tokenize` does, but never puts a space in front of a text."""
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        self._vocabularies.append(load_file(self.path, params, {"tokenizer.ggml.add_space_prefix": False}))
-        return functools.partial(tokenize, llama_cpp.llama_model_get_vocab(self._vocabularies[-1]))
+        Other threads have the interpreter meanwhile; the time is linear in the texts' lengths.
+        """
+        sound = [text.encode("utf-8", errors="replace").decode() for text in texts]
+        encodings: list[tokenizers.Encoding] = self._encoder.encode_batch_fast(sound, add_special_tokens=False)
+        return encodings
 
     def load_lora(self, path: Path, scale: float) -> None:
         """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
@@ -244,8 +248,6 @@ class Model:
 
     def close(self) -> None:
         """Free the model. Contexts made from it must be closed before."""
-        while self._vocabularies:
-            llama_cpp.llama_model_free(self._vocabularies.pop())
         if self._handle:
             llama_cpp.llama_model_free(self._handle)
             self._handle = None

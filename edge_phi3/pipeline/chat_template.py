@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import datetime as dt
+import atexit
+import hashlib
 import json
 import logging
+import signal
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, Final
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
+from edge_phi3 import templates
+from edge_phi3.engine.family import KNOWN_TEMPLATES
+from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError
 from edge_phi3.pipeline.prompt import PromptError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A chat template in Jinja, as transformers runs it.
+    """A chat template in Jinja, as transformers runs it. One that is `foreign`, not the family's own, runs apart.
 
     One that cannot be compiled refuses every conversation. One that leaves system messages out without a word, as
     Microsoft's first for Phi-3 did, gets each of them at the beginning of the user message that follows.
@@ -37,14 +37,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._special_tokens = special_tokens
-        self._template: jinja2.Template | None = None
+        encoded = source.encode(errors="replace")
+        self._source, self._special_tokens = encoded.decode(), special_tokens
         self._merges_system = False
-        try:
-            self._template = _ENVIRONMENT.from_string(source)
-        except Exception as error:  # noqa: BLE001 - a template comes from anywhere; the model answers prompts without it
-            self._refusal = f"the model's chat template cannot be compiled ({error}); send `prompt` instead"
-            logger.warning("Conversations are refused: %s.", self._refusal)
+        self.foreign = hashlib.sha256(encoded).hexdigest() not in KNOWN_TEMPLATES
+        _, self._refusal = self._attempt("")
+        if self._refusal:
+            logger.warning("Conversations are refused: %s", self._refusal)
             return
         probe = [{"role": "system", "content": (marker := _marker())}, {"role": "user", "content": "Hello"}]
         try:
@@ -55,6 +54,13 @@ class ChatTemplate:
             logger.warning(
                 "The model's chat template has no system role: system messages are put in front of the user's."
             )
+
+    def _attempt(self, names: str) -> tuple[str, str]:
+        """Return what it makes of values in JSON, and why nothing; without any it is compiled."""
+        job = templates.Job(self._source, names)
+        rendered = _APART.attempt(job) if self.foreign else templates.attempt(job)
+        text, problem = json.loads(rendered.outcome)
+        return text, problem
 
     def render(
         self,
@@ -79,7 +85,8 @@ class ChatTemplate:
         """
         for message in messages:
             if message.get("role") not in _ROLES:
-                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {message.get('role')!r}.")
+                role = str(message.get("role"))[:40]
+                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {role!r}.")
         if continue_final_message is None:
             continue_final_message = add_generation_prompt is None and messages[-1]["role"] == "assistant"
         elif continue_final_message and add_generation_prompt:
@@ -98,17 +105,14 @@ class ChatTemplate:
         return begun.replace(marker, last["content"]) + str(last["content"])
 
     def _run(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
-        if self._template is None:
-            raise PromptError(f"messages: {self._refusal}.")
         names = {"tools": None, "documents": None, **self._special_tokens, **kwargs, "messages": messages}
         try:
-            return self._template.render(names)
-        except jinja2.TemplateError as error:
-            raise PromptError(f"messages: the model's chat template refuses them: {error}") from error
-        except Exception as error:  # what a template can do wrong has no end
-            raise PromptError(
-                f"messages: the model's chat template fails on them ({type(error).__name__}: {error})."
-            ) from error
+            text, problem = ("", self._refusal) if self._refusal else self._attempt(json.dumps(names, default=dict))
+        except RecursionError:
+            raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
+        if problem:
+            raise PromptError(f"messages: {problem}")
+        return text
 
 
 def _marker() -> str:
@@ -135,33 +139,36 @@ def _without_system(messages: Sequence[Message]) -> list[Message]:
     return turns
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}``, with which templates mark what an assistant said, for training."""
+class _Apart:
+    """The process that renders the templates of strangers, started when it is first needed and after each end."""
 
-    tags = {"generation"}  # noqa: RUF012 - so Jinja wants it
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: ChildProcess | None = None
+        atexit.register(self.close)
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        """Return the block's content, which has a scope of its own."""
-        line = next(parser.stream).lineno
-        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+    def attempt(self, job: templates.Job) -> templates.Rendered:
+        """Do a job there."""
+        with self._lock:
+            try:
+                if self._process is None:
+                    self._process = ChildProcess(templates.__name__, templates.Rendered, gpu="").__enter__()
+                self._process.send(job)
+                rendered: templates.Rendered = self._process.receive()
+                return rendered
+            except (WorkerDiedError, OSError) as error:
+                logger.warning("The process of the chat template has ended: %s.", error)
+                self.close()
+                cause = f"the model's chat template ends its process ({error})."
+                if f"exit code {-signal.SIGXCPU}" in str(error):
+                    cause = f"the model's chat template takes more than {templates.MOST_SECONDS} s of the processor."
+                return templates.Rendered.of(problem=cause)
+
+    def close(self) -> None:
+        """End the process."""
+        if (process := self._process) is not None:
+            self._process = None
+            process.__exit__(None, None, None)
 
 
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return dt.datetime.now().astimezone().strftime(pattern)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    # Jinja's own writes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-# A template comes with a model file, from anywhere: it runs in the sandbox that transformers uses (CVE-2024-34359).
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-)
-_ENVIRONMENT.filters["tojson"] = _to_json
-_ENVIRONMENT.globals.update({"raise_exception": _refuse, "strftime_now": _now})
+_APART: Final = _Apart()

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
@@ -58,6 +59,7 @@ class TextGenerationPipeline:
         )
         template = model.chat_template or self._tokenizer.family.chat_template
         self._template = ChatTemplate(template, self._tokenizer.special_tokens)
+        self.foreign_template = self._template.foreign
 
     # -- text to tokens
 
@@ -108,7 +110,9 @@ class TextGenerationPipeline:
             ParameterError: a generation parameter is wrong.
         """
         if handle_long_generation not in {None, "hole"}:
-            raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation!r}.")
+            raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation[:40]!r}.")
+        longest = self.engine.max_length
+        below = longest if truncate is None and handle_long_generation is None else sys.maxsize
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
@@ -117,17 +121,16 @@ class TextGenerationPipeline:
                 prefix or "",
                 messages,
                 chat_template_kwargs,
+                below,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
+        elif isinstance(prompt, str) and prompt:
+            lead = prompt if return_full_text else ""
+            prompt_ids = self._tokenizer.encode((prefix or "") + prompt, below=below)
         elif prompt:
-            text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
-            lead = text if return_full_text else ""
-            prompt_ids = (
-                self._tokenizer.encode((prefix or "") + text)
-                if isinstance(prompt, str)
-                else np.array(prompt, dtype=np.int32)
-            )
+            prompt_ids = np.array(prompt, dtype=np.int32)
+            lead = self.detokenize(prompt) if return_full_text and len(prompt) < below else ""
         else:
             raise PromptError("Text generation parameter prompt required")
         if truncate is not None and len(prompt_ids) > truncate[0]:
@@ -139,7 +142,7 @@ class TextGenerationPipeline:
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
             prompt_ids = self._cut_hole(prompt_ids, config)
-        if len(prompt_ids) >= (longest := self.engine.max_length):
+        if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens, but this model's maximum context length is {longest} tokens;"
                 " shorten the prompt."
@@ -157,7 +160,12 @@ class TextGenerationPipeline:
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces, stop_texts=stop_texts)
 
     def _encode_conversation(
-        self, prefix: str, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **wanted: bool | None
+        self,
+        prefix: str,
+        messages: Sequence[Mapping[str, Any]],
+        kwargs: Mapping[str, Any],
+        below: int,
+        **wanted: bool | None,
     ) -> NDArray[np.int32]:
         """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
         try:
@@ -168,7 +176,7 @@ class TextGenerationPipeline:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         except PromptError as error:
             raise PromptError(str(error).replace(SHIELD, "")) from error
-        return self._tokenizer.encode(prefix + text, add_bos=False)
+        return self._tokenizer.encode(prefix + text, add_bos=False, below=below)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

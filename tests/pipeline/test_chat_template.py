@@ -15,6 +15,7 @@ from edge_phi3.engine.family import family_of
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import PromptError
 from edge_phi3.pipeline.chat_template import ChatTemplate
+from edge_phi3.templates import MOST_CHARACTERS
 from tests.support.cases import cases
 
 FOUND: dict[str, dict[str, str]] = json.loads(
@@ -48,6 +49,7 @@ def texts(tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
 def test_a_turn_that_was_begun_is_continued_to_the_letter(tokenizer: Tokenizer, name: str) -> None:
     template = ChatTemplate(FOUND[name]["template"], TOKENS)
     prompt = FOUND[name]["prompt"]
+    assert not template.foreign, "those of the family are rendered in the process"
     assert template.render(ASKED) == prompt
     for text in texts(tokenizer, 2000, seed=1):
         assert template.render([*ASKED, turn("assistant", text)]) == prompt + text
@@ -115,10 +117,30 @@ def test_what_templates_find(source: str, expected: str) -> None:
     assert rendered == expected.replace("YEAR", year)
 
 
-@cases
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("{{ raise_exception('Roles must alternate.') }}", "refuses them: Roles must alternate"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ messages[9]['role'] }}", "refuses them"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ strftime_now(1) }}", "TypeError"),
+        ("{{ messages[0].content * 100000000 }}", "MemoryError"),
+        ("{{ '{:2000000000}'.format(1) }}", "MemoryError"),
+        ("{{ 'x' | center(2000000000) }}", "MemoryError"),
+        ("{{ messages[0].content | center(20000000) }}", f"more than {MOST_CHARACTERS} characters"),
+        ("{{ range(200000) | length }}", "OverflowError"),
+        ("{{" + "(" * 50_000, "cannot be compiled"),
+        ("{% if %}", "cannot be compiled"),
+        ("{% nosuchtag %}", "cannot be compiled"),
+    ],
+)
 def test_a_template_that_fails_refuses_the_conversation(source: str, what: str) -> None:
-    with pytest.raises(PromptError, match=f"^messages: .*{what}"):
+    with pytest.raises(PromptError, match=f"^messages: .*{what}") as refused:
         ChatTemplate(source).render(ASKED)
+    assert len(str(refused.value)) < 400
 
 
 def test_a_turn_that_a_template_leaves_out_cannot_be_continued() -> None:

@@ -12,7 +12,7 @@ from litestar.exceptions import NotFoundException
 from litestar.params import FromPath, RawBody
 from msgspec import UNSET
 
-from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.body import decode_body
 from edge_phi3.api.exchange import exchange_of
 from edge_phi3.api.openai import schemas, translate
 from edge_phi3.api.openai.answers import Answer, Reason, Tokens, UsageField
@@ -91,16 +91,17 @@ async def _answer(
     service: Service,
     type_: type[ChatCompletionRequest | CompletionRequest],
 ) -> Response[Any] | EventStream:
-    wanted = decode_body(request, body, type_, functools.partial(sift, type_))
-    exchange = exchange_of(request.scope)
+    exchange, in_lane = exchange_of(request.scope), functools.partial(service.lanes.prepare, request, body)
+    wanted = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
 
     def prepare() -> list[PreparedPrompt]:
-        asked, prompts = translate.asked_by(wanted)
+        asked, prompts = translate.asked_by(service, wanted)
         service.note_prompt(exchange, asked)
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
-    # A schema of a kilobyte can take its compiler a second.
-    prepared = await work_on(body, prepare, slow=wanted.response_format is not None)
+    # A schema of a kilobyte can take its compiler a second, and thousands of texts as long.
+    slow = any((wanted.response_format, wanted.bad_words, wanted.logit_bias))
+    prepared = await in_lane(prepare, slow=slow, foreign=service.is_foreign(getattr(wanted, "messages", None)))
     return await shapes(service, wanted, exchange, prepared).respond(request.receive)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edge_phi3.api.errors import InvalidRequestError
@@ -17,13 +17,16 @@ from edge_phi3.api.openai.fields import (
 )
 from edge_phi3.api.service import Service
 from edge_phi3.engine.errors import SchemaError
+from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.pipeline import PreparedPrompt
 
 DEFAULT_MAX_TOKENS = 16
 """Tokens of a completion when the request does not say: OpenAI's default."""
 
-_MOST_STOPS = 64
+MOST_STOPS = 64
 _MOST_BIAS = 100.0
+_LONGEST_TOKEN = 19
+"""Digits of a token id as the key of an object."""
 _LAST_TOKENS = 64
 """Tokens that `repeat_penalty` looks back when the request does not say: llama-server's default."""
 _SCHEMA = "response_format.json_schema.schema"
@@ -90,11 +93,14 @@ def candidates_of(request: SamplingFields) -> int | None:
     return int(best_of)
 
 
-def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[Any], list[dict[str, Any]]]:
+def asked_by(
+    service: Service, request: ChatCompletionRequest | CompletionRequest
+) -> tuple[list[Any], list[dict[str, Any]]]:
     """Return a request's conversation or prompts, and for each prompt the arguments that `prepare` takes.
 
     Raises:
-        InvalidRequestError: a message holds something else than text; there is no prompt, or they are of several kinds.
+        InvalidRequestError: a message holds something else than text; there is no prompt, or too many, or of several
+            kinds.
     """
     if isinstance(request, ChatCompletionRequest):
         messages = [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
@@ -104,7 +110,7 @@ def asked_by(request: ChatCompletionRequest | CompletionRequest) -> tuple[list[A
             "chat_template_kwargs": request.chat_template_kwargs or {},
         }
         return messages, [{"messages": messages, **rendering}]
-    prompts = _prompts(request)
+    prompts = _prompts(request, service.settings.max_queue)
     return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
 
 
@@ -122,7 +128,7 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
     return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
 
-def _prompts(request: CompletionRequest) -> list[str | list[int]]:
+def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
     """Return the prompts of a request for completions: one or more, each a text or token ids."""
     prompt = request.prompt
     if not prompt:
@@ -132,6 +138,10 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
     tokens = [item for item in prompt if isinstance(item, int)]
     if len(tokens) == len(prompt):
         return [tokens]
+    if not tokens and len(prompt) > most:
+        raise InvalidRequestError(
+            f"`prompt` has {len(prompt)} prompts; this service takes at most {most} at once (--max-queue)."
+        )
     prompts: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
     if tokens or len({type(item) for item in prompts}) > 1 or not all(prompts):
         raise InvalidRequestError(
@@ -143,8 +153,10 @@ def _prompts(request: CompletionRequest) -> list[str | list[int]]:
 def stops_of(request: SamplingFields) -> list[str]:
     """Return the texts before which an answer ends; too many of them, or an empty one, are an `InvalidRequestError`."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    if len(stops) > _MOST_STOPS or not all(stops):
-        raise InvalidRequestError(f"`stop` must be a text or up to {_MOST_STOPS} texts, none of them empty.")
+    if len(stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in stops):
+        raise InvalidRequestError(
+            f"`stop` must be a text or up to {MOST_STOPS} texts, none of them empty or longer than {LONGEST_STOP}."
+        )
     return stops
 
 
@@ -207,6 +219,7 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
     """Return pairs of a phrase of one token and its bias, and the tokens that are banned."""
     given = request.logit_bias or {}
     pairs = [(_token(key), bias) for key, bias in given.items()] if isinstance(given, dict) else given
+    _check_few("logit_bias", [key for key, _ in pairs if isinstance(key, str)])
     biases: list[list[Any]] = []
     banned: list[int] = []
     for key, bias in pairs:
@@ -226,13 +239,19 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
 
 
 def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit():
+    if not key.isascii() or not key.isdigit() or len(key) > _LONGEST_TOKEN:
         raise InvalidRequestError(f"`logit_bias` has the key {key[:40]!r}; its keys are token ids.")
     return int(key)
 
 
+def _check_few(name: str, texts: Sequence[str]) -> None:
+    if len(texts) > MOST_PHRASES:
+        raise InvalidRequestError(f"`{name}` must hold at most {MOST_PHRASES} texts, but holds {len(texts)}.")
+
+
 def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...]]:
     """Yield the tokens of `bad_words`: of each at the beginning of a text and, where they differ, after a space."""
+    _check_few("bad_words", request.bad_words or ())
     for word in request.bad_words or ():
         alone, after = (tuple(service.pipeline.tokenize(text)) for text in (word, f" {word.lstrip()}"))
         if not alone:

@@ -1,0 +1,68 @@
+"""The limits of a request, for docs/security.md: each option's default, and what is fixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from edge_phi3 import templates
+from edge_phi3.api import body, connection, errors, lanes, ops
+from edge_phi3.api.openai import translate
+from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS
+from edge_phi3.generation.values import LONGEST_SHOWN
+from edge_phi3.settings import Settings
+from edge_phi3.settings_text import default_of, flag_of
+
+_OPTIONS = (
+    ("headers", "bytes of the request line and headers", "max_header_size"),
+    ("headers", "seconds until they have arrived", "header_timeout"),
+    ("body", "bytes", "max_body_size"),
+    ("body", "seconds until it has arrived", "body_timeout"),
+    ("counts", "prompts in one request", "max_queue"),
+    ("counts", "`num_beams` x `num_return_sequences`", "max_sequences"),
+    ("counts", "new tokens of a sequence", "max_new_tokens"),
+    ("text", "tokens of a prompt and its answer; 0: the model's context", "ctx_size"),
+    ("time", "seconds of a request, until its body is prepared and again until its answer is whole", "request_timeout"),
+    ("time", "seconds that an answer may stay unread", "send_timeout"),
+    ("time", "seconds until the next request on a connection", "keep_alive"),
+    ("time", "seconds that running requests have once the service is told to stop", "grace_period"),
+    ("connections", "open at once", "max_connections"),
+    ("connections", "waiting requests", "max_queue"),
+    ("connections", "requests of a client", "rate_limit"),
+)
+"""What is limited, how it is counted, and the option that sets it."""
+
+
+def markdown() -> str:
+    """Return the table: those that an option sets, and those that are fixed, by what they limit."""
+    rows = [
+        (what, unit, f"`{flag_of(name)}`", default_of(Settings.model_fields[name]) or "none")
+        for what, unit, name in _OPTIONS
+    ]
+    rows += [(what, unit, "fixed", f"`{value}`") for what, unit, value in _fixed()]
+    order = list(dict.fromkeys(what for what, *_ in rows))
+    lines = [("limits of", "counted in", "set by", "default"), ("---",) * 4]
+    lines += sorted(rows, key=lambda row: order.index(row[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _fixed() -> Iterator[tuple[str, str, int | str]]:
+    yield "body", "chunks of any size; more must hold 16 bytes on average", connection.FREE_CHUNKS
+    yield "body", "bytes, beyond which it is prepared by a thread, beside all other requests", lanes.LONG
+    for lane, threads in lanes.THREADS.items():
+        kind = {"long": "such bodies", "foreign": "of those, conversations for a template of strangers"}.get(lane)
+        yield "body", f"{kind or f'of those, bodies of {lanes.LONGEST} bytes and more'} prepared at once", threads
+    yield "names", "characters of one in an error", LONGEST_SHOWN
+    yield "names", "ignored fields that the answer names", body.MOST_IGNORED
+    yield "names", "characters of each", body.LONGEST_IGNORED
+    yield "names", "characters of an error", errors.LONGEST_SENTENCE
+    yield "depth", "lists and objects inside each other; Python's own limit, about", 1000
+    yield "counts", "texts in `stop`", translate.MOST_STOPS
+    yield "counts", "texts or phrases of several tokens that are banned, biased, or stop an answer", MOST_PHRASES
+    yield "counts", "tokens that `/tokenize` returns with their texts", ops.MOST_PIECES
+    yield "text", "characters of a text in `stop` or `stop_strings`", LONGEST_STOP
+    yield "counts", "`top_logprobs`", int(OPENAI_PARAMETERS["top_logprobs"].value.kind.limits["maximum"])
+    yield "text", "characters, beyond which a prompt is not tokenised", "the context x the longest token"
+    yield "template", "seconds of the processor, for one that is not the family's own", templates.MOST_SECONDS
+    yield "template", "bytes of memory, likewise", templates.MOST_MEMORY
+    yield "template", "characters that it makes", templates.MOST_CHARACTERS
