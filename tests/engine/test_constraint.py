@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.engine.constraint import ConstraintVocabulary, SchemaConstraint
+from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
+from edge_phi3.engine.grammars import json_grammar
 from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -46,10 +47,10 @@ class Vocabulary:
         self.closing = np.array([bool(text.strip()) and not text.strip(b'"}], \n') for text in self.made.texts])
         self.token_of = {raw[0]: token for token, raw in self.tokenizer.raw_of.items()}
 
-    def start(self, schema: object) -> SchemaConstraint:
-        return self.made.constrain(schema, [self.end])
+    def start(self, schema: object) -> GrammarConstraint:
+        return self.made.constrain(json_grammar(schema), [self.end])
 
-    def write(self, constraint: SchemaConstraint, random_: random.Random) -> str | None:
+    def write(self, constraint: GrammarConstraint, random_: random.Random) -> str | None:
         """Go a random way, rather to the end; None where that was not met in time."""
         tokens: list[int] = []
         for _ in range(STEPS):
@@ -123,7 +124,7 @@ def test_bytes_that_make_no_character_never_come(vocabulary: Vocabulary) -> None
 def test_mask_and_permits_agree_and_special_tokens_never_come(vocabulary: Vocabulary) -> None:
     random_, ends = random.Random(5), [vocabulary.end, vocabulary.token_of[ord("x")]]
     schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 9}}, "required": ["x"]}
-    constraint = vocabulary.made.constrain(schema, ends)
+    constraint = vocabulary.made.constrain(json_grammar(schema), ends)
     for _ in range(60):
         allowed = np.flatnonzero(constraint.allowed()).tolist()
         assert allowed == [token for token in range(vocabulary.tokenizer.vocab_size) if constraint.permits(token)]
@@ -175,7 +176,7 @@ def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
         "more than four digits, or": {"type": "integer", "multipleOf": 7436429},
         "common multiple": {"allOf": [{"type": "integer", "multipleOf": each} for each in (7, 11, 13, 17, 19)]},
         "more than 15 digits": {"const": 10**400},
-        "32000 characters": {"enum": list(range(1_000_000))},
+        "65536 characters": {"enum": list(range(1_000_000))},
         "merge more than 2000": {"$defs": doubling, "$ref": "#/$defs/a16"},
         "more than 128": {"properties": {str(number): {"type": "null"} for number in range(129)}},
     }
@@ -250,7 +251,7 @@ def engine(make_model: MakeModel) -> Iterator[Engine]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(engine: Engine, options: dict[str, Any]) -> None:
     defaults: ModelDefaults = engine.model.defaults
-    start = ConstraintVocabulary(engine.model.tokenizer).constrain(ANSWER, defaults.eos_token_ids)
+    start = ConstraintVocabulary(engine.model.tokenizer).constrain(json_grammar(ANSWER), defaults.eos_token_ids)
     model = tables.table_model(1, defaults.vocab_size)
 
     def obedient(prefix: tables.Prefix) -> NDArray[np.float32]:
@@ -279,7 +280,7 @@ class Constrained(Asked):
         logprobs = kwargs.pop("top_logprobs", None)
         config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, defaults)
         config = dataclasses.replace(config, top_logprobs=logprobs)
-        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(schema, defaults.eos_token_ids)
+        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(json_grammar(schema), defaults.eos_token_ids)
         self.request = GenerationRequest(PROMPT, config, constraint=constraint)
         self.running = engine.submit(self.request, self.events.put)
 
@@ -300,7 +301,7 @@ def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[s
 
 def alive() -> int:
     gc.collect()
-    return sum(isinstance(each, SchemaConstraint) for each in gc.get_objects())
+    return sum(isinstance(each, GrammarConstraint) for each in gc.get_objects())
 
 
 def test_constraints_are_freed_when_requests_end_fail_or_are_given_up(engine: Engine) -> None:

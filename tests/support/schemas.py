@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import ConstraintVocabulary
+from edge_phi3.engine.grammars import calls_grammar, choice_grammar, json_grammar, written_grammar
 from edge_phi3.engine.tokenizer import Tokenizer
 from tests.support.scenarios import END, INFINITE, NAN, VOCABULARY
 
@@ -25,6 +26,14 @@ SCHEMAS: Final[tuple[dict[str, Any], ...]] = (
     {"$ref": "#/$defs/tree", "$defs": {"tree": _TREE}},
     {"type": "integer", "minimum": 5, "maximum": 2100},
 )
+_TOOLS: Final = [("ab", SCHEMAS[2]), ("a", {"type": "object", "properties": {}})]
+GRAMMARS: Final = (
+    *map(json_grammar, SCHEMAS),
+    calls_grammar(_TOOLS, None, may_answer=False, parallel=True),
+    calls_grammar(_TOOLS[:1], None, may_answer=True, parallel=False),
+    choice_grammar(["a", "ab", "b"]),
+    written_grammar('root ::= ("ab" | "ba")+ "c"'),
+)
 
 
 class _Tokens:
@@ -33,7 +42,7 @@ class _Tokens:
     vocab_size = VOCABULARY
     special_ids = frozenset({0, END, NAN, INFINITE})
     unused_ids = control_ids = frozenset[int]()
-    _pieces = (*'{}[]":,.+- 0123456789abcdeflnrstu\\', *_PIECES)
+    _pieces = (*'{}[]":,.+- 0123456789abcdefgilmnorstu\\', *_PIECES)
 
     def bytes_of(self, token: int) -> bytes:
         return str(self._pieces[token % len(self._pieces)]).encode()

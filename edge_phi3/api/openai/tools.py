@@ -1,0 +1,135 @@
+"""Tools in requests: what they are, and which of them the answer calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Protocol
+
+import msgspec
+from msgspec import Struct
+
+from edge_phi3.api.errors import InvalidRequestError
+from edge_phi3.api.schemas import about
+
+_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_MOST_TOOLS: Final = 128
+_CHOICES: Final = "none, auto, required, a function, or `allowed_tools`"
+_NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class FunctionDefinition(Struct, kw_only=True, omit_defaults=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, about("Up to 64 letters, digits and any of `_.:/-`.")]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, about("A JSON schema of its arguments; none without it.")] = None
+    strict: Annotated[bool | None, about("Arguments always follow the schema.")] = None
+
+
+class Tool(Struct, kw_only=True):
+    """A tool; only functions are understood."""
+
+    type: str
+    function: FunctionDefinition | None = None
+
+
+class _Asks(Protocol):
+    """What requests with tools have."""
+
+    tools: list[Tool] | None
+    tool_choice: str | dict[str, Any] | None
+    parallel_tool_calls: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolUse:
+    """What an answer does with tools.
+
+    Attributes:
+        tools: all, as chat templates take them.
+        allowed: the number, name and schema of the arguments of each that may be called.
+        may_answer: whether the answer may do without a call.
+        parallel: whether there may be several calls.
+    """
+
+    tools: Sequence[dict[str, Any]]
+    allowed: Sequence[tuple[int, str, dict[str, Any]]]
+    may_answer: bool
+    parallel: bool
+
+
+def use_of(request: object) -> ToolUse | None:
+    """Return what a request's answer does with tools, or None where it calls none.
+
+    Raises:
+        InvalidRequestError: a tool is none, or the choice is none of them.
+    """
+    if not hasattr(request, "tools"):
+        return None
+    asks: _Asks = request
+    choice: Any = asks.tool_choice or "auto"
+    if not asks.tools:
+        if choice not in ("none", "auto"):
+            raise InvalidRequestError("`tool_choice` needs `tools`.")
+        return None
+    if len(asks.tools) > _MOST_TOOLS:
+        raise InvalidRequestError(f"`tools` must be a list of length <= {_MOST_TOOLS}.")
+    known: dict[str, tuple[int, str, dict[str, Any]]] = {}
+    for index, tool in enumerate(asks.tools):
+        function = _function(f"tools[{index}]", tool)
+        if function.name in known:
+            raise InvalidRequestError(f"`tools[{index}].function.name` is {function.name!r}, as that of another.")
+        known[function.name] = (index, function.name, _schema(f"tools[{index}]", function))
+    mode, names = _chosen(choice)
+    if unknown := [name for name in names or () if name not in known]:
+        raise InvalidRequestError(f"`tool_choice` names {str(unknown[0])[:64]!r}, which is not in `tools`.")
+    if mode == "none":
+        return None
+    described = [msgspec.to_builtins(Tool(type="function", function=tool.function)) for tool in asks.tools]
+    allowed = [known[name] for name in (known if names is None else names)]
+    return ToolUse(described, allowed, mode == "auto", asks.parallel_tool_calls is not False)
+
+
+def _function(where: str, tool: Tool) -> FunctionDefinition:
+    if tool.type != "function" or tool.function is None:
+        raise InvalidRequestError(f"`{where}` must have the type function and a `function`, not {tool.type[:40]!r}.")
+    if not _NAME.fullmatch(tool.function.name):
+        raise InvalidRequestError(
+            f"`{where}.function.name` must be up to 64 of A-Z a-z 0-9 _ . : / -, not {tool.function.name[:64]!r}."
+        )
+    return tool.function
+
+
+def _schema(where: str, function: FunctionDefinition) -> dict[str, Any]:
+    if not function.parameters:
+        return _NO_ARGUMENTS
+    if function.parameters.get("type", "object") != "object":
+        raise InvalidRequestError(f"`{where}.function.parameters` must describe an object.")
+    return {"type": "object", **function.parameters}
+
+
+def _chosen(choice: str | Mapping[str, Any]) -> tuple[str, list[Any] | None]:
+    """Return whether tools are called (none, auto, required), and the names of those that may be; None for all."""
+    if isinstance(choice, str):
+        if choice in {"none", "auto", "required"}:
+            return choice, None
+    elif choice.get("type") == "function":
+        return "required", [_named(choice)]
+    elif choice.get("type") == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        if isinstance(allowed, dict) and allowed.get("mode") in {"auto", "required"}:
+            tools = allowed.get("tools")
+            if isinstance(tools, list) and tools:
+                return allowed["mode"], [_named(tool) for tool in tools]
+    raise InvalidRequestError(f"`tool_choice` must be {_CHOICES}, in OpenAI's shape.")
+
+
+def _named(tool: object) -> Any:
+    """Return the name that a tool has in chat completions, or in responses."""
+    if not isinstance(tool, dict):
+        return None
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
