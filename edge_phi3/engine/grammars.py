@@ -28,7 +28,7 @@ _LIST: Final = r"""
 calls: "[" rest
 rest: call {more} "]"
 TEXT: /(.|\n)*/
-BARE[lazy]: /(.|\n)*({bare}|<\|tool_call\|>)\[/
+bare[lazy]: /(.|\n)*({bare}|<\|tool_call\|>)\[/
 OPEN: /\{{"name": ?/
 MIDDLE: /, ?"arguments": ?/
 """
@@ -99,7 +99,7 @@ def calls_grammar(
     around = "" if tokens is None else f"<[{tokens[0]}]> calls <[{tokens[1]}]>"
     forms = [around or f'" "? "{BARE_CALLS}" calls']
     if may_answer and answer is None:
-        forms = ["TEXT", "BARE rest"] + [f"TEXT {around}"] * bool(around)
+        forms = ["TEXT", "bare rest"] + [f"TEXT {around}"] * bool(around)
     elif may_answer:
         forms.append("@answer")
     names = [f"call_{number}" for number in range(len(tools))]

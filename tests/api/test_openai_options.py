@@ -205,7 +205,6 @@ CANNOT = "`response_format.json_schema.schema` cannot be followed"
 @pytest.mark.parametrize(
     ("param", "arguments", "sentence"),
     [
-        ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "`tools` is not supported"),
         ("modalities", {"modalities": ["audio"]}, "`modalities` is not supported"),
         ("verbosity", {"verbosity": "high"}, "is not supported"),
         ("temperature", {"temperature": 3}, "`temperature` must be a number <= 2.0"),
@@ -222,7 +221,11 @@ CANNOT = "`response_format.json_schema.schema` cannot be followed"
         ("messages", {"messages": []}, "`messages` must be a list of length >= 1"),
         (None, {"messages": [{"role": "wizard", "content": "a"}]}, "role"),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
-        ("messages", {"messages": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        (
+            "messages",
+            {"messages": [{"role": "user", "content": "a", "function_call": {"name": "f"}}]},
+            "use `tool_calls`",
+        ),
         ("top_logprobs", {"top_logprobs": 3}, "`top_logprobs` needs `logprobs` to be true."),
         ("top_logprobs", {"logprobs": True, "top_logprobs": 21}, "`top_logprobs` must be"),
         ("logprobs", {"logprobs": True, **BEAMS}, "num_beams"),

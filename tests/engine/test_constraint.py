@@ -280,7 +280,9 @@ class Constrained(Asked):
         logprobs = kwargs.pop("top_logprobs", None)
         config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, defaults)
         config = dataclasses.replace(config, top_logprobs=logprobs)
-        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(json_grammar(schema), defaults.eos_token_ids)
+        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(
+            json_grammar(schema), defaults.eos_token_ids
+        )
         self.request = GenerationRequest(PROMPT, config, constraint=constraint)
         self.running = engine.submit(self.request, self.events.put)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any, Final, cast
 
@@ -55,3 +56,28 @@ class _Tokens:
 @cache
 def small_vocabulary() -> ConstraintVocabulary:
     return ConstraintVocabulary(cast("Tokenizer", _Tokens()))
+
+
+def random_schema(chance: random.Random, depth: int) -> dict[str, Any]:
+    """Return the schema of an object with up to four properties, of which some are lists and objects again."""
+
+    def value(depth: int) -> dict[str, Any]:
+        simple: list[dict[str, Any]] = [
+            {"type": "string"} | chance.choice(({}, {"maxLength": chance.randint(0, 9)}, {"format": "date"})),
+            {"type": "integer", "minimum": chance.randint(-5, 5), "maximum": chance.randint(6, 1000)},
+            {"type": "number"},
+            {"type": chance.choice(("boolean", "null"))},
+            {"enum": chance.sample(["a", "b c", 1, None, 2.5, "ü", '"'], 3)},
+            {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[a-c]{1,4}$"}]},
+        ]
+        if depth == 0 or chance.random() < 0.5:
+            return chance.choice(simple)
+        if chance.random() < 0.5:
+            return random_schema(chance, depth - 1)
+        return {"type": "array", "items": value(depth - 1), "minItems": chance.randint(0, 1), "maxItems": 3}
+
+    names = chance.sample(["a", "b", "name", "x y", "ä", "id"], chance.randint(0, 4))
+    required = [name for name in names if chance.random() < 0.6]
+    properties = {name: value(depth - 1) for name in names} if depth else {}
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    return schema | ({"required": [name for name in required if name in properties], "additionalProperties": False})

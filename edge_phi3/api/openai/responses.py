@@ -73,8 +73,8 @@ class ResponsesRequest(ToolFields, kw_only=True):
     instructions: Annotated[str | None, about("What a system message says.")] = None
     tools: Annotated[list[FunctionTool] | None, about("Functions that the model may call; up to 128.")] = None
     text: Annotated[TextOptions | None, about("`format` holds the answer to JSON, or to a JSON schema.")] = None
-    max_output_tokens: Annotated[int | None, about("Tokens at most.", ge=1)] = None
-    top_logprobs: Annotated[int | None, about("As in chat completions.", ge=0, le=20)] = None
+    max_output_tokens: Annotated[int, about("Tokens at most.", ge=1)] | None = None
+    top_logprobs: Annotated[int, about("As in chat completions.", ge=0, le=20)] | None = None
     include: Annotated[list[str] | None, about(f"`{_LOGPROBS}`; the rest is ignored.")] = None
     metadata: Annotated[dict[str, Any] | None, about("Returned as it is.")] = None
 
