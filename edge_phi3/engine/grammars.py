@@ -59,12 +59,12 @@ def regex_grammar(pattern: str) -> Grammar:
     whole = pattern.removeprefix("^")
     if whole.endswith("$") and not whole.endswith("\\$"):
         whole = whole[:-1]
-    return Grammar(json.loads(LLMatcher.grammar_from_regex(whole))["grammars"][0]["lark_grammar"])
+    return Grammar(_OPTIONS + json.loads(LLMatcher.grammar_from_regex(whole))["grammars"][0]["lark_grammar"])
 
 
 def choice_grammar(choices: Sequence[str]) -> Grammar:
     """Return the given texts, one or more."""
-    return Grammar(f"start: {' | '.join(_text(choice) for choice in choices)}")
+    return Grammar(f"{_OPTIONS}start: {' | '.join(_text(choice) for choice in choices)}")
 
 
 def written_grammar(text: str) -> Grammar:
@@ -74,7 +74,7 @@ def written_grammar(text: str) -> Grammar:
         SchemaError: it is no GBNF.
     """
     try:
-        return Grammar(any_to_lark(text))
+        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
     except (GbnfToLarkError, RecursionError) as error:
         raise SchemaError(f"it is neither Lark nor GBNF: {error}") from None
 

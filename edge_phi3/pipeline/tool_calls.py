@@ -122,6 +122,7 @@ class CallReader:
         self.count = 0
         self._held = ""
         self._where = "text"
+        self._told = False
         self._depth = 0
         self._quoted = False
         self._call: CallPart | None = None
@@ -133,7 +134,11 @@ class CallReader:
             found = _BEGINNING.search(self._held)
             kept = 0 if last else max(overlap(self._held, each) for each in _BEGINNINGS)
             end = found.start() if found else len(self._held) - kept
-            if shown := self._held[:end]:
+            shown = self._held[:end]
+            if not self._told and shown.isspace() and (found or not last):
+                shown, end = "", end if found else 0  # none of it is told where a call follows
+            if shown:
+                self._told = True
                 yield shown
             self._held = self._held[found.end() if found else end :]
             self._where = "head" if found else "text"
@@ -156,7 +161,8 @@ class CallReader:
 
     def _arguments(self) -> str:
         """Return what there is of a call's arguments."""
-        end, held = len(self._held), self._held
+        held = self._held if self._depth else self._held.lstrip()
+        end = len(held)
         for sign in _STRUCTURE.finditer(held):
             if sign[0] == '"':
                 self._quoted = not self._quoted
