@@ -324,7 +324,8 @@ def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -
         ({"input": [{"role": "user"}]}, "`input[0].content` must be a text or a list of parts."),
         ({"input": [{"type": "function_call", "name": "f"}]}, "`input[0].arguments` must be a text."),
         ({"n": 2}, "`n` is not supported"),
-        ({"tools": [{"type": "web_search"}]}, "`tools[0]` must have the type function"),
+        ({"tools": [{"type": "web_search"}]}, "`tools[0].name` is missing."),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "`tools[0]` must have the type function"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "`tools[0].parameters` cannot"),
         (
             {"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},

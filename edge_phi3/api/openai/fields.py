@@ -58,12 +58,17 @@ class JSONSchemaFormat(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     strict: bool | None = None
 
 
-class ResponseFormat(Struct, forbid_unknown_fields=True, kw_only=True, rename={"schema_": "schema"}):
+class ResponseFormat(
+    Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, rename={"schema_": "schema"}
+):
     """What the answer's text is."""
 
     type: Annotated[str, about("text, json_object or json_schema.")]
     json_schema: JSONSchemaFormat | None = None
-    schema_: Annotated[dict[str, Any] | None, about("llama-server's place for a schema.")] = None
+    schema_: Annotated[dict[str, Any] | None, about("Where responses and llama-server have a schema.")] = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
 
 
 class ContentPart(Struct, kw_only=True):
@@ -250,9 +255,12 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
             named=True,
         ),
         *_refused("use `tools` and `tool_choice`", "functions", function_call=("none", "auto")),
-        *_refused(TEXT_ONLY, "audio image_data media_io_kwargs mm_processor_kwargs", modalities=(["text"],)),
+        *_refused(TEXT_ONLY, "audio image image_data media_io_kwargs mm_processor_kwargs", modalities=(["text"],)),
         *_refused("a prompt is text or token ids", "prompt_embeds"),
-        *_refused("nothing is stored", "store previous_response_id conversation background context_management"),
+        *_refused(
+            "nothing is stored",
+            "store previous_response_id conversation background background_options context_management",
+        ),
         *_refused("nothing is left out of a conversation", truncation=("disabled",)),
         *_refused("it is a field of completions, and there are no stored prompts", "prompt"),
         *_ignored("the service runs no tools itself", "max_tool_calls"),
@@ -288,7 +296,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_refused("put them into the conversation", "documents"),
         *_refused("requests share one prefix cache; `cache_prompt` false does without", "cache_salt"),
         *_refused("one process serves the model", "kv_transfer_params ec_transfer_params"),
-        *_refused("there are no extensions", "vllm_xargs"),
+        *_refused("there are no extensions", "vllm_xargs access_programs"),
     )
 )
 """The fields of a body that its type does not have."""

@@ -36,30 +36,16 @@ _NAMES: Final = (
 """Fields of chat completions in sentences, and what they are called here."""
 
 
-class FunctionTool(Struct, kw_only=True, omit_defaults=True):
-    """A function that the model may call."""
+class FunctionTool(FunctionDefinition, kw_only=True, omit_defaults=True):
+    """A function that the model may call; there are no other tools."""
 
     type: str
-    name: str = ""
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class TextFormat(Struct, kw_only=True, omit_defaults=True, rename={"schema_": "schema"}):
-    """What the answer's text is."""
-
-    type: Annotated[str, about("text, json_object or json_schema.")]
-    name: str | None = None
-    schema_: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
 
 
 class TextOptions(Struct, kw_only=True):
     """How the answer is written."""
 
-    format: TextFormat | None = None
+    format: ResponseFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -139,21 +125,17 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
     fields = {name: getattr(request, name) for name in ToolFields.__struct_fields__}
     if request.max_output_tokens is not None:
         fields["max_completion_tokens"] = request.max_output_tokens
-    if request.text is not None and (wanted := request.text.format) is not None:
-        fields["response_format"] = ResponseFormat(type=wanted.type, schema_=wanted.schema_)
+    if request.text is not None:
+        fields["response_format"] = request.text.format
     if request.tools is not None:
-        fields["tools"] = [_tool(tool) for tool in request.tools]
+        fields["tools"] = [
+            Tool(type=tool.type, function=msgspec.convert(msgspec.to_builtins(tool), FunctionDefinition))
+            for tool in request.tools
+        ]
     logprobs = bool(request.top_logprobs) or _LOGPROBS in (request.include or ())
     return ChatCompletionRequest(
         messages=_messages(request), logprobs=logprobs, top_logprobs=request.top_logprobs or 0, **fields
     )
-
-
-def _tool(tool: FunctionTool) -> Tool:
-    function = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
-    )
-    return Tool(type=tool.type, function=function)
 
 
 def _messages(request: ResponsesRequest) -> list[ChatCompletionMessage]:
@@ -322,7 +304,7 @@ class _ResponsesAnswer(Answer):
             tools=asked.tools or [],
             tool_choice=asked.tool_choice or "auto",
             parallel_tool_calls=asked.parallel_tool_calls is not False,
-            text=TextOptions(format=(asked.text and asked.text.format) or TextFormat(type="text")),
+            text=TextOptions(format=(asked.text and asked.text.format) or ResponseFormat(type="text")),
             instructions=asked.instructions,
             max_output_tokens=asked.max_output_tokens,
             temperature=asked.temperature,

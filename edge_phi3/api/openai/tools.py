@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Protocol
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -35,14 +35,6 @@ class Tool(Struct, kw_only=True):
     function: FunctionDefinition | None = None
 
 
-class _Asks(Protocol):
-    """What requests with tools have."""
-
-    tools: list[Tool] | None
-    tool_choice: str | dict[str, Any] | None
-    parallel_tool_calls: bool | None
-
-
 @dataclass(frozen=True, slots=True)
 class ToolUse:
     """What an answer does with tools.
@@ -60,24 +52,22 @@ class ToolUse:
     parallel: bool
 
 
-def use_of(request: object) -> ToolUse | None:
+def use_of(request: Any) -> ToolUse | None:
     """Return what a request's answer does with tools, or None where it calls none.
 
     Raises:
         InvalidRequestError: a tool is none, or the choice is none of them.
     """
-    if not hasattr(request, "tools"):
-        return None
-    asks: _Asks = request
-    choice: Any = asks.tool_choice or "auto"
-    if not asks.tools:
+    tools: list[Tool] = getattr(request, "tools", None) or []
+    choice: Any = getattr(request, "tool_choice", None) or "auto"
+    if not tools:
         if choice not in ("none", "auto"):
             raise InvalidRequestError("`tool_choice` needs `tools`.")
         return None
-    if len(asks.tools) > _MOST_TOOLS:
+    if len(tools) > _MOST_TOOLS:
         raise InvalidRequestError(f"`tools` must be a list of length <= {_MOST_TOOLS}.")
     known: dict[str, tuple[int, str, dict[str, Any]]] = {}
-    for index, tool in enumerate(asks.tools):
+    for index, tool in enumerate(tools):
         function = _function(f"tools[{index}]", tool)
         if function.name in known:
             raise InvalidRequestError(f"`tools[{index}].function.name` is {function.name!r}, as that of another.")
@@ -87,9 +77,9 @@ def use_of(request: object) -> ToolUse | None:
         raise InvalidRequestError(f"`tool_choice` names {str(unknown[0])[:64]!r}, which is not in `tools`.")
     if mode == "none":
         return None
-    described = [msgspec.to_builtins(Tool(type="function", function=tool.function)) for tool in asks.tools]
+    described = [msgspec.to_builtins(Tool(type="function", function=tool.function)) for tool in tools]
     allowed = [known[name] for name in (known if names is None else names)]
-    return ToolUse(described, allowed, mode == "auto", asks.parallel_tool_calls is not False)
+    return ToolUse(described, allowed, mode == "auto", request.parallel_tool_calls is not False)
 
 
 def _function(where: str, tool: Tool) -> FunctionDefinition:
