@@ -163,8 +163,8 @@ def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
     ("body", "sentence"),
     [
         ({"tool_choice": "required"}, "`tool_choice` needs `tools`."),
-        ({"tools": [{"type": "web_search"}]}, "`tools[0]` must have the type function"),
-        ({"tools": [tool("a b")]}, "`tools[0].function.name` must be"),
+        ({"tools": [{"type": "web_search"}]}, "`tools[0].function` is missing."),
+        ({"tools": [tool("a b")]}, "`tools[0].function.name` must be a text matching regex"),
         ({"tools": [tool("f"), tool("f")]}, "`tools[1].function.name` is 'f', as that of another."),
         ({"tools": [tool(f"f{number}", {}) for number in range(129)]}, "`tools` must be a list of length <= 128"),
         ({"tools": [tool("f", {"type": "string"})]}, "`tools[0].function.parameters` must describe an object."),
@@ -325,7 +325,7 @@ def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -
         ({"input": [{"type": "function_call", "name": "f"}]}, "`input[0].arguments` must be a text."),
         ({"n": 2}, "`n` is not supported"),
         ({"tools": [{"type": "web_search"}]}, "`tools[0].name` is missing."),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "`tools[0]` must have the type function"),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "`tools[0].type` must be function, not 'custom'."),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "`tools[0].parameters` cannot"),
         (
             {"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},

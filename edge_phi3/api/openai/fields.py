@@ -163,7 +163,7 @@ class ChatCompletionRequest(ToolFields, kw_only=True):
     """A conversation to be continued by the assistant."""
 
     messages: Annotated[list[ChatCompletionMessage], Meta(min_length=1, description="The conversation.")]
-    tools: Annotated[list[Tool] | None, about("Functions that the model may call; up to 128.")] = None
+    tools: Annotated[list[Tool], Meta(max_length=128, description="Functions that the model may call.")] | None = None
     logprobs: Annotated[bool | None, about("Return each token's log-probability.")] = False
     top_logprobs: Annotated[int, _described("top_logprobs")] | None = None
     add_generation_prompt: Annotated[

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Struct
+from msgspec import UNSET, Meta, Struct
 
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.openai.answers import Answer, Part, Reason, Tokens
@@ -57,7 +57,9 @@ class ResponsesRequest(ToolFields, kw_only=True):
         about("A text, or items: messages, `function_call` and `function_call_output`; `reasoning` is passed over."),
     ]
     instructions: Annotated[str | None, about("What a system message says.")] = None
-    tools: Annotated[list[FunctionTool] | None, about("Functions that the model may call; up to 128.")] = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=128, description="As in chat completions, flat.")] | None = (
+        None
+    )
     text: Annotated[TextOptions | None, about("`format` holds the answer to JSON, or to a JSON schema.")] = None
     max_output_tokens: Annotated[int, about("Tokens at most.", ge=1)] | None = None
     top_logprobs: Annotated[int, about("As in chat completions.", ge=0, le=20)] | None = None

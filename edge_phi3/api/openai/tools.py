@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.schemas import about
 
-_NAME: Final = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
-_MOST_TOOLS: Final = 128
 _CHOICES: Final = "none, auto, required, a function, or `allowed_tools`"
 _NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -22,7 +19,7 @@ _NO_ARGUMENTS: Final = {"type": "object", "properties": {}, "additionalPropertie
 class FunctionDefinition(Struct, kw_only=True, omit_defaults=True):
     """A function that the model may call."""
 
-    name: Annotated[str, about("Up to 64 letters, digits and any of `_.:/-`.")]
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9_.:/-]{1,64}$", description="What calls it.")]
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, about("A JSON schema of its arguments; none without it.")] = None
     strict: Annotated[bool | None, about("Arguments always follow the schema.")] = None
@@ -32,7 +29,7 @@ class Tool(Struct, kw_only=True):
     """A tool; only functions are understood."""
 
     type: str
-    function: FunctionDefinition | None = None
+    function: FunctionDefinition
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +61,21 @@ def use_of(request: Any) -> ToolUse | None:
         if choice not in ("none", "auto"):
             raise InvalidRequestError("`tool_choice` needs `tools`.")
         return None
-    if len(tools) > _MOST_TOOLS:
-        raise InvalidRequestError(f"`tools` must be a list of length <= {_MOST_TOOLS}.")
     known: dict[str, tuple[int, str, dict[str, Any]]] = {}
     for index, tool in enumerate(tools):
-        function = _function(f"tools[{index}]", tool)
-        if function.name in known:
-            raise InvalidRequestError(f"`tools[{index}].function.name` is {function.name!r}, as that of another.")
-        known[function.name] = (index, function.name, _schema(f"tools[{index}]", function))
+        name = tool.function.name
+        if tool.type != "function":
+            raise InvalidRequestError(f"`tools[{index}].type` must be function, not {tool.type[:40]!r}.")
+        if name in known:
+            raise InvalidRequestError(f"`tools[{index}].function.name` is {name!r}, as that of another.")
+        known[name] = (index, name, _schema(f"tools[{index}]", tool.function))
     mode, names = _chosen(choice)
     if unknown := [name for name in names or () if name not in known]:
         raise InvalidRequestError(f"`tool_choice` names {str(unknown[0])[:64]!r}, which is not in `tools`.")
     if mode == "none":
         return None
-    described = [msgspec.to_builtins(Tool(type="function", function=tool.function)) for tool in tools]
     allowed = [known[name] for name in (known if names is None else names)]
-    return ToolUse(described, allowed, mode == "auto", request.parallel_tool_calls is not False)
-
-
-def _function(where: str, tool: Tool) -> FunctionDefinition:
-    if tool.type != "function" or tool.function is None:
-        raise InvalidRequestError(f"`{where}` must have the type function and a `function`, not {tool.type[:40]!r}.")
-    if not _NAME.fullmatch(tool.function.name):
-        raise InvalidRequestError(
-            f"`{where}.function.name` must be up to 64 of A-Z a-z 0-9 _ . : / -, not {tool.function.name[:64]!r}."
-        )
-    return tool.function
+    return ToolUse(msgspec.to_builtins(tools), allowed, mode == "auto", request.parallel_tool_calls is not False)
 
 
 def _schema(where: str, function: FunctionDefinition) -> dict[str, Any]:
