@@ -21,7 +21,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.engine.grammars import json_grammar
+from edge_phi3.engine.grammars import Grammar, calls_grammar, json_grammar, regex_grammar
 from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -48,7 +48,8 @@ class Vocabulary:
         self.token_of = {raw[0]: token for token, raw in self.tokenizer.raw_of.items()}
 
     def start(self, schema: object) -> GrammarConstraint:
-        return self.made.constrain(json_grammar(schema), [self.end])
+        grammar = schema if isinstance(schema, Grammar) else json_grammar(schema)
+        return self.made.constrain(grammar, [self.end])
 
     def write(self, constraint: GrammarConstraint, random_: random.Random) -> str | None:
         """Go a random way, rather to the end; None where that was not met in time."""
@@ -126,6 +127,8 @@ def test_mask_and_permits_agree_and_special_tokens_never_come(vocabulary: Vocabu
     schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 9}}, "required": ["x"]}
     constraint = vocabulary.made.constrain(json_grammar(schema), ends)
     for _ in range(60):
+        if random_.random() < 0.5:
+            constraint.prepare()
         allowed = np.flatnonzero(constraint.allowed()).tolist()
         assert allowed == [token for token in range(vocabulary.tokenizer.vocab_size) if constraint.permits(token)]
         assert not vocabulary.tokenizer.special_ids & set(allowed) - {vocabulary.end}
@@ -155,6 +158,34 @@ def test_a_clone_goes_its_own_way_and_a_wrong_token_ends_all(vocabulary: Vocabul
         for byte in begin:
             constraint.accept(vocabulary.token_of[byte])
         assert constraint.clone().permits(vocabulary.token_of[ord("1")]) is further
+
+
+TOOL: Any = ("f", {"type": "object", "properties": {"a": {"type": "number"}}})
+FREE = calls_grammar([TOOL], None, may_answer=True, parallel=True)
+FORCED = calls_grammar([TOOL], None, may_answer=False, parallel=False)
+CALL, DIGITS = '{"name": "f", "arguments": {"a": 1}}', "12345678901234567890"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "taken"),
+    [
+        (FREE, "", True),
+        (FREE, f'"functools" {DIGITS}', True),
+        (FREE, f"functools[{CALL}, {CALL}]", True),
+        (FREE, f"So: <|tool_call|>[{CALL}]", True),
+        (FREE, "functools[1", False),
+        (FREE, f"functools[{CALL}] x", False),
+        (FREE, f"functools[{CALL.replace('1', DIGITS)}]", False),
+        (FORCED, f" functools[{CALL}]", True),
+        (FORCED, f"functools[{CALL}, {CALL}]", False),
+        (FORCED, f"functools[{CALL.replace('f', 'g')}]", False),
+        (FORCED, f"functools[{CALL.replace('1', DIGITS)}]", False),
+        (FORCED, "", False),
+        (regex_grammar("^[0-9]+$"), DIGITS, True),
+    ],
+)
+def test_calls_are_forced_where_they_begin(vocabulary: Vocabulary, grammar: Grammar, text: str, taken: bool) -> None:
+    assert vocabulary.reads(grammar, text.encode()) is taken
 
 
 @pytest.mark.parametrize("case", DATA["refusals"], ids=lambda case: json.dumps(case["schema"])[:60])
