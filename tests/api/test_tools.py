@@ -296,9 +296,9 @@ def test_a_response_is_streamed_in_order_and_is_the_plain_one(
 
 
 def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -> None:
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
+    turns: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
     call = {"id": "c", "type": "function", "function": {"name": "go", "arguments": "{}"}}
-    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]  # type: ignore[list-item]
+    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
     turns += [{"role": "tool", "tool_call_id": "c", "content": "gone"}]
     chat = ask(messages=turns, tools=TOOLS, max_tokens=20, logprobs=True, top_logprobs=2)
     response = respond(

@@ -190,7 +190,7 @@ def test_roles_are_known() -> None:
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CALLED = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+CALLED: list[Any] = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
 CALLED += [{"role": "tool", "tool_call_id": "c1", "content": "2"}]
 WRITES_ALL = (
     "{{ tools | tojson }}{% for m in messages %}|{{ m.role }}:{{ m.content }}"

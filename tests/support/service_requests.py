@@ -301,8 +301,8 @@ class AskMaker:
             body |= {"response_format": self._chance.choice(forms), "max_tokens": min(new, 30)}
         elif self._chance.random() < 0.2:
             function = {"name": "f", "parameters": random_schema(self._chance, 2)}
-            tools = {"tools": [{"type": "function", "function": function}]}
-            tools["tool_choice"] = self._chance.choice(("auto", "required"))  # type: ignore[assignment]
+            choice = self._chance.choice(("auto", "required"))
+            tools = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
             body |= self._chance.choice((tools, {"guided_choice": ["a", "the"]}, {"guided_regex": "[a-f]{3,9}"}))
             prompt = max(prompt, 64)
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]

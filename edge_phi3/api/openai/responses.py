@@ -248,11 +248,12 @@ class _ResponsesAnswer(Answer):
             call = {"type": "function_call", "id": f"fc_{name}", "call_id": part.id, "name": part.name, "arguments": ""}
             self._items.append(call | {"status": "in_progress"})
             return self._item_event("added")
-        message = {"type": "message", "id": f"msg_{name}", "role": "assistant", "status": "in_progress", "content": []}
-        self._items.append(message)
+        message = {"type": "message", "id": f"msg_{name}", "role": "assistant", "content": []}
+        self._items.append(message | {"status": "in_progress"})
         said = self._item_event("added")
-        message["content"] = [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]
-        return said + self._of_item("content_part.added", content_index=0, part=message["content"][0])
+        content: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._items[-1]["content"] = [content]
+        return said + self._of_item("content_part.added", content_index=0, part=content)
 
     def _end(self, reason: Reason | None = None) -> bytes:
         """End the last item; where the answer ends with a reason, it has one."""
