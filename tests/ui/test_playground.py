@@ -298,7 +298,7 @@ def test_a_schema_holds_answers_and_calls_of_tools_are_shown(playground: Playgro
     playground.ask(QUESTION, count=2)
     block = page.locator(".exchange:last-child .answer pre").first
     expect(block).to_have_attribute("data-language", "add")
-    expect(block).to_have_text(re.compile(r'^\{\s*"a":\s*7\s*\}$'))
+    expect(block).to_have_text(re.compile(r'^\{\s*"a"\s*:\s*7\s*\}$'))
     assert facts_of(playground)["reason"] == "calls a tool"
 
 
