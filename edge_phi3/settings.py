@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
-from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
+from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, adapter_of, environment, read_toml
 from edge_phi3.settings_text import explain, flag_of, option
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
@@ -269,7 +269,7 @@ class Settings(BaseModel):
     @classmethod
     def _parse_lora(cls, value: object) -> object:
         if isinstance(value, list | tuple):
-            return [_lora(item) if isinstance(item, str) else item for item in value]
+            return [adapter_of(item) if isinstance(item, str) else item for item in value]
         return value
 
     @field_validator("api_key")
@@ -340,8 +340,3 @@ class Settings(BaseModel):
                 raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
             keys += found
         return keys
-
-
-def _lora(text: str) -> tuple[str, str | float]:
-    path, separator, scale = text.rpartition("=")
-    return (path, scale) if separator else (text, 1.0)
