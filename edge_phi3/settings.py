@@ -22,8 +22,8 @@ from pydantic import (
 )
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
-from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
-from edge_phi3.settings_text import allowed_values, flag_of, option
+from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, adapter_of, environment, read_toml
+from edge_phi3.settings_text import explain, flag_of, option
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
 
@@ -214,6 +214,17 @@ class Settings(BaseModel):
         ge=1024,
         le=1 << 30,
     )
+    max_schema_size: ByteSize = option(
+        ByteSize(64 << 10),
+        "Limits",
+        "Maximum size of the schemas and grammars of a request, in characters.",
+        metavar="SIZE",
+        ge=1024,
+        le=1 << 24,
+    )
+    max_schema_depth: int = option(
+        100, "Limits", "Maximum number of objects and lists inside each other in a schema.", ge=1, le=500
+    )
     max_header_size: ByteSize = option(
         ByteSize(64 << 10),
         "Limits",
@@ -263,7 +274,7 @@ class Settings(BaseModel):
     @classmethod
     def _parse_lora(cls, value: object) -> object:
         if isinstance(value, list | tuple):
-            return [_lora(item) if isinstance(item, str) else item for item in value]
+            return [adapter_of(item) if isinstance(item, str) else item for item in value]
         return value
 
     @field_validator("api_key")
@@ -317,7 +328,7 @@ class Settings(BaseModel):
         try:
             settings = cls.model_validate(merged)
         except ValidationError as error:
-            raise SettingsError(_explain(error, merged, origin)) from None
+            raise SettingsError(explain(error, merged, origin, cls.model_fields)) from None
         settings.api_keys()
         return settings
 
@@ -334,17 +345,3 @@ class Settings(BaseModel):
                 raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
             keys += found
         return keys
-
-
-def _lora(text: str) -> tuple[str, str | float]:
-    path, separator, scale = text.rpartition("=")
-    return (path, scale) if separator else (text, 1.0)
-
-
-def _explain(error: ValidationError, values: Mapping[str, object], origin: Mapping[str, str]) -> str:
-    first = error.errors()[0]
-    name = str(first["loc"][0])
-    shown = "the value" if name.startswith("api_key") else repr(values[name])
-    if first["type"] == "value_error":
-        return f"{origin[name]}: {shown} is not allowed: {first['ctx']['error']}".rstrip(".") + "."
-    return f"{origin[name]}: {shown} is not allowed; give {allowed_values(Settings.model_fields[name])}."

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ByteSize, Field
+from pydantic import BaseModel, ByteSize, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic.types import JsonValue
 
@@ -132,3 +132,15 @@ def default_of(field: FieldInfo) -> str:
         return ""
     shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
     return f"`{shown.removesuffix('.0')}`"
+
+
+def explain(
+    error: ValidationError, values: Mapping[str, object], origin: Mapping[str, str], fields: Mapping[str, FieldInfo]
+) -> str:
+    """Return what was wrong first with some values, which come from the places in `origin`, and what is allowed."""
+    first = error.errors()[0]
+    name = str(first["loc"][0])
+    shown = "the value" if name.startswith("api_key") else repr(values[name])
+    if first["type"] == "value_error":
+        return f"{origin[name]}: {shown} is not allowed: {first['ctx']['error']}".rstrip(".") + "."
+    return f"{origin[name]}: {shown} is not allowed; give {allowed_values(fields[name])}."

@@ -21,6 +21,8 @@ _OPTIONS = (
     ("counts", "prompts in one request", "max_queue"),
     ("counts", "`num_beams` x `num_return_sequences`", "max_sequences"),
     ("counts", "new tokens of a sequence", "max_new_tokens"),
+    ("text", "characters of schemas and grammars", "max_schema_size"),
+    ("depth", "schemas and grammars inside each other", "max_schema_depth"),
     ("text", "tokens of a prompt and its answer; 0: the model's context", "ctx_size"),
     ("time", "seconds of a request, until its body is prepared and again until its answer is whole", "request_timeout"),
     ("time", "seconds that an answer may stay unread", "send_timeout"),

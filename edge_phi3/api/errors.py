@@ -102,6 +102,14 @@ _OPENAI_CODES = {
     429: "rate_limit_exceeded",
     503: "service_unavailable",
 }
+_ABSENT = {
+    "/v1/embeddings": "this service makes no embeddings",
+    "/v1/images": "this model reads and writes text only",
+    "/v1/audio": "this model reads and writes text only",
+    "/v1/responses/": "no response is kept",
+    "/v1/conversations": "no conversation is kept",
+}
+"""What OpenAI has that this service has not, and why."""
 _FIELD = re.compile(r"`([a-z_]+)[^`]*`")
 
 _HEADERS: dict[int, dict[str, str]] = {
@@ -171,7 +179,8 @@ def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respo
     """Answer what Litestar itself refuses: no such route or method, a body too large."""
     headers, detail, path = dict(error.headers or {}), error.detail, request.scope["path"][:200]
     if isinstance(error, NotFoundException) and detail == "Not Found":
-        detail = f"There is nothing at {path}; /docs shows what there is."
+        absent = next((what for beginning, what in _ABSENT.items() if path.startswith(beginning)), None)
+        detail = f"There is nothing at {path}{f', since {absent}' if absent else ''}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
         detail = f"{request.scope['state']['exchange'].scope['method']} is not a method of {path}."
     elif error.status_code == 413:

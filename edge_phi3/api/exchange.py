@@ -18,7 +18,8 @@ from edge_phi3.api.errors import ClientDisconnectedError
 from edge_phi3.pipeline import GenerationOutput
 
 _PROBED = frozenset({"/", "/health", "/healthz", "/livez", "/readyz", "/metrics", "/metrics/prometheus"})
-_OPERATIONS = {"/chat": "text_completion", "/v1/chat/completions": "chat", "/v1/completions": "text_completion"}
+_OPERATIONS = {"/chat": "text_completion", "/v1/completions": "text_completion"}
+_OPERATIONS |= dict.fromkeys(("/v1/chat/completions", "/v1/responses"), "chat")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 

@@ -18,7 +18,9 @@ from msgspec import Struct
 
 from edge_phi3.api import schemas
 from edge_phi3.api.openai import fields as openai_fields
+from edge_phi3.api.openai import responses as openai_responses
 from edge_phi3.api.openai import schemas as openai
+from edge_phi3.api.openai import tools as openai_tools
 from edge_phi3.generation.reference import generate_kwargs_schema
 from edge_phi3.version import __version__
 
@@ -63,7 +65,8 @@ def openapi_document(app: Litestar) -> JSON:
     A handler's ``opt`` says what its signature does not: ``body``, the type of the request; ``needs_key``; ``errors``,
     its own status codes and what they mean.
     """
-    types = [each for module in (schemas, openai, openai_fields) for each in _structs(module)]
+    modules = (schemas, openai, openai_fields, openai_tools, openai_responses)
+    types = [each for module in modules for each in _structs(module)]
     _, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
     components["GenerateKwargs"] = generate_kwargs_schema()
     kwargs = components["ChatRequest"]["properties"]["generate_kwargs"]

@@ -12,6 +12,7 @@ from edge_phi3.api.service import Say
 from edge_phi3.catalog import Catalog
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.json_schema import SchemaLimits
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.progress import LineProgress, stderr_progress
 from edge_phi3.settings import Settings
@@ -35,6 +36,10 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
         engine = Engine(EngineSettings(stored.path, **options))
         with progress.step(f"Loading {stored.path.name}"):
             engine.load()
-    pipeline = TextGenerationPipeline(engine, encode_user_tokens_as_text=settings.encode_user_tokens_as_text)
+    pipeline = TextGenerationPipeline(
+        engine,
+        encode_user_tokens_as_text=settings.encode_user_tokens_as_text,
+        schema_limits=SchemaLimits(int(settings.max_schema_size), settings.max_schema_depth),
+    )
     pipeline.model = msgspec.structs.replace(pipeline.model, name=stored.name)
     return pipeline

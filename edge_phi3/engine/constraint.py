@@ -1,23 +1,26 @@
-"""Sequences held to a JSON schema: llguidance's grammars, in the terms of `edge_phi3.generation`.
+"""Sequences held to a grammar, such as that of a JSON schema: llguidance, in the terms of `edge_phi3.generation`.
 
-llguidance makes a grammar of a schema and tells which tokens may come next. So that answers end, space is scarce, and
-the digits of a number are few.
+llguidance tells which tokens may come next. So that answers end, space is scarce in JSON, and the digits of a number
+are few.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from numpy.typing import NDArray
 
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.engine.json_schema import adapted
+from edge_phi3.engine.grammars import Grammar
+from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits, adapted
 from edge_phi3.engine.tokenizer import Tokenizer
 
 _LIMITS: Final = LLParserLimits(
@@ -37,6 +40,8 @@ _SPECIAL: Final = b"\xff"
 _MOST_DIGITS: Final = 16
 _MOST_DIGITS_OF_EXPONENT: Final = 2
 _ANY_NUMBER: Final = 1 << 30
+_LONGEST_BEGINNING: Final = 32
+"""Bytes of what JSON begins behind, at least."""
 _QUOTE, _BACKSLASH = b'"\\'
 
 
@@ -47,29 +52,46 @@ class Allowance:
     seconds: float = _MOST_SECONDS
 
 
-class SchemaConstraint:
-    """Holds a sequence to a schema; a `edge_phi3.generation.constraints.TokenConstraint`.
+class GrammarConstraint:
+    """Holds a sequence to a grammar; a `edge_phi3.generation.constraints.TokenConstraint`.
 
-    Special tokens never come, since an answer's text leaves them out. End tokens come exactly when the text is whole.
-    Where llguidance fails, for example at its limits, no token may come, nor where `allowance` is used up: so long
-    would those beside wait for it. Where a number has `_MOST_DIGITS` digits in a row, no more come, if anything else
-    may.
+    Special tokens come only where a grammar names them. End tokens come exactly when the text is whole. Where
+    llguidance fails, for example at its limits, no token may come, nor where `allowance` is used up: so long would
+    those beside wait for it. Where a number of JSON, which begins behind what `json_from` finds, has `_MOST_DIGITS`
+    digits in a row, no more come, if anything else may.
     """
 
-    __slots__ = ("_allowance", "_ends", "_escaped", "_matcher", "_quoted", "_room", "_vocabulary")
+    __slots__ = (
+        "_allowance", "_before", "_ends", "_escaped", "_json_from", "_matcher", "_prepared", "_quoted", "_room",
+        "_vocabulary",
+    )  # fmt: skip
 
     def __init__(
-        self, matcher: LLMatcher, vocabulary: ConstraintVocabulary, ends: list[int], allowance: Allowance
+        self,
+        matcher: LLMatcher,
+        vocabulary: ConstraintVocabulary,
+        ends: list[int],
+        allowance: Allowance,
+        json_from: re.Pattern[bytes],
     ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._ends = ends
         self._allowance = allowance
+        self._json_from: re.Pattern[bytes] | None = json_from
+        self._before = b""
+        self._prepared: NDArray[np.bool_] | None = None
         self._quoted = self._escaped = False
-        self._room = _MOST_DIGITS
+        self._room = _ANY_NUMBER
+
+    def prepare(self) -> None:
+        """Find out now which tokens may come next."""
+        self._prepared = self.allowed()
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens may come next, shape (vocabulary,)."""
+        if self._prepared is not None:
+            return self._prepared
         vocabulary = self._vocabulary
         if self._allowance.seconds < 0:
             return np.zeros(len(vocabulary.texts), np.bool_)
@@ -99,7 +121,14 @@ class SchemaConstraint:
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""
         self._matcher.consume_token(token)
-        for byte in self._vocabulary.texts[token]:
+        self._prepared = None
+        text = self._vocabulary.texts[token]
+        if self._json_from is not None:
+            self._before = self._before[-_LONGEST_BEGINNING:] + text
+            if not (found := self._json_from.search(self._before)):
+                return
+            text, self._json_from, self._room = self._before[found.end() :], None, _MOST_DIGITS
+        for byte in text:
             if self._quoted:
                 if self._escaped or byte == _BACKSLASH:
                     self._escaped = not self._escaped
@@ -114,11 +143,11 @@ class SchemaConstraint:
             elif byte not in b"+-":
                 self._room = _MOST_DIGITS
 
-    def clone(self) -> SchemaConstraint:
+    def clone(self) -> GrammarConstraint:
         """Return a copy that goes its own way."""
-        copy = SchemaConstraint(self._matcher.deep_copy(), self._vocabulary, self._ends, self._allowance)
-        copy._quoted, copy._escaped, copy._room = self._quoted, self._escaped, self._room
-        return copy
+        clone = copy.copy(self)
+        clone._matcher = self._matcher.deep_copy()  # noqa: SLF001 - its own
+        return clone
 
 
 class _Tokens:
@@ -144,7 +173,8 @@ class ConstraintVocabulary:
         most_digits: the most that any token begins with.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, limits: SchemaLimits = DEFAULT_LIMITS) -> None:
+        self._limits = limits
         never = tokenizer.special_ids | tokenizer.unused_ids | tokenizer.control_ids
         self.texts = [
             (_SPECIAL if token in never else b"") + tokenizer.bytes_of(token) for token in range(tokenizer.vocab_size)
@@ -153,24 +183,26 @@ class ConstraintVocabulary:
         self.most_digits = int(self.digits.max())
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
 
-    def constrain(self, schema: object, ends: Collection[int]) -> SchemaConstraint:
-        """Return the constraint of a schema, parsed from JSON, at the start of an answer, which may begin with a space.
+    def constrain(self, grammar: Grammar, ends: Collection[int]) -> GrammarConstraint:
+        """Return the constraint of a grammar at the start of an answer.
 
         `ends` are the tokens that end a sequence, at least one of them in the vocabulary.
 
         Raises:
-            SchemaError: the schema cannot be followed, or there is no end token.
+            SchemaError: the grammar cannot be followed, or there is no end token.
         """
         inside = [token for token in ends if 0 <= token < len(self.texts)]
         if not inside:
-            raise SchemaError("JSON needs an end token (`eos_token_id`), which comes when the text is whole")
-        rules = [
-            {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: " "? @json'},
-            {"name": "json", "json_schema": adapted(schema)},
-        ]
+            raise SchemaError("it needs an end token (`eos_token_id`), which comes when the text is whole")
+        self._limits.check(grammar.lark, *grammar.named.values())
+        rules: list[dict[str, Any]] = [{"lark_grammar": grammar.lark}]
+        for name, rule in grammar.named.items():
+            kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
+            rules.append({"name": name, kind: value})
         matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=_LIMITS)
-        constraint = SchemaConstraint(matcher, self, inside, Allowance())
-        if all(self.texts[token] == b" " for token in np.flatnonzero(constraint.allowed())):
+        constraint = GrammarConstraint(matcher, self, inside, Allowance(), grammar.json_from)
+        space = b" " if grammar.named else None
+        if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):
             raise SchemaError(_sentence(matcher.get_error()))
         return constraint
 
@@ -182,4 +214,4 @@ def _sentence(reason: str) -> str:
             "`oneOf` is supported where types, texts, or a required property with a `const`, tell its schemas apart;"
             " use `anyOf`"
         )
-    return " ".join(reason.split())[:300] or "no JSON text follows it"
+    return " ".join(reason.split())[:300] or "no text follows it"

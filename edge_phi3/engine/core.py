@@ -204,7 +204,7 @@ class EngineCore:
                 self.cached_tokens += request.cached_tokens
         launched = time.perf_counter()
         try:
-            logits = runner.decode(batch, beside=self._deliver)
+            logits = runner.decode(batch, beside=lambda: self._deliver(batch.choosing))
         except DecodeFailedError as error:
             self._recover(runner, batch, error)
             return
@@ -272,8 +272,8 @@ class EngineCore:
             self.scheduler.retire(request)
             self.scheduler.enqueue(request)
 
-    def _deliver(self) -> None:
-        """Send what the last batch chose.
+    def _deliver(self, choosing: Sequence[RunningRequest] = ()) -> None:
+        """Send what the last batch chose, and prepare for the next choice.
 
         The event loop, which this wakes, would take the interpreter lock from this thread while it plans or chooses; it
         works beside llama.cpp, which does not hold it.
@@ -288,6 +288,12 @@ class EngineCore:
                 logger.exception("What request %s generated cannot be sent.", request.request.request_id)
                 self._fail(request, "it cannot be answered")
         self._outbox.flush_if_due()
+        for request in choosing:
+            try:
+                request.decoder.prepare()
+            except Exception:
+                logger.exception("Request %s cannot be prepared for its next token.", request.request.request_id)
+                self._fail(request, "its format cannot be followed")
 
     def _send(self, request: RunningRequest, step: Step, now: float) -> None:
         if request.first_token is None:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
 
 from edge_phi3.engine.errors import SchemaError
 
-_MOST_CHARACTERS: Final = 32_000
-"""Of a schema, written as JSON."""
 _MOST_OPTIONAL: Final = 128
 """Properties of an object that are not required: each may be the next one."""
 _MOST_MERGED: Final = 2000
@@ -24,8 +23,8 @@ _LARGEST_EXACT: Final = 10**22
 """Up to which powers of ten are the same as integers and as floats."""
 _LARGEST_MULTIPLE: Final = 9999
 """Of ``multipleOf`` in units of its last digit, and of several that are merged: as many states keep remainders."""
-_DEEPEST: Final = 100
-"""Objects and arrays inside each other."""
+_MOST_FOLLOWED: Final = 100
+"""References that lead to references."""
 _LARGEST: Final = 10**15
 """What numbers with a bound, and multiples, are limited to, so that their digits end."""
 
@@ -53,13 +52,52 @@ _DATE: Final = (
 _TIME: Final = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _PATTERNS: Final = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 """Formats of which llguidance writes more than Python reads: 29 February of any year, the year 0, leap seconds."""
+_FORMATS: Final = frozenset({*_PATTERNS, "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+"""Those that llguidance knows; by the standard the others are annotations."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchemaLimits:
+    """How much a request may ask for.
+
+    Attributes:
+        size: the characters of all names and texts of its schemas and rules, four for each other value.
+        depth: objects and lists inside each other.
+    """
+
+    size: int = 64 << 10
+    depth: int = 100
+
+    def check(self, *values: object) -> None:
+        """Raise `SchemaError` where schemas or rules are beyond the limits; large ones are not looked through."""
+        left, level = self.size, list(values)
+        for _ in range(self.depth + 2):
+            inside: list[object] = []
+            for value in level:
+                left -= len(value) + 2 if isinstance(value, str) else 4
+                if isinstance(value, dict):
+                    left -= sum(map(len, value))
+                    inside += value.values()
+                elif isinstance(value, list):
+                    inside += value
+                if left < 0:
+                    raise SchemaError(f"it has more than {self.size} characters (--max-schema-size)")
+            if not inside:
+                return
+            level = inside
+        raise SchemaError(
+            f"objects and arrays inside each other are taken up to {self.depth} deep (--max-schema-depth)"
+        )
+
+
+DEFAULT_LIMITS: Final = SchemaLimits()
 
 
 def adapted(schema: object) -> dict[str, Any]:
     """Return an equal or narrower schema for llguidance, with options for it.
 
     - ``oneOf`` whose schemas exclude each other becomes ``anyOf``, also where they are references.
-    - Dates and times become patterns.
+    - Dates and times become patterns, and formats that are unknown, such as ``int32``, are passed over.
     - Equal schemas of an ``anyOf`` become one.
     - An object that names its properties takes no others unless it says so, or is put together from several schemas.
     - Bounds of numbers lie within 10^15, and multiples have some.
@@ -71,9 +109,6 @@ def adapted(schema: object) -> dict[str, Any]:
         schema = {}
     if not isinstance(schema, dict):
         raise SchemaError("it accepts nothing" if schema is False else "a schema must be an object")
-    _check_depth(schema)
-    if len(json.dumps(schema)) > _MOST_CHARACTERS:
-        raise SchemaError(f"it has more than {_MOST_CHARACTERS} characters")
     adapter = _Adapter(schema)
     result: dict[str, Any] = adapter.adapt(schema)
     if adapter.merges and adapter.merged(schema) > _MOST_MERGED:
@@ -85,14 +120,6 @@ def adapted(schema: object) -> dict[str, Any]:
             each["additionalProperties"] = False
     closed = all(each.get("additionalProperties") is False for each in adapter.named)
     return result | {"x-guidance": _OPTIONS | (_ESCAPES if closed else _NO_ESCAPES)}
-
-
-def _check_depth(value: object, depth: int = 0) -> None:
-    if depth > _DEEPEST:
-        raise SchemaError(f"objects and arrays inside each other are taken up to {_DEEPEST} deep")
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            _check_depth(each, depth + 1)
 
 
 def _is_exact(value: object) -> bool:
@@ -184,9 +211,11 @@ class _Adapter:
                 changed[name] = {key: self.adapt(each) for key, each in value.items()}
             elif name != "x-guidance" and (name != "$schema" or value in _OLDER_DRAFTS):
                 changed[name] = value
-        if isinstance(kind := schema.get("format"), str) and kind in _PATTERNS and "pattern" not in schema:
+        if (kind := str(schema.get("format"))) in _PATTERNS and "pattern" not in schema:
             del changed["format"]
             changed["pattern"] = _PATTERNS[kind]
+        elif kind not in _FORMATS:
+            changed.pop("format", None)
         if "multipleOf" in schema:
             self._check_multiple(schema["multipleOf"])
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
@@ -247,7 +276,7 @@ class _Adapter:
 
     def _merged_target(self, pointer: str) -> int:
         if pointer not in self._sizes:
-            if len(self._following) == _DEEPEST:
+            if len(self._following) == _MOST_FOLLOWED:
                 return _MOST_MERGED + 1
             self._sizes[pointer] = 0
             self._following.append(pointer)
@@ -268,8 +297,10 @@ class _Adapter:
         """Follow a reference, and references to references."""
         seen: set[str] = set()
         while isinstance(schema, dict) and isinstance(pointer := schema.get("$ref"), str):
-            if pointer in seen or len(seen) == _DEEPEST:
-                raise SchemaError(f"`$ref` to {pointer[:80]!r} leads to itself, or through more than {_DEEPEST} others")
+            if pointer in seen or len(seen) == _MOST_FOLLOWED:
+                raise SchemaError(
+                    f"`$ref` to {pointer[:80]!r} leads to itself, or through more than {_MOST_FOLLOWED} others"
+                )
             seen.add(pointer)
             schema = self._root
             for part in pointer.split("/")[1:]:

@@ -23,6 +23,9 @@ _NO_CHOICE: Final = (
 class TokenConstraint(Protocol):
     """Which tokens may come next in one sequence."""
 
+    def prepare(self) -> None:
+        """Find out which tokens may come next, when there is time for it."""
+
     def permits(self, token: int) -> bool:
         """Return whether a token may come next; an end token may when what there is is whole."""
 
@@ -46,6 +49,12 @@ class ConstrainedDecoder(SequenceDecoder):
         self.processes = True
         self._constraints = [constraint.clone()]
         self._best_only = not config.do_sample and not config.records_scores
+
+    def prepare(self) -> None:
+        """Find out what the constraints permit next, before the scores are there."""
+        if not self._best_only:
+            for constraint in self._constraints:
+                constraint.prepare()
 
     def process(self, scores: Scores) -> None:
         """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""

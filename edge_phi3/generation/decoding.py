@@ -193,6 +193,9 @@ class Decoder(ABC):
         self.history = TokenHistory(prompt, rows=beams)
         self.stopping = stopping
 
+    def prepare(self) -> None:  # noqa: B027 - most need nothing
+        """Do what the next step needs and does not need its logits for."""
+
     def process(self, scores: Scores) -> None:
         """Run the logits processors over this request's rows, in place."""
         tokens = self.history.tokens

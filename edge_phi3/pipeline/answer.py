@@ -107,3 +107,9 @@ class TextStream:
         text = certain[self._prompt_length + self.sent :]
         self.sent += len(text)
         return text
+
+
+def overlap(text: str, wanted: str) -> int:
+    """Return the length of the longest end of a text that another begins with, which is longer."""
+    longest = min(len(text), len(wanted) - 1)
+    return next((length for length in range(longest, 0, -1) if wanted.startswith(text[-length:])), 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -17,10 +19,11 @@ from edge_phi3 import templates
 from edge_phi3.engine.family import KNOWN_TEMPLATES
 from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError
 from edge_phi3.pipeline.prompt import PromptError
+from edge_phi3.pipeline.tool_calls import BARE_MARKS, with_tools, without_tool_turns
 
 logger = logging.getLogger(__name__)
 
-_ROLES = ("system", "user", "assistant")
+_ROLES = ("system", "user", "assistant", "tool")
 
 Message = Mapping[str, Any]
 
@@ -29,16 +32,25 @@ class ChatTemplate:
     """A chat template in Jinja, as transformers runs it. One that is `foreign`, not the family's own, runs apart.
 
     One that cannot be compiled refuses every conversation. One that leaves system messages out without a word, as
-    Microsoft's first for Phi-3 did, gets each of them at the beginning of the user message that follows.
+    Microsoft's first for Phi-3 did, gets each of them at the beginning of the user message that follows. What one does
+    not say of tools is said for it, see `edge_phi3.pipeline.tool_calls`.
 
     Args:
         source: the template.
         special_tokens: what it finds as ``bos_token``, ``eos_token``, ``pad_token`` and ``unk_token``.
+        call_marks: what stands around a list of calls.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] = MappingProxyType({}),
+        call_marks: tuple[str, str] = BARE_MARKS,
+    ) -> None:
         encoded = source.encode(errors="replace")
         self._source, self._special_tokens = encoded.decode(), special_tokens
+        self._call_marks = call_marks
+        self._names_tools = "tool" in source
         self._merges_system = False
         self.foreign = hashlib.sha256(encoded).hexdigest() not in KNOWN_TEMPLATES
         _, self._refusal = self._attempt("")
@@ -69,16 +81,19 @@ class ChatTemplate:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         kwargs: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """Return a conversation as the model's prompt.
 
         Args:
-            messages: one or more, with `role` and `content`.
+            messages: one or more, with `role` and `content`; an assistant's may have `tool_calls`, and that of a tool
+                `tool_call_id`, in OpenAI's shapes.
             add_generation_prompt: whether the header of an assistant's turn follows; by default when the last message
                 is not continued.
             continue_final_message: whether the prompt ends with exactly the text of the last message; by default when
                 that is the assistant's and `add_generation_prompt` is not given.
             kwargs: what else the template finds by name.
+            tools: functions that may be called, in OpenAI's shape.
 
         Raises:
             PromptError: the arguments contradict each other, or the template refuses the conversation.
@@ -91,6 +106,14 @@ class ChatTemplate:
             continue_final_message = add_generation_prompt is None and messages[-1]["role"] == "assistant"
         elif continue_final_message and add_generation_prompt:
             raise PromptError("`add_generation_prompt` must not be true beside `continue_final_message`.")
+        if any("tool_calls" in message or message["role"] == "tool" for message in messages):
+            messages = without_tool_turns(
+                messages, self._call_marks, calls="calls" in self._shows, results="results" in self._shows
+            )
+        if tools and "tools" in self._shows:
+            kwargs = {**kwargs, "tools": tools}
+        elif tools:
+            messages = with_tools(messages, tools, self._call_marks, field="field" in self._shows)
         if self._merges_system:
             messages = _without_system(messages)
         if not continue_final_message:
@@ -103,6 +126,27 @@ class ChatTemplate:
         if not found:
             raise PromptError("messages: the model's chat template leaves the last one out, so it cannot be continued.")
         return begun.replace(marker, last["content"]) + str(last["content"])
+
+    @functools.cached_property
+    def _shows(self) -> frozenset[str]:
+        """What it writes of tools: `tools` itself or as a field of the system message, calls, and their results."""
+        if not self._names_tools:
+            return frozenset()
+        marker, user = _marker(), {"role": "user", "content": "Hello"}
+        function = {"name": marker, "description": "", "parameters": {}, "arguments": {}}
+        call = {"id": "c", "type": "function", "function": function}
+        calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+        tried: dict[str, tuple[list[Message], dict[str, Any]]] = {
+            "tools": ([user], {"tools": [{"type": "function", "function": function}]}),
+            "field": ([{"role": "system", "content": "", "tools": marker}, user], {}),
+            "calls": ([user, calls], {}),
+            "results": ([user, {"role": "tool", "content": marker, "name": "f", "tool_call_id": "c"}], {}),
+        }
+        found = set()
+        for name, (messages, kwargs) in tried.items():
+            with contextlib.suppress(PromptError):
+                found |= {name} if marker in self._run(messages, kwargs) else set()
+        return frozenset(found)
 
     def _run(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
         names = {"tools": None, "documents": None, **self._special_tokens, **kwargs, "messages": messages}

@@ -24,25 +24,36 @@ from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.detokenizer import DecodedPrompt, clean_up_tokenization
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import ContextLengthError
+from edge_phi3.engine.grammars import CALL_TOKENS, Grammar
+from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
 from edge_phi3.engine.tokenizer import Tokenizer
-from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
+from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import GenerationResult, TokenLogprobs
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.pipeline.answer import GenerationOutput, ModelCard, TextDelta, TextStream
 from edge_phi3.pipeline.chat_template import ChatTemplate
-from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError
+from edge_phi3.pipeline.prompt import PreparedPrompt, PromptError, cut_hole, make_room_for_prefix
+from edge_phi3.pipeline.tool_calls import BARE_MARKS
 
 
 class TextGenerationPipeline:
     """Turns requests into answers, on a loaded engine.
 
     With `encode_user_tokens_as_text`, what a conversation says is text even where it spells a token of the template.
+    `call_tokens` are those that stand around a list of calls, or None.
     """
 
-    def __init__(self, engine: Engine, *, encode_user_tokens_as_text: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        encode_user_tokens_as_text: bool = False,
+        schema_limits: SchemaLimits = DEFAULT_LIMITS,
+    ) -> None:
         self.engine = engine
+        self.schema_limits = schema_limits
         self._encode_user_tokens_as_text = encode_user_tokens_as_text
         loaded = engine.model
         self._tokenizer: Tokenizer = loaded.tokenizer
@@ -58,7 +69,10 @@ class TextGenerationPipeline:
             vocab_size=model.vocab_size,
         )
         template = model.chat_template or self._tokenizer.family.chat_template
-        self._template = ChatTemplate(template, self._tokenizer.special_tokens)
+        begin, end = map(self._tokenizer.special_token, CALL_TOKENS)
+        self.call_tokens = None if begin is None or end is None else (begin, end)
+        marks = CALL_TOKENS if self.call_tokens else BARE_MARKS
+        self._template = ChatTemplate(template, self._tokenizer.special_tokens, marks)
         self.foreign_template = self._template.foreign
 
     # -- text to tokens
@@ -76,6 +90,7 @@ class TextGenerationPipeline:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] = (),
         truncate: tuple[int, str] | None = None,
         whole_runs: bool = True,
         skip_special_tokens: bool = True,
@@ -97,6 +112,7 @@ class TextGenerationPipeline:
             add_generation_prompt: see `ChatTemplate.render`; the next two, too.
             continue_final_message: see there.
             chat_template_kwargs: see there.
+            tools: see there.
             truncate: how many tokens of the prompt are kept at most, and whether it is cut on its "left" or "right".
             whole_runs: whether a run of byte tokens that is no UTF-8 is lost as a whole, as in transformers, rather
                 than what is no character of it.
@@ -122,6 +138,7 @@ class TextGenerationPipeline:
                 messages,
                 chat_template_kwargs,
                 below,
+                tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
@@ -138,10 +155,10 @@ class TextGenerationPipeline:
             lead = lead and self.detokenize(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
-            self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
+            make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
-            prompt_ids = self._cut_hole(prompt_ids, config)
+            prompt_ids = cut_hole(prompt_ids, config, self.engine.max_length)
         if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens, but this model's maximum context length is {longest} tokens;"
@@ -165,39 +182,19 @@ class TextGenerationPipeline:
         messages: Sequence[Mapping[str, Any]],
         kwargs: Mapping[str, Any],
         below: int,
+        tools: Sequence[Mapping[str, Any]],
         **wanted: bool | None,
     ) -> NDArray[np.int32]:
         """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
         try:
             if self._encode_user_tokens_as_text:
-                messages, kwargs = self._tokenizer.shield([messages, kwargs])
-            text = self._template.render(messages, kwargs=kwargs, **wanted)
+                messages, kwargs, tools = self._tokenizer.shield([messages, kwargs, tools])
+            text = self._template.render(messages, kwargs=kwargs, tools=tools, **wanted)
         except RecursionError:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         except PromptError as error:
             raise PromptError(str(error).replace(SHIELD, "")) from error
         return self._tokenizer.encode(prefix + text, add_bos=False, below=below)
-
-    def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
-        for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            value = kwargs.get(name, API_DEFAULTS[name])
-            if kwargs.get(new_tokens) is None and isinstance(value, int) and not isinstance(value, bool):
-                kwargs[name] = value + prefix_tokens
-
-    def _cut_hole(self, prompt_ids: NDArray[np.int32], config: GenerationConfig) -> NDArray[np.int32]:
-        """Keep the end of a prompt that leaves room for the new tokens in the model's context."""
-        length, longest = len(prompt_ids), self.engine.max_length
-        new_tokens = config.max_new_tokens
-        if new_tokens is None:
-            new_tokens = config.total_length(length) - length
-        if length + new_tokens <= longest:
-            return prompt_ids
-        if new_tokens >= longest:
-            raise PromptError(
-                f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are wanted in a context of "
-                f"{longest}."
-            )
-        return prompt_ids[new_tokens - longest :]
 
     # -- tokens to text
 
@@ -333,15 +330,15 @@ class TextGenerationPipeline:
 
     @functools.cached_property
     def _constraints(self) -> ConstraintVocabulary:
-        return ConstraintVocabulary(self._tokenizer)
+        return ConstraintVocabulary(self._tokenizer, self.schema_limits)
 
-    def constrain(self, prepared: PreparedPrompt, schema: object) -> PreparedPrompt:
-        """Hold the answers of a prepared request, not a beam search, to a JSON schema.
+    def constrain(self, prepared: PreparedPrompt, grammar: Grammar) -> PreparedPrompt:
+        """Hold the answers of a prepared request, not a beam search, to a grammar.
 
         Raises:
-            SchemaError: the schema cannot be followed, or the request has no end token.
+            SchemaError: the grammar cannot be followed, or the request has no end token.
         """
-        constraint = self._constraints.constrain(schema, prepared.config.eos_token_id)
+        constraint = self._constraints.constrain(grammar, prepared.config.eos_token_id)
         return dataclasses.replace(prepared, constraint=constraint)
 
     def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.detokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 
@@ -49,3 +49,31 @@ class PreparedPrompt:
     def with_config(self, **changes: Any) -> PreparedPrompt:
         """Return the same prompt with other generation parameters."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
+
+
+def make_room_for_prefix(kwargs: dict[str, object], prefix_tokens: int) -> None:
+    """Let the lengths in generation parameters, which count a prompt, count the prefix before it too."""
+    for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = kwargs.get(name, API_DEFAULTS[name])
+        if kwargs.get(new_tokens) is None and isinstance(value, int) and not isinstance(value, bool):
+            kwargs[name] = value + prefix_tokens
+
+
+def cut_hole(prompt_ids: NDArray[np.int32], config: GenerationConfig, longest: int) -> NDArray[np.int32]:
+    """Return the end of a prompt that leaves room for the new tokens in a context of `longest` tokens.
+
+    Raises:
+        PromptError: there is none.
+    """
+    length = len(prompt_ids)
+    new_tokens = config.max_new_tokens
+    if new_tokens is None:
+        new_tokens = config.total_length(length) - length
+    if length + new_tokens <= longest:
+        return prompt_ids
+    if new_tokens >= longest:
+        raise PromptError(
+            f"handle_long_generation 'hole' cannot make room: {new_tokens} new tokens are wanted in a context of "
+            f"{longest}."
+        )
+    return prompt_ids[new_tokens - longest :]

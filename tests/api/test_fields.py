@@ -11,9 +11,11 @@ import httpx
 import pytest
 from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from edge_phi3.api import body as body_module
 from edge_phi3.api.openai import fields
+from edge_phi3.api.openai.responses import ResponsesRequest
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, greedy
 from tests.support.cases import cases
@@ -34,8 +36,25 @@ def chunks(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@cases
-def test_a_recorded_body_is_answered_or_refused(api: Running, name: str, path: str, status: int, ignored: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "path", "status", "ignored"),
+    [
+        *(("01", path, 200, ignored) for path, ignored in ((CHAT, ""), ("/chat", "max_tokens, temperature"))),
+        *((name, CHAT, 200, "") for name in ("02", "04", "05", "11", "22")),
+        *((name, COMPLETIONS, 200, "") for name in ("03", "13")),
+        ("12", CHAT, 200, "num_ctx"),
+        ("24", CHAT, 200, "reasoning_effort"),
+        ("27", "/tokenize", 200, ""),
+        ("28", "/chat", 200, "temperature, max_tokens"),
+        ("29", "/chat", 200, ""),
+        *((name, CHAT, 200, "") for name in ("07", "09", "16", "17", "19", "32")),
+        ("10", "/v1/responses", 200, ""),
+        ("26", CHAT, 400, "`tool_choice`"),
+    ],
+)
+def test_a_recorded_body_is_answered_or_refused_by_name(
+    api: Running, name: str, path: str, status: int, ignored: str
+) -> None:
     response = api.client.post(path, json=recorded(name))
     assert response.status_code == status, response.text
     if status == 200:
@@ -65,11 +84,13 @@ def test_every_field_of_the_three_servers_is_in_the_table() -> None:
         *fields.OTHERS,
         *fields.ChatCompletionRequest.__struct_fields__,
         *fields.CompletionRequest.__struct_fields__,
+        *ResponsesRequest.__struct_fields__,
     }
     names = json.loads((DATA / "fields.json").read_text(encoding="utf-8"))
     of_openai = {
         *get_type_hints(chat_create_params.CompletionCreateParamsStreaming),
         *get_type_hints(completion_create_params.CompletionCreateParamsStreaming),
+        *get_type_hints(response_create_params.ResponseCreateParamsStreaming),
     }
     for wanted in (of_openai, names["vllm"].split(), names["llama-server"].split()):
         assert len(known & set(wanted)) > 15

@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.engine.constraint import ConstraintVocabulary, SchemaConstraint
+from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
+from edge_phi3.engine.grammars import Grammar, calls_grammar, json_grammar, regex_grammar
 from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -47,10 +48,11 @@ class Vocabulary:
         self.closing = np.array([bool(text.strip()) and not text.strip(b'"}], \n') for text in self.made.texts])
         self.token_of = {raw[0]: token for token, raw in self.tokenizer.raw_of.items()}
 
-    def start(self, schema: object) -> SchemaConstraint:
-        return self.made.constrain(schema, [self.end])
+    def start(self, schema: object) -> GrammarConstraint:
+        grammar = schema if isinstance(schema, Grammar) else json_grammar(schema)
+        return self.made.constrain(grammar, [self.end])
 
-    def write(self, constraint: SchemaConstraint, random_: random.Random) -> str | None:
+    def write(self, constraint: GrammarConstraint, random_: random.Random) -> str | None:
         """Go a random way, rather to the end; None where that was not met in time."""
         tokens: list[int] = []
         for _ in range(STEPS):
@@ -124,8 +126,10 @@ def test_bytes_that_make_no_character_never_come(vocabulary: Vocabulary) -> None
 def test_mask_and_permits_agree_and_special_tokens_never_come(vocabulary: Vocabulary) -> None:
     random_, ends = random.Random(5), [vocabulary.end, vocabulary.token_of[ord("x")]]
     schema = {"type": "object", "properties": {"x": {"type": "string", "maxLength": 9}}, "required": ["x"]}
-    constraint = vocabulary.made.constrain(schema, ends)
+    constraint = vocabulary.made.constrain(json_grammar(schema), ends)
     for _ in range(60):
+        if random_.random() < 0.5:
+            constraint.prepare()
         allowed = np.flatnonzero(constraint.allowed()).tolist()
         assert allowed == [token for token in range(vocabulary.tokenizer.vocab_size) if constraint.permits(token)]
         assert not vocabulary.tokenizer.special_ids & set(allowed) - {vocabulary.end}
@@ -157,6 +161,26 @@ def test_a_clone_goes_its_own_way_and_a_wrong_token_ends_all(vocabulary: Vocabul
         assert constraint.clone().permits(vocabulary.token_of[ord("1")]) is further
 
 
+TOOL: Any = ("f", {"type": "object", "properties": {"a": {"type": "number"}}})
+FREE = calls_grammar([TOOL], None, may_answer=True, parallel=True)
+FORCED = calls_grammar([TOOL], None, may_answer=False, parallel=False)
+CALL, DIGITS = '{"name": "f", "arguments": {"a": 1}}', "12345678901234567890"
+
+
+LONG, OTHER = f"functools[{CALL.replace('1', DIGITS)}]", f"functools[{CALL.replace('f', 'g')}]"
+FREE_TEXTS = ["", f'"functools" {DIGITS}', f"functools[{CALL}, {CALL}]", f"So: <|tool_call|>[{CALL}]"]
+
+
+def test_calls_are_forced_where_they_begin(vocabulary: Vocabulary) -> None:
+    for grammar, taken, refused in (
+        (FREE, FREE_TEXTS, ["functools[1", f"functools[{CALL}] x", LONG]),
+        (FORCED, [f" functools[{CALL}]"], ["", f"functools[{CALL}, {CALL}]", OTHER, LONG]),
+        (regex_grammar("^[0-9]+$"), [DIGITS], ["", "a"]),
+    ):
+        found = [text for text in (*taken, *refused) if vocabulary.reads(grammar, text.encode())]
+        assert found == taken
+
+
 @pytest.mark.parametrize("case", DATA["refusals"], ids=lambda case: json.dumps(case["schema"])[:60])
 def test_what_cannot_be_held_to_is_refused_by_name(vocabulary: Vocabulary, case: dict[str, Any]) -> None:
     with pytest.raises(SchemaError) as caught:
@@ -176,7 +200,7 @@ def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
         "more than four digits, or": {"type": "integer", "multipleOf": 7436429},
         "common multiple": {"allOf": [{"type": "integer", "multipleOf": each} for each in (7, 11, 13, 17, 19)]},
         "more than 15 digits": {"const": 10**400},
-        "32000 characters": {"enum": list(range(1_000_000))},
+        "65536 characters": {"enum": list(range(1_000_000))},
         "merge more than 2000": {"$defs": doubling, "$ref": "#/$defs/a16"},
         "more than 128": {"properties": {str(number): {"type": "null"} for number in range(129)}},
     }
@@ -235,7 +259,7 @@ def engine(make_model: MakeModel) -> Iterator[Engine]:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_and_scores_are_those_of_a_model_that_says_nothing_else(engine: Engine, options: dict[str, Any]) -> None:
     defaults: ModelDefaults = engine.model.defaults
-    start = ConstraintVocabulary(engine.model.tokenizer).constrain(ANSWER, defaults.eos_token_ids)
+    start = ConstraintVocabulary(engine.model.tokenizer).constrain(json_grammar(ANSWER), defaults.eos_token_ids)
     model = toys.table_model(1, defaults.vocab_size)
 
     def obedient(prefix: toys.Prefix) -> NDArray[np.float32]:
@@ -264,7 +288,9 @@ class Constrained(Asked):
         logprobs = kwargs.pop("top_logprobs", None)
         config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, defaults)
         config = dataclasses.replace(config, top_logprobs=logprobs)
-        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(schema, defaults.eos_token_ids)
+        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(
+            json_grammar(schema), defaults.eos_token_ids
+        )
         self.request = GenerationRequest(PROMPT, config, constraint=constraint)
         self.running = engine.submit(self.request, self.events.put)
 
@@ -285,7 +311,7 @@ def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[s
 
 def alive() -> int:
     gc.collect()
-    return sum(isinstance(each, SchemaConstraint) for each in gc.get_objects())
+    return sum(isinstance(each, GrammarConstraint) for each in gc.get_objects())
 
 
 def test_constraints_are_freed_when_requests_end_fail_or_are_given_up(engine: Engine) -> None:

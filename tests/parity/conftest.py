@@ -2,7 +2,7 @@
 
 python -m tests.support.peers                          # builds llama.cpp's programs, once
 TORCH_PYTHON=/path/to/python pytest -m parity          # an interpreter with torch and transformers 4.49.0
-CLIENTS_PYTHON=/path/to/python pytest -m parity        # an interpreter with langchain-openai, litellm and llm
+CLIENTS_PYTHON=/path/to/python pytest -m parity        # an interpreter with clients, see test_clients.py
 """
 
 from __future__ import annotations

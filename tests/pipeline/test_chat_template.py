@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_phi3.engine.added_tokens import SHIELD
 from edge_phi3.engine.family import family_of
+from edge_phi3.engine.grammars import CALL_TOKENS
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import PromptError
 from edge_phi3.pipeline.chat_template import ChatTemplate
+from edge_phi3.pipeline.tool_calls import BARE_MARKS, CallPart, CallReader
 from edge_phi3.templates import MOST_CHARACTERS
 from tests.support.cases import cases
 
@@ -155,5 +159,68 @@ def test_the_tokens_with_a_role_are_the_model_file_s(tokenizer: Tokenizer) -> No
 
 
 def test_roles_are_known() -> None:
-    with pytest.raises(PromptError, match="role must be one of system, user, assistant, not 'tool'"):
-        ChatTemplate(BUILT_IN).render([turn("tool", "x")])
+    with pytest.raises(PromptError, match="role must be one of system, user, assistant, tool, not 'wizard'"):
+        ChatTemplate(BUILT_IN).render([turn("wizard", "x")])
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED: list[Any] = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+CALLED += [{"role": "tool", "tool_call_id": "c1", "content": "2"}]
+WRITES_ALL = (
+    "{{ tools | tojson }}{% for m in messages %}|{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}({{ call.function.arguments.a }}){% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "marks", "expected"),
+    [
+        (
+            FOUND["Phi-4-mini-instruct"]["template"],
+            CALL_TOKENS,
+            '<|system|>Be brief.<|tool|>[{"name": "add", "parameters": {"type": "object"}}]<|/tool|><|end|>'
+            "<|user|>Hello<|end|><|assistant|>"
+            '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|><|end|>'
+            "<|tool|>2<|end|><|assistant|>",
+        ),
+        (WRITES_ALL, BARE_MARKS, f"[{json.dumps(ADD)}]|system:Be brief.|user:Hello|assistant:add(1)|tool:2"),
+        (
+            BUILT_IN,
+            BARE_MARKS,
+            "<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"
+            'functools[{"name": "add", "arguments": {"a": 1}}]<|end|>\n'
+            "<|user|>\nadd returned:\n2<|end|>\n<|assistant|>\n",
+        ),
+    ],
+)
+def test_tools_calls_and_results_are_told_by_the_template_or_for_it(
+    source: str, marks: tuple[str, str], expected: str
+) -> None:
+    rendered = ChatTemplate(source, TOKENS, marks).render(CALLED, tools=[ADD])
+    assert rendered.endswith(expected)
+    if source == BUILT_IN:
+        system = rendered.removesuffix(expected)
+        assert system.startswith("<|system|>\nBe brief.\n\n")
+        assert system.endswith('\n{"name": "add", "parameters": {"type": "object"}}')
+        assert "functools[{" in system
+        assert "<|system|>\n" + system.partition("\n\n")[2] in ChatTemplate(source).render(ASKED[1:], tools=[ADD])
+
+
+@given(st.lists(st.integers(1, 30), max_size=40))
+def test_calls_are_read_however_their_text_is_cut(sizes: list[int]) -> None:
+    calls = [("add", '{"a": "}\\\\\\"]", "b": [{}, {"c": "functools["}]}'), ("go", "{}")]
+    written = ", ".join(f'{{"name": "{name}","arguments": {arguments}}}' for name, arguments in calls)
+    for begin, end in (("functools[", "]"), ("<|tool_call|>[", "]<|/tool_call|>"), ("So, functools: functools[", "]")):
+        text, reader, place = begin + written + end, CallReader(), 0
+        parts: list[str | CallPart] = []
+        for size in [*sizes, len(text)]:
+            parts += reader.push(text[place : place + size], last=place + size >= len(text))
+            place += size
+        assert "".join(part for part in parts if isinstance(part, str)) == begin.removesuffix(
+            "functools["
+        ).removesuffix("<|tool_call|>[")
+        read = [part for part in parts if isinstance(part, CallPart)]
+        assert [(part.name, part.index) for part in read if not part.arguments] == [("add", 0), ("go", 1)]
+        for index, (_, arguments) in enumerate(calls):
+            assert "".join(part.arguments for part in read if part.index == index) == arguments

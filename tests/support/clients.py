@@ -25,7 +25,7 @@ from edge_phi3.llama import DecodeFailedError
 from tests.support.drafts import Foreseen
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
-from tests.support.schemas import SCHEMAS, small_vocabulary
+from tests.support.schemas import GRAMMARS, small_vocabulary
 
 _BYTES = [(text or "").encode() for text in TEXTS]
 LONGEST_REPEATED = 90
@@ -90,7 +90,7 @@ class Client:
         ask = self.ask
         constraint: TokenConstraint | None = None
         if ask.schema is not None:
-            constraint = small_vocabulary().constrain(SCHEMAS[ask.schema], [END])
+            constraint = small_vocabulary().constrain(GRAMMARS[ask.schema], [END])
         elif ask.constrained:
             constraint = OddOrEven(fails_after=self._left if faulty and ask.fault == "masking" else [])
         name = f"r{self.number}"

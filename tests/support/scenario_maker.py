@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from tests.golden.requests import RequestMaker
 from tests.support.hash_context import TOKEN_BYTES
 from tests.support.scenarios import FAULTS, INFINITE, NAN, TEXTS, Ask, Failure, Scenario
-from tests.support.schemas import SCHEMAS
+from tests.support.schemas import GRAMMARS
 
 USUAL = range(1, NAN)
 _LENGTHS = ("max_new_tokens", "max_length", "min_length", "min_new_tokens")
@@ -160,7 +160,7 @@ class _Maker:
             timeout=self.maybe(0.08, lambda: float(self.between(1, 40))),
             leaves=self.maybe(0.1, lambda: self.between(0, 20)),
             constrained=fault == "masking" or (not beams and self.often(0.03)),
-            schema=self.maybe(0.06, lambda: self.between(0, len(SCHEMAS) - 1)) if not beams and not fault else None,
+            schema=self.maybe(0.06, lambda: self.between(0, len(GRAMMARS) - 1)) if not beams and not fault else None,
             logprobs=self.maybe(0.08, lambda: self.between(0, 3)) if not beams else None,
             scored=self.maybe(0.1, lambda: self.between(0, 3)),
             stops=self.maybe(0.08, lambda: (chance.choice("abcdefgh"), "ij")) or (),

@@ -47,6 +47,9 @@ class OddOrEven:
     taken: int = 0
     fails_after: list[int] = field(default_factory=list)
 
+    def prepare(self) -> None:
+        pass
+
     def permits(self, token: int) -> bool:
         self._fail_if_due()
         return token == END or token % 2 == self.taken % 2
@@ -101,7 +104,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
         timeout: seconds after which it fails, or None.
         leaves: steps after its arrival before which it is cancelled, or None.
         constrained: whether its tokens must be odd and even in turns.
-        schema: which of `tests.support.schemas.SCHEMAS` they must follow instead, or None.
+        schema: which of `tests.support.schemas.GRAMMARS` they must follow instead, or None.
         logprobs: how many log-probabilities it wants beside each token, or None.
         scored: how many it wants beside each token of its prompt, or None.
         stops: texts before which its answer ends.

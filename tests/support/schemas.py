@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from typing import Any, Final, cast
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import ConstraintVocabulary
+from edge_phi3.engine.grammars import calls_grammar, choice_grammar, json_grammar, written_grammar
 from edge_phi3.engine.tokenizer import Tokenizer
 from tests.support.scenarios import END, INFINITE, NAN, VOCABULARY
 
@@ -25,6 +27,14 @@ SCHEMAS: Final[tuple[dict[str, Any], ...]] = (
     {"$ref": "#/$defs/tree", "$defs": {"tree": _TREE}},
     {"type": "integer", "minimum": 5, "maximum": 2100},
 )
+_TOOLS: Final = [("ab", SCHEMAS[2]), ("a", {"type": "object", "properties": {}})]
+GRAMMARS: Final = (
+    *map(json_grammar, SCHEMAS),
+    calls_grammar(_TOOLS, None, may_answer=False, parallel=True),
+    calls_grammar(_TOOLS[:1], None, may_answer=True, parallel=False),
+    choice_grammar(["a", "ab", "b"]),
+    written_grammar('root ::= ("ab" | "ba")+ "c"'),
+)
 
 
 class _Tokens:
@@ -33,7 +43,7 @@ class _Tokens:
     vocab_size = VOCABULARY
     special_ids = frozenset({0, END, NAN, INFINITE})
     unused_ids = control_ids = frozenset[int]()
-    _pieces = (*'{}[]":,.+- 0123456789abcdeflnrstu\\', *_PIECES)
+    _pieces = (*'{}[]":,.+- 0123456789abcdefgilmnorstu\\', *_PIECES)
 
     def bytes_of(self, token: int) -> bytes:
         return str(self._pieces[token % len(self._pieces)]).encode()
@@ -46,3 +56,28 @@ class _Tokens:
 @cache
 def small_vocabulary() -> ConstraintVocabulary:
     return ConstraintVocabulary(cast("Tokenizer", _Tokens()))
+
+
+def random_schema(chance: random.Random, depth: int) -> dict[str, Any]:
+    """Return the schema of an object with up to four properties, of which some are lists and objects again."""
+
+    def value(depth: int) -> dict[str, Any]:
+        simple: list[dict[str, Any]] = [
+            {"type": "string"} | chance.choice(({}, {"maxLength": chance.randint(0, 9)}, {"format": "date"})),
+            {"type": "integer", "minimum": chance.randint(-5, 5), "maximum": chance.randint(6, 1000)},
+            {"type": "number"},
+            {"type": chance.choice(("boolean", "null"))},
+            {"enum": chance.sample(["a", "b c", 1, None, 2.5, "ü", '"'], 3)},
+            {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[a-c]{1,4}$"}]},
+        ]
+        if depth == 0 or chance.random() < 0.5:
+            return chance.choice(simple)
+        if chance.random() < 0.5:
+            return random_schema(chance, depth - 1)
+        return {"type": "array", "items": value(depth - 1), "minItems": chance.randint(0, 1), "maxItems": 3}
+
+    names = chance.sample(["a", "b", "name", "x y", "ä", "id"], chance.randint(0, 4))
+    required = [name for name in names if chance.random() < 0.6]
+    properties = {name: value(depth - 1) for name in names} if depth else {}
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    return schema | ({"required": [name for name in required if name in properties], "additionalProperties": False})

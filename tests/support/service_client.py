@@ -201,6 +201,8 @@ def _answer(chunks: list[dict[str, Any]]) -> Answer:
         tokens, numbers = choices.setdefault(choice["index"], (["", None], []))
         part = choice.get("message") or choice.get("delta", choice)
         tokens[0] += part.get("content") or part.get("text") or ""
+        for call in part.get("tool_calls") or ():
+            tokens[0] += call["function"].get("name", "") + call["function"]["arguments"]
         tokens[1] = choice.get("finish_reason") or tokens[1]
         logprobs = choice.get("logprobs") or {}
         numbers += logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or []]

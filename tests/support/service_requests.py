@@ -16,7 +16,7 @@ from tests.golden.family import FAMILY
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.scenario_maker import PLAIN
-from tests.support.schemas import SCHEMAS
+from tests.support.schemas import SCHEMAS, random_schema
 from tests.support.service_client import CHAT, CHAT_COMPLETIONS, COMPLETIONS, Ask
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -298,8 +298,14 @@ class AskMaker:
             body |= {"logprobs": True, "top_logprobs": 3}
         elif self._chance.random() < 0.2:
             described = {"name": "answer", "schema": self._chance.choice(SCHEMAS)}
-            form = self._chance.choice(({"type": "json_object"}, {"type": "json_schema", "json_schema": described}))
-            body |= {"response_format": form, "max_tokens": min(new, 30)}
+            forms: list[dict[str, Any]] = [{"type": "json_object"}, {"type": "json_schema", "json_schema": described}]
+            body |= {"response_format": self._chance.choice(forms), "max_tokens": min(new, 30)}
+        elif self._chance.random() < 0.2:
+            function = {"name": "f", "parameters": random_schema(self._chance, 2)}
+            choice = self._chance.choice(("auto", "required"))
+            tools = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+            body |= self._chance.choice((tools, {"guided_choice": ["a", "the"]}, {"guided_regex": "[a-f]{3,9}"}))
+            prompt = max(prompt, 64)
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]
         length = prompt + 10 + new if prompt < 64 else 1 << 20
         return self._judged(f"v1/chat{', stream' * body['stream']}", CHAT_COMPLETIONS, body, body["n"], length)

@@ -246,6 +246,29 @@ def test_an_answer_tells_why_it_ended(playground: Playground, parameters: dict[s
     assert facts_of(playground)["reason"] == reason
 
 
+def test_a_schema_holds_answers_and_calls_of_tools_are_shown(playground: Playground, server: Server) -> None:
+    page = playground.page
+    page.get_by_label("JSON schema").fill('{"type": "integer", "minimum": 3, "maximum": 5}')
+    playground.ask(QUESTION)
+    expect(playground.answers).to_have_text(re.compile("^[345]$"))
+    assert facts_of(playground)["reason"] == "complete"
+    assert "/v1/chat/completions" in playground.curl
+    page.get_by_label("JSON schema").fill("")
+    tool = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"properties": {"a": {"enum": [7]}}, "required": ["a"]}},
+    }
+    page.get_by_label("Tools").fill(json.dumps([tool]))
+    tokens = server.post("/tokenize", text="functools[").json()["tokens"]
+    biases = [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]
+    playground.put(sequence_bias=json.dumps(biases))
+    playground.ask(QUESTION, count=2)
+    block = page.locator(".exchange:last-child .answer pre").first
+    expect(block).to_have_attribute("data-language", "add")
+    expect(block).to_have_text(re.compile(r'^\{\s*"a"\s*:\s*7\s*\}$'))
+    assert facts_of(playground)["reason"] == "calls a tool"
+
+
 def test_text_is_never_taken_for_html(playground: Playground) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     texts = [f"{evil} ```\n", f"```html\n{evil}\n```\nafter"]

@@ -20,14 +20,24 @@ from msgspec import Struct
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
-from edge_phi3.api.openai.schemas import CompletionTokensDetails, CompletionUsage, PromptTokensDetails
+from edge_phi3.api.openai.schemas import (
+    CompletionTokensDetails,
+    CompletionUsage,
+    FunctionCall,
+    PromptTokensDetails,
+    ToolCall,
+)
 from edge_phi3.api.openai.shown import ShownText
+from edge_phi3.api.openai.tools import use_of
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream, event
 from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+from edge_phi3.pipeline.tool_calls import CallPart, CallReader
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
+Part = str | CallPart
+"""A piece of an answer: of its text, or of a call."""
 Tokens = list[PlacedLogprobs] | None
 UsageField = CompletionUsage | msgspec.UnsetType | None
 
@@ -59,6 +69,7 @@ class Answer(abc.ABC):
         self._usage_so_far = self._usage and bool(options and options.continuous_usage_stats)
         self._generated = 0
         self._kept = request.n or 1 if translate.candidates_of(request) else None
+        self._calls = use_of(request) is not None
         self._tells_tokens = request.logprobs is not None and request.logprobs is not False
         self._scores = translate.scores_prompts(request)
         self._outputs: list[GenerationOutput] = []
@@ -67,24 +78,39 @@ class Answer(abc.ABC):
         self.head = (f"{self.ID_PREFIX}-{uuid.uuid4().hex}", int(time.time()), self.pipeline.model.name)
 
     @abc.abstractmethod
-    def choice(self, index: int, text: str, reason: Reason, tokens: Tokens) -> Struct:
+    def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> Any:
         """Return a whole choice; `tokens` are those of its text, or None when log-probabilities are not wanted."""
 
-    @abc.abstractmethod
-    def piece(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
+    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
         """Return a piece of a choice in a stream; the last one has the finish reason, and no text."""
-
-    def opening(self, index: int) -> Struct | None:  # noqa: ARG002 - for subclasses
-        """Return what a choice begins with in a stream, if anything."""
-        return None
+        raise NotImplementedError
 
     @abc.abstractmethod
     def body(self, choices: list[Any], usage: CompletionUsage) -> Struct:
         """Return the answer in one body."""
 
-    @abc.abstractmethod
     def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
         """Return a chunk of a stream."""
+        raise NotImplementedError
+
+    # A stream in events: by default in chunks that hold pieces.
+
+    def opening(self, index: int) -> bytes:  # noqa: ARG002 - for subclasses
+        """Return what a choice begins with, if anything."""
+        return b""
+
+    def told(self, index: int, part: Part, tokens: Tokens) -> bytes:
+        """Return the events of a piece of a choice."""
+        return self._event(self.piece(index, part, None, tokens))
+
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - for subclasses
+        """Return the events of a choice's end; `usage` is that of its prompt's answers."""
+        return self._event(self.piece(index, "", reason))
+
+    def closing(self) -> bytes:
+        """Return what the stream ends with."""
+        usage = event(self.chunk([], _usage_of(self._outputs))) if self._usage else b""
+        return usage + event(b"[DONE]")
 
     async def respond(self, receive: Receive) -> EventStream | Response[Any]:
         """Return the response; the client that `receive` listens to may leave before."""
@@ -101,7 +127,7 @@ class Answer(abc.ABC):
         finally:
             _cancel(tasks)
         self._exchange.output = outputs[0]
-        choices: list[Struct] = []
+        choices: list[Any] = []
         for prepared, output in zip(self._prepared, outputs, strict=True):
             for index in _best(output, self._kept):
                 shown = self._shown()
@@ -115,8 +141,10 @@ class Answer(abc.ABC):
                         answer = tokens if shown.stopped else output.logprobs[index]
                         moved = [PlacedLogprobs(len(prepared.lead) + start, token) for start, token in answer]
                         tokens = [*output.prompt_logprobs, *moved]
-                reason = _finish_reason(output.finish_reasons[index], shown)
-                choices.append(self.choice(len(choices), text, reason, tokens))
+                reader = CallReader()
+                parts = self._parts(reader, text, last=True)
+                reason = _finish_reason(output.finish_reasons[index], shown, reader)
+                choices.append(self.choice(len(choices), parts, reason, tokens))
         return self.body(choices, _usage_of(outputs))
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -128,42 +156,47 @@ class Answer(abc.ABC):
         async with contextlib.aclosing(streams[0] if len(streams) == 1 else _merged(streams)) as chunks:
             async for chunk in chunks:
                 yield chunk
-        if self._usage:
-            yield event(self.chunk([], _usage_of(self._outputs)))
-        yield event(b"[DONE]")
+        yield self.closing()
 
     async def _stream(self, prepared: PreparedPrompt, first: int) -> AsyncGenerator[bytes, None]:
         """Yield the chunks of one prompt; `first` is the index of its first choice."""
-        choices = [self._shown() for _ in range(prepared.config.num_return_sequences)]
+        count = prepared.config.num_return_sequences
+        choices = [(self._shown(), CallReader()) for _ in range(count)]
 
-        def pieces_of(item: TextDelta | GenerationOutput) -> Iterator[Struct]:
+        def events_of(item: TextDelta | GenerationOutput) -> Iterator[bytes]:
             if isinstance(item, TextDelta):
-                choices[item.index].push_tokens(item.placed)
-                yield from piece_of(item.index, choices[item.index].push(item.text))
+                choices[item.index][0].push_tokens(item.placed)
+                yield from told(item.index, item.text)
                 return
-            for index, (choice, reason) in enumerate(zip(choices, item.finish_reasons, strict=True)):
-                whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
-                yield from piece_of(index, choice.push(whole, last=True))
-                yield self.piece(first + index, "", _finish_reason(reason, choice))
             self._outputs.append(item)
             if len(self._outputs) == len(self._prepared):
                 self._exchange.output = self._outputs[0]
+            for index, (choice, reason) in enumerate(zip(choices, item.finish_reasons, strict=True)):
+                whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
+                yield from told(index, whole, last=True)
+                yield self.ended(first + index, _finish_reason(reason, *choice), _usage_of([item]))
 
-        def piece_of(index: int, text: str) -> Iterator[Struct]:
-            if text:
-                tokens = None if prepared.config.top_logprobs is None else choices[index].tokens()
-                yield self.piece(first + index, text, tokens=tokens)
+        def told(index: int, text: str, *, last: bool = False) -> Iterator[bytes]:
+            shown, reader = choices[index]
+            for part in self._parts(reader, shown.push(text, last=last), last=last):
+                yield self.told(first + index, part, None if prepared.config.top_logprobs is None else shown.tokens())
 
-        waiting: list[bytes] = []
-        for index in range(first, first + len(choices)):
-            opening = (self.opening(index), self.piece(index, prepared.lead) if prepared.lead else None)
-            waiting += map(self._event, filter(None, opening))
+        waiting = b""
+        for index in range(first, first + count):
+            waiting += self.opening(index)
+            waiting += self._event(self.piece(index, prepared.lead)) if prepared.lead else b""
         async with self._service.stream(prepared, self._exchange.request_id, generated=self._count) as steps:
             async for items in steps:
-                pieces = [*waiting, *map(self._event, itertools.chain.from_iterable(map(pieces_of, items)))]
-                waiting = []
-                if pieces:
-                    yield b"".join(pieces)
+                events = waiting + b"".join(itertools.chain.from_iterable(map(events_of, items)))
+                waiting = b""
+                if events:
+                    yield events
+
+    def _parts(self, reader: CallReader, text: str, *, last: bool) -> list[Part]:
+        """Return the pieces of a text; `reader` has taken what was before."""
+        if self._calls:
+            return [*reader.push(text, last=last)]
+        return [text] if text else []
 
     def _count(self, tokens: int) -> None:
         self._generated += tokens
@@ -176,9 +209,26 @@ class Answer(abc.ABC):
         return event(self.chunk([piece], usage))
 
 
-def _finish_reason(reason: str, shown: ShownText) -> Reason:
+def text_of(parts: Sequence[Part]) -> str:
+    """Return the text of an answer."""
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def calls_of(parts: Sequence[Part]) -> list[ToolCall]:
+    """Return the calls of an answer; the last may be incomplete."""
+    calls: dict[int, ToolCall] = {}
+    for part in parts:
+        if isinstance(part, CallPart):
+            call = calls.setdefault(part.index, ToolCall(id=part.id, function=FunctionCall(part.name, "")))
+            call.function.arguments += part.arguments
+    return list(calls.values())
+
+
+def _finish_reason(reason: str, shown: ShownText, reader: CallReader) -> Reason:
     """Return OpenAI's word for the engine's reason, where no stop text ended what is shown before."""
-    return "stop" if shown.stopped or reason in {"stop", "stop_string"} else "length"
+    if not shown.stopped and reason not in {"stop", "stop_string"}:
+        return "length"
+    return "tool_calls" if reader.count else "stop"
 
 
 def _best(output: GenerationOutput, count: int | None) -> Sequence[int]:

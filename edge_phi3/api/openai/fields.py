@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final
 
 from msgspec import Meta, Struct
 
+from edge_phi3.api.openai.schemas import ToolCall
+from edge_phi3.api.openai.tools import Tool
 from edge_phi3.api.schemas import about
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
 from edge_phi3.generation.refused import Refused
@@ -25,6 +27,7 @@ _Natural = Annotated[int, Meta(ge=0)]
 _Count = Annotated[int, Meta(ge=1)]
 _Tokens = list[_Natural]
 _Positive = Annotated[float, Meta(gt=0)]
+_Schema = dict[str, Any] | str | None
 
 
 def _described(name: str) -> Meta:
@@ -55,11 +58,17 @@ class JSONSchemaFormat(Struct, forbid_unknown_fields=True, kw_only=True, rename=
     strict: bool | None = None
 
 
-class ResponseFormat(Struct, forbid_unknown_fields=True, kw_only=True):
+class ResponseFormat(
+    Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True, rename={"schema_": "schema"}
+):
     """What the answer's text is."""
 
     type: Annotated[str, about("text, json_object or json_schema.")]
     json_schema: JSONSchemaFormat | None = None
+    schema_: Annotated[dict[str, Any] | None, about("Where responses and llama-server have a schema.")] = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
 
 
 class ContentPart(Struct, kw_only=True):
@@ -72,8 +81,10 @@ class ContentPart(Struct, kw_only=True):
 class ChatCompletionMessage(Struct, kw_only=True):
     """One turn of a conversation."""
 
-    role: Annotated[str, about("system, developer (which counts as system), user or assistant.")]
+    role: Annotated[str, about("system, developer (which counts as system), user, assistant or tool.")]
     content: Annotated[str | list[ContentPart] | None, about("A text, or parts of type `text`.")] = None
+    tool_calls: Annotated[list[ToolCall] | None, about("What the assistant called.")] = None
+    tool_call_id: Annotated[str | None, about("The call whose result a tool's turn is.")] = None
 
 
 class SamplingFields(Struct, kw_only=True):
@@ -121,6 +132,16 @@ class SamplingFields(Struct, kw_only=True):
     skip_special_tokens: Annotated[bool | None, about("Whether the text leaves special tokens out.")] = True
     cache_prompt: Annotated[bool | None, about("false: compute the prompt without the prefix cache.")] = True
     response_format: Annotated[ResponseFormat | None, about("Holds the answer to JSON, or to a JSON schema.")] = None
+    structured_outputs: Annotated[
+        dict[str, Any] | None,
+        about("vLLM's: one of `json` (a schema), `regex`, `choice` (a list of texts), `grammar` and `json_object`."),
+    ] = None
+    guided_json: Annotated[_Schema, about("Holds the answer to a JSON schema.")] = None
+    json_schema: Annotated[_Schema, about("Likewise.")] = None
+    guided_regex: Annotated[str | None, about("The regular expression that the whole answer matches.")] = None
+    guided_choice: Annotated[list[str] | None, about("The texts one of which the answer is.")] = None
+    guided_grammar: Annotated[str | None, about("A grammar of the answer, in Lark or GBNF.")] = None
+    grammar: Annotated[str | None, about("Likewise.")] = None
     stream: Annotated[bool | None, about("Answer with server-sent events.")] = False
     stream_options: StreamOptions | None = None
     generate_kwargs: Annotated[
@@ -128,10 +149,21 @@ class SamplingFields(Struct, kw_only=True):
     ] = None
 
 
-class ChatCompletionRequest(SamplingFields, kw_only=True):
+class ToolFields(SamplingFields, kw_only=True):
+    """What may be called, in chat completions and responses."""
+
+    tool_choice: Annotated[
+        str | dict[str, Any] | None,
+        about("`none`, `auto` (the default), `required`, a function, or `allowed_tools` with a mode and functions."),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, about("Whether an answer may hold several calls.")] = True
+
+
+class ChatCompletionRequest(ToolFields, kw_only=True):
     """A conversation to be continued by the assistant."""
 
     messages: Annotated[list[ChatCompletionMessage], Meta(min_length=1, description="The conversation.")]
+    tools: Annotated[list[Tool], Meta(max_length=128, description="Functions that the model may call.")] | None = None
     logprobs: Annotated[bool | None, about("Return each token's log-probability.")] = False
     top_logprobs: Annotated[int, _described("top_logprobs")] | None = None
     add_generation_prompt: Annotated[
@@ -181,7 +213,6 @@ def _ignored(reason: str, names: str, *, named: bool = False) -> Iterator[tuple[
 
 _IDENTIFIES = "it identifies or traces"
 _SPEED = "it is about caches, queues or speed, and changes no answer"
-_TOOLS = "this service does not call tools; put their description into the conversation"
 _REASONING = "this model does not reason apart from its answer"
 
 OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
@@ -196,7 +227,8 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         ),
         *_ignored("nothing is dropped from a context", "n_keep n_discard"),
         *_ignored("Phi's tokenizers add no special tokens", "add_special_tokens spaces_between_special_tokens"),
-        *_ignored("answers have no tool calls", "parallel_tool_calls parse_tool_calls"),
+        *_ignored("a completion calls no tools", "parallel_tool_calls"),
+        *_ignored("calls of tools are always parsed", "parse_tool_calls"),
         *_ignored(
             "it is llama-server's own, which takes it from its chat template",
             "chat_format chat_parser generation_prompt grammar_lazy grammar_triggers preserved_tokens"
@@ -210,7 +242,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_ignored(
             _REASONING,
             "reasoning_effort reasoning_format include_reasoning thinking_token_budget thinking_budget_tokens"
-            " reasoning_budget_tokens reasoning_budget_message reasoning_control",
+            " reasoning_budget_tokens reasoning_budget_message reasoning_control reasoning",
             named=True,
         ),
         *_ignored("requests are served in their order", "priority", named=True),
@@ -222,23 +254,25 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
             "add_generation_prompt continue_final_message chat_template_kwargs",
             named=True,
         ),
-        *_refused(_TOOLS, "tools functions", tool_choice=("none", "auto"), function_call=("none", "auto")),
-        *_refused(TEXT_ONLY, "audio image_data media_io_kwargs mm_processor_kwargs", modalities=(["text"],)),
+        *_refused("use `tools` and `tool_choice`", "functions", function_call=("none", "auto")),
+        *_refused(TEXT_ONLY, "audio image image_data media_io_kwargs mm_processor_kwargs", modalities=(["text"],)),
         *_refused("a prompt is text or token ids", "prompt_embeds"),
-        *_refused("nothing is stored", "store"),
+        *_refused(
+            "nothing is stored",
+            "store previous_response_id conversation background background_options context_management",
+        ),
+        *_refused("nothing is left out of a conversation", truncation=("disabled",)),
+        *_refused("it is a field of completions, and there are no stored prompts", "prompt"),
+        *_ignored("the service runs no tools itself", "max_tool_calls"),
         *_refused("nothing is moderated", "moderation"),
         *_refused("this service does not search the web", "web_search_options"),
         *_refused("ask for a short or long answer in the conversation", verbosity=("medium",)),
         *_refused("this model continues a text and does not fill gaps", "suffix input_prefix input_suffix input_extra"),
-        *_refused(
-            "use `response_format`",
-            "json_schema grammar grammar_type structured_outputs guided_json guided_regex guided_choice guided_grammar"
-            " guided_json_object guided_whitespace_pattern",
-        ),
+        *_refused("use `structured_outputs`", "grammar_type guided_json_object guided_whitespace_pattern"),
         *_refused("put `num_beams` into `generate_kwargs`", "use_beam_search"),
         *_refused("use `echo` with `logprobs`", "prompt_logprobs"),
         *_refused("it is a field of completions", "echo", best_of=(1,)),
-        *_refused("it is a field of chat completions", top_logprobs=(0,)),
+        *_refused("it is a field of chat completions", "tools", tool_choice=("none", "auto"), top_logprobs=(0,)),
         *_refused(
             "`/chat` returns token ids with `return_dict_in_generate`",
             "return_token_ids return_tokens return_tokens_as_token_ids",
@@ -262,7 +296,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
         *_refused("put them into the conversation", "documents"),
         *_refused("requests share one prefix cache; `cache_prompt` false does without", "cache_salt"),
         *_refused("one process serves the model", "kv_transfer_params ec_transfer_params"),
-        *_refused("there are no extensions", "vllm_xargs"),
+        *_refused("there are no extensions", "vllm_xargs access_programs"),
     )
 )
 """The fields of a body that its type does not have."""
@@ -270,7 +304,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
 NESTED: Final[Mapping[type[Struct], Mapping[str, Ignored | Refused]]] = {
     ChatCompletionMessage: dict(
         (
-            *_refused(_TOOLS, "tool_calls function_call tool_call_id"),
+            *_refused("use `tool_calls`", "function_call"),
             *_refused(TEXT_ONLY, "audio"),
             *_ignored(_IDENTIFIES, "id name"),
             *_ignored(_SPEED, "cache_control"),

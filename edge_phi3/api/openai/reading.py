@@ -13,9 +13,7 @@ from edge_phi3.generation.parameters import PARAMETERS
 from edge_phi3.generation.refused import REFUSED, Refused
 
 
-def sift(
-    type_: type[fields.ChatCompletionRequest | fields.CompletionRequest], body: Mapping[str, Any]
-) -> Iterator[str]:
+def sift(type_: type[fields.SamplingFields], body: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names of fields that are ignored with a word.
 
     Raises:

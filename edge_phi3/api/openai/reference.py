@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from edge_phi3.api.openai import fields
+from edge_phi3.api.openai.responses import ResponsesRequest
 from edge_phi3.generation.refused import Refused
 
 _PLACES = {
@@ -16,18 +17,26 @@ _PLACES = {
     fields.ContentPart: "messages[].content[].",
     fields.StreamOptions: "stream_options.",
 }
+_ROUTES: Mapping[type[Struct], str] = {
+    fields.ChatCompletionRequest: "chat",
+    fields.CompletionRequest: "completions",
+    ResponsesRequest: "responses",
+}
 
 
 def markdown() -> str:
     """Return the tables: of the fields that are honoured, ignored and refused."""
     rows: dict[str, list[str]] = {}
-    for type_, route in ((fields.ChatCompletionRequest, "chat"), (fields.CompletionRequest, "completions")):
+    for type_, route in _ROUTES.items():
         for name, meaning in _honoured(type_).items():
             same = name in fields.SamplingFields.__struct_fields__
-            earlier = "" if same or name not in rows else f"{rows[name][2]} In completions: "
-            rows[name] = [f"`{name}`", "both" if same or earlier else route, earlier + meaning]
+            if name not in rows:
+                rows[name] = [f"`{name}`", "all" if same else route, meaning]
+            elif not same:
+                rows[name][1] += f", {route}"
+                rows[name][2] += "" if meaning == rows[name][2] else f" In {route}: {meaning}"
     for name, meaning in _honoured(fields.StreamOptions).items():
-        rows[f"stream_options.{name}"] = [f"`stream_options.{name}`", "both", meaning]
+        rows[f"stream_options.{name}"] = [f"`stream_options.{name}`", "chat, completions", meaning]
     return "\n\n".join(
         [
             _table(["honoured", "route", "as"], [rows[name] for name in sorted(rows) if rows[name][2]]),

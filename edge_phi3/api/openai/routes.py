@@ -1,9 +1,10 @@
-"""The routes under ``/v1``: chat completions, completions, and the one model that is served."""
+"""The routes under ``/v1``: chat completions, completions, responses, and the one model that is served."""
 
 from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 from litestar import Request, Response, get, post
@@ -13,11 +14,14 @@ from litestar.params import FromPath, RawBody
 from msgspec import UNSET
 
 from edge_phi3.api.body import decode_body
+from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.exchange import exchange_of
 from edge_phi3.api.openai import schemas, translate
-from edge_phi3.api.openai.answers import Answer, Reason, Tokens, UsageField
+from edge_phi3.api.openai.answers import Answer, Part, Reason, Tokens, UsageField, calls_of, text_of
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
+from edge_phi3.api.openai.formats import is_held
 from edge_phi3.api.openai.reading import sift
+from edge_phi3.api.openai.responses import ResponseObject, ResponsesRequest, answering, as_chat, renamed
 from edge_phi3.api.openai.shown import chat_logprobs, completion_logprobs
 from edge_phi3.api.service import Service
 from edge_phi3.api.sse import EventStream
@@ -31,14 +35,23 @@ class _ChatAnswer(Answer):
 
     ID_PREFIX = "chatcmpl"
 
-    def choice(self, index: int, text: str, reason: Reason, tokens: Tokens) -> schemas.ChatChoice:
-        return schemas.ChatChoice(index, schemas.AnswerMessage(text), reason, self._logprobs(tokens))
+    def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> schemas.ChatChoice:
+        text, calls = text_of(parts), calls_of(parts)
+        message = schemas.AnswerMessage(text if text or not calls else None, tool_calls=calls or UNSET)
+        return schemas.ChatChoice(index, message, reason, self._logprobs(tokens))
 
-    def opening(self, index: int) -> schemas.ChunkChoice:
-        return schemas.ChunkChoice(index, schemas.Delta(role="assistant", content=""))
+    def opening(self, index: int) -> bytes:
+        return self._event(schemas.ChunkChoice(index, schemas.Delta(role="assistant", content="")))
 
-    def piece(self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None) -> schemas.ChunkChoice:
-        return schemas.ChunkChoice(index, schemas.Delta(content=text or UNSET), reason, self._logprobs(tokens))
+    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> schemas.ChunkChoice:
+        if isinstance(part, str):
+            delta = schemas.Delta(content=part or UNSET)
+        elif part.arguments:
+            delta = schemas.Delta(tool_calls=[schemas.CallDelta(part.index, schemas.FunctionDelta(part.arguments))])
+        else:
+            function = schemas.FunctionDelta("", part.name)
+            delta = schemas.Delta(tool_calls=[schemas.CallDelta(part.index, function, part.id, "function")])
+        return schemas.ChunkChoice(index, delta, reason, self._logprobs(tokens))
 
     def body(self, choices: list[schemas.ChatChoice], usage: schemas.CompletionUsage) -> schemas.ChatCompletion:
         return schemas.ChatCompletion(*self.head, choices, usage)
@@ -56,15 +69,19 @@ class _CompletionAnswer(Answer):
     ID_PREFIX = "cmpl"
 
     def choice(
-        self, index: int, text: str, reason: Reason | None = None, tokens: Tokens = None
+        self, index: int, parts: list[Part], reason: Reason | None = None, tokens: Tokens = None
     ) -> schemas.CompletionChoice:
         logprobs = None if tokens is None else completion_logprobs(self.pipeline, tokens, whole=self._scores)
-        return schemas.CompletionChoice(index, text, reason, logprobs)
+        return schemas.CompletionChoice(index, text_of(parts), reason, logprobs)
+
+    def piece(
+        self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None
+    ) -> schemas.CompletionChoice:
+        return self.choice(index, [part], reason, tokens)
 
     def chunk(self, choices: list[schemas.CompletionChoice], usage: UsageField) -> schemas.Completion:
         return schemas.Completion(*self.head, choices, "text_completion", usage)
 
-    piece = choice
     body = chunk
 
 
@@ -84,15 +101,28 @@ async def completions(
     return await _answer(_CompletionAnswer, request, body, service, CompletionRequest)
 
 
+@post("/v1/responses", status_code=200, body=ResponsesRequest)
+async def responses(
+    request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
+) -> Response[ResponseObject] | EventStream:
+    """Continue a conversation given as items (OpenAI's API)."""
+    return await _answer(_ChatAnswer, request, body, service, ResponsesRequest)
+
+
 async def _answer(
-    shapes: type[Answer],
+    shapes: Callable[..., Answer],
     request: Request[Any, Any, Any],
     body: bytes,
     service: Service,
-    type_: type[ChatCompletionRequest | CompletionRequest],
+    type_: type[ChatCompletionRequest | CompletionRequest | ResponsesRequest],
 ) -> Response[Any] | EventStream:
     exchange, in_lane = exchange_of(request.scope), functools.partial(service.lanes.prepare, request, body)
-    wanted = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
+    decoded = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
+    if isinstance(decoded, ResponsesRequest):
+        wanted: ChatCompletionRequest | CompletionRequest = as_chat(decoded)
+        shapes = answering(decoded)
+    else:
+        wanted = decoded
 
     def prepare() -> list[PreparedPrompt]:
         asked, prompts = translate.asked_by(service, wanted)
@@ -100,8 +130,11 @@ async def _answer(
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
     # A schema of a kilobyte can take its compiler a second, and thousands of texts as long.
-    slow = any((wanted.response_format, wanted.bad_words, wanted.logit_bias))
-    prepared = await in_lane(prepare, slow=slow, foreign=service.is_foreign(getattr(wanted, "messages", None)))
+    slow = any((is_held(wanted), wanted.bad_words, wanted.logit_bias))
+    try:
+        prepared = await in_lane(prepare, slow=slow, foreign=service.is_foreign(getattr(wanted, "messages", None)))
+    except InvalidRequestError as error:
+        raise (error if wanted is decoded else renamed(error)) from None
     return await shapes(service, wanted, exchange, prepared).respond(request.receive)
 
 
@@ -125,5 +158,5 @@ def _model(service: Service) -> schemas.Model:
     return schemas.Model(pipeline.model.name, _STARTED, pipeline.engine.max_length)
 
 
-HANDLERS = [chat_completions, completions, list_models, show_model]
+HANDLERS = [chat_completions, completions, responses, list_models, show_model]
 """The routes."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from edge_phi3.api.openai.schemas import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.pipeline import TextGenerationPipeline
+from edge_phi3.pipeline.answer import overlap
 
 _IMPOSSIBLE = -9999.0
 """What OpenAI returns for a token that is not among the likeliest, and this service for one without any probability."""
@@ -35,7 +36,7 @@ class ShownText:
         held = self._held + text
         places = [(place, place + len(stop) * self._include) for stop in self._stops if (place := held.find(stop)) >= 0]
         self.stopped = bool(places)
-        kept = 0 if last else max((_overlap(held, stop) for stop in self._stops), default=0)
+        kept = 0 if last else max((overlap(held, stop) for stop in self._stops), default=0)
         end = min(places, default=(0, len(held) - kept))[1]
         self._held = held[end:]
         self._length += end
@@ -103,9 +104,3 @@ def _text(data: bytes) -> str:
 
 def _finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else _IMPOSSIBLE
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of a text that a stop text begins with."""
-    longest = min(len(text), len(stop) - 1)
-    return next((length for length in range(longest, 0, -1) if stop.startswith(text[-length:])), 0)

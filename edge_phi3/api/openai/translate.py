@@ -6,17 +6,19 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
+
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.openai.fields import (
     TEXT_ONLY,
     ChatCompletionMessage,
     ChatCompletionRequest,
     CompletionRequest,
-    ResponseFormat,
     SamplingFields,
 )
+from edge_phi3.api.openai.formats import held
+from edge_phi3.api.openai.tools import use_of
 from edge_phi3.api.service import Service
-from edge_phi3.engine.errors import SchemaError
 from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.pipeline import PreparedPrompt
 
@@ -29,7 +31,6 @@ _LONGEST_TOKEN = 19
 """Digits of a token id as the key of an object."""
 _LAST_TOKENS = 64
 """Tokens that `repeat_penalty` looks back when the request does not say: llama-server's default."""
-_SCHEMA = "response_format.json_schema.schema"
 _PASSED = ("min_p", "typical_p", "repetition_penalty", "length_penalty")
 """Fields that are parameters of ``generate()`` as they are."""
 
@@ -43,6 +44,9 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
     """
     if not isinstance(prompt.get("prompt", ""), str):
         service.check_tokens(prompt["prompt"], "prompt")
+    use = use_of(request)
+    if use is not None:
+        prompt["tools"] = use.tools
     top, candidates = _top_logprobs(request), candidates_of(request)
     kwargs, scored = _generation_kwargs(service, request), scores_prompts(request)
     only_scored = scored and kwargs["max_new_tokens"] == 0
@@ -55,7 +59,7 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         fill=True,
         stop=stops_of(request),
         whole_runs=False,
-        skip_special_tokens=request.skip_special_tokens is not False,
+        skip_special_tokens=request.skip_special_tokens is not False and use is None,  # they stand around calls
         show_stop_tokens=bool(request.include_stop_str_in_output),
         **prompt,
     ).with_config(
@@ -70,9 +74,7 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         raise InvalidRequestError("`logprobs` and `best_of` are not supported with `num_beams` above 1.")
     if scored:
         prepared = dataclasses.replace(prepared, scored=top, only_scored=only_scored)
-    if request.response_format is not None:
-        return _formatted(service, prepared, request.response_format)
-    return prepared
+    return held(service, prepared, request, use)
 
 
 def scores_prompts(request: ChatCompletionRequest | CompletionRequest) -> bool:
@@ -114,9 +116,9 @@ def asked_by(
     return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
 
 
-def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
+def _message(where: str, message: ChatCompletionMessage) -> dict[str, Any]:
     content = message.content
-    if content is None:
+    if content is None and not message.tool_calls:
         raise InvalidRequestError(f"`{where}content` must be a text or a list of text parts, but is null.")
     if isinstance(content, list):
         for index, part in enumerate(content):
@@ -125,7 +127,10 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, str]:
                     f"`{where}content[{index}]` has the type {part.type[:40]!r}, which is not supported: {TEXT_ONLY}."
                 )
         content = "".join(part.text or "" for part in content)
-    return {"role": "system" if message.role == "developer" else message.role, "content": content}
+    turn = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
+    if message.tool_calls:
+        turn["tool_calls"] = msgspec.to_builtins(message.tool_calls)
+    return turn | ({} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id})
 
 
 def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
@@ -268,24 +273,3 @@ def _top_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | N
             raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
         return request.top_logprobs or 0 if request.logprobs else None
     return request.logprobs
-
-
-def _formatted(service: Service, prepared: PreparedPrompt, wanted: ResponseFormat) -> PreparedPrompt:
-    schema = None
-    if wanted.type == "text":
-        return prepared
-    if wanted.type == "json_schema":
-        schema = wanted.json_schema.schema_ if wanted.json_schema else None
-        if schema is None:
-            raise InvalidRequestError(f"`{_SCHEMA}` is missing.")
-    elif wanted.type != "json_object":
-        raise InvalidRequestError(
-            f"`response_format.type` must be text, json_object or json_schema, not {wanted.type[:40]!r}."
-        )
-    if prepared.config.is_beam_search:
-        raise InvalidRequestError("`response_format` is not supported with `num_beams` above 1.")
-    try:
-        return service.pipeline.constrain(prepared, {"type": "object"} if schema is None else schema)
-    except SchemaError as error:
-        subject = "response_format" if schema is None else _SCHEMA
-        raise InvalidRequestError(f"`{subject}` cannot be followed: {str(error).rstrip('.')}.") from None

@@ -5,6 +5,7 @@ const REASONS = {
   stop_string: "met a stop string",
   time: "out of time (max_time)",
   length: "cut at the length limit",
+  tool_calls: "calls a tool",
 };
 
 /** Milliseconds: in less, what is measured is how the browser was told of the text, not how the model wrote it. */
@@ -13,7 +14,7 @@ const TELLING_SPAN = 250;
 /**
  * Measure an answer. The rate is that of the tokens after the first, or of the whole request where those came within a
  * moment or all at once, as in beam search.
- * @param {object} result the plain response
+ * @param {object} result the plain response, or usage and finish reasons
  * @param {object} kwargs the request's `generate_kwargs`
  * @param {number[]} endTokens what ends a sequence unless the request says otherwise
  * @param {{first: number|null, total: number}} times milliseconds from sending; first is null where no piece came
@@ -24,11 +25,14 @@ export function factsOf(result, kwargs, endTokens, times, together) {
   if (!result.usage) return facts;
   facts.prompt = result.usage.prompt_tokens;
   facts.tokens = result.usage.completion_tokens;
-  const later = facts.tokens - Math.max(together, result.sequences.length);
+  const count = (result.reasons ?? result.sequences).length;
+  const later = facts.tokens - Math.max(together, count);
   const span = times.total - times.first;
   facts.decoding = times.first !== null && later > 0 && span >= TELLING_SPAN;
   facts.rate = (1000 * (facts.decoding ? later : facts.tokens)) / (facts.decoding ? span : times.total);
-  const reasons = result.sequences.map((tokens) => reasonOf(tokens, facts.prompt, result.Result, kwargs, endTokens));
+  const reasons =
+    result.reasons ??
+    result.sequences.map((tokens) => reasonOf(tokens, facts.prompt, result.Result, kwargs, endTokens));
   facts.reasons = [...new Set(reasons)];
   return facts;
 }

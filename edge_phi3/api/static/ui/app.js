@@ -5,7 +5,7 @@ import { Conversation } from "./conversation.js";
 import { copy, el } from "./dom.js";
 import { startPanel } from "./panel.js";
 import { ParameterForm } from "./parameters.js";
-import { bodyOf, curlOf, messagesOf } from "./request.js";
+import { bodyOf, curlOf, messagesOf, routeOf } from "./request.js";
 import { apiKey, load, save, state, theme } from "./store.js";
 import { chat, ServiceError } from "./stream.js";
 
@@ -28,7 +28,7 @@ const conversation = new Conversation($("conversation"), { again });
 
 async function ask(exchange) {
   const before = state.exchanges.slice(0, state.exchanges.indexOf(exchange));
-  const body = bodyOf(messagesOf(state.system, before, exchange.user), state.parameters ?? {});
+  const body = bodyOf(messagesOf(state.system, before, exchange.user), state.parameters ?? {}, state);
   const started = performance.now();
   let first = null;
   let firstChunk = null;
@@ -46,10 +46,10 @@ async function ask(exchange) {
   running = new AbortController();
   showRunning(true);
   try {
-    const result = await chat(body, { key: apiKey.get(), signal: running.signal, onPiece });
+    const result = await chat(routeOf(state), body, { key: apiKey.get(), signal: running.signal, onPiece });
     const times = { first, total: performance.now() - started };
     // Beam search sends no pieces, and its sequences as one text.
-    if (first === null) exchange.answers = [result.Result];
+    if (first === null) exchange.answers = [result.Result ?? ""];
     exchange.facts = factsOf(result, JSON.parse(body).generate_kwargs, config.end_token_ids, times, together);
     exchange.status = "done";
     announce("The answer is complete.");
@@ -154,8 +154,8 @@ function keep() {
   const last = state.exchanges.at(-1);
   const question = draft || last?.user || SUGGESTIONS[0];
   const before = draft || !last ? state.exchanges : state.exchanges.slice(0, -1);
-  const body = bodyOf(messagesOf(state.system, before, question), state.parameters ?? {});
-  $("curl").textContent = curlOf(body, config.needs_key);
+  const body = bodyOf(messagesOf(state.system, before, question), state.parameters ?? {}, state);
+  $("curl").textContent = curlOf(routeOf(state), body, config.needs_key);
   if (draft) $("request-note").textContent = "Your next message as a command, with the present settings.";
   else if (last) $("request-note").textContent = "Your last message as a command, with the present settings.";
   else $("request-note").textContent = "An example until you have written a message, with the present settings.";
@@ -240,10 +240,12 @@ message.addEventListener("input", () => {
   grow();
   keep();
 });
-$("system").addEventListener("input", () => {
-  state.system = $("system").value;
-  keep();
-});
+for (const name of ["system", "schema", "tools"]) {
+  $(name).addEventListener("input", () => {
+    state[name] = $(name).value;
+    keep();
+  });
+}
 $("key").addEventListener("input", () => apiKey.set($("key").value.trim()));
 $("filter").addEventListener("input", () => {
   form?.filter($("filter").value);
@@ -282,7 +284,7 @@ $("suggestions").replaceChildren(
     return el("li", {}, el("button", { type: "button", class: "suggestion", onclick: choose }, text));
   }),
 );
-$("system").value = state.system;
+for (const name of ["system", "schema", "tools"]) $(name).value = state[name];
 $("key").value = apiKey.get();
 $("welcome").hidden = state.exchanges.length > 0;
 setDraft(state.draft);

@@ -14,7 +14,7 @@ const KEY = "edge-phi3.key";
  */
 
 /** The page's state. `parameters` maps a name to its value as JSON source; null until the form's start is known. */
-export const state = { exchanges: [], system: "", draft: "", parameters: null };
+export const state = { exchanges: [], system: "", schema: "", tools: "", draft: "", parameters: null };
 
 /** Read what was kept. */
 export function load() {

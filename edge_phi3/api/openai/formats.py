@@ -1,0 +1,143 @@
+"""What answers are held to: a format, as OpenAI, vLLM and llama-server spell it, and calls of tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from edge_phi3.api.errors import InvalidRequestError
+from edge_phi3.api.openai.fields import ResponseFormat, SamplingFields
+from edge_phi3.api.openai.tools import ToolUse
+from edge_phi3.api.service import Service
+from edge_phi3.engine.errors import SchemaError
+from edge_phi3.engine.grammars import (
+    Grammar,
+    calls_grammar,
+    choice_grammar,
+    json_grammar,
+    regex_grammar,
+    written_grammar,
+)
+from edge_phi3.pipeline import PreparedPrompt
+
+_SCHEMA: Final = "response_format.json_schema.schema"
+
+
+def _json(schema: object) -> Grammar:
+    """Return the grammar of a schema, which may be written as a text."""
+    try:
+        return json_grammar(json.loads(schema) if isinstance(schema, str) else schema)
+    except ValueError:
+        raise SchemaError("it is not valid JSON") from None
+
+
+_KINDS: Final[Mapping[str, Callable[[Any], Grammar]]] = {
+    "json": _json,
+    "regex": regex_grammar,
+    "choice": choice_grammar,
+    "grammar": written_grammar,
+    "json_object": lambda _: _json({"type": "object"}),
+}
+_FIELDS: Final = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "grammar": "grammar",
+    "json_schema": "json",
+}
+"""Fields of requests, and what they are."""
+
+
+def is_held(request: SamplingFields) -> bool:
+    """Return whether a request asks for a format, or for calls."""
+    names = (*_FIELDS, "structured_outputs", "response_format", "tools")
+    return any(getattr(request, name, None) for name in names)
+
+
+def held(service: Service, prepared: PreparedPrompt, request: SamplingFields, use: ToolUse | None) -> PreparedPrompt:
+    """Return a prepared request whose answers are held to what it asks for.
+
+    Raises:
+        InvalidRequestError: that cannot be followed; several formats; or a beam search.
+    """
+    wanted = _wanted(request)
+    if wanted is None and use is None:
+        return prepared
+    parts: list[tuple[str, str, Any]] = [] if wanted is None else [wanted]
+    if use is not None:
+        parts += [(f"tools[{index}].function.parameters", "json", schema) for index, _, schema in use.allowed]
+    subject = "tools" if use else parts[0][0]
+    if prepared.config.is_beam_search:
+        raise InvalidRequestError(f"`{subject.partition('.')[0]}` is not supported with `num_beams` above 1.")
+    try:
+        service.pipeline.schema_limits.check(*(value for _, _, value in parts))
+        answer = None
+        if wanted is not None:
+            subject, answer = wanted[0], _KINDS[wanted[1]](wanted[2])
+        if use is None:
+            assert answer is not None
+            return service.pipeline.constrain(prepared, answer)
+        subject = "tools"
+        grammar = calls_grammar(
+            [(name, schema) for _, name, schema in use.allowed],
+            service.pipeline.call_tokens,
+            answer=answer,
+            may_answer=use.may_answer,
+            parallel=use.parallel,
+        )
+        return service.pipeline.constrain(prepared, grammar)
+    except SchemaError as error:
+        if use is not None:
+            subject = _culprit(service, prepared, parts) or subject
+        raise InvalidRequestError(f"`{subject}` cannot be followed: {str(error).rstrip('.')}.") from None
+
+
+def _culprit(service: Service, prepared: PreparedPrompt, parts: list[tuple[str, str, Any]]) -> str | None:
+    """Return the field that cannot be followed even alone."""
+    for subject, kind, value in parts:
+        try:
+            service.pipeline.constrain(prepared, _KINDS[kind](value))
+        except SchemaError:
+            return subject
+    return None
+
+
+def _wanted(request: SamplingFields) -> tuple[str, str, Any] | None:
+    """Return the field that says what the answer is, its kind, and its value."""
+    found: list[tuple[str, str, Any]] = []
+    for name, kind in _FIELDS.items():
+        if (value := getattr(request, name)) not in (None, "", []):
+            found.append((name, kind, value))
+    if request.structured_outputs:
+        for kind, value in request.structured_outputs.items():
+            if value not in (None, False, ""):
+                found.append((f"structured_outputs.{kind}", kind, value))
+    if request.response_format is not None and request.response_format.type != "text":
+        found.append(_formatted(request.response_format))
+    if len(found) > 1:
+        raise InvalidRequestError(f"Give `{found[0][0]}` or `{found[1][0]}`, not both.")
+    for subject, kind, value in found:
+        if kind not in _KINDS:
+            raise InvalidRequestError(f"`{subject}` is not supported; {', '.join(_KINDS)} are.")
+        if kind == "choice" and not (isinstance(value, list) and all(isinstance(each, str) and each for each in value)):
+            raise InvalidRequestError(f"`{subject}` must be a list of texts, none of them empty.")
+        if kind in {"regex", "grammar"} and not isinstance(value, str):
+            raise InvalidRequestError(f"`{subject}` must be a text.")
+    return found[0] if found else None
+
+
+def _formatted(wanted: ResponseFormat) -> tuple[str, str, Any]:
+    if wanted.type == "json_object":
+        if wanted.schema_ is None:
+            return "response_format", "json_object", True
+        return "response_format.schema", "json", wanted.schema_
+    if wanted.type == "json_schema":
+        inner = wanted.json_schema.schema_ if wanted.json_schema else None
+        if inner is None and wanted.schema_ is None:
+            raise InvalidRequestError(f"`{_SCHEMA}` is missing.")
+        return (_SCHEMA, "json", inner) if inner is not None else ("response_format.schema", "json", wanted.schema_)
+    raise InvalidRequestError(
+        f"`response_format.type` must be text, json_object or json_schema, not {wanted.type[:40]!r}."
+    )

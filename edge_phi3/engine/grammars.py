@@ -1,0 +1,120 @@
+"""Grammars that answers are held to, in llguidance's dialect of Lark.
+
+https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+from edge_phi3.engine.errors import SchemaError
+
+BARE_CALLS: Final = "functools"
+"""What stands before a list of calls where a vocabulary has no tokens for that; Phi-4-mini writes it too."""
+CALL_TOKENS: Final = ("<|tool_call|>", "<|/tool_call|>")
+
+_JSON_EVERYWHERE, _JSON_NOWHERE, _JSON_IN_CALLS = map(
+    re.compile, (b"", b"(?!)", rb"\xff|(functools|<\|tool_call\|>)\[")
+)
+_OPTIONS: Final = '%llguidance {"no_forcing": true}\n'
+_LIST: Final = r"""
+calls: "[" rest
+rest: call {more} "]"
+TEXT: /(.|\n)*/
+bare[lazy]: /(.|\n)*({bare}|<\|tool_call\|>)\[/
+OPEN: /\{{"name": ?/
+MIDDLE: /, ?"arguments": ?/
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A language.
+
+    Attributes:
+        lark: its rules.
+        named: what ``@name`` stands for in them: JSON schemas, parsed from JSON, and further rules.
+        json_from: finds the text behind which JSON begins; the bytes of special tokens begin with 0xff.
+    """
+
+    lark: str
+    named: Mapping[str, Any] = field(default_factory=dict)
+    json_from: re.Pattern[bytes] = _JSON_NOWHERE
+
+
+def json_grammar(schema: object) -> Grammar:
+    """Return the JSON texts that follow a schema; a space may stand before them."""
+    return Grammar(_OPTIONS + 'start: " "? @json', {"json": schema}, _JSON_EVERYWHERE)
+
+
+def regex_grammar(pattern: str) -> Grammar:
+    """Return the texts that a regular expression matches as a whole."""
+    whole = pattern.removeprefix("^")
+    if whole.endswith("$") and not whole.endswith("\\$"):
+        whole = whole[:-1]
+    return Grammar(_OPTIONS + json.loads(LLMatcher.grammar_from_regex(whole))["grammars"][0]["lark_grammar"])
+
+
+def choice_grammar(choices: Sequence[str]) -> Grammar:
+    """Return the given texts, one or more."""
+    return Grammar(f"{_OPTIONS}start: {' | '.join(_text(choice) for choice in choices)}")
+
+
+def written_grammar(text: str) -> Grammar:
+    """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it.
+
+    Raises:
+        SchemaError: it is no GBNF.
+    """
+    try:
+        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
+    except (GbnfToLarkError, RecursionError) as error:
+        raise SchemaError(f"it is neither Lark nor GBNF: {error}") from None
+
+
+def calls_grammar(
+    tools: Sequence[tuple[str, object]],
+    tokens: tuple[int, int] | None,
+    *,
+    answer: Grammar | None = None,
+    may_answer: bool,
+    parallel: bool,
+) -> Grammar:
+    """Return lists of calls of tools, each a name and the schema of its arguments.
+
+    Args:
+        tools: one or more.
+        tokens: those that stand around a list; None where `BARE_CALLS` stands before it.
+        answer: what else may come, with `may_answer`; None for any text, behind which calls may come.
+        may_answer: whether something else may come.
+        parallel: whether there may be several calls.
+    """
+    around = "" if tokens is None else f"<[{tokens[0]}]> calls <[{tokens[1]}]>"
+    forms = [around or f'" "? "{BARE_CALLS}" calls']
+    if may_answer and answer is None:
+        forms = ["TEXT", "bare rest"] + [f"TEXT {around}"] * bool(around)
+    elif may_answer:
+        forms.append("@answer")
+    names = [f"call_{number}" for number in range(len(tools))]
+    rules = [f"start: {' | '.join(forms)}", f"call: {' | '.join(names)}"]
+    rules += [
+        f'{name}: OPEN {_text(json.dumps(tool))} MIDDLE @{name} "}}"'
+        for name, (tool, _) in zip(names, tools, strict=True)
+    ]
+    named = dict(zip(names, (schema for _, schema in tools), strict=True))
+    if answer is not None:
+        named |= {"answer": answer.lark, **answer.named}
+    lark = _OPTIONS + "\n".join(rules) + _LIST.format(more="(/, ?/ call)*" * parallel, bare=BARE_CALLS)
+    return Grammar(lark, named, _JSON_IN_CALLS if may_answer and answer is None else _JSON_EVERYWHERE)
+
+
+def _text(text: str) -> str:
+    """Return a text as Lark writes it."""
+    return json.dumps(text, ensure_ascii=False)

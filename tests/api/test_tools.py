@@ -1,0 +1,340 @@
+"""Tools, asked for with OpenAI's own client: calls that follow their schemas, whole, in a stream, and in responses."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from edge_phi3.conversion.convert import convert
+from tests.api.conftest import CHAT, USER, Running, loader, openai_client, ready
+from tests.golden.family import write_member
+from tests.support.schemas import random_schema
+from tests.support.services import PATIENCE, serving
+
+RESPONSES = "/v1/responses"
+ADD: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": -50, "maximum": 50},
+        "of": {"type": "array", "items": {"type": "object", "properties": {"x": {"enum": ['{"', "}]", "\\"]}}}},
+    },
+    "required": ["a"],
+}
+ADD["properties"]["of"] |= {"minItems": 1, "maxItems": 2}
+
+
+def tool(name: str, schema: object = ADD) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "Adds.", "parameters": schema}}
+
+
+TOOLS: Any = [
+    tool("add"),
+    tool("pick.one", {"type": "object", "properties": {"it": {"enum": ["one", "two"]}}}),
+    tool("go", {}),
+]
+NAMED = {"type": "function", "function": {"name": "add"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool("go", {}), NAMED]}}
+
+
+def shape(message: Any) -> tuple[Any, ...]:
+    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    return message.content or "", calls
+
+
+def joined(stream: Any) -> list[tuple[Any, ...]]:
+    """Return text, calls and finish reason of each choice of a stream, its deltas put together as clients do."""
+    found: dict[int, tuple[str, list[list[str]], str]] = {}
+    ids: dict[tuple[int, int], str] = {}
+    for choice in (choice for chunk in stream for choice in chunk.choices):
+        text, calls, reason = found.get(choice.index, ("", [], ""))
+        for call in choice.delta.tool_calls or ():
+            if call.index == len(calls):
+                assert call.type == "function"
+                calls.append([call.function.name, ""])
+                assert ids.setdefault((choice.index, call.index), call.id).startswith("call_")
+            assert call.function.name is None or not call.function.arguments
+            calls[call.index][1] += call.function.arguments
+        found[choice.index] = (text + (choice.delta.content or ""), calls, choice.finish_reason or reason)
+    assert len({*ids.values()}) == len(ids)
+    return [(text, [(name, args) for name, args in calls], reason) for text, calls, reason in found.values()]
+
+
+def spelling(api: Running, text: str) -> dict[str, Any]:
+    """Return what makes a model begin its answer with a text, in tokens that have one character each."""
+    pipeline = api.service.pipeline
+    byte = {pipeline.token_bytes(token): token for token in reversed(range(pipeline.model.vocab_size))}
+    tokens = [byte[bytes([value])] for value in text.encode()]
+    return {"sequence_bias": [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]}
+
+
+@pytest.mark.parametrize(
+    ("more", "names", "most"),
+    [
+        ({"tool_choice": "required"}, {"add", "pick.one", "go"}, 99),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, {"add", "pick.one", "go"}, 1),
+        ({"tool_choice": NAMED, "parallel_tool_calls": False}, {"add"}, 1),
+        ({"tool_choice": ALLOWED, "parallel_tool_calls": False}, {"add", "go"}, 1),
+        ({"begins": "functools["}, {"add", "pick.one", "go"}, 99),
+        ({"begins": "So: functools["}, {"add", "pick.one", "go"}, 99),
+        ({"begins": "So: functools["[:-1] + ".", "max_tokens": 40}, set(), 0),
+        ({"begins": "functools[", "tool_choice": "none", "max_tokens": 40}, set(), 0),
+        ({"response_format": {"type": "json_object"}, "tool_choice": "required"}, {"add", "pick.one", "go"}, 99),
+        ({"response_format": {"type": "json_object"}, "begins": "{"}, set(), 0),
+    ],
+)
+def test_calls_follow_the_choice_and_streams_are_the_plain_answer(
+    api: Running, ask: Any, more: dict[str, Any], names: set[str], most: int
+) -> None:
+    arguments: dict[str, Any] = {"tools": TOOLS, "temperature": 1.5, "seed": 3, "n": 3, "max_tokens": 900, **more}
+    begins = arguments.pop("begins", "")
+    arguments["extra_body"] = {"generate_kwargs": spelling(api, begins) if begins else {}}
+    whole = [(*shape(choice.message), choice.finish_reason) for choice in ask(**arguments).choices]
+    assert joined(ask(**arguments, stream=True)) == whole
+    for text, calls, reason in whole:
+        assert text.strip() == begins.removesuffix("functools[").strip() or most == 0
+        assert len(calls) <= most
+        assert bool(calls) is bool(names)
+        assert {name for name, _ in calls} <= names
+        assert reason in {"length", "tool_calls" if names else "stop"}
+        schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
+        for name, written in calls[: None if reason == "tool_calls" else -1]:
+            jsonschema.validate(json.loads(written), schemas[name] or {"type": "object", "maxProperties": 0})
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.soak)])
+def test_calls_of_random_tools_parse_and_validate(api: Running, count: int, tmp_path: Path) -> None:
+    """With a bias to tokens that close strings, lists and objects; with the demo model where there is time."""
+    with contextlib.ExitStack() as stack:
+        url = f"http://127.0.0.1:{api.port}"
+        if count > 20:
+            url = stack.enter_context(serving(tmp_path, "--threads", "1")).url
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=PATIENCE))
+        biases = [[text, 4] for text in ('"', "}", "]", '"}', "}}", "]}")]
+        ended = 0
+        for number in range(count):
+            schema = random_schema(random.Random(number), 3)
+            body = {"messages": USER, "tools": [tool("f", schema)], "tool_choice": "required", "seed": number}
+            body |= {"max_tokens": 512, "temperature": 1, "logit_bias": biases, "parallel_tool_calls": False}
+            answer = client.post(CHAT, json=body)
+            assert answer.status_code == 200, (schema, answer.text)
+            (choice,) = answer.json()["choices"]
+            if choice["finish_reason"] == "tool_calls":
+                ended += 1
+                (call,) = choice["message"]["tool_calls"]
+                jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+        assert ended >= 0.9 * count
+
+
+def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
+    path = convert(write_member(tmp_path, "phi-4-mini-instruct", layers=1), tmp_path / "model.gguf").path
+    with ready(loader(path)) as api, openai_client(api) as client:
+        begin, _ = api.service.pipeline.call_tokens or (0, 0)
+        turns = [
+            *USER,
+            {
+                "role": "assistant",
+                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "go", "arguments": "{}"}}],
+            },
+        ]
+        turns += [{"role": "tool", "tool_call_id": "c", "content": "3"}]
+        asked: dict[str, Any] = {"model": "m", "messages": turns, "tools": TOOLS, "seed": 1, "max_tokens": 700}
+        for more in (
+            {"tool_choice": "required"},
+            {"logit_bias": {str(begin): 100}},
+            {"tool_choice": "required", "extra_body": {"skip_special_tokens": True}},
+        ):
+            whole = client.chat.completions.create(**asked, **more).choices
+            assert [shape(choice.message)[0] for choice in whole] == [""]
+            assert whole[0].message.tool_calls
+            streamed = joined(client.chat.completions.create(**asked, **more, stream=True))
+            assert streamed == [(*shape(choice.message), choice.finish_reason) for choice in whole]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"tool_choice": "required"}, "`tool_choice` needs `tools`."),
+        ({"tools": [{"type": "web_search"}]}, "`tools[0].function` is missing."),
+        ({"tools": [tool("a b")]}, "`tools[0].function.name` must be a text matching regex"),
+        ({"tools": [tool("f"), tool("f")]}, "`tools[1].function.name` is 'f', as that of another."),
+        ({"tools": [tool(f"f{number}", {}) for number in range(129)]}, "`tools` must be a list of length <= 128"),
+        ({"tools": [tool("f", {"type": "string"})]}, "`tools[0].function.parameters` must describe an object."),
+        (
+            {"tools": [tool("f", {}), tool("g", {"properties": {"a": {"not": {}}}})]},
+            "`tools[1].function.parameters` cannot be followed: ",
+        ),
+        ({"tools": TOOLS, "tool_choice": "some"}, "`tool_choice` must be"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "`tool_choice` names 'x'"),
+        ({"tools": TOOLS, "generate_kwargs": {"num_beams": 2, "do_sample": False}}, "`tools` is not supported with"),
+        ({"functions": [{"name": "f"}]}, "`functions` is not supported: use `tools` and `tool_choice`."),
+        ({"messages": [*USER, {"role": "assistant", "content": None}]}, "`messages[1].content` must be a text"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "Give `guided_regex` or `guided_choice`, not both."),
+        ({"guided_regex": "(?=a)"}, "`guided_regex` cannot be followed"),
+        ({"guided_choice": ["a", ""]}, "`guided_choice` must be a list of texts, none of them empty."),
+        ({"grammar": "root ::= ("}, "`grammar` cannot be followed"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "`structured_outputs.structural_tag` is not supported"),
+        ({"guided_json": "{"}, "`guided_json` cannot be followed: it is not valid JSON."),
+        (
+            {"guided_json": {"enum": list(range(400_000))}},
+            "`guided_json` cannot be followed: it has more than 65536 char",
+        ),
+    ],
+)
+def test_what_cannot_be_called_or_followed_is_refused_by_name(
+    api: Running, body: dict[str, Any], sentence: str
+) -> None:
+    response = api.client.post(CHAT, json={"messages": USER, "max_tokens": 5, **body})
+    assert response.status_code == 400, response.text
+    assert sentence in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "pattern"),
+    [
+        ({"guided_regex": "^[a-f]{2}[0-9]{20}$"}, "[a-f]{2}[0-9]{20}"),
+        ({"structured_outputs": {"choice": ["ja", 'n"é/']}}, 'ja|n"é/'),
+        ({"grammar": 'root ::= "a" [0-9]{3} "b"'}, "a[0-9]{3}b"),
+        ({"guided_grammar": 'start: "x" /[0-9]{3}/'}, "x[0-9]{3}"),
+        ({"guided_json": '{"enum": [12]}'}, " ?12"),
+        ({"json_schema": {"enum": [12]}}, " ?12"),
+        ({"response_format": {"type": "json_object", "schema": {"const": 3}}}, " ?3"),
+        ({"response_format": {"type": "json_schema", "schema": {"const": 3}}}, " ?3"),
+        (
+            {
+                "guided_json": {
+                    "type": "integer",
+                    "format": "int32",
+                    "x-order": 1,
+                    "nullable": True,
+                    "maximum": 9,
+                    "minimum": 3,
+                }
+            },
+            " ?[3-9]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_each_spelling_of_a_format_holds_the_answer(
+    ask_for: Any, body: dict[str, Any], pattern: str, temperature: float
+) -> None:
+    answer = ask_for(**body, max_tokens=60, temperature=temperature, seed=2)
+    assert answer["finish_reason"] == "stop"
+    jsonschema.validate(answer["text"], {"type": "string", "pattern": f"^({pattern})$"})
+
+
+# -- responses
+
+
+FLAT = [{"type": "function", **each["function"]} for each in TOOLS]
+ITEMS: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "input_text", "text": "Go."}]},
+    {"type": "reasoning", "summary": []},
+    {"type": "function_call", "call_id": "c", "name": "go", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c", "output": "gone"},
+]
+
+
+@pytest.fixture(scope="module")
+def respond(client: openai.OpenAI) -> Any:
+    return lambda **arguments: client.responses.create(
+        **{"model": "m", "input": "Go.", "temperature": 0, "max_output_tokens": 300} | arguments
+    )
+
+
+def ordered(kinds: list[str]) -> Iterator[str]:
+    """Yield the kinds of events, of deltas in a row the first alone."""
+    for before, kind in zip([None, *kinds], kinds, strict=False):
+        if kind != before:
+            yield kind.removeprefix("response.")
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "events"),
+    [
+        ({"max_output_tokens": 12}, "incomplete", "text"),
+        ({"input": ITEMS, "tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False}, "completed", "call"),
+        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"enum": ["a"]}}}}, "completed", "text"),
+    ],
+)
+def test_a_response_is_streamed_in_order_and_is_the_plain_one(
+    respond: Any, asked: Any, status: str, events: str
+) -> None:
+    plain, told = respond(**asked), list(respond(**asked, stream=True))
+    last = told[-1].response
+    assert [each.sequence_number for each in told] == list(range(len(told)))
+    parts = ["output_text.delta", "output_text.done", "content_part.done"]
+    middle = (
+        ["content_part.added", *parts]
+        if events == "text"
+        else [f"function_call_arguments.{kind}" for kind in ("delta", "done")]
+    )
+    expected = ["created", "in_progress", "output_item.added", *middle, "output_item.done", status]
+    assert list(ordered([each.type for each in told])) == expected
+    assert (plain.status, last.status) == (status, status)
+    assert plain.usage.output_tokens == last.usage.output_tokens > 0
+    assert (
+        plain.output_text
+        == last.output_text
+        == "".join(each.delta for each in told if each.type.endswith("text.delta"))
+    )
+    (item,), (other,) = plain.output, last.output
+    assert (item.type, item.status) == (other.type, other.status)
+    if events == "call":
+        assert (item.name, item.arguments) == (other.name, other.arguments)
+        assert "".join(each.delta for each in told if each.type.endswith("arguments.delta")) == item.arguments
+        json.loads(item.arguments)
+
+
+def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -> None:
+    turns: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
+    call = {"id": "c", "type": "function", "function": {"name": "go", "arguments": "{}"}}
+    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns += [{"role": "tool", "tool_call_id": "c", "content": "gone"}]
+    chat = ask(messages=turns, tools=TOOLS, max_tokens=20, logprobs=True, top_logprobs=2)
+    response = respond(
+        input=ITEMS, instructions="Be brief.", tools=FLAT, max_output_tokens=20, top_logprobs=2, metadata={"a": "b"}
+    )
+    assert response.output_text == chat.choices[0].message.content
+    assert (response.usage.input_tokens, response.metadata) == (chat.usage.prompt_tokens, {"a": "b"})
+    told, tokens = response.output[0].content[0].logprobs, chat.choices[0].logprobs.content
+    assert [each.token for each in told] == [each.token for each in tokens]
+    for path in ("/v1/responses/resp_1", "/v1/embeddings", "/v1/images/generations", "/v1/audio/speech"):
+        absent = api.client.post(path, json={})
+        assert absent.status_code == 404
+        assert ", since " in absent.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ({"previous_response_id": "r"}, "`previous_response_id` is not supported: nothing is stored."),
+        ({"input": []}, "`input` must be a text, or a list of at least one item."),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "`input[0].type` must be"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "`input[0].content[0]` has the type"),
+        ({"input": [{"role": "user"}]}, "`input[0].content` must be a text or a list of parts."),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "`input[0].arguments` must be a text."),
+        ({"n": 2}, "`n` is not supported"),
+        ({"tools": [{"type": "web_search"}]}, "`tools[0].name` is missing."),
+        ({"tools": [{"type": "custom", "name": "f"}]}, "`tools[0].type` must be function, not 'custom'."),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "`tools[0].parameters` cannot"),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+            "`text.format.schema` cannot be followed",
+        ),
+        ({"truncation": "auto"}, "`truncation` is not supported"),
+    ],
+)
+def test_what_a_response_cannot_be_is_refused_by_name(api: Running, body: dict[str, Any], sentence: str) -> None:
+    response = api.client.post(RESPONSES, json={"input": "Go.", "max_output_tokens": 5, **body})
+    assert response.status_code == 400, response.text
+    assert sentence in response.json()["error"]["message"]
