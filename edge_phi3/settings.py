@@ -7,6 +7,7 @@ file are one option, a field of `Settings`; flags win over the environment, whic
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -22,8 +23,9 @@ from pydantic import (
 )
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
+from edge_phi3.llama.options import Lora
 from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
-from edge_phi3.settings_text import allowed_values, flag_of, option
+from edge_phi3.settings_text import allowed_values, flag_of, option, read_lora, write_lora
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
 
@@ -45,11 +47,12 @@ class Settings(BaseModel):
         "Folder where converted models are stored; the user's cache folder by default.",
         metavar="DIR",
     )
-    lora: tuple[tuple[Path, float], ...] = option(
+    lora: tuple[Lora, ...] = option(
         (),
         "Model",
-        "LoRA adapter (GGUF) to apply, with its scale (1 by default); repeatable.",
-        metavar="FILE[=SCALE]",
+        "LoRA adapter (GGUF), with its scale (1 by default); repeatable. With a name, requests choose it by that;"
+        " without, all requests have it.",
+        metavar="NAME=FILE[:SCALE] or FILE[=SCALE]",
     )
 
     encode_user_tokens_as_text: bool = option(
@@ -257,8 +260,15 @@ class Settings(BaseModel):
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:
-        if isinstance(value, list | tuple):
-            return [_lora(item) if isinstance(item, str) else item for item in value]
+        many = isinstance(value, list | tuple)
+        return [read_lora(item) if isinstance(item, str) else item for item in value] if many else value
+
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, value: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        names = [lora.name for lora in value if lora.name]
+        if len(set(names)) < len(names) or not all(math.isfinite(lora.scale) for lora in value):
+            raise ValueError("each name is given once, and a scale is a finite number")
         return value
 
     @field_validator("api_key")
@@ -285,8 +295,8 @@ class Settings(BaseModel):
             raise ValueError(str(error)) from error
 
     @field_serializer("lora")
-    def _write_lora(self, value: tuple[tuple[Path, float], ...]) -> list[str]:
-        return [f"{path}={scale:g}" for path, scale in value]
+    def _write_lora(self, value: tuple[Lora, ...]) -> list[str]:
+        return [write_lora(*lora) for lora in value]
 
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> Self:
@@ -329,11 +339,6 @@ class Settings(BaseModel):
                 raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
             keys += found
         return keys
-
-
-def _lora(text: str) -> tuple[str, str | float]:
-    path, separator, scale = text.rpartition("=")
-    return (path, scale) if separator else (text, 1.0)
 
 
 def _explain(error: ValidationError, values: Mapping[str, object], origin: Mapping[str, str]) -> str:

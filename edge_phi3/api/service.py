@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from edge_phi3.api.auth import KeyRing
-from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
+from edge_phi3.api.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, UnhealthyError
 from edge_phi3.api.exchange import Exchange
 from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.errors import EdgePhi3Error
@@ -152,6 +152,13 @@ class Service:
             prepared = prepared.with_config(max_new_tokens=min(room, most or room))
         self._check_limits(prepared)
         return prepared
+
+    def place_of(self, name: str) -> int:
+        """Return the place of a model or adapter in the pipeline's `names`; `ModelNotFoundError` without such a one."""
+        names = self.pipeline.names
+        if name not in names:
+            raise ModelNotFoundError(f"There is no model {name[:60]!r} here; there is {', '.join(names)}.")
+        return names.index(name)
 
     def note_prompt(self, exchange: Exchange, asked: object) -> None:
         """Keep a request's prompt, or its conversation as JSON, for the log when prompts are logged."""

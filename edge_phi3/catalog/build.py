@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, write_manifest
+from edge_phi3.catalog.manifest import FORMAT, FileRecord, Manifest, read_manifest, write_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
@@ -86,10 +86,18 @@ class Build:
         arrived = sum(path.stat().st_size for path in work.iterdir())
         require_space(work, sum(file.size or 0 for file in files) - arrived, wanted.text, _ELSEWHERE)
         records = self._repository.fetch(files, work)
-        _clear(folder)
+        prefix = self._prefix(folder, [file.name for file in records])
         for file in records:
-            (work / file.name).replace(folder / file.name)
-        return self._write(folder, records, records, None)
+            (work / file.name).replace(folder / f"{prefix}{file.name}")
+        renamed = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in records]
+        return self._write(folder, renamed, records, None)
+
+    def _prefix(self, folder: Path, names: Sequence[str]) -> str:
+        """Return what the names of new files begin with, so that the model that is there stays whole beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_manifest(folder)
+        taken = {file.name for file in before.files} if before else set()
+        return f"{self._commit[:12]}-" if self._commit and taken.intersection(names) else ""
 
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
@@ -116,8 +124,7 @@ class Build:
         return made
 
     def _move(self, stop: Stop, folder: Path) -> FileRecord:
-        _clear(folder)
-        target = folder / stop.path.name
+        target = folder / f"{self._prefix(folder, [stop.path.name])}{stop.path.name}"
         if self._keep and folder.name in _DIRECT:
             shutil.copyfile(stop.path, target)
         else:
@@ -139,6 +146,11 @@ class Build:
             created=dt.datetime.now(dt.UTC),
         )
         write_manifest(folder, manifest)
+        # Only now is the older model of no use: a killed run leaves one of the two whole.
+        for path in {*folder.glob("*.gguf"), *folder.glob(f".*{PARTIAL_SUFFIX}")} - {
+            folder / file.name for file in files
+        }:
+            path.unlink()
         return manifest
 
 
@@ -208,14 +220,6 @@ def _repository(wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> 
 
 def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:
     return wanted.name.rsplit("/", 1)[-1]
-
-
-def _clear(folder: Path) -> None:
-    """Take away an older model, its manifest first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in [*folder.glob("*.gguf"), *folder.glob(f".*{PARTIAL_SUFFIX}")]:
-        path.unlink()
 
 
 def _bits_of(checkpoint: Path) -> int:

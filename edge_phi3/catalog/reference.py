@@ -136,6 +136,8 @@ def _folder(path: Path) -> LocalCheckpoint:
     if not (path / "config.json").exists():
         inside = sorted(path.glob("*.gguf"))
         hint = f"; it holds {inside[0].name}, give that file" if inside else "; give a Hugging Face checkpoint"
+        if (path / "adapter_config.json").exists():
+            hint = ", for it is an adapter: convert it (edge-phi3 convert), and give it with --lora beside its model"
         raise ModelReferenceError(f"The folder {path} has no config.json{hint}.")
     return LocalCheckpoint(path, path.resolve().name)
 

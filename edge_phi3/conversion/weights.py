@@ -20,7 +20,7 @@ from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _SHARD = re.compile(r"-\d+(-of-\d+\.safetensors)$")
 
@@ -109,7 +109,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 def _files(folder: Path, weight_map: dict[str, str]) -> list[Path]:
     if (folder / WEIGHTS_NAME).exists():
         return [folder / WEIGHTS_NAME]
-    stored = sorted(path for path in folder.glob("*.safetensors") if path.name != _ADAPTER_WEIGHTS)
+    stored = sorted(path for path in folder.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
     named = set(weight_map.values())
     # Shards of one set have the same count in their names; an index may name only some of them, or another set.
     counts = {found[1] for name in named if (found := _SHARD.search(name))}
@@ -145,8 +145,9 @@ def _no_weights(folder: Path, named: Iterable[str]) -> CheckpointError | Unsuppo
 def adapter_error(folder: Path) -> UnsupportedModelError:
     """Return the refusal of a folder that holds an adapter, and no model."""
     return UnsupportedModelError(
-        f"{folder} is an adapter ({ADAPTER_CONFIG}), not a whole model, and adapters are not converted yet: merge it "
-        "into its model with merge_and_unload() of peft, and give the folder of what save_pretrained() writes."
+        f"{folder} is an adapter ({ADAPTER_CONFIG}), not a whole model: convert it by itself (edge-phi3 convert) and "
+        "serve it beside its model (--lora), or merge it with merge_and_unload() of peft, and give the folder of what "
+        "save_pretrained() writes."
     )
 
 

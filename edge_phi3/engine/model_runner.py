@@ -8,6 +8,9 @@ llama.cpp does not know Phi-3's sliding window: what has left it is removed befo
 last `window` ones, itself included. Those of a prompt are fed `window_chunk` at a time beyond the window, and all of a
 chunk see what its first one sees. Chunks begin at absolute positions, so that an answer does not depend on how a prompt
 was cut into batches.
+
+Requests of different adapters take turns, since a batch is computed with one, and each switch makes llama.cpp reserve
+its graphs anew.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.sequence import RunningRequest, Sequence
 from edge_phi3.llama.context import Context
 
+TURN = 16
+"""Batches that an adapter's requests have before those of another one go on."""
 _FEW_RUNS = 32
 """Tokens that lie apart on a GPU and are still copied to main memory one by one."""
 
@@ -52,8 +57,8 @@ class ModelRunner:
 
     `max_tokens` is the longest sequence that is computed here; None for what the cells allow. `sizes` are the numbers
     of rows that are fast; None to decode all together. `window_chunk` tokens of a prompt are fed at a time beyond the
-    window. The other options are those of `KVCache`. `running` are the requests that hold cells, in the order of their
-    admission.
+    window. `turn` is how many batches one adapter has before another. The other options are those of `KVCache`.
+    `running` are the requests that hold cells, in the order of their admission.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class ModelRunner:
         host_cache: HostCache | None = None,
         retain: bool = False,
         sizes: BatchSizes | None = None,
+        turn: int = TURN,
     ) -> None:
         self.context = context
         self.max_tokens = max_tokens
@@ -76,6 +82,10 @@ class ModelRunner:
         self._sizes = sizes
         self._batches = 0
         self._prompts_turn = False
+        self._decoded = self._adapter = 0
+        self._turn = self._left = turn
+        self._ended: dict[int, int] = {}
+        """When the last turn of each adapter ended, in batches."""
 
     def cells_needed(self, prompt_length: int, length: int, rows: int) -> int:
         """Return the most cells that a request holds from its prompt on until its rows have so many tokens.
@@ -95,11 +105,13 @@ class ModelRunner:
         An empty batch means that none of them can go on before another one leaves.
         """
         batch = Batch()
+        self._take_turns()
         decoding: list[RunningRequest] = []
         prompts: list[RunningRequest] = []
         for request in self.running:
-            self._part_rows(request)
-            (decoding if request.decoding else prompts).append(request)
+            if request.request.adapter == self._adapter:
+                self._part_rows(request)
+                (decoding if request.decoding else prompts).append(request)
         # What repeats to the bit does not depend on what was measured when the service started.
         sizes = None if any(request.exact for request in self.running) else self._sizes
         apart = sizes is not None and self._fill(sizes.tile, decoding, prompts)
@@ -122,10 +134,26 @@ class ModelRunner:
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
         """Decode a batch, and call `beside` meanwhile. Return its logits, as `Context.decode` does."""
+        self._left -= 1
+        self._decoded += 1
         logits = self.context.decode(batch.count, batch.rows + batch.padding, beside)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
         return logits[: batch.rows]
+
+    def _take_turns(self) -> None:
+        """Choose whose requests go on: one adapter's, until they have ended, or have had their turn and others wait.
+
+        Next is the one whose last turn is the longest ago, so that each waits for one turn of every other at most.
+        """
+        waiting = {request.request.adapter for request in self.running}
+        if self._adapter in waiting and (self._left > 0 or len(waiting) == 1):
+            return
+        waiting.discard(self._adapter)
+        self._ended[self._adapter] = self._decoded
+        self._adapter = min(waiting, key=lambda adapter: self._ended.get(adapter, -1))
+        self._left = self._turn
+        self.context.adapt(self._adapter)
 
     def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
         """Return the requests that go on now: all, or those whose last token is the oldest."""
@@ -215,7 +243,7 @@ class ModelRunner:
         for sequence, line in zip(rows, tokens, strict=False):
             self._write(batch, sequence, line[sequence.computed : sequence.computed + count])
             if count > 1 and not request.exact:
-                self.kv.computed(sequence, line[: sequence.computed])
+                self.kv.computed(sequence, request.marked(line[: sequence.computed]))
         batch.members.append(request)
         if scored > 0:
             self.context.wants_logits[first + known : first + known + scored] = 1
@@ -275,7 +303,7 @@ class ModelRunner:
             # A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
             # others lie apart.
             costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
-            self.kv.finish(sequence, lines[row, :certain], prompt if costly else certain)
+            self.kv.finish(sequence, request.marked(lines[row, :certain]), prompt if costly else certain)
         request.sequences = []
 
     # -- the window

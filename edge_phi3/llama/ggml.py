@@ -18,6 +18,7 @@ __all__ = [
     "GgmlTensor",
     "check_layout",
     "floats",
+    "has_tensor",
     "libggml",
     "metadata_text",
     "metadata_texts",
@@ -81,6 +82,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_type_name": (_text, _int),
     "ggml_type_size": (_size, _int),
     "gguf_find_key": (ctypes.c_int64, _pointer, _text),
+    "gguf_find_tensor": (ctypes.c_int64, _pointer, _text),
     "gguf_free": (None, _pointer),
     "gguf_get_arr_n": (_size, _pointer, ctypes.c_int64),
     "gguf_get_arr_str": (_text, _pointer, ctypes.c_int64, _size),
@@ -129,17 +131,27 @@ def weight_name(tensor: GgmlTensor) -> str:
 
 
 @contextlib.contextmanager
+def _header(path: Path) -> Iterator[Any]:
+    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+    try:
+        yield header
+    finally:
+        if header:
+            libggml.gguf_free(header)
+
+
+@contextlib.contextmanager
 def _metadata_value(path: Path, key: str, kind: int) -> Iterator[tuple[Any, int] | None]:
     """Yield the header of a GGUF file and the place of a key in it, None when it has no such value of this kind."""
-    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
-    if not header:
-        yield None
-        return
-    try:
-        place = libggml.gguf_find_key(header, key.encode())
+    with _header(path) as header:
+        place = libggml.gguf_find_key(header, key.encode()) if header else -1
         yield (header, place) if place >= 0 and libggml.gguf_get_kv_type(header, place) == kind else None
-    finally:
-        libggml.gguf_free(header)
+
+
+def has_tensor(path: Path, name: str) -> bool:
+    """Return whether a GGUF file has a tensor of that name."""
+    with _header(path) as header:
+        return bool(header) and libggml.gguf_find_tensor(header, name.encode()) >= 0
 
 
 def metadata_text(path: Path, key: str) -> str:

@@ -132,8 +132,11 @@ class Life:
         if failures == [len(context.failed) for context in self.contexts]:
             stuck = {arrival for arrival, length in self._lengths().items() if lengths.get(arrival) == length}
             self._stood = {arrival: self._stood.get(arrival, 0) + 1 for arrival in stuck}
-            # Halves of a batch take turns, and those who are new come first; so do prompts, before each of them.
+            # Halves of a batch take turns, and those who are new come first; so do prompts, before each of them. Each
+            # adapter waits for one turn of every other, and may need some of its own for all its halves.
+            turn, adapters = self.scenario.turn, len({ask.adapter for ask in self.scenario.asks})
             most = 7 if self.scenario.sizes else 0
+            most += (1 + most // turn) * (adapters - 1) * turn
             assert max(self._stood.values(), default=0) <= most, f"{self._stood} decode, but did not go on"
         self._check_failures(failures, news)
         self._check_cells()
@@ -324,5 +327,6 @@ class Life:
             "max time": any("time" in end.result.finish_reasons for _, end in ends),
             "scored prompt": any(len(end.prompt_logprobs) > 0 for _, end in ends),
             "beams": any(client.config.is_beam_search for client, _ in ends),
+            "turns of adapters": any(context.switches > 1 for context in contexts),
         }
         self.met.update({kind: int(found) for kind, found in met.items()})
