@@ -51,6 +51,7 @@ LEAVING = {"seed": 5, "threads": 16, "share": 0.0, "count": 0, "crosstalk": 4, "
         ("128k", {"ctx_size": 6000, "prefix_cache_mib": 1}, MIXED),
         ("window of 64", {"ctx_size": 1024, "parallel": 4, "exact_seeds": True}, MIXED),
         ("phi-4-mini", {"ctx_size": 6000}, MIXED),
+        ("4k", {"ctx_size": 4096}, MIXED | {"count": 30, "adapters": 2}),
         ("window of 64", {"ctx_size": 4096}, SMALL),
         ("window of 16", {"ctx_size": 4096}, SMALL),
         ("window of 3", {"ctx_size": 4096}, SMALL),
@@ -61,7 +62,8 @@ LEAVING = {"seed": 5, "threads": 16, "share": 0.0, "count": 0, "crosstalk": 4, "
 def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     model: Model, kind: str, options: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
-    setup, path = Setup(kind, options | {"request_timeout": PATIENCE}), model(kind)
+    setup = Setup(kind, options | {"request_timeout": PATIENCE}, chosen.get("adapters", 0))
+    path = model(kind)
     maker = AskMaker(chosen["seed"], setup, longest=chosen["longest"])
     trial = Trial(setup, path, path.parent, seed=chosen["seed"], threads=chosen["threads"], refusal=math.inf)
     trial.run(maker.chains(chosen["count"], chosen["crosstalk"]), chosen["share"])

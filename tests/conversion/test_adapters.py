@@ -1,0 +1,151 @@
+"""PEFT's adapters as GGUF: llama.cpp's tensors; split projections and patterns as PEFT means them; what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion.errors import ConversionError
+from tests.conversion.conftest import tensors_of
+from tests.golden import adapters
+from tests.golden.checkpoints import write_checkpoint
+from tests.golden.gguf_digests import describe
+from tests.test_cli import edge_phi3
+
+WIDTH, FEED, KEYS = 64, 96, 32
+ROWS = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "gate_proj": FEED, "up_proj": FEED, "o_proj": WIDTH}
+
+
+@pytest.mark.parametrize("name", adapters.ADAPTERS)
+@pytest.mark.parametrize("outtype", adapters.OUTTYPES)
+def test_the_tensors_are_those_of_llama_cpp(name: str, outtype: str, tmp_path: Path) -> None:
+    made = convert(adapters.FOLDER / name, tmp_path / "adapter.gguf", outtype=outtype)
+    assert describe(made.path)["tensors"] == adapters.recorded()["llama.cpp"][f"{name}-{outtype}"]
+
+
+def write(folder: Path, ranks: dict[str, int], **config: Any) -> dict[str, NDArray[np.float32]]:
+    """Write an adapter of layer 0's modules, of these ranks; return each module's ``B A``, not scaled."""
+    folder.mkdir()
+    chance = np.random.default_rng(1)
+    tensors, changes = {}, {}
+    for module, rank in ranks.items():
+        a = chance.standard_normal((rank, WIDTH)).astype(np.float32)
+        b = chance.standard_normal((ROWS[module], rank)).astype(np.float32)
+        block = "mlp" if module in {"gate_proj", "up_proj"} else "self_attn"
+        name = f"base_model.model.model.layers.0.{block}.{module}"
+        tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+        changes[module] = b @ a
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return changes
+
+
+def change(path: Path, matrix: str) -> NDArray[np.float32]:
+    """Return what llama.cpp adds to a matrix: ``B A`` by the file's alpha over the rank."""
+    alpha = gguf.GGUFReader(path).fields["adapter.lora.alpha"].contents()
+    a, b = (tensors_of(path)[f"blk.0.{matrix}.weight.lora_{factor}"].data for factor in "ab")
+    found: NDArray[np.float32] = b @ a * (alpha / a.shape[0])
+    return found
+
+
+def test_split_projections_are_fused(tmp_path: Path) -> None:
+    changes = write(tmp_path / "split", {"q_proj": 4, "v_proj": 4, "gate_proj": 4, "up_proj": 4, "o_proj": 4})
+    path = convert(tmp_path / "split", tmp_path / "adapter.gguf").path
+    nothing = np.zeros((KEYS, WIDTH), np.float32)
+    qkv = np.concatenate([changes["q_proj"], nothing, changes["v_proj"]])
+    for matrix, whole in {
+        "attn_qkv": qkv,
+        "ffn_up": np.concatenate([changes["gate_proj"], changes["up_proj"]]),
+        "attn_output": changes["o_proj"],
+    }.items():
+        np.testing.assert_allclose(change(path, matrix), whole * 6 / 4, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["--base", "base_model_name_or_path"])
+def test_a_part_alone_takes_its_sizes_from_the_model(tmp_path: Path, where: str) -> None:
+    base = write_checkpoint(tmp_path / "base", layers=1, hidden_size=WIDTH, heads=4, kv_heads=2)
+    named = {"base_model_name_or_path": str(base)} if where != "--base" else {}
+    changes = write(tmp_path / "queries", {"q_proj": 4}, **named)
+    folder, output = str(tmp_path / "queries"), str(tmp_path / "adapter.gguf")
+    if where == "--base":
+        refused = edge_phi3("convert", folder, "-o", output)
+        assert refused.returncode == 1
+        assert "k_proj.weight has no change" in refused.stderr
+    done = edge_phi3("convert", folder, "-o", output, *(("--base", str(base)) if where == "--base" else ()))
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+    whole = np.concatenate([changes["q_proj"], np.zeros((2 * KEYS, WIDTH), np.float32)])
+    np.testing.assert_allclose(change(Path(output), "attn_qkv"), whole * 6 / 4, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_each_module_is_scaled_as_peft_does(tmp_path: Path, rslora: bool) -> None:
+    patterns = {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"mlp.up_proj|gate_proj": 3}}
+    changes = write(tmp_path / "p", {"o_proj": 2, "gate_proj": 4, "up_proj": 4}, use_rslora=rslora, **patterns)
+    path = convert(tmp_path / "p", tmp_path / "adapter.gguf").path
+    mlp = np.concatenate([changes["gate_proj"], changes["up_proj"]])
+    for matrix, whole, alpha, rank in (("attn_output", changes["o_proj"], 6, 2), ("ffn_up", mlp, 3, 4)):
+        scale = alpha / (math.sqrt(rank) if rslora else rank)
+        np.testing.assert_allclose(change(path, matrix), whole * scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {"modules_to_save": ["lm_head"]},
+            r"modules_to_save is \['lm_head'\], and it trains whole .* merge_and_unload",
+        ),
+        ({"use_dora": True}, "use_dora is True, and DoRA is no LoRA"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
+        ({"lora_alpha": 0}, "adapter_config.json: lora_alpha: expected `float` > 0"),
+        ({"r": None}, "adapter_config.json: object missing required field `r`"),
+    ],
+)
+def test_what_an_adapter_of_llama_cpp_cannot_be_is_refused(
+    tmp_path: Path, config: dict[str, Any], sentence: str
+) -> None:
+    write(tmp_path / "adapter", {"o_proj": 4}, **config)
+    with pytest.raises(ConversionError, match=sentence):
+        convert(tmp_path / "adapter", tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
+
+
+NAME = "base_model.model.model.layers.0.self_attn.o_proj"
+A, B = np.ones((4, WIDTH), np.float32), np.ones((WIDTH, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({f"{NAME}.lora_A.weight": A}, "does not have the two factors of model.layers.0.self_attn.o_proj.weight"),
+        ({f"{NAME}.lora_A.weight": A[:2], f"{NAME}.lora_B.weight": B}, "not of one rank"),
+        ({f"{NAME}.lora_magnitude_vector": A[0]}, "lora_magnitude_vector is no factor of a matrix of a Phi-3"),
+        ({f"{NAME.replace('o_proj', 'dense')}.lora_A.weight": A}, "dense.lora_A.weight is no factor"),
+        (
+            {f"{NAME}.lora_A.weight": A[0], f"{NAME}.lora_B.weight": B},
+            r"is no matrix of BF16, F16 or F32, but F32 \(64",
+        ),
+        ({f"{NAME}.lora_A.weight": A * np.inf, f"{NAME}.lora_B.weight": B}, "NaN or infinite"),
+        ({}, "holds no tensors"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(tmp_path: Path, tensors: dict[str, Any], sentence: str) -> None:
+    write(tmp_path / "adapter", {})
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ConversionError, match=sentence):
+        convert(tmp_path / "adapter", tmp_path / "adapter.gguf")
