@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import os
 from pathlib import Path
 
 import msgspec
@@ -62,19 +60,6 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     plain = all(Path(file.name).name == file.name for file in manifest.files)
     return manifest if manifest.format == FORMAT and manifest.files and whole and plain else None
-
-
-def used(folder: Path, *, now: bool = False) -> dt.datetime | None:
-    """Return when the model in a folder was last asked for, after noting it if that is `now`; None without a model.
-
-    The time of the manifest tells. In a store that cannot be written it stays.
-    """
-    path = folder / MANIFEST_NAME
-    with contextlib.suppress(OSError):
-        if now:
-            os.utime(path)
-        return dt.datetime.fromtimestamp(path.stat().st_mtime, dt.UTC)
-    return None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,7 +15,7 @@ import platformdirs
 
 from edge_phi3.catalog.build import STORE_VARIABLE, WORK_PREFIX, Build, CatalogError
 from edge_phi3.catalog.listing import CHECKPOINT_FILES, UnreachableError
-from edge_phi3.catalog.manifest import MANIFEST_NAME, Manifest, read_manifest, used
+from edge_phi3.catalog.manifest import MANIFEST_NAME, Manifest, read_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, parse_reference
 from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.files import locked, sha256_of
@@ -50,6 +50,11 @@ class StoredModel:
     revision: str | None
     quant: str | None
     manifest: Manifest | None
+
+    @property
+    def last_use(self) -> float:
+        """When the model of the store was last asked for, as seconds since 1970: the time of its manifest."""
+        return self.path.with_name(MANIFEST_NAME).stat().st_mtime
 
 
 class Catalog:
@@ -124,7 +129,8 @@ class Catalog:
                             raise CatalogError(self._without_network(wanted, [] if ready else types, error)) from error
                         progress.note(f"{error}; the model stays as it is in the store.")
         for folder in found:
-            used(folder, now=True)
+            with contextlib.suppress(OSError):  # of a store that cannot be written
+                os.utime(folder / MANIFEST_NAME)
         return [_stored(folder, manifest, wanted.name) for folder, manifest in found.items() if manifest is not None]
 
     def find(self, wanted: HubGguf) -> StoredModel | None:
@@ -140,13 +146,12 @@ class Catalog:
 
     def called(self, name: str, quants: Sequence[str] = ()) -> list[StoredModel]:
         """Return the whole models of a name or source, of some types only if any are given; `CatalogError` if none."""
-        types = {quantization_type(quant).name for quant in quants}
+        types = [quantization_type(quant).name for quant in quants]
         stored = self.stored()
         found = [each for each in stored if name in {each.name, each.source} and (not types or each.quant in types)]
         if not found:
-            known = ", ".join(sorted({each.name for each in stored})) or "no model"
-            kinds = f" as {', '.join(sorted(types))}" if types else ""
-            raise CatalogError(f"{name}{kinds} is not in the store {self.store}; it holds {known}.")
+            kinds, known = " as ".join([name, *types[:1]]), ", ".join(sorted({each.name for each in stored}))
+            raise CatalogError(f"{kinds} is not in the store {self.store}; it holds {known or 'no model'}.")
         return found
 
     def leftovers(self) -> list[tuple[Path, str]]:

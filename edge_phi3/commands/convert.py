@@ -29,7 +29,7 @@ from edge_phi3.progress import stderr_progress
 @click.option(
     "--base",
     type=click.Path(path_type=Path),
-    help="Of an adapter: the folder of its model's config.json, where the adapter does not name it.",
+    help="Of an adapter for split projections: its model's folder, where the adapter leaves sizes open.",
 )
 @click.option("--force", is_flag=True, help="Replace the output when it exists.")
 def command(checkpoint: Path, output: Path, outtype: str, base: Path | None, force: bool) -> None:

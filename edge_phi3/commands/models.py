@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 
 import rich_click as click
@@ -9,11 +10,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from edge_phi3.catalog import Catalog, CatalogError, StoredModel
-from edge_phi3.catalog.manifest import used
+from edge_phi3.catalog import Catalog, CatalogError
 from edge_phi3.progress import stderr_progress
 
-_MODEL = click.argument("model", help="A model's name or source, as the list shows them.")
 _QUANT = click.option("--quant", "quants", multiple=True, metavar="TYPE", help="Of this type only; repeatable.")
 
 
@@ -35,23 +34,16 @@ def command(ctx: click.Context, store: Path | None) -> None:
         return
     table = Table("model", "type", "size", "source", "revision", "last use", box=None)
     for model in catalog.stored():
-        last = used(model.path.parent)
-        table.add_row(
-            model.name,
-            model.quant or "as published",
-            decimal(_size(model.path.parent)),
-            model.source,
-            (model.revision or "")[:12],
-            last.astimezone().strftime("%Y-%m-%d %H:%M") if last else "",
-        )
+        size, last = _size(model.path.parent), dt.datetime.fromtimestamp(model.last_use)  # noqa: DTZ006 - for people
+        revision = (model.revision or "")[:12]
+        table.add_row(model.name, model.quant or "as published", size, model.source, revision, f"{last:%Y-%m-%d %H:%M}")
     for folder, kind in catalog.leftovers():
-        table.add_row(folder.parent.name, kind, decimal(_size(folder)), folder.name, "", "")
+        table.add_row(folder.parent.name, kind, _size(folder), folder.name, "", "")
     Console().print(table)
-    click.echo(f"The store is {catalog.store}.", err=True)
 
 
 @command.command("rm")
-@_MODEL
+@click.argument("model", help="A model's name or source, as the list shows them.")
 @_QUANT
 @click.pass_obj
 def remove(catalog: Catalog, model: str, quants: tuple[str, ...]) -> None:
@@ -60,13 +52,11 @@ def remove(catalog: Catalog, model: str, quants: tuple[str, ...]) -> None:
     Example: `edge-phi3 models rm phi-3-mini-4k-instruct --quant Q8_0`
     """
     left = [folder for folder, _ in catalog.leftovers() if folder.parent.name == model]
-    folders = left or [stored.path.parent for stored in catalog.called(model, quants)]
     with stderr_progress() as progress:
-        for folder in folders:
-            size = _size(folder)
+        for folder in left or [stored.path.parent for stored in catalog.called(model, quants)]:
+            click.echo(f"{_size(folder)} are free again.", err=True)
             catalog.remove(folder, progress)
             click.echo(folder)
-            click.echo(f"{decimal(size)} are free again.", err=True)
 
 
 @command.command("verify")
@@ -78,23 +68,19 @@ def verify(catalog: Catalog, model: str | None, quants: tuple[str, ...]) -> None
 
     Example: `edge-phi3 models verify`
     """
-    left = [] if model else catalog.leftovers()
-    damaged = [f"{folder} holds no whole model; `edge-phi3 models rm {folder.parent.name}`, and pull it again."
-               for folder, kind in left if kind == "damaged"]  # fmt: skip
+    left = [folder for folder, kind in catalog.leftovers() if kind == "damaged" and not model]
+    damaged = [f"{folder} holds no whole model; `edge-phi3 models rm {folder.parent.name}`." for folder in left]
     for stored in catalog.called(model, quants) if model else catalog.stored():
+        before = len(damaged)
         try:
             catalog.verify(stored)
-            click.echo(f"{_label(stored)}: whole")
         except CatalogError as error:
             damaged.append(str(error))
-            click.echo(f"{_label(stored)}: damaged")
+        found = "whole" if len(damaged) == before else "damaged"
+        click.echo(f"{stored.name} ({stored.quant or stored.path.name}): {found}")
     if damaged:
         raise CatalogError(" ".join(damaged))
 
 
-def _label(model: StoredModel) -> str:
-    return f"{model.name} ({model.quant or model.path.name})"
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _size(folder: Path) -> str:
+    return decimal(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import gguf
 import msgspec
@@ -33,15 +33,21 @@ _WHOLE = {EMBEDDING: "token_embd.weight", HEAD: "output.weight"}
 _FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 
 _REFUSED = {
+    "peft_type": "only LORA can be converted",
+    "bias": "adapters of llama.cpp have none",
+    "lora_bias": "adapters of llama.cpp have none",
     "modules_to_save": "it trains whole matrices beside its own",
-    "use_dora": "DoRA is no LoRA",
-    "lora_bias": "it has biases",
     "trainable_token_indices": "it trains single tokens",
-    "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "an activated LoRA begins in the middle of a prompt",
+    "use_dora": "DoRA is no LoRA",
     "use_qalora": "QALoRA is no LoRA",
+    "layer_replication": "it repeats layers",
+    "alora_invocation_tokens": "it begins in the middle of a prompt",
 }
+_ALLOWED = ("LORA", "none")
 _MERGE = "merge it into its model with merge_and_unload() of peft, and convert the folder that save_pretrained() writes"
+
+
+Values = NDArray[np.float32]
 
 
 class _Config(msgspec.Struct, frozen=True):
@@ -49,11 +55,8 @@ class _Config(msgspec.Struct, frozen=True):
 
     r: Size
     lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
-    peft_type: str = "LORA"
-    bias: str = "none"
     use_rslora: bool = False
     alpha_pattern: dict[str, PositiveNumber] = {}
-    base_model_name_or_path: str | None = None
 
     def alpha(self, module: str, rank: int) -> float:
         """Return what llama.cpp must divide by the rank to scale a module as PEFT does."""
@@ -61,16 +64,13 @@ class _Config(msgspec.Struct, frozen=True):
         return next(found, self.lora_alpha) * (math.sqrt(rank) if self.use_rslora else 1)
 
 
-class _Pair(msgspec.Struct):
-    """The two factors of one module's change, and the alpha that it wants."""
+class _Pair(NamedTuple):
+    """The two factors of one module's change, their rank, and the alpha that it wants."""
 
     a: StoredTensor
     b: StoredTensor
+    rank: int
     alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[1]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -85,7 +85,7 @@ def plan_adapter(
     """Return the output's tensors and header, and the stored tensors.
 
     `base` is the folder of its model, whose ``config.json`` tells how many rows the parts of a fused matrix have, where
-    the adapter has not those of all parts; else ``base_model_name_or_path`` is looked into.
+    the adapter does not.
     """
     config = _read_config(folder)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
@@ -103,32 +103,25 @@ def plan_adapter(
         if target in done:
             continue
         done.add(target)
-        a: StoredTensor | NDArray[np.float32] = pair.a
-        b: StoredTensor | NDArray[np.float32] = pair.b
+        a: StoredTensor | Values = pair.a
+        b: StoredTensor | Values = pair.b
         if layer and fused != module:
             siblings = [f"model.layers.{layer['number']}.{part}.weight" for part in PARTS[fused]]
-            a, b = _fuse([pairs.get(each) for each in siblings], _rows(siblings, pairs, config, base), alpha)
+            a, b = _fuse(siblings, pairs, _rows(siblings, pairs, base), alpha)
         elif pair.alpha != alpha:
             b = _values(pair.b) * np.float32(pair.alpha / alpha)
         if name == EMBEDDING:  # llama.cpp looks rows up in it
             a = np.ascontiguousarray(_values(pair.a).T)
         planned += [_planned(f"{target}.lora_a", a, wanted, outtype), _planned(f"{target}.lora_b", b, wanted, outtype)]
-    return Plan(wanted, planned), _header(folder, config, alpha), stored
+    return Plan(wanted, planned), _header(folder, alpha), stored
 
 
 def _read_config(folder: Path) -> _Config:
-    stated = read_json(folder / ADAPTER_CONFIG)
-    if stated is None:
-        raise CheckpointError(f"{folder} has no {ADAPTER_CONFIG}.")
-    config = typed({name: value for name, value in stated.items() if value is not None}, _Config, ADAPTER_CONFIG)
-    refused = [f"{name} is {stated[name]!r}, and {why}" for name, why in _REFUSED.items() if stated.get(name)]
-    if config.peft_type != "LORA":
-        refused.append(f"peft_type is {config.peft_type!r}, and only LORA can be converted")
-    if config.bias != "none":
-        refused.append(f"bias is {config.bias!r}, and llama.cpp's adapters have none")
-    if refused:
-        raise UnsupportedModelError(f"{ADAPTER_CONFIG}: {refused[0]}; {_MERGE}.")
-    return config
+    stated = read_json(folder / ADAPTER_CONFIG) or {}
+    for name, why in _REFUSED.items():
+        if (value := stated.get(name)) and value not in _ALLOWED:
+            raise UnsupportedModelError(f"{ADAPTER_CONFIG}: {name} is {value!r}, and {why}; {_MERGE}.")
+    return typed({name: value for name, value in stated.items() if value is not None}, _Config, ADAPTER_CONFIG)
 
 
 def _pairs(file: SafetensorsFile, config: _Config) -> dict[str, _Pair]:
@@ -145,52 +138,50 @@ def _pairs(file: SafetensorsFile, config: _Config) -> dict[str, _Pair]:
         found.setdefault(name, {})[factor["factor"]] = stored
     if not found:
         raise CheckpointError(f"{file.path} holds no tensors.")
+    pairs = {}
     for name, factors in found.items():
-        if factors.keys() != {"A", "B"} or factors["A"].shape[0] != factors["B"].shape[1]:
+        if factors.keys() != {"A", "B"} or (rank := factors["A"].shape[0]) != factors["B"].shape[1]:
             raise CheckpointError(f"{file.path} does not have the two factors of {name}, or not of one rank.")
-    return {
-        name: _Pair(both["A"], both["B"], config.alpha(name.removesuffix(".weight"), both["A"].shape[0]))
-        for name, both in found.items()
-    }
+        pairs[name] = _Pair(factors["A"], factors["B"], rank, config.alpha(name.removesuffix(".weight"), rank))
+    return pairs
 
 
-def _rows(names: list[str], pairs: dict[str, _Pair], config: _Config, base: Path | None) -> list[int]:
+def _rows(names: list[str], pairs: dict[str, _Pair], base: Path | None) -> list[int]:
     """Return how many rows each part of a fused matrix has."""
     rows = [pairs[name].b.shape[0] if name in pairs else 0 for name in names]
     rows[-2:] = [max(rows[-2:])] * 2  # keys and values have as many, and gate and up
     if all(rows):
         return rows
-    folder = base or Path(config.base_model_name_or_path or ".")
-    stated = read_json(folder / "config.json")
-    if stated is None:
+    if base is None or (config := read_json(base / "config.json")) is None:
         raise CheckpointError(
             f"{names[rows.index(0)]} has no change, so that only the model knows its size: give the folder of its"
             " config.json as --base."
         )
-    specs = read_phi3(stated, disguised=True).tensors().values()
+    specs = read_phi3(config, disguised=True).tensors().values()
     return next(list(spec.parts.values()) for spec in specs if names[0] in spec.parts)
 
 
-def _fuse(parts: list[_Pair | None], rows: list[int], alpha: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the factors of a fused matrix, given those of its parts, None for no change."""
-    changed = [pair for pair in parts if pair is not None]
-    rank = sum(pair.rank for pair in changed)
-    b = np.zeros((sum(rows), rank), np.float32)
+def _fuse(names: list[str], pairs: dict[str, _Pair], rows: list[int], alpha: float) -> tuple[Values, Values]:
+    """Return the factors of a fused matrix, given those of its parts."""
+    changed = [pairs[name] for name in names if name in pairs]
+    b = np.zeros((sum(rows), rank := sum(pair.rank for pair in changed)), np.float32)
     row = column = 0
-    for pair, count in zip(parts, rows, strict=True):
-        if pair is not None:
-            factor = np.float32(pair.alpha / pair.rank / (alpha / rank))
-            b[row : row + count, column : column + pair.rank] = _values(pair.b) * factor
+    for name, count in zip(names, rows, strict=True):
+        if (pair := pairs.get(name)) is not None:
+            if pair.b.shape[0] != count or pair.a.shape[1] != changed[0].a.shape[1]:
+                raise CheckpointError(f"{name} does not fit the other parts of its matrix.")
+            scale = np.float32(pair.alpha / pair.rank / (alpha / rank))
+            b[row : row + count, column : column + pair.rank] = _values(pair.b) * scale
             column += pair.rank
         row += count
     return np.concatenate([_values(pair.a) for pair in changed]), b
 
 
-def _values(stored: StoredTensor) -> NDArray[np.float32]:
+def _values(stored: StoredTensor) -> Values:
     return to_float32(stored.read(0, stored.size), stored.dtype).reshape(stored.shape)
 
 
-def _planned(name: str, values: StoredTensor | NDArray[np.float32], wanted: GgmlType, outtype: str) -> PlannedTensor:
+def _planned(name: str, values: StoredTensor | Values, wanted: GgmlType, outtype: str) -> PlannedTensor:
     if isinstance(values, StoredTensor):
         return PlannedTensor(name, values.shape, tensor_type(name, values.shape, wanted), (values,))
     # What was computed here is not rounded, unless a type is asked for.
@@ -198,13 +189,10 @@ def _planned(name: str, values: StoredTensor | NDArray[np.float32], wanted: Ggml
     return PlannedTensor(name, values.shape, type_, encode(values.ravel(), "F32", type_, name=name))
 
 
-def _header(folder: Path, config: _Config, alpha: float) -> gguf.GGUFWriter:
+def _header(folder: Path, alpha: float) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(folder.resolve().name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    if config.base_model_name_or_path:
-        writer.add_base_model_count(1)
-        writer.add_base_model_name(0, Path(config.base_model_name_or_path).name)
     return writer

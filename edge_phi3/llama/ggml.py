@@ -131,27 +131,25 @@ def weight_name(tensor: GgmlTensor) -> str:
 
 
 @contextlib.contextmanager
-def _header(path: Path) -> Iterator[Any]:
-    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
-    try:
-        yield header
-    finally:
-        if header:
-            libggml.gguf_free(header)
-
-
-@contextlib.contextmanager
 def _metadata_value(path: Path, key: str, kind: int) -> Iterator[tuple[Any, int] | None]:
     """Yield the header of a GGUF file and the place of a key in it, None when it has no such value of this kind."""
-    with _header(path) as header:
-        place = libggml.gguf_find_key(header, key.encode()) if header else -1
+    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+    if not header:
+        yield None
+        return
+    try:
+        place = libggml.gguf_find_key(header, key.encode())
         yield (header, place) if place >= 0 and libggml.gguf_get_kv_type(header, place) == kind else None
+    finally:
+        libggml.gguf_free(header)
 
 
 def has_tensor(path: Path, name: str) -> bool:
     """Return whether a GGUF file has a tensor of that name."""
-    with _header(path) as header:
-        return bool(header) and libggml.gguf_find_tensor(header, name.encode()) >= 0
+    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+    found = bool(header) and libggml.gguf_find_tensor(header, name.encode()) >= 0
+    libggml.gguf_free(header)
+    return found
 
 
 def metadata_text(path: Path, key: str) -> str:
