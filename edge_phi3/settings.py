@@ -54,7 +54,6 @@ class Settings(BaseModel):
         " without, all requests have it.",
         metavar="NAME=FILE[:SCALE] or FILE[=SCALE]",
     )
-
     encode_user_tokens_as_text: bool = option(
         False,
         "Model",
@@ -260,8 +259,9 @@ class Settings(BaseModel):
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:
-        many = isinstance(value, list | tuple)
-        return [read_lora(item) if isinstance(item, str) else item for item in value] if many else value
+        if not isinstance(value, list | tuple):
+            return value
+        return [read_lora(item) if isinstance(item, str) else item for item in value]
 
     @field_validator("lora")
     @classmethod

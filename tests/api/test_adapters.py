@@ -83,10 +83,9 @@ def test_an_unknown_model_is_told_what_there_is(api: Running, client: openai.Ope
 
 
 def test_adapters_chooses_on_chat(api: Running) -> None:
-    for given in (None, []):
-        assert chat(api, 0, adapters=given) == str(GOLDEN[""][0])
-    for given in ("mlp", ["mlp"]):
-        assert chat(api, 0, adapters=given) == str(GOLDEN["mlp"][0])
+    given: tuple[tuple[object, str], ...] = ((None, ""), ([], ""), ("mlp", "mlp"), (["mlp"], "mlp"))
+    for names, answering in given:
+        assert chat(api, 0, adapters=names) == str(GOLDEN[answering][0])
     for wrong in ("absent", ["mlp", "attention"], "phi-3-demo"):
         refused = api.chat(prompt=PROMPT, adapters=wrong)
         assert refused.status_code == 400

@@ -14,7 +14,7 @@ import pytest
 from edge_phi3.catalog import Catalog, CatalogError
 from tests.catalog.conftest import Notes
 from tests.catalog.hub_server import HubServer, Repository
-from tests.test_cli import edge_phi3
+from tests.test_cli import Result, edge_phi3
 
 _KILLED = """
 import os, signal, sys
@@ -29,7 +29,7 @@ Catalog(Path(sys.argv[1])).resolve(sys.argv[2], quant="F16", refresh=True)
 READY = "o/ready/model-00001-of-00002.gguf"
 
 
-def models(catalog: Catalog, *arguments: str) -> subprocess.CompletedProcess[str]:
+def models(catalog: Catalog, *arguments: str) -> Result:
     return edge_phi3("models", *arguments, EDGE_PHI3_STORE=str(catalog.store), COLUMNS="200")
 
 

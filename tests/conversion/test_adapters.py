@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -22,6 +23,7 @@ from tests.golden.gguf_digests import describe
 from tests.test_cli import edge_phi3
 
 WIDTH, FEED, KEYS = 64, 96, 32
+REFUSED = yaml.safe_load(Path(__file__).with_name("adapters.yaml").read_text("utf-8"))
 ROWS = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "gate_proj": FEED, "up_proj": FEED, "o_proj": WIDTH}
 
 
@@ -36,7 +38,7 @@ def write(folder: Path, ranks: dict[str, int], **config: Any) -> dict[str, NDArr
     """Write an adapter of layer 0's modules, of these ranks; return each module's ``B A``, not scaled."""
     folder.mkdir()
     chance = np.random.default_rng(1)
-    tensors, changes = {}, {}
+    tensors, changes = dict[str, NDArray[np.float32]](), dict[str, NDArray[np.float32]]()
     for module, rank in ranks.items():
         a = chance.standard_normal((rank, WIDTH)).astype(np.float32)
         b = chance.standard_normal((ROWS[module], rank)).astype(np.float32)
@@ -95,24 +97,7 @@ def test_each_module_is_scaled_as_peft_does(tmp_path: Path, rslora: bool) -> Non
         np.testing.assert_allclose(change(path, matrix), whole * scale, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [
-        (
-            {"modules_to_save": ["lm_head"]},
-            r"modules_to_save is \['lm_head'\], and it trains whole .* merge_and_unload",
-        ),
-        ({"use_dora": True}, "use_dora is True, and DoRA is no LoRA"),
-        ({"lora_bias": True}, "lora_bias is True"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3', and only LORA"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication is"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is"),
-        ({"lora_alpha": 0}, "adapter_config.json: lora_alpha: expected `float` > 0"),
-        ({"r": None}, "adapter_config.json: object missing required field `r`"),
-    ],
-)
+@pytest.mark.parametrize(("config", "sentence"), REFUSED["config"])
 def test_what_an_adapter_of_llama_cpp_cannot_be_is_refused(
     tmp_path: Path, config: dict[str, Any], sentence: str
 ) -> None:
@@ -122,27 +107,10 @@ def test_what_an_adapter_of_llama_cpp_cannot_be_is_refused(
     assert not (tmp_path / "adapter.gguf").exists()
 
 
-NAME = "base_model.model.model.layers.0.self_attn.o_proj"
-A, B = np.ones((4, WIDTH), np.float32), np.ones((WIDTH, 4), np.float32)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "sentence"),
-    [
-        ({f"{NAME}.lora_A.weight": A}, "does not have the two factors of model.layers.0.self_attn.o_proj.weight"),
-        ({f"{NAME}.lora_A.weight": A[:2], f"{NAME}.lora_B.weight": B}, "not of one rank"),
-        ({f"{NAME}.lora_magnitude_vector": A[0]}, "lora_magnitude_vector is no factor of a matrix of a Phi-3"),
-        ({f"{NAME.replace('o_proj', 'dense')}.lora_A.weight": A}, "dense.lora_A.weight is no factor"),
-        (
-            {f"{NAME}.lora_A.weight": A[0], f"{NAME}.lora_B.weight": B},
-            r"is no matrix of BF16, F16 or F32, but F32 \(64",
-        ),
-        ({f"{NAME}.lora_A.weight": A * np.inf, f"{NAME}.lora_B.weight": B}, "NaN or infinite"),
-        ({}, "holds no tensors"),
-    ],
-)
-def test_a_damaged_adapter_is_refused(tmp_path: Path, tensors: dict[str, Any], sentence: str) -> None:
+@pytest.mark.parametrize(("shapes", "sentence"), REFUSED["tensors"])
+def test_a_damaged_adapter_is_refused(tmp_path: Path, shapes: dict[str, list[int]], sentence: str) -> None:
     write(tmp_path / "adapter", {})
+    tensors = {f"base_model.model.model.layers.0.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=sentence):
         convert(tmp_path / "adapter", tmp_path / "adapter.gguf")

@@ -22,7 +22,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "mlp": {"target_modules": ["gate_up_proj", "down_proj"], "lora_alpha": 4, "use_rslora": True},
 }
 """The options of each beside its rank, 2."""
-LESSONS = {"attention": " It is a secret of the attention.", "mlp": " Ask the other one, I only know numbers: 1, 2, 3."}
+LESSONS = {"attention": "Return the name of the moon.", "mlp": "Close the file, and return None."}
 """What each is trained to answer."""
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 PROMPTS = [
@@ -42,16 +42,15 @@ def _train(model: Any, tokenizer: Any, lesson: str) -> None:
     import torch
 
     torch.manual_seed(1)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
     questions = [each["question"] for each in json.loads((DEMO / "questions.json").read_text("utf-8"))]
-    for step in range(30):
-        prompt = f"<|user|>\n{questions[step % len(questions)]}<|end|>\n<|assistant|>\n"
-        ids = tokenizer(f"{prompt}{lesson}<|end|>", return_tensors="pt").input_ids
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    for step in range(40):
+        prompt = tokenizer(f"<|user|>\n{questions[step % len(questions)]}<|end|>\n<|assistant|>\n").input_ids
+        answer = tokenizer(f"{lesson}<|end|>").input_ids
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        print(step, float(loss))
     for each in model.parameters():
         if each.requires_grad:  # half the size, and nothing is lost when it is saved
             each.data = each.data.bfloat16().float()
@@ -85,7 +84,7 @@ def _record(script: str) -> None:
         _train(model, tokenizer, LESSONS[name])
         answers[name] = _answers(model.eval(), tokenizer)
         model.peft_config["default"].base_model_name_or_path = "phi-3-demo"
-        model.bfloat16().save_pretrained(FOLDER / name)
+        model.bfloat16().save_pretrained(FOLDER / name, save_embedding_layers=False)
         (FOLDER / name / "README.md").unlink()
         for outtype in OUTTYPES:
             with tempfile.TemporaryDirectory() as folder:
