@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,15 +75,18 @@ def test_prefixes_are_shared_with_the_same_adapter_alone(engine: Engine) -> None
 
 
 def test_an_adapter_goes_on_for_so_many_batches(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, batches = engine.model.runners[0], list[int]()
+    runner, batches, everybody_is_there = engine.model.runners[0], list[int](), threading.Event()
     decode = runner.decode
 
     def watched(*given: Any, **options: Any) -> Any:
+        everybody_is_there.wait()
         batches.append(runner._adapter)
         return decode(*given, **options)
 
     monkeypatch.setattr(runner, "decode", watched)
-    for one in [asked(engine, adapter, 0, max_new_tokens=3 * TURN, eos_token_id=[]) for adapter in range(len(NAMES))]:
+    asks = [asked(engine, adapter, 0, max_new_tokens=3 * TURN, eos_token_id=[]) for adapter in range(len(NAMES))]
+    everybody_is_there.set()
+    for one in asks:
         one.finished()
     turns = [(adapter, len([*batch])) for adapter, batch in itertools.groupby(batches)]
     several = turns[1:]  # the first began alone
