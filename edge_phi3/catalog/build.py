@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import FORMAT, FileRecord, Manifest, read_manifest, write_manifest
+from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
@@ -147,9 +147,8 @@ class Build:
         )
         write_manifest(folder, manifest)
         # Only now is the older model of no use: a killed run leaves one of the two whole.
-        for path in {*folder.glob("*.gguf"), *folder.glob(f".*{PARTIAL_SUFFIX}")} - {
-            folder / file.name for file in files
-        }:
+        names = {MANIFEST_NAME, *(file.name for file in files)}
+        for path in [path for path in folder.iterdir() if path.name not in names]:
             path.unlink()
         return manifest
 

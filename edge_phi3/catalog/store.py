@@ -164,14 +164,16 @@ class Catalog:
         """Compare a model's files with its manifest, after a copy for instance; `CatalogError` when one has changed."""
         for file in model.manifest.files if model.manifest else []:
             path = model.path.with_name(file.name)
-            if sha256_of(path) != file.sha256:
+            with _system_errors(self.store):
+                whole = sha256_of(path) == file.sha256
+            if not whole:
                 raise CatalogError(f"{path} is damaged; `edge-phi3 models rm` it, and pull {model.source} again.")
 
     def remove(self, folder: Path, progress: ProgressReporter | None = None) -> None:
         """Delete a folder of the store, of a model (its manifest first) or of unfinished work."""
         with _system_errors(self.store), self._locked(folder.parent, progress or SilentProgress()):
             (folder / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder)
 
     @contextlib.contextmanager
     def _locked(self, shelf: Path, progress: ProgressReporter) -> Iterator[None]:
