@@ -33,7 +33,7 @@ from tests.helm.chart import (
     values_of,
     workload,
 )
-from tests.helm.invariants import check_all, check_service_options
+from tests.helm.invariants import check_all, check_service_options, service_options
 
 REJECTIONS = values_of(DATA / "rejections.yaml")
 DASHBOARD = json.loads((CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
@@ -62,8 +62,7 @@ def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path:
         objects = render(values, name=release)
         check_all(objects, is_restricted=header_of(example, "restricted") != "false")
         assert schema_errors(objects, oldest, NEWEST) == []
-    options = values.get("serve", {}).get("options", {})
-    check_service_options(objects, {"log-format": "json", **options}, keys)
+    check_service_options(objects, service_options(values), keys)
 
 
 def test_examples_span_the_supported_versions() -> None:
