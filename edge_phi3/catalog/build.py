@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, read_manifest, write_manifest
+from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, write_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
@@ -95,9 +95,8 @@ class Build:
     def _prefix(self, folder: Path, names: Sequence[str]) -> str:
         """Return what the names of new files begin with, so that the model that is there stays whole beside them."""
         folder.mkdir(parents=True, exist_ok=True)
-        before = read_manifest(folder)
-        taken = {file.name for file in before.files} if before else set()
-        return f"{self._commit[:12]}-" if self._commit and taken.intersection(names) else ""
+        taken = any((folder / name).exists() for name in names)
+        return f"{self._commit[:12]}-" if self._commit and taken else ""
 
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path

@@ -26,19 +26,14 @@ from edge_phi3.progress import stderr_progress
     show_default=True,
     help="The type of the matrices; auto keeps the checkpoint's own.",
 )
-@click.option(
-    "--base",
-    type=click.Path(path_type=Path),
-    help="Of an adapter for split projections: its model's folder, where the adapter leaves sizes open.",
-)
 @click.option("--force", is_flag=True, help="Replace the output when it exists.")
-def command(checkpoint: Path, output: Path, outtype: str, base: Path | None, force: bool) -> None:
+def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
     """Turn a checkpoint of the Phi family, or a LoRA adapter for one, into a GGUF file, without torch.
 
     Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
     """
     with stderr_progress() as progress, progress.step(f"Converting {checkpoint.name}") as step:
-        result = convert(checkpoint, output, outtype=outtype, force=force, base=base, progress=step.update)
+        result = convert(checkpoint, output, outtype=outtype, force=force, progress=step.update)
     click.echo(result.path)
     click.echo(
         f"{result.tensors} tensors, {result.outtype}, {decimal(result.size)} in {result.seconds:.1f} s", err=True

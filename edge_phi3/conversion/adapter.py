@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from edge_phi3.conversion.encode import STORED_TYPES, encode, tensor_type, to_float32
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import PositiveNumber, Size, read_json, typed
-from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS, read_phi3
+from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS
 from edge_phi3.conversion.plan import Plan, PlannedTensor, matrix_type
 from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
 from edge_phi3.conversion.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_name
@@ -79,14 +79,8 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and next(others, None) is None
 
 
-def plan_adapter(
-    folder: Path, outtype: str, base: Path | None = None
-) -> tuple[Plan, gguf.GGUFWriter, list[StoredTensor]]:
-    """Return the output's tensors and header, and the stored tensors.
-
-    `base` is the folder of its model, whose ``config.json`` tells how many rows the parts of a fused matrix have, where
-    the adapter does not.
-    """
+def plan_adapter(folder: Path, outtype: str) -> tuple[Plan, gguf.GGUFWriter, list[StoredTensor]]:
+    """Return the output's tensors and header, and the stored tensors."""
     config = _read_config(folder)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
     pairs = _pairs(file, config)
@@ -107,7 +101,7 @@ def plan_adapter(
         b: StoredTensor | Values = pair.b
         if layer and fused != module:
             siblings = [f"model.layers.{layer['number']}.{part}.weight" for part in PARTS[fused]]
-            a, b = _fuse(siblings, pairs, _rows(siblings, pairs, base), alpha)
+            a, b = _fuse(siblings, pairs, alpha)
         elif pair.alpha != alpha:
             b = _values(pair.b) * np.float32(pair.alpha / alpha)
         if name == EMBEDDING:  # llama.cpp looks rows up in it
@@ -146,24 +140,16 @@ def _pairs(file: SafetensorsFile, config: _Config) -> dict[str, _Pair]:
     return pairs
 
 
-def _rows(names: list[str], pairs: dict[str, _Pair], base: Path | None) -> list[int]:
-    """Return how many rows each part of a fused matrix has."""
-    rows = [pairs[name].b.shape[0] if name in pairs else 0 for name in names]
-    rows[-2:] = [max(rows[-2:])] * 2  # keys and values have as many, and gate and up
-    if all(rows):
-        return rows
-    if base is None or (config := read_json(base / "config.json")) is None:
-        raise CheckpointError(
-            f"{names[rows.index(0)]} has no change, so that only the model knows its size: give the folder of its"
-            " config.json as --base."
-        )
-    specs = read_phi3(config, disguised=True).tensors().values()
-    return next(list(spec.parts.values()) for spec in specs if names[0] in spec.parts)
-
-
-def _fuse(names: list[str], pairs: dict[str, _Pair], rows: list[int], alpha: float) -> tuple[Values, Values]:
+def _fuse(names: list[str], pairs: dict[str, _Pair], alpha: float) -> tuple[Values, Values]:
     """Return the factors of a fused matrix, given those of its parts."""
     changed = [pairs[name] for name in names if name in pairs]
+    rows = [pairs[name].b.shape[0] if name in pairs else 0 for name in names]
+    rows[-2:] = [max(rows[-2:])] * 2  # keys and values have as many, and gate and up
+    rows[0] = rows[0] or changed[0].a.shape[1]  # queries are as wide as the model
+    if not all(rows):
+        raise UnsupportedModelError(
+            f"{names[0]} is changed, but neither keys nor values, which tell their size; {_MERGE}."
+        )
     b = np.zeros((sum(rows), rank := sum(pair.rank for pair in changed)), np.float32)
     row = column = 0
     for name, count in zip(names, rows, strict=True):

@@ -68,15 +68,14 @@ def convert(
     outtype: str = "auto",
     force: bool = False,
     source: SourceInfo | None = None,
-    base: Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint of the Phi family, a folder in the Hugging Face layout, or a LoRA adapter, to a GGUF.
 
     On any error, an interruption included, nothing is left at `output`. The type of the matrices is ``f32``, ``f16``,
     ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own. A `source` that is not given is read from the path of a
-    snapshot in the Hub's cache; for `base` see `plan_adapter`. `progress` is called after each piece of a tensor, with
-    the bytes that are done, those of all tensors, and the tensor's name.
+    snapshot in the Hub's cache. `progress` is called after each piece of a tensor, with the bytes that are done, those
+    of all tensors, and the tensor's name.
 
     Raises:
         ConversionError: the checkpoint cannot be converted, or the output not be written.
@@ -84,7 +83,7 @@ def convert(
     """
     started = time.monotonic()
     if is_adapter(checkpoint):
-        plan, header, stored = plan_adapter(checkpoint, outtype, base)
+        plan, header, stored = plan_adapter(checkpoint, outtype)
         _add_tensors(header, plan)
     else:
         opened = open_checkpoint(checkpoint)

@@ -18,7 +18,6 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from tests.conversion.conftest import tensors_of
 from tests.golden import adapters
-from tests.golden.checkpoints import write_checkpoint
 from tests.golden.gguf_digests import describe
 from tests.test_cli import edge_phi3
 
@@ -73,17 +72,13 @@ def test_split_projections_are_fused(tmp_path: Path) -> None:
         np.testing.assert_allclose(change(path, matrix), whole * 6 / 4, rtol=1e-5, atol=1e-5)
 
 
-def test_a_part_alone_takes_its_sizes_from_the_model(tmp_path: Path) -> None:
-    base = write_checkpoint(tmp_path / "base", layers=1, hidden_size=WIDTH, heads=4, kv_heads=2)
-    changes = write(tmp_path / "queries", {"q_proj": 4})
-    arguments = ("convert", str(tmp_path / "queries"), "-o", str(tmp_path / "adapter.gguf"))
-    refused = edge_phi3(*arguments)
-    assert refused.returncode == 1
-    assert "k_proj.weight has no change" in refused.stderr
-    done = edge_phi3(*arguments, "--base", str(base))
-    assert (done.returncode, done.stdout) == (0, f"{arguments[-1]}\n"), done.stderr
-    whole = np.concatenate([changes["q_proj"], np.zeros((2 * KEYS, WIDTH), np.float32)])
-    np.testing.assert_allclose(change(tmp_path / "adapter.gguf", "attn_qkv"), whole * 6 / 4, rtol=1e-5, atol=1e-5)
+def test_an_adapter_becomes_a_file_on_the_command_line(tmp_path: Path) -> None:
+    changes, output = write(tmp_path / "keys", {"k_proj": 4}), tmp_path / "adapter.gguf"
+    done = edge_phi3("convert", str(tmp_path / "keys"), "-o", str(output))
+    assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
+    whole = np.zeros((WIDTH + 2 * KEYS, WIDTH), np.float32)
+    whole[WIDTH : WIDTH + KEYS] = changes["k_proj"]
+    np.testing.assert_allclose(change(output, "attn_qkv"), whole * 6 / 4, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
