@@ -8,6 +8,7 @@ step after a switch takes more than the next one. The clients' model is of Phi-3
 
 from __future__ import annotations
 
+import functools
 import queue
 import statistics
 import sys
@@ -30,7 +31,7 @@ from tests.support.adapters import random_adapter
 from tests.support.models import model_path
 
 CLIENTS, PROMPT, NEW, TURNS = 16, 60, 64, 3
-GREEDY = {"do_sample": False, "max_length": None, "max_new_tokens": NEW, "eos_token_id": []}
+GREEDY: dict[str, object] = {"do_sample": False, "max_length": None, "max_new_tokens": NEW, "eos_token_id": []}
 
 
 def switch(folder: Path) -> float:
@@ -63,10 +64,14 @@ def clients(engine: Engine, adapters: int) -> tuple[float, float]:
     config, chance = GenerationConfig.resolve(GREEDY, engine.model.defaults), np.random.default_rng(0)
     came: queue.SimpleQueue[tuple[int, float, Event]] = queue.SimpleQueue()
     started = time.perf_counter()
+
+    def note(client: int, event: Event) -> None:
+        came.put((client, time.perf_counter(), event))
+
     for client in range(CLIENTS):
         prompt = chance.integers(300, 3000, PROMPT, dtype=np.int32)
         request = GenerationRequest(prompt, config, stream=True, adapter=client % adapters)
-        engine.submit(request, lambda event, client=client: came.put((client, time.perf_counter(), event)))
+        engine.submit(request, functools.partial(note, client))
     last, longest, ended = dict.fromkeys(range(CLIENTS), started), 0.0, 0
     while ended < CLIENTS:
         client, now, event = came.get()
