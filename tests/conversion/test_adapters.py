@@ -14,6 +14,8 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from edge_phi3.catalog import ModelReferenceError, parse_reference
+from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from tests.conversion.conftest import tensors_of
@@ -109,3 +111,10 @@ def test_a_damaged_adapter_is_refused(tmp_path: Path, shapes: dict[str, list[int
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=sentence):
         convert(tmp_path / "adapter", tmp_path / "adapter.gguf")
+
+
+def test_an_adapter_is_not_taken_for_a_model() -> None:
+    with pytest.raises(ConversionError, match=r"mlp is an adapter \(adapter_config.json\).*edge-phi3 convert.*--lora"):
+        open_checkpoint(adapters.FOLDER / "mlp")
+    with pytest.raises(ModelReferenceError, match=r"has no config.json, for it is an adapter: convert it"):
+        parse_reference(str(adapters.FOLDER / "mlp"))
