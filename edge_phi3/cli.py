@@ -21,7 +21,8 @@ from edge_phi3.version import __version__
 VERBS: Mapping[str, str] = {
     "serve": "Serve a model over HTTP.",
     "pull": "Bring a model into the store.",
-    "convert": "Turn a checkpoint into a GGUF file.",
+    "models": "Show, check and clear what the store holds.",
+    "convert": "Turn a checkpoint or an adapter into a GGUF file.",
     "quantize": "Make a GGUF file smaller.",
     "imatrix": "Measure which weights matter, for better quantisation.",
     "fit": "Tell which quantisations fit a machine's memory.",

@@ -7,6 +7,7 @@ file are one option, a field of `Settings`; flags win over the environment, whic
 from __future__ import annotations
 
 import ipaddress
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -22,8 +23,9 @@ from pydantic import (
 )
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
-from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, adapter_of, environment, read_toml
-from edge_phi3.settings_text import explain, flag_of, option
+from edge_phi3.llama.options import Lora
+from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
+from edge_phi3.settings_text import explain, flag_of, option, read_lora, write_lora
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
 
@@ -45,13 +47,13 @@ class Settings(BaseModel):
         "Folder where converted models are stored; the user's cache folder by default.",
         metavar="DIR",
     )
-    lora: tuple[tuple[Path, float], ...] = option(
+    lora: tuple[Lora, ...] = option(
         (),
         "Model",
-        "LoRA adapter (GGUF) to apply, with its scale (1 by default); repeatable.",
-        metavar="FILE[=SCALE]",
+        "LoRA adapter (GGUF), with its scale (1 by default); repeatable. With a name, requests choose it by that;"
+        " without, all requests have it.",
+        metavar="NAME=FILE[:SCALE] or FILE[=SCALE]",
     )
-
     encode_user_tokens_as_text: bool = option(
         False,
         "Model",
@@ -273,8 +275,16 @@ class Settings(BaseModel):
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:
-        if isinstance(value, list | tuple):
-            return [adapter_of(item) if isinstance(item, str) else item for item in value]
+        if not isinstance(value, list | tuple):
+            return value
+        return [read_lora(item) if isinstance(item, str) else item for item in value]
+
+    @field_validator("lora")
+    @classmethod
+    def _check_lora(cls, value: tuple[Lora, ...]) -> tuple[Lora, ...]:
+        names = [lora.name for lora in value if lora.name]
+        if len(set(names)) < len(names) or not all(math.isfinite(lora.scale) for lora in value):
+            raise ValueError("each name is given once, and a scale is a finite number")
         return value
 
     @field_validator("api_key")
@@ -301,8 +311,8 @@ class Settings(BaseModel):
             raise ValueError(str(error)) from error
 
     @field_serializer("lora")
-    def _write_lora(self, value: tuple[tuple[Path, float], ...]) -> list[str]:
-        return [f"{path}={scale:g}" for path, scale in value]
+    def _write_lora(self, value: tuple[Lora, ...]) -> list[str]:
+        return [write_lora(*lora) for lora in value]
 
     @classmethod
     def load(cls, flags: Mapping[str, object] | None = None, config_file: Path | None = None) -> Self:

@@ -44,9 +44,3 @@ def read_toml(path: Path, names: Iterable[str]) -> dict[str, object]:
             hint = f" Did you mean {' or '.join(key_of(name) for name in close)}?" if close else ""
             raise SettingsError(f"The configuration file {path} has the key {key!r}, which is no option.{hint}")
     return values
-
-
-def adapter_of(text: str) -> tuple[str, str | float]:
-    """Return the path and the scale of an adapter, which is written PATH=SCALE or PATH."""
-    path, separator, scale = text.rpartition("=")
-    return (path, scale) if separator else (text, 1.0)

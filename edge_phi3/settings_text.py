@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -62,6 +63,26 @@ def allowed_values(field: FieldInfo) -> str:
         "N/UNIT": "a count and a unit such as 60/minute (second, minute, hour, day)",
     }
     return example.get(metavar or "", f"{metavar}" if metavar else "a text that is not empty")
+
+
+_NUMBER = r"(?P<scale>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)"
+_SCALED = re.compile(rf"(?P<file>.+)={_NUMBER}")
+_NAMED = re.compile(rf"(?P<name>[A-Za-z0-9][\w.-]*)(?<!\.gguf)=(?P<file>.+?)(:{_NUMBER})?")
+
+
+def read_lora(text: str) -> tuple[str, str | float, str]:
+    """Return the file, scale and name of a value of ``--lora``: what has a slash before its ``=`` is no name."""
+    if scaled := _SCALED.fullmatch(text):
+        return scaled["file"], scaled["scale"], ""
+    if named := _NAMED.fullmatch(text):
+        return named["file"], named["scale"] or 1.0, named["name"]
+    file, _, scale = text.partition(".gguf=")
+    return (text, 1.0, "") if "/" in scale or not scale else (f"{file}.gguf", scale, "")
+
+
+def write_lora(path: Path, scale: float, name: str) -> str:
+    """Return an adapter as `read_lora` reads it."""
+    return f"{name}={path}:{scale:g}" if name else f"{path}={scale:g}"
 
 
 def to_toml(settings: BaseModel) -> str:

@@ -12,6 +12,7 @@ from litestar.params import RawBody
 
 from edge_phi3.api import lax
 from edge_phi3.api.body import decode_body
+from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
@@ -56,7 +57,18 @@ def _prepare(service: Service, wanted: ChatRequest, exchange: Exchange) -> Prepa
         return_full_text=wanted.return_full_text is not False,
         clean_up_tokenization_spaces=bool(wanted.clean_up_tokenization_spaces),
         handle_long_generation=wanted.handle_long_generation,
+        adapter=_adapter(service, wanted.adapters),
     )
+
+
+def _adapter(service: Service, wanted: str | list[str] | None) -> int:
+    """Return the number of the adapter that a request names, or 0."""
+    names = [wanted] if isinstance(wanted, str) else wanted or []
+    _, *adapters = service.pipeline.names
+    if len(names) > 1 or not set(names) <= set(adapters):
+        there = f"one of {', '.join(adapters)}" if adapters else "left out: none is served (--lora NAME=FILE)"
+        raise InvalidRequestError(f"`adapters` must be {there}.")
+    return adapters.index(names[0]) + 1 if names else 0
 
 
 async def _events(service: Service, prepared: PreparedPrompt, exchange: Exchange) -> AsyncGenerator[bytes, None]:

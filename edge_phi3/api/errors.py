@@ -67,6 +67,10 @@ class NotReadyError(EdgePhi3Error):
     """The model is not loaded yet, or the service is stopping."""
 
 
+class ModelNotFoundError(EdgePhi3Error):
+    """The request names a model that is not served."""
+
+
 class UnhealthyError(EdgePhi3Error):
     """The model is not loaded, or the engine is broken: the original's answer to ``/healthz``."""
 
@@ -82,6 +86,7 @@ STATUS_CODES: dict[type[EdgePhi3Error], int] = {
     PromptError: 400,
     RequestTooLargeError: 400,
     UnauthorizedError: 401,
+    ModelNotFoundError: 404,
     UnsupportedMediaTypeError: 415,
     WrongHostError: 421,
     QueueFullError: 429,

@@ -46,6 +46,9 @@ class ChatRequest(Struct, kw_only=True):
         str | None,
         about("`hole`: keep the end of a prompt that leaves no room for the new tokens. null: keep all.", "hole"),
     ] = None
+    adapters: Annotated[
+        str | list[str] | None, about("The name of an adapter (`--lora NAME=FILE`) to answer with, or a list of one.")
+    ] = None
     generate_kwargs: Annotated[
         dict[str, Any] | None, about("The parameters of generation.", {"do_sample": False, "max_new_tokens": 64})
     ] = None

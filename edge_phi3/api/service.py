@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from edge_phi3.api.auth import KeyRing
-from edge_phi3.api.errors import InvalidRequestError, NotReadyError, UnhealthyError
+from edge_phi3.api.errors import InvalidRequestError, ModelNotFoundError, NotReadyError, UnhealthyError
 from edge_phi3.api.exchange import Exchange
 from edge_phi3.api.lanes import Lanes
 from edge_phi3.api.metrics import ServiceMetrics
@@ -159,6 +159,13 @@ class Service:
     def is_foreign(self, messages: object) -> bool:
         """Return whether a conversation, if there is one, is rendered by a chat template that runs apart."""
         return bool(messages) and self.loaded is not None and self.loaded.foreign_template
+
+    def place_of(self, name: str) -> int:
+        """Return the place of a model or adapter in the pipeline's `names`; `ModelNotFoundError` without such a one."""
+        names = self.pipeline.names
+        if name not in names:
+            raise ModelNotFoundError(f"There is no model {name[:60]!r} here; there is {', '.join(names)}.")
+        return names.index(name)
 
     def note_prompt(self, exchange: Exchange, asked: object) -> None:
         """Keep a request's prompt, or its conversation as JSON, for the log when prompts are logged."""

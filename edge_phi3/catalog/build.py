@@ -86,10 +86,17 @@ class Build:
         arrived = sum(path.stat().st_size for path in work.iterdir())
         require_space(work, sum(file.size or 0 for file in files) - arrived, wanted.text, _ELSEWHERE)
         records = self._repository.fetch(files, work)
-        _clear(folder)
+        prefix = self._prefix(folder, [file.name for file in records])
         for file in records:
-            (work / file.name).replace(folder / file.name)
-        return self._write(folder, records, records, None)
+            (work / file.name).replace(folder / f"{prefix}{file.name}")
+        renamed = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in records]
+        return self._write(folder, renamed, records, None)
+
+    def _prefix(self, folder: Path, names: Sequence[str]) -> str:
+        """Return what the names of new files begin with, so that the model that is there stays whole beside them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any((folder / name).exists() for name in names)
+        return f"{self._commit[:12]}-" if self._commit and taken else ""
 
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
@@ -116,8 +123,7 @@ class Build:
         return made
 
     def _move(self, stop: Stop, folder: Path) -> FileRecord:
-        _clear(folder)
-        target = folder / stop.path.name
+        target = folder / f"{self._prefix(folder, [stop.path.name])}{stop.path.name}"
         if self._keep and folder.name in _DIRECT:
             shutil.copyfile(stop.path, target)
         else:
@@ -139,6 +145,10 @@ class Build:
             created=dt.datetime.now(dt.UTC),
         )
         write_manifest(folder, manifest)
+        # Only now is the older model of no use: a killed run leaves one of the two whole.
+        names = {MANIFEST_NAME, *(file.name for file in files)}
+        for path in [path for path in folder.iterdir() if path.name not in names]:
+            path.unlink()
         return manifest
 
 
@@ -208,14 +218,6 @@ def _repository(wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> 
 
 def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:
     return wanted.name.rsplit("/", 1)[-1]
-
-
-def _clear(folder: Path) -> None:
-    """Take away an older model, its manifest first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for path in [*folder.glob("*.gguf"), *folder.glob(f".*{PARTIAL_SUFFIX}")]:
-        path.unlink()
 
 
 def _bits_of(checkpoint: Path) -> int:

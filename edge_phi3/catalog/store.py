@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from urllib.parse import quote
 
 import platformdirs
 
-from edge_phi3.catalog.build import STORE_VARIABLE, Build, CatalogError
+from edge_phi3.catalog.build import STORE_VARIABLE, WORK_PREFIX, Build, CatalogError
 from edge_phi3.catalog.listing import CHECKPOINT_FILES, UnreachableError
 from edge_phi3.catalog.manifest import MANIFEST_NAME, Manifest, read_manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, parse_reference
@@ -27,6 +28,9 @@ _HEAD = 64 << 10
 
 _LONGEST_NAME = 180
 """Characters of a folder's name; a file system takes 255 bytes, some of which the names of locks add."""
+
+LOCKS = ".locks"
+"""The folder of the locks; no shelf's name begins with a dot."""
 
 _Wanted = HubCheckpoint | HubGguf | LocalCheckpoint
 
@@ -46,6 +50,11 @@ class StoredModel:
     revision: str | None
     quant: str | None
     manifest: Manifest | None
+
+    @property
+    def last_use(self) -> float:
+        """When the model of the store was last asked for, as seconds since 1970: the time of its manifest."""
+        return self.path.with_name(MANIFEST_NAME).stat().st_mtime
 
 
 class Catalog:
@@ -119,6 +128,9 @@ class Catalog:
                         if None in found.values():
                             raise CatalogError(self._without_network(wanted, [] if ready else types, error)) from error
                         progress.note(f"{error}; the model stays as it is in the store.")
+        for folder in found:
+            with contextlib.suppress(OSError):  # of a store that cannot be written
+                os.utime(folder / MANIFEST_NAME)
         return [_stored(folder, manifest, wanted.name) for folder, manifest in found.items() if manifest is not None]
 
     def find(self, wanted: HubGguf) -> StoredModel | None:
@@ -132,17 +144,41 @@ class Catalog:
         folders = sorted(path.parent for path in self.store.glob(f"*/*/{MANIFEST_NAME}"))
         return [_stored(folder, manifest, manifest.name) for folder in folders if (manifest := read_manifest(folder))]
 
+    def called(self, name: str, quants: Sequence[str] = ()) -> list[StoredModel]:
+        """Return the whole models of a name or source, of some types only if any are given; `CatalogError` if none."""
+        types = [quantization_type(quant).name for quant in quants]
+        stored = self.stored()
+        found = [each for each in stored if name in {each.name, each.source} and (not types or each.quant in types)]
+        if not found:
+            kinds, known = " as ".join([name, *types[:1]]), ", ".join(sorted({each.name for each in stored}))
+            raise CatalogError(f"{kinds} is not in the store {self.store}; it holds {known or 'no model'}.")
+        return found
+
+    def leftovers(self) -> list[tuple[Path, str]]:
+        """List the folders that hold no whole model, and call each "damaged", or "unfinished" where a run may go on."""
+        folders = sorted(folder for folder in self.store.glob("*/*/") if folder.parent.name != LOCKS)
+        kinds = ((folder, "unfinished" if folder.name.startswith(WORK_PREFIX) else "damaged") for folder in folders)
+        return [(folder, kind) for folder, kind in kinds if read_manifest(folder) is None]
+
     def verify(self, model: StoredModel) -> None:
         """Compare a model's files with its manifest, after a copy for instance; `CatalogError` when one has changed."""
         for file in model.manifest.files if model.manifest else []:
             path = model.path.with_name(file.name)
-            if sha256_of(path) != file.sha256:
-                raise CatalogError(f"{path} is damaged; delete its folder and pull {model.source} again.")
+            with _system_errors(self.store):
+                whole = sha256_of(path) == file.sha256
+            if not whole:
+                raise CatalogError(f"{path} is damaged; `edge-phi3 models rm` it, and pull {model.source} again.")
+
+    def remove(self, folder: Path, progress: ProgressReporter | None = None) -> None:
+        """Delete a folder of the store, of a model (its manifest first) or of unfinished work."""
+        with _system_errors(self.store), self._locked(folder.parent, progress or SilentProgress()):
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)
+            shutil.rmtree(folder)
 
     @contextlib.contextmanager
     def _locked(self, shelf: Path, progress: ProgressReporter) -> Iterator[None]:
         waiting = f"Another process is making {shelf.name}; waiting for it."
-        with locked(self.store / ".locks" / f"{shelf.name}.lock", lambda: progress.note(waiting)):
+        with locked(self.store / LOCKS / f"{shelf.name}.lock", lambda: progress.note(waiting)):
             try:
                 yield
             finally:

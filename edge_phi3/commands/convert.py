@@ -1,4 +1,4 @@
-"""``edge-phi3 convert``: a Phi-3 checkpoint becomes a GGUF file."""
+"""``edge-phi3 convert``: a Phi-3 checkpoint, or an adapter, becomes a GGUF file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from edge_phi3.progress import stderr_progress
 
 
 @click.command("convert")
-@click.argument("checkpoint", type=click.Path(path_type=Path), help="A folder in the Hugging Face layout.")
+@click.argument(
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    help="A folder in the Hugging Face layout: a model, or a LoRA adapter of PEFT.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The GGUF file to write.")
 @click.option(
     "--outtype",
@@ -24,7 +28,7 @@ from edge_phi3.progress import stderr_progress
 )
 @click.option("--force", is_flag=True, help="Replace the output when it exists.")
 def command(checkpoint: Path, output: Path, outtype: str, force: bool) -> None:
-    """Turn a checkpoint of the Phi family into a GGUF file, without torch.
+    """Turn a checkpoint of the Phi family, or a LoRA adapter for one, into a GGUF file, without torch.
 
     Example: `edge-phi3 convert Phi-3-mini-4k-instruct -o phi-3-mini-4k-f16.gguf --outtype f16`
     """

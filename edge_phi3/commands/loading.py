@@ -15,7 +15,7 @@ from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.json_schema import SchemaLimits
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.progress import LineProgress, stderr_progress
-from edge_phi3.settings import Settings
+from edge_phi3.settings import Settings, SettingsError
 
 logger = structlog.get_logger(__name__)
 
@@ -32,6 +32,8 @@ def load_pipeline(settings: Settings, say: Say) -> TextGenerationPipeline:
     with stderr_progress(lines) if settings.log_format == "text" else contextlib.nullcontext(lines) as progress:
         progress.say = say
         stored = Catalog(settings.store).resolve(settings.model, quant=settings.quant, progress=progress)
+        if stored.name in (lora.name for lora in settings.lora):
+            raise SettingsError(f"--lora: {stored.name} is the model's own name; give the adapter another one.")
         options = {name: getattr(settings, name) for name in _ENGINE_OPTIONS}
         engine = Engine(EngineSettings(stored.path, **options))
         with progress.step(f"Loading {stored.path.name}"):

@@ -24,6 +24,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion.adapter import is_adapter, plan_adapter
 from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
 from edge_phi3.conversion.encode import encode
 from edge_phi3.conversion.errors import ConversionError
@@ -69,7 +70,7 @@ def convert(
     source: SourceInfo | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ConversionResult:
-    """Convert a checkpoint of the Phi family, a folder in the Hugging Face layout, to a GGUF.
+    """Convert a checkpoint of the Phi family, a folder in the Hugging Face layout, or a LoRA adapter, to a GGUF.
 
     On any error, an interruption included, nothing is left at `output`. The type of the matrices is ``f32``, ``f16``,
     ``bf16``, ``q8_0``, or ``auto`` for the checkpoint's own. A `source` that is not given is read from the path of a
@@ -81,13 +82,18 @@ def convert(
         OutputExistsError, DiskFullError: `output` exists and `force` is false, or the disk has no room for it.
     """
     started = time.monotonic()
-    opened = open_checkpoint(checkpoint)
-    model = read_model(opened)
-    for note in (*opened.notes, *model.notes, *model.rope.notes):
-        _logger.warning(note)
-    plan = plan_tensors(opened.tensors, model, outtype)
-    header = _header(opened, model, plan, source)
-    _refuse_own_source(output, opened)
+    if is_adapter(checkpoint):
+        plan, header, stored = plan_adapter(checkpoint, outtype)
+        _add_tensors(header, plan)
+    else:
+        opened = open_checkpoint(checkpoint)
+        stored = [*opened.tensors.values()]
+        model = read_model(opened)
+        for note in (*opened.notes, *model.notes, *model.rope.notes):
+            _logger.warning(note)
+        plan = plan_tensors(opened.tensors, model, outtype)
+        header = _header(opened, model, plan, source)
+    _refuse_own_source(output, stored)
     with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
         require_space(temporary.parent, plan.size, str(output))
         _write_header(header, temporary)
@@ -99,16 +105,20 @@ def convert(
 def _header(checkpoint: Checkpoint, model: Phi3, plan: Plan, source: SourceInfo | None) -> gguf.GGUFWriter:
     vocabulary = read_vocabulary(checkpoint.folder, model.vocab_size)
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
-    for tensor in plan.tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
+    _add_tensors(writer, plan)
     parameters = writer.get_total_parameter_count()[0]
     write_general_metadata(writer, checkpoint, source, parameters, byte_level=vocabulary.words is not None)
     model.write_metadata(writer)
-    writer.add_file_type(_FILE_TYPES[plan.matrices])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.write_metadata(writer)
     write_generation_metadata(writer, checkpoint, vocabulary.tokens)
     return writer
+
+
+def _add_tensors(writer: gguf.GGUFWriter, plan: Plan) -> None:
+    for tensor in plan.tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
+    writer.add_file_type(_FILE_TYPES[plan.matrices])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
@@ -186,8 +196,8 @@ def _padding(position: int) -> memoryview:
     return memoryview(bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT))
 
 
-def _refuse_own_source(output: Path, checkpoint: Checkpoint) -> None:
-    if output.resolve() in {tensor.file.path.resolve() for tensor in checkpoint.tensors.values()}:
+def _refuse_own_source(output: Path, stored: list[StoredTensor]) -> None:
+    if output.resolve() in {tensor.file.path.resolve() for tensor in stored}:
         raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
 
 

@@ -21,6 +21,18 @@ from edge_phi3.conversion.rope import Rope, read_rope
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The matrices that may be one, by the checkpoint's names."""
 
+IN_GGUF = {
+    "input_layernorm": "attn_norm", "self_attn.qkv_proj": "attn_qkv", "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+"""What the tensors of a block are called in the GGUF."""
+
+PARTS = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+"""The matrices that fused ones are made of, in their order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
@@ -80,25 +92,23 @@ class Phi3(_Config, frozen=True, kw_only=True):
         }
         if not self.tie_word_embeddings:
             specs[HEAD] = TensorSpec("output.weight", (vocabulary, width))
-        block = {
-            "input_layernorm": ("attn_norm", (width,)),
-            "self_attn.qkv_proj": ("attn_qkv", (queries + 2 * keys, width)),
-            "self_attn.o_proj": ("attn_output", (width, width)),
-            "post_attention_layernorm": ("ffn_norm", (width,)),
-            "mlp.gate_up_proj": ("ffn_up", (2 * self.intermediate_size, width)),
-            "mlp.down_proj": ("ffn_down", (width, self.intermediate_size)),
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (width,),
+            "self_attn.qkv_proj": (queries + 2 * keys, width),
+            "self_attn.o_proj": (width, width),
+            "post_attention_layernorm": (width,),
+            "mlp.gate_up_proj": (2 * self.intermediate_size, width),
+            "mlp.down_proj": (width, self.intermediate_size),
         }
-        split = {
-            "self_attn.qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys},
-            "mlp.gate_up_proj": {"gate_proj": self.intermediate_size, "up_proj": self.intermediate_size},
-        }
+        rows = {"self_attn.qkv_proj": (queries, keys, keys), "mlp.gate_up_proj": (self.intermediate_size,) * 2}
         for i in range(self.num_hidden_layers):
-            for theirs, (ours, shape) in block.items():
-                path = f"model.layers.{i}.{theirs}"
-                parts = {
-                    f"{path.rpartition('.')[0]}.{part}.weight": rows for part, rows in split.get(theirs, {}).items()
-                }
-                specs[f"{path}.weight"] = TensorSpec(f"blk.{i}.{ours}.weight", shape, parts)
+            for theirs, shape in shapes.items():
+                parts = zip(PARTS.get(theirs, ()), rows.get(theirs, ()), strict=True)
+                specs[f"model.layers.{i}.{theirs}.weight"] = TensorSpec(
+                    f"blk.{i}.{IN_GGUF[theirs]}.weight",
+                    shape,
+                    {f"model.layers.{i}.{part}.weight": count for part, count in parts},
+                )
         return specs
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:

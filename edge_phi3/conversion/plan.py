@@ -9,9 +9,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import msgspec
-import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
@@ -35,13 +36,13 @@ _CHUNK = 1 << 20
 class PlannedTensor:
     """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values.
 
-    They are those of stored tensors, one after the other, or made here.
+    They are those of stored tensors, one after the other, or made here, as they are to be written.
     """
 
     name: str
     shape: tuple[int, ...]
     type: GgmlType
-    values: tuple[StoredTensor, ...] | NDArray[np.float32]
+    values: tuple[StoredTensor, ...] | NDArray[Any]
 
     @property
     def size(self) -> int:
@@ -88,8 +89,6 @@ def read_model(checkpoint: Checkpoint) -> Phi3:
 
 def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) -> Plan:
     """Plan the output of a checkpoint's tensors."""
-    if outtype not in OUTTYPES:
-        raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
     specs = model.tensors()
     # Savers that store tied matrices once keep either name.
     tied, renamed = model.tie_word_embeddings, EMBEDDING not in tensors
@@ -122,7 +121,7 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
             raise CheckpointError(
                 f"{name} has the dtype {tensor.dtype}; BF16, F16 and F32 can be converted, not what is quantised."
             )
-    wanted = GgmlType[outtype.upper()] if outtype != "auto" else STORED_TYPES[_matrix_dtype(stored)]
+    wanted = matrix_type(stored, outtype)
     planned = []
     if longrope := model.rope.longrope:
         for kind, factor in (("long", longrope.long_factor), ("short", longrope.short_factor)):
@@ -151,8 +150,13 @@ def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
-def _matrix_dtype(stored: dict[str, StoredTensor]) -> str:
+def matrix_type(stored: Mapping[str, StoredTensor], outtype: str) -> GgmlType:
+    """Return the type of the output's matrices: `outtype`, or for ``auto`` that of most stored ones."""
+    if outtype not in OUTTYPES:
+        raise ConversionError(f"The output type {outtype!r} does not exist; choose one of {', '.join(OUTTYPES)}.")
+    if outtype != "auto":
+        return GgmlType[outtype.upper()]
     sizes: collections.Counter[str] = collections.Counter()
     for tensor in stored.values():
         sizes[tensor.dtype] += tensor.size if len(tensor.shape) > 1 else 0
-    return sizes.most_common(1)[0][0]
+    return STORED_TYPES[sizes.most_common(1)[0][0]]

@@ -20,6 +20,7 @@ from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 _SHARD = re.compile(r"-\d+(-of-\d+\.safetensors)$")
 # Safetensors beside a model that are no part of it: adapters, and the value heads of reinforcement learning.
@@ -155,8 +156,9 @@ def inside(folder: Path, name: str) -> str:
 def adapter_error(place: object) -> UnsupportedModelError:
     """Return the refusal of a folder or repository that holds an adapter, and no model."""
     return UnsupportedModelError(
-        f"{place} is an adapter ({ADAPTER_CONFIG}), not a whole model, and adapters are not converted yet: merge it "
-        "into its model with merge_and_unload() of peft, and give the folder of what save_pretrained() writes."
+        f"{place} is an adapter ({ADAPTER_CONFIG}), not a whole model: convert it by itself (edge-phi3 convert) and "
+        "serve it beside its model (--lora), or merge it with merge_and_unload() of peft, and give the folder of what "
+        "save_pretrained() writes."
     )
 
 

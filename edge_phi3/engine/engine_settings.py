@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_phi3.llama.options import ContextOptions
+from edge_phi3.llama.options import ContextOptions, Lora
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class EngineSettings(ContextOptions):
     ctx_size: int = 0
     require_gpu: bool = False
     window_chunk: int = 32
-    lora: tuple[tuple[Path, float], ...] = ()
+    lora: tuple[Lora, ...] = ()
     stream_interval: float = 0.1
     max_queue: int = 256
     prefix_cache: bool = True
@@ -28,6 +28,11 @@ class EngineSettings(ContextOptions):
     speculation: str = "auto"
     stall_timeout: float = 60.0
     exit_on_stall: bool = True
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names that requests choose adapters by; the number of one is its place, from 1."""
+        return [lora.name for lora in self.lora if lora.name]
 
 
 DEFAULT_CTX_SIZE = 8192

@@ -64,8 +64,8 @@ def load(settings: EngineSettings) -> LoadedModel:
         overrides = {_ORIGINAL_CONTEXT: shapes[0].cells} if original else {}
         model = Model(settings.model_path, n_gpu_layers=settings.n_gpu_layers if gpu else 0, overrides=overrides)
         stack.callback(model.close)
-        for path, scale in settings.lora:
-            model.load_lora(path, scale)
+        for path, scale, name in settings.lora:
+            model.load_lora(path, scale, settings.adapters.index(name) + 1 if name else 0)
         tokenizer = Tokenizer(model)
         runners = []
         for shape in shapes:

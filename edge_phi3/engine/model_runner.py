@@ -3,6 +3,9 @@
 The order is llama-server's and vLLM's: first one token of every row that decodes, then prompts chunk by chunk while
 there is room, so that a long prompt delays the others by one chunk at most. On a CPU, rows and prompts that would fill
 a tile together take turns.
+
+Requests of different adapters take turns, since a batch is computed with one, and each switch makes llama.cpp reserve
+its graphs anew.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from edge_phi3.engine.speculation import Speculation
 from edge_phi3.engine.window import SlidingWindow
 from edge_phi3.llama.context import Context
 
+TURN = 16
+"""Batches that an adapter's requests have before those of another one go on."""
 _FEW_RUNS = 32
 """Tokens that lie apart on a GPU and are still copied to main memory one by one."""
 
@@ -57,8 +62,8 @@ class ModelRunner:
 
     `max_tokens` is the longest sequence that is computed here; None for what the cells allow. `sizes` are the numbers
     of rows that are fast; None to decode all together. `window_chunk` tokens of a prompt are fed at a time beyond the
-    window. The other options are those of `KVCache`. `running` are the requests that hold cells, in the order of their
-    admission.
+    window. `turn` is how many batches one adapter has before another. The other options are those of `KVCache`.
+    `running` are the requests that hold cells, in the order of their admission.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class ModelRunner:
         retain: bool = False,
         sizes: BatchSizes | None = None,
         speculation: Speculation | None = None,
+        turn: int = TURN,
     ) -> None:
         self.context = context
         self.max_tokens = max_tokens
@@ -82,6 +88,10 @@ class ModelRunner:
         self._speculation = speculation or Speculation(0)
         self._batches = 0
         self._prompts_turn = False
+        self._decoded = self._adapter = 0
+        self._turn = self._left = turn
+        self._ended: dict[int, int] = {}
+        """When the last turn of each adapter ended, in batches."""
 
     # -- batches
 
@@ -91,11 +101,13 @@ class ModelRunner:
         An empty batch means that none of them can go on before another one leaves.
         """
         batch = Batch()
+        self._take_turns()
         decoding: list[RunningRequest] = []
         prompts: list[RunningRequest] = []
         for request in self.running:
-            self._part_rows(request)
-            (decoding if request.decoding else prompts).append(request)
+            if request.request.adapter == self._adapter:
+                self._part_rows(request)
+                (decoding if request.decoding else prompts).append(request)
         # What repeats to the bit does not depend on what was measured when the service started.
         sizes = None if any(request.exact for request in self.running) else self._sizes
         apart = sizes is not None and self._fill(sizes.tile, decoding, prompts)
@@ -121,12 +133,28 @@ class ModelRunner:
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
         """Decode a batch, and call `beside` meanwhile. Return its logits, as `Context.decode` does."""
+        self._left -= 1
+        self._decoded += 1
         started = time.perf_counter()
         logits = self.context.decode(batch.count, batch.rows + batch.padding + batch.drafted, beside)
         self._speculation.took(batch.count, time.perf_counter() - started)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
         return logits[: batch.rows + batch.drafted]
+
+    def _take_turns(self) -> None:
+        """Choose whose requests go on: one adapter's, until they have ended, or have had their turn and others wait.
+
+        Next is the one whose last turn is the longest ago, so that each waits for one turn of every other at most.
+        """
+        waiting = {request.request.adapter for request in self.running}
+        if self._adapter in waiting and (self._left > 0 or len(waiting) == 1):
+            return
+        waiting.discard(self._adapter)
+        self._ended[self._adapter] = self._decoded
+        self._adapter = min(waiting, key=lambda adapter: self._ended.get(adapter, -1))
+        self._left = self._turn
+        self.context.adapt(self._adapter)
 
     def _in_turn(self, decoding: list[RunningRequest], sizes: BatchSizes) -> list[RunningRequest]:
         """Return the requests that go on now: all, or those whose last token is the oldest."""
@@ -219,7 +247,7 @@ class ModelRunner:
         for sequence, line in zip(rows, tokens, strict=False):
             self._write(batch, sequence, line[sequence.computed : sequence.computed + count])
             if count > 1 and not request.exact:
-                self.kv.computed(sequence, line[: sequence.computed])
+                self.kv.computed(sequence, request.marked(line[: sequence.computed]))
         batch.members.append(request)
         if scored > 0:
             self.context.wants_logits[first + known : first + known + scored] = 1
@@ -321,5 +349,5 @@ class ModelRunner:
             # A GPU copies each run of neighbouring cells by itself, layer by layer, and tokens that were decoded beside
             # others lie apart.
             costly = self.context.offloaded and sequence.scattered > _FEW_RUNS
-            self.kv.finish(sequence, lines[row, :certain], prompt if costly else certain)
+            self.kv.finish(sequence, request.marked(lines[row, :certain]), prompt if costly else certain)
         request.sequences = []

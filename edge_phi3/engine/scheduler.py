@@ -176,7 +176,7 @@ class Scheduler:
         """
         if not self._share or request.exact or not request.request.config.cache_prompt:
             return request.request.prompt_ids[:0]
-        return request.stem_tokens()[: len(request.prompt_logprobs) if request.unscored else None]
+        return request.marked(request.stem_tokens()[: len(request.prompt_logprobs) if request.unscored else None])
 
     def retire(self, request: RunningRequest) -> None:
         """Take a request out."""

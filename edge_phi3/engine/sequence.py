@@ -35,6 +35,7 @@ class GenerationRequest:
         stop_texts: what ends a sequence by its text beside the configuration's ``stop_strings``, or None.
         scored_prompt: how many of the likeliest tokens are wanted beside the log-probability of each token of the
             prompt; None for neither.
+        adapter: the number of the adapter that it is computed with, from 1, or 0 for none.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -45,6 +46,7 @@ class GenerationRequest:
     constraint: TokenConstraint | None = None
     stop_texts: StopTexts | None = None
     scored_prompt: int | None = None
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,9 @@ class FinishedEvent:
     accepted_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
 
+
+ADAPTER_SHIFT = 20
+"""No vocabulary has so many bits in its tokens' ids; above them there is room for the numbers of 2047 adapters."""
 
 Event = TokensEvent | FinishedEvent | BaseException
 """What the engine sends to a request's owner: an exception or a `FinishedEvent` is the last one."""
@@ -191,6 +196,13 @@ class RunningRequest:
         same = (rows == rows[0]).all(axis=0) if len(rows) > 1 else np.ones(0, np.bool_)
         stem: NDArray[np.int32] = rows[0, : rows.shape[1] if same.all() else int(same.argmin())]
         return stem
+
+    def marked(self, tokens: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return tokens as the caches know them: with each adapter the first is another, so that none shares any."""
+        if self.request.adapter and len(tokens):
+            tokens = tokens.copy()
+            tokens[0] += self.request.adapter << ADAPTER_SHIFT
+        return tokens
 
     @property
     def unscored(self) -> int:

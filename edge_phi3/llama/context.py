@@ -70,7 +70,7 @@ class Context:
             )
         self._model = model
         self._memory = llama_cpp.llama_get_memory(self._handle)
-        self._apply_adapters()
+        self.adapt(0)
         self.cells = int(llama_cpp.llama_n_ctx(self._handle))
         self.sequences = self.scratch = sequences
         self.bytes_per_token = 1
@@ -85,13 +85,16 @@ class Context:
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
 
-    def _apply_adapters(self) -> None:
-        adapters = self._model._adapters  # noqa: SLF001 - the pair is one unit
-        if adapters:
-            handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(adapters))(*(handle for handle, _ in adapters))
-            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
-            if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(adapters), scales) != 0:
-                raise ModelLoadError("llama.cpp cannot apply the LoRA adapters to this model.")
+    def adapt(self, number: int) -> None:
+        """Apply the adapters of that number to what is decoded from now on, and those of number 0 in any case.
+
+        The next call of `decode` makes llama.cpp reserve its graphs anew, where this changes anything.
+        """
+        found = [adapter for adapter in self._model._adapters if adapter.number in {0, number}]  # noqa: SLF001 - as above
+        handles = (llama_cpp.llama_adapter_lora_p_ctypes * len(found))(*(adapter.handle for adapter in found))
+        scales = (ctypes.c_float * len(found))(*(adapter.scale for adapter in found))
+        if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(found), scales) != 0:
+            raise ModelLoadError("llama.cpp cannot apply the LoRA adapters to this model.")
 
     def _allocate_batch(self, size: int) -> None:
         self.tokens = np.zeros(size, np.int32)

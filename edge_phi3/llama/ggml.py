@@ -18,6 +18,7 @@ __all__ = [
     "GgmlTensor",
     "check_layout",
     "floats",
+    "has_tensor",
     "libggml",
     "metadata_text",
     "metadata_texts",
@@ -81,6 +82,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_type_name": (_text, _int),
     "ggml_type_size": (_size, _int),
     "gguf_find_key": (ctypes.c_int64, _pointer, _text),
+    "gguf_find_tensor": (ctypes.c_int64, _pointer, _text),
     "gguf_free": (None, _pointer),
     "gguf_get_arr_n": (_size, _pointer, ctypes.c_int64),
     "gguf_get_arr_str": (_text, _pointer, ctypes.c_int64, _size),
@@ -140,6 +142,14 @@ def _metadata_value(path: Path, key: str, kind: int) -> Iterator[tuple[Any, int]
         yield (header, place) if place >= 0 and libggml.gguf_get_kv_type(header, place) == kind else None
     finally:
         libggml.gguf_free(header)
+
+
+def has_tensor(path: Path, name: str) -> bool:
+    """Return whether a GGUF file has a tensor of that name."""
+    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
+    found = bool(header) and libggml.gguf_find_tensor(header, name.encode()) >= 0
+    libggml.gguf_free(header)
+    return found
 
 
 def metadata_text(path: Path, key: str) -> str:

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_phi3 import byte_level
 from edge_phi3.llama import ModelLoadError, pieces
 from edge_phi3.llama.backend import initialise_backend, reason
-from edge_phi3.llama.ggml import metadata_text, metadata_texts
+from edge_phi3.llama.ggml import has_tensor, metadata_text, metadata_texts
 
 _UNKNOWN, _UNUSED, _CONTROL, _BYTE = 1 << 0, 1 << 1, 1 << 3, 1 << 5
 """Of ``enum llama_token_attr``."""
@@ -104,6 +104,12 @@ def read_metadata(path: Path, keys: Iterable[str]) -> dict[str, str]:
         llama_cpp.llama_model_free(handle)
 
 
+class _Adapter(NamedTuple):
+    handle: Any
+    scale: float
+    number: int
+
+
 class Model:
     """A GGUF file of the Phi family in memory: weights, vocabulary and metadata.
 
@@ -125,7 +131,7 @@ class Model:
         self.path = path
         self._handle = load_file(path, params, overrides)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
-        self._adapters: list[tuple[Any, float]] = []
+        self._adapters: list[_Adapter] = []
         architecture = self.metadata("general.architecture")
         if architecture != "phi3":
             self.close()
@@ -235,16 +241,22 @@ class Model:
         encodings: list[tokenizers.Encoding] = self._encoder.encode_batch_fast(sound, add_special_tokens=False)
         return encodings
 
-    def load_lora(self, path: Path, scale: float) -> None:
-        """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`.
+    def load_lora(self, path: Path, scale: float, number: int = 0) -> None:
+        """Load a LoRA adapter; contexts made afterwards apply it, scaled by `scale`, when its number is chosen or 0.
 
         Raises:
             ModelLoadError: the file is missing, or no adapter for this model.
         """
+        if has_tensor(path, "token_embd.weight.lora_a") and not has_tensor(self.path, "output.weight"):
+            # llama.cpp would apply it to the output as well, and end the process for its shape.
+            raise ModelLoadError(
+                f"{path} changes the embedding, which {self.path.name} shares with its output: merge it into the"
+                " model, or train it without embed_tokens."
+            )
         adapter = llama_cpp.llama_adapter_lora_init(self._handle, str(path).encode()) if path.is_file() else None
         if not adapter:
             raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.")
-        self._adapters.append((adapter, scale))
+        self._adapters.append(_Adapter(adapter, scale, number))
 
     def close(self) -> None:
         """Free the model. Contexts made from it must be closed before."""

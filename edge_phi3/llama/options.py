@@ -5,12 +5,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 
 KVCacheType = Literal["f32", "f16", "q8_0"]
 FlashAttention = Literal["auto", "on", "off"]
+
+
+class Lora(NamedTuple):
+    """A LoRA adapter (GGUF), its strength, and the name that requests choose it by; without one, all have it."""
+
+    path: Path
+    scale: float = 1.0
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,6 +75,11 @@ class TextGenerationPipeline:
         self._template = ChatTemplate(template, self._tokenizer.special_tokens, marks)
         self.foreign_template = self._template.foreign
 
+    @property
+    def names(self) -> list[str]:
+        """What requests may choose: the model by its name, and each adapter that has one."""
+        return [self.model.name, *self.engine.settings.adapters]
+
     # -- text to tokens
 
     def prepare(
@@ -96,6 +101,7 @@ class TextGenerationPipeline:
         skip_special_tokens: bool = True,
         show_stop_tokens: bool = True,
         stop: Sequence[str] = (),
+        adapter: int = 0,
     ) -> PreparedPrompt:
         """Check a request and turn its prompt into tokens.
 
@@ -119,6 +125,7 @@ class TextGenerationPipeline:
             skip_special_tokens: whether the answer's text leaves special tokens out.
             show_stop_tokens: whether a token that ends the answer is part of its text, unless it is special.
             stop: texts, none of them empty, that end an answer when they have been generated.
+            adapter: the place of what answers in `names`.
 
         Raises:
             ContextLengthError: the prompt is as long as the context, or longer.
@@ -174,7 +181,8 @@ class TextGenerationPipeline:
         stop_texts = None
         if stop:
             stop_texts = StopTexts(stop, self._tokenizer.shown_bytes[skip_special_tokens], len(prompt_ids))
-        return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces, stop_texts=stop_texts)
+        clean_up = clean_up_tokenization_spaces
+        return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up, stop_texts=stop_texts, adapter=adapter)
 
     def _encode_conversation(
         self,
@@ -262,6 +270,7 @@ class TextGenerationPipeline:
             constraint=prepared.constraint,
             stop_texts=prepared.stop_texts,
             scored_prompt=prepared.scored,
+            adapter=prepared.adapter,
         )
         return self.engine.generate(request)
 

@@ -34,6 +34,7 @@ class PreparedPrompt:
         stop_texts: what ends an answer by its text beside the configuration's ``stop_strings``, or None.
         scored: how many likeliest tokens are wanted beside each token of the prompt; None for no log-probabilities.
         only_scored: whether the prompt alone is wanted, and nothing of what is generated.
+        adapter: the place of what answers in `TextGenerationPipeline.names`.
     """
 
     prompt_ids: NDArray[np.int32]
@@ -45,6 +46,7 @@ class PreparedPrompt:
     stop_texts: StopTexts | None = None
     scored: int | None = None
     only_scored: bool = False
+    adapter: int = 0
 
     def with_config(self, **changes: Any) -> PreparedPrompt:
         """Return the same prompt with other generation parameters."""

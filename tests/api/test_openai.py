@@ -184,3 +184,12 @@ def test_a_stop_text_is_never_shown_in_part(pieces: list[str], stops: list[str])
     assert not kept or any(stop.startswith(kept) for stop in stops), "what cannot begin a stop text is shown at once"
     assert told + shown.push("", last=True) == text[:end]
     assert shown.stopped is any(stop in text for stop in stops)
+
+
+def test_any_model_is_taken_and_adapters_are_refused_where_none_is_served(api: Running, client: openai.OpenAI) -> None:
+    assert client.completions.create(model="gpt-4o", prompt=PROMPT, max_tokens=1).model == "random-4k"
+    refused = api.chat(prompt=PROMPT, adapters=["tales"])
+    assert (refused.status_code, refused.json()["detail"]) == (
+        400,
+        "`adapters` must be left out: none is served (--lora NAME=FILE).",
+    )

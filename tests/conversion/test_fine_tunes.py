@@ -166,10 +166,10 @@ REFUSED: dict[str, tuple[Edit, type[ConversionError], str]] = {
     "a tokenizer in UTF-16": (utf16("tokenizer_config.json"), CHECKPOINT, "tokenizer_config.json is not in UTF-8"),
     "an id in quotes": (stated(bos_token_id="1"), CHECKPOINT, "config.json: bos_token_id holds '1'"),
     "an id of -2": (stated(pad_token_id=-2), CHECKPOINT, "config.json: pad_token_id holds -2"),
-    "an adapter": (adapter, UNSUPPORTED, r"is an adapter \(adapter_config.json\), not a whole .* not converted yet"),
+    "an adapter": (adapter, CHECKPOINT, "adapter_config.json: object missing required field `r`"),
     "an adapter and its config": (
         each(only("adapter_config.json"), written("adapter_model.safetensors")),
-        UNSUPPORTED, "is an adapter",
+        CHECKPOINT, "adapter_config.json is not valid JSON",
     ),
     "an adapter within": (renamed(merge_adapter), UNSUPPORTED, "an adapter that is not merged yet.*merge_and_unload"),
     "int8 weights": (quantised("I8"), UNSUPPORTED, r"already \(bitsandbytes\): .*o_proj.weight has the dtype I8"),

@@ -31,6 +31,7 @@ from edge_phi3.planning.gguf_layout import write_base
 from tests.conversion.conftest import fields_of, tensors_of, write_model
 from tests.golden.gguf_digests import QUANTIZED, QUANTIZED_TYPES, digest, write_quantizer_inputs
 from tests.support.cases import cases
+from tests.support.models import split
 from tests.test_cli import edge_phi3
 
 WITHOUT_MATRIX = [type_.name for type_ in QUANTIZATION_TYPES.values() if not type_.needs_imatrix]
@@ -113,17 +114,7 @@ def test_columns_that_do_not_fill_blocks_fall_back_and_are_counted(tmp_path: Pat
 
 
 def test_a_split_model_becomes_one_file(source: Path, tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "phi3", split_max_tensors=5)
-    for name, field in gguf.GGUFReader(source).fields.items():
-        if not name.startswith(("GGUF.", "general.architecture")):
-            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
-    for name, tensor in tensors_of(source).items():
-        writer.add_tensor(name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    parts = sorted(tmp_path.glob("model-*.gguf"))
+    parts = split(source, tmp_path)
     assert len(parts) == 3
     result = quantize(parts[0], tmp_path / "out.gguf", type="Q4_K_M")
     quantize(source, tmp_path / "whole.gguf", type="Q4_K_M")

@@ -23,6 +23,7 @@ import pytest
 from edge_phi3.catalog import Catalog
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
+from tests.golden.adapters import FOLDER as ADAPTERS
 from tests.support.documents import PAGES, ROOT, blocks, run, run_at
 from tests.support.models import write_fine_tune
 from tests.support.services import PATIENCE, Server, serving
@@ -62,6 +63,7 @@ def folder(tmp_path: Path, store: Path, server: Server, hub: HubServer, monkeypa
     assert server.url, "the server has put the demo model into the store"
     shutil.copytree(DEMO_CHECKPOINT, tmp_path / "Phi-3-mini-4k-instruct")
     write_fine_tune(tmp_path / FINE_TUNE)
+    shutil.copytree(ADAPTERS / "mlp", tmp_path / "tales")
     (tmp_path / "model-Q4_K_M.gguf").symlink_to(Catalog(store).resolve("demo").path)
     (tmp_path / "my-texts.txt").write_text("<|user|>\nWhat does len do?<|end|>\n" * 300, encoding="utf-8")
     (tmp_path / "keys.txt").write_text("a-key\n", encoding="ascii")

@@ -45,7 +45,8 @@ def is_answered(outcome: Outcome) -> bool:
 def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     model: Model, kind: str, options: dict[str, Any], chosen: dict[str, Any]
 ) -> None:
-    setup, path = Setup(kind, options | {"request_timeout": PATIENCE}), model(kind)
+    setup = Setup(kind, options | {"request_timeout": PATIENCE}, chosen.get("adapters", 0))
+    path = model(kind)
     maker = AskMaker(chosen["seed"], setup, longest=chosen["longest"])
     trial = Trial(setup, path, path.parent, seed=chosen["seed"], threads=chosen["threads"], refusal=math.inf)
     trial.run(maker.chains(chosen["count"], chosen["crosstalk"]), chosen["share"])

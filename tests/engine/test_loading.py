@@ -17,13 +17,15 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
+from edge_phi3.llama.options import Lora
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.adapters import RANK, write_adapter
+from tests.support.models import split
 
 PROMPT = np.random.default_rng(5).integers(FIRST_TOKEN, LAST_TOKEN, 30, dtype=np.int32)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": []}
-RANK = 2
 
 
 @pytest.mark.parametrize("kv_cache_type", ["f16", "q8_0"])
@@ -41,7 +43,7 @@ def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: 
         ({"kv_cache_type": "q8_0"}, r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
         ({"require_gpu": True}, r"--require-gpu asks for a GPU, but llama\.cpp finds none.*runtimeClassName"),
         ({"require_gpu": True, "n_gpu_layers": 0}, r"--n-gpu-layers 0 puts no layer there"),
-        ({"lora": ((Path("absent.gguf"), 1.0),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
+        ({"lora": (Lora(Path("absent.gguf")),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
     ],
 )
 def test_what_does_not_fit_the_model_is_told(make_model: MakeModel, options: dict[str, Any], sentence: str) -> None:
@@ -118,7 +120,7 @@ def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
     name = "blk.1.attn_output.weight"
     down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((RANK, 64), (64, RANK)))
     adapter = tmp_path / "adapter.gguf"
-    _write_adapter(adapter, name, down, up)
+    write_adapter(adapter, {name: (down, up)})
     merged = tmp_path / "merged.gguf"
     merged.write_bytes(base.read_bytes())
     weight = next(tensor for tensor in gguf.GGUFReader(merged, "r+").tensors if tensor.name == name).data
@@ -130,9 +132,9 @@ def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
         plain = ask(engine, PROMPT, **OPTIONS)
     with running_engine(merged) as engine:
         expected = ask(engine, PROMPT, **OPTIONS)
-    with running_engine(base, lora=((adapter, 0.5),)) as engine:
+    with running_engine(base, lora=(Lora(adapter, 0.5),)) as engine:
         assert ask(engine, PROMPT, **OPTIONS) == expected != plain
-    with running_engine(base, lora=((adapter, 0.0),)) as engine:
+    with running_engine(base, lora=(Lora(adapter, 0.0),)) as engine:
         assert ask(engine, PROMPT, **OPTIONS) == plain
 
 
@@ -157,14 +159,12 @@ def test_a_model_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel,
         assert mine.model.defaults.eos_token_ids == other.model.defaults.eos_token_ids
 
 
-def _write_adapter(path: Path, name: str, down: np.ndarray, up: np.ndarray) -> None:
-    writer = gguf.GGUFWriter(path, "phi3")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(RANK))
-    writer.add_tensor(f"{name}.lora_a", down)
-    writer.add_tensor(f"{name}.lora_b", up)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_a_split_model_is_loaded_whole(make_model: MakeModel, tmp_path: Path) -> None:
+    first, *_, last = split(make_model("4k"), tmp_path)
+    with running_engine(make_model("4k")) as engine:
+        expected = ask(engine, PROMPT, **OPTIONS)
+    with running_engine(first) as engine:
+        assert ask(engine, PROMPT, **OPTIONS) == expected
+    last.unlink()
+    with pytest.raises(ModelLoadError, match=f"cannot load {first}"), running_engine(first):
+        pass

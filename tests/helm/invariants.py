@@ -231,6 +231,15 @@ def check_gpus(objects: list[Object]) -> None:
                 assert environment(container).get("NVIDIA_VISIBLE_DEVICES") == (None if asks else "void")
 
 
+def service_options(values: Object) -> Object:
+    """Return the options that some values give to the service, adapters among them."""
+    serve = values.get("serve", {})
+    options: Object = {"log-format": "json", **serve.get("options", {})}
+    adapters = [(each.get("name"), each["file"], each.get("strength", 1)) for each in serve.get("adapters", [])]
+    lora = [f"{name}={file}:{strength}" if name else f"{file}={strength}" for name, file, strength in adapters]
+    return options | ({"lora": [*lora, *options.get("lora", [])]} if lora else {})
+
+
 def check_service_options(objects: list[Object], options: Object, keys: Path) -> None:
     """The real command line reads the container's arguments, and comes to the values that were given."""
     arguments = [keys.as_posix() if arg.startswith("/etc/edge-phi3/keys/") else arg for arg in server(objects)["args"]]

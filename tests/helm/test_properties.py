@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from tests.helm.chart import EXAMPLES, NEWEST, Object, render, schema, schema_errors, values_of, workload
-from tests.helm.invariants import check_all, check_service_options
+from tests.helm.invariants import check_all, check_service_options, service_options
 
 names = st.from_regex(r"[a-z]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 label_values = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,40}[A-Za-z0-9])?", fullmatch=True)
@@ -57,6 +57,16 @@ def option(key: str, described: Object) -> st.SearchStrategy[object]:
     return kinds[described["type"]]
 
 
+adapters = st.lists(
+    st.fixed_dictionaries(
+        {"file": names.map("/models/{}.gguf".format)},
+        optional={"name": names, "strength": st.sampled_from([0, 1, 2, 0.5, -1.25])},
+    ),
+    max_size=3,
+    unique_by=lambda adapter: adapter.get("name", adapter["file"]),
+)
+
+
 def options() -> st.SearchStrategy[Object]:
     """Return any of the options that the chart's schema has: a new one is tried as soon as it is there."""
     described = schema()["properties"]["serve"]["properties"]["options"]["properties"]
@@ -87,7 +97,7 @@ further: dict[str, st.SearchStrategy[object]] = {
         st.one_of(mixed["model"], st.just({"name": "owner/name"})),
         some(prepare=some(mode=st.sampled_from(["initContainer", "job", "none"]))),
     ),
-    "serve": st.fixed_dictionaries({"options": options()}),
+    "serve": st.fixed_dictionaries({"options": options()}, optional={"adapters": adapters}),
     "storage": st.one_of(mixed["storage"], some(keep=st.booleans(), annotations=texts, mountPath=st.just("/var/m"))),
     "workload": some(kind=st.sampled_from(["Deployment", "StatefulSet"])),
     "replicas": st.integers(0, 5),
@@ -128,6 +138,6 @@ def test_any_values_are_sound_or_refused(
     assert schema_errors(objects, NEWEST) == []
     keys = tmp_path_factory.getbasetemp() / "keys"
     keys.write_text("key\n")
-    check_service_options(objects, {"log-format": "json"} | values.get("serve", {}).get("options", {}), keys)
+    check_service_options(objects, service_options(values), keys)
     scaled = values.get("autoscaling", {}).get("enabled") or values.get("keda", {}).get("enabled")
     assert ("replicas" in workload(objects)["spec"]) == (not scaled), "an autoscaler and the chart would fight"

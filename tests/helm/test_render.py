@@ -18,7 +18,7 @@ from edge_phi3.api.metrics import ServiceMetrics
 from edge_phi3.catalog.reference import parse_reference
 from edge_phi3.engine.stats import EngineStats
 from tests.helm import chart
-from tests.helm.invariants import check_all, check_service_options, routes
+from tests.helm.invariants import check_all, check_service_options, routes, service_options
 
 REJECTIONS = chart.values_of(chart.DATA / "rejections.yaml")
 DASHBOARD = json.loads((chart.CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
@@ -47,8 +47,7 @@ def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path:
         objects = chart.render(values, name=release)
         check_all(objects, is_restricted=header_of(example, "restricted") != "false")
         assert chart.schema_errors(objects, oldest, chart.NEWEST) == []
-    options = values.get("serve", {}).get("options", {})
-    check_service_options(objects, {"log-format": "json", **options}, keys)
+    check_service_options(objects, service_options(values), keys)
 
 
 def test_examples_span_the_supported_versions() -> None:

@@ -96,7 +96,7 @@ class Client:
         name = f"r{self.number}"
         stops = StopTexts(ask.stops, _BYTES, len(self.prompt)) if ask.stops else None
         return GenerationRequest(
-            self.prompt, self.config, ask.stream, ask.timeout, name, constraint, stops, scored_prompt=ask.scored
+            self.prompt, self.config, ask.stream, ask.timeout, name, constraint, stops, ask.scored, ask.adapter
         )
 
     def _break(self, _tokens: object, _scores: object) -> None:

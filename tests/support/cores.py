@@ -14,9 +14,10 @@ from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
+from edge_phi3.engine.sequence import ADAPTER_SHIFT
 from edge_phi3.engine.speculation import Speculation
 from tests.support.hash_context import HashContext
-from tests.support.reference import contents_of
+from tests.support.reference import contents_of, kind
 from tests.support.scenarios import TEXTS, Scenario
 
 
@@ -49,7 +50,10 @@ class CheckedHostCache(HostCache):
         def checked(first: int, end: int) -> NDArray[np.uint8]:
             state = read(first, end)
             if self._known:
-                expected = contents_of(tokens[:end].tolist(), self._attention, self._rotary)[first:]
+                first_token, *others = tokens[:end].tolist()
+                adapter, first_token = divmod(first_token, 1 << ADAPTER_SHIFT)
+                kept_as = kind(self._rotary, adapter)
+                expected = contents_of([first_token, *others], self._attention, kept_as)[first:]
                 positions, contents = state.view(np.uint64).reshape(-1, 2).T.tolist()
                 right = positions[0] == first and contents == expected
                 assert right, f"the host cache is given other contents than those of {tokens.tolist()} from {first} on"
@@ -100,6 +104,7 @@ def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCor
                 retain=scenario.offloaded and scenario.share_prefixes,
                 sizes=BatchSizes(sizes, tile=sum(scenario.sizes[:3])) if sizes else None,
                 speculation=Speculation(scenario.drafts),
+                turn=scenario.turn,
             )
         )
     scheduler = Scheduler(

@@ -34,7 +34,7 @@ OPTIONS = "TEST_ENGINE_OPTIONS"
 class Asked:
     """A submitted request whose events are collected; greedy and of no length unless told otherwise.
 
-    `top_logprobs` and `scored_prompt` are those of `GenerationConfig` and `GenerationRequest`.
+    `top_logprobs`, `scored_prompt` and `adapter` are those of `GenerationConfig` and `GenerationRequest`.
     """
 
     def __init__(
@@ -45,13 +45,14 @@ class Asked:
         stream: bool = False,
         top_logprobs: int | None = None,
         scored_prompt: int | None = None,
+        adapter: int = 0,
         **kwargs: Any,
     ) -> None:
         config = GenerationConfig.resolve({"do_sample": False, "max_length": None} | kwargs, engine.model.defaults)
         config = replace(config, top_logprobs=top_logprobs)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         tokens = np.asarray(prompt, np.int32)
-        self.request = GenerationRequest(tokens, config, stream=stream, scored_prompt=scored_prompt)
+        self.request = GenerationRequest(tokens, config, stream, scored_prompt=scored_prompt, adapter=adapter)
         self.running = engine.submit(self.request, self.events.put)
 
     def finished(self, timeout: float = 600.0) -> FinishedEvent:

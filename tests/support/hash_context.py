@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.llama import DecodeFailedError
-from tests.support.reference import MASK, content, term
+from tests.support.reference import MASK, content, kind, term
 from tests.support.scenarios import MODEL, Failure, Scenario
 
 TOKEN_BYTES = 16
@@ -39,6 +39,7 @@ class HashContext:
         trims: removals of a sequence's first positions only.
         restored: states that were restored.
         clears: how often it was emptied.
+        switches: how often it was given another adapter.
     """
 
     def __init__(self, scenario: Scenario, number: int = 0) -> None:
@@ -53,6 +54,7 @@ class HashContext:
         # those of prompts that are scored.
         self._most_rows = max(scenario.parallel + self.scored, len(scenario.sizes))
         self._rotary = number
+        self._adapter = 0
         self._window, self._window_chunk = scenario.window, scenario.window_chunk
         self._failures = {failure.decode: failure for failure in scenario.failures if failure.context == number}
         self._owners = np.zeros(cells, np.int64)
@@ -69,6 +71,7 @@ class HashContext:
         self.violations: list[str] = []
         self.failed: list[list[tuple[int, int, int]]] = []
         self.decodes = self.decoded = self.padded = self.refused = self.trims = self.restored = self.clears = 0
+        self.switches = 0
 
     # -- what tests look at
 
@@ -82,6 +85,12 @@ class HashContext:
         return int(np.bitwise_count(self._owners).sum())
 
     # -- decoding
+
+    def adapt(self, number: int) -> None:
+        """Compute with an adapter from now on, or with none."""
+        self._check(number != self._adapter, f"the context has adapter {number} already")
+        self._adapter = number
+        self.switches += 1
 
     def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of the arrays; return the logits that were asked for."""
@@ -105,7 +114,7 @@ class HashContext:
         done = count if failure is None else min(failure.done, count - 1)
         contents: list[int] = []
         for token, position, seq_id in zip(tokens[:done], positions, seq_ids, strict=False):
-            made = content(token, position, attended[seq_id], self._rotary)
+            made = content(token, position, attended[seq_id], kind(self._rotary, self._adapter))
             attended[seq_id] = (attended[seq_id] + term(made, position)) & MASK
             contents.append(made)
         kept = slots[:done]

@@ -61,6 +61,8 @@ class Life:
         self.stopped = self.stopped_busy = self.broken = False
         self.met: Counter[str] = Counter()
         self._stood: dict[int, int] = {}
+        self._waited: dict[tuple[int, int], int] = {}
+        """Steps that the requests of an adapter, which run in a context, have waited for their turn."""
         self._entered: set[tuple[int, int]] = set()
         """The contexts and arrivals of requests that were admitted in this step."""
         self._admitted: dict[int, int | None] = {}
@@ -132,13 +134,27 @@ class Life:
         if failures == [len(context.failed) for context in self.contexts]:
             stuck = {arrival for arrival, length in self._lengths().items() if lengths.get(arrival) == length}
             self._stood = {arrival: self._stood.get(arrival, 0) + 1 for arrival in stuck}
-            # Halves of a batch take turns, and those who are new come first; so do prompts, before each of them.
+            # Halves of a batch take turns, and those who are new come first; so do prompts, before each of them. Each
+            # adapter waits for one turn of every other, and may need some of its own for all its halves.
+            turn, adapters = self.scenario.turn, len({ask.adapter for ask in self.scenario.asks})
             most = 7 if self.scenario.sizes else 0
+            most += (1 + most // turn) * (adapters - 1) * turn
             assert max(self._stood.values(), default=0) <= most, f"{self._stood} decode, but did not go on"
         self._check_failures(failures, news)
+        self._check_turns()
         self._check_cells()
         waits = sum(client.in_flight for client in clients)
         assert core.in_flight == waits, f"{core.in_flight} requests are in flight for the engine, {waits} for those"
+
+    def _check_turns(self) -> None:
+        """Check that each adapter waits for one turn of every other at most."""
+        most = (len({ask.adapter for ask in self.scenario.asks}) - 1) * self.scenario.turn
+        waiting: dict[tuple[int, int], int] = {}
+        for place, runner in enumerate(self.scheduler.runners):
+            for key in {(place, request.request.adapter) for request in runner.running}:
+                waiting[key] = 0 if key[1] == runner._adapter else self._waited.get(key, 0) + 1
+        self._waited = waiting
+        assert max(waiting.values(), default=0) <= most, f"{waiting} wait for their turn"
 
     def _take_step(self) -> bool:
         """Let the engine take a step; False when it cannot go on."""
@@ -325,5 +341,6 @@ class Life:
             "scored prompt": any(len(end.prompt_logprobs) > 0 for _, end in ends),
             "drafts": any(end.accepted_tokens for _, end in ends),
             "beams": any(client.config.is_beam_search for client, _ in ends),
+            "turns of adapters": any(context.switches > 1 for context in contexts),
         }
         self.met.update({kind: int(found) for kind, found in met.items()})

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
@@ -82,3 +84,18 @@ def make_128k(config: Path) -> None:
     values |= long_context(values["hidden_size"] // values["num_attention_heads"])
     config.unlink()  # it may be a hard link, whose other name must not change
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def split(source: Path, folder: Path) -> list[Path]:
+    """Write an unquantised GGUF in parts of five tensors each; return them in order."""
+    writer, reader = gguf.GGUFWriter(folder / "model.gguf", "phi3", split_max_tensors=5), gguf.GGUFReader(source)
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("model-*.gguf"))

@@ -44,12 +44,17 @@ def content(token: int, position: int, attended: int, rotary: int) -> int:
         token: its id.
         position: its position.
         attended: the sum of the `term`s of the earlier tokens that it attends to.
-        rotary: the number of the set of rotary factors.
+        rotary: the number of the set of rotary factors, and of the adapter (`kind`).
     """
     mixed = (attended + (token + 1) * _TOKEN + (position + 1) * _POSITION + (rotary + 1) * _ROTARY) & MASK
     mixed = ((mixed ^ (mixed >> 30)) * _FIRST) & MASK  # splitmix64, https://prng.di.unimi.it/splitmix64.c
     mixed = ((mixed ^ (mixed >> 27)) * _SECOND) & MASK
     return mixed ^ (mixed >> 31)
+
+
+def kind(rotary: int, adapter: int) -> int:
+    """Return one number for a set of rotary factors and an adapter, which both change a token's content."""
+    return rotary + 2 * adapter
 
 
 @dataclass(frozen=True)
@@ -210,18 +215,19 @@ def answer(
         )
     found = Answer()
     if request.scored_prompt is not None:
-        found.prompt_logprobs = _scored(request.prompt_ids.tolist(), request.scored_prompt, model, attention)
+        found.prompt_logprobs = _scored(request, request.scored_prompt, model, attention)
     try:
-        _run(decoder, request.prompt_ids.tolist(), model, attention, found)
+        _run(decoder, request, model, attention, found)
         found.result = decoder.result()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must end with the same
         found.error = error
     return found
 
 
-def _scored(prompt: list[int], top: int, model: HashModel, attention: Attention) -> list[TokenLogprobs]:
+def _scored(request: GenerationRequest, top: int, model: HashModel, attention: Attention) -> list[TokenLogprobs]:
     """Return how likely the model holds each token of a prompt after those before it, by the definition."""
-    row, rotary, scored = _Row([]), attention.rotary(len(prompt)), list[TokenLogprobs]()
+    prompt = request.prompt_ids.tolist()
+    row, rotary, scored = _Row([]), kind(attention.rotary(len(prompt)), request.adapter), list[TokenLogprobs]()
     logits = np.empty((1, model.vocab_size), np.float32)
     for token, following in itertools.pairwise(prompt):
         row.tokens.append(token)
@@ -235,13 +241,14 @@ def _scored(prompt: list[int], top: int, model: HashModel, attention: Attention)
     return scored
 
 
-def _run(decoder: Decoder, prompt: list[int], model: HashModel, attention: Attention, found: Answer) -> None:
+def _run(decoder: Decoder, request: GenerationRequest, model: HashModel, attention: Attention, found: Answer) -> None:
+    prompt = request.prompt_ids.tolist()
     rows, rotary = [_Row(prompt)], attention.rotary(len(prompt))
     while not decoder.finished:
         if attention.rotary(len(rows[0].tokens)) != rotary:
             rotary, found.crosses = 1, True
             rows = [_Row(row.tokens) for row in rows]
-        contents = [row.compute(attention, rotary, len(prompt)) for row in rows]
+        contents = [row.compute(attention, kind(rotary, request.adapter), len(prompt)) for row in rows]
         logits = np.empty((len(rows), model.vocab_size), np.float32)
         model.logits([row.tokens[-1] for row in rows], contents, logits)
         (step,) = advance([decoder], logits)

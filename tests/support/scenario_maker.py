@@ -39,6 +39,7 @@ class _Maker:
         stem = self.between(8, 24) if self.crowded else self._length()
         self.stems = [self.some(stem), self.some(self._length())]
         self.asks: list[Ask] = []
+        self.adapters = self.chance.choice((1, 1, 2)) if self.often(0.3) else 0
 
     # -- chance
 
@@ -93,6 +94,7 @@ class _Maker:
             max_queue=self.between(1, 4) if self.often(0.1) else 256,
             offloaded=self.often(0.5),
             sizes=tuple(chance.choices((1, 2, 3, 5, 8), k=8)) if self.often(0.4) else (),
+            turn=chance.choice((2, 5, 16)),
         )
 
     def _tightened(self) -> Scenario:
@@ -168,6 +170,7 @@ class _Maker:
             fault=fault,
             fault_at=self.between(0, self.chance.choice((2, 12))) if fault else 0,
             entropy=chance.getrandbits(63),
+            adapter=self.between(0, self.adapters),
         )
 
     def _openai(self) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
         fault: which of its parts fails, or None.
         fault_at: how often that part works before.
         entropy: what it is drawn with when it has no seed.
+        adapter: the number of its adapter, or 0.
     """
 
     prompt: tuple[int, ...]
@@ -130,6 +131,7 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     fault: Fault | None = None
     fault_at: int = 0
     entropy: int = 0
+    adapter: int = 0
 
     def config(self) -> GenerationConfig:
         config = GenerationConfig.resolve(self.kwargs, DEFAULTS)
@@ -148,6 +150,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
         sizes: how long a batch of 1, 2, ... rows takes, so that some are padded or decoded in turn; none: all together.
             The first three together are the tokens of a tile.
         drafts: tokens that are drafted for each row, many of which are those that come.
+        turn: how many batches an adapter has, while others wait.
         failures: decodes that fail.
         stop_at: the step before which the engine is stopped, or None.
     """
@@ -170,6 +173,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
     offloaded: bool = False
     sizes: tuple[int, ...] = ()
     drafts: int = 0
+    turn: int = 16
     failures: tuple[Failure, ...] = ()
     stop_at: int | None = None
 

@@ -56,6 +56,14 @@ class Ask:
         assert isinstance(self.body, dict)
         return dataclasses.replace(self, body=self.body | {"generate_kwargs": self.kwargs | kwargs})
 
+    def adapted(self, name: str) -> Ask:
+        """Return the same request for an adapter; a body that is no object stays as it is."""
+        if isinstance(self.body, bytes):
+            return self
+        return dataclasses.replace(
+            self, body=self.body | ({"adapters": name} if self.path == CHAT else {"model": name})
+        )
+
     def after(self, before: Ask, text: str) -> Ask:
         """Return this request as one that goes on from what was asked before and the answer to it."""
         assert isinstance(self.body, dict)

@@ -34,6 +34,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.support.adapters import adapter_arguments
 from tests.support.service_client import Ask, Outcome, complaint_about, difference, send
 from tests.support.service_requests import USUAL_KINDS, AskMaker, Chain, Setup, make_model, make_setups, texts_of
 from tests.support.services import Server, serving, wait_for
@@ -96,7 +97,8 @@ class Trial:
 
     def serving(self, **options: Any) -> contextlib.AbstractContextManager[Server]:
         """Serve the model with the setup's options and more."""
-        return serving(self._folder, str(self._model), *self._setup.arguments(**options), store=self._folder)
+        adapters = adapter_arguments(self._model, self._setup.adapters)
+        return serving(self._folder, str(self._model), *self._setup.arguments(**options), *adapters, store=self._folder)
 
     def _note(self, *whats: str, ask: Ask | None = None) -> int:
         for what in whats:

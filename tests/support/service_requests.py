@@ -45,10 +45,11 @@ def make_model(folder: Path, kind: str, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Setup:
-    """A kind of model, a key of `KINDS`, and the options that it is served with, by the names of `Settings`."""
+    """A kind of model, a key of `KINDS`, options by the names of `Settings`, and how many adapters are served."""
 
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
+    adapters: int = 0
 
     @property
     def settings(self) -> Settings:
@@ -106,7 +107,7 @@ def make_setups(seed: int, count: int) -> list[Setup]:
                 "max_queue": 4 if chance.random() < 0.2 else 256,
                 **chance.choice(({}, {"prefix_cache_mib": 1}, {"prefix_cache": False})),
             }
-        setups.append(Setup(kind, options))
+        setups.append(Setup(kind, options, chance.choice((0, 0, 2)) if turn else 0))
     return setups
 
 
@@ -182,7 +183,12 @@ class AskMaker:
             left -= len(chain)
             blocks.append([chain])
         self._chance.shuffle(blocks)
-        return [chain for block in blocks for chain in block]
+        return [self._adapted(chain) for block in blocks for chain in block]
+
+    def _adapted(self, chain: Chain) -> Chain:
+        """Return requests that are all answered with the same adapter, or with none."""
+        adapter = self._chance.randint(0, self._setup.adapters)
+        return [ask.adapted(str(adapter)) for ask in chain] if adapter else chain
 
     def crosstalk(self) -> list[Chain]:
         """Make greedy requests, and beam searches beside them whose clients leave."""

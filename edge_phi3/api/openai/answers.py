@@ -75,7 +75,7 @@ class Answer(abc.ABC):
         self._outputs: list[GenerationOutput] = []
         # Taken once: a service that is stopping still finishes its answers.
         self.pipeline = service.pipeline
-        self.head = (f"{self.ID_PREFIX}-{uuid.uuid4().hex}", int(time.time()), self.pipeline.model.name)
+        self.head = (f"{self.ID_PREFIX}-{uuid.uuid4().hex}", int(time.time()), self.pipeline.names[prepared[0].adapter])
 
     @abc.abstractmethod
     def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> Any:

@@ -90,7 +90,9 @@ class ChatCompletionMessage(Struct, kw_only=True):
 class SamplingFields(Struct, kw_only=True):
     """What chat completions and completions share."""
 
-    model: Annotated[str | None, about("Any name: one model is served, and the answer names it.", "phi-3")] = None
+    model: Annotated[
+        str | None, about("The model's name or an adapter's (`--lora NAME=FILE`); where none has a name, any.", "phi-3")
+    ] = None
     temperature: Annotated[float, about("0 takes the likeliest token each time.", ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1, description=PARAMETERS["top_p"].meaning)] | None = 1.0
     top_k: Annotated[_Most | None, about("Samples from the k likeliest tokens; 0 and -1: from all.")] = None
@@ -291,7 +293,7 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
             **dict.fromkeys(("min_keep", "n_indent"), _ZERO),
             **dict.fromkeys(("top_n_sigma", "adaptive_target"), (-1, -1.0)),
         ),
-        *_refused("`--lora` adapters apply to every request", "lora"),
+        *_refused("choose an adapter by `model`", "lora"),
         *_refused("the model's own chat template is used", "chat_template"),
         *_refused("put them into the conversation", "documents"),
         *_refused("requests share one prefix cache; `cache_prompt` false does without", "cache_salt"),

@@ -1,4 +1,4 @@
-"""The routes under ``/v1``: chat completions, completions, responses, and the one model that is served."""
+"""The routes under ``/v1``: chat completions, completions, responses, and what is served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from litestar import Request, Response, get, post
 from litestar.di import NamedDependency
-from litestar.exceptions import NotFoundException
 from litestar.params import FromPath, RawBody
 from msgspec import UNSET
 
@@ -140,22 +139,21 @@ async def _answer(
 
 @get("/v1/models", sync_to_thread=False)
 def list_models(service: NamedDependency[Service]) -> schemas.ModelList:
-    """List the models that are served: one (OpenAI's API)."""
-    return schemas.ModelList([_model(service)])
+    """List the model that is served, and its adapters (OpenAI's API)."""
+    return schemas.ModelList([_model(service, name) for name in service.pipeline.names])
 
 
 @get("/v1/models/{name:path}", sync_to_thread=False)
 def show_model(name: FromPath[str], service: NamedDependency[Service]) -> schemas.Model:
-    """Describe the model by its name (OpenAI's API)."""
-    known = service.pipeline.model.name
-    if name.removeprefix("/") != known:
-        raise NotFoundException(f"The model {name[1:61]!r} is not served here; {known!r} is.")
-    return _model(service)
+    """Describe the model, or an adapter, by its name (OpenAI's API)."""
+    name = name.removeprefix("/")
+    service.place_of(name)
+    return _model(service, name)
 
 
-def _model(service: Service) -> schemas.Model:
-    pipeline = service.pipeline
-    return schemas.Model(pipeline.model.name, _STARTED, pipeline.engine.max_length)
+def _model(service: Service, name: str) -> schemas.Model:
+    pipeline, own = service.pipeline, service.pipeline.model.name
+    return schemas.Model(name, _STARTED, pipeline.engine.max_length, parent=UNSET if name == own else own)
 
 
 HANDLERS = [chat_completions, completions, responses, list_models, show_model]

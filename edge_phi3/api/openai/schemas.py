@@ -178,10 +178,11 @@ class Model(Struct):
     max_model_len: Annotated[int, about("The most tokens of a prompt and its answer.")]
     object: Literal["model"] = "model"
     owned_by: str = "edge-phi3"
+    parent: Annotated[str | UnsetType, about("Of an adapter: the model that it belongs to.")] = UNSET
 
 
 class ModelList(Struct):
-    """The models that are served: one."""
+    """What is served: the model, and then its adapters."""
 
     data: list[Model]
     object: Literal["list"] = "list"

@@ -40,6 +40,7 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
 
     Raises:
         InvalidRequestError: the request wants what there is not, is beyond a limit, or at odds with itself.
+        ModelNotFoundError: adapters are served, and `model` is neither one nor the model's own name.
         NotReadyError, ParameterError, PromptError: see `Service.prepare`.
     """
     if not isinstance(prompt.get("prompt", ""), str):
@@ -47,6 +48,8 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
     use = use_of(request)
     if use is not None:
         prompt["tools"] = use.tools
+    if request.model and len(service.pipeline.names) > 1:
+        prompt["adapter"] = service.place_of(request.model)
     top, candidates = _top_logprobs(request), candidates_of(request)
     kwargs, scored = _generation_kwargs(service, request), scores_prompts(request)
     only_scored = scored and kwargs["max_new_tokens"] == 0

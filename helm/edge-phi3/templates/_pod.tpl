@@ -272,6 +272,11 @@ resources:
 {{- if and .Values.gpu.enabled (not (hasKey $options "require-gpu")) (ne (index $options "n-gpu-layers" | toString) "0") }}
 - --require-gpu
 {{- end }}
+{{- range .Values.serve.adapters }}
+- --lora
+{{- $strength := ternary .strength 1 (hasKey . "strength") }}
+- {{ ternary (printf "%s=%s:%v" .name .file $strength) (printf "%s=%v" .file $strength) (hasKey . "name") | quote }}
+{{- end }}
 {{- range $flag, $value := $options }}
 {{- if kindIs "bool" $value }}
 - {{ printf "--%s%s" (ternary "" "no-" $value) $flag }}

@@ -1,0 +1,107 @@
+"""Adapters over HTTP: listed, chosen by `model` and by `adapters`, and many clients of several at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from edge_phi3.commands.loading import load_pipeline
+from edge_phi3.conversion.convert import convert
+from edge_phi3.demo import DEMO_CHECKPOINT
+from edge_phi3.settings import Settings, SettingsError
+from tests.api.conftest import PROMPT, USER, Running, openai_client, ready
+from tests.golden import adapters
+
+GOLDEN = adapters.recorded()["answers"]
+SERVED = {"": "", "attention": "attention", "mlp": "mlp", "faint": ""}
+"""The names that requests choose here, and whose answers they get: the third adapter is too faint to be noticed."""
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    folder = tmp_path_factory.mktemp("adapters")
+    model = convert(DEMO_CHECKPOINT, folder / "phi-3-demo.gguf", outtype="f32").path
+    files = {name: convert(adapters.FOLDER / name, folder / f"a={name}.gguf").path for name in adapters.ADAPTERS}
+    lora = [f"{name}={path}" for name, path in files.items()] + [f"faint={files['mlp']}:1e-9"]
+    return {"model": str(model), "lora": lora, "kv_cache_type": "f32", "threads": 1, "ctx_size": 2048}
+
+
+@pytest.fixture(scope="module")
+def api(options: dict[str, object]) -> Iterator[Running]:
+    settings = Settings.load(options)
+    with ready(lambda say: load_pipeline(settings, say)) as it:
+        yield it
+
+
+@pytest.fixture(scope="module")
+def client(api: Running) -> Iterator[openai.OpenAI]:
+    with openai_client(api) as client:
+        yield client
+
+
+def chat(api: Running, prompt: int, **body: object) -> str:
+    wanted = {"do_sample": False, "max_new_tokens": adapters.TOKENS, "return_dict_in_generate": True}
+    answer = api.chat(prompt=adapters.PROMPTS[prompt], generate_kwargs=wanted, **body).json()
+    tokens = answer["sequences"][0][answer["usage"]["prompt_tokens"] :]
+    return str(tokens)
+
+
+def test_what_is_served_is_listed(client: openai.OpenAI) -> None:
+    listed = client.models.list().data
+    assert [model.id for model in listed] == ["phi-3-demo", "attention", "mlp", "faint"]
+    assert [model.to_dict().get("parent") for model in listed] == [None, *["phi-3-demo"] * 3]
+    assert client.models.retrieve("mlp") == listed[2]
+
+
+def test_the_model_field_chooses_and_the_answer_names_what_answered(api: Running, client: openai.OpenAI) -> None:
+    for name, golden in (("phi-3-demo", ""), ("attention", "attention"), ("mlp", "mlp")):
+        expected = api.service.pipeline.detokenize(GOLDEN[golden][0], skip_special_tokens=True)
+        whole = client.completions.create(model=name, prompt=adapters.PROMPTS[0], temperature=0, max_tokens=24)
+        with client.chat.completions.create(model=name, messages=USER, temperature=0, stream=True) as stream:
+            chunks = list(stream)
+        assert {whole.model, *(chunk.model for chunk in chunks)} == {name}
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert [whole.choices[0].text.strip(), streamed.strip()] == [expected] * 2
+
+
+def test_an_unknown_model_is_told_what_there_is(api: Running, client: openai.OpenAI) -> None:
+    for ask in (
+        lambda: client.completions.create(model="gpt-4o", prompt=PROMPT),
+        lambda: client.chat.completions.create(model="gpt-4o", messages=USER),
+        lambda: client.models.retrieve("gpt-4o"),
+    ):
+        with pytest.raises(openai.NotFoundError, match="'gpt-4o' here; there is phi-3-demo, attention, mlp, fai") as it:
+            ask()
+        assert it.value.code == "model_not_found"
+    assert api.client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}).json()["model"] == "phi-3-demo"
+
+
+def test_adapters_chooses_on_chat(api: Running) -> None:
+    given: tuple[tuple[object, str], ...] = ((None, ""), ([], ""), ("mlp", "mlp"), (["mlp"], "mlp"))
+    for names, answering in given:
+        assert chat(api, 0, adapters=names) == str(GOLDEN[answering][0])
+    for wrong in ("absent", ["mlp", "attention"], "phi-3-demo"):
+        refused = api.chat(prompt=PROMPT, adapters=wrong)
+        assert refused.status_code == 400
+        assert refused.json()["detail"] == "`adapters` must be one of attention, mlp, faint."
+
+
+def test_sixteen_clients_over_three_adapters_and_none_get_the_answers_of_one_alone(api: Running) -> None:
+    asks = [(name, number % len(adapters.PROMPTS)) for number in range(4) for name in SERVED]
+
+    def ask(one: tuple[str, int]) -> str:
+        name, prompt = one
+        return chat(api, prompt, adapters=[name] if name else None)
+
+    with ThreadPoolExecutor(len(asks)) as pool:
+        for (name, prompt), answer in zip(asks, pool.map(ask, asks), strict=True):
+            assert answer == str(GOLDEN[SERVED[name]][prompt]), (name, prompt)
+
+
+def test_an_adapter_is_not_called_as_the_model(options: dict[str, object]) -> None:
+    settings = Settings.load(options | {"lora": ["phi-3-demo=a.gguf"]})
+    with pytest.raises(SettingsError, match="--lora: phi-3-demo is the model's own name"):
+        load_pipeline(settings, lambda _: None)
