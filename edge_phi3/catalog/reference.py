@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.files import read_start
 
 PRESETS = {
     "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
@@ -141,8 +142,10 @@ def _folder(path: Path) -> LocalCheckpoint:
 
 
 def _file(path: Path) -> LocalGguf:
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        magic = read_start(path)
+    except OSError as error:
+        raise ModelReferenceError(f"{path} cannot be read: {error.strerror}.") from error
     if magic != b"GGUF":
         raise ModelReferenceError(
             f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF, or the folder of a checkpoint."

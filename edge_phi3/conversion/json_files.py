@@ -10,6 +10,10 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.files import read_bounded
+
+MAX_BYTES = 256 << 20
+"""Largest file of text that is read; the tokenizer.json of Phi-4-mini has 15 MiB."""
 
 LARGEST = (1 << 31) - 1
 Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
@@ -35,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_text(path: Path) -> str | None:
     """Read a file in UTF-8, with or without its byte-order mark; return None when there is no such file."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -13,7 +13,7 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 from tests.golden.gguf_digests import (
     CONVERTED,
     CONVERTER_CASES,

@@ -10,7 +10,7 @@ import pytest
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 from tests.golden.gguf_digests import digest
 from tests.parity.conftest import Peers
 from tests.support.models import model_path
