@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import resource
 
-import llama_cpp
-
-from edge_phi3.llama import ModelLoadError
-from edge_phi3.llama.backend import reason
 from edge_phi3.llama.child_process import Emit, serve_jobs
-from edge_phi3.llama.context import context_parameters
+from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.model_file import read_model_file
 from edge_phi3.llama.proof import Job, Survived
@@ -31,11 +27,7 @@ def _prove(job: Job, emit: Emit) -> None:
     for path in job.adapters:
         model.load_lora(path, 1.0)
     for cells, sequences in job.contexts:
-        params = context_parameters(cells=cells, sequences=sequences, settings=job.options)
-        context = llama_cpp.llama_init_from_model(model._handle, params)  # noqa: SLF001 - as a Context, but empty
-        if not context:
-            raise ModelLoadError(f"llama.cpp cannot make a context of {cells} KV cells for {model.path}{reason()}.")
-        llama_cpp.llama_free(context)
+        Context(model, cells=cells, sequences=sequences, settings=job.options).close()
     # A byte without a token of its own ends the process when a text has it.
     model.tokenize("".join(map(chr, range(1, 256))) + "\U0001f600")
     emit(Survived())
