@@ -62,6 +62,8 @@ def prepare() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, flags)  # or the next file would take its place; to write to stdout fails, as it should
+    for name in [name for name, value in os.environ.items() if name.startswith("HF_") and not value]:
+        del os.environ[name]  # huggingface_hub takes an empty variable for its value
     codecs.register_error("edge-phi3", _encodable)
     for name, kind, descriptor in (("stdout", _Results, 1), ("stderr", _Messages, 2)):
         usual = getattr(sys, name)

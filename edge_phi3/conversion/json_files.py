@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,7 +16,8 @@ MAX_BYTES = 256 << 20
 
 LARGEST = (1 << 31) - 1
 Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
-PositiveNumber = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]
+PositiveNumber = Annotated[float, msgspec.Meta(ge=1.2e-38, le=3.4e38)]
+"""What float32 holds as a normal number, as a GGUF does."""
 
 _T = TypeVar("_T")
 
@@ -54,6 +54,8 @@ def typed(content: object, kind: type[_T], source: str) -> _T:
     """Return what a JSON file holds as the type that it should have."""
     try:
         return msgspec.convert(content, kind, str_keys=True)
+    except RecursionError:
+        raise CheckpointError(f"{source}: it is nested too deeply.") from None
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at ")
         entry = where.strip("`").removeprefix("$").removeprefix(".")

@@ -285,7 +285,10 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | 
         token_id: AddedToken(text)
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
     }
-    listed = {token.id: token for token in (fast and fast.added_tokens) or []}
+    listed: dict[int, AddedToken] = {}
+    for listed_token in (fast and fast.added_tokens) or []:
+        if listed.setdefault(listed_token.id, listed_token).content != listed_token.content:
+            raise CheckpointError(f"tokenizer.json: two added tokens have the id {listed_token.id}.")
     for name, tokens in (("tokenizer_config.json", config.added_tokens_decoder or {}), ("tokenizer.json", listed)):
         for token_id, token in tokens.items():
             if token.single_word:
