@@ -76,9 +76,7 @@ def prepare() -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, hard))
             return
-        raise SurroundingsError(
-            f"No more than {soft} files may be open here, and {_DESCRIPTORS} must; raise `ulimit -n`."
-        )
+        raise SurroundingsError(f"Only {soft} files may be open here, and {_DESCRIPTORS} are needed: raise `ulimit -n`.")
 
 
 def sentence_of(error: Exception) -> str:

@@ -131,6 +131,8 @@ def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
     if not ends:
         ends = [token for text in tokenizer.family.ends if (token := tokenizer.special_token(text)) is not None]
         ends = sorted({*ends, model.eos_token_id} - {-1})
+    if any(not 0 <= token < model.vocab_size for token in ends):
+        raise ValueError(f"the tokens {ends[:9]} cannot end an answer, for there are {model.vocab_size} tokens")
     pad = generation.get("pad_token_id", model.pad_token_id)
     return ModelDefaults(
         vocab_size=model.vocab_size,

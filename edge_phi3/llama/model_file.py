@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import collections
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from edge_phi3 import byte_level
@@ -36,6 +37,13 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 """What the keys of ``phi3.`` may be."""
 _SMALLEST_WINDOW = 8
+
+
+class _Added(msgspec.Struct):
+    """One of ``edge_phi3.tokenizer.added_tokens``."""
+
+    id: Annotated[int, msgspec.Meta(ge=0)]
+    content: Annotated[str, msgspec.Meta(min_length=1)]
 
 
 def read_model_file(path: Path) -> GgufFile:
@@ -101,4 +109,12 @@ def _vocabulary_nonsense(values: dict[str, Any]) -> str:
             return f"tokenizer.ggml.{name} does not have a number for each token"
     if not isinstance(values.get("tokenizer.ggml.merges", []), list):
         return "tokenizer.ggml.merges is no list of texts"
+    if values.get("edge_phi3.tokenizer.prefix", "prepend") not in {"prepend", "always", "first", "never"}:
+        return "edge_phi3.tokenizer.prefix is none that is known"
+    try:
+        added = msgspec.json.decode(values.get("edge_phi3.tokenizer.added_tokens", "") or "[]", type=list[_Added])
+    except (msgspec.MsgspecError, RecursionError, TypeError, UnicodeError) as error:
+        return f"edge_phi3.tokenizer.added_tokens makes no sense ({error})"
+    if any(token.id >= len(tokens) for token in added):
+        return f"edge_phi3.tokenizer.added_tokens has a token beyond the {len(tokens)} that there are"
     return ""
