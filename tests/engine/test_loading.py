@@ -20,6 +20,7 @@ from edge_phi3.llama.model import Model
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.models import write_adapter
 
 PROMPT = np.random.default_rng(5).integers(FIRST_TOKEN, LAST_TOKEN, 30, dtype=np.int32)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": []}
@@ -124,7 +125,7 @@ def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
     name = "blk.1.attn_output.weight"
     down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((RANK, 64), (64, RANK)))
     adapter = tmp_path / "adapter.gguf"
-    _write_adapter(adapter, name, down, up)
+    write_adapter(adapter, name, down, up)
     merged = tmp_path / "merged.gguf"
     merged.write_bytes(base.read_bytes())
     weight = next(tensor for tensor in gguf.GGUFReader(merged, "r+").tensors if tensor.name == name).data
@@ -161,16 +162,3 @@ def test_a_model_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel,
         model.close()
     with running_engine(make_model("4k")) as mine, running_engine(foreign) as other:
         assert mine.model.defaults.eos_token_ids == other.model.defaults.eos_token_ids
-
-
-def _write_adapter(path: Path, name: str, down: np.ndarray, up: np.ndarray) -> None:
-    writer = gguf.GGUFWriter(path, "phi3")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(RANK))
-    writer.add_tensor(f"{name}.lora_a", down)
-    writer.add_tensor(f"{name}.lora_b", up)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import gguf
 import numpy as np
 
 from edge_phi3 import cli
@@ -38,11 +37,12 @@ from edge_phi3.llama import child_process, memory_worker, proof_worker, quantize
 from edge_phi3.process import sentence_of
 from edge_phi3.settings import Settings
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.models import write_adapter
 
 _SECONDS, _MEMORY = 20, 1 << 30
-_BASE = "base"
 _NUMBERS = [0, 1, 2, 3, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1]
-_FLOATS = [float("nan"), float("inf"), -1.0, 0.0, 1e-45, 3e38]
+_FLOATS = [struct.pack("<f", x) for x in (float("nan"), float("inf"), -1.0, 0.0, 1e-45, 3e38)]
+_DEEP = [("null", "[" * 5000 + "]" * 5000), ("1", "9" * 5000), *[("", "")] * 9]
 _VALUES: list[Any] = [
     None, True, -1, 0, 3, 2**31, 10**400, 1e308, -1e-300, float("nan"), float("inf"), "", "\0", "\ud800", "x" * 5000,
     "../../x", "/etc/passwd", [], {}, [[]], [None], {"": None}, ["a", 1], "{{ 1/0 }}", "{% for", "{{ 'a'.format(1) }}",
@@ -59,7 +59,7 @@ class Case(NamedTuple):
 
 _CHECKPOINT = [
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
-    "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+    "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
 ]  # fmt: skip
 CASES = [
     *(Case("model.gguf", (verb,)) for verb in ("chat", "chat", "fit")),
@@ -77,31 +77,17 @@ def make_base(folder: Path) -> Path:
     """Write the sound files that mutants are made of, small ones, and return their folder."""
     checkpoint = write_checkpoint(folder / "checkpoint", layers=1)
     (checkpoint / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
-    for name in _CHECKPOINT[4:]:
-        if not (checkpoint / name).exists():
-            (checkpoint / name).write_text("{{ messages }}" if name.endswith("jinja") else "{}")
     model = convert_checkpoint(checkpoint, folder / "model.gguf", outtype="f32").path
-    tensors = [
-        tensor for tensor in read_gguf(model).tensors if tensor.name.startswith("blk.") and len(tensor.shape) > 1
-    ]
-    entries = {t.name: ImatrixEntry(np.ones((1, t.shape[0]), np.float32), np.ones(1, np.float32)) for t in tensors}
+    columns = {t.name: t.shape[0] for t in read_gguf(model).tensors if t.name.startswith("blk.") and len(t.shape) > 1}
+    one = np.ones(1, np.float32)
+    entries = {name: ImatrixEntry(np.ones((1, count), np.float32), one) for name, count in columns.items()}
     write_imatrix(folder / "matrix.gguf", Imatrix(entries, ["text"], 1, 512))
-    integer = lambda number: number.to_bytes(4, "little")  # noqa: E731 - only here
-    legacy = [integer(len(t.name)) + t.name.encode() + integer(1) + integer(t.shape[0]) + bytes(4 * t.shape[0]) for t in tensors]  # fmt: skip # noqa: E501
-    (folder / "matrix.dat").write_bytes(integer(len(tensors)) + b"".join(legacy) + integer(1))
-    writer = gguf.GGUFWriter(folder / "adapter.gguf", "phi3")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 2.0)
-    for part, shape in (("lora_a", (2, 64)), ("lora_b", (64, 2))):
-        writer.add_tensor(f"blk.0.attn_output.weight.{part}", np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    (folder / "settings.toml").write_text(
-        'model = "demo"\nctx-size = 512\nlora = ["a.gguf=0.5"]\nrate-limit = "9/hour"\n'
-    )
+    older = [
+        struct.pack("<i", len(n)) + n.encode() + struct.pack("<ii", 1, c) + bytes(4 * c) for n, c in columns.items()
+    ]
+    (folder / "matrix.dat").write_bytes(struct.pack("<i", len(older)) + b"".join(older) + struct.pack("<i", 1))
+    write_adapter(folder / "adapter.gguf", "blk.0.attn_output.weight", np.ones((2, 64)), np.ones((64, 2)))
+    (folder / "settings.toml").write_text('model = "demo"\nctx-size = 512\nlora = ["a.gguf=0.5"]\n')
     return folder
 
 
@@ -109,47 +95,38 @@ def make_base(folder: Path) -> Path:
 
 
 def mutate(path: Path, dice: random.Random) -> None:
-    """Change a file, in its bytes or, when it is JSON, in its values."""
+    """Change a file: values when it is JSON or, sometimes, a GGUF; else its bytes, most often in front."""
     content = path.read_bytes()
+    data, end = bytearray(content), min(len(content), 4096)
     if path.suffix == ".json" and dice.random() < 0.8:
         tree = json.loads(content)
         for _ in range(dice.choice([1, 1, 1, 3])):
             tree = _changed(tree, dice)
-        with contextlib.suppress(UnicodeEncodeError):
-            path.write_text(_deep(json.dumps(tree, ensure_ascii=dice.random() < 0.5), dice), encoding="utf-8")
-            return
-    data = bytearray(content)
-    # What describes the rest stands in front; a quarter of the changes may be anywhere.
-    end = (
-        len(data)
-        if dice.random() < 0.25
-        else min(len(data), read_gguf(path).data_start if path.suffix == ".gguf" else 4096)
-    )
-    if path.suffix == ".gguf" and dice.random() < 0.4:
-        key = dice.choice([*read_gguf(path).types]).encode()
-        at = content.index(key) + len(key) + 4 + dice.choice([0, 0, 0, -4, 4, 12])
-        value = dice.choice([*_NUMBERS, *(int.from_bytes(struct.pack("<f", x), "little") for x in _FLOATS)])
-        data[at : at + 4] = (value % (1 << 32)).to_bytes(4, "little")
-        path.write_bytes(data)
+        path.write_text(json.dumps(tree).replace(*dice.choice(_DEEP), 1))
         return
+    if path.suffix == ".gguf":
+        header = read_gguf(path)
+        end = header.data_start
+        if dice.random() < 0.4:
+            key = dice.choice([*header.types]).encode()
+            at = content.index(key) + len(key) + 4 + dice.choice([0, 0, 0, -4, 4, 12])
+            data[at : at + 4] = dice.choice([struct.pack("<Q", n)[:4] for n in _NUMBERS] + _FLOATS)
+            path.write_bytes(data)
+            return
+    end = len(data) if dice.random() < 0.25 else end
     for _ in range(dice.choice([1, 1, 2, 8])):
-        at, size = dice.randrange(end), dice.choice([1, 4, 8, 100])
-        match dice.randrange(6):
-            case 0:
-                data[at : at + 1] = bytes([dice.randrange(256)])
-            case 1:
-                width = dice.choice([4, 8])
-                data[at : at + width] = (dice.choice(_NUMBERS) % (1 << 8 * width)).to_bytes(width, "little")
-            case 2:
-                del data[at : at + size]
-            case 3:
-                data[at:at] = data[dice.randrange(end) :][:size]
-            case 4:
-                data[at : at + size] = dice.randbytes(size)
-            case 5 if dice.random() < 0.3:
-                del data[dice.randrange(len(data)) :]
-        end = max(1, min(end, len(data)))
-        data = data or bytearray(b"\0")
+        at, size = dice.randrange(max(1, min(end, len(data)))), dice.choice([1, 4, 8, 100])
+        changes = {
+            0: (at + 1, dice.randbytes(1)),
+            1: (at + 4, struct.pack("<Q", dice.choice(_NUMBERS))[:4]),
+            2: (at + 8, struct.pack("<Q", dice.choice(_NUMBERS))),
+            3: (at + size, b""),
+            4: (at, data[dice.randrange(end) :][:size]),
+            5: (at + size, dice.randbytes(size)),
+            6: (len(data) if dice.random() < 0.2 else at, b""),
+        }
+        stop, put = dice.choice(changes)
+        data[at:stop] = put
     path.write_bytes(data)
 
 
@@ -164,15 +141,6 @@ def _changed(tree: Any, dice: random.Random) -> Any:
             copy[key] = _changed(copy[key], dice)
         return copy
     return dice.choice(_VALUES)
-
-
-def _deep(text: str, dice: random.Random) -> str:
-    match dice.randrange(12):
-        case 0:
-            return text.replace("null", "[" * 5000 + "]" * 5000)
-        case 1:
-            return text.replace("0", "9" * 5000, 1)
-    return text
 
 
 # -- verbs
@@ -212,12 +180,8 @@ def _leave(work: Callable[[], object]) -> NoReturn:
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:  # noqa: BLE001 - as the verbs' own guard does
-        os.write(
-            2,
-            f"edge-phi3: {sentence_of(error) if isinstance(error, Exception) else repr(error)}\n".encode(
-                errors="replace"
-            ),
-        )
+        say = sentence_of(error) if isinstance(error, Exception) else repr(error)
+        os.write(2, f"edge-phi3: {say}\n".encode(errors="replace"))
         code = 1
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -234,8 +198,10 @@ def _chat(model: str, *adapter: str) -> None:
     pipeline.engine.close()
 
 
-def run(base: Path, case: Case, dice: random.Random) -> str:
+def run(base: Path, seed: int, number: int) -> str:
     """Give a mutant to its verb; return what is wrong with how it went, the empty text if nothing is."""
+    dice = random.Random(f"{seed}/{number}")
+    case = dice.choice(CASES)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
         folder = Path(temporary) / "folder"
         shutil.copytree(base, folder)
@@ -249,6 +215,7 @@ def run(base: Path, case: Case, dice: random.Random) -> str:
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)
+            signal.alarm(20 * _SECONDS)  # of waiting
             resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 5))
             child_process.subprocess.Popen = _Fork  # type: ignore[assignment,misc]
             if verb == "chat":
@@ -265,23 +232,17 @@ def run(base: Path, case: Case, dice: random.Random) -> str:
             f"it left {new}": bool(new),
             f"it took {usage.ru_maxrss >> 10} MiB": usage.ru_maxrss << 10 > _MEMORY + _START,
         }
-        return "".join(f"{what}: {said[-2000:]}" for what, is_so in wrong.items() if is_so)
+        found = next((what for what, is_so in wrong.items() if is_so), "")
+        return found and f"{seed}/{number}, {case.file} for {verb}: {found}: {said[-2000:]}"
 
 
 _START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _describe(base: Path, seed: int, number: int) -> str:
-    dice = random.Random(f"{seed}/{number}")
-    case = dice.choice(CASES)
-    found = run(base, case, dice)
-    return found and f"{seed}/{number}, {case.file} for {case.arguments[0]}: {found}"
-
-
 def failures(base: Path, seed: int, numbers: range, jobs: int = 1) -> Iterator[str]:
     """Try the mutants of some numbers; yield what is wrong with any of them."""
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        tasks = [pool.apply_async(_describe, (base, seed, number)) for number in numbers]
+        tasks = [pool.apply_async(run, (base, seed, number)) for number in numbers]
         yield from filter(None, (task.get() for task in tasks))
 
 

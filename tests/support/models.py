@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
@@ -78,3 +82,17 @@ def make_128k(config: Path) -> None:
     values |= long_context(values["hidden_size"] // values["num_attention_heads"])
     config.unlink()  # it may be a hard link, whose other name must not change
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def write_adapter(path: Path, name: str, down: NDArray[Any], up: NDArray[Any]) -> None:
+    """Write a LoRA adapter of one tensor."""
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(len(down)))
+    writer.add_tensor(f"{name}.lora_a", down.astype(np.float32))
+    writer.add_tensor(f"{name}.lora_b", up.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
