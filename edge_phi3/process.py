@@ -76,7 +76,7 @@ def prepare() -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, hard))
             return
-        raise SurroundingsError(f"Only {soft} files may be open here, and {_DESCRIPTORS} are needed: raise `ulimit -n`.")
+        raise SurroundingsError(f"Only {soft} files may be open here, and {_DESCRIPTORS} must: raise `ulimit -n`.")
 
 
 def sentence_of(error: Exception) -> str:
@@ -101,9 +101,14 @@ def _encodable(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.backslashreplace_errors(error)
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _ON_BUS_ERROR(_number: int) -> None:  # noqa: N802 - kept for as long as the process lives
+def _end(_number: int) -> None:
     """End the process with a sentence where a page of a mapped file is gone; what was computing cannot go on."""
-    os.write(2, b"edge-phi3: A file was cut short while it was in use, and what was read from it is gone. Start again,"
-             b" and replace files by renaming new ones over them.\n")  # fmt: skip
+    os.write(2, _CUT_SHORT)
     os._exit(1)
+
+
+_CUT_SHORT = (
+    b"edge-phi3: A file was cut short while it was in use, and what was read from it is gone. Start again, and replace"
+    b" files by renaming new ones over them.\n"
+)
+_ON_BUS_ERROR = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)  # for as long as the process lives

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,10 @@ import pytest
 
 from edge_phi3 import system_resources
 from edge_phi3.files import DiskFullError, OutputExistsError, atomic_output, read_bounded
+from edge_phi3.llama import backend
 from edge_phi3.settings_sources import SettingsError, read_toml
 from tests.conversion.conftest import write_model
-from tests.support.services import COMMAND, serving
+from tests.support.services import COMMAND, PATIENCE, serving
 
 LATIN = b"mod\xe8le.gguf"
 
@@ -38,7 +40,7 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
         ("edge-phi3 quantize --list >&-", 1, "stdout cannot be written: Bad file descriptor."),
         ("edge-phi3 convert nowhere -o out 2>&-", 1, ""),
         ("edge-phi3 quantize --list 2>/dev/full", 0, ""),
-        ("ulimit -n 20; edge-phi3 fit demo", 1, "files may be open here, and 64 are needed: raise `ulimit -n`."),
+        ("ulimit -n 20; edge-phi3 fit demo", 1, "files may be open here, and 64 must: raise `ulimit -n`."),
         ("ulimit -Sn 20; edge-phi3 quantize --list", 0, ""),
         ("mkfifo pipe; edge-phi3 quantize pipe -o out", 1, "pipe cannot be read: it is a device or a pipe."),
         ("ln -s /dev/zero zero; edge-phi3 serve ./zero", 1, "zero cannot be read: it is a device or a pipe."),
@@ -129,6 +131,20 @@ def test_what_a_killed_run_left_is_swept_and_what_a_living_one_writes_is_not(tmp
     with atomic_output(tmp_path / "out", force=True) as temporary:
         temporary.write_text("y")
         assert sorted(tmp_path.glob(".out.*")) == [temporary]
+
+
+def test_a_signal_that_comes_while_llama_cpp_logs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        monkeypatch.setattr(backend, "_take_line", lambda *_: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            backend._LOG_CALLBACK(2, b"a line", None)
+            time.sleep(PATIENCE)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_output_takes_the_place_of_a_device(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import runpy
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from edge_phi3.commands.loading import load_pipeline
 from edge_phi3.conversion.convert import convert as convert_checkpoint
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.gguf_file import read_gguf
-from edge_phi3.llama import child_process, memory_worker, proof_worker, quantize_worker  # noqa: F401 - as above
+from edge_phi3.llama import memory_worker, proof_worker, quantize_worker  # noqa: F401 - as above
 from edge_phi3.process import sentence_of
 from edge_phi3.settings import Settings
 from tests.golden.checkpoints import write_checkpoint
@@ -189,7 +190,9 @@ def _leave(work: Callable[[], object]) -> NoReturn:
 
 
 def _chat(model: str, *adapter: str) -> None:
-    settings = Settings(model=model, lora=adapter, threads=1, ctx_size=64, prefix_cache=False)
+    settings = Settings(
+        model=model, lora=tuple((Path(name), 1.0) for name in adapter), threads=1, ctx_size=64, prefix_cache=False
+    )
     pipeline = load_pipeline(settings, lambda _: None)
     prepared = pipeline.prepare(
         messages=[{"role": "user", "content": "a\U0001f600"}], generate_kwargs={"max_new_tokens": 3}
@@ -217,7 +220,7 @@ def run(base: Path, seed: int, number: int) -> str:
             os.dup2(descriptor, 2)
             signal.alarm(20 * _SECONDS)  # of waiting
             resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 5))
-            child_process.subprocess.Popen = _Fork  # type: ignore[assignment,misc]
+            subprocess.Popen = _Fork  # type: ignore[assignment, misc]
             if verb == "chat":
                 _leave(lambda: _chat("model.gguf", *arguments))
             _leave(lambda: cli.app([verb, *arguments, *([case.file] if verb == "fit" else [])], prog_name="edge-phi3"))
