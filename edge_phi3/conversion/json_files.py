@@ -29,6 +29,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # refuses half a character
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from typing import Any
 
@@ -90,6 +91,7 @@ def model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level:
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
     name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name
+    name = os.fsencode(name).decode(errors="replace")  # a folder's may be no text
     if byte_level:
         return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
     lowered = name.lower()
