@@ -93,6 +93,11 @@ def require_space(folder: Path, needed: int, what: str, elsewhere: str = "choose
         )
 
 
+def shown(path: Path | str) -> str:
+    """Return a path as text that JSON and GGUF can hold, whatever bytes it has."""
+    return os.fsencode(path).decode(errors="replace")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file to read.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import read_start
+from edge_phi3.files import read_start, shown
 
 PRESETS = {
     "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
@@ -47,7 +47,7 @@ class LocalGguf:
     @property
     def name(self) -> str:
         """The name the model is served under."""
-        return self.path.stem
+        return shown(self.path.stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def _folder(path: Path) -> LocalCheckpoint:
         inside = sorted(path.glob("*.gguf"))
         hint = f"; it holds {inside[0].name}, give that file" if inside else "; give a Hugging Face checkpoint"
         raise ModelReferenceError(f"The folder {path} has no config.json{hint}.")
-    return LocalCheckpoint(path, path.resolve().name)
+    return LocalCheckpoint(path, shown(path.resolve().name))
 
 
 def _file(path: Path) -> LocalGguf:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import re
 from typing import Any
 
@@ -27,7 +26,7 @@ import gguf
 
 from edge_phi3.conversion.checkpoint import Checkpoint
 from edge_phi3.conversion.errors import CheckpointError
-from edge_phi3.files import read_bounded
+from edge_phi3.files import read_bounded, shown
 
 SOURCE_REPOSITORY_KEY = "general.source.huggingface.repository"
 SOURCE_REVISION_KEY = "general.source.huggingface.revision"
@@ -90,8 +89,7 @@ def model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level:
     """Return the model's name: of its repository, else of ``config.json``, else of its folder."""
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
-    name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name
-    name = os.fsencode(name).decode(errors="replace")  # a folder's may be no text
+    name = full.rstrip("/").rpartition("/")[2] or shown(checkpoint.folder.absolute().name)
     if byte_level:
         return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
     lowered = name.lower()

@@ -46,8 +46,8 @@ class _Added(msgspec.Struct):
     content: Annotated[str, msgspec.Meta(min_length=1)]
 
 
-def read_model_file(path: Path) -> GgufFile:
-    """Read and check the header of a model's GGUF.
+def read_model_file(path: Path, *, planned: bool = False) -> GgufFile:
+    """Read and check the header of a model's GGUF; what is only `planned` may be without a vocabulary.
 
     Raises:
         ModelLoadError: it cannot be read, is damaged or nonsense, or of another architecture or vocabulary.
@@ -64,12 +64,12 @@ def read_model_file(path: Path) -> GgufFile:
     architecture, vocabulary = values.get("general.architecture"), values.get("tokenizer.ggml.model")
     if architecture != "phi3":
         raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
-    if vocabulary not in VOCABULARIES:
+    if not planned and vocabulary not in VOCABULARIES:
         raise ModelLoadError(
             f"{path} has a {vocabulary!r} vocabulary; edge-phi3 serves {' and '.join(VOCABULARIES)},"
             " SentencePiece's and byte-level ones."
         )
-    if found := _nonsense(values) or _vocabulary_nonsense(values):
+    if found := _nonsense(values) or (not planned and _vocabulary_nonsense(values)):
         raise ModelLoadError(f"The model {path} cannot be loaded: {found}.")
     return header
 

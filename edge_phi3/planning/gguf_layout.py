@@ -82,7 +82,7 @@ class Layout:
 
 def read_layout(path: Path) -> Layout:
     """Read the header of a model's GGUF, of each file when it is split."""
-    first = read_model_file(path)
+    first = read_model_file(path, planned=True)
     parts = [first, *(_read_part(part) for part in split_files(path)[1:])]
     tensors = [_tensor(part, info, number) for number, part in enumerate(parts) for info in part.tensors]
     if not tensors:

@@ -155,7 +155,7 @@ def test_of_a_repository_only_the_configuration_is_downloaded(tmp_path: Path, mo
         (("nonsense",), 1, "is neither a file nor a folder here"),
         (("demo", "--flash-attn", "off", "--kv-cache-type", "q8_0"), 1, "llama.cpp cannot tell what"),
         ((), 2, "Missing argument"),
-        (("damaged.gguf",), 1, "damaged.gguf cannot be read as a GGUF"),
+        (("damaged.gguf",), 1, "damaged.gguf cannot be loaded: its version is 0"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
