@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import collections
 import ctypes
 import functools
@@ -37,7 +36,7 @@ def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
     except (KeyboardInterrupt, SystemExit) as error:
         # It would be lost in llama.cpp. The signal comes once more, when Python is back.
         again = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
-        threading.Timer(_AGAIN, _thread.interrupt_main, [again]).start()
+        threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, again]).start()
 
 
 def _take_line(level: int, text: bytes) -> None:
