@@ -22,8 +22,9 @@ from edge_phi3.bench.quant_worker import Conditions, Job, measure
 from edge_phi3.bench.report_files import write_csv, write_json
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.journey import LOCK_NAME, Journey, Stop, choose_types
+from edge_phi3.conversion.json_files import MAX_BYTES
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType
-from edge_phi3.files import locked
+from edge_phi3.files import locked, read_bounded
 from edge_phi3.gguf_file import GgufError, read_gguf
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
@@ -229,6 +230,6 @@ def _type_of(path: Path) -> str:
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_BYTES, regular=False)
     except OSError as error:
         raise BenchError(f"The {what} {path} cannot be read: {error.strerror}.") from error
