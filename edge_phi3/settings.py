@@ -80,9 +80,7 @@ class Settings(BaseModel):
         -1, "Engine", "Number of layers on the GPU; -1 puts all of them there when there is a GPU.", ge=-1, le=1000
     )
     mmap: bool = option(
-        True,
-        "Engine",
-        "Map the model file, which must not change while it is served; --no-mmap reads it whole into memory.",
+        True, "Engine", "Map the model file, which must not change meanwhile; --no-mmap reads it whole at the start."
     )
     require_gpu: bool = option(
         False, "Engine", "Exit with code 1 when no layer can be put on a GPU, instead of serving from the CPU."
@@ -329,7 +327,7 @@ class Settings(BaseModel):
             try:
                 lines = read_bounded(self.api_key_file, MAX_BYTES, regular=False).decode("ascii").splitlines()
             except (OSError, UnicodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else error
+                why = getattr(error, "strerror", error)
                 raise SettingsError(f"--api-key-file: {self.api_key_file} cannot be read: {why}.") from None
             found = [line.strip() for line in lines if line.strip()]
             if not found:
