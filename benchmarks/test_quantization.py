@@ -22,7 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.timings import timings
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantization_types import quantization_type
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 from tests.support.models import write_random_checkpoint
 
 ROUNDS = 3

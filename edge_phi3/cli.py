@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from edge_phi3.errors import EdgePhi3Error, WrongUsageError
+from edge_phi3.errors import WrongUsageError
+from edge_phi3.process import SurroundingsError, prepare, sentence_of
 from edge_phi3.version import __version__
 
 VERBS: Mapping[str, str] = {
@@ -56,15 +57,15 @@ class _Verbs(click.RichGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
         return _Verb(name=cmd_name, help=VERBS[cmd_name]) if cmd_name in VERBS else None
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except WrongUsageError as error:
-            click.echo(f"edge-phi3: {error}", err=True)
-            ctx.exit(WRONG_USAGE)
-        except EdgePhi3Error as error:
-            click.echo(f"edge-phi3: {error}", err=True)
-            ctx.exit(FAILED)
+            try:
+                return super().main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except Exception as error:  # noqa: BLE001 - no verb ever ends in a traceback
+            click.echo(f"edge-phi3: {sentence_of(error)}", err=True)
+            sys.exit(WRONG_USAGE if isinstance(error, WrongUsageError) else FAILED)
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
@@ -78,6 +79,10 @@ def app() -> None:
 
 def main() -> None:
     """Run the command line; results go to stdout, everything else to stderr."""
+    try:
+        prepare()
+    except SurroundingsError as error:
+        sys.exit(f"edge-phi3: {error}")
     if sys.argv[1:2] == ["serve"]:
         # Until the server takes the signals over there is nothing to finish, and afterwards nothing left; a stop that
         # was requested is no failure.

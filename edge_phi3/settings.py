@@ -23,8 +23,9 @@ from pydantic import (
 )
 
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
+from edge_phi3.files import read_bounded
 from edge_phi3.llama.options import Lora
-from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
+from edge_phi3.settings_sources import ENV_PREFIX, MAX_BYTES, SettingsError, environment, read_toml
 from edge_phi3.settings_text import explain, flag_of, option, read_lora, write_lora
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
@@ -79,6 +80,9 @@ class Settings(BaseModel):
     )
     n_gpu_layers: int = option(
         -1, "Engine", "Number of layers on the GPU; -1 puts all of them there when there is a GPU.", ge=-1, le=1000
+    )
+    mmap: bool = option(
+        True, "Engine", "Map the model file, which must not change meanwhile; --no-mmap reads it whole at the start."
     )
     require_gpu: bool = option(
         False, "Engine", "Exit with code 1 when no layer can be put on a GPU, instead of serving from the CPU."
@@ -347,9 +351,10 @@ class Settings(BaseModel):
         keys = [key.get_secret_value() for key in self.api_key]
         if self.api_key_file is not None:
             try:
-                lines = self.api_key_file.read_text(encoding="ascii").splitlines()
+                lines = read_bounded(self.api_key_file, MAX_BYTES, regular=False).decode("ascii").splitlines()
             except (OSError, UnicodeError) as error:
-                raise SettingsError(f"--api-key-file: {self.api_key_file} cannot be read: {error}.") from None
+                why = getattr(error, "strerror", error)
+                raise SettingsError(f"--api-key-file: {self.api_key_file} cannot be read: {why}.") from None
             found = [line.strip() for line in lines if line.strip()]
             if not found:
                 raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")

@@ -9,9 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.files import read_bounded
 from edge_phi3.settings_text import key_of
 
 ENV_PREFIX = "EDGE_PHI3_"
+
+MAX_BYTES = 1 << 20
+"""Of a configuration file, or one of keys."""
 
 
 class SettingsError(EdgePhi3Error):
@@ -32,10 +36,13 @@ def read_toml(path: Path, names: Iterable[str]) -> dict[str, object]:
     """Return the options in a TOML file, by field name; `SettingsError` when it cannot be read or holds another key."""
     known = list(names)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_bounded(path, MAX_BYTES, regular=False).decode("utf-8")
+        if "\\u0000" in text or "\\U00000000" in text:
+            raise ValueError("no option can hold a NUL")
+        content = tomllib.loads(text)
     except OSError as error:
         raise SettingsError(f"The configuration file {path} cannot be read: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"The configuration file {path} is not valid TOML: {error}.") from None
     values = {key.replace("-", "_"): value for key, value in content.items()}
     for key in values:

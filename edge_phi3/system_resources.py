@@ -1,7 +1,9 @@
-"""What this process may use of the machine: its GPUs, through NVML, and its main memory."""
+"""What this process may use of the machine: its GPUs, through NVML, its cores and its main memory."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,12 @@ import pynvml
 
 Value = TypeVar("Value")
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file "),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+)
+"""The files of limit and usage in version 2 and in version 1, and the cached files' line in ``memory.stat``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +81,47 @@ def _if_supported(read: Callable[[], Value]) -> Value | None:
         return None
 
 
+def usable_cores() -> int:
+    """Return the physical cores that this process may use: hyper-threads, CPU affinity and cgroup quotas considered."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
+    for group in _cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            both = group / "cpu.max"
+            quota, period = both.read_text("ascii").split() if both.exists() else (
+                (group / f"cpu.cfs_{name}_us").read_text("ascii") for name in ("quota", "period")
+            )  # fmt: skip
+            if int(quota) > 0:
+                cores = max(1, min(cores, int(quota) // int(period)))
+    return cores
+
+
 def available_memory() -> int:
-    """Return the bytes of main memory that this process may still take: the machine's, within its cgroup's limit."""
+    """Return the bytes of main memory that this process may still take: the machine's, within its cgroups' limits."""
     available = int(psutil.virtual_memory().available)
+    for group in _cgroups("memory"):
+        for limit, used, cached in _MEMORY_FILES:
+            with contextlib.suppress(OSError, ValueError):
+                room = int((group / limit).read_text("ascii")) - int((group / used).read_text("ascii"))
+                lines = (group / "memory.stat").read_text("ascii").splitlines()
+                # Cached files count as used until somebody needs their memory.
+                room += next((int(line.split()[1]) for line in lines if line.startswith(cached)), 0)
+                available = max(0, min(available, room))
+    return available
+
+
+def _cgroups(controller: str) -> list[Path]:
+    """Return the folders of this process's cgroup and of those around it, where a controller may set limits.
+
+    A container often sees its own cgroup as the root, under a path that only its host has.
+    """
     try:
-        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
-        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
-        statistics = (_CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        lines = _MEMBERSHIP.read_text("utf-8").splitlines()
     except (OSError, ValueError):
-        return available
-    # Cached files count as used until somebody needs their memory.
-    cached = next((int(line.split()[1]) for line in statistics if line.startswith("inactive_file ")), 0)
-    return max(0, min(available, limit - used + cached))
+        lines = ["0::/"]
+    found = []
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") > 1):
+        if not controllers or controller in controllers.split(","):  # version 2 has one tree for all
+            own = Path(path.lstrip("/"))
+            found += [_CGROUP / controllers / folder for folder in (own, *own.parents)]
+    return found

@@ -28,7 +28,7 @@ from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import ServeBench, measure
 from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 
 KINDS = ("Q4_K_M", "Q8_0", "F16")
 MAIN_KIND = "Q4_K_M"

@@ -63,9 +63,9 @@ class Job(Conditions, frozen=True, kw_only=True):
     The reference's log-probabilities are written to `logits` for the reference itself, and compared with otherwise.
     """
 
-    model: str
+    model: Path
     text: str
-    logits: str
+    logits: Path
     reference: bool
 
 
@@ -127,7 +127,7 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Fig
                 if progress is not None:
                     progress(event)
         except WorkerDiedError as error:
-            raise BenchError(f"The process that measured {Path(job.model).name} died: {error}.") from error
+            raise BenchError(f"The process that measured {job.model.name} died: {error}.") from error
         except WorkerError as error:
             raise BenchError(str(error)) from error
     figures: Figures = event
@@ -139,7 +139,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     machine = Machine.here()
     before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
-    settings = EngineSettings(Path(job.model), threads=job.threads or 0, batch_size=_BATCH)
+    settings = EngineSettings(job.model, threads=job.threads or 0, batch_size=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
     started = time.perf_counter()
     model = Model(settings.model_path, n_gpu_layers=layers)
@@ -159,7 +159,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
         done=lambda number: tell(Progress(number, len(chunks))),
     )
     if job.reference:
-        with writing(Path(job.logits), chunks, model.vocab_size) as keep:
+        with writing(job.logits, chunks, model.vocab_size) as keep:
             quality = evaluated(keep=keep)
     else:
         quality = evaluated(reference=np.load(job.logits, mmap_mode="r"))

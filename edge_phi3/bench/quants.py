@@ -12,7 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
-import gguf
 import msgspec
 
 from edge_phi3.bench.errors import BenchError
@@ -23,8 +22,10 @@ from edge_phi3.bench.quant_worker import Conditions, Job, measure
 from edge_phi3.bench.report_files import write_csv, write_json
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.journey import LOCK_NAME, Journey, Stop, choose_types
+from edge_phi3.conversion.json_files import MAX_BYTES
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, QuantizationType
-from edge_phi3.files import locked
+from edge_phi3.files import locked, read_bounded
+from edge_phi3.gguf_file import GgufError, read_gguf
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 EVALUATION_NAME = "edge-phi3 evaluation.txt"
@@ -174,7 +175,7 @@ class _Run:
     def _measure(self, stop: Stop, logits: Path, kind: str, key: str, *, guided: bool, reference: bool = False) -> None:
         """Measure a file, and write the report with it."""
         conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
-        job = Job(model=str(stop.path), text=self._text, logits=str(logits), reference=reference, **conditions)
+        job = Job(model=stop.path, text=self._text, logits=logits, reference=reference, **conditions)
         size = stop.path.stat().st_size
         with self._progress.step(f"Measuring {kind}", size) as step:
             # The bar counts bytes: as many of the file's as chunks of the text are done.
@@ -218,18 +219,17 @@ class _Run:
 def _type_of(path: Path) -> str:
     """Return the name of a GGUF's file type."""
     try:
-        field = gguf.GGUFReader(path).fields.get("general.file_type")
-    except (OSError, ValueError) as error:
+        number = read_gguf(path).values.get("general.file_type")
+    except (OSError, GgufError) as error:
         raise BenchError(f"{path} is not a whole GGUF model: {error}.") from error
-    number = -1 if field is None else int(field.contents())
     names = {kind.ftype: kind.name for kind in QUANTIZATION_TYPES.values()}
-    if number not in names:
+    if not isinstance(number, int) or number not in names:
         raise BenchError(f"{path} does not say its file type (general.file_type); convert the checkpoint anew.")
     return names[number]
 
 
 def _read(path: Path, what: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bounded(path, MAX_BYTES, regular=False)
     except OSError as error:
         raise BenchError(f"The {what} {path} cannot be read: {error.strerror}.") from error

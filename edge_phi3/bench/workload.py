@@ -14,6 +14,10 @@ import rich_click as click
 
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.options import ONE_OR_MORE, ZERO_OR_MORE, Option
+from edge_phi3.files import read_bounded
+
+_MAX_BYTES = 256 << 20
+"""Of a file of prompts."""
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
 """Frequent English words, most of which are one token in most vocabularies."""
@@ -164,7 +168,9 @@ class FileSessions:
 
     def __init__(self, path: Path, workload: Workload) -> None:
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [
+                line for line in read_bounded(path, _MAX_BYTES, regular=False).decode().splitlines() if line.strip()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise BenchError(f"The prompts in {path} cannot be read: {error}.") from None
         if not lines:

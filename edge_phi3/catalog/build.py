@@ -20,7 +20,7 @@ from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space
+from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space, shown
 from edge_phi3.progress import ProgressReporter
 from edge_phi3.version import __version__
 
@@ -135,7 +135,7 @@ class Build:
         manifest = Manifest(
             format=FORMAT,
             name=wanted.name,
-            source=wanted.path.name if isinstance(wanted, LocalCheckpoint) else wanted.repository,
+            source=shown(wanted.path.name) if isinstance(wanted, LocalCheckpoint) else wanted.repository,
             revision=self._commit,
             requested_revision=None if isinstance(wanted, LocalCheckpoint) else wanted.revision,
             quant=quant,

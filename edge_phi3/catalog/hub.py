@@ -65,7 +65,7 @@ class Repository:
 
     def __init__(self, name: str, revision: str, progress: ProgressReporter) -> None:
         # huggingface_hub reads these when it is imported, which may be long before a test or a program sets them.
-        self.endpoint = os.environ.get("HF_ENDPOINT", huggingface_hub.constants.ENDPOINT).rstrip("/")
+        self.endpoint = (os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT).rstrip("/")
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in huggingface_hub.constants.ENV_VARS_TRUE_VALUES
         if offline or huggingface_hub.is_offline_mode():
             raise UnreachableError("HF_HUB_OFFLINE is set")

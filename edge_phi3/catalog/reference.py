@@ -9,6 +9,7 @@ from pathlib import Path
 
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.files import read_start, shown
 
 PRESETS = {
     "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
@@ -46,7 +47,7 @@ class LocalGguf:
     @property
     def name(self) -> str:
         """The name the model is served under."""
-        return self.path.stem
+        return shown(self.path.stem)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +141,14 @@ def _folder(path: Path) -> LocalCheckpoint:
         from edge_phi3.conversion.checkpoint import no_checkpoint  # noqa: PLC0415 (see above)
 
         raise ModelReferenceError(str(no_checkpoint(path)))
-    return LocalCheckpoint(path, path.resolve().name)
+    return LocalCheckpoint(path, shown(path.resolve().name))
 
 
 def _file(path: Path) -> LocalGguf:
-    with path.open("rb") as file:
-        magic = file.read(4)
+    try:
+        magic = read_start(path)
+    except OSError as error:
+        raise ModelReferenceError(f"{path} cannot be read: {error.strerror}.") from error
     if magic != b"GGUF":
         raise ModelReferenceError(
             f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF, or the folder of a checkpoint."

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, merge_imatrices, write_imatrix
-from edge_phi3.files import refuse_existing
+from edge_phi3.conversion.json_files import MAX_BYTES
+from edge_phi3.files import read_bounded, refuse_existing
 from edge_phi3.llama import ImatrixError
 from edge_phi3.llama.activations import SMALLEST_BATCH, ActivationCollector, collecting
 
@@ -75,7 +76,7 @@ def collect_imatrix(
     if ctx_size < SMALLEST_BATCH:
         raise ImatrixError(f"--ctx-size {ctx_size} is too small; give {SMALLEST_BATCH} tokens at least.")
     report = progress or (lambda _done, _total: None)
-    with collecting(model, process_output=process_output, n_gpu_layers=n_gpu_layers) as collector:
+    with collecting(model, cells=ctx_size, process_output=process_output, n_gpu_layers=n_gpu_layers) as collector:
         tokens = collector.tokenize(text, parse_special=parse_special)
         available = len(tokens) // ctx_size - from_chunk
         count = available if chunks is None else min(chunks, available)
@@ -153,7 +154,7 @@ def make_imatrix(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return read_bounded(path, MAX_BYTES, regular=False).decode("utf-8")
     except OSError as error:
         raise ImatrixError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import atomic_output
+from edge_phi3.files import atomic_output, read_bounded, read_start
+from edge_phi3.gguf_file import GgufError, TensorInfo, read_gguf
 
 _SUMS = ".in_sum2"
 _COUNTS = ".counts"
+
+_MAX_LEGACY = 1 << 30
+"""Bytes of the older format; a matrix of Phi-4 has 17 MiB."""
 
 
 class ImatrixFileError(EdgePhi3Error):
@@ -65,13 +69,10 @@ def read_imatrix(path: Path | str) -> Imatrix:
     """Read an importance matrix, in the GGUF format or the older binary one."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            magic = file.read(4)
+        matrix = _read_gguf(path) if read_start(path) == b"GGUF" else _read_legacy(path)
     except OSError as error:
         raise ImatrixFileError(f"The importance matrix {path} cannot be read: {error.strerror}.") from error
-    try:
-        matrix = _read_gguf(path) if magic == b"GGUF" else _read_legacy(path)
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError, struct.error) as error:
+    except (ValueError, GgufError, struct.error) as error:
         raise ImatrixFileError(f"{path} is not a whole importance matrix: {error}.") from error
     for name, entry in matrix.entries.items():
         if not np.isfinite(entry.sums).all() or not np.isfinite(entry.counts).all():
@@ -125,39 +126,42 @@ def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
 
 
 def _read_gguf(path: Path) -> Imatrix:
-    reader = gguf.GGUFReader(path)
-    kind = reader.get_field("general.type")
-    if kind is not None and kind.contents() != "imatrix":
-        raise ValueError(f"it is a GGUF of type {kind.contents()!r}, not 'imatrix'")
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    header = read_gguf(path)
+    kind = header.values.get("general.type")
+    if kind not in {None, "imatrix"}:
+        raise ValueError(f"it is a GGUF of type {kind!r}, not 'imatrix'")
+    tensors = {tensor.name: tensor for tensor in header.tensors}
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
     if not names:
         raise ValueError(f"it has no tensor whose name ends with {_SUMS}")
+    if any(name + _COUNTS not in tensors for name in names):
+        raise ValueError(
+            f"it has sums but no counts for {next(name for name in names if name + _COUNTS not in tensors)}"
+        )
     entries = {}
-    for name in names:
-        if name + _COUNTS not in tensors:
-            raise ValueError(f"it has sums but no counts for {name}")
-        sums, counts = tensors[name + _SUMS], tensors[name + _COUNTS]
-        if {sums.tensor_type, counts.tensor_type} != {gguf.GGMLQuantizationType.F32}:
-            raise ValueError(f"the sums and counts of {name} are not F32")
-        rows = np.array(counts.data, dtype=np.float32).reshape(-1)
-        entries[name] = ImatrixEntry(np.array(sums.data, dtype=np.float32).reshape(rows.size, -1), np.rint(rows))
+    with path.open("rb") as file:
 
-    def value(key: str, default: Any) -> Any:
-        found = reader.get_field(key)
-        return default if found is None else found.contents()
+        def values(tensor: TensorInfo) -> NDArray[np.float32]:
+            start, count = header.data_start + tensor.offset, math.prod(tensor.shape)
+            if tensor.type != gguf.GGMLQuantizationType.F32 or start + 4 * count > header.size:
+                raise ValueError(f"{tensor.name} is not F32, or ends beyond the file")
+            file.seek(start)
+            return np.frombuffer(file.read(4 * count), np.float32)
 
-    return Imatrix(
-        entries,
-        datasets=list(value("imatrix.datasets", [])),
-        chunk_count=int(value("imatrix.chunk_count", 0)),
-        chunk_size=int(value("imatrix.chunk_size", 0)),
-    )
+        for name in names:
+            rows = values(tensors[name + _COUNTS])
+            entries[name] = ImatrixEntry(values(tensors[name + _SUMS]).reshape(rows.size, -1), np.rint(rows))
+    datasets, counts = header.values.get("imatrix.datasets", []), []
+    for key in ("imatrix.chunk_count", "imatrix.chunk_size"):
+        counts.append(header.values.get(key, 0))
+        if type(counts[-1]) is not int or not 0 <= counts[-1] < 1 << 31:
+            raise ValueError(f"{key} is {counts[-1]!r:.80}")
+    return Imatrix(entries, datasets if isinstance(datasets, list) else [], *counts)
 
 
 def _read_legacy(path: Path) -> Imatrix:
     """Read what `llama-imatrix` wrote before the GGUF format: int32 lengths, names, float32 sums; little-endian."""
-    data = memoryview(path.read_bytes())
+    data = memoryview(read_bounded(path, _MAX_LEGACY))
     position = 0
 
     def take(size: int) -> memoryview:

@@ -25,7 +25,7 @@ from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, require_space, sha256_of
+from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, require_space, sha256_of, shown
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
 MANIFEST_NAME = "manifest.json"
@@ -146,7 +146,7 @@ class Journey:
         plan = plan_tensors(opened.tensors, read_model(opened), outtype)
         self._require_space(plan, types)
         paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _INPUTS)
-        self.sources = {path.name: self._input(path) for path in paths}
+        self.sources = {shown(path.name): self._input(path) for path in paths}
         hashes = {name: seen.sha256 for name, seen in self.sources.items()}
         kind = plan.matrices.name
 
@@ -220,7 +220,7 @@ class Journey:
 
     def _input(self, path: Path) -> Seen:
         """Look at a file; one whose size and time are those of the last run is not read again."""
-        key = str(path.resolve())
+        key = shown(path.resolve())
         before = self._manifest.inputs.get(key)
         try:
             seen = _see(path, before)

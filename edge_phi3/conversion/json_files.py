@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.files import read_bounded
+
+MAX_BYTES = 256 << 20
+"""Largest file of text that is read; the tokenizer.json of Phi-4-mini has 15 MiB."""
 
 LARGEST = (1 << 31) - 1
 Size = Annotated[int, msgspec.Meta(ge=1, le=LARGEST)]
-PositiveNumber = Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)]
+PositiveNumber = Annotated[float, msgspec.Meta(ge=1.2e-38, le=3.4e38)]
+"""What float32 holds as a normal number, as a GGUF does."""
 
 _T = TypeVar("_T")
 
@@ -25,6 +29,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(text)
+        if "\\u" in text:
+            json.dumps(content, ensure_ascii=False).encode()  # refuses half a character
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
@@ -35,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_text(path: Path) -> str | None:
     """Read a file in UTF-8, with or without its byte-order mark; return None when there is no such file."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bounded(path, MAX_BYTES).decode("utf-8-sig")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -50,6 +56,8 @@ def typed(content: object, kind: type[_T], source: str) -> _T:
     """Return what a JSON file holds as the type that it should have."""
     try:
         return msgspec.convert(content, kind, str_keys=True)
+    except RecursionError:
+        raise CheckpointError(f"{source}: it is nested too deeply.") from None
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at ")
         entry = where.strip("`").removeprefix("$").removeprefix(".")

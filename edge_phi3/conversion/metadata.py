@@ -26,12 +26,15 @@ import gguf
 
 from edge_phi3.conversion.checkpoint import Checkpoint
 from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.files import read_bounded, shown
 
 SOURCE_REPOSITORY_KEY = "general.source.huggingface.repository"
 SOURCE_REVISION_KEY = "general.source.huggingface.revision"
 EOS_TOKEN_IDS_KEY = "edge_phi3.generation.eos_token_ids"  # noqa: S105 - a key, no secret
 PAD_TOKEN_ID_KEY = "edge_phi3.generation.pad_token_id"  # noqa: S105 - a key, no secret
 GENERATION_CONFIG_KEY = "edge_phi3.generation.config"
+
+_MAX_CARD = 4 << 20
 
 _logger = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ def model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level:
     """Return the model's name: of its repository, else of ``config.json``, else of its folder."""
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
-    name = full.rstrip("/").rpartition("/")[2] or checkpoint.folder.absolute().name
+    name = full.rstrip("/").rpartition("/")[2] or shown(checkpoint.folder.absolute().name)
     if byte_level:
         return re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
     lowered = name.lower()
@@ -134,8 +137,12 @@ def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:
 
 
 def _model_card(checkpoint: Checkpoint) -> dict[str, Any]:
+    readme = checkpoint.folder / "README.md"
     try:
+        read_bounded(readme, _MAX_CARD)
         card: dict[str, Any] = gguf.Metadata.load_model_card(checkpoint.folder)
+    except FileNotFoundError:
+        return {}
     except Exception as error:  # noqa: BLE001 - the card is prose; no mistake in it makes the model unfit
         _logger.warning("README.md of the checkpoint has no readable metadata: %s", error)
         return {}

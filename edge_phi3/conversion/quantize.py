@@ -78,7 +78,7 @@ def quantize(
         _check_permission(plan, source, given, allow_requantize=allow_requantize)
         check_plan(plan, given)
         require_space(temporary.parent, plan.bytes, str(output))
-        job = msgspec.structs.replace(job, output=str(temporary.absolute()), allow_requantize=allow_requantize)
+        job = msgspec.structs.replace(job, output=temporary.absolute(), allow_requantize=allow_requantize)
         _execute(process, job, plan, progress)
         size = temporary.stat().st_size
         # A write that failed without a word shows here: only a few keys of the metadata may differ.
@@ -128,6 +128,6 @@ def _execute(
                     progress(done, total, step.name)
                 done += tensor.source_bytes
     except QuantizerError as error:
-        raise explain(error, Path(job.source)) from error
+        raise explain(error, job.source) from error
     if progress is not None:
         progress(total, total, plan.tensors[-1].name)

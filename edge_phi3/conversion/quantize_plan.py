@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,12 +15,14 @@ from numpy.typing import NDArray
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type, tensor_type_number
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.files import read_start
+from edge_phi3.gguf_file import split_files
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, QuantizerProcess, TensorPlan
+from edge_phi3.system_resources import usable_cores
 
 _ALIGNMENT = 32
 _UNQUANTIZED = frozenset({"F32", "F16", "BF16"})
-_SPLIT = re.compile(r"-00001-of-(\d{5})\.gguf$")
 
 
 class QuantizeError(EdgePhi3Error):
@@ -97,8 +98,7 @@ def predict_sizes(source: Path, types: Iterable[str], **options: Any) -> list[Si
 def check_source(source: Path) -> None:
     """Refuse what does not begin as a GGUF does."""
     try:
-        with source.open("rb") as file:
-            magic = file.read(4)
+        magic = read_start(source)
     except OSError as error:
         raise QuantizeError(f"{source} cannot be read: {error.strerror}.") from error
     if magic != b"GGUF":
@@ -125,10 +125,10 @@ def make_job(
             raise QuantizeError(f"--tensor-type: {pattern!r} is not a regular expression: {error}.") from error
         overrides.append((_lower(pattern), tensor_type_number(name, numbers, f"--tensor-type {pattern}")))
     return Job(
-        source=str(source.absolute()),
+        source=source.absolute(),
         output=None,
         ftype=chosen.ftype,
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or usable_cores(),
         importance={name: values.tobytes() for name, values in options.importance.items()},
         metadata=options.metadata,
         tensor_types=overrides,
@@ -143,7 +143,7 @@ def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> 
     try:
         tensors = [step for step in process.run(job) if step.target is not None]
     except QuantizerError as error:
-        raise explain(error, Path(job.source)) from error
+        raise explain(error, job.source) from error
     if not tensors or len(tensors) != process.log.count:
         raise QuantizeError(
             f"llama.cpp planned {process.log.count} tensors of {job.source} and its log lists {len(tensors)};"
@@ -152,7 +152,7 @@ def make_plan(process: QuantizerProcess, job: Job, chosen: QuantizationType) -> 
     weights = sum(math.prod(tensor.shape) for tensor in tensors)
     sizes = [tensor.made.bytes_of(tensor.shape) for tensor in tensors]
     # All that is not tensors is copied from the source, but for a key or two.
-    metadata = sum(part.stat().st_size for part in split_files(Path(job.source)))
+    metadata = sum(part.stat().st_size for part in split_files(job.source))
     metadata -= sum(_padded(tensor.source_bytes) for tensor in tensors)
     return SizePrediction(
         type=chosen,
@@ -247,12 +247,3 @@ def _check_imatrix(importance: Mapping[str, NDArray[np.float32]], plan: SizePred
 
 def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def split_files(source: Path) -> list[Path]:
-    """Return the files of a GGUF, one unless its name is that of the first part of a split one."""
-    match = _SPLIT.search(source.name)
-    if match is None:
-        return [source]
-    stem, count = source.name[: match.start()], int(match[1])
-    return [source.with_name(f"{stem}-{index:05}-of-{count:05}.gguf") for index in range(1, count + 1)]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.files import open_regular
 
 _RAW: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<u2"), "BF16": np.dtype("<u2")}
 
@@ -71,7 +72,7 @@ class SafetensorsFile:
         self.path = path
         self.tensors: dict[str, StoredTensor] = {}
         try:
-            with path.open("rb") as file, safe_open(path, "numpy") as header:
+            with open_regular(path) as file, safe_open(path, "numpy") as header:
                 begin = 8 + int.from_bytes(file.read(8), "little")
                 for name in header.offset_keys():
                     entry = header.get_slice(name)

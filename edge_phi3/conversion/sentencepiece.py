@@ -18,6 +18,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.files import read_bounded
 
 MAX_BYTES = 64 << 20
 """Largest model file that is read; Phi-3's has half a megabyte."""
@@ -70,9 +71,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """Read the pieces and the model type of a SentencePiece model."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_BYTES >> 20} MiB, too large for a vocabulary.")
-        message = _model_class().FromString(path.read_bytes())
+        message = _model_class().FromString(read_bounded(path, MAX_BYTES))
         pieces = tuple(_piece(piece, index) for index, piece in enumerate(message.Piece))
         if not pieces:
             raise ValueError("it has no pieces")

@@ -292,7 +292,10 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | 
         token_id: AddedToken(text)
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
     }
-    listed = {token.id: token for token in (fast and fast.added_tokens) or []}
+    listed: dict[int, AddedToken] = {}
+    for listed_token in (fast and fast.added_tokens) or []:
+        if listed.setdefault(listed_token.id, listed_token).content != listed_token.content:
+            raise CheckpointError(f"tokenizer.json: two added tokens have the id {listed_token.id}.")
     for tokens in (config.added_tokens_decoder or {}, listed):
         for token_id, token in tokens.items():
             added[token_id] = AddedToken(**{flag: getattr(token, flag) for flag in AddedToken.__struct_fields__})

@@ -6,6 +6,7 @@ puts in front of them. The files themselves are believed, and an index only says
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterable
@@ -124,8 +125,8 @@ def _read_index(folder: Path) -> dict[str, str]:
         return {}
     weight_map = typed(index, _Index, INDEX_NAME).weight_map
     for shard in weight_map.values():
-        if Path(shard).name != shard or shard in {"", ".", ".."}:
-            raise CheckpointError(f"The shard {shard!r}, which {INDEX_NAME} names, is not in {folder}.")
+        if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard or len(os.fsencode(shard)) > 255:
+            raise CheckpointError(f"The shard {shard[:300]!r}, which {INDEX_NAME} names, is not in {folder}.")
     return weight_map
 
 

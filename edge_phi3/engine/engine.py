@@ -231,6 +231,7 @@ class Engine:
         if not self._stopping:
             self._set_status("ready", "")
         watchdog = self._watchdog = self._watch(core)
+        loaded.files.watch(lambda sentence: self._file_changed(core, sentence))
         self._loading.set_result(loaded)
         try:
             while not self._stopping:
@@ -283,6 +284,14 @@ class Engine:
         logger.warning("The engine goes on.")
         if self.status == "stalled":
             self._set_status("ready", "")
+
+    def _file_changed(self, core: EngineCore, sentence: str) -> None:
+        self._set_status("broken", sentence)
+        core.abandon(sentence)
+        logger.critical("%s", sentence)
+        if self.settings.exit_on_stall:
+            logging.shutdown()
+            os._exit(1)
 
     def _lost(self) -> None:
         if not self.settings.exit_on_stall:

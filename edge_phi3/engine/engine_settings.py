@@ -17,6 +17,7 @@ class EngineSettings(ContextOptions):
 
     model_path: Path
     ctx_size: int = 0
+    mmap: bool = True
     require_gpu: bool = False
     window_chunk: int = 32
     lora: tuple[Lora, ...] = ()

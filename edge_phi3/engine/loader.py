@@ -8,6 +8,8 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from edge_phi3.engine.batch_sizes import measure
 from edge_phi3.engine.contexts import ContextShape, context_shapes
 from edge_phi3.engine.engine_settings import EngineSettings
@@ -16,12 +18,15 @@ from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.speculation import Speculation
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import ModelDefaults
+from edge_phi3.gguf_file import split_files
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import supports_gpu_offload
 from edge_phi3.llama.context import Context
-from edge_phi3.llama.model import Model, read_metadata
-from edge_phi3.llama.options import usable_cores
-from edge_phi3.system_resources import available_memory
+from edge_phi3.llama.model import Model
+from edge_phi3.llama.model_file import read_model_file
+from edge_phi3.llama.proof import prove
+from edge_phi3.llama.served_file import ServedFiles
+from edge_phi3.system_resources import available_memory, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,7 @@ class LoadedModel:
 
     A model with two sets of rotary factors may have two, the first for sequences up to the original context. `defaults`
     is what the model's ``generation_config.json`` says. `gpu_layers` counts the layers on a GPU, the output as one of
-    them. `resources` frees the contexts, and then the model.
+    them. `files` are those that are mapped. `resources` frees the contexts, and then the model.
     """
 
     model: Model
@@ -43,6 +48,7 @@ class LoadedModel:
     runners: list[ModelRunner]
     defaults: ModelDefaults
     gpu_layers: int
+    files: ServedFiles
     resources: contextlib.ExitStack
 
     def close(self) -> None:
@@ -55,18 +61,30 @@ def load(settings: EngineSettings) -> LoadedModel:
     gpu = supports_gpu_offload()
     if settings.require_gpu and not (gpu and settings.n_gpu_layers):
         raise ModelLoadError(_why_no_gpu(settings))
-    facts = read_metadata(settings.model_path, (_CONTEXT, _ORIGINAL_CONTEXT))
-    context_length, original = int(facts.get(_CONTEXT, 0)), int(facts.get(_ORIGINAL_CONTEXT, 0))
+    header = read_model_file(settings.model_path)
+    context_length, original = int(header.values.get(_CONTEXT, 0)), int(header.values.get(_ORIGINAL_CONTEXT, 0))
     original = original if 0 < original < context_length else 0
     shapes = context_shapes(settings, context_length, original or None, gpu=gpu)
     with contextlib.ExitStack() as stack:
+        files = ServedFiles(split_files(settings.model_path) if settings.mmap else [])
+        stack.callback(files.close)
         # Where short and long rotary factors part: the first context is no larger, and so takes the short ones.
         overrides = {_ORIGINAL_CONTEXT: shapes[0].cells} if original else {}
-        model = Model(settings.model_path, n_gpu_layers=settings.n_gpu_layers if gpu else 0, overrides=overrides)
+        sizes = [(shape.cells, shape.sequences) for shape in shapes]
+        adapters = [lora.path for lora in settings.lora]
+        prove(header, sizes, settings, overrides=overrides, adapters=adapters)
+        layers = settings.n_gpu_layers if gpu else 0
+        model = Model(header, n_gpu_layers=layers, overrides=overrides, mapped=settings.mmap)
         stack.callback(model.close)
         for path, scale, name in settings.lora:
             model.load_lora(path, scale, settings.adapters.index(name) + 1 if name else 0)
-        tokenizer = Tokenizer(model)
+        try:
+            tokenizer = Tokenizer(model)
+            defaults = _defaults(model, tokenizer)
+        except (ValueError, TypeError, LookupError, RecursionError, msgspec.MsgspecError) as error:
+            raise ModelLoadError(
+                f"What {model.path} says of its tokens or of generation is nonsense: {error}."
+            ) from error
         runners = []
         for shape in shapes:
             context = Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings)
@@ -75,7 +93,7 @@ def load(settings: EngineSettings) -> LoadedModel:
             runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
         wanted = settings.n_gpu_layers if settings.n_gpu_layers >= 0 else model.layers + 1
         layers = min(wanted, model.layers + 1) if gpu else 0
-        loaded = LoadedModel(model, tokenizer, runners, _defaults(model, tokenizer), layers, stack.pop_all())
+        loaded = LoadedModel(model, tokenizer, runners, defaults, layers, files, stack.pop_all())
     _say_what_runs_where(loaded, settings)
     return loaded
 
@@ -116,6 +134,8 @@ def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
     if not ends:
         ends = [token for text in tokenizer.family.ends if (token := tokenizer.special_token(text)) is not None]
         ends = sorted({*ends, model.eos_token_id} - {-1})
+    if any(not 0 <= token < model.vocab_size for token in ends):
+        raise ValueError(f"the tokens {ends[:9]} cannot end an answer, for there are {model.vocab_size} tokens")
     pad = generation.get("pad_token_id", model.pad_token_id)
     return ModelDefaults(
         vocab_size=model.vocab_size,
@@ -131,10 +151,7 @@ def _generation_config(model: Model) -> Mapping[str, object]:
     text = model.metadata("edge_phi3.generation.config")
     if not text:
         return {}
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ModelLoadError(f"{model.path}: edge_phi3.generation.config is not JSON ({error}).") from error
+    config = json.loads(text)
     return config if isinstance(config, dict) else {}
 
 

@@ -6,7 +6,6 @@ While llama.cpp evaluates a text, its callback (``cb_eval``) is shown each matri
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,10 @@ from edge_phi3.llama import ImatrixError
 from edge_phi3.llama.backend import reason, supports_gpu_offload
 from edge_phi3.llama.ggml import GgmlTensor, check_layout, floats, operation, weight_name
 from edge_phi3.llama.model import load_file, tokenize
+from edge_phi3.llama.model_file import read_model_file
+from edge_phi3.llama.options import ContextOptions
+from edge_phi3.llama.proof import prove
+from edge_phi3.system_resources import usable_cores
 
 SMALLEST_BATCH = 16
 """Products of fewer rows are passed over, as in llama-imatrix."""
@@ -80,7 +83,7 @@ class ActivationCollector:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = cells
         params.n_batch = params.n_ubatch = params.n_outputs_max = min(cells, _BATCH)
-        params.n_threads = params.n_threads_batch = threads or len(os.sched_getaffinity(0))
+        params.n_threads = params.n_threads_batch = threads or usable_cores()
         params.cb_eval = self._callback
         params.no_perf = True
         self._context = llama_cpp.llama_init_from_model(self._model, params)
@@ -127,13 +130,18 @@ class ActivationCollector:
 
 
 @contextlib.contextmanager
-def collecting(path: Path, *, process_output: bool, n_gpu_layers: int) -> Iterator[ActivationCollector]:
-    """Load a GGUF to collect what its matrices see, with `process_output` the output matrix too."""
+def collecting(path: Path, *, cells: int, process_output: bool, n_gpu_layers: int) -> Iterator[ActivationCollector]:
+    """Load a GGUF to collect what its matrices see, with `process_output` the output matrix too.
+
+    `cells` are those of the context that it will have.
+    """
+    header = read_model_file(path)
+    prove(header, [(cells, 1)], ContextOptions())
     params = llama_cpp.llama_model_default_params()
     params.n_gpu_layers = n_gpu_layers if supports_gpu_offload() else 0
     # Repacked weights have other kernels, whose rounding differs from machine to machine.
     params.use_extra_bufts = False
-    handle = load_file(path, params)
+    handle = load_file(header, params)
     try:
         yield ActivationCollector(handle, process_output=process_output)
     finally:

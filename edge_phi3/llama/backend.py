@@ -6,6 +6,8 @@ import collections
 import ctypes
 import functools
 import logging
+import signal
+import threading
 
 import llama_cpp
 
@@ -13,6 +15,8 @@ logger = logging.getLogger(__package__)
 logger.addHandler(logging.NullHandler())  # without a log of the program's own, nothing is printed
 
 _ERROR_LEVEL = 4
+_AGAIN = 0.05
+"""Seconds."""
 _errors: collections.deque[str] = collections.deque(maxlen=4)
 _SAYS_NOTHING = "failed to load model"
 """How the last of several complaints about a model ends; the one before it tells why."""
@@ -27,6 +31,15 @@ _LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 
 def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
     """Pass llama.cpp's own lines to the log of this module, its chatter as debug."""
+    try:
+        _take_line(level, text)
+    except (KeyboardInterrupt, SystemExit) as error:
+        # It would be lost in llama.cpp. The signal comes once more, when Python is back.
+        again = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, again]).start()
+
+
+def _take_line(level: int, text: bytes) -> None:
     line = text.decode(errors="replace").strip()
     if level >= _ERROR_LEVEL:
         _errors.append(line)

@@ -31,6 +31,15 @@ Emit = Callable[[msgspec.Struct], None]
 _Job = TypeVar("_Job", bound=msgspec.Struct)
 
 
+def _path_to_text(path: object) -> str:
+    return os.fsencode(path).decode("latin-1")  # type: ignore[arg-type]  # JSON has no other type of ours
+
+
+def _path_from_text(_kind: type, text: str) -> Path:
+    """Return a path, which may hold bytes that are no UTF-8."""
+    return Path(os.fsdecode(text.encode("latin-1")))
+
+
 class Failed(msgspec.Struct, tag=True, frozen=True):
     """The event of a job that cannot be done, with the reason."""
 
@@ -87,7 +96,7 @@ class ChildProcess:
         stdin = self._process.stdin
         assert stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            stdin.write(msgspec.json.encode(job) + b"\n")
+            stdin.write(msgspec.json.encode(job, enc_hook=_path_to_text) + b"\n")
             stdin.flush()
 
     def receive(self) -> Any:
@@ -112,7 +121,8 @@ class ChildProcess:
         lines = self._stderr.read().decode("utf-8", "replace").strip().splitlines()
         # An assertion of ggml prints its text, then a stack of addresses that helps nobody.
         words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
-        return words or f"exit code {code}{f', {lines[-1].strip()}' if lines else ''}"
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        return words or f"{how}{f', {lines[-1].strip()}' if lines else ''}"
 
 
 def serve_jobs(
@@ -144,5 +154,5 @@ def serve_jobs(
 
 def _read_jobs(stdin: IO[bytes], job_type: type[_Job], jobs: queue.SimpleQueue[_Job]) -> None:
     for line in stdin:
-        jobs.put(msgspec.json.decode(line, type=job_type))
+        jobs.put(msgspec.json.decode(line, type=job_type, dec_hook=_path_from_text))
     os._exit(0)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from edge_phi3.llama import DecodeFailedError, ModelLoadError
 from edge_phi3.llama.backend import reason, supports_gpu_offload
 from edge_phi3.llama.model import Model
-from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType, usable_cores
+from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType
+from edge_phi3.system_resources import usable_cores
 
 _SCORED = 64
 """Tokens of prompts whose logits may be wanted in one decode call, beside the rows that choose."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +14,7 @@ __all__ = [
     "GgmlTensor",
     "check_layout",
     "floats",
-    "has_tensor",
     "libggml",
-    "metadata_text",
-    "metadata_texts",
     "operation",
     "weight_name",
 ]
@@ -54,15 +47,6 @@ GgmlTensor._fields_ = [
 ]
 
 
-class _GgufInitParams(ctypes.Structure):
-    """``struct gguf_init_params``."""
-
-    _fields_ = (("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p))
-
-
-_STRING, _ARRAY = 8, 9
-"""Of ``enum gguf_type``."""
-
 _size, _int, _bool, _text, _pointer = ctypes.c_size_t, ctypes.c_int, ctypes.c_bool, ctypes.c_char_p, ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_buffer_is_host": (_bool, _pointer),
@@ -81,15 +65,6 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "ggml_tensor_overhead": (_size,),
     "ggml_type_name": (_text, _int),
     "ggml_type_size": (_size, _int),
-    "gguf_find_key": (ctypes.c_int64, _pointer, _text),
-    "gguf_find_tensor": (ctypes.c_int64, _pointer, _text),
-    "gguf_free": (None, _pointer),
-    "gguf_get_arr_n": (_size, _pointer, ctypes.c_int64),
-    "gguf_get_arr_str": (_text, _pointer, ctypes.c_int64, _size),
-    "gguf_get_arr_type": (_int, _pointer, ctypes.c_int64),
-    "gguf_get_kv_type": (_int, _pointer, ctypes.c_int64),
-    "gguf_get_val_str": (_text, _pointer, ctypes.c_int64),
-    "gguf_init_from_file": (_pointer, _text, _GgufInitParams),
 }
 """What each function returns, and what it takes."""
 
@@ -128,40 +103,3 @@ def weight_name(tensor: GgmlTensor) -> str:
     """Return the name that a weight has in the file; the scheduler calls its copies ``CUDA0#NAME#0``."""
     name: str = tensor.name.decode("utf-8", "replace")
     return name.split("#")[1] if "#" in name else name
-
-
-@contextlib.contextmanager
-def _metadata_value(path: Path, key: str, kind: int) -> Iterator[tuple[Any, int] | None]:
-    """Yield the header of a GGUF file and the place of a key in it, None when it has no such value of this kind."""
-    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
-    if not header:
-        yield None
-        return
-    try:
-        place = libggml.gguf_find_key(header, key.encode())
-        yield (header, place) if place >= 0 and libggml.gguf_get_kv_type(header, place) == kind else None
-    finally:
-        libggml.gguf_free(header)
-
-
-def has_tensor(path: Path, name: str) -> bool:
-    """Return whether a GGUF file has a tensor of that name."""
-    header = libggml.gguf_init_from_file(os.fsencode(path), _GgufInitParams(True, None))
-    found = bool(header) and libggml.gguf_find_tensor(header, name.encode()) >= 0
-    libggml.gguf_free(header)
-    return found
-
-
-def metadata_text(path: Path, key: str) -> str:
-    """Return a text among a GGUF file's metadata, before llama.cpp loads it; empty when there is none."""
-    with _metadata_value(path, key, _STRING) as found:
-        return libggml.gguf_get_val_str(*found).decode("utf-8", "replace") if found else ""
-
-
-def metadata_texts(path: Path, key: str) -> list[str]:
-    """Return an array of texts among a GGUF file's metadata, which llama.cpp's API does not give; empty without it."""
-    with _metadata_value(path, key, _ARRAY) as found:
-        if not found or libggml.gguf_get_arr_type(*found) != _STRING:
-            return []
-        read = libggml.gguf_get_arr_str
-        return [read(*found, i).decode("utf-8", "replace") for i in range(libggml.gguf_get_arr_n(*found))]

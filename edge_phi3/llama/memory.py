@@ -22,7 +22,7 @@ class Job(msgspec.Struct, frozen=True):
     of each context to plan.
     """
 
-    model: str
+    model: Path
     n_gpu_layers: int
     host_tensors: str
     contexts: list[tuple[int, int]]
@@ -116,7 +116,7 @@ def plan_memory(jobs: Sequence[Job], *, gpu: str | None) -> tuple[Ready, list[An
             while len(answers) < len(jobs):
                 answers.append(child.receive())
         except WorkerError as error:
-            what = f"what {Path(jobs[len(answers)].model).name} would take" if jobs else "which GPUs there are"
+            what = f"what {jobs[len(answers)].model.name} would take" if jobs else "which GPUs there are"
             raise PlanningError(f"llama.cpp cannot tell {what}: {error}.") from error
     return ready, answers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,24 +15,20 @@ import tokenizers
 from numpy.typing import NDArray
 
 from edge_phi3 import byte_level
+from edge_phi3.gguf_file import GgufError, GgufFile, read_gguf
 from edge_phi3.llama import ModelLoadError, pieces
 from edge_phi3.llama.backend import initialise_backend, reason
-from edge_phi3.llama.ggml import has_tensor, metadata_text, metadata_texts
+from edge_phi3.llama.model_file import read_model_file
 
 _UNKNOWN, _UNUSED, _CONTROL, _BYTE = 1 << 0, 1 << 1, 1 << 3, 1 << 5
 """Of ``enum llama_token_attr``."""
 
-VOCABULARIES = ("llama", byte_level.MODEL)
-"""The kinds of vocabularies (``tokenizer.ggml.model``) that can be served."""
 
-
-def load_file(path: Path, params: Any, overrides: Mapping[str, str | int] | None = None) -> Any:
+def load_file(header: GgufFile, params: Any, overrides: Mapping[str, str | int] | None = None) -> Any:
     """Return llama.cpp's handle of a model file; `overrides` take the place of metadata in it."""
     initialise_backend()
-    if not path.is_file():
-        raise ModelLoadError(f"There is no model file {path}.")
-    replaced = dict(overrides or {})
-    if metadata_text(path, "tokenizer.ggml.model") == byte_level.MODEL:
+    path, replaced = header.path, dict(overrides or {})
+    if header.values.get("tokenizer.ggml.model") == byte_level.MODEL:
         # In what is called Phi-3 llama.cpp looks for tokens of Phi-3's vocabulary, and fails without them.
         replaced["general.name"] = "byte-level"
     if replaced:
@@ -89,21 +85,6 @@ def _metadata(handle: Any, key: str) -> str | None:
     return buffer.value.decode(errors="replace")
 
 
-def read_metadata(path: Path, keys: Iterable[str]) -> dict[str, str]:
-    """Return those of a GGUF file's metadata values that it has, as texts, without loading its weights.
-
-    Raises:
-        ModelLoadError: it is no model that llama.cpp knows.
-    """
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    handle = load_file(path, params)
-    try:
-        return {key: value for key in keys if (value := _metadata(handle, key)) is not None}
-    finally:
-        llama_cpp.llama_model_free(handle)
-
-
 class _Adapter(NamedTuple):
     handle: Any
     scale: float
@@ -113,36 +94,39 @@ class _Adapter(NamedTuple):
 class Model:
     """A GGUF file of the Phi family in memory: weights, vocabulary and metadata.
 
-    The vocabulary functions are read-only and may be called from any thread. `vocabulary` is one of `VOCABULARIES`.
+    The vocabulary functions are read-only and may be called from any thread. `vocabulary` is one of
+    `edge_phi3.llama.model_file.VOCABULARIES`.
 
     Args:
-        path: the GGUF file.
+        path: the GGUF file, or its header when it has been read.
         n_gpu_layers: layers kept on the GPU; negative for all.
         overrides: whole numbers that take the place of the file's metadata.
+        mapped: whether the file is mapped, and not read whole.
+        planned: whether only what a header says is loaded, and no weights.
 
     Raises:
         ModelLoadError: the file is missing, is not a GGUF, is damaged, is of another architecture or vocabulary, or
             does not fit the memory.
     """
 
-    def __init__(self, path: Path, *, n_gpu_layers: int = -1, overrides: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | GgufFile,
+        *,
+        n_gpu_layers: int = -1,
+        overrides: Mapping[str, int] | None = None,
+        mapped: bool = True,
+        planned: bool = False,
+    ) -> None:
         params = llama_cpp.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
-        self.path = path
-        self._handle = load_file(path, params, overrides)
+        params.n_gpu_layers, params.no_alloc = n_gpu_layers, planned
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_AUTO if mapped and not planned else llama_cpp.LLAMA_LOAD_MODE_NONE
+        self._header = read_model_file(path) if isinstance(path, Path) else path
+        self.path = path = self._header.path
+        self._handle = load_file(self._header, params, overrides)
         self._vocab = llama_cpp.llama_model_get_vocab(self._handle)
         self._adapters: list[_Adapter] = []
-        architecture = self.metadata("general.architecture")
-        if architecture != "phi3":
-            self.close()
-            raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
-        self.vocabulary = self.metadata("tokenizer.ggml.model") or ""
-        if self.vocabulary not in VOCABULARIES:
-            self.close()
-            raise ModelLoadError(
-                f"{path} has a {self.vocabulary!r} vocabulary; edge-phi3 serves {' and '.join(VOCABULARIES)},"
-                " SentencePiece's and byte-level ones."
-            )
+        self.vocabulary: str = self._header.values["tokenizer.ggml.model"]
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         try:
             self._encoder  # noqa: B018 - made at once, so that a file that cannot be used fails here
@@ -170,7 +154,7 @@ class Model:
                 return pieces.tokenizer(tokens, scores, unknown)
             return byte_level.tokenizer(
                 tokens,
-                metadata_texts(self.path, "tokenizer.ggml.merges"),
+                self._header.values.get("tokenizer.ggml.merges", []),
                 self.metadata(byte_level.PATTERN_KEY)
                 or byte_level.pattern_of(self.metadata("tokenizer.ggml.pre") or ""),
                 ignore_merges=self.metadata(byte_level.IGNORE_MERGES_KEY) == "true",
@@ -247,13 +231,18 @@ class Model:
         Raises:
             ModelLoadError: the file is missing, or no adapter for this model.
         """
-        if has_tensor(path, "token_embd.weight.lora_a") and not has_tensor(self.path, "output.weight"):
+        try:
+            changed = {info.name for info in read_gguf(path).tensors}
+        except (GgufError, OSError):
+            raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.") from None
+        own = {info.name for info in self._header.tensors}
+        if "token_embd.weight.lora_a" in changed and "output.weight" not in own:
             # llama.cpp would apply it to the output as well, and end the process for its shape.
             raise ModelLoadError(
                 f"{path} changes the embedding, which {self.path.name} shares with its output: merge it into the"
                 " model, or train it without embed_tokens."
             )
-        adapter = llama_cpp.llama_adapter_lora_init(self._handle, str(path).encode()) if path.is_file() else None
+        adapter = llama_cpp.llama_adapter_lora_init(self._handle, os.fsencode(path))
         if not adapter:
             raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.")
         self._adapters.append(_Adapter(adapter, scale, number))

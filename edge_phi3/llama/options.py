@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
-
-import psutil
 
 KVCacheType = Literal["f32", "f16", "q8_0"]
 FlashAttention = Literal["auto", "on", "off"]
@@ -36,14 +33,3 @@ class ContextOptions:
     n_gpu_layers: int = -1
     kv_cache_type: KVCacheType = "f16"
     flash_attn: FlashAttention = "auto"
-
-
-def usable_cores() -> int:
-    """Return the physical cores that this process may use: hyper-threads, CPU affinity and cgroup quota considered."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(allowed, psutil.cpu_count(logical=False) or allowed)
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

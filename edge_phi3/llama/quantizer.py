@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Self
 
 import msgspec
@@ -20,8 +21,8 @@ class Job(msgspec.Struct, frozen=True):
     `importance` has float32 values for each column of a tensor, as bytes; `metadata` is added to the file.
     """
 
-    source: str
-    output: str | None
+    source: Path
+    output: Path | None
     ftype: int
     threads: int
     importance: dict[str, bytes] = {}

@@ -207,7 +207,7 @@ class _Planner:
     def _ask(self, candidates: Sequence[_Candidate], counts: Sequence[int | None]) -> list[Placement]:
         jobs = [
             Job(
-                str(candidate.layout.path),
+                candidate.layout.path,
                 count or 0,
                 host_pattern(candidate.layout, count or 0),
                 self._contexts,

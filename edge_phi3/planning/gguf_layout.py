@@ -19,8 +19,10 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from edge_phi3.conversion.encode import encoded_size, tensor_type
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.quantize_plan import SizePrediction, split_files
+from edge_phi3.conversion.quantize_plan import SizePrediction
+from edge_phi3.gguf_file import GgufError, GgufFile, TensorInfo, read_gguf, split_files
 from edge_phi3.llama import PlanningError
+from edge_phi3.llama.model_file import read_model_file
 
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 _UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
@@ -79,28 +81,36 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the header of a GGUF, of each file when it is split."""
-    hyper_parameters: tuple[HyperParameter, ...] = ()
-    tensors = []
-    for number, part in enumerate(split_files(path)):
-        try:
-            reader = gguf.GGUFReader(part)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise PlanningError(f"{part} cannot be read as a GGUF: {error}.") from error
-        if number == 0:
-            hyper_parameters = _hyper_parameters(part, reader)
-        for item in reader.tensors:
-            shape = tuple(int(size) for size in reversed(item.shape))
-            tensors.append(Tensor(item.name, shape, item.tensor_type, int(item.n_bytes), int(item.data_offset), number))
-    return Layout(path, hyper_parameters, tuple(tensors))
+    """Read the header of a model's GGUF, of each file when it is split."""
+    first = read_model_file(path, planned=True)
+    parts = [first, *(_read_part(part) for part in split_files(path)[1:])]
+    tensors = [_tensor(part, info, number) for number, part in enumerate(parts) for info in part.tensors]
+    if not tensors:
+        raise PlanningError(f"{path} has no tensors.")
+    fields = ((name, value, GGUFValueType(first.types[name])) for name, value in first.values.items())
+    return Layout(path, _numbers(fields), tuple(tensors))
 
 
-def _hyper_parameters(path: Path, reader: gguf.GGUFReader) -> tuple[HyperParameter, ...]:
-    stated = reader.fields.get("general.architecture")
-    architecture = stated.contents() if stated else None
-    if architecture != _ARCHITECTURE:
-        raise PlanningError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
-    return _numbers((name, field.contents(), field.types[0]) for name, field in reader.fields.items() if field.types)
+def _read_part(path: Path) -> GgufFile:
+    try:
+        return read_gguf(path)
+    except GgufError as error:
+        raise PlanningError(f"{path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise PlanningError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _tensor(part: GgufFile, info: TensorInfo, number: int) -> Tensor:
+    try:
+        kind = GGMLQuantizationType(info.type)
+    except ValueError:
+        raise PlanningError(f"{part.path}: {info.name} is of the type {info.type}, which does not exist.") from None
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    shape, offset = info.shape[::-1], part.data_start + info.offset
+    nbytes = math.prod(shape) // block * size
+    if offset + nbytes > part.size:
+        raise PlanningError(f"{part.path} is cut short: {info.name} ends beyond it. Download or convert it again.")
+    return Tensor(info.name, shape, kind, nbytes, offset, number)
 
 
 def _numbers(fields: Iterable[HyperParameter]) -> tuple[HyperParameter, ...]:

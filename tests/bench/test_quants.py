@@ -184,6 +184,6 @@ def test_a_damaged_report_counts_as_none(report: QuantReport, tmp_path: Path) ->
 
 def test_a_process_that_dies_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONMALLOC", "no-such-allocator")
-    job = Job(model=str(model), text="x", logits=str(tmp_path / "x"), reference=True)
+    job = Job(model=model, text="x", logits=tmp_path / "x", reference=True)
     with pytest.raises(BenchError, match=r"The process that measured demo-F16\.gguf died"):
         measure(job)

@@ -73,7 +73,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"intermediate_size": 80}, r"has the shape \[\d+, \d+\], but config.json asks for \[\d+, \d+\]"),
     ({"sliding_window": -1}, "sliding_window: expected `int` >= 0"),
     ({"rms_norm_eps": 10**400}, "rms_norm_eps: number out of range"),
-    ({"rope_theta": float("nan")}, "rope_theta: expected `float` > 0"),
+    ({"rope_theta": float("nan")}, "rope_theta: expected `float` >= 1.2e-38"),
     ({"num_attention_heads": 5}, "5 attention heads cannot share a hidden_size of 64"),
     ({"num_attention_heads": 64}, "64 attention heads cannot share a hidden_size of 64"),
     ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
@@ -83,7 +83,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"partial_rotary_factor": 0.75, "rope_scaling": longrope(16)}, "has 8 numbers; half of the rotated .*, 6, are"),
     ({"rope_scaling": {"type": "longrope"}}, "short_factor has 0 numbers"),
     ({"rope_scaling": longrope(16) | {"long_factor": [1, "8"]}}, r"long_factor\[1\]: expected `float`, got `str`"),
-    ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, r"rope_scaling.long_factor\[0\]: expected .* > 0"),
+    ({"rope_scaling": longrope(16) | {"long_factor": [0.0] * 8}}, r"long_factor\[0\]: expected .* >= 1.2e-38"),
+    ({"rms_norm_eps": 1e308}, "rms_norm_eps: expected `float` <= 3.4e"),
     ({"original_max_position_embeddings": 1}, "original_max_position_embeddings: expected `int` >= 2"),
     ({"eos_token_id": 99999}, "eos_token_id"),
 ]
@@ -114,7 +115,10 @@ NO_MAPS: tuple[Any, ...] = (..., None, [], {"a": 1})
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        *(({"model.norm.weight": name}, "is not in") for name in ("../x.safetensors", "/etc/hostname", "sub/x", "..")),
+        *(
+            ({"model.norm.weight": name}, "is not in")
+            for name in ("../x.safetensors", "/etc/hostname", "sub/x", "..", "x" * 5000)
+        ),
         *((wrong, f"{INDEX}: .*weight_map") for wrong in NO_MAPS),
     ],
 )

@@ -155,8 +155,8 @@ def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(
     plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
     guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
     assert plain.bits_per_weight == guided.bits_per_weight < 3
-    job = Job(model=str(demo), text=held_out, logits=str(tmp_path / "logits"), reference=True, ctx_size=128)
-    others = [msgspec.structs.replace(job, model=str(made.path), reference=False) for made in (guided, plain)]
+    job = Job(model=demo, text=held_out, logits=tmp_path / "logits", reference=True, ctx_size=128)
+    others = [msgspec.structs.replace(job, model=made.path, reference=False) for made in (guided, plain)]
     original, with_matrix, without = (measure(one).quality.perplexity for one in (job, *others))
     assert original < with_matrix < without
 

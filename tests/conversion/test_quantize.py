@@ -150,7 +150,7 @@ def test_the_table_has_every_type_that_llama_cpp_accepts(source: Path) -> None:
     with QuantizerProcess() as process:
         for number in numbers:
             with contextlib.suppress(QuantizerError):
-                list(process.run(Job(source=str(source), output=None, ftype=number, threads=1)))
+                list(process.run(Job(source=source, output=None, ftype=number, threads=1)))
                 accepted.add(number)
     assert accepted == {type_.ftype for type_ in QUANTIZATION_TYPES.values()}
 

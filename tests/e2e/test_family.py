@@ -54,7 +54,7 @@ def test_a_member_goes_the_whole_way(
         for type_ in map(QUANTIZATION_TYPES.__getitem__, types):
             made = tmp_path / f"{type_.name}.gguf"
             job = make_job(process, model, type_, Options(imatrix=matrix), threads=1)
-            assert list(process.run(msgspec.structs.replace(job, output=str(made))))
+            assert list(process.run(msgspec.structs.replace(job, output=made)))
             assert parameters(made) == weights
     (tmp_path / "Q4_K_M.gguf").unlink()
     run("quantize", model, "-o", tmp_path / "Q4_K_M.gguf", "--type", "Q4_K_M", "--imatrix", matrix)

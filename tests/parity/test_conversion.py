@@ -14,7 +14,7 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 from tests.golden.byte_level import reference_tokenizer
 from tests.golden.family import FAMILY
 from tests.golden.gguf_digests import (

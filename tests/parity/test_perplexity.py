@@ -15,7 +15,7 @@ from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 from tests.golden.gguf_digests import digest
 from tests.parity.conftest import Peers
 from tests.support.cases import tables
@@ -55,7 +55,7 @@ def files(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> Files:
     options = (*OPTIONS, "--chunks", str(CHUNKS))
     peers.run("llama-perplexity", "-m", base, "-f", text, "--kl-divergence-base", theirs, *options)
     job = Job(
-        model=str(base), text=evaluation_text(), logits=str(folder / "ours.npy"), reference=True, parse_special=False,
+        model=base, text=evaluation_text(), logits=folder / "ours.npy", reference=True, parse_special=False,
         ctx_size=SIZE, chunks=CHUNKS, threads=THREADS, n_gpu_layers=0, prompt_tokens=1, generated_tokens=1,
         repetitions=1,
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_both_print_the_same_figures(kind: str, peers: Peers, files: Files, tmp_
     """The same in their first three digits, or as far as llama-perplexity's file tells them apart."""
     guide = files.matrix if kind != "Q8_0" else None
     model = quantize(files.base, tmp_path / "model.gguf", type=kind, imatrix=guide).path
-    quality = measure(msgspec.structs.replace(files.job, model=str(model), reference=False)).quality
+    quality = measure(msgspec.structs.replace(files.job, model=model, reference=False)).quality
     expected = llama_perplexity(peers, model, files.theirs)
     for name, (_, tolerance) in _PATTERNS.items():
         found = float(getattr(quality if hasattr(quality, name) else quality.divergence, name))

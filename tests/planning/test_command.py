@@ -21,7 +21,6 @@ from edge_phi3.planning.presets import PRESET_CONFIGS
 from edge_phi3.system_resources import Gpu
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import longrope, write_checkpoint
-from tests.support.cases import cases
 from tests.test_cli import Result, edge_phi3
 
 GIB = 1 << 30
@@ -143,8 +142,23 @@ def test_of_a_repository_only_the_configuration_is_downloaded(tmp_path: Path, mo
     assert not (tmp_path / "tiny" / "base.gguf").exists()
 
 
-@cases
-def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: list[str], code: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("phi-3-mini-4k-instruct", "--memory", "600MiB"), 1, "Nothing fits into 88.0 MiB; lower --ctx-size"),
+        (("demo", "--memory", "much"), 2, "'much' is not a size; give one such as 8GiB or 512MiB."),
+        (("demo", "--device", "gpu"), 2, "there is no GPU here; describe one with --memory"),
+        (("demo", "--ctx-size", "-1"), 2, "--ctx-size: '-1' is not allowed"),
+        (("demo", "--quant", "Q4"), 1, "'Q4' is not a quantisation type"),
+        (("owner/tiny",), 1, "The config.json of owner/tiny is needed, and HF_HUB_OFFLINE is set"),
+        (("owner/tiny/a.gguf",), 1, "`edge-phi3 pull owner/tiny/a.gguf` first"),
+        (("nonsense",), 1, "is neither a file nor a folder here"),
+        (("demo", "--flash-attn", "off", "--kv-cache-type", "q8_0"), 1, "llama.cpp cannot tell what"),
+        ((), 2, "Missing argument"),
+        (("damaged.gguf",), 1, "damaged.gguf cannot be loaded: its version is 0"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
     Path("damaged.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     result = edge_phi3("fit", *arguments)
     assert result.returncode == code, result.stderr

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import platformdirs
 
-from edge_phi3.llama.options import usable_cores
+from edge_phi3.system_resources import usable_cores
 
 CACHE = platformdirs.user_cache_path("edge-phi3") / "benchmarks"
 """Where models, sources and programs are kept."""

@@ -1,0 +1,205 @@
+"""What surrounds a verb: streams, descriptors, names of files, proxies, kills, cgroups: it ends in a sentence."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edge_phi3 import system_resources
+from edge_phi3.files import DiskFullError, OutputExistsError, atomic_output, read_bounded
+from edge_phi3.llama import backend
+from edge_phi3.settings_sources import SettingsError, read_toml
+from tests.conversion.conftest import write_model
+from tests.support.services import COMMAND, PATIENCE, serving
+
+LATIN = b"mod\xe8le.gguf"
+
+
+def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell's line in which ``edge-phi3`` is the command."""
+    line = line.replace("edge-phi3", shlex.quote(COMMAND), 1)
+    return subprocess.run(
+        ["sh", "-c", line], check=False, cwd=folder, capture_output=True, env=os.environ | environment, errors="replace"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "sentence"),
+    [
+        ("edge-phi3 quantize --list > /dev/full", 1, "stdout cannot be written: No space left on device."),
+        ("edge-phi3 --help > /dev/full", 1, "stdout cannot be written: No space left on device."),
+        ("edge-phi3 quantize --list >&-", 1, "stdout cannot be written: Bad file descriptor."),
+        ("edge-phi3 convert nowhere -o out 2>&-", 1, ""),
+        ("edge-phi3 quantize --list 2>/dev/full", 0, ""),
+        ("ulimit -n 20; edge-phi3 fit demo", 1, "files may be open here, and 64 must: raise `ulimit -n`."),
+        ("ulimit -Sn 20; edge-phi3 quantize --list", 0, ""),
+        ("mkfifo pipe; edge-phi3 quantize pipe -o out", 1, "pipe cannot be read: it is a device or a pipe."),
+        ("ln -s /dev/zero zero; edge-phi3 serve ./zero", 1, "zero cannot be read: it is a device or a pipe."),
+        ("ln -s /dev/zero z; edge-phi3 serve --api-key-file z", 2, "z cannot be read: it is larger than 1.0 MB."),
+        ("edge-phi3 serve --config /dev/zero", 2, "/dev/zero cannot be read: it is larger than 1.0 MB."),
+    ],
+)  # fmt: skip
+def test_a_verb_ends_in_a_sentence(line: str, code: int, sentence: str, tmp_path: Path) -> None:
+    result = shell(line, tmp_path)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    assert (result.stderr.splitlines() or [""])[-1].endswith(sentence), result.stderr
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://127.0.0.1:9", "http://127.0.0.1:9"])
+def test_a_proxy_of_any_kind(proxy: str, tmp_path: Path) -> None:
+    settings = {
+        "ALL_PROXY": proxy,
+        "HF_ENDPOINT": "",
+        "NO_PROXY": "",
+        "EDGE_PHI3_STORE": str(tmp_path),
+        "HF_HUB_OFFLINE": "",
+    }
+    result = shell("edge-phi3 pull owner/name", tmp_path, **settings)
+    assert result.returncode == 1
+    assert "edge-phi3: " in result.stderr.splitlines()[-1], result.stderr
+    assert "should not have" not in result.stderr
+    assert "https://" in result.stderr, "an empty HF_ENDPOINT is none"
+
+
+def test_what_nobody_foresaw_is_a_sentence_that_says_where(tmp_path: Path) -> None:
+    code = "import edge_phi3.commands.fit as fit, edge_phi3.cli as cli\n" \
+        "fit._machine = lambda *a: {}['x']\ncli.app(['fit', 'demo'], prog_name='edge-phi3')"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-phi3: This should not have happened: KeyError('x') (commands/fit.py:")
+    assert "Traceback" not in result.stderr
+
+
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    write_model(tmp_path / "model.gguf", layers=1).rename(os.fsdecode(os.path.join(folder, LATIN)))  # noqa: PTH118 - bytes
+    lines = [
+        [b"quantize", LATIN, b"-o", b"q-" + LATIN, b"--type", b"q8_0"],
+        [b"imatrix", LATIN, b"-o", b"i-" + LATIN, b"--chunks", b"1"],
+        [b"fit", LATIN, b"--quant", b"q8_0", b"--device", b"cpu"],
+    ]
+    for line in lines:
+        result = subprocess.run([COMMAND, *line], cwd=tmp_path, capture_output=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert line[0] == b"fit" or result.stdout == line[3] + b"\n", "scripts can go on with it"
+    with serving(tmp_path, os.fsdecode(os.path.join(folder, LATIN))) as server:  # noqa: PTH118 - bytes
+        assert server.get("/v1/models").json()["data"][0]["id"] == "mod\ufffdle"
+
+
+@pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 | head -c1 >first"])
+def test_a_service_needs_no_stderr(end: str, tmp_path: Path) -> None:
+    script = tmp_path / "command"
+    script.write_text(f'#!/bin/sh\nexec {shlex.quote(COMMAND)} "$@" {end}\n')
+    script.chmod(0o700)
+    with serving(tmp_path, "demo", command=[str(script)], store=tmp_path) as server:
+        assert server.get("/healthz").status_code == 200
+        for child in psutil.Process(server.process.pid).children():
+            child.terminate()  # behind a pipe the shell stays in front
+
+
+def test_a_file_that_is_cut_short_while_it_is_mapped(tmp_path: Path) -> None:
+    code = "import mmap, os, edge_phi3.process as process; process.prepare(); file = open('x', 'r+b')\n" \
+        "file.truncate(1 << 16); m = mmap.mmap(file.fileno(), 0); file.truncate(0); print(m[9000])"  # fmt: skip
+    (tmp_path / "x").touch()
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("edge-phi3: A file was cut short while it was in use")
+
+
+def test_what_a_killed_run_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    left, held, other = (tmp_path / f".{name}.partial" for name in ("out.0123abcd", "out.89abcdef", "out2.0123abcd"))
+    for path in (left, held, other):
+        path.touch()
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with atomic_output(tmp_path / "out") as temporary:
+            temporary.write_text("x")
+    assert sorted(tmp_path.iterdir()) == sorted([held, other, tmp_path / "out"])
+    code = "import sys, os, pathlib, edge_phi3.files as files\n" \
+        "with files.atomic_output(pathlib.Path('out'), force=True): os.kill(os.getpid(), 9)"  # fmt: skip
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert (killed.returncode, len([*tmp_path.glob(".out.*")])) == (-signal.SIGKILL, 1)
+    with atomic_output(tmp_path / "out", force=True) as temporary:
+        temporary.write_text("y")
+        assert sorted(tmp_path.glob(".out.*")) == [temporary]
+
+
+def test_a_signal_that_comes_while_llama_cpp_logs_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminate(*_: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        monkeypatch.setattr(backend, "_take_line", lambda *_: signal.raise_signal(signal.SIGTERM))
+        backend._LOG_CALLBACK(2, b"a line", None)
+        with pytest.raises(SystemExit):
+            time.sleep(PATIENCE)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_no_output_takes_the_place_of_a_device(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for force in (False, True):
+        with (
+            pytest.raises(OutputExistsError, match="is a device or a pipe"),
+            atomic_output(tmp_path / "pipe", force=force),
+        ):
+            raise DiskFullError("it would have been written to")
+
+
+def test_reading_has_bounds(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    assert read_bounded(tmp_path / "file", 5) == b"12345"
+    for path, limit in ((tmp_path / "file", 4), (tmp_path / "pipe", 9), (Path("/dev/zero"), 9), (tmp_path, 9)):
+        with pytest.raises(OSError):  # noqa: PT011 - of several kinds
+            read_bounded(path, limit)
+
+
+@pytest.mark.parametrize(
+    "text", [f"port = {'9' * 5000}", f"lora = {'[' * 50_000}", 'store = "a\\u0000b"', "\0", 'a = "\udc80"']
+)
+def test_settings_that_are_no_settings(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SettingsError, match=r"x\.toml is not valid TOML"):
+        read_toml(tmp_path / "x.toml", ["store", "port", "lora"])
+
+
+QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
+V1 = {"limit_in_bytes": "9000", "usage_in_bytes": "5000", "stat": ""}
+GROUPS = [
+    ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2),
+    ("0::/a", {"a/cpu.max": "50000 100000"}, 1),
+    ("0::/gone", {"cpu.max": "300000 100000"}, 3),
+    ("3:cpu,cpuacct:/a\n1:memory:/", {f"cpu,cpuacct/a/{QUOTA}": "200000", f"cpu,cpuacct/a/{PERIOD}": "100000"}, 2),
+    ("3:cpu:/", {f"cpu/{QUOTA}": "-1", f"cpu/{PERIOD}": "100000"}, 8),
+    ("nonsense", {"cpu.max": "nonsense"}, 8),
+    ("0::/a", {"a/memory.max": "9000", "a/memory.current": "5000", "a/memory.stat": "inactive_file 1000"}, 5000),
+    ("4:memory:/a", {f"memory/a/memory.{name}": content for name, content in V1.items()}, 4000),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("membership", "files", "expected"), GROUPS)
+def test_what_cgroups_leave(
+    membership: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "self").write_text(f"{membership}\n")
+    monkeypatch.setattr(system_resources, "_CGROUP", tmp_path)
+    monkeypatch.setattr(system_resources, "_MEMBERSHIP", tmp_path / "self")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(psutil, "cpu_count", lambda **_: 8)
+    of_memory = any("memory" in name for name in files)
+    assert (system_resources.available_memory() if of_memory else system_resources.usable_cores()) == expected
