@@ -41,7 +41,7 @@ fail() { printf 'FAILED: %s\n' "$*" >&2; exit 1; }
 image() { buildah "${storage[@]}" "$@"; }
 stop_container() {
     runc --root "$WORK/runc" delete --force "$container" 2> /dev/null || true
-    if [ -n "${from:-}" ]; then image rm "$from" > /dev/null; fi
+    if [ -n "${from:-}" ]; then image rm "$from" > /dev/null 2>&1 || true; fi
 }
 
 [ "$(id -u)" = 0 ] || fail "this builds images and mounts; run it as root"
