@@ -99,7 +99,11 @@ def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
     for kind in taken:
         if kind["type"] == "array":
             # A repeatable flag: the service reads each text as it reads it from the command line.
-            kind["items"] = {"type": "string", "minLength": 1}
+            kind.update(type=["array", "string"], minLength=1, items={"type": "string", "minLength": 1})
+        # null takes an option away that another file of values gives.
+        kind["type"] = [*([kind["type"]] if isinstance(kind["type"], str) else kind["type"]), "null"]
+        if "enum" in kind:
+            kind["enum"] = [*kind["enum"], None]
     schema = taken[0] if len(taken) == 1 else {"anyOf": taken}
     return {"description": field["description"], **schema}
 

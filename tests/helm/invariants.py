@@ -83,8 +83,11 @@ def check_names(objects: list[Object]) -> None:
         for value in metadata.get("labels", {}).values():
             assert LABEL_VALUE.fullmatch(value), value
     for _, pod in pods(objects):
-        names = [container["name"] for container in containers(pod)]
-        assert len(names) == len(set(names)), names
+        lists = [containers(pod), pod["spec"].get("volumes", [])]
+        lists += [container.get("env", []) for container in containers(pod)]
+        lists += [[{"name": mount["mountPath"]} for mount in c.get("volumeMounts", [])] for c in containers(pod)]
+        for names in ([item["name"] for item in items] for items in lists):
+            assert len(names) == len(set(names)), names
 
 
 def check_selectors(objects: list[Object]) -> None:
@@ -168,7 +171,8 @@ def check_ports_and_routes(objects: list[Object]) -> None:
         get = container[name]["httpGet"]
         assert get["port"] in ports
         assert get["path"] in routes()
-    others = [port for each in pod_of(objects)["containers"][1:] for port in each.get("ports", [])]
+    stay = [each for each in pod_of(objects).get("initContainers", []) if each.get("restartPolicy") == "Always"]
+    others = [port for each in pod_of(objects)["containers"][1:] + stay for port in each.get("ports", [])]
     numbers = {port["containerPort"] for port in others}
     service = of_kind(objects, "Service")[0]["spec"]["ports"]
     assert all(port["targetPort"] in ports or port["targetPort"] in numbers for port in service)
@@ -247,12 +251,21 @@ def check_service_options(objects: list[Object], options: Object, keys: Path) ->
     result = CliRunner().invoke(app, [*arguments, "--print-config"], env=environment(server(objects)))
     assert result.exit_code == 0, result.stderr
     read = tomllib.loads(result.stdout)
+    options = {name: value for name, value in options.items() if value is not None}
+    if names := options.get("allowed-host"):
+        options["allowed-host"] = [*([names] if isinstance(names, str) else names), own_name(objects)]
     expected = Settings.model_validate({name.replace("-", "_"): value for name, value in options.items()})
     dumped = expected.model_dump()
     for name in options:
         value = dumped[name.replace("-", "_")]
         assert read[key_of(name)] == (list(value) if isinstance(value, tuple) else value), name
     assert read["model"] == arguments[1]
+
+
+def own_name(objects: list[Object]) -> str:
+    """Return the name by which the pod of `helm test` calls the service."""
+    metadata = of_kind(objects, "Service")[0]["metadata"]
+    return f"{metadata['name']}.{metadata['namespace']}.svc"
 
 
 def _option(arguments: list[str], flag: str) -> str:

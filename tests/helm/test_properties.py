@@ -45,7 +45,7 @@ def option(key: str, described: Object) -> st.SearchStrategy[object]:
     if key in READ_FURTHER:
         return READ_FURTHER[key]
     if "enum" in described:
-        return st.sampled_from(described["enum"])
+        return st.sampled_from(described["enum"])  # null among them
     least, most = described.get("minimum", 0), described.get("maximum", 1 << 40)
     kinds = {
         "boolean": st.booleans(),
@@ -54,7 +54,7 @@ def option(key: str, described: Object) -> st.SearchStrategy[object]:
             st.integers(math.ceil(least), most), st.floats(least, most).map(lambda value: round(value, 3))
         ),
     }
-    return kinds[described["type"]]
+    return kinds[described["type"][0]]
 
 
 adapters = st.lists(

@@ -1,11 +1,12 @@
 {{/*
 Every template begins with this. A value that is null, which Helm takes away, becomes what files/empty-values.json has for it:
-nothing, or the default of what cannot be nothing. A number where a text belongs, as --set makes one, becomes that text.
+nothing, or the default of what cannot be nothing. A number or a yes where a text belongs, as --set makes them, becomes that text.
 */}}
 {{- define "edge-phi3.init" -}}
 {{- if not (hasKey .Values "isReady") -}}
 {{- include "edge-phi3.fill" (list .Values (.Files.Get "files/empty-values.json" | fromJson)) -}}
 {{- $_ := set .Values "isReady" true -}}
+{{- $_ := set .Values.storage "mountPath" (trimSuffix "/" .Values.storage.mountPath) -}}
 {{- include "edge-phi3.validate" . -}}
 {{- end -}}
 {{- end -}}
@@ -22,10 +23,38 @@ nothing, or the default of what cannot be nothing. A number where a text belongs
 {{- $_ := unset $values $key -}}
 {{- else if kindIs "map" $value -}}
 {{- include "edge-phi3.fill" (list $value (ternary $default dict (kindIs "map" $default))) -}}
-{{- else if and (kindIs "string" $default) (not (kindIs "string" $value)) -}}
-{{- $_ := set $values $key (int64 $value | toString) -}}
+{{- if regexMatch "(?i)(labels|annotations|nodeSelector|metadata)$" $key -}}{{- include "edge-phi3.fillTexts" $value -}}{{- end -}}
+{{- else if and (kindIs "slice" $value) (ne $key "extraObjects") -}}
+{{- if has $key (list "args" "command" "values") -}}
+{{- $texts := list -}}{{- range $value -}}{{- $texts = append $texts (include "edge-phi3.text" .) -}}{{- end -}}
+{{- $_ := set $values $key $texts -}}
+{{- end -}}
+{{- range $value -}}
+{{- if kindIs "map" . -}}
+{{- if and (hasKey . "value") (has $key (list "tolerations" "extraEnv" "env")) -}}{{- $_ := set . "value" (include "edge-phi3.text" .value) -}}{{- end -}}
+{{- include "edge-phi3.fill" (list . dict) -}}
 {{- end -}}
 {{- end -}}
+{{- else if kindIs "string" $default -}}
+{{- $_ := set $values $key (include "edge-phi3.text" $value) -}}
+{{- else if and (kindIs "float64" $value) (eq (float64 (int64 $value)) $value) -}}
+{{- /* A file of values has no other numbers, and 10000000 would be written 1e+07, which is no integer. */ -}}
+{{- $_ := set $values $key (int64 $value) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "edge-phi3.fillTexts" -}}
+{{- $values := . -}}
+{{- range $key, $value := $values -}}
+{{- if not (or (kindIs "map" $value) (kindIs "slice" $value)) -}}{{- $_ := set $values $key (include "edge-phi3.text" $value) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A value as a text: a number without an exponent, nothing for null. */}}
+{{- define "edge-phi3.text" -}}
+{{- if and (kindIs "float64" .) (eq (float64 (int64 .)) (float64 .)) -}}{{- int64 . -}}
+{{- else if not (kindIs "invalid" .) -}}{{- . -}}{{- end -}}
 {{- end -}}
 
 {{- define "edge-phi3.name" -}}
@@ -110,14 +139,14 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- define "edge-phi3.apiKeys" -}}
 {{- range $index, $key := .Values.auth.keys -}}
 {{- if $index }}{{ "\n" }}{{ end -}}
-{{- ternary $key ($key | int64 | toString) (kindIs "string" $key) -}}
+{{- include "edge-phi3.text" $key -}}
 {{- end -}}
 {{- end -}}
 
-{{/* As a list under `imagePullSecrets`, from the chart's value and the umbrella chart's, whose items may be names alone. */}}
+{{/* As a list under `imagePullSecrets`, from the chart's value and the umbrella chart's; items may be names alone. */}}
 {{- define "edge-phi3.pullSecrets" -}}
-{{- $all := .Values.image.pullSecrets -}}
-{{- range .Values.global.imagePullSecrets -}}
+{{- $all := list -}}
+{{- range concat .Values.image.pullSecrets .Values.global.imagePullSecrets -}}
 {{- $all = append $all (ternary (dict "name" .) . (kindIs "string" .)) -}}
 {{- end -}}
 {{- toYaml (uniq $all) -}}
@@ -137,7 +166,7 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{/* The port that a URL leads to. */}}
 {{- define "edge-phi3.port" -}}
 {{- $url := urlParse . -}}
-{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (ternary "443" "80" (eq $url.scheme "https")) -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (dict "https" "443" "http" "80" | dig $url.scheme "1080") -}}
 {{- end -}}
 
 {{/* What `edge-phi3 pull` and `edge-phi3 serve` are told to take. */}}

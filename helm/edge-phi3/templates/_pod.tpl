@@ -29,6 +29,17 @@ enableServiceLinks: false
 {{- end }}
 {{- end -}}
 
+{{/* One list of environment variables out of several: of those with one name the last, which is the user's, counts. */}}
+{{- define "edge-phi3.joinEnv" -}}
+{{- $all := list -}}{{- range . -}}{{- $all = concat $all . -}}{{- end -}}
+{{- $names := list -}}{{- range $all -}}{{- $names = append $names .name -}}{{- end -}}
+{{- $joined := list -}}
+{{- range $index, $item := $all -}}
+{{- if not (has $item.name (slice $names (add1 $index))) -}}{{- $joined = append $joined $item -}}{{- end -}}
+{{- end -}}
+{{- toYaml $joined -}}
+{{- end -}}
+
 {{/* Environment of every container that runs edge-phi3. */}}
 {{- define "edge-phi3.env" -}}
 - name: EDGE_PHI3_STORE
@@ -53,7 +64,6 @@ enableServiceLinks: false
 {{/* The container that fetches, converts and quantises; in a pod of the service or in the job. */}}
 {{- define "edge-phi3.prepareContainer" -}}
 {{- $model := .Values.model -}}
-{{- $own := list -}}{{- range $model.prepare.extraEnv -}}{{- $own = append $own .name -}}{{- end -}}
 name: prepare
 image: {{ include "edge-phi3.image" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -74,17 +84,8 @@ command:
   - {{ $model.quant | quote }}
 {{- end }}
 env:
-  {{- include "edge-phi3.env" . | nindent 2 }}
-  {{- include "edge-phi3.noGpuEnv" . | nindent 2 }}
-  {{- include "edge-phi3.hubEnv" . | nindent 2 }}
-  {{- range .Values.extraEnv }}
-  {{- if not (has .name $own) }}
-  - {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- end }}
-  {{- with $model.prepare.extraEnv }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+  {{- $own := printf "%s\n%s\n%s" (include "edge-phi3.env" .) (include "edge-phi3.noGpuEnv" .) (include "edge-phi3.hubEnv" .) | fromYamlArray }}
+  {{- include "edge-phi3.joinEnv" (list $own .Values.extraEnv $model.prepare.extraEnv) | nindent 2 }}
 {{- with .Values.extraEnvFrom }}
 envFrom:
   {{- toYaml . | nindent 2 }}
@@ -230,10 +231,12 @@ resources:
 {{- if and (eq .Values.workload.kind "StatefulSet") (eq .Values.storage.type "pvc") -}}true{{- end -}}
 {{- end -}}
 
-{{/* The ports of extraContainers, as a list of {name, port, protocol}. */}}
+{{/* The ports of extraContainers, and of extraInitContainers that stay (sidecars), as a list of {name, port, protocol}. */}}
 {{- define "edge-phi3.extraPorts" -}}
 {{- $ports := list -}}
-{{- range .Values.extraContainers -}}
+{{- $staying := .Values.extraContainers -}}
+{{- range .Values.extraInitContainers -}}{{- if eq (toString .restartPolicy) "Always" -}}{{- $staying = append $staying . -}}{{- end -}}{{- end -}}
+{{- range $staying -}}
 {{- range .ports -}}
 {{- $port := int .containerPort -}}
 {{- $ports = append $ports (dict "name" (default (printf "port-%d" $port) .name) "port" $port "protocol" (default "TCP" .protocol)) -}}
@@ -252,6 +255,28 @@ resources:
 {{- $resources = mergeOverwrite $resources (dict "limits" (dict $gpu.resourceName (int $gpu.count))) -}}
 {{- end -}}
 {{- toYaml $resources -}}
+{{- end -}}
+
+{{/* Environment of the service's container, before the user's. */}}
+{{- define "edge-phi3.serveEnv" -}}
+{{- $v := .Values -}}
+{{- include "edge-phi3.env" . }}
+- name: EDGE_PHI3_HOST
+  value: "::"
+{{- if or (not $v.gpu.enabled) $v.gpu.dra.enabled }}
+{{ include "edge-phi3.noGpuEnv" . }}
+{{- end }}
+{{- if and (eq (include "edge-phi3.prepareMode" .) "none") (not (include "edge-phi3.isReadOnly" .)) }}
+- name: CUDA_CACHE_PATH
+  value: {{ printf "%s/cuda-cache" $v.storage.mountPath | quote }}
+{{ include "edge-phi3.hubEnv" . }}
+{{- else }}
+- name: CUDA_CACHE_PATH
+  value: /tmp/cuda-cache
+# The model is on the volume by now; the service itself never needs the Hub, nor a token for it.
+- name: HF_HUB_OFFLINE
+  value: "1"
+{{- end }}
 {{- end -}}
 
 {{/* Arguments of the service's container. */}}
@@ -287,7 +312,12 @@ resources:
 {{- end }}
 {{- else }}
 - --{{ $flag }}
-- {{ ternary ($value | int64 | toString) ($value | toString) (and (kindIs "float64" $value) (eq (float64 (int64 $value)) $value)) | quote }}
+- {{ include "edge-phi3.text" $value | quote }}
 {{- end }}
+{{- end }}
+{{- with index $options "allowed-host" }}
+# The name by which `helm test` and the cluster call the service.
+- --allowed-host
+- {{ printf "%s.%s.svc" (include "edge-phi3.fullname" $) $.Release.Namespace | quote }}
 {{- end }}
 {{- end -}}

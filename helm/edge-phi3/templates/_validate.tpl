@@ -15,6 +15,9 @@
 {{- if and (not $v.model.url) (hasPrefix "/" $v.model.name) (not (hasPrefix (printf "%s/" $v.storage.mountPath) $v.model.name)) -}}
 {{- fail (printf "model.name is the path %s, which does not lie under storage.mountPath %s." $v.model.name $v.storage.mountPath) -}}
 {{- end -}}
+{{- if regexMatch "^(127[.].*|localhost|::1)$" (index $v.serve.options "host" | toString) -}}
+{{- fail (printf "serve.options.host is %s, where neither the Service nor the probes of the kubelet reach; leave it out, or give an address of the pod, such as 0.0.0.0." (index $v.serve.options "host")) -}}
+{{- end -}}
 {{- if and (include "edge-phi3.isReadOnly" .) $v.model.url -}}
 {{- fail "model.url needs a volume that can be written; set storage.readOnly to false and storage.type to one other than image, or put the file on the volume and give its path as model.name." -}}
 {{- end -}}
@@ -34,10 +37,21 @@
 {{- if and (eq $storage.type "image") (not (hasPrefix "/" .Values.model.name)) -}}
 {{- fail (printf "storage.type image holds a finished model; give its path under %s as model.name, not %q." $storage.mountPath .Values.model.name) -}}
 {{- end -}}
+{{- if regexMatch "^/(((opt|etc)/(edge-phi3|cuda)(/.*)?)|(proc|sys|dev)/.*|bin|boot|dev|etc|lib|lib64|opt|proc|root|run|sbin|sys|tmp|usr|var)$" $storage.mountPath -}}
+{{- fail (printf "storage.mountPath %s would hide a folder that the container needs; choose another, such as /models." $storage.mountPath) -}}
+{{- end -}}
 {{- if has $storage.type (list "pvc" "ephemeral" "emptyDir") -}}
 {{- if or $storage.readOnly (and (ne $storage.type "emptyDir") (eq $storage.accessMode "ReadOnlyMany")) -}}
 {{- fail (printf "storage.type %s begins empty, so it must be written to; for a volume that holds the model and is only read, use storage.type existingClaim with storage.readOnly." $storage.type) -}}
 {{- end -}}
+{{- end -}}
+{{- range tuple "existingClaim" "hostPath" "imageReference" "subPath" -}}
+{{- if and (index $storage .) (eq $storage.type "pvc") -}}
+{{- fail (printf "storage.%s is given, but storage.type is pvc, which makes a claim of its own; set storage.type to %s." . (dict "subPath" "existingClaim" "imageReference" "image" | dig . .)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq $storage.type "existingClaim") (eq $storage.accessMode "ReadOnlyMany") (not $storage.readOnly) -}}
+{{- fail "storage.accessMode ReadOnlyMany can only be read: set storage.readOnly to true, with the model in the claim." -}}
 {{- end -}}
 {{- if and $storage.volumeName (ne $storage.type "pvc") -}}
 {{- fail (printf "storage.volumeName binds the chart's own claim, but storage.type is %s, not pvc." $storage.type) -}}
@@ -81,6 +95,10 @@
 {{- if and (eq $v.workload.kind "StatefulSet") (eq (default "" $v.updateStrategy.type) "Recreate") -}}
 {{- fail "updateStrategy.type Recreate is a Deployment's; a StatefulSet (workload.kind) stops each old pod before its new one anyway." -}}
 {{- end -}}
+{{- $rolling := default dict $v.updateStrategy.rollingUpdate -}}
+{{- if and (hasKey $rolling "maxSurge") (hasKey $rolling "maxUnavailable") (regexMatch "^0%?$" (toString $rolling.maxSurge)) (regexMatch "^0%?$" (toString $rolling.maxUnavailable)) -}}
+{{- fail "updateStrategy.rollingUpdate has maxSurge 0 and maxUnavailable 0, so that no pod could be replaced; set maxSurge to 1, for which a second GPU must be free, or leave maxUnavailable at 1." -}}
+{{- end -}}
 {{- $most := int $v.replicas -}}
 {{- if $v.autoscaling.enabled -}}{{- $most = int $v.autoscaling.maxReplicas -}}{{- end -}}
 {{- if $v.keda.enabled -}}{{- $most = int $v.keda.maxReplicas -}}{{- end -}}
@@ -122,6 +140,14 @@
 {{- fail (printf "serve.options.prefix-cache-mib is %d MiB; it is main memory, and resources.limits.memory %v has no room for it beside the service." $cache $limit) -}}
 {{- end -}}
 {{- end -}}
+{{- range $name, $resources := dict "resources" $v.resources "model.prepare.resources" $v.model.prepare.resources "tests.resources" $v.tests.resources -}}
+{{- range $kind, $limit := default dict $resources.limits -}}
+{{- $request := dig "requests" $kind "" $resources -}}
+{{- if and (ne (toString $request) "") (gt (include "edge-phi3.bytes" $request | float64) (include "edge-phi3.bytes" $limit | float64)) -}}
+{{- fail (printf "%s.requests.%s %v is more than %s.limits.%s %v; lower the one, or raise the other." $name $kind $request $name $kind $limit) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "edge-phi3.validateWays" -}}
@@ -138,6 +164,19 @@
 {{- if and $v.ingress.enabled (not $v.ingress.hosts) -}}
 {{- fail "ingress.enabled needs ingress.hosts: [{host: ..., paths: [{path: /, pathType: Prefix}]}]." -}}
 {{- end -}}
+{{- range list
+  (list "extraVolumes" $v.extraVolumes (list "models" "tmp" "keys" "scripts" "ca"))
+  (list "extraContainers and extraInitContainers" (concat $v.extraContainers $v.extraInitContainers) (list "edge-phi3" "prepare"))
+-}}
+{{- $of := index . 0 -}}
+{{- $names := index . 2 -}}
+{{- range index . 1 -}}
+{{- if has .name $names -}}
+{{- fail (printf "A name in %s is %s, which the chart or another of them has already; choose another." $of .name) -}}
+{{- end -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- end -}}
 {{- $names := list "http" -}}
 {{- $numbers := list "8080/TCP" (printf "%d/TCP" (int $v.service.port)) -}}
 {{- range include "edge-phi3.extraPorts" . | fromYamlArray -}}
@@ -150,9 +189,9 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The bytes of a Kubernetes quantity of memory, such as 8Gi, 8G or 8589934592. */}}
+{{/* The number that a Kubernetes quantity is, such as 8Gi, 8G, 8589934592 or 500m. */}}
 {{- define "edge-phi3.bytes" -}}
-{{- $number := kindIs "string" . | ternary . (printf "%.0f" (float64 .)) -}}
+{{- $number := include "edge-phi3.text" . -}}
 {{- $unit := regexFind "[A-Za-z]*$" $number -}}
 {{- $units := dict "" 1 "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
 {{- /* Another unit is larger than any machine, or Kubernetes itself refuses it. */ -}}
