@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from importlib import metadata
 from typing import Any
 
-import msgspec
 import psutil
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
@@ -16,6 +16,9 @@ from litestar.response import Redirect
 from edge_phi3.api import schemas
 from edge_phi3.api.body import decode_body, work_on
 from edge_phi3.api.errors import InvalidRequestError
+from edge_phi3.api.openai.fields import TokenizeRequest
+from edge_phi3.api.openai.reading import sift
+from edge_phi3.api.openai.translate import conversation_of
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
 from edge_phi3.pipeline import TextGenerationPipeline
@@ -84,12 +87,12 @@ def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service
     return _exposed(service, request.headers.get("accept", ""))
 
 
-@post("/tokenize", status_code=200, body=schemas.TokenizeRequest)
+@post("/tokenize", status_code=200, body=TokenizeRequest)
 async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
-    wanted = decode_body(request, body, schemas.TokenizeRequest)
+    wanted = decode_body(request, body, TokenizeRequest, functools.partial(sift, TokenizeRequest))
     return await work_on(body, lambda: _tokenized(service.pipeline, wanted))
 
 
@@ -102,7 +105,7 @@ async def detokenize(
 
     def decode() -> str:
         service.check_tokens(wanted.tokens, "tokens")
-        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
+        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=bool(wanted.skip_special_tokens))
 
     text = await work_on(body, decode)
     return schemas.DetokenizeResponse(text, text, text)
@@ -113,19 +116,22 @@ GUARDED = [tokenize, detokenize]
 """The routes that need no key, and those that do."""
 
 
-def _tokenized(pipeline: TextGenerationPipeline, wanted: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+def _tokenized(pipeline: TextGenerationPipeline, wanted: TokenizeRequest) -> schemas.TokenizeResponse:
     given = [text for text in (wanted.text, wanted.prompt, wanted.content, wanted.messages) if text is not None]
     if len(given) != 1:
         raise InvalidRequestError("Give one of `text`, `prompt`, `content` and `messages`.")
-    text = given[0]
-    if not isinstance(text, str):
-        text = pipeline.render(
-            msgspec.to_builtins(text),
+    text, parse_special = given[0], False not in {wanted.parse_special_tokens, wanted.parse_special}
+    if isinstance(text, str):
+        add_bos = False not in {wanted.add_special_tokens, wanted.add_special}
+        tokens = pipeline.tokenize(text, parse_special=parse_special, add_bos=add_bos)
+    else:
+        tokens = pipeline.encode_conversation(
+            conversation_of(text),
+            wanted.chat_template_kwargs or {},
+            parse_special=parse_special,
             add_generation_prompt=wanted.add_generation_prompt,
             continue_final_message=wanted.continue_final_message,
-            kwargs=wanted.chat_template_kwargs or {},
-        )
-    tokens = pipeline.tokenize(text, parse_special=wanted.parse_special_tokens and wanted.parse_special)
+        ).tolist()
     pieces = [pipeline.token_bytes(token) for token in tokens] if wanted.with_pieces or wanted.return_token_strs else []
     return schemas.TokenizeResponse(
         [schemas.TokenPiece(*each) for each in zip(tokens, map(_piece, pieces), strict=True)]

@@ -74,6 +74,7 @@ class TextGenerationPipeline:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        add_special_tokens: bool = True,
         truncate: tuple[int, str] | None = None,
         whole_runs: bool = True,
         skip_special_tokens: bool = True,
@@ -95,6 +96,7 @@ class TextGenerationPipeline:
             add_generation_prompt: see `ChatTemplate.render`; the next two, too.
             continue_final_message: see there.
             chat_template_kwargs: see there.
+            add_special_tokens: whether a text gets the <s> that the tokenizer puts in front.
             truncate: how many tokens of the prompt are kept at most, and whether it is cut on its "left" or "right".
             whole_runs: whether a run of byte tokens that is no UTF-8 is lost as a whole, as in transformers, rather
                 than what is no character of it.
@@ -109,30 +111,29 @@ class TextGenerationPipeline:
         """
         if handle_long_generation not in {None, "hole"}:
             raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation!r}.")
+        spelt = functools.partial(self._tokenizer.decode, skip_special_tokens=False, whole_runs=whole_runs)
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
             lead = ""
-            prompt_ids = self._encode_conversation(
-                prefix or "",
+            prompt_ids = self.encode_conversation(
                 messages,
                 chat_template_kwargs,
+                prefix=prefix or "",
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
         elif prompt:
-            text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
-            lead = text if return_full_text else ""
-            prompt_ids = (
-                self._tokenizer.encode((prefix or "") + text)
-                if isinstance(prompt, str)
-                else np.array(prompt, dtype=np.int32)
-            )
+            if isinstance(prompt, str):
+                lead, prompt_ids = prompt, self._tokenizer.encode((prefix or "") + prompt, add_bos=add_special_tokens)
+            else:
+                lead, prompt_ids = spelt(prompt), np.array(prompt, dtype=np.int32)
+            lead = lead if return_full_text else ""
         else:
             raise PromptError("Text generation parameter prompt required")
         if truncate is not None and len(prompt_ids) > truncate[0]:
             prompt_ids = prompt_ids[: truncate[0]] if truncate[1] == "right" else prompt_ids[-truncate[0] :]
-            lead = lead and self.detokenize(prompt_ids.tolist())
+            lead = lead and spelt(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
             self._make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
@@ -156,10 +157,19 @@ class TextGenerationPipeline:
             stop_texts = StopTexts(stop, self._tokenizer.shown_bytes[skip_special_tokens], len(prompt_ids))
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up_tokenization_spaces, stop_texts=stop_texts)
 
-    def _encode_conversation(
-        self, prefix: str, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any], **wanted: bool | None
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        kwargs: Mapping[str, Any],
+        *,
+        prefix: str = "",
+        parse_special: bool = True,
+        **wanted: bool | None,
     ) -> NDArray[np.int32]:
-        """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
+        """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there.
+
+        `wanted` are further arguments of `ChatTemplate.render`, which raises `PromptError`.
+        """
         try:
             if self._encode_user_tokens_as_text:
                 messages, kwargs = self._tokenizer.shield([messages, kwargs])
@@ -168,7 +178,7 @@ class TextGenerationPipeline:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         except PromptError as error:
             raise PromptError(str(error).replace(SHIELD, "")) from error
-        return self._tokenizer.encode(prefix + text, add_bos=False)
+        return self._tokenizer.encode(prefix + text, parse_special=parse_special, add_bos=False)
 
     def _make_room_for_prefix(self, kwargs: dict[str, object], prefix_tokens: int) -> None:
         for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
@@ -308,13 +318,9 @@ class TextGenerationPipeline:
 
     # -- tokens
 
-    def render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """Return a conversation as a prompt; see `ChatTemplate.render`."""
-        return self._template.render(messages, **options)
-
-    def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Encode a text."""
-        tokens: list[int] = self._tokenizer.encode(text, parse_special=parse_special).tolist()
+    def tokenize(self, text: str, **options: bool) -> list[int]:
+        """Encode a text; the options are those of `Tokenizer.encode`."""
+        tokens: list[int] = self._tokenizer.encode(text, **options).tolist()
         return tokens
 
     def token_bytes(self, token: int) -> bytes:

@@ -92,7 +92,7 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str
             {"prompt": "a", "return_full_text": "maybe"},
             "`return_full_text` must be true or false or null, but is a text.",
         ),
-        ({"prompt": "a", "stream": None}, "`stream` must be true or false, but is null."),
+        ({"prompt": "a", "stream": 2}, "`stream` must be true or false or null, but is an integer."),
         ({"prompt": "a", "generate_kwargs": []}, "`generate_kwargs` must be an object or null, but is a list."),
         ({"messages": [{"role": "user"}]}, "`messages[0].content` is missing."),
         ({"messages": [{"role": "user", "content": 1}]}, "`messages[0].content` must be a text, but is an integer."),
@@ -109,6 +109,7 @@ def test_a_missing_prompt_has_the_original_s_answer(api: Running, body: dict[str
         ),
         (b"", NO_JSON),
         (b"{", NO_JSON),
+        (b'\xef\xbb\xbf{"prompt": ""}', "prompt required"),  # a byte-order mark, as the original took it
         (b"[]", "The body must be an object, but is a list."),
         (b'{"prompt": "\xff"}', NO_JSON),
         (b'{"prompt": "\\ud800"}', NO_JSON),
@@ -178,8 +179,9 @@ def test_texts_and_their_pieces_are_those_of_transformers(recorder: Running, ind
     assert streamed == text or case.get("return_full_text", True) or not streamed
 
 
+@pytest.mark.parametrize("around", [b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool, around: bytes) -> None:
     engine = api.service.pipeline.engine
 
     def idle() -> bool:
@@ -190,7 +192,10 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> 
     generated = engine.stats().generated_tokens_total
     body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG})
     with paced.slowly(), contextlib.closing(http.client.HTTPConnection("127.0.0.1", api.port)) as connection:
+        connection.connect()
+        connection.sock.sendall(around)
         connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
+        connection.sock.sendall(around)
         api.wait_until(lambda: engine.stats().running == 1)
         if stream:
             assert connection.getresponse().status == 200

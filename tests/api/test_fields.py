@@ -146,7 +146,19 @@ def test_what_is_in_no_table_is_named_in_the_header_and_once_in_the_log(
         (CHAT, {"max_tokens": -2}, "`max_tokens` must be an integer >= -1"),
         (CHAT, {"stop_token_ids": [10**6]}, "`stop_token_ids[0]` must be a token id"),
         (CHAT, {"allowed_token_ids": [10**6]}, "`allowed_token_ids[0]` must be a token id"),
+        (CHAT, {"allowed_token_ids": []}, "`allowed_token_ids` must be a list of length >= 1"),
         (CHAT, {"bad_words": [""]}, "`bad_words` must be"),
+        (CHAT, {"logit_bias": {"9" * 5000: 1}}, "`logit_bias` has the key '999"),
+        (CHAT, {"logit_bias": {"1000000": False}}, "`logit_bias[0]` must be a token id"),
+        (CHAT, {"logit_bias": [[5, 1], [-5, 1]]}, "`logit_bias[1]` must be a token id"),
+        (CHAT, {"n": 5}, "`n`, `num_beams` or `num_return_sequences` asks for 5"),
+        (CHAT, {"n": 100}, "`n` or `num_return_sequences`, times `num_beams`, is 100"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "`messages[0].content[0].text` is missing",
+        ),
+        (COMPLETIONS, {"prompt": ["a"] * 300}, "`prompt` holds 300 prompts; at most 256 can wait"),
         (CHAT, {"logit_bias": [[5, True]]}, "`logit_bias` must lie between"),
         (CHAT, {"logit_bias": [[5]]}, "`logit_bias"),
         (CHAT, {"truncate_prompt_tokens": 0}, "`truncate_prompt_tokens` must be"),
@@ -192,6 +204,7 @@ def test_what_asks_for_nothing_is_taken_in_silence(api: Running, path: str) -> N
         ({"max_completion_tokens": 5, "max_tokens": 30}, {"max_new_tokens": 5}),
         ({"length_penalty": -3.0, "generate_kwargs": {"num_beams": 3}}, {"num_beams": 3, "length_penalty": -3.0}),
         ({"truncate_prompt_tokens": 100}, {}),
+        ({"generate_kwargs": {"max_length": 40}}, {"max_length": 40, "max_new_tokens": None}),
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -295,6 +308,11 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     data = b"".join(bytes(each) if isinstance(each := piece["piece"], list) else each.encode() for piece in pieces)
     assert data == " a ☃".encode()
     assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
+    said = [{"role": "developer", "name": "n", "content": [{"type": "text", "text": "Hi"}]}]
+    usual = [{"role": "system", "content": "Hi"}]
+    assert tokens(messages=said, parse_special=None, tools=None) == tokens(messages=usual, temperature=0.5)
+    for name in ("tools", "chat_template", "documents"):
+        assert f"`{name}` is not supported" in tokens(messages=usual, **{name: ["x"]})["detail"]
     for wrong in ({}, {"text": "a", "content": "a"}):
         assert "Give one of `text`" in tokens(**wrong)["detail"]
     assert "`messages` must be a list of length >= 1" in tokens(messages=[])["detail"]
@@ -306,7 +324,7 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     ("lax", "strict"),
     [
         ({"return_full_text": "false", "clean_up_tokenization_spaces": "1"}, {"return_full_text": False}),
-        ({"return_full_text": 0, "stream": "no"}, {"return_full_text": False}),
+        ({"return_full_text": 0, "stream": "no"}, {"return_full_text": False, "stream": None}),
         (
             {"generate_kwargs": {"max_length": "30", "do_sample": "false", "num_beams": "2", "length_penalty": "0.5"}},
             {"generate_kwargs": {"max_length": 30, "do_sample": False, "num_beams": 2, "length_penalty": 0.5}},

@@ -71,6 +71,7 @@ def test_the_version_names_the_model_and_what_is_not_there_is_said_so(api: Runni
     for path, status, sentence in (
         ("/nowhere", 404, "There is nothing at /nowhere; /docs shows what there is."),
         ("/chat", 405, "GET is not a method of /chat."),
+        ("/v1", 404, "There is nothing at /v1; /docs shows what there is."),
         ("/v1/nowhere", 404, "There is nothing at /v1/nowhere; /docs shows what there is."),
         ("/v1/completions", 405, "GET is not a method of /v1/completions."),
     ):

@@ -13,6 +13,7 @@ from litestar.params import FromPath, RawBody
 from msgspec import UNSET
 
 from edge_phi3.api.body import decode_body, work_on
+from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.exchange import exchange_of
 from edge_phi3.api.openai import schemas, translate
 from edge_phi3.api.openai.answers import Answer, Reason, Tokens, UsageField
@@ -97,6 +98,8 @@ async def _answer(
     def prepare() -> list[PreparedPrompt]:
         asked, prompts = translate.asked_by(wanted)
         service.note_prompt(exchange, asked)
+        if len(prompts) > (most := service.settings.max_queue):
+            raise InvalidRequestError(f"`prompt` holds {len(prompts)} prompts; at most {most} can wait (--max-queue).")
         return [translate.prepare(service, wanted, **prompt) for prompt in prompts]
 
     # A schema of a kilobyte can take its compiler a second.
