@@ -39,7 +39,7 @@ _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "for
 _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "beam_sample": 2}
 _CHAINS = {"one": 55, "leaves": 12, "time": 5, "conversation": 8, "wrong": 10, "oversized": 5, "tokens": 5}
 _TOOLS = {"tools": [{"<|end|>": 1}], "enable_thinking": False}
-_ENDS = ({}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": _TOOLS})
+_ENDS: Any = ({}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": _TOOLS})
 _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     (CHAT, {}, "prompt"),
     (CHAT, b'{"prompt":', "JSON"),
