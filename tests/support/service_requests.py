@@ -225,7 +225,7 @@ class AskMaker:
         prompt, new = self._sizes(4)
         body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.5 else {})
         if "logprobs" in body and not body["stream"] and chance.random() < 0.6:
-            body |= {"echo": True, "max_tokens": chance.choice((0, 1, new))}
+            body |= {"echo": True, "max_tokens": chance.choice((0, 1, new)), "min_tokens": None}
         tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
             (self._words(prompt), tokens, [self._words(prompt), self._words(min(prompt, 9))])
