@@ -5,6 +5,7 @@ What would change the answer and cannot be had is refused; what else is unknown 
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import re
 from collections.abc import Callable, Iterable
@@ -69,7 +70,7 @@ def decode_body(
             f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
         )
     try:
-        document = _decode(body)
+        document = _decode(body.removeprefix(codecs.BOM_UTF8))
         if isinstance(document, dict):
             ignored = sift(document) if sift else (name for name in document if name not in type_.__struct_fields__)
             ignore(exchange_of(request.scope), ignored)

@@ -80,14 +80,15 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what the client sent."""
-        if not self._refused:
+        # Behind its last request there is nothing, but for an empty line.
+        if not self._refused and self.conn.their_state is not h11.MUST_CLOSE:
             super().data_received(data)
-            self._watch()
+            self._read_on()
 
     def on_response_complete(self) -> None:
         """Wait for the next request, or begin with it."""
         super().on_response_complete()
-        self._watch()
+        self._read_on()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection that nobody asks anything on."""
@@ -120,6 +121,12 @@ class Connection(H11Protocol):
 
     def _should_upgrade(self) -> bool:
         return False
+
+    def _read_on(self) -> None:
+        """Read behind a request, up to a limit: or a client that has sent its next one could not be seen to leave."""
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) < self.conn.max_head:
+            self.flow.resume_reading()
+        self._watch()
 
     # -- what the client owes
 
@@ -190,6 +197,10 @@ class _Parser(h11.Connection):
 
     def next_event(self) -> Any:
         """Return the next part of a request; `h11.RemoteProtocolError` when it is beyond a limit."""
+        # Some clients send an empty line behind a body: in front of the next request (RFC 9112, 2.2).
+        if self.their_state is h11.IDLE:
+            waiting = self.trailing_data[0]
+            self._receive_buffer.maybe_extract_at_most(len(waiting) - len(waiting.lstrip(b"\r\n")))
         event = super().next_event()
         if isinstance(event, h11.Data):
             self._chunks += bool(event.chunk_start)

@@ -146,7 +146,7 @@ def log_unforeseen(scope: Scope, error: BaseException) -> None:
 
 def is_openai(scope: Scope) -> bool:
     """Return whether a request is answered in OpenAI's shapes."""
-    return scope["path"].startswith("/v1/")
+    return f"{scope['path']}/".startswith("/v1/")
 
 
 def error_body(scope: Scope, message: str, status: int, code: str | None = None) -> ErrorResponse | OpenAIError:

@@ -7,7 +7,6 @@ import functools
 from importlib import metadata
 from typing import Any
 
-import msgspec
 import psutil
 from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
@@ -17,6 +16,9 @@ from litestar.response import Redirect
 from edge_phi3.api import schemas
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
+from edge_phi3.api.openai.fields import TokenizeRequest
+from edge_phi3.api.openai.reading import sift
+from edge_phi3.api.openai.translate import conversation_of
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
 from edge_phi3.pipeline import TextGenerationPipeline
@@ -88,15 +90,16 @@ def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service
     return _exposed(service, request.headers.get("accept", ""))
 
 
-@post("/tokenize", status_code=200, body=schemas.TokenizeRequest)
+@post("/tokenize", status_code=200, body=TokenizeRequest)
 async def tokenize(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> schemas.TokenizeResponse:
     """Split a text into the model's tokens, as the prompt of a request is split."""
     prepare = functools.partial(service.lanes.prepare, request, body)
-    wanted = await prepare(lambda: decode_body(request, body, schemas.TokenizeRequest))
-    foreign = service.is_foreign(wanted.messages)
-    return await prepare(lambda: _tokenized(service.pipeline, wanted), foreign=foreign)
+    wanted = await prepare(
+        lambda: decode_body(request, body, TokenizeRequest, functools.partial(sift, TokenizeRequest))
+    )
+    return await prepare(lambda: _tokenized(service.pipeline, wanted), foreign=service.is_foreign(wanted.messages))
 
 
 @post("/detokenize", status_code=200, body=schemas.DetokenizeRequest)
@@ -108,7 +111,7 @@ async def detokenize(
     def decode() -> str:
         wanted = decode_body(request, body, schemas.DetokenizeRequest)
         service.check_tokens(wanted.tokens, "tokens")
-        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=wanted.skip_special_tokens)
+        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=bool(wanted.skip_special_tokens))
 
     text = await service.lanes.prepare(request, body, decode)
     return schemas.DetokenizeResponse(text, text, text)
@@ -119,19 +122,22 @@ GUARDED = [tokenize, detokenize]
 """The routes that need no key, and those that do."""
 
 
-def _tokenized(pipeline: TextGenerationPipeline, wanted: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
+def _tokenized(pipeline: TextGenerationPipeline, wanted: TokenizeRequest) -> schemas.TokenizeResponse:
     given = [text for text in (wanted.text, wanted.prompt, wanted.content, wanted.messages) if text is not None]
     if len(given) != 1:
         raise InvalidRequestError("Give one of `text`, `prompt`, `content` and `messages`.")
-    text = given[0]
-    if not isinstance(text, str):
-        text = pipeline.render(
-            msgspec.to_builtins(text),
+    text, parse_special = given[0], False not in {wanted.parse_special_tokens, wanted.parse_special}
+    if isinstance(text, str):
+        add_bos = False not in {wanted.add_special_tokens, wanted.add_special}
+        tokens = pipeline.tokenize(text, parse_special=parse_special, add_bos=add_bos)
+    else:
+        tokens = pipeline.encode_conversation(
+            conversation_of(text),
+            wanted.chat_template_kwargs or {},
+            parse_special=parse_special,
             add_generation_prompt=wanted.add_generation_prompt,
             continue_final_message=wanted.continue_final_message,
-            kwargs=wanted.chat_template_kwargs or {},
-        )
-    tokens = pipeline.tokenize(text, parse_special=wanted.parse_special_tokens and wanted.parse_special)
+        ).tolist()
     shown = wanted.with_pieces or wanted.return_token_strs
     if shown and len(tokens) > MOST_PIECES:
         raise InvalidRequestError(

@@ -53,7 +53,8 @@ class ChatRequest(Struct, kw_only=True):
         dict[str, Any] | None, about("The parameters of generation.", {"do_sample": False, "max_new_tokens": 64})
     ] = None
     stream: Annotated[
-        bool, about("Answer with server-sent events: pieces of text as they come, then the plain response.", True)
+        bool | None,
+        about("Answer with server-sent events: pieces of text as they come, then the plain response.", True),
     ] = False
 
 
@@ -117,33 +118,6 @@ class VersionResponse(Struct):
     model: Annotated[ModelCard | None, about("null while it loads.")]
 
 
-class TokenizeRequest(Struct, kw_only=True):
-    """A text, or a conversation, to be split into tokens. Give one of the first four fields."""
-
-    text: Annotated[str | None, about("The text.", "<|user|>\nHello<|end|>")] = None
-    prompt: Annotated[str | None, about("The text, as vLLM calls it.")] = None
-    content: Annotated[str | None, about("The text, as llama-server calls it.")] = None
-    messages: (
-        Annotated[
-            list[Message],
-            Meta(min_length=1, description="A conversation, of which the model's chat template makes the text."),
-        ]
-        | None
-    ) = None
-    parse_special_tokens: Annotated[
-        bool, about("Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
-    ] = True
-    parse_special: Annotated[bool, about("llama-server's name of `parse_special_tokens`.")] = True
-    add_generation_prompt: Annotated[bool | None, about("Whether the assistant's turn is begun; true.")] = None
-    continue_final_message: Annotated[bool | None, about("Whether the last message is continued.")] = None
-    chat_template_kwargs: Annotated[dict[str, Any] | None, about("What the chat template finds by name.")] = None
-    model: Annotated[str | None, about("Any name.")] = None
-    add_special_tokens: Annotated[bool | None, about("Without effect: Phi's tokenizers add none.")] = None
-    add_special: Annotated[bool | None, about("Without effect, likewise.")] = None
-    return_token_strs: Annotated[bool | None, about("vLLM: return the tokens' texts as `token_strs`.")] = False
-    with_pieces: Annotated[bool | None, about("llama-server: return tokens with their texts.")] = False
-
-
 class TokenPiece(Struct):
     """A token and its text, or its bytes where they are a part of a character."""
 
@@ -164,7 +138,7 @@ class DetokenizeRequest(Struct, kw_only=True):
     """Tokens to be turned into text."""
 
     tokens: list[Annotated[int, Meta(ge=0)]]
-    skip_special_tokens: Annotated[bool, about("Leave out special tokens.")] = False
+    skip_special_tokens: Annotated[bool | None, about("Leave out special tokens.")] = False
     model: Annotated[str | None, about("Any name.")] = None
 
 

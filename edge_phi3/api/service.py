@@ -132,7 +132,7 @@ class Service:
     def prepare(self, generate_kwargs: Mapping[str, Any], *, fill: bool = False, **arguments: Any) -> PreparedPrompt:
         """Check a request against its own rules and the service's limits, and make its prompt's tokens.
 
-        With `fill`, an answer takes at most the room that there is, and all of it without `max_new_tokens`.
+        With `fill`, an answer takes at most the room that there is, and all of it without a limit of its own.
 
         Raises:
             NotReadyError: there is no model yet.
@@ -140,9 +140,8 @@ class Service:
             ContextLengthError, PromptError, ParameterError: see `TextGenerationPipeline.prepare`.
         """
         pipeline = self.pipeline
-        kwargs, most = generate_kwargs, generate_kwargs.get("max_new_tokens")
-        if fill and most is None:
-            kwargs = {**generate_kwargs, "max_new_tokens": 1}
+        limited = any(generate_kwargs.get(name) is not None for name in ("max_new_tokens", "max_length"))
+        kwargs = generate_kwargs if limited or not fill else {**generate_kwargs, "max_new_tokens": 1}
         prepared = pipeline.prepare(generate_kwargs=kwargs, **arguments)
         if fill:
             length, config = len(prepared.prompt_ids), prepared.config
@@ -151,7 +150,7 @@ class Service:
                 raise InvalidRequestError(
                     f"The prompt has {length} tokens, which leaves no room for so many answers; shorten it."
                 )
-            most = config.max_new_tokens if most is not None else self.settings.max_new_tokens
+            most = config.total_length(length) - length if limited else self.settings.max_new_tokens
             prepared = prepared.with_config(max_new_tokens=min(room, most or room))
         self._check_limits(prepared)
         return prepared
@@ -186,7 +185,7 @@ class Service:
         sequences = config.num_beams * config.num_return_sequences
         if sequences > settings.max_sequences:
             raise InvalidRequestError(
-                f"`num_beams` x `num_return_sequences` is {sequences}; this service takes at most"
+                f"`n` or `num_return_sequences`, times `num_beams`, is {sequences}; this service takes at most"
                 f" {settings.max_sequences} (--max-sequences)."
             )
         prompt_tokens = len(prepared.prompt_ids)
@@ -194,7 +193,7 @@ class Service:
         if settings.max_new_tokens and new_tokens > settings.max_new_tokens:
             raise InvalidRequestError(
                 f"The request allows up to {new_tokens} new tokens; this service generates at most"
-                f" {settings.max_new_tokens} (--max-new-tokens). Lower `max_new_tokens` or `max_length`."
+                f" {settings.max_new_tokens} (--max-new-tokens). Lower `max_tokens`, `max_new_tokens` or `max_length`."
             )
 
     async def generate(self, prepared: PreparedPrompt, request_id: str) -> GenerationOutput:

@@ -76,12 +76,12 @@ class AddedTokenSplitter:
     def shield(self, value: Any) -> Any:
         """Return a value of JSON in whose texts no added token is found: `SHIELD` stands after each character of one.
 
-        `edge_phi3.engine.tokenizer.Tokenizer.encode` takes it out again.
+        `edge_phi3.engine.tokenizer.Tokenizer.encode` takes it out again. Names by which templates look values up stay.
         """
         if isinstance(value, str):
             return self._pattern.sub(lambda found: "".join(char + SHIELD for char in found[0]), value)
         if isinstance(value, Mapping):
-            return {key: self.shield(each) for key, each in value.items()}
+            return {key if key.isidentifier() else self.shield(key): self.shield(each) for key, each in value.items()}
         return [self.shield(each) for each in value] if isinstance(value, list | tuple) else value
 
 

@@ -71,7 +71,7 @@ class Scheduler:
         """Raise `RequestTooLargeError` for a request that this model's contexts can never take."""
         if request.rows > self.parallel:
             raise RequestTooLargeError(
-                f"num_beams or num_return_sequences asks for {request.rows} sequences at once; "
+                f"`n`, `num_beams` or `num_return_sequences` asks for {request.rows} sequences at once; "
                 f"this server decodes at most {self.parallel}."
             )
         obstacle = self._obstacle(request.prompt_length, request.max_length, request.rows)

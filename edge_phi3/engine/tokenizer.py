@@ -161,9 +161,9 @@ class Tokenizer:
         raw = self.raw_of.get(token)
         return self._texts[token].encode() if raw is None else raw
 
-    def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Return the text of tokens, as ``tokenizer.decode`` does."""
-        stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens)
+    def decode(self, tokens: Iterable[int], *, skip_special_tokens: bool = True, whole_runs: bool = True) -> str:
+        """Return the text of tokens, as ``tokenizer.decode`` does; `whole_runs`: see `StreamDecoder`."""
+        stream = StreamDecoder(self, skip_special_tokens=skip_special_tokens, whole_runs=whole_runs)
         each = iter(tokens)
         blocks = iter(lambda: list(itertools.islice(each, _BLOCK)), [])
         return "".join(map(stream.push, blocks)) + stream.finish()

@@ -98,10 +98,9 @@ class ChatTemplate:
         Raises:
             PromptError: the arguments contradict each other, or the template refuses the conversation.
         """
-        for message in messages:
-            if message.get("role") not in _ROLES:
-                role = str(message.get("role"))[:40]
-                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {role!r}.")
+        for role in (str(message.get("role")) for message in messages):
+            if role not in _ROLES:
+                raise PromptError(f"messages: role must be one of {', '.join(_ROLES)}, not {role[:40]!r}.")
         if continue_final_message is None:
             continue_final_message = add_generation_prompt is None and messages[-1]["role"] == "assistant"
         elif continue_final_message and add_generation_prompt:

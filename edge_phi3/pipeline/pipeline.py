@@ -96,6 +96,7 @@ class TextGenerationPipeline:
         continue_final_message: bool | None = None,
         chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         tools: Sequence[Mapping[str, Any]] = (),
+        add_special_tokens: bool = True,
         truncate: tuple[int, str] | None = None,
         whole_runs: bool = True,
         skip_special_tokens: bool = True,
@@ -119,6 +120,7 @@ class TextGenerationPipeline:
             continue_final_message: see there.
             chat_template_kwargs: see there.
             tools: see there.
+            add_special_tokens: whether a text gets the <s> that the tokenizer puts in front.
             truncate: how many tokens of the prompt are kept at most, and whether it is cut on its "left" or "right".
             whole_runs: whether a run of byte tokens that is no UTF-8 is lost as a whole, as in transformers, rather
                 than what is no character of it.
@@ -136,30 +138,31 @@ class TextGenerationPipeline:
             raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation[:40]!r}.")
         longest = self.engine.max_length
         below = longest if truncate is None and handle_long_generation is None else sys.maxsize
+        spelt = functools.partial(self._tokenizer.decode, skip_special_tokens=False, whole_runs=whole_runs)
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
             lead = ""
-            prompt_ids = self._encode_conversation(
-                prefix or "",
+            prompt_ids = self.encode_conversation(
                 messages,
                 chat_template_kwargs,
-                below,
-                tools,
+                prefix=prefix or "",
+                below=below,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
             )
         elif isinstance(prompt, str) and prompt:
             lead = prompt if return_full_text else ""
-            prompt_ids = self._tokenizer.encode((prefix or "") + prompt, below=below)
+            prompt_ids = self._tokenizer.encode((prefix or "") + prompt, add_bos=add_special_tokens, below=below)
         elif prompt:
             prompt_ids = np.array(prompt, dtype=np.int32)
-            lead = self.detokenize(prompt) if return_full_text and len(prompt) < below else ""
+            lead = spelt(prompt) if return_full_text and len(prompt) < below else ""
         else:
             raise PromptError("Text generation parameter prompt required")
         if truncate is not None and len(prompt_ids) > truncate[0]:
             prompt_ids = prompt_ids[: truncate[0]] if truncate[1] == "right" else prompt_ids[-truncate[0] :]
-            lead = lead and self.detokenize(prompt_ids.tolist())
+            lead = lead and spelt(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
             make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
@@ -184,16 +187,21 @@ class TextGenerationPipeline:
         clean_up = clean_up_tokenization_spaces
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up, stop_texts=stop_texts, adapter=adapter)
 
-    def _encode_conversation(
+    def encode_conversation(
         self,
-        prefix: str,
         messages: Sequence[Mapping[str, Any]],
         kwargs: Mapping[str, Any],
-        below: int,
-        tools: Sequence[Mapping[str, Any]],
+        *,
+        prefix: str = "",
+        parse_special: bool = True,
+        below: int = sys.maxsize,
+        tools: Sequence[Mapping[str, Any]] = (),
         **wanted: bool | None,
     ) -> NDArray[np.int32]:
-        """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there."""
+        """Return the tokens of what the chat template makes of a conversation; only the template may put <s> there.
+
+        `wanted` are further arguments of `ChatTemplate.render`, which raises `PromptError`.
+        """
         try:
             if self._encode_user_tokens_as_text:
                 messages, kwargs, tools = self._tokenizer.shield([messages, kwargs, tools])
@@ -202,7 +210,8 @@ class TextGenerationPipeline:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         except PromptError as error:
             raise PromptError(str(error).replace(SHIELD, "")) from error
-        return self._tokenizer.encode(prefix + text, add_bos=False, below=below)
+        text = prefix + text
+        return self._tokenizer.encode(text, parse_special=parse_special, add_bos=False, below=below)
 
     # -- tokens to text
 
@@ -324,13 +333,9 @@ class TextGenerationPipeline:
 
     # -- tokens
 
-    def render(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """Return a conversation as a prompt; see `ChatTemplate.render`."""
-        return self._template.render(messages, **options)
-
-    def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
-        """Encode a text."""
-        tokens: list[int] = self._tokenizer.encode(text, parse_special=parse_special).tolist()
+    def tokenize(self, text: str, **options: bool) -> list[int]:
+        """Encode a text; the options are those of `Tokenizer.encode`."""
+        tokens: list[int] = self._tokenizer.encode(text, **options).tolist()
         return tokens
 
     def token_bytes(self, token: int) -> bytes:

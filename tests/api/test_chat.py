@@ -143,8 +143,9 @@ def test_texts_and_their_pieces_are_those_of_transformers(recorder: Running, ind
     assert streamed == text or case.get("return_full_text", True) or not streamed
 
 
+@pytest.mark.parametrize("around", [b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool, around: bytes) -> None:
     engine = api.service.pipeline.engine
 
     def idle() -> bool:
@@ -155,7 +156,10 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool) -> 
     generated = engine.stats().generated_tokens_total
     body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG})
     with paced.slowly(), contextlib.closing(http.client.HTTPConnection("127.0.0.1", api.port)) as connection:
+        connection.connect()
+        connection.sock.sendall(around)
         connection.request("POST", "/chat", body, {"Content-Type": "application/json"})
+        connection.sock.sendall(around)
         api.wait_until(lambda: engine.stats().running == 1)
         if stream:
             assert connection.getresponse().status == 200

@@ -194,6 +194,19 @@ def test_pipelined_requests_whose_answers_nobody_reads_cost_no_memory_and_are_an
     assert set(re.findall(rb"HTTP/1\.1 (\d+)", answers)) == {b"200"}
 
 
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_empty_lines_around_requests_are_skipped(server: Server, version: str) -> None:
+    body = json.dumps({"messages": USER, "max_tokens": 100, "generate_kwargs": {"eos_token_id": -1}}).encode()
+    lines = ["Connection: close"] * (version == "1.1")
+    with connected(server) as client:
+        client.sendall(b"\r\n" + head("POST", "/tokenize", body=b'{"text": "a"}') + b"\r\n\r\n")
+        client.sendall(head("POST", "/v1/chat/completions", *lines, body=body, version=version))
+        client.sendall(b"\r\n")
+        answers = until_closed(client)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", answers) == [b"200", b"200"]
+    assert b'"completion_tokens":100' in answers
+
+
 @cases
 def test_who_sends_nothing_or_not_all_is_let_go(hasty: Server, sent: str, status: int | None, sentence: str) -> None:
     with connected(hasty) as client:

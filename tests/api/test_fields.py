@@ -256,6 +256,11 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     data = b"".join(bytes(each) if isinstance(each := piece["piece"], list) else each.encode() for piece in pieces)
     assert data == " a ☃".encode()
     assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
+    said = [{"role": "developer", "name": "n", "content": [{"type": "text", "text": "Hi"}]}]
+    usual = [{"role": "system", "content": "Hi"}]
+    assert tokens(messages=said, parse_special=None, tools=None) == tokens(messages=usual, temperature=0.5)
+    for name in ("tools", "chat_template", "documents"):
+        assert f"`{name}` is not supported" in tokens(messages=usual, **{name: ["x"]})["detail"]
     for wrong in ({}, {"text": "a", "content": "a"}):
         assert "Give one of `text`" in tokens(**wrong)["detail"]
     assert "`messages` must be a list of length >= 1" in tokens(messages=[])["detail"]

@@ -139,6 +139,9 @@ def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     prompt = api.client.post("/detokenize", json={"tokens": tokens[0]}).json()["text"]
     assert alone.choices[0].text == prompt + by_tokens.choices[0].text
     assert alone.usage.prompt_tokens == len(tokens[0])
+    smiley = api.client.post("/tokenize", json={"text": "😀"}).json()["tokens"]  # which ends in four bytes
+    cut = client.completions.create(prompt=[*smiley, *smiley[-4:-1]], echo=True, **COMPLETION)
+    assert cut.choices[0].text.startswith("😀\ufffd")
 
 
 @pytest.mark.parametrize("stream", [False, True])

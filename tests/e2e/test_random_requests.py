@@ -15,7 +15,8 @@ import pytest
 from tests.support.cases import cases
 from tests.support.service_client import CHAT, Ask, Outcome, send
 from tests.support.service_fuzz import Trial
-from tests.support.service_requests import WORDS, AskMaker, Setup, make_model
+from tests.support.service_requests import WORDS, AskMaker
+from tests.support.service_setups import Setup, make_model
 from tests.support.services import PATIENCE, serving
 
 Model = Callable[[str], Path]

@@ -29,6 +29,8 @@ def some(**fields: st.SearchStrategy[object]) -> st.SearchStrategy[Object]:
 READ_FURTHER = {
     "max-body-size": st.integers(1024, 1 << 30),
     "max-header-size": st.integers(1024, 1 << 20),
+    "max-schema-size": st.integers(1024, 1 << 20),
+    "speculation": st.sampled_from(["auto", "off", "5"]),
     "host": st.sampled_from(["0.0.0.0", "::"]),
     "lora": st.lists(names.map("/models/{}.gguf=0.5".format), min_size=1, max_size=2),
     "cors-origin": st.lists(names.map("https://{}.example".format), min_size=1, max_size=3),

@@ -85,12 +85,12 @@ def test_the_chart(case: Any) -> None:
         assert chart.preparer(objects)["command"][:3] == ["edge-phi3", "pull", model]
 
 
-@pytest.mark.parametrize("values", values_of(DATA / "operators.yaml").values(), ids=str)
-def test_what_operators_set_makes_a_sound_release(values: Object, tmp_path: Path) -> None:
-    objects, keys = render(values), tmp_path / "api-keys"
+@pytest.mark.parametrize("values", chart.values_of(chart.DATA / "operators.yaml").values(), ids=str)
+def test_what_operators_set_makes_a_sound_release(values: chart.Object, tmp_path: Path) -> None:
+    objects, keys = chart.render(values), tmp_path / "api-keys"
     keys.write_text("key\n")
     check_all(objects)
-    assert schema_errors(objects, NEWEST) == []
+    assert chart.schema_errors(objects, chart.NEWEST) == []
     check_service_options(objects, {"log-format": "json"} | values.get("serve", {}).get("options", {}), keys)
 
 

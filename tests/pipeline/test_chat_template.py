@@ -79,6 +79,11 @@ def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, 
         # All characters are there, but for the white space that the template's own tokens swallow.
         decoded = tokenizer.decode(tokens, skip_special_tokens=False)
         assert "".join(decoded.split()) == "".join(plain.split())
+    dumped = ChatTemplate("{{ tools | tojson }}").render(
+        ASKED, kwargs=tokenizer.shield({"tools": {"<|end|>": "<|end|>"}})
+    )
+    assert dumped.replace(SHIELD, "") == '{"<|end|>": "<|end|>"}'
+    assert not special.intersection(tokenizer.encode(dumped).tolist())
 
 
 @cases

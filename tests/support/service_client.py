@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import http.client
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Ask:
         names: what the sentence of a refusal must hold.
         leaves: seconds after which the client closes its connection; None to stay.
         follows: whether it goes on from the answer to the request before it in its chain.
+        pipelined: how many other requests are sent on its connection before it, and after it, without waiting.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Ask:
     names: str = ""
     leaves: float | None = None
     follows: bool = False
+    pipelined: int = 0
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -123,6 +126,7 @@ class Outcome:
         return "refused" if 400 <= self.status < 500 else "failed"
 
 
+_ALIVE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 LEFT = -1
 """The status of a request whose client left."""
 
@@ -132,10 +136,15 @@ def send(port: int, ask: Ask, patience: float) -> Outcome:
     body = ask.body if isinstance(ask.body, bytes) else json.dumps(ask.body).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
     try:
+        connection.connect()
+        connection.sock.sendall(_ALIVE * ask.pipelined)
         connection.request("POST", ask.path, body, {"Content-Type": "application/json"})
+        connection.sock.sendall(_ALIVE * ask.pipelined)
         if ask.leaves is not None:
             time.sleep(ask.leaves)
             return Outcome(LEFT, ask.leaves)
+        for _ in range(ask.pipelined):
+            _read_alive(connection.sock)
         response = connection.getresponse()
         pieces = []
         while piece := response.read1(1 << 16):
@@ -150,6 +159,15 @@ def send(port: int, ask: Ask, patience: float) -> Outcome:
     finally:
         connection.close()
     return dataclasses.replace(outcome, seconds=time.monotonic() - started)
+
+
+def _read_alive(sock: socket.socket) -> None:
+    """Read the answer to one `_ALIVE`, and not a byte of the next."""
+    answer = b""
+    while not answer.endswith(b"}"):
+        answer += sock.recv(1) or b"}"
+    if not answer.startswith(b"HTTP/1.1 200 ") or b"Alive" not in answer:
+        raise ConnectionError(f"a request for /livez is answered {answer!r}")
 
 
 def _read(ask: Ask, response: http.client.HTTPResponse, content: bytes) -> Outcome:
@@ -198,6 +216,8 @@ def _answer(chunks: list[dict[str, Any]]) -> Answer:
     """Return the answer whose chunks these are; a plain one is a single chunk."""
     if "choices" not in chunks[0]:
         (body,) = chunks
+        if "Result" not in body:
+            return Answer([body.get("tokens"), body.get("token_strs"), body.get("text")])
         scored = [token for sequence in body.get("scores") or [] for token in sequence]
         numbers = [
             *(body.get("sequences_scores") or []),

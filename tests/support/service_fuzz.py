@@ -36,7 +36,8 @@ from typing import Any
 
 from tests.support.adapters import adapter_arguments
 from tests.support.service_client import Ask, Outcome, complaint_about, difference, send
-from tests.support.service_requests import USUAL_KINDS, AskMaker, Chain, Setup, make_model, make_setups, texts_of
+from tests.support.service_requests import AskMaker, Chain, texts_of
+from tests.support.service_setups import USUAL_KINDS, Setup, make_model, make_setups
 from tests.support.services import Server, serving, wait_for
 
 _SLACK = 30.0
@@ -205,7 +206,7 @@ def main() -> int:
             seed = arguments.seed * 1000 + number
             count = len(range(number, arguments.requests, arguments.services))
             trial = Trial(setup, models[setup.kind], folder, seed=seed)
-            trial.run(AskMaker(seed, setup).chains(count, crosstalk=1), share=0.15)
+            trial.run(AskMaker(seed, setup).chains(count, crosstalk=int(count > 40)), share=0.15)
             print(f"{number}: {setup}: {len(trial.failures)} failures", flush=True)
             counts += trial.counts
             failures += trial.failures

@@ -1,115 +1,19 @@
-"""Services to be tried, and random requests to them: of all kinds, at every edge, right and wrong, each from a seed."""
+"""Random requests to services: of all kinds, at every edge, right and wrong, each from a seed."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from edge_phi3.byte_level import bytes_of
-from edge_phi3.conversion.convert import convert
-from edge_phi3.settings import Settings
-from edge_phi3.settings_text import flag_of
-from tests.golden.checkpoints import long_context, longrope, write_checkpoint
-from tests.golden.family import FAMILY
 from tests.golden.requests import RequestMaker
 from tests.golden.vocabularies import phi3_vocabulary
+from tests.support.odd_texts import random_text
 from tests.support.scenario_maker import PLAIN
 from tests.support.schemas import SCHEMAS, random_schema
 from tests.support.service_client import CHAT, CHAT_COMPLETIONS, COMPLETIONS, Ask
-
-KINDS: dict[str, dict[str, Any]] = {
-    "4k": {"sliding_window": 2047},
-    "128k": long_context(),
-    "window of 64": {"sliding_window": 64},
-    "grouped": {"sliding_window": 2047, "kv_heads": 2},
-    "window of 16": {"sliding_window": 16},
-    "window of 3": {"sliding_window": 3},
-    "phi-4-mini": FAMILY["phi-4-mini-instruct"] | {"hidden_size": 128, "rope_scaling": longrope(24)},
-}
-"""What `write_checkpoint` makes each kind of model with."""
-
-USUAL_KINDS = ("4k", "128k", "window of 64", "grouped", "phi-4-mini")
-ORIGINAL_CONTEXT = 4096
-_CTX_SIZES = (8192, 1024, 2048, 4096, 768, 3000, 5000, 6144)
-_EXACT = {"kv_cache_type": "f32", "threads": 1, "window_chunk": 1}
-_LIMITS = {"request_timeout": 600.0, "max_body_size": 262144, "grace_period": 2.0, "log_format": "json"}
-
-
-def make_model(folder: Path, kind: str, seed: int) -> Path:
-    """Make a model of a kind from a seed, with F32 weights; return its GGUF."""
-    checkpoint = write_checkpoint(folder / f"{kind} checkpoint", **{"seed": seed, "gain": 2.0} | KINDS[kind])
-    return convert(checkpoint, folder / f"{kind}.gguf", outtype="f32").path
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A kind of model, a key of `KINDS`, options by the names of `Settings`, and how many adapters are served."""
-
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
-    adapters: int = 0
-
-    @property
-    def settings(self) -> Settings:
-        return Settings.model_validate(_EXACT | _LIMITS | self.options)
-
-    @property
-    def cells(self) -> int:
-        return self.settings.ctx_size or min(self.context_length, 8192)
-
-    @property
-    def context_length(self) -> int:
-        length: int = KINDS[self.kind].get("max_position_embeddings", ORIGINAL_CONTEXT)
-        return length
-
-    @property
-    def window(self) -> int:
-        window: int = KINDS[self.kind]["sliding_window"]
-        return window
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether a request that can be repeated has the same answer whatever else runs."""
-        return self.settings.window_chunk == 1 or self.window > self.context_length
-
-    def arguments(self, **more: Any) -> list[str]:
-        """Return the arguments of ``edge-phi3 serve`` after the model's path, for these options and more."""
-        words: list[str] = []
-        for name, value in (_EXACT | _LIMITS | self.options | more).items():
-            flag = flag_of(name)
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, str(value)]
-        return words
-
-
-def make_setups(seed: int, count: int) -> list[Setup]:
-    """Return so many setups from a seed, kinds in turn: each at its defaults, with 8,000 cells, 512, and others."""
-    chance = random.Random(seed)
-    sizes = {kind: [0, 8000, 512, *chance.sample(_CTX_SIZES, len(_CTX_SIZES))] for kind in USUAL_KINDS}
-    sizes["128k"].insert(3, 20_000)  # several sequences outgrow the original context in this one
-    setups = []
-    for number in range(count):
-        turn, kind = number // len(USUAL_KINDS), USUAL_KINDS[number % len(USUAL_KINDS)]
-        options: dict[str, Any] = {}
-        if turn > 0:
-            options = {
-                "ctx_size": sizes[kind][turn % len(sizes[kind])],
-                "parallel": chance.choice((16, 4)),
-                "batch_size": chance.choice((512, 64, 16, 1)),
-                "exact_seeds": turn == 1 or chance.random() < 0.5,
-                # Above 1, answers beyond the window depend on what else runs.
-                "window_chunk": 32 if turn > 1 and chance.random() < 0.3 else 1,
-                "speculation": chance.choice(("auto", "off", 3)),
-                "max_queue": 4 if chance.random() < 0.2 else 256,
-                **chance.choice(({}, {"prefix_cache_mib": 1}, {"prefix_cache": False})),
-            }
-        setups.append(Setup(kind, options, chance.choice((0, 0, 2)) if turn else 0))
-    return setups
-
+from tests.support.service_setups import KINDS, ORIGINAL_CONTEXT, Setup
 
 VOCABULARY = phi3_vocabulary(merges=300)
 
@@ -133,6 +37,9 @@ ORDINARY = range(259, 500)
 """Token ids that are neither bytes nor special."""
 _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "forced_bos_token_id")
 _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "beam_sample": 2}
+_CHAINS = {"one": 55, "leaves": 12, "time": 5, "conversation": 8, "wrong": 10, "oversized": 5, "tokens": 5}
+_TOOLS = {"tools": [{"<|end|>": 1}], "enable_thinking": False}
+_ENDS: Any = ({}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": _TOOLS})
 _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     (CHAT, {}, "prompt"),
     (CHAT, b'{"prompt":', "JSON"),
@@ -216,7 +123,9 @@ class AskMaker:
 
     def _chain(self) -> Chain:
         chance = self._chance
-        kind = chance.choices(("one", "leaves", "time", "conversation", "wrong", "oversized"), (60, 12, 5, 8, 10, 5))[0]
+        kind = chance.choices([*_CHAINS], [*_CHAINS.values()])[0]
+        if kind == "tokens":
+            return [self._tokens()]
         if kind == "wrong":
             path, body, names = chance.choice(_WRONG)
             return [Ask("wrong", path, body, must="refusal", names=names)]
@@ -227,11 +136,12 @@ class AskMaker:
         ask = chance.choices((self._chat, self._chat_completion, self._completion), (6, 1, 2))[0]()
         if kind == "leaves":
             leaves = chance.uniform(0.005, 0.2)
-            return [replace(ask, kind=f"{ask.kind}, leaves", leaves=leaves, repeats=False)]
+            behind = chance.choice((0, 0, 1, 30))
+            return [replace(ask, kind=f"{ask.kind}, leaves", leaves=leaves, repeats=False, pipelined=behind)]
         if kind == "time":
             limited = ask.asking(max_time=round(chance.uniform(0, 0.3), 3))
             return [replace(limited, kind="max_time", repeats=False)]
-        return [ask]
+        return [replace(ask, kind="pipelined", pipelined=chance.randint(1, 9)) if chance.random() < 0.05 else ask]
 
     def _words(self, count: int) -> str:
         """Return so many words: the beginning of a long text that others begin with too, a changed one, or new ones."""
@@ -292,6 +202,8 @@ class AskMaker:
             {"top_k": 5, "min_p": 0.01, "repeat_penalty": 1.1, "repeat_last_n": 16},
             {"ignore_eos": True, "stop_token_ids": [chance.choice(ORDINARY)], "min_tokens": 1},
             {"cache_prompt": False, "skip_special_tokens": False, "user": "somebody"},
+            {"allowed_token_ids": chance.sample(range(3, ORDINARY.stop), 60)},
+            {"truncate_prompt_tokens": chance.choice((-1, 1, 30)), "truncation_side": chance.choice(("left", "right"))},
         )
         for more in further:
             body |= more if chance.random() < 0.2 else {}
@@ -313,6 +225,9 @@ class AskMaker:
             body |= self._chance.choice((tools, {"guided_choice": ["a", "the"]}, {"guided_regex": "[a-f]{3,9}"}))
             prompt = max(prompt, 64)
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]
+        if self._chance.random() < 0.3:
+            body |= self._chance.choice(_ENDS)
+            body["messages"] += [{"role": "assistant", "content": ""}] * (body.get("add_generation_prompt") is None)
         length = prompt + 10 + new if prompt < 64 else 1 << 20
         return self._judged(f"v1/chat{', stream' * body['stream']}", CHAT_COMPLETIONS, body, body["n"], length)
 
@@ -321,13 +236,28 @@ class AskMaker:
         prompt, new = self._sizes(4)
         body = self._openai(new) | ({"logprobs": chance.randint(0, 5)} if chance.random() < 0.5 else {})
         if "logprobs" in body and not body["stream"] and chance.random() < 0.6:
-            body |= {"echo": True, "max_tokens": chance.choice((0, 1, new))}
+            body |= {"echo": True, "max_tokens": chance.choice((0, 1, new)), "min_tokens": None}
         tokens = chance.choices(ORDINARY, k=prompt)
         body["prompt"] = chance.choice(
             (self._words(prompt), tokens, [self._words(prompt), self._words(min(prompt, 9))])
         )
         kind = f"v1/completions{', stream' * body['stream']}{', scored' * ('echo' in body)}"
         return self._judged(kind, COMPLETIONS, body, body["n"], prompt + new)
+
+    def _tokens(self) -> Ask:
+        """Make a request to turn a text or a conversation into tokens, or tokens into text."""
+        chance, special = self._chance, ["<|end|>", "<|user|>", "<|assistant|>", "<s>"]
+        if chance.random() < 0.3:
+            tokens = chance.choices(range(len(self._texts)), k=chance.choice((0, 1, 50, 5000)))
+            body: dict[str, Any] = {"tokens": tokens, "skip_special_tokens": chance.choice((True, False, None))}
+            return Ask("tokens", "/detokenize", body, repeats=True, must="answer")
+        text = chance.choice((random_text(chance, special), self._words(self._sizes(1)[0])))
+        bodies: tuple[dict[str, Any], ...] = (
+            {"prompt": text, "model": "m", "return_token_strs": True, "add_special_tokens": False},
+            {"content": text, "with_pieces": True, "parse_special": chance.random() < 0.5},
+            {"messages": [{"role": chance.choice(("user", "assistant")), "content": text}]} | chance.choice(_ENDS),
+        )
+        return Ask("tokens", "/tokenize", chance.choice(bodies), repeats=True, must="answer")
 
     def _conversation(self) -> Chain:
         """Make requests each of which goes on from the answer before it, in one of two ways."""

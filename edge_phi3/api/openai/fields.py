@@ -1,4 +1,4 @@
-"""Every field of a request to ``/v1``, once: what OpenAI's, vLLM's and llama-server's mean here.
+"""Every field of a request to ``/v1`` and ``/tokenize``, once: what OpenAI's, vLLM's and llama-server's mean here.
 
 A field that is honoured is one of a request type, with its meaning. `OTHERS` says of the rest whether they are ignored
 or refused, and why. `edge_phi3.api.openai.reading` goes by this table, and docs/api.md's is made from it. What is in
@@ -21,11 +21,13 @@ from edge_phi3.generation.refused import Refused
 
 TEXT_ONLY = "this model reads and writes text only"
 _BANNED = "`false` bans the token"
+_BOS = "false: leave out the `<s>` that some tokenizers put in front of a text; it never stands before a conversation."
 
 _Most = Annotated[int, Meta(ge=-1)]
 _Natural = Annotated[int, Meta(ge=0)]
 _Count = Annotated[int, Meta(ge=1)]
 _Tokens = list[_Natural]
+_SomeTokens = Annotated[_Tokens, Meta(min_length=1)]
 _Positive = Annotated[float, Meta(gt=0)]
 _Schema = dict[str, Any] | str | None
 
@@ -110,7 +112,7 @@ class SamplingFields(Struct, kw_only=True):
         dict[str, float | bool] | list[tuple[int | str, float | bool]] | None,
         about(f"Added to logits: token ids -> -100 to 100, or pairs of a token id or text and a number; {_BANNED}."),
     ] = None
-    allowed_token_ids: Annotated[_Tokens | None, about("The only tokens that may be generated.")] = None
+    allowed_token_ids: Annotated[_SomeTokens | None, about("The only tokens that may be generated.")] = None
     bad_words: Annotated[list[str] | None, about("Texts that are not generated, as the tokens that spell them.")] = None
     n: Annotated[int, about("How many answers.", ge=1, le=128)] | None = 1
     seed: Annotated[int | None, about(PARAMETERS["seed"].meaning)] = None
@@ -118,7 +120,7 @@ class SamplingFields(Struct, kw_only=True):
     stop_token_ids: Annotated[_Tokens | None, about("Tokens that end the answer, beside the model's own.")] = None
     include_stop_str_in_output: Annotated[bool | None, about("Whether the text ends with what stopped it.")] = False
     ignore_eos: Annotated[bool | None, about("Go on past the model's own end tokens.")] = False
-    min_tokens: Annotated[_Natural | None, about("The fewest tokens before an end token may come.")] = None
+    min_tokens: Annotated[_Natural | None, about("The fewest tokens before an end token, though not a `stop`.")] = None
     max_completion_tokens: Annotated[
         _Most | None, about("Tokens at most; -1, or too many: what the context leaves.")
     ] = None
@@ -187,6 +189,34 @@ class CompletionRequest(SamplingFields, kw_only=True):
     ] = False
     logprobs: Annotated[int, about("How many likeliest tokens to return.", ge=0, le=20)] | None = None
     best_of: Annotated[_Count | None, about("Of so many, the `n` likeliest per token are returned; no stream.")] = None
+    add_special_tokens: Annotated[bool | None, about(_BOS)] = True
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    """A text, or a conversation, to be split into tokens. Give one of the first four fields."""
+
+    text: Annotated[str | None, about("The text.", "<|user|>\nHello<|end|>")] = None
+    prompt: Annotated[str | None, about("The text, as vLLM calls it.")] = None
+    content: Annotated[str | None, about("The text, as llama-server calls it.")] = None
+    messages: (
+        Annotated[
+            list[ChatCompletionMessage],
+            Meta(min_length=1, description="A conversation, of which the model's chat template makes the text."),
+        ]
+        | None
+    ) = None
+    parse_special_tokens: Annotated[
+        bool | None, about("Whether `<|user|>` and the like are tokens, as in prompts, or plain text.")
+    ] = True
+    parse_special: Annotated[bool | None, about("llama-server's name of `parse_special_tokens`.")] = True
+    add_generation_prompt: Annotated[bool | None, about("Whether the assistant's turn is begun; true.")] = None
+    continue_final_message: Annotated[bool | None, about("Whether the last message is continued.")] = None
+    chat_template_kwargs: Annotated[dict[str, Any] | None, about("What the chat template finds by name.")] = None
+    model: Annotated[str | None, about("Any name.")] = None
+    add_special_tokens: Annotated[bool | None, about(_BOS)] = True
+    add_special: Annotated[bool | None, about("llama-server's name of `add_special_tokens`.")] = True
+    return_token_strs: Annotated[bool | None, about("vLLM: return the tokens' texts as `token_strs`.")] = False
+    with_pieces: Annotated[bool | None, about("llama-server: return tokens with their texts.")] = False
 
 
 # -- what is not honoured
@@ -228,7 +258,8 @@ OTHERS: Final[Mapping[str, Ignored | Refused]] = dict(
             " speculative.ngram_size_n",
         ),
         *_ignored("nothing is dropped from a context", "n_keep n_discard"),
-        *_ignored("Phi's tokenizers add no special tokens", "add_special_tokens spaces_between_special_tokens"),
+        *_ignored("special tokens have no spaces between them", "spaces_between_special_tokens"),
+        *_ignored("a conversation has those of its template", "add_special_tokens"),
         *_ignored("a completion calls no tools", "parallel_tool_calls"),
         *_ignored("calls of tools are always parsed", "parse_tool_calls"),
         *_ignored(

@@ -13,14 +13,14 @@ from edge_phi3.generation.parameters import PARAMETERS
 from edge_phi3.generation.refused import REFUSED, Refused
 
 
-def sift(type_: type[fields.SamplingFields], body: Mapping[str, Any]) -> Iterator[str]:
+def sift(type_: type[Struct], body: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names of fields that are ignored with a word.
 
     Raises:
         InvalidRequestError: a field is refused, or belongs into `generate_kwargs`.
     """
     for name in _others(body, type_):
-        if name in PARAMETERS:
+        if name in PARAMETERS and type_ is not fields.TokenizeRequest:
             raise InvalidRequestError(f"`{name}` belongs inside `generate_kwargs`.")
         if (refused := REFUSED.get(name)) is not None:
             _check(name, body[name], refused)

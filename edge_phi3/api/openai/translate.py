@@ -108,7 +108,7 @@ def asked_by(
             kinds.
     """
     if isinstance(request, ChatCompletionRequest):
-        messages = [_message(f"messages[{index}].", message) for index, message in enumerate(request.messages)]
+        messages = conversation_of(request.messages)
         rendering = {
             "add_generation_prompt": request.add_generation_prompt,
             "continue_final_message": request.continue_final_message,
@@ -116,7 +116,13 @@ def asked_by(
         }
         return messages, [{"messages": messages, **rendering}]
     prompts = _prompts(request, service.settings.max_queue)
-    return prompts, [{"prompt": prompt, "return_full_text": bool(request.echo)} for prompt in prompts]
+    given = {"return_full_text": bool(request.echo), "add_special_tokens": request.add_special_tokens is not False}
+    return prompts, [{"prompt": prompt, **given} for prompt in prompts]
+
+
+def conversation_of(messages: Sequence[ChatCompletionMessage]) -> list[dict[str, Any]]:
+    """Return a conversation as `ChatTemplate.render` takes it; `InvalidRequestError` where it holds more than text."""
+    return [_message(f"messages[{index}].", message) for index, message in enumerate(messages)]
 
 
 def _message(where: str, message: ChatCompletionMessage) -> dict[str, Any]:
@@ -125,10 +131,12 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, Any]:
         raise InvalidRequestError(f"`{where}content` must be a text or a list of text parts, but is null.")
     if isinstance(content, list):
         for index, part in enumerate(content):
-            if part.type != "text" or part.text is None:
+            if part.type != "text":
                 raise InvalidRequestError(
                     f"`{where}content[{index}]` has the type {part.type[:40]!r}, which is not supported: {TEXT_ONLY}."
                 )
+            if part.text is None:
+                raise InvalidRequestError(f"`{where}content[{index}].text` is missing.")
         content = "".join(part.text or "" for part in content)
     turn = {"role": "system" if message.role == "developer" else message.role, "content": content or ""}
     if message.tool_calls:
@@ -159,7 +167,7 @@ def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
 
 
 def stops_of(request: SamplingFields) -> list[str]:
-    """Return the texts before which an answer ends; too many of them, or an empty one, are an `InvalidRequestError`."""
+    """Return the texts before which an answer ends; too many, long or short ones are an `InvalidRequestError`."""
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if len(stops) > MOST_STOPS or not all(0 < len(stop) <= LONGEST_STOP for stop in stops):
         raise InvalidRequestError(
@@ -195,7 +203,10 @@ def _generation_kwargs(service: Service, request: ChatCompletionRequest | Comple
         service.check_tokens(request.stop_token_ids or [], "stop_token_ids")
         own = () if request.ignore_eos else service.pipeline.engine.model.defaults.eos_token_ids
         kwargs["eos_token_id"] = [*own, *(request.stop_token_ids or ())]
-    return kwargs | (request.generate_kwargs or {})
+    stronger = request.generate_kwargs or {}
+    if stronger.get("max_length") is not None:
+        kwargs["max_new_tokens"] = None  # which would win over it
+    return kwargs | stronger
 
 
 def _most_tokens(request: ChatCompletionRequest | CompletionRequest) -> int | None:
@@ -228,10 +239,11 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
     given = request.logit_bias or {}
     pairs = [(_token(key), bias) for key, bias in given.items()] if isinstance(given, dict) else given
     _check_few("logit_bias", [key for key, _ in pairs if isinstance(key, str)])
+    service.check_tokens([key for key, _ in pairs if isinstance(key, int)], "logit_bias")
     biases: list[list[Any]] = []
     banned: list[int] = []
     for key, bias in pairs:
-        tokens = service.pipeline.tokenize(key) if isinstance(key, str) else [key]
+        tokens = service.pipeline.tokenize(key, add_bos=False) if isinstance(key, str) else [key]
         if bias is True or not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequestError(
                 f"`logit_bias` must lie between -{_MOST_BIAS:g} and {_MOST_BIAS:g}, or be false, but is {bias}."
@@ -261,7 +273,7 @@ def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...
     """Yield the tokens of `bad_words`: of each at the beginning of a text and, where they differ, after a space."""
     _check_few("bad_words", request.bad_words or ())
     for word in request.bad_words or ():
-        alone, after = (tuple(service.pipeline.tokenize(text)) for text in (word, f" {word.lstrip()}"))
+        alone, after = (tuple(service.pipeline.tokenize(text, add_bos=False)) for text in (word, f" {word.lstrip()}"))
         if not alone:
             raise InvalidRequestError("`bad_words` must be a list of texts, none of them empty.")
         yield alone
