@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from edge_phi3.engine.batch import Batch
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.kv_cache import KVCache
-from edge_phi3.engine.model_runner import Batch, ModelRunner
+from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
-from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
-from edge_phi3.engine.stats import Times
+from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
+from edge_phi3.engine.stats import Times, Totals
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Step, advance
@@ -40,10 +41,7 @@ class EngineCore:
 
     Attributes:
         steps: batches decoded, in `turns` calls of `step` that have returned.
-        prompt_tokens: tokens of all prompts accepted.
-        cached_tokens: those of them found in the prefix cache.
-        generated_tokens: tokens generated, over all finished requests.
-        drafted_tokens: tokens drafted for them, `accepted_tokens` of which the model chose.
+        totals: tokens so far.
         device_times: how long batches took from launch to logits; `host_times`: what their steps took beside.
     """
 
@@ -57,8 +55,8 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.scheduler = scheduler
-        self.steps = self.turns = self.prompt_tokens = self.cached_tokens = 0
-        self.generated_tokens = self.drafted_tokens = self.accepted_tokens = 0
+        self.steps = self.turns = 0
+        self.totals = Totals()
         self.device_times, self.host_times = Times(), Times()
         self._outbox = outbox
         self._max_queue = max_queue
@@ -180,7 +178,7 @@ class EngineCore:
 
     def _take(self, request: RunningRequest | None) -> None:
         if request is not None:
-            self.prompt_tokens += request.prompt_length
+            self.totals.prompt += request.prompt_length
             self.scheduler.enqueue(request)
 
     def _drop_the_departed(self) -> None:
@@ -201,7 +199,7 @@ class EngineCore:
         for request in batch.members:
             if request.started is None:
                 request.started = now
-                self.cached_tokens += request.cached_tokens
+                self.totals.cached += request.cached_tokens
         launched = time.perf_counter()
         try:
             logits = runner.decode(batch, beside=lambda: self._deliver(batch.choosing))
@@ -302,13 +300,7 @@ class EngineCore:
         if request.request.stream and step.emitted:
             request.send(TokensEvent([*step.emitted], [*step.logprobs]))
         if not step.parents:
-            self._end(request, request.decoder.error or self._finished(request.finished(now)))
-
-    def _finished(self, event: FinishedEvent) -> FinishedEvent:
-        self.generated_tokens += event.generated_tokens
-        self.drafted_tokens += event.drafted_tokens
-        self.accepted_tokens += event.accepted_tokens
-        return event
+            self._end(request, request.decoder.error or self.totals.add(request.finished(now)))
 
     def _end(self, request: RunningRequest, event: Event | None) -> None:
         """Send the last event of a request, unless somebody has."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass, field
 
+from edge_phi3.engine.sequence import FinishedEvent
+
 
 class Times:
     """Durations in seconds, counted by size. One thread adds, any may read.
@@ -24,6 +26,27 @@ class Times:
         """Count a duration."""
         self.counts[bisect.bisect_left(self.BOUNDS, seconds)] += 1
         self.total += seconds
+
+
+@dataclass(slots=True)
+class Totals:
+    """Tokens: of all prompts accepted, those of them found in the prefix cache, and what finished requests generated.
+
+    Of what was drafted for these, `accepted` tokens are what the model chose.
+    """
+
+    prompt: int = 0
+    cached: int = 0
+    generated: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, event: FinishedEvent) -> FinishedEvent:
+        """Count what a request generated, and return its last event."""
+        self.generated += event.generated_tokens
+        self.drafted += event.drafted_tokens
+        self.accepted += event.accepted_tokens
+        return event
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.engine.detokenizer import DecodedPrompt
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -45,3 +50,20 @@ class TokenOffsets:
         if self._decoder.shows(token_id):
             return PlacedLogprobs(max(0, start), token)
         return PlacedLogprobs(max(0, self._position), token) if self._every else None
+
+
+def placed(
+    tokenizer: Tokenizer, prompt: DecodedPrompt, tokens: Iterable[TokenLogprobs], *, every: bool = False
+) -> list[PlacedLogprobs]:
+    """Return where in an answer each of its tokens begins."""
+    offsets = TokenOffsets(tokenizer, prompt, every=every)
+    return [found for token in tokens if (found := offsets.push(token))]
+
+
+def placed_prompt(
+    tokenizer: Tokenizer, prompt_ids: NDArray[np.int32], tokens: Iterable[TokenLogprobs]
+) -> list[PlacedLogprobs]:
+    """Return where in a prompt each of its tokens begins, given all but the first."""
+    nothing = tokenizer.decode_prompt(prompt_ids[:0], skip_special_tokens=False, whole_runs=False)
+    first = TokenLogprobs(int(prompt_ids[0]), math.nan, ())
+    return placed(tokenizer, nothing, [first, *tokens], every=True)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from itertools import repeat
 from types import MappingProxyType
 from typing import Any
@@ -21,16 +20,16 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.added_tokens import SHIELD
 from edge_phi3.engine.constraint import ConstraintVocabulary
-from edge_phi3.engine.detokenizer import DecodedPrompt, clean_up_tokenization
+from edge_phi3.engine.detokenizer import clean_up_tokenization
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.grammars import CALL_TOKENS, Grammar
 from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
-from edge_phi3.engine.token_offsets import PlacedLogprobs, TokenOffsets
+from edge_phi3.engine.token_offsets import TokenOffsets, placed, placed_prompt
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.decoding import GenerationResult, TokenLogprobs
+from edge_phi3.generation.decoding import GenerationResult
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.pipeline.answer import GenerationOutput, ModelCard, TextDelta, TextStream
 from edge_phi3.pipeline.chat_template import ChatTemplate
@@ -261,9 +260,9 @@ class TextGenerationPipeline:
                 elif isinstance(event, TokensEvent):
                     generated(len(event.tokens))
                     for (index, token), logprobs in zip(event.tokens, event.logprobs or repeat(None), strict=False):
-                        placed = placers[index].push(logprobs) if logprobs else None
-                        if (text := streams[index].push([token])) or placed:
-                            deltas.append(TextDelta(index, text, [placed] if placed else []))
+                        found = placers[index].push(logprobs) if logprobs else None
+                        if (text := streams[index].push([token])) or found:
+                            deltas.append(TextDelta(index, text, [found] if found else []))
                 if deltas:
                     yield deltas
 
@@ -290,8 +289,10 @@ class TextGenerationPipeline:
             result = GenerationResult(
                 result.prompt_length, [prepared.prompt_ids] * count, ["length"] * count, logprobs=[[]] * count
             )
-        scored = prepared.scored is not None
-        logprobs = [self._placed(prepared.text, each, every=scored) for each in result.logprobs or ()]
+        scored, prompt_logprobs = prepared.scored is not None, None
+        if scored:
+            prompt_logprobs = placed_prompt(self._tokenizer, prepared.prompt_ids, event.prompt_logprobs)
+        logprobs = [placed(self._tokenizer, prepared.text, each, every=scored) for each in result.logprobs or ()]
         texts = [prepared.lead + self._answer(prepared, sequence) for sequence in result.sequences]
         return GenerationOutput(
             text="".join(texts),
@@ -307,21 +308,8 @@ class TextGenerationPipeline:
             accepted_tokens=event.accepted_tokens,
             timing=event.timing,
             logprobs=None if result.logprobs is None else logprobs,
-            prompt_logprobs=self._placed_prompt(prepared, event.prompt_logprobs) if scored else None,
+            prompt_logprobs=prompt_logprobs,
         )
-
-    def _placed(
-        self, prompt: DecodedPrompt, tokens: Iterable[TokenLogprobs], *, every: bool = False
-    ) -> list[PlacedLogprobs]:
-        """Find out where in an answer each of its tokens begins."""
-        placer = TokenOffsets(self._tokenizer, prompt, every=every)
-        return [placed for token in tokens if (placed := placer.push(token))]
-
-    def _placed_prompt(self, prepared: PreparedPrompt, tokens: Iterable[TokenLogprobs]) -> list[PlacedLogprobs]:
-        """Find out where in a prompt each of its tokens begins, given all but the first."""
-        nothing = self._tokenizer.decode_prompt(prepared.prompt_ids[:0], skip_special_tokens=False, whole_runs=False)
-        first = TokenLogprobs(int(prepared.prompt_ids[0]), math.nan, ())
-        return self._placed(nothing, [first, *tokens], every=True)
 
     def _answer(self, prepared: PreparedPrompt, sequence: NDArray[np.int32]) -> str:
         """Decode what was generated as transformers does: the whole, less as many characters as the prompt's."""
