@@ -1,8 +1,4 @@
-"""Every option of the service, once.
-
-The flag ``--ctx-size``, the environment variable ``EDGE_PHI3_CTX_SIZE`` and the key ``ctx-size`` of a TOML
-file are one option, a field of `Settings`; flags win over the environment, which wins over the file.
-"""
+"""Where options come from: flags win over the environment, which wins over a TOML file."""
 
 from __future__ import annotations
 

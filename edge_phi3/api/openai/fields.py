@@ -103,9 +103,7 @@ class SamplingFields(Struct, kw_only=True):
     presence_penalty: Annotated[float, _described("presence_penalty")] | None = 0.0
     frequency_penalty: Annotated[float, _described("frequency_penalty")] | None = 0.0
     repetition_penalty: Annotated[float | None, _as_parameter("repetition_penalty")] = None
-    repeat_penalty: Annotated[_Positive | None, about("`repetition_penalty` of the last `repeat_last_n` tokens.")] = (
-        None
-    )
+    repeat_penalty: Annotated[_Positive | None, about("`repetition_penalty` of the last `repeat_last_n`.")] = None
     repeat_last_n: Annotated[_Most | None, about("What `repeat_penalty` looks back on: 64 tokens; -1: all.")] = None
     length_penalty: Annotated[float | None, _as_parameter("length_penalty")] = None
     logit_bias: Annotated[
