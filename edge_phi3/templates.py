@@ -19,7 +19,7 @@ import jinja2.parser
 import jinja2.sandbox
 import msgspec
 
-from edge_phi3.llama.child_process import Emit, serve_jobs
+from edge_phi3.llama.child_process import Emit, bound, serve_jobs
 
 MOST_CHARACTERS: Final = 8 << 20
 MOST_MEMORY: Final = 512 << 20
@@ -116,15 +116,14 @@ _ENVIRONMENT.globals.update({"raise_exception": _refuse, "strftime_now": _now})
 
 
 def _bound(_: Emit) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    bound(RLIMIT_AS=MOST_MEMORY, RLIMIT_CORE=0)
 
 
 def _work(job: Job, emit: Emit) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     # In whole seconds, of which the present one has begun. Past them the process ends.
     most = int(used.ru_utime + used.ru_stime) + 1 + MOST_SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+    bound(RLIMIT_CPU=most)
     emit(attempt(job))
 
 

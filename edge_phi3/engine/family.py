@@ -86,6 +86,7 @@ KNOWN_TEMPLATES: Final = frozenset(
         "fe4120415a3858b873955c92ce3a103a95bc97c2cb00b72e62659aaf0f891ee5",  # phi-4
         "a41fb8727c4f1e722e53cb1ea935038a1177b8bdf09387f3b048f9da5255ef3e",  # phi-4, first revision
         "febf589225c9728ab791f52e8897d7607a823d45368f0a4c92fa68997b40cce9",  # Phi-4-mini-instruct
+        "cbb504cb43fec3f8877d709d9f7a729441e56f41cb4fddd382675fab35de7fe1",  # Phi-4-mini-reasoning
         "82fbc9a9237f4009b7e16deca2c1dbb0dc6fb8f1042d025f6e7a001822b92fd9",  # the demo
         *(hashlib.sha256(each.chat_template.encode()).hexdigest() for each in (_PHI_3, _PHI_4, _OTHER)),
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -123,6 +124,14 @@ class ChildProcess:
         words = next((line for line in lines if "GGML_ASSERT" in line or "fatal error" in line), "")
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return words or f"{how}{f', {lines[-1].strip()}' if lines else ''}"
+
+
+def bound(**limits: int) -> None:
+    """Limit what this process may use (`resource`'s ``RLIMIT_...``), to no more than it may already."""
+    for name, most in limits.items():
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
 
 
 def serve_jobs(

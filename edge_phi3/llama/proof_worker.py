@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-
-from edge_phi3.llama.child_process import Emit, serve_jobs
+from edge_phi3.llama.child_process import Emit, bound, serve_jobs
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.model_file import read_model_file
@@ -17,9 +15,7 @@ _MEMORY = 3 << 30
 
 
 def _start(_emit: Emit) -> None:
-    for kind, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_DATA, _MEMORY), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    bound(RLIMIT_CPU=_SECONDS, RLIMIT_DATA=_MEMORY, RLIMIT_CORE=0)
 
 
 def _prove(job: Job, emit: Emit) -> None:

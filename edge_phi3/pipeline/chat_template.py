@@ -203,7 +203,7 @@ class _Apart:
                 logger.warning("The process of the chat template has ended: %s.", error)
                 self.close()
                 cause = f"the model's chat template ends its process ({error})."
-                if f"exit code {-signal.SIGXCPU}" in str(error):
+                if signal.SIGXCPU.name in str(error):
                     cause = f"the model's chat template takes more than {templates.MOST_SECONDS} s of the processor."
                 return templates.Rendered.of(problem=cause)
 

@@ -82,7 +82,7 @@ def test_what_a_tokenizer_puts_in_front_of_a_text_is_in_front_of_texts_alone(
         return tokens
 
     text, conversation = count(text="json"), count(messages=USER)
-    monkeypatch.setattr(api.service.pipeline.engine.model.model, "adds_bos", True)
+    monkeypatch.setattr(api.service.pipeline.engine.model.tokenizer, "_front", (1,))
     assert count(messages=USER) == ask_for()["usage"]["prompt_tokens"] == conversation
     for more, tokens in (({}, text + 1), ({"add_special_tokens": False}, text)):
         assert count(text="json", **more) == tokens

@@ -215,7 +215,7 @@ CANNOT = "`response_format.json_schema.schema` cannot be followed"
         ("frequency_penalty", {"frequency_penalty": -3}, "must be"),
         ("stop", {"stop": ["a"] * 65}, "up to 64 texts"),
         ("stop", {"stop": ""}, "none of them empty"),
-        ("stop", {"stop": ["a", "b" * 1001]}, "longer than 1000"),
+        ("stop", {"stop": ["a", "b" * 4097]}, "longer than 4096"),
         ("logit_bias", {"logit_bias": {"x": 1}}, "token ids"),
         ("logit_bias", {"logit_bias": {"7": 101}}, "between -100 and 100"),
         ("logit_bias", {"logit_bias": {"999999": 1}}, "`logit_bias[0]` must be a token id from 0 to"),

@@ -299,5 +299,5 @@ def test_the_recorded_requests_cover_every_mode_and_parameter() -> None:
     assert len(requests) >= 400
     assert {request.mode for request in requests} == set(MODES)
     recorded = {name for request in requests for name in request.kwargs}
-    elsewhere = {"max_time", "bos_token_id", "output_scores", "return_dict_in_generate"}
+    elsewhere = {"max_time", "prompt_lookup_num_tokens", "bos_token_id", "output_scores", "return_dict_in_generate"}
     assert recorded == PARAMETERS.keys() - elsewhere

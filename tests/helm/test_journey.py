@@ -21,6 +21,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from edge_phi3.catalog.manifest import MANIFEST_NAME
 from edge_phi3.catalog.reference import LocalCheckpoint, parse_reference
 from edge_phi3.catalog.store import shelf_name
 from tests.catalog.hub_server import HubServer, Repository
@@ -85,7 +86,8 @@ def served(objects: list[chart.Object], keys: Path | None = None, **env: str) ->
 
 
 def times_of(volume: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
+    """Return when each file was written. The time of a manifest, where it can be changed, is that of its last use."""
+    return {path: path.stat().st_mtime_ns for path in volume.rglob("*") if path.name != MANIFEST_NAME}
 
 
 @pytest.fixture(scope="module")

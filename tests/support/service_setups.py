@@ -19,7 +19,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "window of 64": {"sliding_window": 64},
     "grouped": {"sliding_window": 2047, "kv_heads": 2},
     "window of 16": {"sliding_window": 16},
-    "window of 3": {"sliding_window": 3},
+    "window of 8": {"sliding_window": 8},
     "phi-4-mini": FAMILY["phi-4-mini-instruct"] | {"hidden_size": 128, "rope_scaling": longrope(24)},
 }
 """What `write_checkpoint` makes each kind of model with."""
