@@ -126,8 +126,8 @@ def _both(
     """Ask our server and llama-server the same, one after the other.
 
     Returns:
-        The figures of all levels, and the GPU memory at most, of "chat" and, where it is there, of "llama-server"; and
-        why that is missing, or None.
+        The figures of all levels, and the GPU memory at most, of "chat" and, where it is there and answers, of
+        "llama-server"; and why that is missing, or None.
     """
     found: dict[str, list[Summary]] = {}
     memory: dict[str, int | None] = {}
@@ -138,8 +138,14 @@ def _both(
         except NotMeasured as reason:
             missing = str(reason)
             continue
-        with MemoryWatch().watching() as watch, server as url:
-            found[api] = [level for workload, levels in asked for level in _load(url, api, workload, levels)]
+        try:
+            with MemoryWatch().watching() as watch, server as url:
+                found[api] = [level for workload, levels in asked for level in _load(url, api, workload, levels)]
+        except RuntimeError as error:
+            if api == "chat":
+                raise
+            missing = f"llama-server failed: {error}"  # which is no reason to lose our own figures
+            continue
         memory[api] = watch.peak
     return found, memory, missing
 

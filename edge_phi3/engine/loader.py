@@ -22,6 +22,7 @@ from edge_phi3.gguf_file import split_files
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import supports_gpu_offload
 from edge_phi3.llama.context import Context
+from edge_phi3.llama.huge_pages import use_huge_pages
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.model_file import read_model_file
 from edge_phi3.llama.proof import prove
@@ -85,14 +86,18 @@ def load(settings: EngineSettings) -> LoadedModel:
             raise ModelLoadError(
                 f"What {model.path} says of its tokens or of generation is nonsense: {error}."
             ) from error
-        runners = []
-        for shape in shapes:
-            context = Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings)
-            stack.callback(context.close)
-            context.warm_up()
-            runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
         wanted = settings.n_gpu_layers if settings.n_gpu_layers >= 0 else model.layers + 1
         layers = min(wanted, model.layers + 1) if gpu else 0
+        contexts = []
+        for shape in shapes:
+            contexts.append(Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings))
+            stack.callback(contexts[-1].close)
+        if layers <= model.layers:
+            use_huge_pages()
+        runners = []
+        for shape, context in zip(shapes, contexts, strict=True):
+            context.warm_up()
+            runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
         loaded = LoadedModel(model, tokenizer, runners, defaults, layers, files, stack.pop_all())
     _say_what_runs_where(loaded, settings)
     return loaded
