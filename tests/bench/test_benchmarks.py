@@ -118,9 +118,8 @@ def test_every_part_of_the_gpu_run_runs_on_the_cpu(out: Path) -> None:
     rows = report["throughput"]
     assert {(row["kind"], row["clients"]) for row in rows} == {("Q4_K_M", 1), ("Q4_K_M", 8)}
     assert all(row["ours"] > 0 for row in rows)
-    if any(row["theirs"] is None for row in rows):
+    if steps["speed.stream.Q4_K_M"]["missing"] == "llama-server is not there":
         assert {row["theirs"] for row in rows} == {None}
-        assert steps["speed.stream.Q4_K_M"]["missing"] == "llama-server is not there"
     text = (out / "report.md").read_text()
     assert {"## Exactness", "## Tokens per second", "## Models"} <= set(text.splitlines())
     gaps = [step["name"] for step in steps.values() if step["missing"]]
