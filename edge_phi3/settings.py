@@ -34,6 +34,11 @@ class Settings(Options):
         """Split the comma-separated form of an environment variable."""
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
+    @field_validator("speculation", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return str(value) if type(value) is int else value
+
     @field_validator("lora", mode="before")
     @classmethod
     def _parse_lora(cls, value: object) -> object:

@@ -137,3 +137,11 @@ def test_a_wrong_variable_is_named_but_for_the_port_that_kubernetes_sets(monkeyp
     monkeypatch.setenv("EDGE_PHI3_THREADS", "many")
     with pytest.raises(SettingsError, match=r"^EDGE_PHI3_THREADS: 'many' is not allowed"):
         Settings.load()
+
+
+def test_a_number_of_drafts_is_one_in_toml_too(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("speculation = 5\n", encoding="utf-8")
+    assert Settings.load(config_file=tmp_path / "a.toml").speculation == "5"
+    (tmp_path / "a.toml").write_text("speculation = 65\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match="give auto, off, or a whole number from 1 to 64"):
+        Settings.load(config_file=tmp_path / "a.toml")
