@@ -81,36 +81,25 @@ class Answer(abc.ABC):
     def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> Any:
         """Return a whole choice; `tokens` are those of its text, or None when log-probabilities are not wanted."""
 
-    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
-        """Return a piece of a choice in a stream; the last one has the finish reason, and no text."""
-        raise NotImplementedError
-
     @abc.abstractmethod
     def body(self, choices: list[Any], usage: CompletionUsage) -> Struct:
         """Return the answer in one body."""
 
-    def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
-        """Return a chunk of a stream."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def opening(self, index: int) -> bytes:
+        """Return the events that a choice begins with in a stream, if any."""
 
-    # A stream in events: by default in chunks that hold pieces.
-
-    def opening(self, index: int) -> bytes:  # noqa: ARG002 - for subclasses
-        """Return what a choice begins with, if anything."""
-        return b""
-
+    @abc.abstractmethod
     def told(self, index: int, part: Part, tokens: Tokens) -> bytes:
         """Return the events of a piece of a choice."""
-        return self._event(self.piece(index, part, None, tokens))
 
-    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - for subclasses
+    @abc.abstractmethod
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:
         """Return the events of a choice's end; `usage` is that of its prompt's answers."""
-        return self._event(self.piece(index, "", reason))
 
+    @abc.abstractmethod
     def closing(self) -> bytes:
         """Return what the stream ends with."""
-        usage = event(self.chunk([], _usage_of(self._outputs))) if self._usage else b""
-        return usage + event(b"[DONE]")
 
     async def respond(self, receive: Receive) -> EventStream | Response[Any]:
         """Return the response; the client that `receive` listens to may leave before."""
@@ -184,7 +173,7 @@ class Answer(abc.ABC):
         waiting = b""
         for index in range(first, first + count):
             waiting += self.opening(index)
-            waiting += self._event(self.piece(index, prepared.lead)) if prepared.lead else b""
+            waiting += self.told(index, prepared.lead, None) if prepared.lead else b""
         async with self._service.stream(prepared, self._exchange.request_id, generated=self._count) as steps:
             async for items in steps:
                 events = waiting + b"".join(itertools.chain.from_iterable(map(events_of, items)))
@@ -200,6 +189,35 @@ class Answer(abc.ABC):
 
     def _count(self, tokens: int) -> None:
         self._generated += tokens
+
+
+class ChunkedAnswer(Answer):
+    """An answer whose stream is made of chunks that hold pieces of choices."""
+
+    @abc.abstractmethod
+    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
+        """Return a piece of a choice; the last one has the finish reason, and no text."""
+
+    @abc.abstractmethod
+    def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
+        """Return a chunk of the stream."""
+
+    def opening(self, index: int) -> bytes:  # noqa: ARG002 - a choice begins with nothing, whichever it is
+        """Return nothing: a choice begins with its first piece."""
+        return b""
+
+    def told(self, index: int, part: Part, tokens: Tokens) -> bytes:
+        """Return the chunk of a piece of a choice."""
+        return self._event(self.piece(index, part, None, tokens))
+
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - the last chunk has all
+        """Return the chunk of a choice's end."""
+        return self._event(self.piece(index, "", reason))
+
+    def closing(self) -> bytes:
+        """Return the chunk with the token counts, where it is wanted, and the end."""
+        usage = event(self.chunk([], _usage_of(self._outputs))) if self._usage else b""
+        return usage + event(b"[DONE]")
 
     def _event(self, piece: Struct) -> bytes:
         usage: UsageField = None if self._usage else msgspec.UNSET

@@ -16,7 +16,7 @@ from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.exchange import exchange_of
 from edge_phi3.api.openai import schemas, translate
-from edge_phi3.api.openai.answers import Answer, Part, Reason, Tokens, UsageField, calls_of, text_of
+from edge_phi3.api.openai.answers import Answer, ChunkedAnswer, Part, Reason, Tokens, UsageField, calls_of, text_of
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
 from edge_phi3.api.openai.formats import is_held
 from edge_phi3.api.openai.reading import sift
@@ -29,7 +29,7 @@ from edge_phi3.pipeline import PreparedPrompt
 _STARTED = int(time.time())
 
 
-class _ChatAnswer(Answer):
+class _ChatAnswer(ChunkedAnswer):
     """The shapes of chat completions."""
 
     ID_PREFIX = "chatcmpl"
@@ -62,7 +62,7 @@ class _ChatAnswer(Answer):
         return None if tokens is None else chat_logprobs(self.pipeline, tokens)
 
 
-class _CompletionAnswer(Answer):
+class _CompletionAnswer(ChunkedAnswer):
     """The shapes of completions, which are the same for a whole answer and for its pieces."""
 
     ID_PREFIX = "cmpl"
