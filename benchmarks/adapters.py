@@ -6,8 +6,6 @@ A switch is measured in processor time of the calling thread, on a model of 32 n
 step after a switch takes more than the next one. The clients' model is of Phi-3-mini's widths with 4 of its layers.
 """
 
-from __future__ import annotations
-
 import functools
 import queue
 import statistics

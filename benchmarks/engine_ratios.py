@@ -9,8 +9,6 @@ median of the ratios of neighbouring turns. A shared machine's speed changes wit
 compared: where few clients make a turn short there are more of them. The load generator shares the machine with both.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -7,8 +7,6 @@ Serves the demo model, asks `/healthz` all the time while bodies of up to 4 MB a
 once: how long 40 KB take beside what is left of them, and SIGTERM after six more.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import itertools

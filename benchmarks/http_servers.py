@@ -6,8 +6,6 @@ Servers that are not installed are left out (`pip install httptools hypercorn gr
 computes nothing worth mentioning for an answer of one token, so that what is left is HTTP.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.util

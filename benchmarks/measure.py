@@ -11,8 +11,6 @@ that fails leaves the older figures, with their date, on the page. Exit code 1 w
 Building llama.cpp's programs, which happens once, takes as long again.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import subprocess

@@ -5,8 +5,6 @@
 No weights are needed: llama.cpp is asked what it would allocate for the shapes of the model.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

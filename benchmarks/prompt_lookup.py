@@ -9,8 +9,6 @@ alternate; each client has a prompt of its own, which every server has seen once
 median of its turns' ratios.
 """
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import contextlib

@@ -7,8 +7,6 @@ this interpreter's standard library; on other texts a model that recites is at a
 because the model was trained on one or two short turns at a time.
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 import sys

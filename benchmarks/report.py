@@ -6,8 +6,6 @@
 A result file that is not there leaves no trace on the page.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import sys

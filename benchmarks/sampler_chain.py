@@ -1,7 +1,5 @@
 """llama.cpp's sampler chain, given the parameters that it shares with transformers."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Sequence
 from types import TracebackType

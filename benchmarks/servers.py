@@ -1,7 +1,5 @@
 """Servers that a benchmark starts, waits for, and stops, all with the same means."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import subprocess

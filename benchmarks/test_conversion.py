@@ -7,8 +7,6 @@ sentencepiece. Both converters are whole processes, imports included, and read a
 cache; ours ends when the disk has the file, theirs when the system has it.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 import subprocess

@@ -7,8 +7,6 @@ events. The context computes nothing and returns logits that it was given, so th
 yardstick, ``argmax`` (for top-p: ``np.partition``), is timed between the steps of the same run; medians are compared.
 """
 
-from __future__ import annotations
-
 import statistics
 import time
 from collections.abc import Callable

@@ -7,8 +7,6 @@ in its second step or later. ``argmax`` is timed in the same run, before and aft
 both sides, so that the ratio says little of how busy the machine is.
 """
 
-from __future__ import annotations
-
 import timeit
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ and for the probes a server of a few lines that sends the same bytes whatever it
 kept connection, one after another, and turns alternate.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

@@ -3,8 +3,6 @@
 pytest benchmarks/test_prefix_cache.py
 """
 
-from __future__ import annotations
-
 import queue
 import statistics
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ minute of the machine hits both. Ours waits for the disk; so that both are asked
 by an fsync as well.
 """
 
-from __future__ import annotations
-
 import statistics
 import subprocess
 import sys

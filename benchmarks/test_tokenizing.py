@@ -7,8 +7,6 @@ after ours, and the fastest of many rounds counts on both sides. Times are proce
 one thread at work on either side: waiting for a busy machine is not counted.
 """
 
-from __future__ import annotations
-
 import time
 import timeit
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What pytest-benchmark has measured."""
 
-from __future__ import annotations
-
 from pytest_benchmark.fixture import BenchmarkFixture
 from pytest_benchmark.stats import Stats
 

@@ -7,8 +7,6 @@ original does it. What the load generator needs besides is here too: token count
 and transformers, and nothing of this product.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

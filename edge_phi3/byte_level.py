@@ -5,8 +5,6 @@ knows upper and lower case and combining marks of ASCII only), and its regular e
 overflows the stack.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Final

@@ -3,8 +3,6 @@
 Each verb is a module of `edge_phi3.commands`, imported when it is used, so that ``--help`` and mistakes answer at once.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import signal

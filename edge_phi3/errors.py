@@ -4,8 +4,6 @@ Each part of the house derives its own errors from `EdgePhi3Error`; the command 
 on stderr and exit code 1, the service into a JSON ``{"detail": ...}``.
 """
 
-from __future__ import annotations
-
 
 class EdgePhi3Error(Exception):
     """An error whose text is written for the person who can act on it.

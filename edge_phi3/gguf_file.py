@@ -4,8 +4,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count i
 file before anything is made of it, and the file is read, not mapped: one that is cut short meanwhile is an error.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

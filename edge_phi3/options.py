@@ -4,8 +4,6 @@ The flag ``--ctx-size``, the environment variable ``EDGE_PHI3_CTX_SIZE`` and the
 option, a field of `Options`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Whatever happens to a verb, it ends with a sentence, and an exit code.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import ctypes

@@ -1,7 +1,5 @@
 """Where options come from: flags win over the environment, which wins over a TOML file."""
 
-from __future__ import annotations
-
 import ipaddress
 import math
 from collections.abc import Mapping

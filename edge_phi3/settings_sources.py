@@ -1,7 +1,5 @@
 """Where options come from beside flags: the environment, and a TOML file."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """Options in words: how one is declared, what it allows, what it is called, and a whole configuration as TOML."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

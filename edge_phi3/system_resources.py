@@ -1,7 +1,5 @@
 """What this process may use of the machine: its GPUs, through NVML, its cores and its main memory."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable

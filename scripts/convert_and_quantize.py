@@ -3,8 +3,6 @@
 python scripts/convert_and_quantize.py phi-3-mini-4k-instruct --quant Q4_K_M --quant Q8_0 --output-dir models
 """
 
-from __future__ import annotations
-
 import sys
 
 from edge_phi3.cli import main

@@ -1,7 +1,5 @@
 """The limits of a request, for docs/security.md: each option's default, and what is fixed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from edge_phi3 import templates

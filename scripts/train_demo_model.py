@@ -3,8 +3,6 @@
 Needs the `train` and `bench` dependency groups and about 4 GB of memory. The card says how long its own run took.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -9,8 +9,6 @@ the presets, so that a wrong one fails when a release is installed. What null me
 too.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import operator

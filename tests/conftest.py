@@ -1,7 +1,5 @@
 """Property tests are neither in a hurry nor different from run to run; threads that wait leave the cores to others."""
 
-from __future__ import annotations
-
 import os
 
 from hypothesis import HealthCheck, settings

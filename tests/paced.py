@@ -3,8 +3,6 @@
 In this process with `slowly`; in a process of its own with `command`, for as long as a file exists.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -1,7 +1,5 @@
 """The command line: help, exit codes, what goes where, what imports what, and signals."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """The pages that people read lead nowhere that is not there, and their commands name what there is."""
 
-from __future__ import annotations
-
 import json
 import operator
 import re

@@ -1,7 +1,5 @@
 """Mutants of the files that people bring, each given to a verb: it says a sentence, or does its work."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """Progress as lines, as bars, and as nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 

@@ -1,7 +1,5 @@
 """Options: defaults, precedence, and sentences about wrong values. What --print-config writes, `test_cli` reads."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What surrounds a verb: streams, descriptors, names of files, proxies, kills, cgroups: it ends in a sentence."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shlex

@@ -4,8 +4,6 @@ Only the standard library, for nothing else is there yet. The bindings of llama-
 libraries; the part "build" compiles those, once for the bindings and the programs to compare with.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

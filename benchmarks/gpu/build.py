@@ -1,7 +1,5 @@
 """llama.cpp for this GPU alone, compiled once: for the bindings and for the programs to compare with."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

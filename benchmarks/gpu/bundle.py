@@ -7,8 +7,6 @@ The wheels are for the Python that runs this (PYTHON names another one) and for 
 glibc of 2.31 or newer. Only the standard library, pip and git are needed.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

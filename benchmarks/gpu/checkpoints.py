@@ -4,8 +4,6 @@ Speed and memory depend on shapes and types and not on values: random weights se
 download.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The part "exactness": transformers' recorded answers with each kind of KV cache, in processes of their own."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The command line of ``run.sh``. Only the standard library: it is read before anything is installed."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Sequence

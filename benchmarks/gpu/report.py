@@ -1,7 +1,5 @@
 """The report: every figure with the machine it is from, as JSON and as a page, and what was not measured and why."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 python -m benchmarks.gpu.run --cpu --small --out DIR
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 

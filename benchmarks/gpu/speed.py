@@ -4,8 +4,6 @@ Both servers hold the GPU alone in turns, with the same requests, and take turns
 one step, so that a run can stop after any of them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

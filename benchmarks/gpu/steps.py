@@ -1,7 +1,5 @@
 """Steps that are done once: each leaves a file behind, and a later run goes on where an earlier one stopped."""
 
-from __future__ import annotations
-
 import sys
 import time
 import traceback

@@ -1,7 +1,5 @@
 """The service as one ASGI application."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable

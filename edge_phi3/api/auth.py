@@ -1,7 +1,5 @@
 """Who may use the service: API keys."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 What would change the answer and cannot be had is refused; what else is unknown is ignored, and named.
 """
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import re

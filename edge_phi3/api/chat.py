@@ -1,7 +1,5 @@
 """``POST /chat``: the original service's endpoint, plain or streamed."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import AsyncGenerator, Iterator
 from typing import Any

@@ -3,8 +3,6 @@
 Those of the routes under ``/v1`` have OpenAI's shape instead: ``{"error": {"message", "type", "param", "code"}}``.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One HTTP request while it is answered: its id, what came of it, and a client that leaves before."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import re

@@ -1,7 +1,5 @@
 """By which names the service may be called, so that no page reaches it under a name of its own (DNS rebinding)."""
 
-from __future__ import annotations
-
 import fnmatch
 import ipaddress
 import re

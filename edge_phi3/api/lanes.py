@@ -4,8 +4,6 @@ What a small body asks for is done at once, on the event loop. Everything else i
 that neither the event loop nor smaller bodies wait for the largest: parsing, chat templates, tokens, schemas.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future as Work

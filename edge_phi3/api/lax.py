@@ -1,7 +1,5 @@
 """Values as the original service read them: its requests were pydantic's, which took `"30"` and `"true"`."""
 
-from __future__ import annotations
-
 import contextlib
 import types
 from collections.abc import Callable, Mapping

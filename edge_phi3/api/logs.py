@@ -1,7 +1,5 @@
 """Log lines on stderr: for people (text) or for machines (JSON), from structlog and the standard library alike."""
 
-from __future__ import annotations
-
 import io
 import logging
 import sys

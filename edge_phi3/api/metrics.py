@@ -1,7 +1,5 @@
 """Prometheus metrics: the names, labels and buckets that vLLM's dashboards know, under a prefix of our own."""
 
-from __future__ import annotations
-
 import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """The OpenAPI document: every route, request, response and status code, made from the types that the code uses."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import json

@@ -1,7 +1,5 @@
 """What operators and probes need: health, readiness, versions and metrics; tokens for whoever debugs a prompt."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 from importlib import metadata

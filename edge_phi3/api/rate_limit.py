@@ -1,7 +1,5 @@
 """How often a client may ask: a token bucket for each key, or for each address."""
 
-from __future__ import annotations
-
 import ipaddress
 import math
 import time

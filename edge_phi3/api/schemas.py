@@ -1,7 +1,5 @@
 """What requests and responses look like: one msgspec type each, which the OpenAPI document is made from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """The service as a process: a bound port, uvicorn on it, and a stop that lets running requests finish."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import json

@@ -1,7 +1,5 @@
 """What the handlers share: the pipeline once it is loaded, the limits, and how well the service is."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import threading

@@ -1,7 +1,5 @@
 """Server-sent events: a response that begins with its first event, and that an early failure keeps its status code."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import time

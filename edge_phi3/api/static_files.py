@@ -1,7 +1,5 @@
 """The pages for browsers: the playground at ``/ui`` and the API's at ``/docs``, from files of the package alone."""
 
-from __future__ import annotations
-
 import functools
 import gzip
 import hashlib

@@ -4,8 +4,6 @@ A span is made when its request has ended, from what the log line is made from, 
 they run. The packages are those of the extra ``otel`` and are imported only where traces are sent.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any, Final

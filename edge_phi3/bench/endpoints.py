@@ -1,7 +1,5 @@
 """The generation endpoints that the load generator knows: how to write requests to each and read its answers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

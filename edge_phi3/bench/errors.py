@@ -1,7 +1,5 @@
 """What can go wrong while measuring."""
 
-from __future__ import annotations
-
 from edge_phi3.errors import EdgePhi3Error
 
 

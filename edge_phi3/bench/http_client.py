@@ -1,7 +1,5 @@
 """Connections of the load generator to one server."""
 
-from __future__ import annotations
-
 import asyncio
 import ssl
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Options of the command line that are the fields of a structure, so that each is described once."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Plots with matplotlib, which the bench extra alone brings: load levels, and quantisations by size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -9,8 +9,6 @@ a position's likeliest token and what is 16 nats below it, or its least likely. 
 errors cancel out in means, and a chunk of 512 tokens of Phi-3's vocabulary takes 16 MB.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

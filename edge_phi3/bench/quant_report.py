@@ -1,7 +1,5 @@
 """The figures of several quantisations of one model: as JSON, as CSV, and as a table."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

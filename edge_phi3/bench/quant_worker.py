@@ -3,8 +3,6 @@
 `measure` is the parent's side.
 """
 
-from __future__ import annotations
-
 import functools
 import statistics
 import time

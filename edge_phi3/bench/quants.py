@@ -4,8 +4,6 @@ All is compared with one reference, the F16 model. What takes long is kept in th
 are made by `edge_phi3.conversion.journey`, and each figure carries a digest of all that it depends on.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """How reports are written: for programs as JSON, for spreadsheets as CSV; whole or not at all."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path

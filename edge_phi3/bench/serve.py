@@ -1,7 +1,5 @@
 """Measure a running service: one or several levels of load, as a report that people and programs can read."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path

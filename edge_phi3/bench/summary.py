@@ -1,7 +1,5 @@
 """The figures of a load level, with the meanings that vLLM's and llama.cpp's benchmarks give them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 

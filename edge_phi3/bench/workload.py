@@ -1,7 +1,5 @@
 """What the simulated users send: sessions of one or more turns, the same ones for every server and every run."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

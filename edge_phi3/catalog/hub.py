@@ -4,8 +4,6 @@
 half-finished file when the process ends, hours of work for one on a slow line; here it stays, and is continued.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

@@ -3,8 +3,6 @@
 Whatever the repository lacks, or has that it should not, is a `HubError`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Iterator

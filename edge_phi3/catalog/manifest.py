@@ -1,7 +1,5 @@
 """What is in the store: a manifest beside each model, written last. Without it, a model is not whole."""
 
-from __future__ import annotations
-
 import datetime as dt
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a person may write for MODEL, and what it means."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from dataclasses import dataclass

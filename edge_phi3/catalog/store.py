@@ -1,7 +1,5 @@
 """The model store: makes what a reference asks for, once, and finds it again at once and without a network."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """``edge-phi3 bench``: measure what is served, and what could be."""
 
-from __future__ import annotations
-
 import itertools
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """``edge-phi3 convert``: a Phi-3 checkpoint, or an adapter, becomes a GGUF file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import rich_click as click

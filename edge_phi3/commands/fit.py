@@ -1,7 +1,5 @@
 """``edge-phi3 fit``: which quantisations of a model fit a machine's memory."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 import tempfile

@@ -1,7 +1,5 @@
 """``edge-phi3 imatrix``: measures which columns of a model's matrices matter, for quantising it well."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

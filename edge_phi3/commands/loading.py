@@ -1,7 +1,5 @@
 """From a model's name to a pipeline that answers, reporting progress on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 

@@ -1,7 +1,5 @@
 """``edge-phi3 models``: what the store holds, whether it is as it was made, and less of it."""
 
-from __future__ import annotations
-
 import datetime as dt
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``edge-phi3 quantize``: a GGUF file becomes a smaller one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

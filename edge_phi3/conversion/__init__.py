@@ -1,7 +1,5 @@
 """Checkpoint or adapter -> GGUF -> quantised GGUF, offline; `journey` is the one way through it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 
 

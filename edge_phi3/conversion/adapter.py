@@ -6,8 +6,6 @@ was trained on split projections, which that script leaves as they are and no Ph
 become one of a larger rank, whose ``A`` has theirs below each other, and ``B`` theirs as blocks on its diagonal.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ A Phi-3 whose fused projections are split is, tensor for tensor, a Llama or a Mi
 save it so. Such a copy is told by Phi-3's vocabulary; a real Llama or Mistral is refused.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection
 from typing import Any

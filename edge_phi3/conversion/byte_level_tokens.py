@@ -6,8 +6,6 @@ has no key for, where it is not as in the published checkpoints: `edge_phi3.byte
 `edge_phi3.byte_level.IGNORE_MERGES_KEY` (bool).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

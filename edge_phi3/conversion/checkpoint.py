@@ -1,7 +1,5 @@
 """A Hugging Face checkpoint folder: what its JSON files say, and its tensors, read lazily."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 `outtype` ``auto`` the matrices keep the checkpoint's own type, float32 included (llama.cpp's converter makes that f16).
 """
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import contextlib

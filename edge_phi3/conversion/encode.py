@@ -5,8 +5,6 @@ made once by the reference function; that is several times faster than convertin
 float32 call the reference functions of the ``gguf`` package.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -4,8 +4,6 @@ Each function that reads a part of a checkpoint raises `CheckpointError` where i
 `UnsupportedModelError` where it is of a kind that cannot be converted.
 """
 
-from __future__ import annotations
-
 from edge_phi3.errors import EdgePhi3Error
 
 

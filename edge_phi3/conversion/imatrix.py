@@ -4,8 +4,6 @@ Follows llama.cpp's ``tools/imatrix``: the same chunks, the same tensors, sums a
 quantiser reads them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Importance matrix files: llama.cpp's GGUF format, and the older binary one that is still published."""
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Sequence

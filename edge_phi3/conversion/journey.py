@@ -5,8 +5,6 @@ was made. It is written after the file has its final name, so that a killed run 
 same one: every step gives the same bytes each time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Sequence

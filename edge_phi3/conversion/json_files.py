@@ -1,7 +1,5 @@
 """The JSON files of a checkpoint, whose entries are checked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar

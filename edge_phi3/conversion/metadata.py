@@ -14,8 +14,6 @@ because it cannot load a model called so that has another vocabulary. Beyond lla
 - ``edge_phi3.generation.pad_token_id`` (uint32).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import logging

@@ -4,8 +4,6 @@ The reference is ``Phi3Config`` and ``Phi3ForCausalLM`` of transformers; the GGU
 converter writes and its ``phi3`` architecture reads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any
 

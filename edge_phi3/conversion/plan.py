@@ -4,8 +4,6 @@ As in transformers 5, an ``lm_head.weight`` that is stored beside the embedding 
 own, whatever ``tie_word_embeddings`` says; transformers 4 put the embedding in its place.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """The file types that llama.cpp's quantiser writes, and what each is good for."""
 
-from __future__ import annotations
-
 import difflib
 import json
 from dataclasses import dataclass

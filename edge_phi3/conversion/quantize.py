@@ -1,7 +1,5 @@
 """GGUF -> smaller GGUF: llama.cpp's quantiser, with progress and output that is whole or absent."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

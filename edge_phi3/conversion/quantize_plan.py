@@ -1,7 +1,5 @@
 """What a quantisation would make of each tensor: llama.cpp's dry run, read tensor by tensor, and checked."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ transformers 4 reads ``rope_scaling``, with ``rope_theta`` beside it; transforme
 of it inside, and takes ``rope_scaling`` where a file has both. Files that went through several hands have both.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Annotated, Any

@@ -5,8 +5,6 @@ library that tokenises is a heavy dependency of a program that never does. Messa
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import functools

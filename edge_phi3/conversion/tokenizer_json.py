@@ -4,8 +4,6 @@ transformers makes the file of a SentencePiece model: every way to join two piec
 of the third's score. So the scores follow from the merges, and llama.cpp, which goes by the scores, splits texts alike.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import msgspec

@@ -15,8 +15,6 @@ converter. Beyond its keys, two of our own are written, and those of `edge_phi3.
   `edge_phi3.conversion.tokenizer_json.Prefix`.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import json

@@ -4,8 +4,6 @@ Folders come as many tools leave them: shards without an index, an index that is
 puts in front of them. The files themselves are believed, and an index only says which of them to open.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

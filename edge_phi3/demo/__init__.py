@@ -1,7 +1,5 @@
 """The bundled demo model: a small Phi-3 that recites docstrings, to try, test and measure everything else with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 DEMO_CHECKPOINT: Path = Path(__file__).with_name("phi-3-demo")

@@ -1,7 +1,5 @@
 """Added tokens, such as ``<|user|>``, which are found in a text before anything else."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping

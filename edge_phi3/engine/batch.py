@@ -1,7 +1,5 @@
 """What one call of `Context.decode` computes, and for whom."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

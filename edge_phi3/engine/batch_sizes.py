@@ -10,8 +10,6 @@ takes 660 ms, one after the other 563, and no number of rows from 1 on was slowe
 Q4_K_M on two cores with AVX-512).
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Mapping

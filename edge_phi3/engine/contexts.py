@@ -1,7 +1,5 @@
 """Which contexts of llama.cpp a model is served with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from edge_phi3.engine.engine_settings import DEFAULT_CTX_SIZE, EngineSettings

@@ -4,8 +4,6 @@
 at once, and continues or ends their requests.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import queue

@@ -1,7 +1,5 @@
 """What the drafts of one request need: the places of its tokens, and how its drafts have fared."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -4,8 +4,6 @@ The thread owns the llama.cpp contexts. What it does is `edge_phi3.engine.core`'
 model to freeing it, and what others see of it meanwhile.
 """
 
-from __future__ import annotations
-
 import asyncio
 import bisect
 import functools

@@ -1,7 +1,5 @@
 """How the engine loads and runs a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The engine's errors, one class for each cause."""
 
-from __future__ import annotations
-
 from edge_phi3.errors import EdgePhi3Error
 
 

@@ -1,7 +1,5 @@
 """From the engine's thread to whoever waits in an event loop."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

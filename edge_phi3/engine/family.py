@@ -5,8 +5,6 @@ all tokens that end an answer. A file of our converter says it all, and nothing 
 swallow is llama.cpp's rule too (llama-vocab.cpp), but there the model's name decides.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass

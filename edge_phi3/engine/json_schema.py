@@ -3,8 +3,6 @@
 Keywords are those of JSON Schema 2020-12 (https://json-schema.org/draft/2020-12).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

@@ -10,8 +10,6 @@ least recently used out first. On a CPU they move to the host cache, since there
 the highest in use. Copying stops everybody, so a step copies a little at most.
 """
 
-from __future__ import annotations
-
 import heapq
 import logging
 import math

@@ -1,7 +1,5 @@
 """From a GGUF file to a model that is ready to decode: contexts, the family's attention rules, end tokens, warm-up."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

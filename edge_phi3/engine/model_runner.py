@@ -8,8 +8,6 @@ Requests of different adapters take turns, since a batch is computed with one, a
 its graphs anew.
 """
 
-from __future__ import annotations
-
 import operator
 import time
 from collections import abc

@@ -9,8 +9,6 @@ request waits only for those that came before it, and a small one behind it wait
 out, the request of a context that came last goes back to its place in the queue, and is restored or recomputed later.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Iterator, Sequence
 

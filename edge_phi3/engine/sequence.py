@@ -4,8 +4,6 @@ A request owns one sequence while its prompt is prefilled and as many as its dec
 returned sequence, or one per beam.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

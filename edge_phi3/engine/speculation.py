@@ -5,8 +5,6 @@ of each size take is measured while they run; how often drafts hold is counted f
 long matches. Where no size that was measured can pay, nothing is looked up.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Self

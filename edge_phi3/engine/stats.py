@@ -1,7 +1,5 @@
 """Counters, gauges and times of the engine."""
 
-from __future__ import annotations
-
 import bisect
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Where in an answer's text each of its tokens begins."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Text to tokens, as the checkpoint's own ``tokenizer.json`` does it, and what is known of each token."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Notices when the engine's thread does not come back from a step."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -5,8 +5,6 @@ all of a chunk see what its first one sees. Chunks begin at absolute positions, 
 a prompt was cut into batches.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

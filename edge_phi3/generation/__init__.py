@@ -4,8 +4,6 @@ A request becomes a `GenerationConfig` (`GenerationConfig.resolve`) and then a `
 Whoever runs the model calls `advance` once per step with the logits of all running requests.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 

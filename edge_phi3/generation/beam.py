@@ -1,7 +1,5 @@
 """Beam search, beam-search sampling and group (diverse) beam search."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

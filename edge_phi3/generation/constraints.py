@@ -1,7 +1,5 @@
 """Sequences that are held to a language, such as JSON that follows a schema."""
 
-from __future__ import annotations
-
 from typing import Final, Protocol, Self
 
 import numpy as np

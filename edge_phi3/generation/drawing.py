@@ -1,7 +1,5 @@
 """Random numbers that depend on a request alone, and draws with them from what the warpers have left."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator
 from typing import Final, NamedTuple

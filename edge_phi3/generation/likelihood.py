@@ -1,7 +1,5 @@
 """How likely the model itself held tokens, before processors and warpers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

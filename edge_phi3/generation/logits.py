@@ -5,8 +5,6 @@ columns that are added up in float64, so that padding at the end of a row change
 request chooses the same tokens whatever runs beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final

@@ -6,8 +6,6 @@ parameter is one entry here, and the code that honours it. Rules between paramet
 `edge_phi3.generation.config`, names of transformers that are refused in `edge_phi3.generation.refused`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial

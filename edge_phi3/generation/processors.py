@@ -3,8 +3,6 @@
 A processor that is off is not built.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Saxena, Prompt Lookup Decoding, https://github.com/apoorvumang/prompt-lookup-dec
 ``PromptLookupCandidateGenerator`` drafts in the same way.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

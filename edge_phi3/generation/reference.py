@@ -1,7 +1,5 @@
 """What is made from the table of parameters: the JSON schema of ``generate_kwargs``, and the reference in Markdown."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """The names of ``transformers.GenerationConfig`` 4.49.0 and ``generate()`` that cannot be had here, and why."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

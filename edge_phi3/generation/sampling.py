@@ -1,7 +1,5 @@
 """Greedy decoding and multinomial sampling: sequences that go on one token at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache, partial
 

@@ -1,7 +1,5 @@
 """When a sequence ends: end tokens, length, stop strings, time."""
 
-from __future__ import annotations
-
 import codecs
 import time
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A `Kind` is said once and used everywhere: it reads a value from JSON, names wha
 JSON schema and the words of the reference. msgspec does the reading and the schemas.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 import operator

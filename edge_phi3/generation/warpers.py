@@ -4,8 +4,6 @@ Each works on many rows of several requests at once, with a column of settings, 
 score minus infinity. `keep` counts the tokens of each row that survive in any case, shape (rows,).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self

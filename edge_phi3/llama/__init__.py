@@ -4,8 +4,6 @@ Arrays that cross the border are NumPy views of llama.cpp's own memory, or memor
 is copied token by token. Importing this package does not load the library. Its errors are defined here.
 """
 
-from __future__ import annotations
-
 from edge_phi3.errors import EdgePhi3Error
 
 

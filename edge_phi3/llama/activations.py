@@ -3,8 +3,6 @@
 While llama.cpp evaluates a text, its callback (``cb_eval``) is shown each matrix product.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

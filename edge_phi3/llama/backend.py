@@ -1,7 +1,5 @@
 """llama.cpp's backends and its log."""
 
-from __future__ import annotations
-
 import collections
 import ctypes
 import functools

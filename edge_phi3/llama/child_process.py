@@ -6,8 +6,6 @@ nobody, and its memory, the GPU's included, is free again at the end. The protoc
 on stdin, events out on stdout.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import queue

@@ -1,7 +1,5 @@
 """Contexts: the KV cache of many sequences, and the decode call."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """ggml's functions that llama-cpp-python does not declare, and the layout of ``struct ggml_tensor`` (ggml.h)."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from typing import Any

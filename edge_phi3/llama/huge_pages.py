@@ -7,8 +7,6 @@ distributions a process gets only what it asks for. This asks afterwards, for me
 (``MADV_COLLAPSE``, Linux 6.1).
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import mmap

@@ -1,7 +1,5 @@
 """What a model takes of the memory: planned by llama.cpp in a child process, and read from its log."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path

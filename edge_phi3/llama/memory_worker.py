@@ -4,8 +4,6 @@ llama.cpp can load a model and make contexts without allocating them, to plan th
 its log what it found.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging.handlers
 import os

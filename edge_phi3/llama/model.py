@@ -1,7 +1,5 @@
 """A model's weights and its vocabulary."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

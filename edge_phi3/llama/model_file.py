@@ -4,8 +4,6 @@ llama.cpp believes most of what a file says, and ends the process, or never come
 is refused here has a sentence of its own; for the rest see `edge_phi3.llama.proof`.
 """
 
-from __future__ import annotations
-
 import collections
 from pathlib import Path
 from typing import Annotated, Any

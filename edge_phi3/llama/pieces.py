@@ -3,8 +3,6 @@
 llama.cpp's own is quadratic on runs of characters that no piece has, and on runs of line breaks.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Final

@@ -5,8 +5,6 @@ of processor time for the demo model and 0.32 s for one with Phi-3's vocabulary 
 Python to start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The child process that loads a model first: ``python -m edge_phi3.llama.proof_worker``."""
 
-from __future__ import annotations
-
 from edge_phi3.llama.child_process import Emit, bound, serve_jobs
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model

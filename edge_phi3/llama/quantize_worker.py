@@ -1,7 +1,5 @@
 """The child process that calls llama.cpp's quantiser: ``python -m edge_phi3.llama.quantize_worker``."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from typing import Any

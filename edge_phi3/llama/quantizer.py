@@ -1,7 +1,5 @@
 """The quantiser, which runs in a child process: jobs go in, what happens to each tensor comes out."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Notices when a file that is mapped changes under the one who reads it."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """What comes out: text that becomes certain while tokens come in, and at last the whole answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated

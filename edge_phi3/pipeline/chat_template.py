@@ -1,7 +1,5 @@
 """Conversations, which a model's chat template makes prompts of."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools

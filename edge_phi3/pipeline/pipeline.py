@@ -4,8 +4,6 @@ A request's prompt becomes tokens (prefix, chat template, truncation), the engin
 the text that the original service answers with.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

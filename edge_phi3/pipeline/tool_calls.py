@@ -5,8 +5,6 @@ A call is ``{"name": ..., "arguments": {...}}`` in a list, which stands between 
 like a list is one.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import uuid

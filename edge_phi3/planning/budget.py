@@ -1,7 +1,5 @@
 """Arithmetic on a model's memory: what lies on the GPU and what beside it, for any number of offloaded layers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which quantisations of a model fit a machine's memory, with how much context, and how to serve the best of them."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

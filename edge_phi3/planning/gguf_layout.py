@@ -4,8 +4,6 @@ A skeleton is a GGUF whose weights are a hole in a sparse file: it takes a few k
 plans the memory of the model from it as from the real one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What the ``config.json`` of the presets says, as far as it decides on memory."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """From a MODEL to its numbers, without its weights: what planning knows, reads, or downloads of it (one small file)."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from pathlib import Path

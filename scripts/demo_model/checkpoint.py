@@ -1,7 +1,5 @@
 """The files of a checkpoint: a SentencePiece vocabulary of the corpus, Phi-3's special tokens after it, and weights."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Iterable

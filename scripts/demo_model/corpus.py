@@ -1,7 +1,5 @@
 """The corpus: what the running interpreter's standard library says about itself, as questions and answers."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """The folder that a checkpoint lies in: whole, or not there at all."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

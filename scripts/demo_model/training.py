@@ -1,7 +1,5 @@
 """The weights: a small Phi-3 trained from scratch to recite the corpus."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import time

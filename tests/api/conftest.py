@@ -1,7 +1,5 @@
 """The real service in a thread, on a free port, with a small random model or with none."""
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Iterator

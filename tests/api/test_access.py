@@ -1,7 +1,5 @@
 """Who may ask, how often, from where and by which name; and what a page in a browser may do."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

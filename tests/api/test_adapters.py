@@ -1,7 +1,5 @@
 """Adapters over HTTP: listed, chosen by `model` and by `adapters`, and many clients of several at once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,5 @@
 """`POST /chat`: bodies and status codes, plain answers, streams, limits, and clients that leave."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

@@ -1,7 +1,5 @@
 """What goes over a socket, byte for byte: the demo model's service, asked as all kinds of clients and enemies ask."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Conversations over HTTP: turns that were begun, templates that fail, and what users write."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Bodies as real clients send them, and what each field of OpenAI's, vLLM's and llama-server's does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Bodies built to be slow, large or confusing: where they are prepared, what they reach, what the answers hold."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json

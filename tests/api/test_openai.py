@@ -1,7 +1,5 @@
 """OpenAI's API, asked with OpenAI's own client: what is answered, whole and in a stream."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

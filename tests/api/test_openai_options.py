@@ -1,7 +1,5 @@
 """Penalties, log-probabilities, formats, and what is refused, asked with OpenAI's own client."""
 
-from __future__ import annotations
-
 import json
 import math
 import uuid

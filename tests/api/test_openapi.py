@@ -1,7 +1,5 @@
 """The OpenAPI document agrees with what the service does; the pages for browsers need nothing but their own files."""
 
-from __future__ import annotations
-
 import gzip
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Who is let in; health, readiness, versions, tokens, long texts, and both faces of ``/metrics``."""
 
-from __future__ import annotations
-
 import json
 import re
 import threading

@@ -1,7 +1,5 @@
 """What is recorded of a request: its id, a log line, and a span that the real exporter sends to a collector here."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

@@ -1,7 +1,5 @@
 """`echo` with `logprobs`, as lm-evaluation-harness asks for it; how much of the context prompts and answers take."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``edge-phi3 serve`` as a process: starting, stopping, and failing to start."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Tools, asked for with OpenAI's own client: calls that follow their schemas, whole, in a stream, and in responses."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

@@ -1,7 +1,5 @@
 """A real service on a small random model, and clients of servers that answer what a test says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

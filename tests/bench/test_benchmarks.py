@@ -1,7 +1,5 @@
 """The project's own benches: the committed page is what the results give, and benchmarks/gpu runs whole on the CPU."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Each endpoint is asked in its own language: ours for real, the others by what they are known to send."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

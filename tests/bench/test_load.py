@@ -1,7 +1,5 @@
 """Simulated users: what they ask; closed and open loops, on an endpoint as slow as a test says; the figures."""
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Perplexity and divergence against their definitions in float64; tests/parity asks llama-perplexity itself."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`bench quants` on the demo model: what is measured, written, kept for the next time, and refused."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`bench serve` on a real service: what is measured, and what is written."""
 
-from __future__ import annotations
-
 import asyncio
 import csv
 import json

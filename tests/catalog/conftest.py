@@ -1,7 +1,5 @@
 """A checkpoint small enough to convert in a moment, and the Hub that publishes it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Pulling from the Hub with the real client: what comes of it, refusals, and downloads that break off or are killed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """``edge-phi3 models``, and models that stay whole while they are made anew."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

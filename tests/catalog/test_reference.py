@@ -1,7 +1,5 @@
 """What may be written for MODEL, and which folder of the store is whose."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 And which files of a repository hold the weights: those that the converter takes of a folder.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """One small checkpoint and one small model for all tests of a session, and ways to change copies of them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """What people's tools do to a checkpoint: edits of one with one layer, two shards, and two key heads for four heads."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

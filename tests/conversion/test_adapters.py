@@ -1,7 +1,5 @@
 """PEFT's adapters as GGUF: llama.cpp's tensors; split projections and patterns as PEFT means them; what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

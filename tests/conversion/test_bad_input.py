@@ -1,7 +1,5 @@
 """A checkpoint that cannot be converted: one sentence, and nothing left behind."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`convert` writes what llama.cpp's converter writes, which answers as the checkpoint does, or nothing at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

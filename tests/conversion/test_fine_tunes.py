@@ -1,7 +1,5 @@
 """Checkpoints as people have them: saved by other libraries, wrapped, split, with files that are stale, or no model."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

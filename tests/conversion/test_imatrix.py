@@ -1,7 +1,5 @@
 """Importance matrices: what is summed, merged and resumed, both file formats, quantising with one, and bad input."""
 
-from __future__ import annotations
-
 import random
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`scripts/convert_and_quantize.py`: what is made, what is skipped, and what a killed run leaves."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

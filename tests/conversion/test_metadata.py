@@ -1,7 +1,5 @@
 """What a GGUF says on itself: its name, size, licence and source, and what ends a generation."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """config.json becomes hyper-parameters with the meaning that transformers gives them; tied embeddings among them."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math

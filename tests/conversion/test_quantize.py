@@ -1,7 +1,5 @@
 """What the quantiser makes, and what it refuses: against gguf's own NumPy quantisers and llama-quantize's record."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import platform

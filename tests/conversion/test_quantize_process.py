@@ -1,7 +1,5 @@
 """The quantiser's child process: its log, its end before its time, and that nothing is left of it."""
 
-from __future__ import annotations
-
 import functools
 import os
 import resource

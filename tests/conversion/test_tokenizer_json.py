@@ -1,7 +1,5 @@
 """A vocabulary from tokenizer.json alone, as today's libraries save it: the same tokens as the tokenizers library's."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import random

@@ -1,7 +1,5 @@
 """The tokenizer files become a vocabulary that splits every text as tokenizer.json does, or are refused."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

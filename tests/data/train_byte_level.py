@@ -5,8 +5,6 @@
 It is kept, because what `tokenizers` learns may change from one of its versions to the next.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

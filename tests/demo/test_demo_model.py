@@ -4,8 +4,6 @@ That the checkpoint's files agree, its tensors are those of its configuration, a
 and ``tests/e2e`` say.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import textwrap

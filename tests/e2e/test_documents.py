@@ -4,8 +4,6 @@ The demo model stands for Phi-3-mini: a server on loopback publishes it under th
 pages convert holds it. The blocks of a page run in their order, in one folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Each member of the family goes the whole way: converted, measured, quantised, planned, served, compared."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

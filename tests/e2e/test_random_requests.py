@@ -1,7 +1,5 @@
 """Random requests through the real service, and those that once stopped it or gave clients each other's answers."""
 
-from __future__ import annotations
-
 import functools
 import math
 import random

@@ -1,7 +1,5 @@
 """Small converted checkpoints, and a short way to run one request on them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Adapters that requests choose: PEFT's own answers alone and beside others, turns, and prefixes that stay apart."""
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Byte-level vocabularies: texts become the tokens that tokenizer.json makes of them, and tokens those texts."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

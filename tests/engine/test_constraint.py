@@ -1,7 +1,5 @@
 """JSON schemas in the engine: an answer that ends is valid, what is valid can come, and the rest is refused by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime as dt
 import gc

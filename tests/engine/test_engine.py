@@ -1,7 +1,5 @@
 """Many requests on one model: exact, bounded, back after a failure; scored prompts, sizes of batches, delivery."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

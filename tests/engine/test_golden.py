@@ -3,8 +3,6 @@
 That is the 2,047-token window of the 4k model, and the two sets of rotary factors of the 128k one.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finished sequences: the store of them, against a plain list, and those that stay in the cells of a device."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

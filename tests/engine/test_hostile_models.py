@@ -1,7 +1,5 @@
 """Model files that would end the process, or never come back: a sentence at load; and files that change."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import struct

@@ -1,7 +1,5 @@
 """Memory that is moved to huge pages stays what it is."""
 
-from __future__ import annotations
-
 import mmap
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 By the ten thousand: ``python -m tests.support.fuzz --scenarios 50000 --jobs 2``.
 """
 
-from __future__ import annotations
-
 import functools
 import secrets
 from collections import Counter

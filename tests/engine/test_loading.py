@@ -1,7 +1,5 @@
 """What runs where: KV types, LoRA adapters, names from elsewhere, and the line that says it."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any

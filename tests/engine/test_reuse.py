@@ -1,7 +1,5 @@
 """What a request begins with: cells of those that run, what is kept of those that have finished, or nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How many tokens are drafted, and what comes of them in an engine."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any

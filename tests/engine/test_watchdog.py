@@ -1,7 +1,5 @@
 """A step that does not come back is noticed, reported and, in the end, not waited for."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

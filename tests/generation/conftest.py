@@ -1,7 +1,5 @@
 """Small models made of tables, and a loop that runs decoders on them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Merging, types, ranges and combinations of ``generate_kwargs``."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Decoding: transformers' recorded answers, and beyond them seeds, draws, scores, beams, log-probabilities, ends."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from typing import Any

@@ -1,7 +1,5 @@
 """Every number that a request may give at its extremes, in every combination of two: refused by name, or harmless."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Selections and sums over the vocabulary, and warpers, against the plain way of doing them; processors' order."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Drafts out of a text itself."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given

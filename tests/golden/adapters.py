@@ -6,8 +6,6 @@ makes both anew, in a Python with torch, transformers, peft 0.15 and gguf; what 
 in digests.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

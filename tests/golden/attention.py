@@ -4,8 +4,6 @@ Beyond the window and the original context, with shared key-value heads, with ti
 the tokens of each case.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

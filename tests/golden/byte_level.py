@@ -4,8 +4,6 @@ The small ones learnt their merges from a few texts (``tests/data/byte-level-mer
 flags, templates and order of ids are the published models'.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ PCG64, whose stream NumPy guarantees, and need no function of libm. So golden da
 transformers) and the tests that use it (which have neither) work on one checkpoint that is stored nowhere.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Small random checkpoints of each member of the family: its ratios of sizes, attention, positions and tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -9,8 +9,6 @@ Made by ``make.py``. In ``tests/golden/generation/``:
   transformers refuses it or null; ``names.json``: the names that it has.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -3,8 +3,6 @@
 ``converter.json`` and ``quantized.json`` hold the digests; ``tests/parity`` records them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -5,8 +5,6 @@ Run ``python -m tests.golden.make [PART ...]`` where torch and transformers 4.49
 makes all of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

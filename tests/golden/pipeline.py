@@ -5,8 +5,6 @@ beam search, and its texts. The random model speaks gibberish full of byte token
 is what the text side must get right.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

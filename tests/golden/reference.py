@@ -14,8 +14,6 @@ token:
 - The order of equal scores: the first comes first.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

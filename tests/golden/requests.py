@@ -1,7 +1,5 @@
 """Random requests in all decoding modes, with random combinations of parameters, from a seed."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

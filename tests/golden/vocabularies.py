@@ -5,8 +5,6 @@ hundred; the files are those of a Phi-3 repository on the Hub: ``tokenizer.model
 ``added_tokens.json``, ``tokenizer_config.json``, ``special_tokens_map.json`` and ``generation_config.json``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """The chart, rendered by Helm's own engine, and the objects that come out."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator
 from pathlib import Path

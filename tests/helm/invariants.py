@@ -1,7 +1,5 @@
 """What must hold of the chart's objects, whatever the values."""
 
-from __future__ import annotations
-
 import functools
 import re
 import tomllib

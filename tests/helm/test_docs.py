@@ -1,7 +1,5 @@
 """What the pages say of the chart: values, commands and objects exist, and figures are right."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """docs/deployment.md walked without a cluster: its commands, values and claims, and what the chart's containers run."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """What must hold for every value of a kind: each may be null, each mode meets each storage, and ports are open."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

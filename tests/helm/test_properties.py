@@ -1,7 +1,5 @@
 """Whatever values are given, the chart makes a sound release or refuses them with a sentence."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The chart renders to valid objects, or refuses values with a sentence; what watches it, and picks its pods, fits."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

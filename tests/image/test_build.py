@@ -1,7 +1,5 @@
 """The image is built, compared with itself and run, where the programs for it are: `pytest -m image`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

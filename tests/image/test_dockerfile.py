@@ -1,7 +1,5 @@
 """Dockerfile.cuda: lints clean, copies what exists, and ends in a stage that only runs."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

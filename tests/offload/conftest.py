@@ -5,8 +5,6 @@ in them is read and written through ggml's own functions alone. The installed ll
 backend, so it is compiled, in seconds, from the source package of the same version.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

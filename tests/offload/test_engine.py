@@ -4,8 +4,6 @@ They run unchanged in a process that has the device, so that transformers' recor
 ``edge-phi3 imatrix``, whose activations lie there, the sums are those of the CPU.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """``edge-phi3 fit`` for a device: what it plans is what llama.cpp then allocates; what does not fit is told."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

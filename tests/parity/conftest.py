@@ -5,8 +5,6 @@ TORCH_PYTHON=/path/to/python pytest -m parity          # an interpreter with tor
 CLIENTS_PYTHON=/path/to/python pytest -m parity        # an interpreter with clients, see test_clients.py
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -4,8 +4,6 @@ What its tables of ranks say becomes a ``tokenizer.json`` as the published ones 
 here and in `tokenizers`, and llama.cpp's converter finds the same name for the pre-tokenizer, and the same metadata.
 """
 
-from __future__ import annotations
-
 import base64
 import itertools
 import json

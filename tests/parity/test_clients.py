@@ -4,8 +4,6 @@ pip install langchain-openai litellm llm instructor 'pydantic-ai-slim[openai]' o
 CLIENTS_PYTHON=~/clients/bin/python pytest -m parity tests/parity/test_clients.py
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

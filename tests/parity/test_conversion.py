@@ -4,8 +4,6 @@ They quantise the demo model, and one of Phi-3's real widths. With PARITY_RECORD
 ``tests/golden/converter.json`` and, of the demo model, ``tests/golden/quantized.json``.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

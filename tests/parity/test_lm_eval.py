@@ -7,8 +7,6 @@ Weights are F32 on both sides. Texts end in front of the sliding window and far 
 in front of the original context and behind it, where the long rotary factors hold.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

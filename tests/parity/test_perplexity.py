@@ -1,7 +1,5 @@
 """`edge-phi3 bench quants` and `imatrix` against llama-perplexity and llama-imatrix, on types of the demo model."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -13,8 +13,6 @@ neither is wrong: such a request counts as "by rounding" when transformers itsel
 was put into its logits.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """The vocabularies that texts are tried on: the demo model's, the real one of Phi-3-mini, a byte-level one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import llama_cpp

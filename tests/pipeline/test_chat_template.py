@@ -1,7 +1,5 @@
 """Chat templates as they are found: what they make of conversations, and of an assistant's turn that was begun."""
 
-from __future__ import annotations
-
 import datetime as dt
 import json
 import random

@@ -1,7 +1,5 @@
 """Tokens to text, at its edges: characters of several tokens, bytes that are none, and stops that are spelt in them."""
 
-from __future__ import annotations
-
 import codecs
 import random
 from collections.abc import Iterator

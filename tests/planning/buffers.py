@@ -5,8 +5,6 @@ and loads models: cases come in on stdin, what was planned and allocated goes ou
 ``{"model": PATH, "types": [TYPE], "options": {...}, "free": BYTES}``, without types for a quantised file.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

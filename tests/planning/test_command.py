@@ -1,7 +1,5 @@
 """``edge-phi3 fit``: the table, JSON, the command that it recommends, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

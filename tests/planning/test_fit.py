@@ -1,7 +1,5 @@
 """What is planned: beside what llama.cpp allocates when an engine loads the model, and when memory is short."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ first fifth to the end it must not grow by more than 2 %.
     pytest -m soak                          # 5,000 requests on each model; SOAK_REQUESTS=N for another number
 """
 
-from __future__ import annotations
-
 import os
 import random
 from pathlib import Path

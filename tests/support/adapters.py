@@ -1,7 +1,5 @@
 """LoRA adapters as GGUF files, small and random."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tables of cases and other data, in a YAML file beside the module that they are for."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable

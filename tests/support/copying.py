@@ -6,8 +6,6 @@ predecessor is the newest token, and add their embeddings, which the output read
 a model of any size costs what a trained one of the size costs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Engines on contexts that compute nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

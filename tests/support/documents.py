@@ -4,8 +4,6 @@ A block of the language ``sh`` is run by `tests/e2e/test_documents.py`, unless i
 needs that a test does not have: ``# Needs a cluster.`` What such a block names is checked all the same.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """Drafts that hold more often than what repeats itself in random texts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Loaded engines, and requests to them whose events are collected. Needs no pytest."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -6,8 +6,6 @@ The checkpoints are the small ones of ``tests/golden``, as F32 GGUFs, with all l
 With an F32 KV cache every token must be transformers'; with F16 the answers that differ are counted.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import tempfile

@@ -7,8 +7,6 @@ Each scenario comes from one number; what fails is shrunk and printed as JSON, a
 nothing. It exits with 1 when one failed.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import multiprocessing

@@ -5,8 +5,6 @@ stays where it is when the cell is freed, until another token takes its place. W
 llama.cpp would refuse or answer with nonsense, is an AssertionError, and noted in `HashContext.violations`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NoReturn
 

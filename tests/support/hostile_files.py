@@ -5,8 +5,6 @@ process that has imported all of it, and so are its workers. A verb ends in a se
 no signal, no more than 20 s of processor time, no more than 1 GiB of memory, and no file but its output.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """The real service in a thread of this process, on a free port."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import socket

@@ -1,7 +1,5 @@
 """Lives of an engine on contexts that compute nothing: one thread, an injected clock, and checks after every step."""
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections import Counter

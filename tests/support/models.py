@@ -1,7 +1,5 @@
 """Models for benchmarks and comparisons: made from a seed the first time, and kept in a cache folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

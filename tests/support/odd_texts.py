@@ -1,7 +1,5 @@
 """Random texts of every kind that tokenizers treat in ways of their own, from a seed."""
 
-from __future__ import annotations
-
 import random
 import unicodedata
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ then what surrounds llama.cpp, and not two compilations of it.
     python -m tests.support.peers --program llama-quantize   # builds this one only
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import shlex

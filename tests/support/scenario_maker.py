@@ -1,7 +1,5 @@
 """Random scenarios, each from one number."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What an engine lives through: its contexts, what is asked of it, and what happens meanwhile."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self

@@ -6,8 +6,6 @@ Each schema that is accepted is sampled, with a bias to tokens that close string
 what has ended must be valid. Exit code 1 where anything is not.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -1,7 +1,5 @@
 """Schemas for random requests, and a vocabulary of few tokens that can write what they ask for."""
 
-from __future__ import annotations
-
 import random
 from functools import cache
 from typing import Any, Final, cast

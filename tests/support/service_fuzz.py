@@ -16,8 +16,6 @@ beam searches beside greedy ones. Then it holds:
 What failed is printed as JSON: the service's options, and the request's path and body. Exit code 1 then.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

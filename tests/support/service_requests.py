@@ -1,7 +1,5 @@
 """Random requests to services: of all kinds, at every edge, right and wrong, each from a seed."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from typing import Any

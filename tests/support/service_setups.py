@@ -1,7 +1,5 @@
 """Services to be tried: kinds of models, and the options that they are served with."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The installed command as a process: started on a free port, watched, and stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

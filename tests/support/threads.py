@@ -1,7 +1,5 @@
 """Lives of an engine whose steps are taken by a thread of their own, while other threads ask and leave."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

@@ -1,7 +1,5 @@
 """The installed command serving the demo model, and a real Chromium that looks at it."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The playground in Chromium: asking, stopping, setting, failing, coming back."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """The playground on phones and in the dark, by keyboard, with keys, and before the model is there."""
 
-from __future__ import annotations
-
 import re
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How requests to OpenAI's API are answered: in one body, or in chunks. What chat completions and completions share."""
 
-from __future__ import annotations
-
 import abc
 import asyncio
 import contextlib

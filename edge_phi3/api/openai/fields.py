@@ -5,8 +5,6 @@ or refused, and why. `edge_phi3.api.openai.reading` goes by this table, and docs
 neither is ignored, and named in the log and in a response header.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final

@@ -1,7 +1,5 @@
 """What answers are held to: a format, as OpenAI, vLLM and llama-server spell it, and calls of tools."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Bodies of ``/v1`` as the table of `edge_phi3.api.openai.fields` says: what is refused, and what is ignored."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

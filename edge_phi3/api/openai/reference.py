@@ -1,7 +1,5 @@
 """What is made from the table of fields: docs/api.md's tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

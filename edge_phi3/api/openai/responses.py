@@ -1,7 +1,5 @@
 """OpenAI's Responses: a request as one for chat completions, and its answer as items, whole or in events."""
 
-from __future__ import annotations
-
 import functools
 import uuid
 from collections.abc import Callable

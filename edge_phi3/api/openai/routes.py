@@ -1,7 +1,5 @@
 """The routes under ``/v1``: chat completions, completions, responses, and what is served."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """OpenAI's responses. The requests are in `edge_phi3.api.openai.fields`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from msgspec import UNSET, Struct, UnsetType

@@ -1,7 +1,5 @@
 """What is shown of an answer: its text up to a stop text, and the log-probabilities of its tokens."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

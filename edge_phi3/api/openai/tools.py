@@ -1,7 +1,5 @@
 """Tools in requests: what they are, and which of them the answer calls."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final

@@ -1,7 +1,5 @@
 """OpenAI's requests in the words of the pipeline."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 As a program it is the device: ``python rpc_plugin.py PLUGIN HOST:PORT THREADS [BYTES]``, with so much memory at most.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os

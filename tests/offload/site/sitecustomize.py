@@ -1,7 +1,5 @@
 """Gives every Python process that has this folder in PYTHONPATH the device that its environment names."""
 
-from __future__ import annotations
-
 import os
 import sys
 
