@@ -153,10 +153,16 @@ class Options(BaseModel):
     api_key: tuple[SecretStr, ...] = option(
         (),
         "Access",
-        "API key that clients may send; repeatable. Without any key the service is open to all.",
+        "API key that clients may send; repeatable. Other processes can see it: prefer --api-key-file. Without any key"
+        " the service is open to all.",
         metavar="KEY",
     )
-    api_key_file: Path | None = option(None, "Access", "File of API keys, one per line.", metavar="FILE")
+    api_key_file: Path | None = option(
+        None,
+        "Access",
+        "File of API keys, one per line, each with its client's name before it or alone; read again when it changes.",
+        metavar="FILE",
+    )
     rate_limit: str | None = option(
         None,
         "Access",

@@ -1,5 +1,6 @@
 """Where options come from: flags win over the environment, which wins over a TOML file."""
 
+import functools
 import ipaddress
 import math
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ from pydantic import (
     field_validator,
 )
 
+from edge_phi3.api_keys import digest_of, read_key_file
 from edge_phi3.conversion.quantization_types import UnknownQuantizationError, quantization_type
-from edge_phi3.files import read_bounded
 from edge_phi3.llama.options import Lora
 from edge_phi3.options import Options
-from edge_phi3.settings_sources import ENV_PREFIX, MAX_BYTES, SettingsError, environment, read_toml
+from edge_phi3.settings_sources import ENV_PREFIX, SettingsError, environment, read_toml
 from edge_phi3.settings_text import explain, flag_of, read_lora, write_lora
 
 __all__ = ["ENV_PREFIX", "Settings", "SettingsError"]
@@ -104,20 +105,19 @@ class Settings(Options):
             settings = cls.model_validate(merged)
         except ValidationError as error:
             raise SettingsError(explain(error, merged, origin, cls.model_fields)) from None
-        settings.api_keys()
+        _ = settings.keys
         return settings
 
-    def api_keys(self) -> list[str]:
-        """Return the keys that clients may send, those of `api_key_file` too; none when the service is open."""
-        keys = [key.get_secret_value() for key in self.api_key]
-        if self.api_key_file is not None:
-            try:
-                lines = read_bounded(self.api_key_file, MAX_BYTES, regular=False).decode("ascii").splitlines()
-            except (OSError, UnicodeError) as error:
-                why = getattr(error, "strerror", error)
-                raise SettingsError(f"--api-key-file: {self.api_key_file} cannot be read: {why}.") from None
-            found = [line.strip() for line in lines if line.strip()]
-            if not found:
-                raise SettingsError(f"--api-key-file: {self.api_key_file} holds no key; write one a line.")
-            keys += found
-        return keys
+    @functools.cached_property
+    def keys(self) -> dict[bytes, str]:
+        """The keys that clients may send, as `read_keys` found them first: a pipe can be read once."""
+        return self.read_keys()
+
+    def read_keys(self) -> dict[bytes, str]:
+        """Return the digest of each key that clients may send, and its name; none when the service is open.
+
+        Raises:
+            SettingsError: `api_key_file` cannot be read, or is wrong.
+        """
+        given = {digest_of(key.get_secret_value()): f"key-{number}" for number, key in enumerate(self.api_key, 1)}
+        return given | (read_key_file(self.api_key_file) if self.api_key_file else {})

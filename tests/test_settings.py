@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_phi3.api_keys import digest_of
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import to_toml
@@ -34,21 +35,24 @@ def test_engine_options_have_the_engine_s_defaults() -> None:
 
 def test_keys_come_from_environment_and_file_and_never_show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("one-secret\n\n  two-secret \n")
+    keys.write_text("one-secret\n\n ada  two-secret \nada three-secret\n")
     monkeypatch.setenv("EDGE_PHI3_API_KEY", "first-secret,second-secret")
     settings = Settings.load({"api_key_file": str(keys)})
-    assert settings.api_keys() == ["first-secret", "second-secret", "one-secret", "two-secret"]
+    names = {"first": "key-1", "second": "key-2", "one": "key-1", "two": "ada", "three": "ada"}
+    assert settings.keys == {digest_of(f"{key}-secret"): name for key, name in names.items()}
+    assert "secret" not in str(settings.keys)
     assert "secret" not in to_toml(settings)
     assert "secret" not in repr(settings)
 
 
-@pytest.mark.parametrize("content", [None, "\n \n", "ключ"])
+@pytest.mark.parametrize("content", [None, "\n \n", "ключ", "two words secret", "a,b secret"])
 def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str | None) -> None:
     keys = tmp_path / "keys"
     if content is not None:
         keys.write_text(content, encoding="utf-8")
-    with pytest.raises(SettingsError, match="--api-key-file"):
+    with pytest.raises(SettingsError, match="--api-key-file") as caught:
         Settings.load({"api_key_file": str(keys)})
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ class Exchange:
         status: the status code sent, 0 before.
         error: the class of the error that ended it, also when it ended a stream that had begun.
         prompt: the request's text, kept only when prompts are logged.
+        key: the name of the API key that it bears, if there is one.
         headers: those that the answer gets beside its own.
     """
 
@@ -43,6 +44,7 @@ class Exchange:
     error: str | None = None
     output: GenerationOutput | None = None
     prompt: str | None = None
+    key: str | None = None
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
     @property

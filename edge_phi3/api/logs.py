@@ -75,6 +75,8 @@ def log_exchange(exchange: Exchange) -> None:
     log = access_logger.debug if exchange.is_probe else access_logger.info
     facts: dict[str, Any] = {"status": exchange.status, "ms": round(exchange.seconds * 1e3, 1)}
     output = exchange.output
+    if exchange.key is not None:
+        facts["key"] = exchange.key
     if exchange.error is not None:
         facts["error"] = exchange.error
     if output is not None:

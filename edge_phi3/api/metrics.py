@@ -91,6 +91,8 @@ class ServiceMetrics(Collector):
             return Counter(prefix + name, text, labels, registry=self.registry)
 
         self._requests = counter("requests", "Requests for text, by endpoint and outcome.", "endpoint", "outcome")
+        self._by_key = counter("key_requests", "Requests for text, by API key and outcome.", "key", "outcome")
+        self._tokens = counter("key_tokens", "Tokens, by API key: prompts' and generated ones.", "key", "kind")
         self._success = counter(
             "request_success", "Returned sequences, by what finished them.", "model_name", "finished_reason"
         )
@@ -122,9 +124,14 @@ class ServiceMetrics(Collector):
         if outcome == "ok" and exchange.error is not None:
             outcome = "disconnected" if exchange.error == "ClientDisconnectedError" else "error"
         self._requests.labels(exchange.path, outcome).inc()
-        output = exchange.output
+        output, key = exchange.output, exchange.key
+        if key is not None:
+            self._by_key.labels(key, outcome).inc()
         if output is None:
             return
+        if key is not None:
+            self._tokens.labels(key, "prompt").inc(output.prompt_tokens)
+            self._tokens.labels(key, "generation").inc(output.completion_tokens)
         model, timing = self.model_name, output.timing
         for reason in output.finish_reasons:
             self._success.labels(model, reason).inc()

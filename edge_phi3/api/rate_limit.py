@@ -53,8 +53,8 @@ class RateLimiter:
 
         A wrong key counts for the address, or guessing keys would be free of the limit.
         """
-        number = self._keys.find(connection) if self._keys else None
-        left, full, late = self.take(_place(connection) if number is None else f"key {number}")
+        key = self._keys.find(connection) if self._keys else None
+        left, full, late = self.take(_place(connection) if key is None else f"key {key}")
         values = (b"%d" % self._count, b"%d" % left, b"%ds" % math.ceil(full))
         exchange_of(connection.scope).headers += zip(map(str.encode, RATE_HEADERS), values, strict=True)
         if late:

@@ -44,6 +44,8 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
         EdgePhi3Error: the model cannot be loaded.
     """
     configure_logging(settings.log_format, settings.log_level)
+    if settings.api_key:
+        logger.warning("other processes can see API keys in flags and variables; use --api-key-file")
     app, service = create_service(settings, load)
     with _bind(settings.host, settings.port) as listener:
         server = _Server(uvicorn_config(app, settings), service, lambda: announce(service, address_of(listener)))

@@ -37,7 +37,7 @@ class Service:
 
     def __init__(self, settings: Settings, load: Loader) -> None:
         self.settings = settings
-        self.keys = KeyRing(settings.api_keys())
+        self.keys = KeyRing(settings.keys)
         self.metrics = ServiceMetrics(
             settings.metrics_prefix, lambda: self.loaded.engine.stats() if self.loaded else None
         )
@@ -48,12 +48,17 @@ class Service:
         self._progress = "The model is loading."
         self.loaded: TextGenerationPipeline | None = None
         self._stopping = False
+        self._closed = threading.Event()
 
     # -- life
 
     def start(self) -> None:
-        """Begin to load the model, and return at once."""
+        """Begin to load the model, and to follow the file of keys, and return at once."""
         self._loading.start()
+        path = self.settings.api_key_file
+        if path is not None and path.is_file():
+            following = (path, self.settings.read_keys, self._closed)
+            threading.Thread(target=self.keys.follow, args=following, name="keys", daemon=True).start()
 
     def _run_load(self) -> None:
         try:
@@ -86,6 +91,7 @@ class Service:
         Return whether everything has stopped: a step of any of them may still go on.
         """
         self._stopping = True
+        self._closed.set()
         prepared = self.lanes.close(patience)
         if self._loading.is_alive():
             self._loading.join(patience)

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import logging
+import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ from edge_phi3.api.server import _bind
 from edge_phi3.settings import Settings, SettingsError
 from tests.api.conftest import GREEDY, Clock, Running, loader, ready
 from tests.support.cases import cases
-from tests.support.services import serving
+from tests.support.services import PATIENCE, serving, wait_for
 
 BODY = {"prompt": "a", "generate_kwargs": GREEDY}
 OURS, EVIL = "https://app.example", "https://evil.example"
@@ -46,10 +48,77 @@ def test_each_key_has_its_own_rate(model_path: Path) -> None:
         assert api.client.get("/healthz").status_code == 200
 
 
+def test_changed_keys_are_in_force_without_a_lost_request_and_no_key_shows_anywhere(
+    model_path: Path, tmp_path: Path
+) -> None:
+    old, new, other, _ = secrets = [f"secret-{word}-5e4d" for word in ("old", "new", "other", "wrong")]
+    file, beside = tmp_path / "keys", tmp_path / "beside"
+    file.write_text(f"ada {old}\n{other}\n")
+    options = ("--threads", "1", "--log-level", "debug", "--log-prompts", "--api-key-file", str(file))
+    with serving(tmp_path, str(model_path), *options, store=tmp_path) as server:
+        said = []
+
+        def status(key: str, **body: Any) -> int:
+            header = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(
+                f"{server.url}/chat", json=BODY | body, headers=header, trust_env=False, timeout=PATIENCE
+            )
+            said.append(f"{answer.headers}{answer.text}")
+            return answer.status_code
+
+        def replace(content: str) -> None:
+            beside.write_text(content)
+            beside.replace(file)
+
+        assert [status(key) for key in secrets] == [200, 401, 200, 401]
+        assert [status(old, prompt=1), status(old, generate_kwargs={"top_p": 9})] == [400, 400]
+        long = {"min_new_tokens": 3000, "max_new_tokens": 3000, "do_sample": False}
+        with httpx.stream(
+            "POST",
+            f"{server.url}/chat",
+            json=BODY | {"stream": True, "generate_kwargs": long},
+            headers={"x-api-key": old},
+            trust_env=False,
+            timeout=PATIENCE,
+        ) as stream:
+            events = stream.iter_lines()
+            next(events)
+            replace(f"ada {new}\n")
+            assert wait_for(lambda: status(new) == 200)
+            assert [status(old), status(other)] == [401, 401]
+            assert [line for line in events if line][-1].startswith('data: {"Result"'), "what had begun ended whole"
+        for content in ("", "a b c\n"):
+            before = server.log.read_text().count("stay as they were")
+            replace(content)
+            assert wait_for(lambda: server.log.read_text().count("stay as they were") > before)  # noqa: B023 - at once
+            assert [status(new), status(old)] == [200, 401]
+        file.unlink()
+        assert status(new) == 200
+        metrics = server.get("/metrics/prometheus").text
+        assert 'edge_phi3_key_requests_total{key="key-2",outcome="ok"} 1.0' in metrics
+        assert 'edge_phi3_key_requests_total{key="ada",outcome="invalid"} 2.0' in metrics
+        assert re.search(r'edge_phi3_key_tokens_total{key="ada",kind="generation"} 3\d\d\d.0', metrics)
+        assert not server.logged_errors() or "stay as they were" in server.logged_errors()[0]
+        process = Path(f"/proc/{server.process.pid}")
+        said += [metrics, server.log.read_text()] + [
+            server.get(route).text for route in ("/", "/docs", "/ui", "/version")
+        ]
+        said += [(process / of).read_text(errors="replace") for of in ("cmdline", "environ")]
+        assert "key=ada" in server.log.read_text()
+        assert [secret for secret in secrets for text in said if secret in text] == []
+
+
+def test_keys_that_others_can_see_are_warned_about(model_path: Path, tmp_path: Path) -> None:
+    with serving(
+        tmp_path, str(model_path), "--threads", "1", store=tmp_path, environment=os.environ | {"EDGE_PHI3_API_KEY": "a"}
+    ) as server:
+        assert "use --api-key-file" in server.log.read_text()
+
+
 @pytest.mark.parametrize("limit", ["1/second", "3/minute", "7/hour", "100000/hour", "999999999/day"])
 def test_a_client_may_ask_n_times_at_once_and_then_evenly_and_others_do_not_matter(limit: str) -> None:
     clock = Clock(now=1e6)
-    limiter = RateLimiter(limit, KeyRing(()), lambda: clock.now)
+    limiter = RateLimiter(limit, KeyRing({}), lambda: clock.now)
     number, unit = limit.split("/")
     count, seconds = int(number), {"second": 1, "minute": 60, "hour": 3600, "day": 86400}[unit]
     burst = min(count, 20_000)
@@ -69,7 +138,7 @@ def test_a_client_may_ask_n_times_at_once_and_then_evenly_and_others_do_not_matt
 
 def test_addresses_without_number_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rate_limit, "_CLIENTS", 100)
-    limiter = RateLimiter("1/day", KeyRing(()))
+    limiter = RateLimiter("1/day", KeyRing({}))
     assert limiter.take("often")[2] == 0
     for number in range(10_000):
         limiter.take(f"address {number}")

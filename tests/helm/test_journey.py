@@ -110,10 +110,10 @@ def assert_answers(running: Server, text: str = TEXT) -> None:
 def test_replicas_that_start_together_make_the_default_model_once_and_all_serve(hub: HubServer, tmp_path: Path) -> None:
     volume, keys = tmp_path / "volume", tmp_path / "api-keys"
     volume.mkdir()
-    keys.write_text("first\nsecond\n")
+    keys.write_text("ci first\nsecond\n")
     storage = {"mountPath": str(volume), "accessMode": "ReadWriteMany"}
     values = SMALL | {"replicas": 2, "model": {"endpoint": hub.endpoint}, "storage": storage}
-    objects, closed = chart.render(values), chart.render(values | {"auth": {"keys": ["first", "second"]}})
+    objects, closed = chart.render(values), chart.render(values | {"auth": {"keys": ["ci first", "second"]}})
     assert chart.server(objects)["args"][1] == chart.server(chart.render())["args"][1], (
         "the model of a release without values"
     )
@@ -129,10 +129,13 @@ def test_replicas_that_start_together_make_the_default_model_once_and_all_serve(
         for text in (TEXT, chart.render_texts(values)["NOTES.txt"]):
             assert_answers(first, text)
         # The test pod of `helm test` itself, with the service's address in place of the cluster's.
-        command = [part.replace("http://edge-phi3.ai.svc", second.url) for part in command_of(asking)]
-        assert command != command_of(asking)
-        for given, status in ((keys.read_text(), 0), ("wrong", 1)):
-            ((code, printed, log),) = run_together(command, environment_of(asking, API_KEYS=given), 1)
+        wrong = tmp_path / "wrong"
+        wrong.write_text("wrong")
+        for given, status in ((keys, 0), (wrong, 1)):
+            here = {"http://edge-phi3.ai.svc": second.url, "/etc/edge-phi3/keys/api-keys": str(given)}
+            command = [here.get(part, part) for part in command_of(asking)]
+            assert len(set(command) - set(command_of(asking))) == 2
+            ((code, printed, log),) = run_together(command, environment_of(asking), 1)
             assert (code, bool(printed.strip())) == (status, status == 0), log
     assert len(hub.requests) == requested, "the service itself never asks the Hub"
     assert times_of(volume) == made, "serving changed nothing on the volume"

@@ -1,9 +1,9 @@
 """Ask the service a question, and exit with 0 when it answers: the pod of `helm test`."""
 
 import json
-import os
 import sys
 import urllib.request
+from pathlib import Path
 
 url, timeout = sys.argv[1], float(sys.argv[2])
 body = {
@@ -12,8 +12,8 @@ body = {
     "generate_kwargs": {"max_new_tokens": 16, "max_length": None, "do_sample": False},
 }
 headers = {"Content-Type": "application/json"}
-if keys := os.environ.get("API_KEYS", "").split():
-    headers["X-API-Key"] = keys[0]
+for file in sys.argv[3:]:  # of API keys, with the name of each before it or without
+    headers["X-API-Key"] = Path(file).read_text(encoding="ascii").strip().splitlines()[0].split()[-1]
 request = urllib.request.Request(url + "/chat", json.dumps(body).encode(), headers)
 # A cluster's Service is never behind a proxy.
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -143,6 +143,20 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end -}}
 {{- end -}}
 
+{{/* Whole, not by subPath: the kubelet then brings changed keys into running pods, and the service reads them anew. */}}
+{{- define "edge-phi3.keysMount" -}}
+- name: keys
+  mountPath: /etc/edge-phi3/keys
+  readOnly: true
+{{- end -}}
+
+{{- define "edge-phi3.keysVolume" -}}
+- name: keys
+  secret:
+    secretName: {{ default (printf "%s-api-keys" (include "edge-phi3.fullname" .)) .Values.auth.existingSecret | quote }}
+    defaultMode: 0440
+{{- end -}}
+
 {{/* As a list under `imagePullSecrets`, from the chart's value and the umbrella chart's; items may be names alone. */}}
 {{- define "edge-phi3.pullSecrets" -}}
 {{- $all := list -}}
