@@ -10,14 +10,11 @@ median of its turns' ratios.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
-import json
 import os
 import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import msgspec
 import numpy as np
 
 from benchmarks.engine_ratios import Record, Result, compare
-from benchmarks.servers import llama_server, ours
+from benchmarks.servers import complete, llama_server, ours
 from edge_phi3.bench.machine import Machine
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
@@ -62,19 +59,10 @@ def prompts(work: str, clients: int) -> list[list[int]]:
 
 def speed(url: str, asked: list[list[int]]) -> tuple[float, float]:
     """Ask for an answer to each prompt at once; return tokens per second, and the share of drafts that held."""
-
-    def ask(prompt: list[int]) -> dict[str, Any]:
-        body = {"prompt": prompt, "max_tokens": _NEW, "temperature": 0, "ignore_eos": True}
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=600) as reply:
-            usage: dict[str, Any] = json.load(reply)["usage"]
-        return usage
-
-    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
-        started = time.perf_counter()
-        usages = list(pool.map(ask, asked))
-        seconds = time.perf_counter() - started
+    body = {"max_tokens": _NEW, "temperature": 0, "ignore_eos": True}
+    started = time.perf_counter()
+    usages = [answer["usage"] for answer in complete(url, [body | {"prompt": prompt} for prompt in asked])]
+    seconds = time.perf_counter() - started
     details = [usage.get("completion_tokens_details") or {} for usage in usages]
     held = sum(each.get("accepted_prediction_tokens", 0) for each in details)
     drafted = held + sum(each.get("rejected_prediction_tokens", 0) for each in details)

@@ -1,6 +1,8 @@
 """Servers that a benchmark starts, waits for, and stops, all with the same means."""
 
+import concurrent.futures
 import contextlib
+import json
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.support.peers import Peers
 
@@ -43,6 +46,24 @@ def original(python: Path, checkpoint: Path, *, threads: int) -> Iterator[str]:
     command = [str(python), str(script), str(checkpoint), "--port", "{port}", "--threads", str(threads)]
     with running(command, "/", None) as url:
         yield url
+
+
+def complete(url: str, bodies: Sequence[dict[str, Any]], path: str = "/v1/completions") -> list[dict[str, Any]]:
+    """Ask for an answer to each body, all at once, and return the answers; `RuntimeError` with what a refusal says."""
+
+    def ask(body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                answer: dict[str, Any] = json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{error.code}: {error.read().decode(errors='replace')}") from None
+        return answer
+
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        return list(pool.map(ask, bodies))
 
 
 @contextlib.contextmanager

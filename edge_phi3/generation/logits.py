@@ -20,6 +20,9 @@ BLOCK: Final = 64
 FEW: Final = 4
 """How many times more blocks than wanted tokens there must be for the maxima to be of use."""
 
+_LOWEST: Final = np.finfo(np.float32).min
+"""Below it is minus infinity alone, the score of tokens that were removed: a grammar leaves some hundred of all."""
+
 
 @dataclass(slots=True)
 class Candidates:
@@ -53,14 +56,14 @@ def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
     blocks = size // BLOCK
     if widest * FEW > blocks:
         highest = scores.max(axis=1)
-        bound = np.partition(scores, size - widest, axis=1)[:, size - widest]
+        bound = np.maximum(np.partition(scores, size - widest, axis=1)[:, size - widest], _LOWEST)
         found = (scores >= bound[:, None]).ravel().nonzero()[0]
         row = found // size
         chosen = pad_rows(rows, row, found - row * size, scores.ravel()[found])
     else:
         maxima = _cube(scores).max(axis=1)
         highest = maxima.max(axis=1)
-        bound = np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest]
+        bound = np.maximum(np.partition(maxima, blocks - widest, axis=1)[:, blocks - widest], _LOWEST)
         chosen = pad_rows(rows, *_at_least(scores, maxima, bound))
     if chosen.scores.shape[1] > widest or min(k) < widest:
         chosen.scores[chosen.scores < kth_highest(chosen.scores, k)] = -np.inf

@@ -51,6 +51,16 @@ def test_top_candidates_are_all_that_reach_the_kth_highest(size: int, kind: str)
             assert np.array_equal(chosen.scores[row, left], scores[row, expected])
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_that_were_removed_are_no_candidates(size: int) -> None:
+    scores = np.full((3, size), -np.inf, np.float32)
+    scores[0, [1, 4]] = scores[2, 3] = 1
+    for k in (1, 2, 10, 50, size):
+        chosen = top_candidates(scores.copy(), [k] * 3)
+        assert chosen.scores.shape[1] <= 2, "what follows costs as much as there are"
+        assert [(row > -np.inf).sum() for row in chosen.scores] == [2, 0, 1]
+
+
 @pytest.mark.parametrize("size", [96, 32064])
 def test_a_row_with_nan_keeps_nan_alone(size: int) -> None:
     scores = random_scores(1, 3, size, "plain")
