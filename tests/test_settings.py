@@ -9,6 +9,7 @@ from edge_phi3.api_keys import digest_of
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
 from edge_phi3.settings_text import to_toml
+from tests.support.cases import cases
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,7 @@ def test_keys_come_from_environment_and_file_and_never_show(monkeypatch: pytest.
     assert "secret" not in repr(settings)
 
 
-@pytest.mark.parametrize("content", [None, "\n \n", "ключ", "two words secret", "a,b secret"])
+@cases
 def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str | None) -> None:
     keys = tmp_path / "keys"
     if content is not None:
@@ -55,31 +56,7 @@ def test_a_key_file_without_usable_keys_is_refused(tmp_path: Path, content: str 
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("port", "99999", "'99999' is not allowed; give a whole number from 0 to 65535."),
-        ("port", "web", "'web' is not allowed; give a whole number from 0 to 65535."),
-        ("parallel", 0, "0 is not allowed; give a whole number from 1 to 255."),
-        ("kv_cache_type", "f8", "'f8' is not allowed; give one of f32, f16, q8_0."),
-        ("grace_period", "-1", "'-1' is not allowed; give a number from 0 to 86400."),
-        ("log_prompts", "perhaps", "'perhaps' is not allowed; give true or false."),
-        ("lora", ["a.gguf=big"], "['a.gguf=big'] is not allowed; give NAME=FILE[:SCALE] or FILE[=SCALE]."),
-        (
-            "lora",
-            ["a=b.gguf", "a=c.gguf"],
-            "['a=b.gguf', 'a=c.gguf'] is not allowed: each name is given once, and a scale is a finite number.",
-        ),
-        (
-            "lora",
-            ["a.gguf=nan"],
-            "['a.gguf=nan'] is not allowed: each name is given once, and a scale is a finite number.",
-        ),
-        ("max_body_size", "12", "'12' is not allowed; give a size such as 4MiB or 65536, from 1024 to 1073741824."),
-        ("otel_endpoint", "collector:4318", "'collector:4318' is not allowed; give URL."),
-        ("api_key", ["ключ"], "the value is not allowed: a key is made of ASCII characters and is not empty."),
-    ],
-)
+@cases
 def test_a_wrong_flag_is_one_sentence(name: str, value: object, sentence: str) -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.load({name: value})
@@ -92,22 +69,7 @@ def test_a_wrong_quantisation_type_names_close_ones() -> None:
     assert Settings.load({"quant": "q8_0"}).quant == "Q8_0"
 
 
-@pytest.mark.parametrize(
-    ("text", "path", "scale", "name"),
-    [
-        ("a b.gguf", "a b.gguf", 1, ""),
-        ("b.gguf=0.5", "b.gguf", 0.5, ""),
-        ("adapter=-2", "adapter", -2, ""),
-        ("a=b.gguf=.5", "a=b.gguf", 0.5, ""),
-        ("/x=y/b.gguf", "/x=y/b.gguf", 1, ""),
-        ("./x=y.gguf=1e-2", "x=y.gguf", 0.01, ""),
-        ("x=y.gguf", "y.gguf", 1, "x"),
-        ("n-1.2=/p/a=b/c.gguf", "/p/a=b/c.gguf", 1, "n-1.2"),
-        ("n=/p/a=b/c.gguf:0.25", "/p/a=b/c.gguf", 0.25, "n"),
-        ("n=c:d.gguf", "c:d.gguf", 1, "n"),
-        ("n=2nd.gguf:-1e-2", "2nd.gguf", -0.01, "n"),
-    ],
-)
+@cases
 def test_an_adapter_is_read_in_each_form_and_again_as_it_is_written(
     text: str, path: str, scale: float, name: str
 ) -> None:
@@ -116,15 +78,7 @@ def test_an_adapter_is_read_in_each_form_and_again_as_it_is_written(
     assert Settings.load({"lora": settings.model_dump()["lora"]}).lora == settings.lora
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [
-        ('rate-limit = "5/week"', r"^rate-limit in .*config\.toml: '5/week' is not allowed"),
-        ("prot = 1", r"config\.toml has the key 'prot', which is no option\. Did you mean port\?"),
-        ("port = ", "is not valid TOML"),
-        (None, "cannot be read: No such file or directory"),
-    ],
-)
+@cases
 def test_a_wrong_file_is_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
     config = tmp_path / "config.toml"
     if content is not None:

@@ -17,6 +17,7 @@ from edge_phi3.files import DiskFullError, OutputExistsError, atomic_output, rea
 from edge_phi3.llama import backend
 from edge_phi3.settings_sources import SettingsError, read_toml
 from tests.conversion.conftest import write_model
+from tests.support.cases import cases
 from tests.support.services import COMMAND, PATIENCE, serving
 
 LATIN = b"mod\xe8le.gguf"
@@ -30,22 +31,7 @@ def shell(line: str, folder: Path, **environment: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize(
-    ("line", "code", "sentence"),
-    [
-        ("edge-phi3 quantize --list > /dev/full", 1, "stdout cannot be written: No space left on device."),
-        ("edge-phi3 --help > /dev/full", 1, "stdout cannot be written: No space left on device."),
-        ("edge-phi3 quantize --list >&-", 1, "stdout cannot be written: Bad file descriptor."),
-        ("edge-phi3 convert nowhere -o out 2>&-", 1, ""),
-        ("edge-phi3 quantize --list 2>/dev/full", 0, ""),
-        ("ulimit -n 20; edge-phi3 fit demo", 1, "files may be open here, and 64 must: raise `ulimit -n`."),
-        ("ulimit -Sn 20; edge-phi3 quantize --list", 0, ""),
-        ("mkfifo pipe; edge-phi3 quantize pipe -o out", 1, "pipe cannot be read: it is a device or a pipe."),
-        ("ln -s /dev/zero zero; edge-phi3 serve ./zero", 1, "zero cannot be read: it is a device or a pipe."),
-        ("ln -s /dev/zero z; edge-phi3 serve --api-key-file z", 2, "z cannot be read: it is larger than 1.0 MB."),
-        ("edge-phi3 serve --config /dev/zero", 2, "/dev/zero cannot be read: it is larger than 1.0 MB."),
-    ],
-)  # fmt: skip
+@cases
 def test_a_verb_ends_in_a_sentence(line: str, code: int, sentence: str, tmp_path: Path) -> None:
     result = shell(line, tmp_path)
     assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
@@ -173,21 +159,7 @@ def test_settings_that_are_no_settings(text: str, tmp_path: Path) -> None:
         read_toml(tmp_path / "x.toml", ["store", "port", "lora"])
 
 
-QUOTA, PERIOD = "cpu.cfs_quota_us", "cpu.cfs_period_us"
-V1 = {"limit_in_bytes": "9000", "usage_in_bytes": "5000", "stat": ""}
-GROUPS = [
-    ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 2),
-    ("0::/a", {"a/cpu.max": "50000 100000"}, 1),
-    ("0::/gone", {"cpu.max": "300000 100000"}, 3),
-    ("3:cpu,cpuacct:/a\n1:memory:/", {f"cpu,cpuacct/a/{QUOTA}": "200000", f"cpu,cpuacct/a/{PERIOD}": "100000"}, 2),
-    ("3:cpu:/", {f"cpu/{QUOTA}": "-1", f"cpu/{PERIOD}": "100000"}, 8),
-    ("nonsense", {"cpu.max": "nonsense"}, 8),
-    ("0::/a", {"a/memory.max": "9000", "a/memory.current": "5000", "a/memory.stat": "inactive_file 1000"}, 5000),
-    ("4:memory:/a", {f"memory/a/memory.{name}": content for name, content in V1.items()}, 4000),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("membership", "files", "expected"), GROUPS)
+@cases
 def test_what_cgroups_leave(
     membership: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import logging
 import os
@@ -22,12 +23,12 @@ from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
 from edge_phi3.api.server import _bind
 from edge_phi3.settings import Settings, SettingsError
-from tests.api.conftest import GREEDY, Clock, Running, loader, ready
+from tests.api.conftest import GREEDY, USER, Clock, Running, loader, ready
 from tests.support.cases import cases
 from tests.support.services import PATIENCE, serving, wait_for
 
 BODY = {"prompt": "a", "generate_kwargs": GREEDY}
-OURS, EVIL = "https://app.example", "https://evil.example"
+OURS, OTHER, EVIL = (f"https://{name}.example" for name in ("app", "other", "evil"))
 
 
 def test_each_key_has_its_own_rate(model_path: Path) -> None:
@@ -196,14 +197,16 @@ def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, mod
         wanted = "authorization,content-type,x-stainless-os,x-stainless-retry-count,x-stainless-anything"
         asks = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
         body = None if method == "OPTIONS" else BODY | more
-        return api.client.request(method, path, json=body, headers={"origin": origin} | asks)
+        key = {"authorization": "Bearer right"} if method == "POST" else {}
+        return api.client.request(method, path, json=body, headers={"origin": origin} | asks | key)
 
     def allowed(answer: httpx.Response) -> str | None:
         header: str | None = answer.headers.get("access-control-allow-origin")
         return header
 
     assert allowed(ask(api, "OPTIONS", OURS)) is None
-    with ready(loader(model_path), cors_origin=[OURS, "https://other.example"]) as it:
+    guarded: dict[str, Any] = {"api_key": ["right"], "rate_limit": "20/day"}
+    with ready(loader(model_path), cors_origin=[OURS, OTHER], **guarded) as it:
         preflight = ask(it, "OPTIONS", OURS)
         assert (preflight.status_code, allowed(preflight)) == (204, OURS)
         given = {name.strip().lower() for name in preflight.headers["access-control-allow-headers"].split(",")}
@@ -211,15 +214,23 @@ def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, mod
         assert ask(it, "OPTIONS", OURS, "/v1/chat/completions").status_code == 204
         assert allowed(ask(it, "OPTIONS", EVIL)) != EVIL
         before = list(sse._HEADERS)
-        for origin in (OURS, "https://other.example", EVIL):
+        for origin in (OURS, OTHER, EVIL):
             answer = ask(it, "POST", origin, stream=True)
             assert answer.status_code == 200
             assert answer.headers.get_list("access-control-allow-origin") == ([] if origin == EVIL else [origin])
-        assert it.client.post("/chat", json=BODY | {"stream": True}).headers.get("access-control-allow-origin") is None
         assert before == sse._HEADERS
         metrics = it.client.get("/metrics/prometheus").text
-        assert 'requests_total{endpoint="/chat",outcome="ok"} 4.0' in metrics
+        assert 'requests_total{endpoint="/chat",outcome="ok"} 3.0' in metrics
         assert 'outcome="error"' not in metrics
+        # Headers of one origin never reach another, whatever the answer is.
+        requests = [("/chat", BODY | {"stream": True}), ("/chat", {"prompt": 1}), ("/nowhere", {})]
+        requests.append(("/v1/chat/completions", {"messages": USER, "max_tokens": 1}))
+        for (path, body), origin, key in itertools.product(requests * 2, [OURS, OTHER, ""], ["right", "wrong"]):
+            headers = {"Authorization": f"Bearer {key}"} | ({"Origin": origin} if origin else {})
+            answer = it.client.post(path, json=body, headers=headers)
+            given = answer.headers.get_list("access-control-allow-origin")
+            assert given == ([origin] if origin else []), (path, answer.status_code)
+            assert len(answer.headers.get_list("x-ratelimit-limit-requests")) <= 1
 
 
 def test_no_text_of_a_stranger_begins_a_line_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,11 +98,7 @@ def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
     assert "Content-Type: application/json" in response.json()["detail"]
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "count"),
-    [({}, 1), ({"do_sample": True, "num_return_sequences": 3, "seed": 5}, 3), ({"num_beams": 3}, 0)],
-    ids=["one sequence", "several", "beams, whose texts are not known before the end"],
-)
+@cases
 def test_a_stream_holds_each_text_s_pieces_then_the_answer(api: Running, kwargs: dict[str, Any], count: int) -> None:
     kwargs = {**GREEDY, "max_new_tokens": 20, **kwargs}
     body = {"prompt": PROMPT, "return_full_text": False, "generate_kwargs": kwargs}

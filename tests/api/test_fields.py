@@ -34,22 +34,7 @@ def chunks(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "status", "ignored"),
-    [
-        *(("01", path, 200, ignored) for path, ignored in ((CHAT, ""), ("/chat", "max_tokens, temperature"))),
-        *((name, CHAT, 200, "") for name in ("02", "04", "05", "11", "22")),
-        *((name, COMPLETIONS, 200, "") for name in ("03", "13")),
-        ("12", CHAT, 200, "num_ctx"),
-        ("24", CHAT, 200, "reasoning_effort"),
-        ("27", "/tokenize", 200, ""),
-        ("28", "/chat", 200, "temperature, max_tokens"),
-        ("29", "/chat", 200, ""),
-        *((name, CHAT, 200, "") for name in ("07", "09", "16", "17", "19", "32")),
-        ("10", "/v1/responses", 200, ""),
-        ("26", CHAT, 400, "`tool_choice`"),
-    ],
-)
+@cases
 def test_a_recorded_body_is_answered_or_refused_by_name(
     api: Running, name: str, path: str, status: int, ignored: str
 ) -> None:
@@ -239,7 +224,7 @@ def test_the_likeliest_of_several_completions_are_returned(api: Running) -> None
 # -- the other routes
 
 
-def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running) -> None:
+def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running, ask_for: Any) -> None:
     def tokens(**body: Any) -> dict[str, Any]:
         answer: dict[str, Any] = api.client.post("/tokenize", json=body).json()
         return answer
@@ -254,9 +239,11 @@ def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Run
     data = b"".join(bytes(each) if isinstance(each := piece["piece"], list) else each.encode() for piece in pieces)
     assert data == " a ☃".encode()
     assert "".join(tokens(prompt="a b", return_token_strs=True)["token_strs"]) == " a b"
-    said = [{"role": "developer", "name": "n", "content": [{"type": "text", "text": "Hi"}]}]
+    said = [{"role": "developer", "name": "n", "content": [{"type": "text", "text": text} for text in "Hi"]}]
     usual = [{"role": "system", "content": "Hi"}]
-    assert tokens(messages=said, parse_special=None, tools=None) == tokens(messages=usual, temperature=0.5)
+    count = tokens(messages=said, parse_special=None, tools=None)
+    assert count == tokens(messages=usual, temperature=0.5)
+    assert ask_for(messages=said)["text"] == ask_for(messages=usual)["text"]
     for name in ("tools", "chat_template", "documents"):
         assert f"`{name}` is not supported" in tokens(messages=usual, **{name: ["x"]})["detail"]
     for wrong in ({}, {"text": "a", "content": "a"}):

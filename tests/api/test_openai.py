@@ -108,16 +108,6 @@ def test_a_stop_counts_only_in_what_is_generated(api: Running, client: Any) -> N
     assert usage["completion_tokens"] == 1, "as in transformers, whose stop strings may begin in the prompt"
 
 
-def test_messages_may_come_in_parts_and_from_developers(ask: Any) -> None:
-    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello there"}]
-    parts = [
-        {"role": "developer", "content": "Be brief."},
-        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
-    ]
-    one, other = (ask(messages=messages, max_tokens=8).choices[0].message.content for messages in (plain, parts))
-    assert one == other
-
-
 def test_prompts_are_continued(api: Running, client: Any) -> None:
     text = client.completions.create(prompt=PROMPT, **COMPLETION).choices[0].text
     assert text == greedy(api, max_new_tokens=8)

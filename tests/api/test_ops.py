@@ -170,12 +170,10 @@ def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, acce
 def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     gib = 1024**3
 
-    def utilization(index: int) -> pynvml.c_nvmlUtilization_t:
-        if index == 1:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return pynvml.c_nvmlUtilization_t(gpu=25)
+    def unsupported(*_: object) -> Any:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
-    answers = {
+    answers: dict[str, Any] = {
         "Init": lambda: None,
         "Shutdown": lambda: None,
         "DeviceGetCount": lambda: 2,
@@ -183,11 +181,19 @@ def test_metrics_describe_the_gpus(api: Running, monkeypatch: pytest.MonkeyPatch
         "DeviceGetName": lambda index: ["GeForce GTX 950", b"A100 MIG"][index],
         "DeviceGetMemoryInfo": lambda _: pynvml.c_nvmlMemory_t(total=2 * gib, free=gib, used=gib),
         "DeviceGetTemperature": lambda _index, _sensor: 55,
-        "DeviceGetUtilizationRates": utilization,
+        "DeviceGetUtilizationRates": lambda index: unsupported() if index else pynvml.c_nvmlUtilization_t(gpu=25),
     }
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, f"nvml{name}", answer)
     assert api.client.get("/metrics").json() == tables(__file__)["GPUS"]
+    # One that shares the machine's memory is shown with it.
+    for name in ("DeviceGetMemoryInfo", "DeviceGetUtilizationRates", "DeviceGetTemperature"):
+        monkeypatch.setattr(pynvml, f"nvml{name}", unsupported)
+    gpu = api.client.get("/metrics").json()["gpu_info"][0]
+    assert (gpu["name"], gpu["load"], gpu["temperature"]) == ("GeForce GTX 950", "n/a", "n/a")
+    assert gpu["memory"]["total"].endswith(" GB")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", unsupported)
+    assert api.client.get("/metrics").json()["cpu_info"] is not None
 
 
 def samples(api: Running) -> dict[str, float]:

@@ -1,8 +1,10 @@
 """What is recorded of a request: its id, a log line, and a span that the real exporter sends to a collector here."""
 
+import functools
 import gzip
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -16,8 +18,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from edge_phi3.api.logs import configure_logging
 from edge_phi3.api.tracing import tracing_of
+from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.settings import Settings
-from tests.api.conftest import GREEDY, PATIENCE, PROMPT, USER, Running, loader, ready
+from tests.api.conftest import CHAT, GREEDY, PATIENCE, PROMPT, USER, Running, loader, ready
 from tests.support.cases import cases, tables
 
 SECRETS = {"prompt": "the-secret-prompt", "key": "the-secret-key"}
@@ -84,30 +87,41 @@ def test_prompts_and_answers_are_logged_only_when_asked_for(
     assert line["answer"] == choice.get("text", choice.get("message", {}).get("content"))
 
 
+@pytest.mark.parametrize("path", ["/chat", CHAT])
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_an_error_that_nobody_foresaw_is_logged_and_not_told(
-    model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log_format: Any
+def test_an_error_that_nobody_foresaw_is_logged_under_its_request_s_id_and_not_told(
+    api: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], log_format: Any, path: str
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("inner workings")
+    stream = TextGenerationPipeline.stream
+
+    async def broken(*arguments: Any, **options: Any) -> Any:
+        async for items in stream(*arguments, **options):
+            yield items
+            raise RuntimeError("inner workings")
 
     configure_logging(log_format, "warning")
     logging.getLogger("edge_phi3.engine").warning("The window moved.")
     logging.getLogger("edge_phi3.engine").info("not shown")
-    with ready(loader(model_path)) as api:
-        monkeypatch.setattr(api.service.pipeline, "prepare", fail)
-        response = api.chat(prompt=SECRETS["prompt"])
-    assert response.status_code == 500
-    assert "inner workings" not in response.text
-    assert "X-Request-Id" in response.json()["detail"]
+    body = {"messages": [{"role": "user", "content": SECRETS["prompt"]}], "stream": True}
+    monkeypatch.setattr(TextGenerationPipeline, "stream", broken)
+    streamed = api.client.post(path, json=body, headers={"X-Request-Id": "in-stream"})
+    monkeypatch.setattr(TextGenerationPipeline, "prepare", functools.partial(dict.pop, {}))
+    whole = api.client.post(path, json=body, headers={"X-Request-Id": "before"})
+    assert (streamed.status_code, whole.status_code) == (200, 500)
+    for answer in (streamed.text, whole.text):
+        assert "X-Request-Id" in answer
+        assert "its log has more" in answer
+        assert "inner workings" not in answer
     written = capsys.readouterr().err
     for said in ("The window moved.", "warning", "RuntimeError: inner workings"):
         assert said in written
     for unsaid in ("not shown", SECRETS["prompt"]):
         assert unsaid not in written
     if log_format == "json":
-        (line,) = (line for line in lines(written) if line["level"] == "error")
-        assert "Traceback" in line["exception"]
+        errors = [line for line in lines(written) if line["level"] == "error"]
+        told = [(line["request_id"], re.findall(r"^(\w+Error):", line["exception"], re.MULTILINE)) for line in errors]
+        assert told == [("in-stream", ["RuntimeError"]), ("before", ["TypeError"])]
+        assert all("Traceback" in line["exception"] for line in errors)
 
 
 class Collector(HTTPServer):

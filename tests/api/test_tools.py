@@ -11,59 +11,36 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from edge_phi3.conversion.convert import convert
 from tests.api.conftest import CHAT, USER, Running, loader, openai_client, ready
 from tests.golden.family import write_member
+from tests.support.cases import cases, tables
 from tests.support.schemas import random_schema
 from tests.support.services import PATIENCE, serving
 
 RESPONSES = "/v1/responses"
-ADD: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "a": {"type": "integer", "minimum": -50, "maximum": 50},
-        "of": {"type": "array", "items": {"type": "object", "properties": {"x": {"enum": ['{"', "}]", "\\"]}}}},
-    },
-    "required": ["a"],
-}
-ADD["properties"]["of"] |= {"minItems": 1, "maxItems": 2}
+TOOLS, FLAT, ITEMS = (tables(__file__)[name] for name in ("TOOLS", "FLAT", "ITEMS"))
 
 
-def tool(name: str, schema: object = ADD) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "description": "Adds.", "parameters": schema}}
-
-
-TOOLS: Any = [
-    tool("add"),
-    tool("pick.one", {"type": "object", "properties": {"it": {"enum": ["one", "two"]}}}),
-    tool("go", {}),
-]
-NAMED = {"type": "function", "function": {"name": "add"}}
-ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [tool("go", {}), NAMED]}}
-
-
-def shape(message: Any) -> tuple[Any, ...]:
-    calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
-    return message.content or "", calls
+def shape(choice: Any) -> tuple[Any, ...]:
+    calls = choice.message.tool_calls or ()
+    assert all(call.type == "function" and call.id.startswith("call_") for call in calls)
+    return choice.message.content or "", [(call.function.name, call.function.arguments) for call in calls]
 
 
 def joined(stream: Any) -> list[tuple[Any, ...]]:
-    """Return text, calls and finish reason of each choice of a stream, its deltas put together as clients do."""
-    found: dict[int, tuple[str, list[list[str]], str]] = {}
-    ids: dict[tuple[int, int], str] = {}
-    for choice in (choice for chunk in stream for choice in chunk.choices):
-        text, calls, reason = found.get(choice.index, ("", [], ""))
-        for call in choice.delta.tool_calls or ():
-            if call.index == len(calls):
-                assert call.type == "function"
-                calls.append([call.function.name, ""])
-                assert ids.setdefault((choice.index, call.index), call.id).startswith("call_")
-            assert call.function.name is None or not call.function.arguments
-            calls[call.index][1] += call.function.arguments
-        found[choice.index] = (text + (choice.delta.content or ""), calls, choice.finish_reason or reason)
-    assert len({*ids.values()}) == len(ids)
-    return [(text, [(name, args) for name, args in calls], reason) for text, calls, reason in found.values()]
+    """Return text, calls and finish reason of each choice of a stream, put together by OpenAI's client."""
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for chunk in stream:
+        deltas = [call.function for choice in chunk.choices for call in choice.delta.tool_calls or ()]
+        assert all(delta.name is None or not delta.arguments for delta in deltas)
+        state.handle_chunk(chunk)
+    choices = state.current_completion_snapshot.choices
+    ids = [call.id for choice in choices for call in choice.message.tool_calls or ()]
+    assert len({*ids}) == len(ids)
+    return [(*shape(choice), choice.finish_reason) for choice in choices]
 
 
 def spelling(api: Running, text: str) -> dict[str, Any]:
@@ -74,34 +51,20 @@ def spelling(api: Running, text: str) -> dict[str, Any]:
     return {"sequence_bias": [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]}
 
 
-@pytest.mark.parametrize(
-    ("more", "names", "most"),
-    [
-        ({"tool_choice": "required"}, {"add", "pick.one", "go"}, 99),
-        ({"tool_choice": "required", "parallel_tool_calls": False}, {"add", "pick.one", "go"}, 1),
-        ({"tool_choice": NAMED, "parallel_tool_calls": False}, {"add"}, 1),
-        ({"tool_choice": ALLOWED, "parallel_tool_calls": False}, {"add", "go"}, 1),
-        ({"begins": "functools["}, {"add", "pick.one", "go"}, 99),
-        ({"begins": "So: functools["}, {"add", "pick.one", "go"}, 99),
-        ({"begins": "So: functools["[:-1] + ".", "max_tokens": 40}, set(), 0),
-        ({"begins": "functools[", "tool_choice": "none", "max_tokens": 40}, set(), 0),
-        ({"response_format": {"type": "json_object"}, "tool_choice": "required"}, {"add", "pick.one", "go"}, 99),
-        ({"response_format": {"type": "json_object"}, "begins": "{"}, set(), 0),
-    ],
-)
+@cases
 def test_calls_follow_the_choice_and_streams_are_the_plain_answer(
-    api: Running, ask: Any, more: dict[str, Any], names: set[str], most: int
+    api: Running, ask: Any, more: dict[str, Any], names: list[str], most: int
 ) -> None:
     arguments: dict[str, Any] = {"tools": TOOLS, "temperature": 1.5, "seed": 3, "n": 3, "max_tokens": 900, **more}
     begins = arguments.pop("begins", "")
     arguments["extra_body"] = {"generate_kwargs": spelling(api, begins) if begins else {}}
-    whole = [(*shape(choice.message), choice.finish_reason) for choice in ask(**arguments).choices]
+    whole = [(*shape(choice), choice.finish_reason) for choice in ask(**arguments).choices]
     assert joined(ask(**arguments, stream=True)) == whole
     for text, calls, reason in whole:
         assert text.strip() == begins.removesuffix("functools[").strip() or most == 0
         assert len(calls) <= most
         assert bool(calls) is bool(names)
-        assert {name for name, _ in calls} <= names
+        assert {name for name, _ in calls} <= {*names}
         assert reason in {"length", "tool_calls" if names else "stop"}
         schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
         for name, written in calls[: None if reason == "tool_calls" else -1]:
@@ -120,7 +83,12 @@ def test_calls_of_random_tools_parse_and_validate(api: Running, count: int, tmp_
         ended = 0
         for number in range(count):
             schema = random_schema(random.Random(number), 3)
-            body = {"messages": USER, "tools": [tool("f", schema)], "tool_choice": "required", "seed": number}
+            body = {
+                "messages": USER,
+                "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+                "tool_choice": "required",
+                "seed": number,
+            }
             body |= {"max_tokens": 512, "temperature": 1, "logit_bias": biases, "parallel_tool_calls": False}
             answer = client.post(CHAT, json=body)
             assert answer.status_code == 200, (schema, answer.text)
@@ -151,42 +119,13 @@ def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
             {"tool_choice": "required", "extra_body": {"skip_special_tokens": True}},
         ):
             whole = client.chat.completions.create(**asked, **more).choices
-            assert [shape(choice.message)[0] for choice in whole] == [""]
+            assert [shape(choice)[0] for choice in whole] == [""]
             assert whole[0].message.tool_calls
             streamed = joined(client.chat.completions.create(**asked, **more, stream=True))
-            assert streamed == [(*shape(choice.message), choice.finish_reason) for choice in whole]
+            assert streamed == [(*shape(choice), choice.finish_reason) for choice in whole]
 
 
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
-        ({"tool_choice": "required"}, "`tool_choice` needs `tools`."),
-        ({"tools": [{"type": "web_search"}]}, "`tools[0].function` is missing."),
-        ({"tools": [tool("a b")]}, "`tools[0].function.name` must be a text matching regex"),
-        ({"tools": [tool("f"), tool("f")]}, "`tools[1].function.name` is 'f', as that of another."),
-        ({"tools": [tool(f"f{number}", {}) for number in range(129)]}, "`tools` must be a list of length <= 128"),
-        ({"tools": [tool("f", {"type": "string"})]}, "`tools[0].function.parameters` must describe an object."),
-        (
-            {"tools": [tool("f", {}), tool("g", {"properties": {"a": {"not": {}}}})]},
-            "`tools[1].function.parameters` cannot be followed: ",
-        ),
-        ({"tools": TOOLS, "tool_choice": "some"}, "`tool_choice` must be"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "`tool_choice` names 'x'"),
-        ({"tools": TOOLS, "generate_kwargs": {"num_beams": 2, "do_sample": False}}, "`tools` is not supported with"),
-        ({"functions": [{"name": "f"}]}, "`functions` is not supported: use `tools` and `tool_choice`."),
-        ({"messages": [*USER, {"role": "assistant", "content": None}]}, "`messages[1].content` must be a text"),
-        ({"guided_choice": ["a"], "guided_regex": "a"}, "Give `guided_regex` or `guided_choice`, not both."),
-        ({"guided_regex": "(?=a)"}, "`guided_regex` cannot be followed"),
-        ({"guided_choice": ["a", ""]}, "`guided_choice` must be a list of texts, none of them empty."),
-        ({"grammar": "root ::= ("}, "`grammar` cannot be followed"),
-        ({"structured_outputs": {"structural_tag": "x"}}, "`structured_outputs.structural_tag` is not supported"),
-        ({"guided_json": "{"}, "`guided_json` cannot be followed: it is not valid JSON."),
-        (
-            {"guided_json": {"enum": list(range(400_000))}},
-            "`guided_json` cannot be followed: it has more than 65536 char",
-        ),
-    ],
-)
+@cases
 def test_what_cannot_be_called_or_followed_is_refused_by_name(
     api: Running, body: dict[str, Any], sentence: str
 ) -> None:
@@ -195,32 +134,7 @@ def test_what_cannot_be_called_or_followed_is_refused_by_name(
     assert sentence in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("body", "pattern"),
-    [
-        ({"guided_regex": "^[a-f]{2}[0-9]{20}$"}, "[a-f]{2}[0-9]{20}"),
-        ({"structured_outputs": {"choice": ["ja", 'n"é/']}}, 'ja|n"é/'),
-        ({"grammar": 'root ::= "a" [0-9]{3} "b"'}, "a[0-9]{3}b"),
-        ({"guided_grammar": 'start: "x" /[0-9]{3}/'}, "x[0-9]{3}"),
-        ({"guided_json": '{"enum": [12]}'}, " ?12"),
-        ({"json_schema": {"enum": [12]}}, " ?12"),
-        ({"response_format": {"type": "json_object", "schema": {"const": 3}}}, " ?3"),
-        ({"response_format": {"type": "json_schema", "schema": {"const": 3}}}, " ?3"),
-        (
-            {
-                "guided_json": {
-                    "type": "integer",
-                    "format": "int32",
-                    "x-order": 1,
-                    "nullable": True,
-                    "maximum": 9,
-                    "minimum": 3,
-                }
-            },
-            " ?[3-9]",
-        ),
-    ],
-)
+@cases
 @pytest.mark.parametrize("temperature", [0, 2])
 def test_each_spelling_of_a_format_holds_the_answer(
     ask_for: Any, body: dict[str, Any], pattern: str, temperature: float
@@ -231,15 +145,6 @@ def test_each_spelling_of_a_format_holds_the_answer(
 
 
 # -- responses
-
-
-FLAT = [{"type": "function", **each["function"]} for each in TOOLS]
-ITEMS: list[dict[str, Any]] = [
-    {"role": "user", "content": [{"type": "input_text", "text": "Go."}]},
-    {"type": "reasoning", "summary": []},
-    {"type": "function_call", "call_id": "c", "name": "go", "arguments": "{}"},
-    {"type": "function_call_output", "call_id": "c", "output": "gone"},
-]
 
 
 @pytest.fixture(scope="module")
@@ -256,14 +161,7 @@ def ordered(kinds: list[str]) -> Iterator[str]:
             yield kind.removeprefix("response.")
 
 
-@pytest.mark.parametrize(
-    ("asked", "status", "events"),
-    [
-        ({"max_output_tokens": 12}, "incomplete", "text"),
-        ({"input": ITEMS, "tools": FLAT, "tool_choice": "required", "parallel_tool_calls": False}, "completed", "call"),
-        ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"enum": ["a"]}}}}, "completed", "text"),
-    ],
-)
+@cases
 def test_a_response_is_streamed_in_order_and_is_the_plain_one(
     respond: Any, asked: Any, status: str, events: str
 ) -> None:
@@ -312,26 +210,7 @@ def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -
         assert ", since " in absent.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
-        ({"previous_response_id": "r"}, "`previous_response_id` is not supported: nothing is stored."),
-        ({"input": []}, "`input` must be a text, or a list of at least one item."),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "`input[0].type` must be"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "`input[0].content[0]` has the type"),
-        ({"input": [{"role": "user"}]}, "`input[0].content` must be a text or a list of parts."),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "`input[0].arguments` must be a text."),
-        ({"n": 2}, "`n` is not supported"),
-        ({"tools": [{"type": "web_search"}]}, "`tools[0].name` is missing."),
-        ({"tools": [{"type": "custom", "name": "f"}]}, "`tools[0].type` must be function, not 'custom'."),
-        ({"tools": [{"type": "function", "name": "f", "parameters": {"not": {}}}]}, "`tools[0].parameters` cannot"),
-        (
-            {"text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
-            "`text.format.schema` cannot be followed",
-        ),
-        ({"truncation": "auto"}, "`truncation` is not supported"),
-    ],
-)
+@cases
 def test_what_a_response_cannot_be_is_refused_by_name(api: Running, body: dict[str, Any], sentence: str) -> None:
     response = api.client.post(RESPONSES, json={"input": "Go.", "max_output_tokens": 5, **body})
     assert response.status_code == 400, response.text

@@ -1,4 +1,8 @@
-"""Tables of cases and other data, in a YAML file beside the module that they are for."""
+"""Tables of cases and other data, in a YAML file beside the module that they are for.
+
+What is long stands there as ``!times 3 ab``, which is ababab, ``!times [2, {a: 1}]``, which is [{a: 1}, {a: 1}], or
+``!range 3``, which is [0, 1, 2].
+"""
 
 import functools
 import inspect
@@ -10,6 +14,18 @@ import yaml
 
 _Test = TypeVar("_Test", bound=Callable[..., None])
 _SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _times(loader: Any, node: Any) -> Any:
+    if isinstance(node, yaml.SequenceNode):
+        count, value = loader.construct_sequence(node, deep=True)
+        return [value] * count
+    count, _, text = node.value.partition(" ")
+    return text * int(count)
+
+
+_SafeLoader.add_constructor("!times", _times)
+_SafeLoader.add_constructor("!range", lambda _, node: [*range(int(node.value))])
 
 
 @functools.cache
