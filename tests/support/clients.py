@@ -33,21 +33,12 @@ LONGEST_REPEATED = 90
 
 
 class Client:
-    """One request of a scenario.
-
-    Args:
-        number: its number.
-        ask: what it asks.
-        scenario: the engine's.
-        others: the clients before it.
-        clock: the engine's clock.
+    """One request of a scenario; `others` are the clients before it.
 
     Attributes:
-        running: the request once it is accepted.
-        refusal: why it was refused, if it was.
+        running, refusal: the request once it is accepted, or why it was refused.
         events: what it was told, or was to be told when its `send` raised, with the times.
         late: what it was told after its end.
-        cancelled: whether it has left.
         fired: whether its fault has occurred.
     """
 

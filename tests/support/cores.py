@@ -22,14 +22,7 @@ from tests.support.scenarios import TEXTS, Scenario
 class CheckedHostCache(HostCache):
     """A host cache that knows what the contents of a sequence must be, and checks what goes in.
 
-    What comes out shows in the answers of those who go on from it.
-
-    Args:
-        scenario: its sizes, and what tokens attend to.
-        rotary: the number of the set of rotary factors.
-
-    Attributes:
-        saves: sequences that it was given.
+    What comes out shows in the answers of those who go on from it. `saves` counts the sequences that it was given.
     """
 
     def __init__(self, scenario: Scenario, rotary: int) -> None:

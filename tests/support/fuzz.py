@@ -68,7 +68,6 @@ def failure_of(scenario: Scenario) -> str | None:
 
 
 def _live(numbered: tuple[int, bool]) -> tuple[Counter[str], str]:
-    """Live one scenario, in threads or not; return what it met, and how it failed or ""."""
     seed, threads = numbered
     try:
         with time_limit():
@@ -118,13 +117,7 @@ def _simplest(seed: int) -> str:
 
 
 def shrink(scenario: Scenario, failure: Callable[[Scenario], str | None], *, seconds: float = 60.0) -> Scenario:
-    """Return a scenario that fails as another does, and none of whose simpler forms does.
-
-    Args:
-        scenario: one that fails.
-        failure: returns the way in which a scenario fails, or None when it does not.
-        seconds: how long to look for simpler ones.
-    """
+    """Return a scenario that fails as another does, and none of whose simpler forms does, as `failure` tells."""
     wanted, until = failure(scenario), time.monotonic() + seconds
     candidates = _simpler(scenario)
     while time.monotonic() < until and (simpler := next(candidates, None)) is not None:

@@ -20,23 +20,14 @@ TOKEN_BYTES = 16
 
 
 class HashContext:
-    """What the engine calls of a `Context`, with a `HashModel`.
-
-    Args:
-        scenario: how large it is, what a token must see, and which calls of `decode` fail.
-        number: which context of the scenario it is, and its set of rotary factors.
+    """What the engine calls of a `Context`, with a `HashModel`; `number` is also that of the set of rotary factors.
 
     Attributes:
         violations: what the engine did that it must not do.
-        decodes: calls of `decode`, those included that failed.
-        decoded: tokens decoded.
-        padded: calls of `decode` with tokens that only fill a batch up.
-        refused: calls of `decode` that found no free cells.
+        decodes, padded, refused: calls of `decode`, with tokens that only fill a batch up, without free cells.
         broken: whether every later call of `decode` fails.
         failed: the tokens of the batches that failed, as triples of sequence, position and token.
         trims: removals of a sequence's first positions only.
-        restored: states that were restored.
-        clears: how often it was emptied.
         switches: how often it was given another adapter.
     """
 

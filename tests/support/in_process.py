@@ -21,14 +21,7 @@ from tests.support.services import PATIENCE, wait_for
 
 @dataclass
 class Running:
-    """A service that listens.
-
-    Attributes:
-        client: an HTTP client of it.
-        service: its state, to look behind the wall.
-        port: where it listens.
-        app: the application.
-    """
+    """A service that listens, its client, and what lies behind the wall."""
 
     client: httpx.Client
     service: Service

@@ -33,20 +33,11 @@ def check_admissions(met: Counter[str]) -> None:
 
 
 def live(scenario: Scenario) -> Counter[str]:
-    """Live a scenario in one thread, checking after every step.
-
-    Returns:
-        What was met: `ADMISSION`, `EARLY`, and 0 or 1 for each of what `Life` looks for.
-
-    Raises:
-        AssertionError: the engine did what it must not do.
-    """
+    """Live a scenario in one thread; return `ADMISSION`, `EARLY`, and 0 or 1 for each of what `Life` looks for."""
     return Life(scenario).run()
 
 
 class Life:
-    """One life."""
-
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.now = 1.0

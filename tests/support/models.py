@@ -27,12 +27,9 @@ SHAPES: dict[str, dict[str, int]] = tables(__file__)["SHAPES"]
 
 
 def model_path(name: str, folder: Path = CACHE, kind: str | None = None) -> Path:
-    """Return a model's GGUF, made when it is not there yet.
+    """Return the GGUF of one of `SHAPES`, or of the bundled model "demo", made when it is not there yet.
 
-    Args:
-        name: a key of `SHAPES`, or "demo" for the bundled model.
-        folder: where models are kept.
-        kind: F32, F16, BF16 or a quantisation type; None for what is measured: Q4_K_M, but F32 of the smallest.
+    Its kind is F32, F16, BF16 or a quantisation type; None for what is measured: Q4_K_M, but F32 of the smallest.
     """
     kind = kind or ("F32" if name == "18m" else "Q4_K_M")
     path = folder / f"{name}-{kind}.gguf"

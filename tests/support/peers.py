@@ -99,14 +99,8 @@ def build_peers(
 ) -> Peers:
     """Return the programs, built the first time; that takes about as long as building the wheel.
 
-    Args:
-        cache: where source and build are kept.
-        source: the unpacked source package of llama-cpp-python; None downloads it with pip.
-        jobs: compilers at once; None for one on each core.
-        programs: names of those to build.
-
-    Raises:
-        PeerError: cmake is missing, or the build failed.
+    `source` is the unpacked source package of llama-cpp-python; None downloads it with pip. `PeerError` when cmake is
+    missing, or the build failed.
     """
     cache.mkdir(parents=True, exist_ok=True)
     llama_cpp = llama_cpp_source(cache, source)
@@ -133,12 +127,8 @@ def _build_step(*command: str | Path) -> None:
 def llama_cpp_source(cache: Path = CACHE, given: Path | None = None) -> Path:
     """Return the folder of llama.cpp's source as the installed llama-cpp-python was built from it.
 
-    Args:
-        cache: where the source package is downloaded to and unpacked the first time, whole or not at all.
-        given: the unpacked source package; None for that in the cache.
-
-    Raises:
-        PeerError: what was given holds no source of this version.
+    `given` is the unpacked source package; None for that in the cache, where it is downloaded the first time, whole or
+    not at all. `PeerError` when it holds no source of this version.
     """
     package = f"llama_cpp_python-{version('llama-cpp-python')}"
     folder = given or cache / package

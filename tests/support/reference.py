@@ -38,14 +38,7 @@ def term(content: int, position: int) -> int:
 
 
 def content(token: int, position: int, attended: int, rotary: int) -> int:
-    """Return the content of a token, 64 bits.
-
-    Args:
-        token: its id.
-        position: its position.
-        attended: the sum of the `term`s of the earlier tokens that it attends to.
-        rotary: the number of the set of rotary factors, and of the adapter (`kind`).
-    """
+    """Return the content of a token, 64 bits, given the sum of the `term`s that it attends to, and the `kind`."""
     mixed = (attended + (token + 1) * _TOKEN + (position + 1) * _POSITION + (rotary + 1) * _ROTARY) & MASK
     mixed = ((mixed ^ (mixed >> 30)) * _FIRST) & MASK  # splitmix64, https://prng.di.unimi.it/splitmix64.c
     mixed = ((mixed ^ (mixed >> 27)) * _SECOND) & MASK
@@ -61,10 +54,7 @@ def kind(rotary: int, adapter: int) -> int:
 class HashModel:
     """What contents become logits.
 
-    Attributes:
-        vocab_size: logits of a row.
-        fills: tokens whose row of logits holds nothing but this value, NaN or infinity for instance; they hardly ever
-            come of themselves.
+    `fills` are tokens, which hardly ever come, whose row of logits holds nothing but one value, NaN or infinity.
     """
 
     vocab_size: int
@@ -75,13 +65,7 @@ class HashModel:
         object.__setattr__(self, "_columns", columns)
 
     def logits(self, tokens: Sequence[int], contents: Sequence[int], out: NDArray[np.float32]) -> None:
-        """Write the logits that follow some tokens.
-
-        Args:
-            tokens: their ids.
-            contents: their contents.
-            out: shape ``(tokens, vocab_size)``.
-        """
+        """Write the logits that follow some tokens of some contents to `out`, shape ``(tokens, vocab_size)``."""
         columns: NDArray[np.uint64] = self._columns  # type: ignore[attr-defined]
         mixed = np.array(contents, np.uint64)[:, None] + columns
         mixed ^= mixed >> np.uint64(30)
@@ -119,12 +103,10 @@ def fixed_entropy(bits: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Attention:
-    """What tokens attend to, and with which rotary factors.
+    """What tokens attend to, and with which rotary factors; the window includes the token itself, and is None for all.
 
-    Attributes:
-        window: how many tokens attention reaches back, the token itself included; None for all.
-        window_chunk: tokens of a prompt that are fed at a time beyond the window.
-        max_tokens: the longest sequence with the first set of rotary factors; None when there is one set.
+    `window_chunk` tokens of a prompt are fed at a time beyond the window. `max_tokens` is the longest sequence with the
+    first set of rotary factors, None when there is one set.
     """
 
     window: int | None = None
@@ -144,15 +126,10 @@ class Attention:
 
 @dataclass
 class Answer:
-    """How a request ends.
+    """How a request ends: with a result or an error.
 
-    Attributes:
-        result: what it generates, or None when it fails.
-        error: why it fails, or None.
-        prompt_logprobs: of each token of its prompt but the first, where they are wanted.
-        emitted: pairs of the returned sequence's index and its token, in the order in which they are chosen.
-        forks: whether a row is continued by several.
-        crosses: whether all is computed anew with the second set of rotary factors.
+    `emitted` are pairs of the returned sequence's index and its token, as they are chosen. A row may be continued by
+    several (`forks`), and all be computed anew with the second set of rotary factors (`crosses`).
     """
 
     result: GenerationResult | None = None
@@ -165,7 +142,7 @@ class Answer:
 
 @dataclass
 class _Row:
-    """Tokens of one row; the content of the last that was computed, and the sums of all terms before each position."""
+    """Tokens of a row, the sums of all terms before each position, and the content of the last that was computed."""
 
     tokens: list[int]
     sums: list[int] = field(default_factory=lambda: [0])
@@ -195,15 +172,7 @@ def contents_of(tokens: Sequence[int], attention: Attention, rotary: int) -> lis
 def answer(
     request: GenerationRequest, model: HashModel, attention: Attention, texts: Sequence[str | None], *, entropy: int = 0
 ) -> Answer:
-    """Return what a request ends with, were there no limit of time.
-
-    Args:
-        request: what is asked.
-        model: makes the logits.
-        attention: what tokens attend to.
-        texts: the text of each token, for stop strings.
-        entropy: what a request without a seed is drawn with.
-    """
+    """Return what a request ends with, were there no limit of time; `texts` are those of tokens, for stop strings."""
     with fixed_entropy(entropy):
         decoder = make_decoder(
             request.config,

@@ -35,12 +35,7 @@ class InjectedError(Exception):
 
 @dataclass
 class OddOrEven:
-    """A constraint: only every other token may come next, and end tokens. It may be made to fail.
-
-    Attributes:
-        taken: how many tokens were accepted.
-        fails_after: masks until it raises; None for never.
-    """
+    """A constraint: only every other token may come next, and end tokens. It raises after so many masks, if any."""
 
     taken: int = 0
     fails_after: list[int] = field(default_factory=list)
@@ -73,14 +68,9 @@ class OddOrEven:
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A call of `HashContext.decode` that fails.
+    """A call of `HashContext.decode` that fails: which one, from 0; those of warm-ups count.
 
-    Attributes:
-        decode: which one, from 0; those of warm-ups count.
-        status: what llama_decode returns: 1 leaves all as before; 2 and what is below -1 leave the parts done so far.
-        done: how many tokens of the batch are done.
-        lasting: whether all later calls fail too.
-        context: the number of the context, where there are several.
+    `status` is what llama_decode returns: 1 leaves all as before; 2 and what is below -1 leave the tokens done so far.
     """
 
     decode: int
@@ -91,26 +81,18 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request, and what happens to it.
+    """One request, with the ``generate_kwargs`` of a request, and what happens to it.
 
     Attributes:
-        prompt: token ids.
-        kwargs: as in the ``generate_kwargs`` of a request.
         arrives: the step before which it is submitted.
-        after: the request whose first answer its prompt goes on from, or None.
-        stream: whether it wants tokens as they come.
-        timeout: seconds after which it fails, or None.
-        leaves: steps after its arrival before which it is cancelled, or None.
+        after: the request whose first answer its prompt goes on from.
+        leaves: steps after its arrival before which it is cancelled.
         constrained: whether its tokens must be odd and even in turns.
-        schema: which of `tests.support.schemas.GRAMMARS` they must follow instead, or None.
-        logprobs: how many log-probabilities it wants beside each token, or None.
-        scored: how many it wants beside each token of its prompt, or None.
-        stops: texts before which its answer ends.
+        schema: which of `tests.support.schemas.GRAMMARS` they must follow instead.
+        logprobs, scored: how many log-probabilities it wants beside each token, and each token of its prompt.
         openai: parameters that only OpenAI's API has, beside `kwargs`.
-        fault: which of its parts fails, or None.
-        fault_at: how often that part works before.
+        fault, fault_at: which of its parts fails, and how often that works before.
         entropy: what it is drawn with when it has no seed.
-        adapter: the number of its adapter, or 0.
     """
 
     prompt: tuple[int, ...]

@@ -23,8 +23,6 @@ class Ask:
 
     Attributes:
         kind: what it is counted as.
-        path: the route.
-        body: its JSON, or bytes as they are.
         repeats: whether the same request alone must be answered alike.
         always: whether that is to be tried whatever chance says.
         must: "answer" when it fits in any case, "refusal" when it is wrong, "" when either is right.
@@ -51,11 +49,9 @@ class Ask:
 
     @property
     def has_seed(self) -> bool:
-        """Whether the request asks to be repeatable."""
         return isinstance(self.body, dict) and self.body.get("seed", self.kwargs.get("seed")) is not None
 
     def asking(self, **kwargs: Any) -> Ask:
-        """Return this request with other generation parameters beside its own."""
         assert isinstance(self.body, dict)
         return dataclasses.replace(self, body=self.body | {"generate_kwargs": self.kwargs | kwargs})
 
@@ -80,12 +76,10 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What was generated.
+    """What was generated, for one sequence also its new text.
 
-    Attributes:
-        tokens: what must be equal when the request is repeated: token ids or texts, and what ended them.
-        numbers: scores and log-probabilities, which must be nearly equal.
-        text: the new text of a request for one sequence.
+    Tokens (ids or texts, and what ended them) must be equal when the request is repeated, numbers (scores and
+    log-probabilities) nearly equal.
     """
 
     tokens: Any
@@ -95,16 +89,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a request.
-
-    Attributes:
-        status: the status code; 0 when no whole answer came.
-        seconds: until then.
-        answer: what was generated.
-        sentence: of an error.
-        retry_after: the header.
-        trouble: what is wrong with the answer itself, whatever was asked.
-    """
+    """What came of a request: status 0 when no whole answer came; trouble is what is wrong whatever was asked."""
 
     status: int
     seconds: float = 0.0
@@ -244,14 +229,7 @@ def _answer(chunks: list[dict[str, Any]]) -> Answer:
 
 
 def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: float) -> str:
-    """Return what is wrong with an outcome; "" when nothing is.
-
-    Args:
-        ask: what was asked.
-        outcome: what came of it.
-        deadline: seconds in which an answer must be there.
-        refusal: seconds in which a refusal must be there, whatever the load.
-    """
+    """Return what is wrong with an outcome, "" if nothing is; answers and refusals have their times, in seconds."""
     column, sentence = outcome.column, outcome.sentence
     refused = column == "refused"
     complaints = [
@@ -269,13 +247,7 @@ def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: flo
 
 
 def difference(one: Outcome, other: Outcome, tolerance: float) -> str:
-    """Return how two outcomes of the same request differ; "" when they do not.
-
-    Args:
-        one: the first.
-        other: the second.
-        tolerance: by which numbers may differ, as a share of themselves, and at least of 1.
-    """
+    """Return how two outcomes of one request differ, "" if not; numbers by more than a share of themselves or of 1."""
     if one.answer is None or other.answer is None:
         same = one.status == other.status and (one.answer is None) == (other.answer is None)
         return "" if same else f"{one.status} {one.sentence!r}, but {other.status} {other.sentence!r}"

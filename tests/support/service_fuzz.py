@@ -47,15 +47,7 @@ _MOST_DOUBTS = 5
 
 
 class Trial:
-    """One service, tried.
-
-    Args:
-        setup: its kind and options.
-        model: the GGUF.
-        folder: where logs go.
-        seed: of all that is random.
-        threads: clients at a time.
-        refusal: seconds in which a refusal must come, whatever the load.
+    """One service, tried by so many clients at a time; refusals must come within some seconds, whatever the load.
 
     Attributes:
         counts: how many requests of a kind came to what, as pairs.
@@ -95,7 +87,6 @@ class Trial:
                 self._compare(fresh, asked, repeated)
 
     def serving(self, **options: Any) -> contextlib.AbstractContextManager[Server]:
-        """Serve the model with the setup's options and more."""
         adapters = adapter_arguments(self._model, self._setup.adapters)
         return serving(self._folder, str(self._model), *self._setup.arguments(**options), *adapters, store=self._folder)
 
@@ -110,7 +101,6 @@ class Trial:
     # -- many at a time
 
     def send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
-        """Send requests, so many chains at a time, and note what is wrong with their answers."""
         with ThreadPoolExecutor(self._threads) as pool:
             return [*itertools.chain.from_iterable(pool.map(functools.partial(self._send_chain, server), chains))]
 

@@ -62,13 +62,7 @@ def _scored(text: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 class AskMaker:
-    """Makes the requests to one service.
-
-    Args:
-        seed: equal seeds make equal requests.
-        setup: what the service is.
-        longest: tokens of the longest prompt, should the service have so many cells.
-    """
+    """Makes the requests to one service, with prompts of up to `longest` tokens if it has so many cells."""
 
     def __init__(self, seed: int, setup: Setup, longest: int = 1 << 20) -> None:
         self._chance = random.Random(seed)
@@ -91,7 +85,6 @@ class AskMaker:
         return [self._adapted(chain) for block in blocks for chain in block]
 
     def _adapted(self, chain: Chain) -> Chain:
-        """Return requests that are all answered with the same adapter, or with none."""
         adapter = self._chance.randint(0, self._setup.adapters)
         return [ask.adapted(str(adapter)) for ask in chain] if adapter else chain
 

@@ -33,13 +33,7 @@ _GAUGE = re.compile(r"^edge_phi3_(\w+?)(?:\{.*\})? ([-+.0-9e]+)$", re.MULTILINE)
 
 @dataclass
 class Server:
-    """A running service.
-
-    Attributes:
-        url: where it listens.
-        process: the process.
-        log: the file that its stderr goes to.
-    """
+    """A running service, whose stderr goes to the log."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -133,15 +127,7 @@ def serving(
     command: Sequence[str] = (COMMAND,),
     environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Server]:
-    """Start ``edge-phi3 serve`` and wait until it is ready.
-
-    Args:
-        folder: where its log goes.
-        arguments: further arguments.
-        store: the model store; None for that of the environment.
-        command: what stands for ``edge-phi3``.
-        environment: its environment.
-    """
+    """Start ``edge-phi3 serve``, or what stands for it, and wait until it is ready; its log goes to `folder`."""
     port = free_port()
     log = folder / f"serve-{port}.log"
     end = time.monotonic() + PATIENCE

@@ -22,9 +22,7 @@ class ThreadedLife(Life):
     """A life with a thread for the engine and two for those who ask. Cells are audited after every step.
 
     What depends on the number of steps that go by is left out, and what would be put into a request that already runs.
-
-    Args:
-        scenario: which. Its steps are times here: what is to happen before a step happens at about that time.
+    The scenario's steps are times here: what is to happen before a step happens at about that time.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -83,5 +81,4 @@ class ThreadedLife(Life):
 
 
 def live_in_threads(scenario: Scenario) -> Counter[str]:
-    """Do what `live` does, with a real thread for the engine."""
     return ThreadedLife(scenario).run()
