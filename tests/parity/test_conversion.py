@@ -84,11 +84,7 @@ def theirs(made: dict[tuple[str, str], Path]) -> dict[str, dict[str, Description
 @pytest.mark.parametrize("outtype", OUTTYPES)
 @pytest.mark.parametrize("name", CONVERTER_CASES)
 def test_both_converters_write_the_same(
-    name: str,
-    outtype: str,
-    checkpoints: dict[str, Path],
-    theirs: dict[str, dict[str, Description]],
-    tmp_path: Path,
+    name: str, outtype: str, checkpoints: dict[str, Path], theirs: dict[str, dict[str, Description]], tmp_path: Path
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
     assert differences(theirs[name][outtype], describe(ours)) == []

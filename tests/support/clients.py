@@ -10,12 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.engine.core import EngineCore
-from edge_phi3.engine.errors import (
-    DeadlineExceededError,
-    EngineStoppedError,
-    QueueFullError,
-    RequestTooLargeError,
-)
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult

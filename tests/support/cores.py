@@ -99,10 +99,7 @@ def make_core(scenario: Scenario, clock: Callable[[], float]) -> tuple[EngineCor
             )
         )
     scheduler = Scheduler(
-        runners,
-        parallel=scenario.parallel,
-        share_prefixes=scenario.share_prefixes,
-        exact_seeds=scenario.exact_seeds,
+        runners, parallel=scenario.parallel, share_prefixes=scenario.share_prefixes, exact_seeds=scenario.exact_seeds
     )
     core = EngineCore(
         scheduler, EventBatcher(0.0), max_queue=scenario.max_queue, token_texts=lambda: TEXTS, clock=clock

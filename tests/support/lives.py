@@ -4,12 +4,7 @@ import itertools
 import logging
 from collections import Counter
 
-from edge_phi3.engine.errors import (
-    DeadlineExceededError,
-    EngineStoppedError,
-    QueueFullError,
-    RequestTooLargeError,
-)
+from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.sequence import FinishedEvent, RunningRequest
 from edge_phi3.generation import GenerationError
