@@ -19,7 +19,7 @@ from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
 from tests.support.drafts import Foreseen
 from tests.support.reference import Answer, answer, fixed_entropy
-from tests.support.scenarios import END, MODEL, TEXTS, Ask, InjectedError, OddOrEven, Scenario
+from tests.support.scenarios import END, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 from tests.support.schemas import GRAMMARS, small_vocabulary
 
 _BYTES = [(text or "").encode() for text in TEXTS]
@@ -100,8 +100,7 @@ class Client:
     @functools.cached_property
     def expected(self) -> Answer:
         """How the request must end when nothing happens to it."""
-        scenario = self._scenario
-        return answer(self._request(faulty=False), MODEL, scenario.attention, TEXTS, entropy=self.ask.entropy)
+        return answer(self._request(faulty=False), self._scenario.attention, entropy=self.ask.entropy)
 
     def _coming(self) -> list[NDArray[np.int32]] | None:
         return None if self.expected.result is None else self.expected.result.sequences

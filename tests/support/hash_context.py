@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.llama import DecodeFailedError
-from tests.support.reference import MASK, content, kind, term
-from tests.support.scenarios import MODEL, Failure, Scenario
+from tests.support.reference import MASK, content, kind, logits_of, term
+from tests.support.scenarios import VOCABULARY, Failure, Scenario
 
 TOKEN_BYTES = 16
 """Bytes that a saved token takes: its position and its content."""
 
 
 class HashContext:
-    """What the engine calls of a `Context`, with a `HashModel`; `number` is also that of the set of rotary factors.
+    """What the engine calls of a `Context`; `number` is also that of the set of rotary factors.
 
     Attributes:
         violations: what the engine did that it must not do.
@@ -33,7 +33,7 @@ class HashContext:
 
     def __init__(self, scenario: Scenario, number: int = 0) -> None:
         cells, batch_size = scenario.cells[number], scenario.batch_size
-        self.cells, self.batch_size, self.vocab_size = cells, batch_size, MODEL.vocab_size
+        self.cells, self.batch_size, self.vocab_size = cells, batch_size, VOCABULARY
         self.sequences = self.scratch = scenario.parallel + scenario.kept_sequences
         self.offloaded, self.saves = scenario.offloaded, True
         self.tokens, self.positions, self.seq_ids = (np.zeros(batch_size, np.int32) for _ in range(3))
@@ -121,7 +121,7 @@ class HashContext:
         self.decoded += count
         logits = self._logits[:rows]
         if rows:
-            MODEL.logits([tokens[row] for row in wants], [contents[row] for row in wants], logits)
+            logits_of([tokens[row] for row in wants], [contents[row] for row in wants], logits)
         if self._anything_spoilt and self._spoilt.any():
             logits[:] = np.nan
         return logits

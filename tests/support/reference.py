@@ -14,7 +14,7 @@ import itertools
 import math
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,13 +23,17 @@ from numpy.typing import NDArray
 from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.generation import Decoder, GenerationResult, advance, make_decoder
 from edge_phi3.generation.decoding import TokenLogprobs
+from tests.support.scenarios import INFINITE, NAN, TEXTS, VOCABULARY, Attention
 
 MASK = (1 << 64) - 1
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _TOKEN, _POSITION, _ROTARY, _COLUMN = 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93
 _SPREAD = 8.0
 """The distance of the lowest and the highest logit."""
-_UNLIKELY = 40.0
+_UNLIKELY = -40.0
+_COLUMNS = np.arange(1, VOCABULARY + 1, dtype=np.uint64) * np.uint64(_COLUMN)
+_FILLS = {NAN: math.nan, INFINITE: math.inf}
+"""Tokens, which hardly ever come, whose row of logits holds nothing but one value."""
 
 
 def term(content: int, position: int) -> int:
@@ -50,35 +54,19 @@ def kind(rotary: int, adapter: int) -> int:
     return rotary + 2 * adapter
 
 
-@dataclass(frozen=True)
-class HashModel:
-    """What contents become logits.
-
-    `fills` are tokens, which hardly ever come, whose row of logits holds nothing but one value, NaN or infinity.
-    """
-
-    vocab_size: int
-    fills: Mapping[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        columns = np.arange(1, self.vocab_size + 1, dtype=np.uint64) * np.uint64(_COLUMN)
-        object.__setattr__(self, "_columns", columns)
-
-    def logits(self, tokens: Sequence[int], contents: Sequence[int], out: NDArray[np.float32]) -> None:
-        """Write the logits that follow some tokens of some contents to `out`, shape ``(tokens, vocab_size)``."""
-        columns: NDArray[np.uint64] = self._columns  # type: ignore[attr-defined]
-        mixed = np.array(contents, np.uint64)[:, None] + columns
-        mixed ^= mixed >> np.uint64(30)
-        mixed *= np.uint64(_FIRST)
-        mixed ^= mixed >> np.uint64(27)
-        mixed *= np.uint64(_SECOND)
-        mixed >>= np.uint64(40)
-        np.multiply(mixed, np.float32(_SPREAD / (1 << 24)), out=out, casting="unsafe")
-        if self.fills:
-            out[:, [*self.fills]] = -_UNLIKELY
-            for row, token in enumerate(tokens):
-                if token in self.fills:
-                    out[row] = self.fills[token]
+def logits_of(tokens: Sequence[int], contents: Sequence[int], out: NDArray[np.float32]) -> None:
+    """Write the logits that follow some tokens of some contents to `out`, shape ``(tokens, VOCABULARY)``."""
+    mixed = np.array(contents, np.uint64)[:, None] + _COLUMNS
+    mixed ^= mixed >> np.uint64(30)
+    mixed *= np.uint64(_FIRST)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(_SECOND)
+    mixed >>= np.uint64(40)
+    np.multiply(mixed, np.float32(_SPREAD / (1 << 24)), out=out, casting="unsafe")
+    out[:, [*_FILLS]] = _UNLIKELY
+    for row, token in enumerate(tokens):
+        if token in _FILLS:
+            out[row] = _FILLS[token]
 
 
 _randbits = secrets.randbits
@@ -99,29 +87,6 @@ def fixed_entropy(bits: int) -> Iterator[None]:
         yield
     finally:
         _entropy.bits = None
-
-
-@dataclass(frozen=True)
-class Attention:
-    """What tokens attend to, and with which rotary factors; the window includes the token itself, and is None for all.
-
-    `window_chunk` tokens of a prompt are fed at a time beyond the window. `max_tokens` is the longest sequence with the
-    first set of rotary factors, None when there is one set.
-    """
-
-    window: int | None = None
-    window_chunk: int = 1
-    max_tokens: int | None = None
-
-    def first_seen(self, position: int, prompt_length: int) -> int:
-        if self.window is None or position < self.window:
-            return 0
-        if position < prompt_length:
-            position = self.window + (position - self.window) // self.window_chunk * self.window_chunk
-        return position - self.window + 1
-
-    def rotary(self, length: int) -> int:
-        return int(self.max_tokens is not None and length > self.max_tokens)
 
 
 @dataclass
@@ -169,38 +134,36 @@ def contents_of(tokens: Sequence[int], attention: Attention, rotary: int) -> lis
     return contents
 
 
-def answer(
-    request: GenerationRequest, model: HashModel, attention: Attention, texts: Sequence[str | None], *, entropy: int = 0
-) -> Answer:
-    """Return what a request ends with, were there no limit of time; `texts` are those of tokens, for stop strings."""
+def answer(request: GenerationRequest, attention: Attention, *, entropy: int) -> Answer:
+    """Return what a request ends with, were there no limit of time."""
     with fixed_entropy(entropy):
         decoder = make_decoder(
             request.config,
             request.prompt_ids,
-            vocabulary=texts,
+            vocabulary=TEXTS,
             stop_texts=request.stop_texts,
             constraint=request.constraint,
             clock=lambda: 0.0,
         )
     found = Answer()
     if request.scored_prompt is not None:
-        found.prompt_logprobs = _scored(request, request.scored_prompt, model, attention)
+        found.prompt_logprobs = _scored(request, request.scored_prompt, attention)
     try:
-        _run(decoder, request, model, attention, found)
+        _run(decoder, request, attention, found)
         found.result = decoder.result()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must end with the same
         found.error = error
     return found
 
 
-def _scored(request: GenerationRequest, top: int, model: HashModel, attention: Attention) -> list[TokenLogprobs]:
+def _scored(request: GenerationRequest, top: int, attention: Attention) -> list[TokenLogprobs]:
     """Return how likely the model holds each token of a prompt after those before it, by the definition."""
     prompt = request.prompt_ids.tolist()
     row, rotary, scored = _Row([]), kind(attention.rotary(len(prompt)), request.adapter), list[TokenLogprobs]()
-    logits = np.empty((1, model.vocab_size), np.float32)
+    logits = np.empty((1, VOCABULARY), np.float32)
     for token, following in itertools.pairwise(prompt):
         row.tokens.append(token)
-        model.logits([token], [row.compute(attention, rotary, len(prompt))], logits)
+        logits_of([token], [row.compute(attention, rotary, len(prompt))], logits)
         weights = [math.exp(each) if math.isfinite(each) else math.nan for each in logits[0].tolist()]
         total = math.fsum(weights)
         logprobs = [each - math.log(total) if math.isfinite(total) else math.nan for each in logits[0].tolist()]
@@ -210,7 +173,7 @@ def _scored(request: GenerationRequest, top: int, model: HashModel, attention: A
     return scored
 
 
-def _run(decoder: Decoder, request: GenerationRequest, model: HashModel, attention: Attention, found: Answer) -> None:
+def _run(decoder: Decoder, request: GenerationRequest, attention: Attention, found: Answer) -> None:
     prompt = request.prompt_ids.tolist()
     rows, rotary = [_Row(prompt)], attention.rotary(len(prompt))
     while not decoder.finished:
@@ -218,8 +181,8 @@ def _run(decoder: Decoder, request: GenerationRequest, model: HashModel, attenti
             rotary, found.crosses = 1, True
             rows = [_Row(row.tokens) for row in rows]
         contents = [row.compute(attention, kind(rotary, request.adapter), len(prompt)) for row in rows]
-        logits = np.empty((len(rows), model.vocab_size), np.float32)
-        model.logits([row.tokens[-1] for row in rows], contents, logits)
+        logits = np.empty((len(rows), VOCABULARY), np.float32)
+        logits_of([row.tokens[-1] for row in rows], contents, logits)
         (step,) = advance([decoder], logits)
         found.emitted += step.emitted
         found.forks |= len(set(step.parents)) < len(step.parents)

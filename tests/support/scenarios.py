@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults
-from tests.support.reference import Attention, HashModel
 
 VOCABULARY = 72
 UNUSED, BROKEN = range(64, 67), range(60, 64)
@@ -20,7 +19,6 @@ TEXTS = tuple(
 )
 END, NAN, INFINITE = 2, 70, 71
 """The end token, and the tokens after which a row of logits holds nothing but NaN or infinity."""
-MODEL = HashModel(VOCABULARY, {NAN: float("nan"), INFINITE: float("inf")})
 DEFAULTS = ModelDefaults(
     vocab_size=VOCABULARY, bos_token_id=1, eos_token_ids=(END,), pad_token_id=None, context_length=4096
 )
@@ -116,6 +114,29 @@ class Ask(msgspec.Struct, frozen=True, omit_defaults=True):
     def config(self) -> GenerationConfig:
         config = GenerationConfig.resolve(self.kwargs, DEFAULTS)
         return dataclasses.replace(config, top_logprobs=self.logprobs, **self.openai)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What tokens attend to, and with which rotary factors; the window includes the token itself, and is None for all.
+
+    `window_chunk` tokens of a prompt are fed at a time beyond the window. `max_tokens` is the longest sequence with the
+    first set of rotary factors, None when there is one set.
+    """
+
+    window: int | None = None
+    window_chunk: int = 1
+    max_tokens: int | None = None
+
+    def first_seen(self, position: int, prompt_length: int) -> int:
+        if self.window is None or position < self.window:
+            return 0
+        if position < prompt_length:
+            position = self.window + (position - self.window) // self.window_chunk * self.window_chunk
+        return position - self.window + 1
+
+    def rotary(self, length: int) -> int:
+        return int(self.max_tokens is not None and length > self.max_tokens)
 
 
 class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
