@@ -40,14 +40,8 @@ def test_a_verb_ends_in_a_sentence(line: str, code: int, sentence: str, tmp_path
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://127.0.0.1:9", "http://127.0.0.1:9"])
 def test_a_proxy_of_any_kind(proxy: str, tmp_path: Path) -> None:
-    settings = {
-        "ALL_PROXY": proxy,
-        "HF_ENDPOINT": "",
-        "NO_PROXY": "",
-        "EDGE_PHI3_STORE": str(tmp_path),
-        "HF_HUB_OFFLINE": "",
-    }
-    result = shell("edge-phi3 pull owner/name", tmp_path, **settings)
+    empty = dict.fromkeys(("HF_ENDPOINT", "NO_PROXY", "HF_HUB_OFFLINE"), "")
+    result = shell("edge-phi3 pull owner/name", tmp_path, ALL_PROXY=proxy, EDGE_PHI3_STORE=str(tmp_path), **empty)
     assert result.returncode == 1
     assert "edge-phi3: " in result.stderr.splitlines()[-1], result.stderr
     assert "should not have" not in result.stderr
@@ -129,6 +123,14 @@ def test_a_signal_that_comes_while_llama_cpp_logs_is_not_lost(monkeypatch: pytes
             time.sleep(PATIENCE)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(800, marks=pytest.mark.soak)])
+def test_no_mutant_of_a_file_ends_a_verb_but_by_a_sentence(count: int) -> None:
+    """In a process of its own: one that forks must not have threads."""
+    command = f"{sys.executable} -m tests.support.hostile_files --mutants {count} --jobs 2 --seed 7".split()
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout == f"{count} mutants, 0 failed\n", result.stdout + result.stderr
 
 
 def test_no_output_takes_the_place_of_a_device(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Dockerfile.cuda: lints clean, copies what exists, and ends in a stage that only runs."""
+"""Dockerfile.cuda: lints clean, copies what exists, ends in a stage that only runs; built with `pytest -m image`."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from fnmatch import fnmatch
 from importlib.metadata import requires
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 from edge_phi3.settings import ENV_PREFIX, Settings
@@ -166,3 +168,11 @@ def test_options_in_the_environment_are_options() -> None:
     given = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in ENVIRONMENT.items() if ENV_PREFIX in name}
     assert given.keys() <= Settings.model_fields.keys()
     Settings.model_validate(given)
+
+
+@pytest.mark.image
+def test_the_image_is_the_same_twice_changes_in_one_layer_and_serves() -> None:
+    missing = [name for name in ("buildah", "debootstrap", "runc") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.skip(f"the image needs root, buildah, debootstrap and runc; missing: {missing}")
+    subprocess.run([Path(__file__).with_name("build_and_run.sh")], check=True)

@@ -13,50 +13,19 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import jsonschema
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_phi3.engine.constraint import ConstraintVocabulary
 from edge_phi3.engine.errors import SchemaError
 from edge_phi3.engine.grammars import json_grammar
 from edge_phi3.engine.tokenizer import Tokenizer
+from tests.support.schemas import Pieces
 
 END, STEPS = 0, 512
-PIECES = [
-    b"</s>",
-    *(bytes([value]) for value in range(256)),
-    b'{"',
-    b'"}',
-    b'":',
-    b'",',
-    b"]]",
-    b"},",
-    b'"a"',
-    b"foo",
-    b"bar",
-]
-NOTHING: frozenset[int] = frozenset()
-
-
-def _tokens(text: str, parse_special: bool) -> NDArray[np.int32]:
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 1
-
-
-def vocabulary() -> ConstraintVocabulary:
-    """Return one of all bytes and some pieces of JSON."""
-    tokens = SimpleNamespace(
-        vocab_size=len(PIECES),
-        special_ids={END},
-        unused_ids=NOTHING,
-        control_ids=NOTHING,
-        bytes_of=PIECES.__getitem__,
-        encode=_tokens,
-    )
-    return ConstraintVocabulary(cast("Tokenizer", tokens))
+PIECES = [b"</s>", *(bytes([value]) for value in range(256)), *b'{" "} ": ", ]] }, "a" foo bar'.split()]
 
 
 def sampled(made: ConstraintVocabulary, schema: object, chance: random.Random) -> bytes | None:
@@ -78,7 +47,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--samplings", type=int, default=50)
     arguments = parser.parse_args()
-    made, chance = vocabulary(), random.Random(1)
+    tokens = Pieces(PIECES, {END}, len(PIECES))
+    made, chance = ConstraintVocabulary(cast("Tokenizer", tokens)), random.Random(1)
     refused: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for path in sorted(arguments.folder.glob("*.json")):

@@ -1,6 +1,7 @@
 """Schemas for random requests, and a vocabulary of few tokens that can write what they ask for."""
 
 import random
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final, cast
 
@@ -35,25 +36,28 @@ GRAMMARS: Final = (
 )
 
 
-class _Tokens:
-    """What a constraint reads of a vocabulary: JSON's punctuation, some letters, digits, and pieces of several."""
+class Pieces:
+    """What a constraint reads of a vocabulary whose tokens are some texts, again and again."""
 
-    vocab_size = VOCABULARY
-    special_ids = frozenset({0, END, NAN, INFINITE})
     unused_ids = control_ids = frozenset[int]()
-    _pieces = (*'{}[]":,.+- 0123456789abcdefgilmnorstu\\', *_PIECES)
+
+    def __init__(self, pieces: Iterable[bytes], special_ids: set[int], vocab_size: int) -> None:
+        self.pieces, self.special_ids, self.vocab_size = [*pieces], special_ids, vocab_size
 
     def bytes_of(self, token: int) -> bytes:
-        return str(self._pieces[token % len(self._pieces)]).encode()
+        return self.pieces[token % len(self.pieces)]
 
     def encode(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
         assert not parse_special
-        return np.array([self._pieces.index(character) for character in text], np.int32)
+        return np.array([self.pieces.index(bytes([byte])) for byte in text.encode()], np.int32)
 
 
 @cache
 def small_vocabulary() -> ConstraintVocabulary:
-    return ConstraintVocabulary(cast("Tokenizer", _Tokens()))
+    """Return one of JSON's punctuation, some letters, digits, and pieces of several."""
+    texts = (*'{}[]":,.+- 0123456789abcdefgilmnorstu\\', *_PIECES)
+    tokens = Pieces(map(str.encode, texts), {0, END, NAN, INFINITE}, VOCABULARY)
+    return ConstraintVocabulary(cast("Tokenizer", tokens))
 
 
 def random_schema(chance: random.Random, depth: int) -> dict[str, Any]:
