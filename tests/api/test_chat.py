@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai._streaming import SSEDecoder
 
 from edge_phi3.conversion.convert import convert
 from tests import paced
@@ -25,12 +26,7 @@ LONG = {"do_sample": False, "max_new_tokens": 1500, "eos_token_id": -1}
 
 def events(text: str) -> list[tuple[str, Any]]:
     """Parse server-sent events into pairs of name and JSON."""
-    found = []
-    for block in text.split("\n\n"):
-        lines = dict(line.split(": ", 1) for line in block.splitlines() if not line.startswith(":"))
-        if lines:
-            found.append((lines.get("event", ""), json.loads(lines["data"])))
-    return found
+    return [(each.event or "", each.json()) for each in SSEDecoder().iter_bytes(iter([text.encode()]))]
 
 
 def test_a_prompt_or_what_a_template_makes_of_messages_is_continued(api: Running) -> None:

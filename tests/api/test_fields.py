@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import httpx
 import pytest
+from openai._streaming import SSEDecoder
 from openai.types import chat, completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
@@ -29,9 +30,9 @@ def recorded(name: str) -> Any:
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.status_code == 200, response.text
-    lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
-    assert lines.pop() == "[DONE]"
-    return [json.loads(line) for line in lines]
+    *found, last = SSEDecoder().iter_bytes(iter([response.content]))
+    assert last.data == "[DONE]"
+    return [each.json() for each in found]
 
 
 @cases

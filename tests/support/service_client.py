@@ -7,11 +7,11 @@ import http.client
 import json
 import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from openai._streaming import ServerSentEvent, SSEDecoder
 
 CHAT, CHAT_COMPLETIONS, COMPLETIONS = "/chat", "/v1/chat/completions", "/v1/completions"
 Must = Literal["answer", "refusal", ""]
@@ -161,7 +161,7 @@ def _read(ask: Ask, response: http.client.HTTPResponse, content: bytes) -> Outco
             sentence = _sentence(json.loads(content))
             return Outcome(response.status, sentence=sentence, retry_after=response.getheader("Retry-After"))
         if (response.getheader("Content-Type") or "").startswith("text/event-stream"):
-            return _read_stream(ask, [*_events(content)])
+            return _read_stream(ask, [*SSEDecoder().iter_bytes(iter([content]))])
         return Outcome(200, answer=_answer([json.loads(content)]))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return Outcome(response.status, trouble=f"not to be read ({error!r}): {content[:500]!r}")
@@ -172,26 +172,17 @@ def _sentence(body: dict[str, Any]) -> str:
     return sentence
 
 
-def _events(content: bytes) -> Iterator[tuple[str, str]]:
-    for block in content.decode().split("\n\n"):
-        lines = [line.partition(": ") for line in block.split("\n") if not line.startswith(":")]
-        fields = {name: value for name, _, value in lines}
-        if "data" in fields:
-            yield fields.get("event", ""), fields["data"]
-
-
-def _read_stream(ask: Ask, events: list[tuple[str, str]]) -> Outcome:
+def _read_stream(ask: Ask, events: list[ServerSentEvent]) -> Outcome:
     """Read a stream; its pieces together must be what its result says."""
-    for name, data in events:
-        if name == "error" or '"error"' in data[:9]:
-            return Outcome(200, sentence=_sentence(json.loads(data)))
-    name, last = events[-1] if events else ("", "")
-    if last != "[DONE]" and name != "result":
+    for each in events:
+        if each.event == "error" or '"error"' in each.data[:9]:
+            return Outcome(200, sentence=_sentence(each.json()))
+    if not events or (events[-1].data != "[DONE]" and events[-1].event != "result"):
         return Outcome(0, trouble="the stream ended without a result or [DONE]")
-    chunks = [json.loads(data) for _, data in events[:-1]]
-    if name != "result":
+    *chunks, last = [each.json() if each.data != "[DONE]" else None for each in events]
+    if last is None:
         return Outcome(200, answer=_answer(chunks))
-    answer = _answer([json.loads(last)])
+    answer = _answer([last])
     pieces = "".join(chunk["text"] for chunk in sorted(chunks, key=lambda chunk: chunk["index"]))
     differ = pieces != answer.text and ask.kwargs.get("num_beams", 1) == 1
     return Outcome(200, answer=answer, trouble=f"its pieces are {pieces!r}, not {answer.text!r}" if differ else "")
