@@ -74,11 +74,11 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 | head -c1 >first"])
-def test_a_service_needs_no_stderr(end: str, tmp_path: Path) -> None:
+def test_a_service_needs_no_stderr(end: str, tmp_path: Path, store: Path) -> None:
     script = tmp_path / "command"
     script.write_text(f'#!/bin/sh\nexec {shlex.quote(COMMAND)} "$@" {end}\n')
     script.chmod(0o700)
-    with serving(tmp_path, "demo", command=[str(script)], store=tmp_path) as server:
+    with serving(tmp_path, "demo", command=[str(script)], store=store) as server:
         assert server.get("/healthz").status_code == 200
         for child in psutil.Process(server.process.pid).children():
             child.terminate()  # behind a pipe the shell stays in front

@@ -29,11 +29,6 @@ SLACK = 24 << 20
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
     """The demo model with the limits as they come."""
     with serving(store, "--threads", "1", "--stream-interval", "0", store=store) as running:

@@ -35,12 +35,6 @@ WITH_COMMANDS = [page for page in PAGES if any(block.runs for block in blocks(pa
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return one model store for all, so that the demo model is converted once."""
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Server]:
     """Yield the demo model, served at its defaults."""
     with serving(tmp_path_factory.mktemp("server"), store=store) as running:

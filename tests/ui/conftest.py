@@ -22,12 +22,6 @@ ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(scope="package")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return one model store, so that the demo model is converted once."""
-    return tmp_path_factory.mktemp("store")
-
-
-@pytest.fixture(scope="package")
 def server(store: Path) -> Iterator[Server]:
     """Return the demo model, served with room for long answers; slowly while the store holds a file "slow"."""
     options = (*OPTIONS, "--ctx-size", "65536")
