@@ -71,14 +71,14 @@ def openai_client(api: Running, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{api.port}/v1", api_key=key, max_retries=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(api: Running) -> Iterator[openai.OpenAI]:
     """OpenAI's own client of the ready service."""
     with openai_client(api) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ask(client: openai.OpenAI) -> Callable[..., Any]:
     """What asks the ready service one question through OpenAI's client, greedily unless it is told otherwise."""
 
@@ -90,7 +90,7 @@ def ask(client: openai.OpenAI) -> Callable[..., Any]:
     return ask
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ask_for(api: Running) -> Callable[..., dict[str, Any]]:
     """Ask the ready service for the first choice of an answer, with its usage; greedily unless told otherwise."""
 

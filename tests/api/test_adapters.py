@@ -10,7 +10,7 @@ from edge_phi3.commands.loading import load_pipeline
 from edge_phi3.conversion.convert import convert
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.settings import Settings, SettingsError
-from tests.api.conftest import PROMPT, USER, Running, openai_client, ready
+from tests.api.conftest import PROMPT, USER, Running, ready
 from tests.golden import adapters
 
 GOLDEN = adapters.recorded()["answers"]
@@ -32,12 +32,6 @@ def api(options: dict[str, object]) -> Iterator[Running]:
     settings = Settings.load(options)
     with ready(lambda say: load_pipeline(settings, say)) as it:
         yield it
-
-
-@pytest.fixture(scope="module")
-def client(api: Running) -> Iterator[openai.OpenAI]:
-    with openai_client(api) as client:
-        yield client
 
 
 def chat(api: Running, prompt: int, **body: object) -> str:

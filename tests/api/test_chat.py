@@ -88,12 +88,6 @@ def test_a_wrong_request_is_a_sentence_on_the_field(api: Running, body: dict[str
     assert sentence in response.json()["detail"]
 
 
-def test_a_body_that_is_not_said_to_be_json_is_refused(api: Running) -> None:
-    response = api.client.post("/chat", data={"prompt": "a"})
-    assert response.status_code == 415
-    assert "Content-Type: application/json" in response.json()["detail"]
-
-
 @cases
 def test_a_stream_holds_each_text_s_pieces_then_the_answer(api: Running, kwargs: dict[str, Any], count: int) -> None:
     kwargs = {**GREEDY, "max_new_tokens": 20, **kwargs}

@@ -135,9 +135,6 @@ def test_what_asks_for_nothing_is_taken_in_silence(api: Running, path: str) -> N
     assert (response.status_code, response.headers.get("x-ignored-fields")) == (200, None), response.text
 
 
-# -- what they mean
-
-
 @cases
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 def test_a_sampler_s_field_is_the_parameter_of_chat(
@@ -220,9 +217,6 @@ def test_the_likeliest_of_several_completions_are_returned(api: Running) -> None
     assert [(choice["text"], choice["logprobs"]) for choice in silent] == [(every[0]["text"], None)]
     (many,) = asked(logprobs=20)["choices"]
     assert {len(top) for top in many["logprobs"]["top_logprobs"]} <= {19, 20, 21}
-
-
-# -- the other routes
 
 
 def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running, ask_for: Any) -> None:

@@ -21,7 +21,7 @@ from tests.support.schemas import random_schema
 from tests.support.services import PATIENCE, serving
 
 RESPONSES = "/v1/responses"
-TOOLS, FLAT, ITEMS = (tables(__file__)[name] for name in ("TOOLS", "FLAT", "ITEMS"))
+TOOLS, CALLED, FLAT, ITEMS = (tables(__file__)[name] for name in ("TOOLS", "CALLED", "FLAT", "ITEMS"))
 
 
 def shape(choice: Any) -> tuple[Any, ...]:
@@ -104,15 +104,8 @@ def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
     path = convert(write_member(tmp_path, "phi-4-mini-instruct", layers=1), tmp_path / "model.gguf").path
     with ready(loader(path)) as api, openai_client(api) as client:
         begin, _ = api.service.pipeline.call_tokens or (0, 0)
-        turns = [
-            *USER,
-            {
-                "role": "assistant",
-                "tool_calls": [{"id": "c", "type": "function", "function": {"name": "go", "arguments": "{}"}}],
-            },
-        ]
-        turns += [{"role": "tool", "tool_call_id": "c", "content": "3"}]
-        asked: dict[str, Any] = {"model": "m", "messages": turns, "tools": TOOLS, "seed": 1, "max_tokens": 700}
+        asked: dict[str, Any] = {"model": "m", "messages": [*USER, *CALLED], "tools": TOOLS}
+        asked |= {"seed": 1, "max_tokens": 700}
         for more in (
             {"tool_choice": "required"},
             {"logit_bias": {str(begin): 100}},
@@ -168,21 +161,15 @@ def test_a_response_is_streamed_in_order_and_is_the_plain_one(
     plain, told = respond(**asked), list(respond(**asked, stream=True))
     last = told[-1].response
     assert [each.sequence_number for each in told] == list(range(len(told)))
-    parts = ["output_text.delta", "output_text.done", "content_part.done"]
-    middle = (
-        ["content_part.added", *parts]
-        if events == "text"
-        else [f"function_call_arguments.{kind}" for kind in ("delta", "done")]
-    )
+    middle = ["function_call_arguments.delta", "function_call_arguments.done"]
+    if events == "text":
+        middle = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
     expected = ["created", "in_progress", "output_item.added", *middle, "output_item.done", status]
     assert list(ordered([each.type for each in told])) == expected
     assert (plain.status, last.status) == (status, status)
     assert plain.usage.output_tokens == last.usage.output_tokens > 0
-    assert (
-        plain.output_text
-        == last.output_text
-        == "".join(each.delta for each in told if each.type.endswith("text.delta"))
-    )
+    streamed = "".join(each.delta for each in told if each.type.endswith("text.delta"))
+    assert plain.output_text == last.output_text == streamed
     (item,), (other,) = plain.output, last.output
     assert (item.type, item.status) == (other.type, other.status)
     if events == "call":
@@ -193,10 +180,7 @@ def test_a_response_is_streamed_in_order_and_is_the_plain_one(
 
 def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -> None:
     turns: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Go."}]
-    call = {"id": "c", "type": "function", "function": {"name": "go", "arguments": "{}"}}
-    turns += [{"role": "assistant", "content": None, "tool_calls": [call]}]
-    turns += [{"role": "tool", "tool_call_id": "c", "content": "gone"}]
-    chat = ask(messages=turns, tools=TOOLS, max_tokens=20, logprobs=True, top_logprobs=2)
+    chat = ask(messages=[*turns, *CALLED], tools=TOOLS, max_tokens=20, logprobs=True, top_logprobs=2)
     response = respond(
         input=ITEMS, instructions="Be brief.", tools=FLAT, max_output_tokens=20, top_logprobs=2, metadata={"a": "b"}
     )

@@ -55,8 +55,6 @@ class Client:
         self.cancelled = self.fired = False
         self._left = [ask.fault_at]
 
-    # -- asking
-
     def submit(self, core: EngineCore) -> None:
         self.submitted = self._clock()
         in_flight, request = core.in_flight, self._request(faulty=True)
@@ -105,8 +103,6 @@ class Client:
     def _coming(self) -> list[NDArray[np.int32]] | None:
         return None if self.expected.result is None else self.expected.result.sequences
 
-    # -- what it knows of itself
-
     @property
     def accepted(self) -> bool:
         return self.running is not None
@@ -138,8 +134,6 @@ class Client:
         if isinstance(drafting, Foreseen) and len(drafting.last) == len(tokens):
             tokens = np.hstack([tokens, drafting.last])
         return position < tokens.shape[1] and token in tokens[:, position].tolist()
-
-    # -- checks
 
     def _check_refusal(self, error: Exception, in_flight: int) -> None:
         assert str(error), f"{type(error).__name__} says nothing"

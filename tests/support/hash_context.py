@@ -62,8 +62,6 @@ class HashContext:
         self.decodes = self.decoded = self.padded = self.refused = self.trims = self.restored = self.clears = 0
         self.switches = 0
 
-    # -- what tests look at
-
     @property
     def used(self) -> int:
         return int(np.count_nonzero(self._owners))
@@ -72,8 +70,6 @@ class HashContext:
     def held(self) -> int:
         """How many positions the sequences hold, summed over the sequences."""
         return int(np.bitwise_count(self._owners).sum())
-
-    # -- decoding
 
     def adapt(self, number: int) -> None:
         """Compute with an adapter from now on, or with none."""
@@ -180,8 +176,6 @@ class HashContext:
         missing = count - len(found)
         return np.concatenate((found, free[:missing])) if missing else found
 
-    # -- the cells of a sequence
-
     def copy(self, source: int, target: int) -> None:
         self._check_ids(source, target)
         self._check(source != target, f"sequence {source} is copied onto itself")
@@ -217,8 +211,6 @@ class HashContext:
     def _cells_of(self, seq_id: int) -> NDArray[np.intp]:
         return (self._owners & (1 << seq_id)).nonzero()[0]
 
-    # -- states
-
     def save(self, seq_id: int, start: int, end: int) -> NDArray[np.uint8]:
         """Return the positions ``[start, end)`` of a sequence with their contents."""
         self._check_ids(seq_id)
@@ -250,8 +242,6 @@ class HashContext:
         self.restored += 1
         return True
 
-    # -- the whole cache
-
     def clear(self, *, zero: bool = False) -> None:
         """Forget all sequences; with `zero` also what the cells hold."""
         self._owners[:] = 0
@@ -277,8 +267,6 @@ class HashContext:
 
     def close(self) -> None:
         self.broken = True
-
-    # -- misuse
 
     def _check_ids(self, *seq_ids: int) -> None:
         for seq_id in seq_ids:

@@ -92,9 +92,6 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
-# -- mutants
-
-
 def mutate(path: Path, dice: random.Random) -> None:
     """Change a file: values when it is JSON or, sometimes, a GGUF; else its bytes, most often in front."""
     content = path.read_bytes()
@@ -142,9 +139,6 @@ def _changed(tree: Any, dice: random.Random) -> Any:
             copy[key] = _changed(copy[key], dice)
         return copy
     return dice.choice(_VALUES)
-
-
-# -- verbs
 
 
 class _Fork:

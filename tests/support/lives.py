@@ -96,8 +96,6 @@ class Life:
                 refused = (EngineStoppedError, RequestTooLargeError)
                 assert isinstance(client.refusal, refused), f"{client.refusal!r} of a stopped engine"
 
-    # -- a step and its checks
-
     def _step(self) -> None:
         core, clients = self.core, self.clients
         running, progress = self._running(), self._progress()
@@ -274,8 +272,6 @@ class Life:
             taken = kv.sequences - kv.free_sequences - kv.kept
             rows = sum(request.rows for request in runner.running)
             assert taken <= rows, f"{taken} sequences are taken, by {rows} rows at most"
-
-    # -- the end
 
     def _check_end(self) -> None:
         core, scheduler = self.core, self.scheduler

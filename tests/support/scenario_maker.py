@@ -39,8 +39,6 @@ class _Maker:
         self.asks: list[Ask] = []
         self.adapters = self.chance.choice((1, 1, 2)) if self.often(0.3) else 0
 
-    # -- chance
-
     def often(self, probability: float) -> bool:
         return self.chance.random() < probability
 
@@ -52,8 +50,6 @@ class _Maker:
 
     def some(self, count: int) -> tuple[int, ...]:
         return tuple(self.chance.choices(USUAL, k=count))
-
-    # -- the engine
 
     def make(self) -> Scenario:
         chance = self.chance
@@ -112,8 +108,6 @@ class _Maker:
         status, lasting = self.chance.choice((-3, -2, 2, 1)), self.often(0.06)
         context = self.between(0, len(self.scenario.cells) - 1)
         return Failure(self.between(0, steps), status, self.between(0, 6), lasting, context)
-
-    # -- requests
 
     def _length(self) -> int:
         """Return a length of a prompt: any that may matter."""

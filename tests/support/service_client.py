@@ -216,9 +216,6 @@ def _answer(chunks: list[dict[str, Any]]) -> Answer:
     )
 
 
-# -- judging
-
-
 def complaint_about(ask: Ask, outcome: Outcome, *, deadline: float, refusal: float) -> str:
     """Return what is wrong with an outcome, "" if nothing is; answers and refusals have their times, in seconds."""
     column, sentence = outcome.column, outcome.sentence

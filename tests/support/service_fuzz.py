@@ -98,8 +98,6 @@ class Trial:
             )
         return len(whats)
 
-    # -- many at a time
-
     def send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
         with ThreadPoolExecutor(self._threads) as pool:
             return [*itertools.chain.from_iterable(pool.map(functools.partial(self._send_chain, server), chains))]
@@ -122,8 +120,6 @@ class Trial:
             if complaint and (outcome.status == 0 or not server.is_alive()):
                 self._lost.set()
         return done
-
-    # -- alone
 
     def _send_alone(self, server: Server, ask: Ask) -> Outcome:
         wait_for(server.is_idle, self._deadline)
@@ -159,8 +155,6 @@ class Trial:
         given = ask.kwargs.get("sequence_bias") or []
         tokens = set(range(1, len(texts_of(self._setup.kind)))) - {phrase[0] for phrase, _ in given if len(phrase) == 1}
         return ask.asking(sequence_bias=given + [[[token], self._random.gauss(0.0, noise)] for token in sorted(tokens)])
-
-    # -- the end
 
     def _stop_while_busy(self, server: Server, asks: list[Ask]) -> None:
         """Send SIGTERM while requests run; the process ends with 0 within its grace period and a while."""

@@ -110,8 +110,6 @@ class AskMaker:
         fits = rows <= self._parallel and rows * length <= cells and length <= self._setup.context_length
         return replace(ask, repeats=not drawn or ask.has_seed, must="answer" if fits else "")
 
-    # -- random ones
-
     def _chain(self) -> Chain:
         chance = self._chance
         kind = chance.choices([*_CHAINS], [*_CHAINS.values()])[0]
