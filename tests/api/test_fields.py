@@ -117,9 +117,9 @@ def test_what_no_table_has_is_named_in_a_header_and_once_logged(api: Running, mo
 
 @cases
 def test_what_matters_and_is_not_there_is_refused(api: Running, path: str, body: dict[str, Any], sentence: str) -> None:
-    given = {"messages": USER} if path == CHAT else {"prompt": "json"}
-    response = api.client.post(path, json={**given, "max_tokens": 12, **body})
-    assert response.status_code == 400
+    given = {CHAT: {"messages": USER}, COMPLETIONS: {"prompt": "json"}}.get(path, {"input": "Go."})
+    response = api.client.post(path, json={**given, **body})
+    assert response.status_code == 400, response.text
     assert sentence in response.json()["error"]["message"]
 
 

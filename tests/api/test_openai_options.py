@@ -205,9 +205,3 @@ def test_what_is_wrong_or_not_supported_is_refused_by_name(
         assert set(body) == {"message", "type", "param", "code"}
         assert (body["type"], body["param"]) == ("invalid_request_error", param)
         assert sentence in body["message"]
-
-
-@cases
-def test_completions_refuse_likewise(client: Any, arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=sentence):
-        client.completions.create(**{"model": "any", "prompt": "json"} | arguments)

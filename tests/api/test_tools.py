@@ -20,7 +20,6 @@ from tests.support.cases import cases, tables
 from tests.support.schemas import random_schema
 from tests.support.services import PATIENCE, serving
 
-RESPONSES = "/v1/responses"
 TOOLS, CALLED, FLAT, ITEMS = (tables(__file__)[name] for name in ("TOOLS", "CALLED", "FLAT", "ITEMS"))
 
 
@@ -119,15 +118,6 @@ def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
 
 
 @cases
-def test_what_cannot_be_called_or_followed_is_refused_by_name(
-    api: Running, body: dict[str, Any], sentence: str
-) -> None:
-    response = api.client.post(CHAT, json={"messages": USER, "max_tokens": 5, **body})
-    assert response.status_code == 400, response.text
-    assert sentence in response.json()["error"]["message"]
-
-
-@cases
 @pytest.mark.parametrize("temperature", [0, 2])
 def test_each_spelling_of_a_format_holds_the_answer(
     ask_for: Any, body: dict[str, Any], pattern: str, temperature: float
@@ -192,10 +182,3 @@ def test_a_response_is_the_chat_s_answer(respond: Any, ask: Any, api: Running) -
         absent = api.client.post(path, json={})
         assert absent.status_code == 404
         assert ", since " in absent.json()["error"]["message"]
-
-
-@cases
-def test_what_a_response_cannot_be_is_refused_by_name(api: Running, body: dict[str, Any], sentence: str) -> None:
-    response = api.client.post(RESPONSES, json={"input": "Go.", "max_output_tokens": 5, **body})
-    assert response.status_code == 400, response.text
-    assert sentence in response.json()["error"]["message"]

@@ -55,15 +55,17 @@ def test_random_requests_are_answered_or_refused_and_get_the_same_answers_alone(
     assert compared == 12 * chosen["crosstalk"]
 
 
-# The cells of the defaults, more, and enough for all of it.
-@pytest.mark.parametrize("cells", [None, pytest.param(8000, marks=pytest.mark.soak), 20000])
-def test_sequences_that_outgrow_the_original_context_stop_nobody(model: Model, folder: Path, cells: int | None) -> None:
+@cases
+def test_sequences_that_outgrow_the_original_context_stop_nobody(
+    model: Model, folder: Path, cells: int | None, every: int
+) -> None:
     enough, short = cells == 20000, ask(8, do_sample=False, max_new_tokens=4)
     beams: dict[str, Any] = {"num_beams": 4, "do_sample": False}
     sequences = {"num_return_sequences": 4, "do_sample": True, "eos_token_id": []}
     options = ["--threads", "1", "--log-format", "json", *(["--ctx-size", str(cells)] if cells else [])]
     with serving(folder, str(model("128k")), *options, store=folder) as server:
-        for number, kwargs in enumerate((beams, sequences, beams | {"seed": 1}, sequences | {"seed": 1})):
+        asked = (beams, sequences, beams | {"seed": 1}, sequences | {"seed": 1})[::every]
+        for number, kwargs in enumerate(asked):
             # Of another length, and so another prompt: nothing of it is held.
             crossing = ask((4000 if enough else 3000) + number, max_length=4100, **kwargs)
             with ThreadPoolExecutor(3) as pool:

@@ -16,7 +16,7 @@ import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
-from edge_phi3.conversion.imatrix_file import Imatrix, read_imatrix
+from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.gguf_layout import read_layout
 from tests.engine.conftest import OPTIONS
@@ -74,15 +74,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same(found: Imatrix, expected: Imatrix) -> None:
-    """One text, one context, the same kernels in another process: what is summed differs by rounding."""
-    assert found.entries.keys() == expected.entries.keys()
-    for name, entry in expected.entries.items():
-        np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
-        np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-4)
-        assert np.corrcoef(found.entries[name].sums[0], entry.sums[0])[0, 1] >= 0.9999
-
-
 @pytest.mark.parametrize("layers", [None, 3, 0])
 def test_layers_on_the_device(device: Device, folder: Path, tmp_path: Path, layers: int | None) -> None:
     model, text, output = folder / "model.gguf", folder / "text.txt", tmp_path / "m.gguf"
@@ -90,7 +81,13 @@ def test_layers_on_the_device(device: Device, folder: Path, tmp_path: Path, laye
     options += [] if layers is None else ["--n-gpu-layers", str(layers)]
     finished = device.run("-m", "edge_phi3", "imatrix", model, "-f", text, "-o", output, *options)
     assert (finished.returncode, finished.stdout) == (0, f"{output}\n"), finished.stderr
-    assert_same(read_imatrix(output), read_imatrix(folder / "cpu.gguf"))
+    found, expected = read_imatrix(output), read_imatrix(folder / "cpu.gguf")
+    assert found.entries.keys() == expected.entries.keys()
+    # One text, one context, the same kernels in another process: what is summed differs by rounding.
+    for name, entry in expected.entries.items():
+        np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
+        np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-4)
+        assert np.corrcoef(found.entries[name].sums[0], entry.sums[0])[0, 1] >= 0.9999
     # The first of the offloaded layers is the output.
     blocks = LAYERS if layers is None else max(0, layers - 1)
     # The activations before each of the matrices there, in each chunk, once: through ggml's getter, the only way to

@@ -66,9 +66,8 @@ def llama_perplexity(peers: Peers, model: Path, logits: Path) -> dict[str, float
     """Have llama-perplexity compare a model with a file of log-probabilities; return its figures under our names."""
     # It ends without waiting for the thread that writes its log, and on a busy machine the end is lost.
     for _ in range(_ATTEMPTS):
-        output = peers.run(
-            "llama-perplexity", "-m", model, "--kl-divergence", "--kl-divergence-base", logits, *OPTIONS
-        )  # fmt: skip
+        options = ("--kl-divergence", "--kl-divergence-base", logits, *OPTIONS)
+        output = peers.run("llama-perplexity", "-m", model, *options)
         matches = {name: re.search(pattern, output) for name, (pattern, _) in _PATTERNS.items()}
         if all(matches.values()):
             found = {name: float(match.groups()[-1]) for name, match in matches.items() if match}
@@ -88,46 +87,35 @@ def test_both_print_the_same_figures(kind: str, peers: Peers, files: Files, tmp_
         assert abs(found - expected[name]) <= max(LEAST * abs(expected[name]), tolerance), (name, found, expected)
 
 
-CORRELATION = 0.9999
-"""Correlation of a tensor's sums: both add up the same products, in another order."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The demo model in F16, and the packaged calibration text."""
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(calibration_text(), encoding="utf-8")
-    return model_path("demo", kind="F16"), path
-
-
-def llama_imatrix(peers: Peers, inputs: tuple[Path, Path], output: Path, *, size: int, batch: int) -> Path:
-    model, text = inputs
+def llama_imatrix(peers: Peers, output: Path, *, size: int, batch: int) -> Path:
+    """Make an importance matrix from the packaged text, written beside it."""
+    text = output.with_name("calibration.txt")
+    text.write_text(calibration_text(), encoding="utf-8")
     peers.run(
-        "llama-imatrix", "-m", model, "-f", text, "-o", output, "-c", str(size), "-b", str(batch), "-t",
-        str(usable_cores()), "--parse-special", "--no-ppl",
+        "llama-imatrix", "-m", model_path("demo", kind="F16"), "-f", text, "-o", output, "-c", str(size), "-b",
+        str(batch), "-t", str(usable_cores()), "--parse-special", "--no-ppl",
     )  # fmt: skip
     return output
 
 
 @pytest.mark.parametrize("batch", ["one chunk", "2048 tokens"])
 @pytest.mark.parametrize("size", [512, 600])
-def test_both_collect_the_same(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path, size: int, batch: str) -> None:
+def test_both_collect_the_same(peers: Peers, tmp_path: Path, size: int, batch: str) -> None:
     """Chunk by chunk, as edge-phi3 does it, the counts are equal too.
 
     With its own batch of 2,048 tokens llama-imatrix evaluates several chunks together and may pass over a few rows or
     a chunk, since it leaves out products of fewer than 16.
     """
-    model, text = inputs
+    model, text = model_path("demo", kind="F16"), tmp_path / "calibration.txt"
     tokens = size if batch == "one chunk" else 2048 // size * size
-    theirs = read_imatrix(llama_imatrix(peers, inputs, tmp_path / "theirs.gguf", size=size, batch=tokens))
-    make_imatrix(
-        model, tmp_path / "ours.gguf", text=text, ctx_size=size, parse_special=True, threads=usable_cores()
-    )  # fmt: skip
-    ours = read_imatrix(tmp_path / "ours.gguf")
+    theirs = read_imatrix(llama_imatrix(peers, tmp_path / "theirs.gguf", size=size, batch=tokens))
+    output = tmp_path / "ours.gguf"
+    make_imatrix(model, output, text=text, ctx_size=size, parse_special=True, threads=usable_cores())
+    ours = read_imatrix(output)
     assert ours.entries.keys() == theirs.entries.keys()
     for name, mine in ours.entries.items():
         other = theirs.entries[name]
-        assert np.corrcoef(mine.sums.ravel(), other.sums.ravel())[0, 1] >= CORRELATION, name
+        assert np.corrcoef(mine.sums.ravel(), other.sums.ravel())[0, 1] >= 0.9999, name
         if tokens == size:
             assert np.array_equal(mine.counts, other.counts), name
     if tokens == size:
@@ -135,9 +123,9 @@ def test_both_collect_the_same(peers: Peers, inputs: tuple[Path, Path], tmp_path
         assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
 
 
-def test_both_quantisers_read_llama_imatrix(peers: Peers, inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    model, kind = inputs[0], "IQ2_XS"
-    matrix = llama_imatrix(peers, inputs, tmp_path / "matrix.gguf", size=512, batch=512)
+def test_both_quantisers_read_llama_imatrix(peers: Peers, tmp_path: Path) -> None:
+    model, kind = model_path("demo", kind="F16"), "IQ2_XS"
+    matrix = llama_imatrix(peers, tmp_path / "matrix.gguf", size=512, batch=512)
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix).path
     peers.run("llama-quantize", "--imatrix", matrix, model, tmp_path / "theirs.gguf", kind, str(usable_cores()))
     assert digest(ours) == digest(tmp_path / "theirs.gguf")

@@ -1,7 +1,5 @@
 """transformers' recorded answers on this machine: all decoding modes, the sliding window, the long context.
 
-    python -m tests.support.exactness --kv f32
-
 The checkpoints are the small ones of ``tests/golden``, as F32 GGUFs, with all layers on the GPU where there is one.
 With an F32 KV cache every token must be transformers'; with F16 the answers that differ are counted.
 """
