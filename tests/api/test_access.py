@@ -193,8 +193,7 @@ def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, mod
         return api.client.request(method, path, json=body, headers={"origin": origin} | asks | key)
 
     def allowed(answer: httpx.Response) -> str | None:
-        header: str | None = answer.headers.get("access-control-allow-origin")
-        return header
+        return answer.headers.get("access-control-allow-origin")
 
     assert allowed(ask(api, "OPTIONS", OURS)) is None
     guarded: dict[str, Any] = {"api_key": ["right"], "rate_limit": "20/day"}

@@ -76,8 +76,7 @@ def test_what_a_tokenizer_puts_in_front_of_a_text_is_in_front_of_texts_alone(
     api: Running, ask_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def count(**body: Any) -> int:
-        tokens: int = api.client.post("/tokenize", json=body).json()["count"]
-        return tokens
+        return api.client.post("/tokenize", json=body).json()["count"]
 
     text, conversation = count(text="json"), count(messages=USER)
     monkeypatch.setattr(api.service.pipeline.engine.model.tokenizer, "_front", (1,))

@@ -145,8 +145,7 @@ def test_a_sampler_s_field_is_the_parameter_of_chat(
 
 def test_tokens_end_an_answer_are_banned_or_are_the_only_ones(api: Running, ask_for: Any) -> None:
     def tokens(text: str) -> list[int]:
-        found: list[int] = api.client.post("/tokenize", json={"content": text}).json()["tokens"]
-        return found
+        return api.client.post("/tokenize", json={"content": text}).json()["tokens"]
 
     the, plain = tokens("the")[-1], ask_for(**ENDLESS)
     assert ask_for(logit_bias=[[the, 100]], max_tokens=3)["text"] == " the the the"
@@ -221,8 +220,7 @@ def test_the_likeliest_of_several_completions_are_returned(api: Running) -> None
 
 def test_texts_become_tokens_and_tokens_text_as_three_servers_call_them(api: Running, ask_for: Any) -> None:
     def tokens(**body: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = api.client.post("/tokenize", json=body).json()
-        return answer
+        return api.client.post("/tokenize", json=body).json()
 
     ours = tokens(text=PROMPT)
     assert ours == {"tokens": ours["tokens"], "count": len(ours["tokens"]), "max_model_len": 2048, "token_strs": None}

@@ -26,8 +26,7 @@ def test_penalties_follow_the_formula(ask: Any, presence: float, frequency: floa
 
     def penalised(token: Any) -> float:
         count = before.count(bytes(token.bytes))
-        logprob: float = token.logprob - count * frequency - (presence if count else 0)
-        return logprob
+        return token.logprob - count * frequency - (presence if count else 0)
 
     changed = 0
     for token in answer.choices[0].logprobs.content:

@@ -44,13 +44,11 @@ def asked(api: Running, prompt: Any, **more: Any) -> dict[str, Any]:
     body = {"prompt": prompt, "echo": True, "logprobs": 3, "temperature": 0, "max_tokens": 1} | more
     response = api.client.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+    return response.json()
 
 
 def tokens_of(api: Running, prompt: str | list[int]) -> list[int]:
-    found: list[int] = api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
-    return found
+    return api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
 
 
 @cases

@@ -70,8 +70,7 @@ def test_as_many_layers_as_fit_are_loaded_and_do_fit(device: Device, made: Made)
 def answer(device: Device, *arguments: str | Path) -> dict[str, Any]:
     finished = device.run("-m", "edge_phi3", "fit", *arguments, "--json")
     assert finished.returncode == 0, finished.stderr
-    found: dict[str, Any] = json.loads(finished.stdout)
-    return found
+    return json.loads(finished.stdout)
 
 
 def serve_as_recommended(device: Device, folder: Path, found: dict[str, Any]) -> None:

@@ -2,15 +2,12 @@
 
     TORCH_PYTHON=~/torch/bin/python PARITY_REQUESTS=5000 pytest -m parity tests/parity/test_random_requests.py
 
-Checkpoints (a plain one, one with grouped-query attention, one of the 128k kind, and members of the family by their
-names) and requests come from a seed that is new each time, and printed; PARITY_SEED repeats one. Greedy decoding,
-sampling, beam search, beam sampling and group beam search take turns, with random combinations of all parameters.
-transformers draws from the random numbers that a `seed` promises (`docs/parameters.md`), so that sampled answers are
-compared token by token too, and log-probabilities to 1e-3.
+Checkpoints and requests come from a seed that is new each time, and printed; PARITY_SEED repeats one. All modes take
+turns, with random combinations of all parameters. transformers draws from the random numbers that a `seed` promises
+(`docs/parameters.md`), so that sampled answers are compared token by token too, and log-probabilities to 1e-3.
 
-llama.cpp's logits differ from torch's by some 1e-5. Where that decides between two tokens, the answers differ although
-neither is wrong: such a request counts as "by rounding" when transformers itself gives our answer after noise of 1e-4
-was put into its logits.
+llama.cpp's logits differ from torch's by some 1e-5. Where that decides between two tokens, a request counts as "by
+rounding" when transformers itself gives our answer after noise of 1e-4 was put into its logits.
 """
 
 import dataclasses
@@ -54,8 +51,7 @@ def ask_transformers(peers: Peers, checkpoint: Path, requests: list[Request], *o
     asked, answers = checkpoint / "requests.json", checkpoint / "answers.json"
     asked.write_text(json.dumps([dataclasses.asdict(request) for request in requests]), encoding="utf-8")
     peers.python("-m", "tests.golden.reference", checkpoint, asked, answers, *options)
-    result: list[Any] = json.loads(answers.read_text(encoding="utf-8"))
-    return result
+    return json.loads(answers.read_text(encoding="utf-8"))
 
 
 def is_among(one: Compared, answers: list[list[list[int]]]) -> bool:

@@ -31,8 +31,7 @@ _SafeLoader.add_constructor("!range", lambda _, node: [*range(int(node.value))])
 @functools.cache
 def tables(module: str) -> dict[str, Any]:
     """Return what the YAML file beside a module holds: ``test_this.yaml`` is that of ``test_this.py``."""
-    found: dict[str, Any] = yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), _SafeLoader)
-    return found
+    return yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), _SafeLoader)
 
 
 def cases(test: _Test) -> _Test:
@@ -45,5 +44,4 @@ def cases(test: _Test) -> _Test:
     found = tables(inspect.getfile(test))
     names, *rows = found[test.__name__]
     soak = [pytest.param(*row, marks=pytest.mark.soak) for row in found.get(f"{test.__name__} at length", ())]
-    parametrised: _Test = pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)
-    return parametrised
+    return pytest.mark.parametrize(",".join(names), [pytest.param(*row) for row in rows] + soak)(test)

@@ -168,8 +168,7 @@ def _read(ask: Ask, response: http.client.HTTPResponse, content: bytes) -> Outco
 
 
 def _sentence(body: dict[str, Any]) -> str:
-    sentence: str = body["error"]["message"] if "error" in body else body["detail"]
-    return sentence
+    return body["error"]["message"] if "error" in body else body["detail"]
 
 
 def _read_stream(ask: Ask, events: list[ServerSentEvent]) -> Outcome:

@@ -3,17 +3,12 @@
     python -m tests.support.service_fuzz --requests 2000 --seed 1
     python -m tests.support.service_fuzz --requests 2000 --seed 1 --only 5      # one of its services again
 
-Each service is ``edge-phi3 serve`` on a random model of one of five kinds (4k, 128k, a window of 64, grouped attention,
-Phi-4-mini) with its own options. Clients send requests of every kind and size, good and bad; some leave, among them
-beam searches beside greedy ones. Then it holds:
-
-- each request was answered, or refused at once with a sentence, none after its deadline;
-- the service is well and at rest, its log has no error, and SIGTERM ends it while requests run;
-- requests that can be repeated, sent alone to the same service, and to a fresh one without a prefix cache, get equal
-  tokens, and scores to 1e-3. Where llama.cpp's rounding decides between two tokens, an answer counts as "by rounding"
-  when the fresh service gives it after noise of 1e-5 or 1e-4 was put into its scores.
-
-What failed is printed as JSON: the service's options, and the request's path and body. Exit code 1 then.
+Each service serves a random model of one of `USUAL_KINDS` with its own options. Clients send requests of every kind and
+size, good and bad; some leave. Each is answered, or refused at once with a sentence, none after its deadline. The
+service is then well and at rest, its log has no error, and SIGTERM ends it while requests run. Requests that can be
+repeated, sent alone to the same service, and to a fresh one without a prefix cache, get equal tokens, and scores to
+1e-3; where llama.cpp's rounding decides between two tokens, an answer counts as "by rounding" when the fresh service
+gives it after noise of 1e-5 or 1e-4 was put into its scores. What failed is printed as JSON, and the exit code is 1.
 """
 
 import argparse
@@ -67,9 +62,12 @@ class Trial:
     def run(self, chains: list[Chain], share: float) -> None:
         """Send all requests, look at the service, and repeat a share of those that can be repeated."""
         with self.serving() as server:
+            with ThreadPoolExecutor(self._threads) as pool:
+                sent = pool.map(functools.partial(self._send_chain, server), chains)
+                everything = [*itertools.chain.from_iterable(sent)]
             asked = [
                 (ask, outcome)
-                for ask, outcome in self.send_all(server, chains)
+                for ask, outcome in everything
                 if ask.repeats and outcome.column in {"answered", "refused", "nothing to choose"}
                 if ask.always or self._random.random() < share
             ]
@@ -97,10 +95,6 @@ class Trial:
                 json.dumps(shown | (asdict(ask) if ask else {}), default=lambda body: repr(body[:200]))
             )
         return len(whats)
-
-    def send_all(self, server: Server, chains: list[Chain]) -> list[tuple[Ask, Outcome]]:
-        with ThreadPoolExecutor(self._threads) as pool:
-            return [*itertools.chain.from_iterable(pool.map(functools.partial(self._send_chain, server), chains))]
 
     def _send_chain(self, server: Server, chain: Chain) -> list[tuple[Ask, Outcome]]:
         done: list[tuple[Ask, Outcome]] = []

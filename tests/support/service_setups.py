@@ -53,13 +53,11 @@ class Setup:
 
     @property
     def context_length(self) -> int:
-        length: int = KINDS[self.kind].get("max_position_embeddings", ORIGINAL_CONTEXT)
-        return length
+        return KINDS[self.kind].get("max_position_embeddings", ORIGINAL_CONTEXT)
 
     @property
     def window(self) -> int:
-        window: int = KINDS[self.kind]["sliding_window"]
-        return window
+        return KINDS[self.kind]["sliding_window"]
 
     @property
     def is_exact(self) -> bool:

@@ -21,8 +21,7 @@ ENDLESS = {"max_new_tokens": "4000", "num_return_sequences": "8", "eos_token_id"
 def chat(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     answer = server.post("/chat", **body | {"stream": False})
     assert answer.status_code == 200, answer.text
-    result: dict[str, Any] = answer.json()
-    return result
+    return answer.json()
 
 
 def body_of(command: str) -> str:

@@ -19,8 +19,7 @@ KEY = "correct-horse"
 
 def overflow(playground: Playground, element: str = ":root") -> int:
     """Return by how many pixels an element, by default the page, is wider than what is seen of it."""
-    pixels: int = playground.page.locator(element).evaluate("node => node.scrollWidth - node.clientWidth")
-    return pixels
+    return playground.page.locator(element).evaluate("node => node.scrollWidth - node.clientWidth")
 
 
 def lightness(playground: Playground) -> float:
