@@ -25,8 +25,7 @@ from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import ContextOptions, Lora
 from tests.golden.checkpoints import write_checkpoint
-from tests.support.adapters import random_adapter
-from tests.support.models import model_path
+from tests.support.models import model_path, random_adapter
 
 CLIENTS, PROMPT, NEW, TURNS = 16, 60, 64, 3
 GREEDY: dict[str, object] = {"do_sample": False, "max_length": None, "max_new_tokens": NEW, "eos_token_id": []}

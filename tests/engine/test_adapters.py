@@ -18,7 +18,7 @@ from edge_phi3.llama.options import Lora
 from tests.engine.conftest import Asked, running_engine
 from tests.golden import adapters
 from tests.golden.family import write_member
-from tests.support.adapters import write_adapter
+from tests.support.models import write_adapter
 
 NAMES = ["", *adapters.ADAPTERS]
 CASES = list(itertools.product(range(len(NAMES)), range(len(adapters.PROMPTS))))

@@ -24,12 +24,11 @@ from edge_phi3.engine.sequence import FinishedEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation.decoding import TokenLogprobs
 from edge_phi3.generation.likelihood import token_logprobs
-from tests.support.fuzz import time_limit
+from tests.support.fuzz import live_in_threads, time_limit
 from tests.support.hash_context import HashContext
 from tests.support.lives import ADMISSION, EARLY, Life, check_admissions, live
 from tests.support.scenario_maker import random_scenario
 from tests.support.scenarios import VOCABULARY, Ask, InjectedError, Scenario
-from tests.support.threads import live_in_threads
 
 BATCH, BATCHES = 25, 10
 

@@ -19,8 +19,7 @@ from edge_phi3.llama.options import Lora
 from tests.engine.conftest import MakeModel, ask, running_engine
 from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
 from tests.golden.checkpoints import write_checkpoint
-from tests.support.adapters import RANK, write_adapter
-from tests.support.models import split
+from tests.support.models import RANK, split, write_adapter
 
 PROMPT = np.random.default_rng(5).integers(FIRST_TOKEN, LAST_TOKEN, 30, dtype=np.int32)
 OPTIONS: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": []}

@@ -15,8 +15,7 @@ from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Decoder
 from tests.engine.conftest import Asked as Request
 from tests.engine.conftest import MakeModel, generated, running_engine
-from tests.support.cores import make_core
-from tests.support.drafts import Foreseen
+from tests.support.cores import Foreseen, make_core
 from tests.support.scenarios import END, Ask, Scenario
 
 FLAT = {1: 1.0, 2: 1.02, 3: 1.05, 5: 1.11, 9: 1.3, 17: 2.0}

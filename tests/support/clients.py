@@ -17,7 +17,7 @@ from edge_phi3.generation import GenerationError, GenerationResult
 from edge_phi3.generation.constraints import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
-from tests.support.drafts import Foreseen
+from tests.support.cores import Foreseen
 from tests.support.reference import Answer, answer, fixed_entropy
 from tests.support.scenarios import END, TEXTS, Ask, InjectedError, OddOrEven, Scenario
 from tests.support.schemas import GRAMMARS, small_vocabulary

@@ -22,8 +22,7 @@ from edge_phi3.generation import API_DEFAULTS, GenerationResult
 from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
-from tests.support.cores import audit
-from tests.support.drafts import Foreseen
+from tests.support.cores import Foreseen, audit
 
 OPTIONS = "TEST_ENGINE_OPTIONS"
 """Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""

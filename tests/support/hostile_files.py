@@ -37,7 +37,7 @@ from edge_phi3.llama.options import Lora
 from edge_phi3.process import sentence_of
 from edge_phi3.settings import Settings
 from tests.golden.checkpoints import write_checkpoint
-from tests.support.adapters import write_adapter
+from tests.support.models import write_adapter
 
 _SECONDS, _MEMORY = 20, 1 << 30
 _NUMBERS = [0, 1, 2, 3, 255, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1]

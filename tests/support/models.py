@@ -1,14 +1,16 @@
-"""Models for benchmarks and comparisons: made from a seed the first time, and kept in a cache folder."""
+"""Models for benchmarks and comparisons: made from a seed the first time, and kept in a cache folder; adapters."""
 
 import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
@@ -24,6 +26,10 @@ SAVED = Path(__file__).parent.parent / "data" / "transformers-5"
 
 SHAPES: dict[str, dict[str, int]] = tables(__file__)["SHAPES"]
 """Random checkpoints with Phi-3's whole vocabulary, by name."""
+
+RANK = 2
+Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""What an adapter changes a matrix by: A, shape ``(rank, columns)``, and B, shape ``(rows, rank)``."""
 
 
 def model_path(name: str, folder: Path = CACHE, kind: str | None = None) -> Path:
@@ -81,6 +87,13 @@ def make_128k(config: Path) -> None:
     config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def split(source: Path, folder: Path) -> list[Path]:
     """Write an unquantised GGUF in parts of five tensors each; return them in order."""
     writer, reader = gguf.GGUFWriter(folder / "model.gguf", "phi3", split_max_tensors=5), gguf.GGUFReader(source)
@@ -89,8 +102,36 @@ def split(source: Path, folder: Path) -> list[Path]:
             writer.add_key_value(name, field.contents(), field.types[0], field.types[-1])
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write(writer)
     return sorted(folder.glob("model-*.gguf"))
+
+
+def write_adapter(path: Path, factors: Mapping[str, Factors]) -> Path:
+    """Write an adapter that adds ``B A`` to each of some matrices of a model."""
+    writer = gguf.GGUFWriter(path, "phi3")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(RANK))
+    for name, (down, up) in factors.items():
+        writer.add_tensor(f"{name}.lora_a", down)
+        writer.add_tensor(f"{name}.lora_b", up)
+    _write(writer)
+    return path
+
+
+def random_adapter(path: Path, model: Path, seed: int) -> Path:
+    """Write an adapter, from a seed, that changes each block's queries, keys, values, and its way out."""
+    chance, factors = np.random.default_rng(seed), dict[str, Factors]()
+    for tensor in gguf.GGUFReader(model).tensors:
+        columns, rows = (*tensor.shape.tolist(), 0)[:2]
+        if tensor.name.endswith(("attn_qkv.weight", "ffn_down.weight")):
+            down, up = chance.standard_normal((RANK, columns)), chance.standard_normal((rows, RANK))
+            factors[tensor.name] = ((down / columns**0.5).astype(np.float32), up.astype(np.float32))
+    return write_adapter(path, factors)
+
+
+def adapter_arguments(model: Path, count: int) -> list[str]:
+    """Make so many adapters of a model, and return the arguments of ``edge-phi3 serve`` for them, called 1, 2, ..."""
+    paths = [model.with_name(f"{model.stem} {number}") for number in range(1, count + 1)]
+    made = enumerate((random_adapter(path, model, number) for number, path in enumerate(paths, 1)), 1)
+    return [word for number, path in made for word in ("--lora", f"{number}={path}")]

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tests.support.adapters import adapter_arguments
+from tests.support.models import adapter_arguments
 from tests.support.service_client import Ask, Outcome, complaint_about, difference, send
 from tests.support.service_requests import AskMaker, Chain, texts_of
 from tests.support.service_setups import USUAL_KINDS, Setup, make_model, make_setups
