@@ -114,6 +114,14 @@ def greedy(api: Running, **kwargs: Any) -> str:
     return b"".join(shown[token] for token in tokens).decode("utf-8", "replace")
 
 
+def spelling(api: Running, text: str) -> dict[str, Any]:
+    """Return what makes a model begin its answer with a text, in tokens that have one character each."""
+    pipeline = api.service.pipeline
+    byte = {pipeline.token_bytes(token): token for token in reversed(range(pipeline.model.vocab_size))}
+    tokens = [byte[bytes([value])] for value in text.encode()]
+    return {"sequence_bias": [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]}
+
+
 def joined(answer: Any) -> list[tuple[str, str | None, list[Any]]]:
     """Return text, finish reason and tokens of each choice of an answer of OpenAI's API, whole or streamed."""
     found: dict[int, tuple[str, str | None, list[Any]]] = {}

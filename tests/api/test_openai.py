@@ -1,6 +1,5 @@
 """OpenAI's API, asked with OpenAI's own client: what is answered, whole and in a stream."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +7,12 @@ import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai._streaming import SSEDecoder
 
 from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.conversion.convert import convert
 from tests import paced
-from tests.api.conftest import PROMPT, USER, Clock, Running, greedy, joined, loader, openai_client, ready
+from tests.api.conftest import PROMPT, USER, Clock, Running, greedy, joined, loader, openai_client, ready, spelling
 from tests.golden.family import write_member
 
 COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
@@ -60,13 +60,9 @@ def test_an_answer_ends_before_a_stop_text_or_with_it(api: Running, ask: Any, st
     assert [found[:2] for found in joined(answer)] == [(whole[:end], "stop")]
 
 
-def emoji(api: Running, count: int = 0) -> dict[str, Any]:
+def emoji(api: Running, **more: int) -> dict[str, Any]:
     """Return what makes a model spell 😀, in the four byte tokens that its vocabulary has for it, again and again."""
-    raw_of = api.service.pipeline.engine.model.tokenizer.raw_of
-    byte = {raw[0]: token for token, raw in raw_of.items() if len(raw) == 1}
-    spelt = [byte[value] for value in "😀".encode()]
-    biases = [[spelt[:length], 1e3 * 2**length] for length in range(1, 5)]
-    return {"sequence_bias": biases, "eos_token_id": -1} | ({"max_new_tokens": count} if count else {})
+    return spelling(api, "😀") | {"eos_token_id": -1} | more
 
 
 @pytest.mark.parametrize("kind", ["phi-3", "phi-4-mini-instruct"])
@@ -74,16 +70,17 @@ def test_a_character_of_bytes_goes_out_whole_and_may_be_a_stop(kind: str, model_
     if kind != "phi-3":
         model_path = convert(write_member(tmp_path, kind, layers=1), tmp_path / "model.gguf").path
     with ready(loader(model_path, stream_interval=0)) as api, openai_client(api) as client:
-        asked: dict[str, Any] = {"model": "any", "messages": USER, "extra_body": {"generate_kwargs": emoji(api, 62)}}
+        spelt = {"generate_kwargs": emoji(api, max_new_tokens=62)}
+        asked: dict[str, Any] = {"model": "any", "messages": USER, "extra_body": spelt}
         chunks = list(client.chat.completions.create(**asked, stream=True))
         pieces = [piece for chunk in chunks if (piece := chunk.choices[0].delta.content)]
         assert pieces == ["😀"] * 15 + ["\ufffd"]
         assert client.chat.completions.create(**asked).choices[0].message.content == "".join(pieces)
         # For transformers, a run of Phi-3's bytes is UTF-8 as a whole, or each of them is lost.
         answer = {"Result": "\ufffd" * 62 if kind == "phi-3" else "".join(pieces)}
-        assert api.chat(messages=USER, generate_kwargs=emoji(api, 62)).json() == answer
-        told = api.chat(messages=USER, generate_kwargs=emoji(api, 62), stream=True).text.split("data: ")[1:]
-        *parts, last = [json.loads(data.partition("\n")[0]) for data in told]
+        assert api.chat(messages=USER, **spelt).json() == answer
+        told = SSEDecoder().iter_bytes(iter([api.chat(messages=USER, **spelt, stream=True).content]))
+        *parts, last = [each.json() for each in told]
         assert ("".join(part["text"] for part in parts), last) == (answer["Result"], answer)
         asked |= {"extra_body": {"generate_kwargs": emoji(api)}, "stop": "😀😀", "max_tokens": 64}
         for more in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
@@ -109,7 +106,7 @@ def test_a_stop_counts_only_in_what_is_generated_which_is_of_16_tokens_by_defaul
 
 def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     texts = [PROMPT, "json"]
-    tokens = [api.client.post("/tokenize", json={"text": text}).json()["tokens"] for text in texts]
+    tokens = [api.tokenize(text=text)["tokens"] for text in texts]
     by_text = client.completions.create(prompt=texts, echo=True, **COMPLETION)
     by_tokens = client.completions.create(prompt=tokens, **COMPLETION)
     for text, choice in zip(texts, by_text.choices, strict=True):
@@ -118,7 +115,7 @@ def test_a_prompt_may_come_as_tokens(api: Running, client: Any) -> None:
     prompt = api.client.post("/detokenize", json={"tokens": tokens[0]}).json()["text"]
     assert alone.choices[0].text == prompt + by_tokens.choices[0].text
     assert alone.usage.prompt_tokens == len(tokens[0])
-    smiley = api.client.post("/tokenize", json={"text": "😀"}).json()["tokens"]  # which ends in four bytes
+    smiley = api.tokenize(text="😀")["tokens"]  # which ends in four bytes
     cut = client.completions.create(prompt=[*smiley, *smiley[-4:-1]], echo=True, **COMPLETION)
     assert cut.choices[0].text.startswith("😀\ufffd")
 

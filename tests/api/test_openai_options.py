@@ -50,7 +50,7 @@ def test_logprobs_are_those_of_the_model(api: Running, ask: Any) -> None:
 
 
 def test_a_bias_and_a_temperature_do_not_change_them(api: Running, ask: Any) -> None:
-    token = api.client.post("/tokenize", json={"text": "the"}).json()["tokens"][-1]
+    token = api.tokenize(text="the")["tokens"][-1]
     plain, forced = (
         ask(max_tokens=1, logprobs=True, top_logprobs=20, **more).choices[0].logprobs.content[0]
         for more in ({}, {"temperature": 2, "logit_bias": {str(token): 100}})

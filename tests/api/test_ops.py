@@ -97,10 +97,10 @@ def gets(api: Running) -> list[str]:
 
 
 def test_text_goes_to_tokens_and_back_and_what_is_no_token_is_refused(api: Running) -> None:
-    tokens = api.client.post("/tokenize", json={"text": PROMPT}).json()["tokens"]
+    tokens = api.tokenize(text=PROMPT)["tokens"]
     body = api.chat(prompt=PROMPT, generate_kwargs={**GREEDY, "return_dict_in_generate": True}).json()
     assert body["sequences"][0][: len(tokens)] == tokens
-    plain = api.client.post("/tokenize", json={"text": "<|user|>", "parse_special_tokens": False}).json()["tokens"]
+    plain = api.tokenize(text="<|user|>", parse_special_tokens=False)["tokens"]
     assert len(plain) > 1
     for skip in (False, True):
         body = {"tokens": tokens, "skip_special_tokens": skip}

@@ -47,17 +47,13 @@ def asked(api: Running, prompt: Any, **more: Any) -> dict[str, Any]:
     return response.json()
 
 
-def tokens_of(api: Running, prompt: str | list[int]) -> list[int]:
-    return api.client.post("/tokenize", json={"text": prompt}).json()["tokens"]
-
-
 @cases
 def test_they_are_the_log_softmax_of_the_models_logits(
     api: Running, own: Context, several: bool, kind: str, more: dict[str, int]
 ) -> None:
     by_tokens, max_tokens, top = kind == "tokens", more["max_tokens"], more["logprobs"]
     pipeline, texts = api.service.pipeline, LIST if several else LIST[:1]
-    tokens = [tokens_of(api, text) for text in texts]
+    tokens = [api.tokenize(text=text)["tokens"] for text in texts]
     prompts: list[Any] = list(tokens if by_tokens else texts)
     answer = asked(api, prompts if several else prompts[0], **more)
     assert answer["usage"]["prompt_tokens"] == sum(map(len, tokens))
@@ -101,14 +97,14 @@ def test_every_token_is_told_also_one_that_ends_the_answer(api: Running) -> None
     (choice,) = asked(api, PROMPT, logit_bias={str(end): 100})["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["text"] == PROMPT
-    assert len(choice["logprobs"]["tokens"]) == len(tokens_of(api, PROMPT)) + 1
+    assert len(choice["logprobs"]["tokens"]) == len(api.tokenize(text=PROMPT)["tokens"]) + 1
     assert choice["logprobs"]["text_offset"][-1] == len(PROMPT)
 
 
 def test_a_prompt_is_scored_once_for_several_answers(api: Running) -> None:
     before = api.service.pipeline.engine.stats().prompt_tokens_total
     first, *others = asked(api, PROMPT, n=3, temperature=1, seed=1, max_tokens=8)["choices"]
-    count = len(tokens_of(api, PROMPT))
+    count = len(api.tokenize(text=PROMPT)["tokens"])
     assert api.service.pipeline.engine.stats().prompt_tokens_total == before + count
     scored = [choice["logprobs"]["token_logprobs"] for choice in (first, *others)]
     assert {tuple(each[:count]) for each in scored} == {tuple(scored[0][:count])}
@@ -128,7 +124,7 @@ def test_a_stop_text_cuts_the_answer_and_not_the_prompt(api: Running) -> None:
     (cut,) = asked(api, "json.dumps", max_tokens=20, stop=["json", new[8:11]])["choices"]
     assert (cut["text"], cut["finish_reason"]) == ("json.dumps" + new[:8], "stop")
     count = len(cut["logprobs"]["tokens"])
-    assert len(tokens_of(api, "json.dumps")) < count < len(free["logprobs"]["tokens"])
+    assert len(api.tokenize(text="json.dumps")["tokens"]) < count < len(free["logprobs"]["tokens"])
     assert cut["logprobs"]["text_offset"] == free["logprobs"]["text_offset"][:count]
 
 
@@ -137,7 +133,7 @@ TOO_LONG = "but this model's maximum context length is 4096 tokens"
 
 
 def test_a_prompt_may_be_cut_on_either_side(api: Running, ask_for: Any) -> None:
-    tokens = api.client.post("/tokenize", json={"text": LONG}).json()["tokens"]
+    tokens = api.tokenize(text=LONG)["tokens"]
     assert len(tokens) > 4096
     for side, kept in (("left", tokens[-50:]), ("right", tokens[:50])):
         cut = ask_for(COMPLETIONS, prompt=LONG, truncate_prompt_tokens=50, truncation_side=side, echo=True)
@@ -160,7 +156,7 @@ def test_a_prompt_beyond_the_context_is_refused_at_once(model_path: Path) -> Non
             assert response.status_code == 400
             assert TOO_LONG in response.json()["detail"]
         assert api.service.pipeline.engine.stats().prompt_tokens_total == 0, "none was queued"
-        tokens = api.client.post("/tokenize", json={"text": LONG}).json()["tokens"]
+        tokens = api.tokenize(text=LONG)["tokens"]
         last = [api.client.post(COMPLETIONS, json={"prompt": tokens[:length], **ENDLESS}) for length in (4095, 4096)]
         assert [response.status_code for response in last] == [200, 400]
         assert last[0].json()["usage"]["completion_tokens"] == 1

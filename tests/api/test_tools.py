@@ -14,7 +14,7 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 
 from edge_phi3.conversion.convert import convert
-from tests.api.conftest import CHAT, USER, Running, loader, openai_client, ready
+from tests.api.conftest import CHAT, USER, Running, loader, openai_client, ready, spelling
 from tests.golden.family import write_member
 from tests.support.cases import cases, tables
 from tests.support.schemas import random_schema
@@ -40,14 +40,6 @@ def joined(stream: Any) -> list[tuple[Any, ...]]:
     ids = [call.id for choice in choices for call in choice.message.tool_calls or ()]
     assert len({*ids}) == len(ids)
     return [(*shape(choice), choice.finish_reason) for choice in choices]
-
-
-def spelling(api: Running, text: str) -> dict[str, Any]:
-    """Return what makes a model begin its answer with a text, in tokens that have one character each."""
-    pipeline = api.service.pipeline
-    byte = {pipeline.token_bytes(token): token for token in reversed(range(pipeline.model.vocab_size))}
-    tokens = [byte[bytes([value])] for value in text.encode()]
-    return {"sequence_bias": [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]}
 
 
 @cases

@@ -31,6 +31,9 @@ class Running:
     def chat(self, **body: Any) -> httpx.Response:
         return self.client.post("/chat", json=body)
 
+    def tokenize(self, **body: Any) -> Any:
+        return self.client.post("/tokenize", json=body).json()
+
     def wait_until(self, condition: Callable[[], object]) -> None:
         assert wait_for(condition), "it did not become true in time"
 
