@@ -19,16 +19,27 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
 from tests.golden import attention
-from tests.support.in_process import Running, ready, running
+from tests.support.in_process import Running, ready
 from tests.support.services import PATIENCE
 
-__all__ = ["GREEDY", "PATIENCE", "PROMPT", "Clock", "Running", "loader", "ready", "running"]
+__all__ = ["GREEDY", "PATIENCE", "PROMPT", "Clock", "Running", "loader", "ready"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet() -> None:
     """Only errors are logged: requests of a test are not news."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+
+
+@pytest.fixture
+def _logging() -> Iterator[None]:
+    """Let a test change how is logged."""
+    before, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.configure(**before)
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from edge_phi3.api import body as body_module
 from edge_phi3.api.lanes import LONG, LONGEST
 from edge_phi3.llama.model import Model
 from edge_phi3.pipeline.chat_template import ChatTemplate
-from tests.api.conftest import CHAT, COMPLETIONS, PATIENCE, USER, Running, loader, running
+from tests.api.conftest import CHAT, COMPLETIONS, PATIENCE, USER, Running, loader, ready
 from tests.support.cases import cases
 
 LLAMAS = "🦙" * (LONGEST // 4)
@@ -103,8 +103,7 @@ def test_the_largest_bodies_keep_nobody_waiting_and_are_forgotten_with_their_cli
 
 
 def test_closing_waits_for_what_is_prepared_and_begins_nothing_more(model_path: Any, gate: _Gate) -> None:
-    with running(loader(model_path)) as api:
-        api.wait_until(lambda: api.service.is_ready)
+    with ready(loader(model_path)) as api:
         threads = [
             threading.Thread(target=lambda: api.client.post("/tokenize", json={"text": LLAMAS})) for _ in range(3)
         ]

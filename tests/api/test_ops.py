@@ -19,7 +19,7 @@ from edge_phi3 import __version__
 from edge_phi3.api.service import Say
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.system_resources import gpus
-from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready, running
+from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready
 from tests.support.cases import cases, tables
 
 BODY = {"prompt": "a", "generate_kwargs": GREEDY}
@@ -35,7 +35,7 @@ def test_the_service_answers_while_its_model_loads(model_path: Path) -> None:
         assert go.wait(PATIENCE)
         return loader(model_path)(say)
 
-    with running(load) as api:
+    with ready(load, wait=False) as api:
         try:
             for path, status in {"/": 200, "/livez": 200, "/version": 200, "/metrics/prometheus": 200}.items():
                 assert api.client.get(path).status_code == status

@@ -23,6 +23,8 @@ from edge_phi3.settings import Settings
 from tests.api.conftest import CHAT, GREEDY, PATIENCE, PROMPT, USER, Running, loader, ready
 from tests.support.cases import cases, tables
 
+pytestmark = pytest.mark.usefixtures("_logging")
+
 SECRETS = {"prompt": "the-secret-prompt", "key": "the-secret-key"}
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
@@ -38,15 +40,6 @@ def test_a_request_id_is_taken_and_returned_when_it_is_a_plain_word(api: Running
     assert len(made) == 2 * len(others)
     assert made.isdisjoint(others)
     assert api.client.get("/").headers["x-request-id"]
-
-
-@pytest.fixture(autouse=True)
-def _restored_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def lines(text: str) -> list[dict[str, Any]]:

@@ -39,7 +39,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(load: Loader, **options: Any) -> Iterator[Running]:
+def ready(load: Loader, *, wait: bool = True, **options: Any) -> Iterator[Running]:
+    """Serve what is loaded; wait for it unless told otherwise."""
     app, service = create_service(Settings.load(options), load)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -49,15 +50,11 @@ def running(load: Loader, **options: Any) -> Iterator[Running]:
         thread.start()
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE, trust_env=False) as client:
-                yield Running(client, service, port, app)
+                it = Running(client, service, port, app)
+                if wait:
+                    it.wait_until(lambda: service.is_ready or service.failure)
+                    assert service.failure is None
+                yield it
         finally:
             server.should_exit = True
             thread.join()
-
-
-@contextlib.contextmanager
-def ready(load: Loader, **options: Any) -> Iterator[Running]:
-    with running(load, **options) as it:
-        it.wait_until(lambda: it.service.is_ready or it.service.failure)
-        assert it.service.failure is None
-        yield it

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, ViewportSize, expect
 
 from edge_phi3.api.service import LoadCancelledError, Say
 from edge_phi3.pipeline import TextGenerationPipeline
-from tests.api.conftest import running
+from tests.api.conftest import ready
 from tests.support.services import PATIENCE, Server, serving
 from tests.ui.conftest import OPTIONS, Playground, watched
 
@@ -138,7 +138,7 @@ def test_how_far_the_loading_is_can_be_seen(browser: Browser) -> None:
         go.wait(PATIENCE)
         raise LoadCancelledError("over")
 
-    with running(load) as api, browser.new_context() as context:
+    with ready(load, wait=False) as api, browser.new_context() as context:
         context.set_default_timeout(1000 * PATIENCE)
         url = f"http://127.0.0.1:{api.port}"
         page = context.new_page()
