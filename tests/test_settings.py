@@ -27,8 +27,9 @@ def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pyte
     assert (settings.port, settings.ctx_size, settings.batch_size, settings.host) == (1003, 2002, 33, "0.0.0.0")
 
 
-def test_engine_options_have_the_engine_s_defaults() -> None:
+def test_defaults_are_the_engine_s_and_suit_proxies() -> None:
     settings = Settings.load()
+    assert settings.keep_alive > 75, "connections wait longer for another request than proxies do"
     for field in dataclasses.fields(EngineSettings):
         if field.name != "model_path":
             assert getattr(settings, field.name) == field.default, field.name

@@ -1,7 +1,6 @@
 """Adapters over HTTP: listed, chosen by `model` and by `adapters`, and many clients of several at once."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -14,8 +13,6 @@ from tests.api.conftest import PROMPT, USER, Running, ready
 from tests.golden import adapters
 
 GOLDEN = adapters.recorded()["answers"]
-SERVED = {"": "", "attention": "attention", "mlp": "mlp", "faint": ""}
-"""The names that requests choose here, and whose answers they get: the third adapter is too faint to be noticed."""
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +76,6 @@ def test_adapters_chooses_on_chat(api: Running) -> None:
         refused = api.chat(prompt=PROMPT, adapters=wrong)
         assert refused.status_code == 400
         assert refused.json()["detail"] == "`adapters` must be one of attention, mlp, faint."
-
-
-def test_sixteen_clients_over_three_adapters_and_none_get_the_answers_of_one_alone(api: Running) -> None:
-    asks = [(name, number % len(adapters.PROMPTS)) for number in range(4) for name in SERVED]
-
-    def ask(one: tuple[str, int]) -> str:
-        name, prompt = one
-        return chat(api, prompt, adapters=[name] if name else None)
-
-    with ThreadPoolExecutor(len(asks)) as pool:
-        for (name, prompt), answer in zip(asks, pool.map(ask, asks), strict=True):
-            assert answer == str(GOLDEN[SERVED[name]][prompt]), (name, prompt)
 
 
 def test_an_adapter_is_not_called_as_the_model(options: dict[str, object]) -> None:

@@ -14,7 +14,6 @@ import psutil
 import pytest
 
 from edge_phi3.pipeline import TextGenerationPipeline
-from edge_phi3.settings import Settings
 from tests.api.conftest import PATIENCE, Running, loader, ready
 from tests.support.cases import cases, tables
 from tests.support.services import Server, serving, wait_for
@@ -222,10 +221,6 @@ def test_a_byte_now_and_then_wins_no_time(hasty: Server) -> None:
                     assert answer, "closed without a word"
                 with contextlib.suppress(ConnectionError):
                     client.send(more)
-
-
-def test_connections_wait_longer_for_another_request_than_proxies_do() -> None:
-    assert Settings().keep_alive > 75
 
 
 def test_a_stream_that_nobody_reads_is_ended_and_its_request_with_it(hasty: Server) -> None:

@@ -96,7 +96,7 @@ def test_the_commands_of_a_page_run(page: Path, folder: Path, server: Server, st
                     assert json.loads(answer) == json.loads(expected[command])
 
 
-@pytest.mark.parametrize("quant", ["Q4_K_M", "F16"])
+@pytest.mark.parametrize("quant", ["Q4_K_M", pytest.param("F16", marks=pytest.mark.soak)])
 def test_the_card_questions_are_answered(tmp_path: Path, store: Path, server: Server, quant: str) -> None:
     def answer(question: str) -> str:
         body = {"prompt": f"<|user|>\n{question}<|end|>\n<|assistant|>\n", "return_full_text": False}
