@@ -1,4 +1,4 @@
-"""Adapters over HTTP: listed, chosen by `model` and by `adapters`, and many clients of several at once."""
+"""Adapters over HTTP: listed, chosen by `model` and by `adapters`."""
 
 from collections.abc import Iterator
 

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -86,11 +87,12 @@ class Trial:
 
     def serving(self, **options: Any) -> contextlib.AbstractContextManager[Server]:
         adapters = adapter_arguments(self._model, self._setup.adapters)
-        return serving(self._folder, str(self._model), *self._setup.arguments(**options), *adapters, store=self._folder)
+        environment = os.environ | self._setup.environment(**options)
+        return serving(self._folder, str(self._model), *adapters, store=self._folder, environment=environment)
 
     def _note(self, *whats: str, ask: Ask | None = None) -> int:
         for what in whats:
-            shown = {"what": what, "model": self._setup.kind, "options": self._setup.arguments()}
+            shown = {"what": what, "model": self._setup.kind, "options": self._setup.environment()}
             self.failures.append(
                 json.dumps(shown | (asdict(ask) if ask else {}), default=lambda body: repr(body[:200]))
             )

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.settings import Settings
-from edge_phi3.settings_text import flag_of
+from edge_phi3.settings import ENV_PREFIX, Settings
 from tests.golden.checkpoints import long_context, longrope, write_checkpoint
 from tests.golden.family import FAMILY
 
@@ -64,16 +63,10 @@ class Setup:
         """Whether a request that can be repeated has the same answer whatever else runs."""
         return self.settings.window_chunk == 1 or self.window > self.context_length
 
-    def arguments(self, **more: Any) -> list[str]:
-        """Return the arguments of ``edge-phi3 serve`` after the model's path, for these options and more."""
-        words: list[str] = []
-        for name, value in (_EXACT | _LIMITS | self.options | more).items():
-            flag = flag_of(name)
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, str(value)]
-        return words
+    def environment(self, **more: Any) -> dict[str, str]:
+        """Return the environment of ``edge-phi3 serve`` that gives it these options and more."""
+        options = _EXACT | _LIMITS | self.options | more
+        return {ENV_PREFIX + name.upper(): str(value).lower() for name, value in options.items()}
 
 
 def make_setups(seed: int, count: int) -> list[Setup]:
