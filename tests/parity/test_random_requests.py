@@ -40,12 +40,6 @@ _SPARE = 1.1
 """transformers fails on some requests (it draws from NaN), so that many times more are asked."""
 
 
-def random_requests(seed: int, count: int, texts: list[str]) -> list[Request]:
-    """Make requests, the modes in turn, over the ordinary tokens of a small vocabulary."""
-    maker = RequestMaker(seed, ORDINARY, texts=texts, longest_prompt=60, most_new=20, most_beams=8)
-    return [maker.make(MODES[index % len(MODES)]) for index in range(count)]
-
-
 def ask_transformers(peers: Peers, checkpoint: Path, requests: list[Request], *options: str) -> list[Any]:
     """Return an answer for each request, as ``tests.golden.reference`` writes it."""
     asked, answers = checkpoint / "requests.json", checkpoint / "answers.json"
@@ -67,7 +61,9 @@ def test_answers_are_those_of_transformers(name: str, peers: Peers, tmp_path: Pa
     index = CHECKPOINTS.index(name)
     seed, share = SEED + index, len(range(index, REQUESTS, len(CHECKPOINTS)))
     checkpoint = write_checkpoint(tmp_path / "checkpoint", **{"seed": seed, "gain": 2.0, **MODELS[name]})
-    requests = random_requests(seed, int(share * _SPARE) + 1, texts_of("phi-4-mini" if "phi-4" in name else "4k"))
+    texts = texts_of("phi-4-mini" if "phi-4" in name else "4k")
+    maker = RequestMaker(seed, ORDINARY, texts=texts, longest_prompt=60, most_new=20, most_beams=8)
+    requests = [maker.make(MODES[each % len(MODES)]) for each in range(int(share * _SPARE) + 1)]
     theirs = ask_transformers(peers, checkpoint, requests)
     pairs = zip(requests, theirs, strict=True)
     answered = [(request, Answer(**found)) for request, found in pairs if found is not None][:share]

@@ -168,8 +168,10 @@ def main() -> None:
             met.update(part)
             if story:
                 failed.append(seed)
-                simplest = "" if threads else f"The simplest that fails so:\n\n{_simplest(seed)}\n"
-                print(f"{story}{simplest}")
+                print(story)
+                if not threads:
+                    simplest = msgspec.json.encode(shrink(random_scenario(seed), failure_of)).decode()
+                    print(f"The simplest that fails so:\n\n{simplest}\n")
             if done % 1000 == 0:
                 print(f"{done} of {total}, {len(failed)} failed", file=sys.stderr)
             if len(failed) >= _MOST_FAILURES:
@@ -179,13 +181,6 @@ def main() -> None:
     if met[ADMISSION] > _MANY:
         check_admissions(met)
     sys.exit(1 if failed else 0)
-
-
-def _simplest(seed: int) -> str:
-    return msgspec.json.encode(shrink(random_scenario(seed), failure_of)).decode()
-
-
-# -- from a scenario that fails to a small one that fails in the same way
 
 
 def shrink(scenario: Scenario, failure: Callable[[Scenario], str | None], *, seconds: float = 60.0) -> Scenario:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -50,27 +50,21 @@ _VALUES: list[Any] = [
 """What stands in place of a value of JSON."""
 
 
-class Case(NamedTuple):
-    """What becomes of a mutant: the file of the base folder that is changed, and the verb that is given it."""
-
-    file: str
-    arguments: Sequence[str]
-
-
 _CHECKPOINT = [
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
     "tokenizer.json", "added_tokens.json", "special_tokens_map.json", "chat_template.json",
 ]  # fmt: skip
-CASES = [
-    *(Case("model.gguf", (verb,)) for verb in ("chat", "chat", "fit")),
-    Case("model.gguf", ("quantize", "{}", "-o", "out", "--type", "q8_0")),
-    Case("model.gguf", ("imatrix", "{}", "-o", "out")),
-    *(Case(f"checkpoint/{name}", ("convert", "checkpoint", "-o", "out")) for name in _CHECKPOINT),
-    *(Case(name, ("quantize", "model.gguf", "-o", "out", "--imatrix", "{}")) for name in ("matrix.gguf", "matrix.dat")),
-    Case("matrix.gguf", ("imatrix", "model.gguf", "-o", "out", "--in-file", "{}", "--chunks", "1")),
-    Case("adapter.gguf", ("chat", "{}")),
-    Case("settings.toml", ("serve", "--config", "{}", "--print-config")),
+CASES: list[tuple[str, Sequence[str]]] = [
+    *(("model.gguf", (verb,)) for verb in ("chat", "chat", "fit")),
+    ("model.gguf", ("quantize", "{}", "-o", "out", "--type", "q8_0")),
+    ("model.gguf", ("imatrix", "{}", "-o", "out")),
+    *((f"checkpoint/{name}", ("convert", "checkpoint", "-o", "out")) for name in _CHECKPOINT),
+    *((name, ("quantize", "model.gguf", "-o", "out", "--imatrix", "{}")) for name in ("matrix.gguf", "matrix.dat")),
+    ("matrix.gguf", ("imatrix", "model.gguf", "-o", "out", "--in-file", "{}", "--chunks", "1")),
+    ("adapter.gguf", ("chat", "{}")),
+    ("settings.toml", ("serve", "--config", "{}", "--print-config")),
 ]  # fmt: skip
+"""What becomes of a mutant: the file of the base folder that is changed, and the verb that is given it."""
 
 
 def make_base(folder: Path) -> Path:
@@ -198,13 +192,13 @@ def _chat(model: str, *adapter: str) -> None:
 def run(base: Path, seed: int, number: int) -> str:
     """Give a mutant to its verb; return what is wrong with how it went, the empty text if nothing is."""
     dice = random.Random(f"{seed}/{number}")
-    case = dice.choice(CASES)
+    file, arguments = dice.choice(CASES)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as temporary:
         folder = Path(temporary) / "folder"
         shutil.copytree(base, folder)
-        mutate(folder / case.file, dice)
+        mutate(folder / file, dice)
         before = {path.relative_to(temporary) for path in Path(temporary).rglob("*")}
-        verb, *arguments = [argument.format(case.file) for argument in case.arguments]
+        verb, *words = [argument.format(file) for argument in arguments]
         log = Path(temporary, "log")
         pid = os.fork()
         if pid == 0:
@@ -216,8 +210,8 @@ def run(base: Path, seed: int, number: int) -> str:
             resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS + 5))
             subprocess.Popen = _Fork  # type: ignore[assignment, misc]
             if verb == "chat":
-                _leave(lambda: _chat("model.gguf", *arguments))
-            _leave(lambda: cli.app([verb, *arguments, *([case.file] if verb == "fit" else [])], prog_name="edge-phi3"))
+                _leave(lambda: _chat("model.gguf", *words))
+            _leave(lambda: cli.app([verb, *words, *([file] if verb == "fit" else [])], prog_name="edge-phi3"))
         _, status, usage = os.wait4(pid, 0)
         code, said = os.waitstatus_to_exitcode(status), log.read_text(errors="replace")
         new = {path.relative_to(temporary) for path in Path(temporary).rglob("*")} - before
@@ -230,7 +224,7 @@ def run(base: Path, seed: int, number: int) -> str:
             f"it took {usage.ru_maxrss >> 10} MiB": usage.ru_maxrss << 10 > _MEMORY + _START,
         }
         found = next((what for what, is_so in wrong.items() if is_so), "")
-        return found and f"{seed}/{number}, {case.file} for {verb}: {found}: {said[-2000:]}"
+        return found and f"{seed}/{number}, {file} for {verb}: {found}: {said[-2000:]}"
 
 
 _START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
