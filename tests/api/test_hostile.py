@@ -109,7 +109,7 @@ def test_closing_waits_for_what_is_prepared_and_begins_nothing_more(model_path: 
         ]
         for thread in threads:
             thread.start()
-        api.wait_until(lambda: len(api.service.lanes._running) == 3)
+        api.wait_until(lambda: gate.encoded and len(api.service.lanes._running) == 3)
         assert api.service.lanes.close(0.01) is False
         gate.open.set()
         assert api.service.lanes.close(PATIENCE) is True
