@@ -1,19 +1,21 @@
 """OpenAI's API, asked with OpenAI's own client: what is answered, whole and in a stream."""
 
+import json
+import math
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from openai._streaming import SSEDecoder
 
-from edge_phi3.api.openai.shown import ShownText
 from edge_phi3.conversion.convert import convert
 from tests import paced
 from tests.api.conftest import PROMPT, USER, Clock, Running, greedy, joined, loader, openai_client, ready, spelling
 from tests.golden.family import write_member
+from tests.support.cases import cases
 
 COMPLETION: dict[str, Any] = {"model": "any", "temperature": 0, "max_tokens": 8}
 
@@ -154,13 +156,189 @@ def test_errors_have_openai_s_classes_also_in_a_stream(model_path: Path, clock: 
                 list(stream)
 
 
-@given(st.lists(st.text("ab", max_size=3)), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
-def test_a_stop_text_is_never_shown_in_part(pieces: list[str], stops: list[str]) -> None:
-    text, shown = "".join(pieces), ShownText(stops)
-    end = min((text.index(stop) for stop in stops if stop in text), default=len(text))
-    told = "".join(map(shown.push, pieces))
-    kept = text[len(told) : end]
-    assert text[:end].startswith(told)
-    assert not kept or any(stop.startswith(kept) for stop in stops), "what cannot begin a stop text is shown at once"
-    assert told + shown.push("", last=True) == text[:end]
-    assert shown.stopped is any(stop in text for stop in stops)
+ENDLESS: dict[str, Any] = {"eos_token_id": -1}
+PLAIN: dict[str, Any] = {"suppress_tokens": [*range(259), *range(501, 2000)], **ENDLESS}
+"""Answers of ordinary pieces (no bytes, no special tokens) up to their greatest length."""
+
+
+@pytest.mark.parametrize(("presence", "frequency"), [(2.0, 0.0), (0.0, 1.5), (1.0, 0.5), (-2.0, -1.0)])
+def test_penalties_follow_the_formula(ask: Any, presence: float, frequency: float) -> None:
+    penalties = {"presence_penalty": presence, "frequency_penalty": frequency}
+    answer = ask(max_tokens=60, logprobs=True, top_logprobs=20, generate_kwargs=ENDLESS, **penalties)
+    before: list[bytes] = []
+
+    def penalised(token: Any) -> float:
+        count = before.count(bytes(token.bytes))
+        return token.logprob - count * frequency - (presence if count else 0)
+
+    changed = 0
+    for token in answer.choices[0].logprobs.content:
+        assert penalised(token) >= max(map(penalised, token.top_logprobs)) - 1e-4
+        changed += token.token != token.top_logprobs[0].token
+        before.append(bytes(token.bytes))
+    assert changed > 0
+
+
+def test_logprobs_are_those_of_the_model(api: Running, ask: Any) -> None:
+    answer = ask(max_tokens=12, logprobs=True, top_logprobs=3, generate_kwargs=ENDLESS)
+    kwargs = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
+    (scores,) = api.chat(messages=USER, generate_kwargs=kwargs | ENDLESS).json()["scores"]
+    tokens = answer.choices[0].logprobs.content
+    assert [token.logprob for token in tokens] == pytest.approx([score["logprob"] for score in scores], abs=1e-4)
+    for token in tokens:
+        logprobs = [other.logprob for other in token.top_logprobs]
+        assert (token.top_logprobs[0].token, logprobs[0]) == (token.token, token.logprob)
+        assert len(logprobs) == 3
+        assert logprobs == sorted(logprobs, reverse=True)
+
+
+def test_a_bias_and_a_temperature_do_not_change_them(api: Running, ask: Any) -> None:
+    token = api.tokenize(text="the")["tokens"][-1]
+    plain, forced = (
+        ask(max_tokens=1, logprobs=True, top_logprobs=20, **more).choices[0].logprobs.content[0]
+        for more in ({}, {"temperature": 2, "logit_bias": {str(token): 100}})
+    )
+    assert forced.token != plain.token
+    assert forced.logprob < -1
+    assert [each.token for each in forced.top_logprobs] == [each.token for each in plain.top_logprobs]
+
+
+@pytest.mark.parametrize("stop", [None, "used"])
+def test_a_stream_tells_the_same_as_one_body(ask: Any, stop: str | None) -> None:
+    arguments: dict[str, Any] = {"temperature": 1, "n": 3, "seed": 5, "max_tokens": 40}
+    arguments |= {"logprobs": True, "top_logprobs": 2, "generate_kwargs": ENDLESS}
+    if stop:
+        arguments["stop"] = ask(**arguments).choices[1].message.content[20:23]
+    whole, streamed = (joined(ask(stream=stream, **arguments)) for stream in (False, True))
+    assert [text for text, _, _ in streamed] == [text for text, _, _ in whole]
+    for (_, _, tokens), (_, _, others) in zip(streamed, whole, strict=True):
+        assert [token.bytes for token in tokens] == [other.bytes for other in others]
+        # The same to the last bits, which depend on where llama.cpp keeps a sequence.
+        logprobs = [other.logprob for other in others]
+        assert [token.logprob for token in tokens] == pytest.approx(logprobs, abs=1e-4)
+        assert {len(token.top_logprobs) for token in (*tokens, *others)} == {2}
+    lengths = [len(tokens) for _, _, tokens in streamed]
+    assert lengths[1] < 40 if stop else min(lengths) > 30
+
+
+def test_tokens_that_a_stop_text_cuts_off_are_not_told(ask: Any) -> None:
+    arguments: dict[str, Any] = {"max_tokens": 40, "logprobs": True, "generate_kwargs": PLAIN}
+    ((_, _, tokens),) = joined(ask(**arguments))
+    texts = [token.token for token in tokens]
+    at = next(place for place in range(5, 40) if len(texts[place]) > 1 and texts[place] not in "".join(texts[:place]))
+    ((text, reason, tokens),) = joined(ask(**arguments, stop=texts[at]))
+    assert (text, reason) == ("".join(texts[:at]), "stop")
+    assert [token.token for token in tokens] == texts[:at]
+    ((text, _, tokens),) = joined(ask(**arguments, stop=texts[at][1:] + texts[at + 1][:1]))
+    assert text
+    assert "".join(token.token for token in tokens).startswith(text)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [0, 4])
+def test_completions_have_the_older_shape(client: Any, count: int, stream: bool) -> None:
+    arguments: dict[str, Any] = {"model": "any", "n": 2, "seed": 1, "max_tokens": 10, "logprobs": count}
+    answer = client.completions.create(
+        prompt=[PROMPT, "json"], stream=stream, extra_body={"generate_kwargs": PLAIN}, **arguments
+    )
+    chunks = list(answer) if stream else [answer]
+    for index in range(4):
+        choices = [choice for chunk in chunks for choice in chunk.choices if choice.index == index]
+        text = "".join(choice.text for choice in choices)
+        parts = [choice.logprobs for choice in choices if choice.logprobs is not None]
+        offsets = [offset for part in parts for offset in part.text_offset]
+        told = [
+            each
+            for part in parts
+            for each in zip(part.tokens, part.text_offset, part.token_logprobs, part.top_logprobs, strict=True)
+        ]
+        assert len(told) == 10
+        assert offsets[0] == 0
+        assert offsets == sorted(offsets)
+        for token, offset, logprob, top in told:
+            assert text[offset:].startswith(token)
+            assert top[token] == logprob <= 0
+            assert max(1, count) <= len(top) <= count + 1
+
+
+class Size(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    kind: Literal["a", "b"]
+    weight: int = pydantic.Field(ge=-3, le=12)
+
+
+class Answer(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    id: uuid.UUID
+    title: str = pydantic.Field(max_length=5)
+    state: Literal["on", "off"]
+    sizes: list[Size] = pydantic.Field(min_length=2, max_length=3)
+    maybe: bool | None
+
+
+def format_of(schema: object, **more: object) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, **more}}
+
+
+SCHEMA = Answer.model_json_schema()
+
+
+def test_a_pydantic_model_comes_back_filled(client: Any) -> None:
+    completion = client.chat.completions.parse(
+        model="any", messages=USER, response_format=Answer, n=3, seed=3, max_tokens=400
+    )
+    answers = [choice.message.parsed for choice in completion.choices]
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert {choice.finish_reason for choice in completion.choices} == {"stop"}
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(("strict", "stream"), [(True, False), (False, True), (None, False)])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_follows_its_schema(ask: Any, strict: bool | None, stream: bool, temperature: float) -> None:
+    answer = ask(temperature=temperature, response_format=format_of(SCHEMA, strict=strict), seed=1, stream=stream)
+    ((text, reason, _),) = joined(answer)
+    assert reason == "stop"
+    Answer.model_validate_json(text)
+
+
+def test_any_object_can_be_asked_for(ask: Any) -> None:
+    choices = ask(response_format={"type": "json_object"}, temperature=1, n=4, seed=2, max_tokens=300).choices
+    whole = [choice for choice in choices if choice.finish_reason == "stop"]
+    assert all(isinstance(json.loads(choice.message.content), dict) for choice in whole)
+    assert all(choice.message.content.lstrip().startswith("{") for choice in choices)
+    assert ask(response_format={"type": "json_object"}, max_tokens=2).choices[0].finish_reason == "length"
+    assert ask(response_format={"type": "text"}, max_tokens=5).choices[0].message.content
+
+
+def test_formats_go_with_logprobs_penalties_and_stop_texts(ask: Any) -> None:
+    options = {"logprobs": True, "top_logprobs": 2, "frequency_penalty": 1, "stop": "state"}
+    (choice,) = ask(response_format=format_of(SCHEMA), **options).choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.content.rstrip().endswith('"')
+    assert b"".join(bytes(token.bytes) for token in choice.logprobs.content).startswith(choice.message.content.encode())
+    assert all(math.isfinite(token.logprob) for token in choice.logprobs.content)
+
+
+@pytest.mark.parametrize("limit", [2**53 - 1, 2**53, 2**63 - 1])
+def test_the_bounds_of_a_language_s_integers_are_none(ask: Any, limit: int) -> None:
+    """Zod's `.int()` and pydantic's int64 send them."""
+    number = {"type": "integer", "minimum": -limit, "maximum": limit}
+    schema = {"type": "object", "properties": {"x": number}, "required": ["x"], "additionalProperties": False}
+    for choice in ask(response_format=format_of(schema), max_tokens=200, temperature=1, seed=1, n=3).choices:
+        assert choice.finish_reason == "stop"
+        assert abs(json.loads(choice.message.content)["x"]) <= limit
+
+
+@cases
+def test_what_is_wrong_or_not_supported_is_refused_by_name(
+    ask: Any, param: str | None, arguments: dict[str, Any], sentence: str
+) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(**arguments, stream=stream)
+        body = caught.value.body
+        assert isinstance(body, dict)
+        assert set(body) == {"message", "type", "param", "code"}
+        assert (body["type"], body["param"]) == ("invalid_request_error", param)
+        assert sentence in body["message"]

@@ -1,4 +1,4 @@
-"""`echo` with `logprobs`, as lm-evaluation-harness asks for it; how much of the context prompts and answers take."""
+"""`echo` with `logprobs`, as lm-evaluation-harness asks for it; how much of the context is taken, and what is shown."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_phi3.api.openai.shown import _text
+from edge_phi3.api.openai.shown import ShownText, _text
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.options import ContextOptions
 from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, Running, loader, ready
@@ -176,3 +178,20 @@ def test_the_context_is_what_one_sequence_can_hold(model_path: Path) -> None:
             response = api.client.post(COMPLETIONS, json={"prompt": [300] * length})
             assert response.status_code == status
             assert ("maximum context length is 512 tokens" in response.text) is (status == 400)
+
+
+@given(st.lists(st.text("ab", max_size=3)), st.lists(st.text("ab", min_size=1, max_size=3), max_size=2))
+def test_a_stop_text_is_never_shown_in_part(pieces: list[str], stops: list[str]) -> None:
+    text, shown = "".join(pieces), ShownText(stops)
+    end = min((text.index(stop) for stop in stops if stop in text), default=len(text))
+    told = "".join(map(shown.push, pieces))
+    kept = text[len(told) : end]
+    assert text[:end].startswith(told)
+    assert not kept or any(stop.startswith(kept) for stop in stops), "what cannot begin a stop text is shown at once"
+    assert told + shown.push("", last=True) == text[:end]
+    assert shown.stopped is any(stop in text for stop in stops)
+
+
+def test_a_part_of_a_character_is_written_as_bytes() -> None:
+    assert _text(b"\xe2\x98") == "bytes:\\xe2\\x98"
+    assert _text("☃".encode()) == "☃"
