@@ -4,7 +4,7 @@
     python -m benchmarks.prompt_lookup --kinds F16 --clients 1 --rounds 10
 
 Two works on models of Phi-3's widths (0.65 billion weights). "copy" repeats a text of the prompt word by word, on a
-model made by hand to do so (`tests.support.copying`); "prose" is a random model, in which nothing repeats. Turns
+model made by hand to do so (`tests.support.models`); "prose" is a random model, in which nothing repeats. Turns
 alternate; each client has a prompt of its own, which every server has seen once before. The ratio of a case is the
 median of its turns' ratios.
 """
@@ -28,8 +28,7 @@ from edge_phi3.bench.machine import Machine
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from tests.golden.vocabularies import phi3_vocabulary
-from tests.support.copying import write_copying_checkpoint
-from tests.support.models import PHI3_VOCABULARY_ROWS, SHAPES, model_path
+from tests.support.models import PHI3_VOCABULARY_ROWS, SHAPES, model_path, write_copying_checkpoint
 from tests.support.peers import CACHE, build_peers
 
 _TEXT, _BEGINNING, _NEW = 200, 4, 128
