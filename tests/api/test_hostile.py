@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -67,28 +68,25 @@ def test_a_text_that_its_length_disqualifies_is_not_tokenised(
     assert response.status_code == 200
 
 
-class _Gate:
-    """Holds back what is encoded in the lane of the largest bodies, and counts all that is."""
-
-    def __init__(self, encode: Callable[..., Any]) -> None:
-        self.open, self.encoded, self._encode = threading.Event(), list[int](), encode
-
-    def __call__(self, model: Model, texts: list[str]) -> Any:
-        self.encoded.append(sum(map(len, texts)))
-        if self.encoded[-1] > LONGEST // 8:
-            assert self.open.wait(PATIENCE)
-        return self._encode(model, texts)
-
-
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Gate]:
-    gate = _Gate(Model.encode)
-    monkeypatch.setattr(Model, "encode", lambda self, texts: gate(self, texts))  # noqa: PLW0108 - a method
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """What holds back texts in the lane of the largest bodies until it is `open`, and the lengths of all `encoded`."""
+    gate, encode = SimpleNamespace(open=threading.Event(), encoded=[]), Model.encode
+
+    def held(model: Model, texts: list[str]) -> Any:
+        gate.encoded.append(sum(map(len, texts)))
+        if gate.encoded[-1] > LONGEST // 8:
+            assert gate.open.wait(PATIENCE)
+        return encode(model, texts)
+
+    monkeypatch.setattr(Model, "encode", held)
     yield gate
     gate.open.set()
 
 
-def test_the_largest_bodies_keep_nobody_waiting_and_are_forgotten_with_their_clients(api: Running, gate: _Gate) -> None:
+def test_the_largest_bodies_keep_nobody_waiting_and_are_forgotten_with_their_clients(
+    api: Running, gate: SimpleNamespace
+) -> None:
     data = json.dumps({"text": LLAMAS}).encode()
     lanes = api.service.lanes
     for _ in range(4):
@@ -102,7 +100,7 @@ def test_the_largest_bodies_keep_nobody_waiting_and_are_forgotten_with_their_cli
     assert gate.encoded.count(len(LLAMAS) + 1) == 1
 
 
-def test_closing_waits_for_what_is_prepared_and_begins_nothing_more(model_path: Any, gate: _Gate) -> None:
+def test_closing_waits_for_what_is_prepared_and_begins_nothing_more(model_path: Any, gate: SimpleNamespace) -> None:
     with ready(loader(model_path)) as api:
         threads = [
             threading.Thread(target=lambda: api.client.post("/tokenize", json={"text": LLAMAS})) for _ in range(3)
