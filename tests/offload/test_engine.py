@@ -33,7 +33,7 @@ def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, A
         seconds=1800,
         # The device computes; more threads here would only wait for it on its cores.
         **{OPTIONS: json.dumps({"threads": 1} | options), "TEST_DEVICE_REPORT": str(report)},
-        TEST_GOLDEN_EVERY="1" if tests == "modes" else "8",
+        TEST_GOLDEN_EVERY="1" if tests == "modes" else "16",
     )
     assert finished.returncode == 0, finished.stdout[-6000:]
     assert re.fullmatch(r"\d+ passed in .*", finished.stdout.splitlines()[-1]), finished.stdout[-1000:]

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -167,17 +166,9 @@ _PATTERNS = tables(__file__)["_PATTERNS"]
 OPTIONS = ("-c", str(SIZE), "-t", str(THREADS), "-ngl", "0")
 
 
-class Files(NamedTuple):
-    """The demo model in F16, its importance matrix, the job that measures it, llama-perplexity's file of it."""
-
-    base: Path
-    matrix: Path
-    job: Job
-    theirs: Path
-
-
 @pytest.fixture(scope="module")
-def files(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> Files:
+def files(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path, Path]:
+    """The job that measures the demo model in F16, llama-perplexity's file of it, and its importance matrix."""
     folder, base = tmp_path_factory.mktemp("perplexity"), model_path("demo", kind="F16")
     text, theirs = folder / "text.txt", folder / "theirs.logits"
     text.write_text(evaluation_text(), encoding="utf-8")
@@ -190,7 +181,7 @@ def files(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> Files:
     )  # fmt: skip
     measure(job)
     make_imatrix(base, folder / "imatrix.gguf")
-    return Files(base, folder / "imatrix.gguf", job, theirs)
+    return job, theirs, folder / "imatrix.gguf"
 
 
 def llama_perplexity(peers: Peers, model: Path, logits: Path) -> dict[str, float]:
@@ -207,12 +198,13 @@ def llama_perplexity(peers: Peers, model: Path, logits: Path) -> dict[str, float
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_both_print_the_same_figures(kind: str, peers: Peers, files: Files, tmp_path: Path) -> None:
+def test_both_print_the_same_figures(kind: str, peers: Peers, files: tuple[Job, Path, Path], tmp_path: Path) -> None:
     """The same in their first three digits, or as far as llama-perplexity's file tells them apart."""
-    guide = files.matrix if kind != "Q8_0" else None
-    model = quantize(files.base, tmp_path / "model.gguf", type=kind, imatrix=guide).path
-    quality = measure(msgspec.structs.replace(files.job, model=model, reference=False)).quality
-    expected = llama_perplexity(peers, model, files.theirs)
+    job, theirs, matrix = files
+    guide = matrix if kind != "Q8_0" else None
+    model = quantize(job.model, tmp_path / "model.gguf", type=kind, imatrix=guide).path
+    quality = measure(msgspec.structs.replace(job, model=model, reference=False)).quality
+    expected = llama_perplexity(peers, model, theirs)
     for name, (_, tolerance) in _PATTERNS.items():
         found = float(getattr(quality if hasattr(quality, name) else quality.divergence, name))
         assert abs(found - expected[name]) <= max(LEAST * abs(expected[name]), tolerance), (name, found, expected)
