@@ -23,7 +23,6 @@ class HashContext:
     """What the engine calls of a `Context`; `number` is also that of the set of rotary factors.
 
     Attributes:
-        violations: what the engine did that it must not do.
         decodes, padded, refused: calls of `decode`, with tokens that only fill a batch up, without free cells.
         broken: whether every later call of `decode` fails.
         failed: the tokens of the batches that failed, as triples of sequence, position and token.

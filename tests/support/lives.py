@@ -106,7 +106,9 @@ class Life:
         if not self._take_step():
             self._stop()
             return
-        assert self.steps <= self._most_steps(), "the engine takes no end of steps"
+        alone = [2 * client.rows * client.length + 2 for client in clients if client.accepted]
+        most = (1 + len(alone) + len(self.scenario.failures)) * sum(alone) + 10  # more than they can take
+        assert self.steps <= most, "the engine takes no end of steps"
         assert progress != self._progress(), "a step did nothing"
         news = [client for client in clients if client.ended and client.number not in started]
         for client in news:
@@ -155,11 +157,6 @@ class Life:
         lengths = [client.running.length for client in self.clients if client.running is not None]
         failed = sum(len(context.failed) for context in self.contexts)
         return (computed, self.core.in_flight, self.scheduler.preemptions, places, lengths, failed)
-
-    def _most_steps(self) -> int:
-        """Return more steps than these requests can take."""
-        alone = [2 * client.rows * client.length + 2 for client in self.clients if client.accepted]
-        return (1 + len(alone) + len(self.scenario.failures)) * sum(alone) + 10
 
     def _place(self, client: Client) -> int:
         assert client.running is not None

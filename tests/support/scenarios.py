@@ -152,8 +152,7 @@ class Scenario(msgspec.Struct, frozen=True, omit_defaults=True):
             The first three together are the tokens of a tile.
         drafts: tokens that are drafted for each row, many of which are those that come.
         turn: how many batches an adapter has, while others wait.
-        failures: decodes that fail.
-        stop_at: the step before which the engine is stopped, or None.
+        stop_at: the step before which the engine is stopped.
     """
 
     asks: tuple[Ask, ...]

@@ -142,15 +142,15 @@ class Trial:
             self.counts[ask.kind, verdict] += 1
 
     def _is_rounding(self, fresh: Server, ask: Ask, outcome: Outcome) -> bool:
-        if outcome.answer is None:
-            return False
-        noisy = (self._send_alone(fresh, self._with_noise(ask, noise)) for noise in _NOISES)
-        return any(not difference(outcome, other, 10 * _TOLERANCE) for other in noisy)
-
-    def _with_noise(self, ask: Ask, noise: float) -> Ask:
         given = ask.kwargs.get("sequence_bias") or []
-        tokens = set(range(1, len(texts_of(self._setup.kind)))) - {phrase[0] for phrase, _ in given if len(phrase) == 1}
-        return ask.asking(sequence_bias=given + [[[token], self._random.gauss(0.0, noise)] for token in sorted(tokens)])
+        biased = {phrase[0] for phrase, _ in given if len(phrase) == 1}
+        tokens = sorted(set(range(1, len(texts_of(self._setup.kind)))) - biased)
+        for noise in _NOISES if outcome.answer is not None else ():
+            biases = [[[token], self._random.gauss(0.0, noise)] for token in tokens]
+            noisy = self._send_alone(fresh, ask.asking(sequence_bias=given + biases))
+            if not difference(outcome, noisy, 10 * _TOLERANCE):
+                return True
+        return False
 
     def _stop_while_busy(self, server: Server, asks: list[Ask]) -> None:
         """Send SIGTERM while requests run; the process ends with 0 within its grace period and a while."""

@@ -82,11 +82,9 @@ class AskMaker:
             left -= len(chain)
             blocks.append([chain])
         self._chance.shuffle(blocks)
-        return [self._adapted(chain) for block in blocks for chain in block]
-
-    def _adapted(self, chain: Chain) -> Chain:
-        adapter = self._chance.randint(0, self._setup.adapters)
-        return [ask.adapted(str(adapter)) for ask in chain] if adapter else chain
+        chains = [(chain, self._chance.randint(0, self._setup.adapters)) for block in blocks for chain in block]
+        # All requests of a chain are answered with the same adapter, or with none.
+        return [[ask.adapted(str(number)) for ask in chain] if number else chain for chain, number in chains]
 
     def crosstalk(self) -> list[Chain]:
         """Make greedy requests, and beam searches beside them whose clients leave."""
