@@ -33,10 +33,7 @@ def slowly(wait: Callable[[], None] = lambda: time.sleep(SECONDS)) -> Iterator[N
 
 
 def command(file: Path) -> list[str]:
-    """Return what stands for ``edge-phi3`` on a command line: the same, and slow as long as a file exists.
-
-    The file may say by how many seconds a decode call is slower.
-    """
+    """Return an ``edge-phi3`` that is slow as long as a file exists, by the seconds a decode call that the file says."""
     return [sys.executable, str(Path(__file__).resolve()), str(file)]
 
 

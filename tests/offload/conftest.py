@@ -101,10 +101,7 @@ def plugin() -> Path:
 
 @contextlib.contextmanager
 def running_device(plugin: Path, log: Path, *, memory: int | None = None) -> Iterator[Device]:
-    """Start a device of its own, whose server writes `log`.
-
-    About `memory` bytes can be allocated on it; it claims to have as many as the machine all the same.
-    """
+    """Start a device that logs and lets about `memory` bytes be allocated, though it claims to have the machine's."""
     port = free_port()
     endpoint = f"127.0.0.1:{port}"
     command: list[str | Path] = [sys.executable, SITE / "rpc_plugin.py", plugin, endpoint, str(THREADS)]

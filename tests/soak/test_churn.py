@@ -1,10 +1,8 @@
 """Thousands of requests of every kind through one engine, a third of them cancelled: nothing may leak.
 
-Many begin alike, in a KV cache that is too small for all of them, so that the scheduler preempts, beside a prefix cache
-of one MiB, so that it drops. KV cells are audited after every step. The process's memory is sampled at rest: from the
-first fifth to the end it must not grow by more than 2 %.
-
-    pytest -m soak                          # 5,000 requests on each model; SOAK_REQUESTS=N for another number
+5,000 on each model, or SOAK_REQUESTS. Many begin alike, in a KV cache that is too small for all of them, so that the
+scheduler preempts, beside a prefix cache of one MiB, so that it drops. KV cells are audited after every step. The
+process's memory is sampled at rest: from the first fifth to the end it must not grow by more than 2 %.
 """
 
 import os

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_phi3.engine.core import EngineCore
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError, RequestTooLargeError
@@ -65,7 +64,7 @@ class Client:
             self.refusal = error
             self._check_refusal(error, in_flight)
             return
-        self.running.drafting = Foreseen(self._coming, wrong=END)
+        self.running.drafting = Foreseen(lambda: (result := self.expected.result) and result.sequences, wrong=END)
         if self.ask.fault == "choosing":
             decoder = self.running.decoder
             decoder.processors = (*decoder.processors, self._break)
@@ -99,9 +98,6 @@ class Client:
     def expected(self) -> Answer:
         """How the request must end when nothing happens to it."""
         return answer(self._request(faulty=False), self._scenario.attention, entropy=self.ask.entropy)
-
-    def _coming(self) -> list[NDArray[np.int32]] | None:
-        return None if self.expected.result is None else self.expected.result.sequences
 
     @property
     def accepted(self) -> bool:

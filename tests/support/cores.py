@@ -48,10 +48,7 @@ class Foreseen(Drafting):
 
 
 class CheckedHostCache(HostCache):
-    """A host cache that knows what the contents of a sequence must be, and checks what goes in.
-
-    What comes out shows in the answers of those who go on from it. `saves` counts the sequences that it was given.
-    """
+    """A host cache that checks what goes in, in so many `saves`; what comes out shows in the answers that follow."""
 
     def __init__(self, scenario: Scenario, rotary: int) -> None:
         super().__init__(scenario.host_cache or 0, scenario.block_size, scenario.per_step)

@@ -5,12 +5,12 @@ With an F32 KV cache every token must be transformers'; with F16 the answers tha
 """
 
 import argparse
+import json
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.llama.backend import supports_gpu_offload
@@ -24,25 +24,8 @@ _SMALL_CASES = ("4k-2030+48", "128k-100+24")
 _SCORES = re.compile(r"sequences_scores |scores\[|logprobs\[")
 
 
-class Exactness(msgspec.Struct, kw_only=True):
-    """How many answers were compared, and how those differ that have another token, or scores apart by 1e-3."""
-
-    kv_cache_type: str
-    gpu: bool
-    asked: int = 0
-    different: dict[str, str] = {}
-    scores_apart: dict[str, str] = {}
-
-    def note(self, name: str, differing: str) -> None:
-        self.asked += 1
-        if differing:
-            # `differences` compares scores only where all tokens are the same.
-            kind = self.scores_apart if _SCORES.match(differing) else self.different
-            kind[name] = differing[:300]
-
-
-def compare_requests(found: Exactness, folder: Path, *, small: bool, **options: Any) -> None:
-    """Ask the recorded requests of all modes at once, so that they share batches."""
+def compared_requests(folder: Path, *, small: bool, **options: Any) -> Iterator[tuple[str, str]]:
+    """Ask the recorded requests of all modes at once, so that they share batches; yield how each answer differs."""
     recorded = read_answers("engine")
     if small:
         of_mode = {mode: [pair for pair in recorded if pair[0].mode == mode] for mode in MODES}
@@ -50,11 +33,11 @@ def compare_requests(found: Exactness, folder: Path, *, small: bool, **options: 
     path = convert(write_engine_model(folder / "requests"), folder / "requests.gguf", outtype="f32").path
     with running_engine(path, ctx_size=4096, parallel=16, max_queue=len(recorded), **options) as engine:
         for number, each in enumerate(compared(engine, recorded)):
-            found.note(f"{each.request.mode} {number}", "; ".join(each.differences))
+            yield f"{each.request.mode} {number}", "; ".join(each.differences)
 
 
-def compare_attention(found: Exactness, folder: Path, *, small: bool, **options: Any) -> None:
-    """Ask what crosses the sliding window and the original context."""
+def compared_attention(folder: Path, *, small: bool, **options: Any) -> Iterator[tuple[str, str]]:
+    """Ask what crosses the sliding window and the original context; yield how each answer differs."""
     for variant, cells in (("4k", 4096), ("128k", 16384)):
         checkpoint = attention.write_model(folder / variant, variant)
         path = convert(checkpoint, folder / f"{variant}.gguf", outtype="f32").path
@@ -63,7 +46,7 @@ def compare_attention(found: Exactness, folder: Path, *, small: bool, **options:
                 if case.model == variant and (not small or case.name in _SMALL_CASES):
                     (tokens,) = ask(engine, case.prompt(), max_new_tokens=case.new_tokens, eos_token_id=[])
                     expected = attention.recorded()[case.name]
-                    found.note(case.name, "" if tokens == expected else f"{tokens} instead of {expected}")
+                    yield case.name, "" if tokens == expected else f"{tokens} instead of {expected}"
 
 
 def main() -> None:
@@ -76,12 +59,16 @@ def main() -> None:
     on_gpu = not arguments.cpu
     if on_gpu and not supports_gpu_offload():
         parser.error("this build of llama.cpp knows no GPU")
-    found = Exactness(kv_cache_type=arguments.kv, gpu=on_gpu)
-    options = {"kv_cache_type": arguments.kv, "threads": arguments.threads, "n_gpu_layers": -1 if on_gpu else 0}
+    options: dict[str, Any] = {"kv_cache_type": arguments.kv, "threads": arguments.threads, "small": arguments.small}
+    options["n_gpu_layers"] = -1 if on_gpu else 0
     with tempfile.TemporaryDirectory() as folder:
-        for compare in (compare_requests, compare_attention):
-            compare(found, Path(folder), small=arguments.small, **options)
-    print(msgspec.json.encode(found).decode())
+        found = [*compared_requests(Path(folder), **options), *compared_attention(Path(folder), **options)]
+    differing = [(name, what[:300]) for name, what in found if what]
+    # `differences` compares scores only where all tokens are the same.
+    apart = {name: what for name, what in differing if _SCORES.match(what)}
+    different = {name: what for name, what in differing if name not in apart}
+    told = {"asked": len(found), "different": different, "scores_apart": apart}
+    print(json.dumps({"kv_cache_type": arguments.kv, "gpu": on_gpu} | told))
 
 
 if __name__ == "__main__":

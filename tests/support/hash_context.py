@@ -264,8 +264,7 @@ class HashContext:
     def abort(self) -> None:
         self.broken = True
 
-    def close(self) -> None:
-        self.broken = True
+    close = abort
 
     def _check_ids(self, *seq_ids: int) -> None:
         for seq_id in seq_ids:

@@ -1,8 +1,7 @@
 """llama.cpp's own programs and a Python with torch, which tests and benchmarks compare this product with.
 
-The wheel of llama-cpp-python holds llama.cpp's libraries without its programs. These are built from the very same
-source with the same options (those of CMAKE_ARGS included), and run on the wheel's own libraries: what is compared is
-then what surrounds llama.cpp, and not two compilations of it.
+The wheel of llama-cpp-python lacks the programs. They are built from the very same source with the same options (those
+of CMAKE_ARGS too), and run on the wheel's own libraries, so that not two compilations of llama.cpp are compared.
 
     python -m tests.support.peers                            # builds them; downloads the source package with pip
     python -m tests.support.peers --program llama-quantize   # builds this one only

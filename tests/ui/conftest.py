@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 
 from tests import paced
 from tests.support.services import PATIENCE, Server, serving
@@ -75,10 +75,6 @@ class Playground:
     def curl(self) -> str:
         return self.page.locator("#curl").text_content() or ""
 
-    def hear(self, line: ConsoleMessage) -> None:
-        if line.type in {"error", "warning"}:
-            self.complaints.append(line.text)
-
     def open(self) -> None:
         """Load the page, and wait until it knows its model."""
         self.page.goto(f"{self.url}/ui")
@@ -122,7 +118,7 @@ def watched(context: BrowserContext, url: str) -> Iterator[Playground]:
     page = playground.page
     context.on("request", lambda request: playground.requests.append(request))  # noqa: PLW0108 - Playwright marks it
     page.on("pageerror", lambda error: playground.complaints.append(str(error)))
-    page.on("console", playground.hear)
+    page.on("console", lambda line: playground.complaints.extend([line.text] * (line.type in {"error", "warning"})))
     playground.open()
     yield playground
     refusal = "Failed to load resource: the server responded" if playground.refusals_expected else "\0"
