@@ -33,7 +33,7 @@ def slowly(wait: Callable[[], None] = lambda: time.sleep(SECONDS)) -> Iterator[N
 
 
 def command(file: Path) -> list[str]:
-    """Return an ``edge-phi3`` that is slow as long as a file exists, by the seconds a decode call that the file says."""
+    """Return an ``edge-phi3`` that is slow as long as a file exists, by the seconds for a decode call that it holds."""
     return [sys.executable, str(Path(__file__).resolve()), str(file)]
 
 

@@ -27,21 +27,9 @@ from edge_phi3.conversion.quantize import quantize
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.model import Model
 from edge_phi3.system_resources import usable_cores
+from tests.golden import gguf_digests as golden
 from tests.golden.byte_level import STYLES, ByteLevelVocabulary, Style, alphabet, reference_tokenizer
 from tests.golden.family import FAMILY, write_member
-from tests.golden.gguf_digests import (
-    CONVERTED,
-    CONVERTER_CASES,
-    QUANTIZED,
-    QUANTIZED_TYPES,
-    Description,
-    describe,
-    differences,
-    digest,
-    write_converter_case,
-    write_matrix,
-    write_quantizer_inputs,
-)
 from tests.parity.conftest import RECORDING, Peers
 from tests.support.cases import tables
 from tests.support.engines import rules_of
@@ -69,7 +57,7 @@ for checkpoint, outtype, output in jobs:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: write_converter_case(folder, name) for name in CONVERTER_CASES}
+    return {name: golden.write_converter_case(folder, name) for name in golden.CONVERTER_CASES}
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +68,36 @@ def made(
     folder = tmp_path_factory.mktemp("theirs")
     jobs = [(name, outtype, folder / f"{name}-{outtype}.gguf") for name in checkpoints for outtype in OUTTYPES]
     asked = json.dumps([[str(checkpoints[name]), outtype, str(path)] for name, outtype, path in jobs])
-    styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in CONVERTER_CASES.items()}
+    styles = {name: getattr(case.get("vocabulary"), "style", None) for name, case in golden.CONVERTER_CASES.items()}
     pre = json.dumps({name: style.pre for name, style in styles.items() if style})
     peers.python("-c", _REFERENCE, peers.converter(), asked, pre)
     return {(name, outtype): path for name, outtype, path in jobs}
 
 
 @pytest.fixture(scope="module")
-def theirs(made: dict[tuple[str, str], Path]) -> dict[str, dict[str, Description]]:
-    found: dict[str, dict[str, Description]] = {}
+def theirs(made: dict[tuple[str, str], Path]) -> dict[str, dict[str, golden.Description]]:
+    found: dict[str, dict[str, golden.Description]] = {}
     for (name, outtype), path in made.items():
-        found.setdefault(name, {})[outtype] = describe(path)
+        found.setdefault(name, {})[outtype] = golden.describe(path)
     if RECORDING:
-        CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        golden.CONVERTED.write_text(json.dumps(found, indent=0, sort_keys=True) + "\n", encoding="utf-8")
     return found
 
 
 @pytest.mark.parametrize("outtype", OUTTYPES)
-@pytest.mark.parametrize("name", CONVERTER_CASES)
+@pytest.mark.parametrize("name", golden.CONVERTER_CASES)
 def test_both_converters_write_the_same(
-    name: str, outtype: str, checkpoints: dict[str, Path], theirs: dict[str, dict[str, Description]], tmp_path: Path
+    name: str,
+    outtype: str,
+    checkpoints: dict[str, Path],
+    theirs: dict[str, dict[str, golden.Description]],
+    tmp_path: Path,
 ) -> None:
     ours = convert(checkpoints[name], tmp_path / "ours.gguf", outtype=outtype).path
-    assert differences(theirs[name][outtype], describe(ours)) == []
+    assert golden.differences(theirs[name][outtype], golden.describe(ours)) == []
 
 
-@pytest.mark.parametrize("name", ["4k", "128k", *(name for name in FAMILY if name in CONVERTER_CASES)])
+@pytest.mark.parametrize("name", ["4k", "128k", *(name for name in FAMILY if name in golden.CONVERTER_CASES)])
 def test_a_file_of_theirs_has_the_rules_of_ours(
     name: str, checkpoints: dict[str, Path], made: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
@@ -128,27 +120,27 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Name, BF16 file and importance matrix of a model."""
     folder = tmp_path_factory.mktemp("inputs")
     if request.param == "demo":
-        return "demo", *write_quantizer_inputs(folder)
+        return "demo", *golden.write_quantizer_inputs(folder)
     model = model_path(request.param, kind="BF16")
-    return request.param, model, write_matrix(folder / "imatrix.gguf", model)
+    return request.param, model, golden.write_matrix(folder / "imatrix.gguf", model)
 
 
-@pytest.mark.parametrize("kind", QUANTIZED_TYPES)
+@pytest.mark.parametrize("kind", golden.QUANTIZED_TYPES)
 def test_both_quantisers_write_the_same_tensors(
     inputs: tuple[str, Path, Path], kind: str, peers: Peers, tmp_path: Path
 ) -> None:
     name, model, matrix = inputs
-    guided = QUANTIZED_TYPES[kind]
+    guided = golden.QUANTIZED_TYPES[kind]
     theirs = tmp_path / "theirs.gguf"
     peers.run(
         "llama-quantize", *(("--imatrix", matrix) if guided else ()), model, theirs, kind, str(usable_cores())
     )  # fmt: skip
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix if guided else None).path
-    expected = digest(theirs)
+    expected = golden.digest(theirs)
     if RECORDING and name == "demo":
-        record = json.loads(QUANTIZED.read_text("utf-8")) | {kind: expected}
-        QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    assert digest(ours) == expected
+        record = json.loads(golden.QUANTIZED.read_text("utf-8")) | {kind: expected}
+        golden.QUANTIZED.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    assert golden.digest(ours) == expected
 
 
 TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ2_XS")
@@ -251,7 +243,7 @@ def test_both_quantisers_read_llama_imatrix(peers: Peers, tmp_path: Path) -> Non
     matrix = llama_imatrix(peers, tmp_path / "matrix.gguf", size=512, batch=512)
     ours = quantize(model, tmp_path / "ours.gguf", type=kind, imatrix=matrix).path
     peers.run("llama-quantize", "--imatrix", matrix, model, tmp_path / "theirs.gguf", kind, str(usable_cores()))
-    assert digest(ours) == digest(tmp_path / "theirs.gguf")
+    assert golden.digest(ours) == golden.digest(tmp_path / "theirs.gguf")
 
 
 PACKAGE = "js-tiktoken@1.0.21"
@@ -326,4 +318,4 @@ def test_a_whole_vocabulary(name: str, package: Path, peers: Peers, tmp_path: Pa
     model.close()
     theirs = tmp_path / "theirs.gguf"
     peers.python(peers.converter(), checkpoint, "--outtype", "f16", "--outfile", theirs)
-    assert differences(describe(theirs), describe(ours)) == []
+    assert golden.differences(golden.describe(theirs), golden.describe(ours)) == []

@@ -113,7 +113,7 @@ class Trial:
                 self.counts[ask.kind, outcome.column] += 1
                 if complaint:
                     self._note(complaint, ask=ask)
-            if complaint and (outcome.status == 0 or not server.is_alive()):
+            if complaint and (outcome.status == 0 or server.process.poll() is not None):
                 self._lost.set()
         return done
 

@@ -60,12 +60,6 @@ class Server:
         text = self.get("/metrics/prometheus").text
         return {name: float(value) for name, value in _GAUGE.findall(text)}
 
-    def is_alive(self) -> bool:
-        try:
-            return self.get("/livez").status_code == 200
-        except httpx.HTTPError:
-            return False
-
     def is_idle(self) -> bool:
         """Return whether no request runs or waits, and no sequence and no cell of the KV cache is taken."""
         metrics = self.metrics()
