@@ -219,8 +219,8 @@ def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, mod
         for (path, body), origin, key in itertools.product(requests * 2, [OURS, OTHER, ""], ["right", "wrong"]):
             headers = {"Authorization": f"Bearer {key}"} | ({"Origin": origin} if origin else {})
             answer = it.client.post(path, json=body, headers=headers)
-            given = answer.headers.get_list("access-control-allow-origin")
-            assert given == ([origin] if origin else []), (path, answer.status_code)
+            told = answer.headers.get_list("access-control-allow-origin")
+            assert told == ([origin] if origin else []), (path, answer.status_code)
             assert len(answer.headers.get_list("x-ratelimit-limit-requests")) <= 1
 
 

@@ -154,7 +154,7 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool, aro
 
 
 def test_limits_are_named_in_the_refusal(model_path: Path) -> None:
-    limits = {"max_new_tokens": 10, "max_sequences": 3, "max_body_size": 2048}
+    limits: dict[str, Any] = {"max_new_tokens": 10, "max_sequences": 3, "max_body_size": 2048}
     with ready(loader(model_path), **limits) as api:
         four = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 2}
         for body, status, name in (

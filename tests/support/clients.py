@@ -64,7 +64,9 @@ class Client:
             self.refusal = error
             self._check_refusal(error, in_flight)
             return
-        self.running.drafting = Foreseen(lambda: (result := self.expected.result) and result.sequences, wrong=END)
+        self.running.drafting = Foreseen(
+            lambda: None if (result := self.expected.result) is None else result.sequences, wrong=END
+        )
         if self.ask.fault == "choosing":
             decoder = self.running.decoder
             decoder.processors = (*decoder.processors, self._break)

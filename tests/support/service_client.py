@@ -178,7 +178,8 @@ def _read_stream(ask: Ask, events: list[ServerSentEvent]) -> Outcome:
             return Outcome(200, sentence=_sentence(each.json()))
     if not events or (events[-1].data != "[DONE]" and events[-1].event != "result"):
         return Outcome(0, trouble="the stream ended without a result or [DONE]")
-    *chunks, last = [each.json() if each.data != "[DONE]" else None for each in events]
+    decoded: list[Any] = [each.json() if each.data != "[DONE]" else None for each in events]
+    *chunks, last = decoded
     if last is None:
         return Outcome(200, answer=_answer(chunks))
     answer = _answer([last])
