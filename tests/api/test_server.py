@@ -70,7 +70,7 @@ def group_is_gone(server: Server) -> bool:
 
 
 def test_sigterm_ends_a_service_whose_engine_never_comes_back(serve: Serve, slow: Path) -> None:
-    with serve("--grace-period", "2", "--stall-timeout", "0") as server:
+    with serve("--grace-period", "0.2", "--stall-timeout", "0") as server:
         slow.write_text("36000")
         with asked(server) as answer:
             assert server.stop()[0] == 0
@@ -79,7 +79,7 @@ def test_sigterm_ends_a_service_whose_engine_never_comes_back(serve: Serve, slow
 
 
 def test_a_service_that_stays_stalled_is_not_alive_and_exits_with_1(serve: Serve, slow: Path) -> None:
-    with serve("--stall-timeout", "2") as server:
+    with serve("--stall-timeout", "1") as server:
         slow.write_text("36000")
         answer = server.post("/chat", prompt=PROMPT)
         assert answer.status_code == 500
