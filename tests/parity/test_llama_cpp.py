@@ -147,11 +147,6 @@ TYPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M", "IQ2_XS")
 """Of each family one."""
 
 SIZE, CHUNKS, THREADS = 512, 4, 1
-LEAST = 5e-4
-"""Relative difference below which the first three digits are the same but for rounding."""
-
-_ATTEMPTS = 20
-_NUMBER = r"\s*(-?[\d.]+)"
 _PATTERNS = tables(__file__)["_PATTERNS"]
 """What llama-perplexity prints under our names, and the last digit that it prints."""
 
@@ -179,7 +174,7 @@ def files(peers: Peers, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, 
 def llama_perplexity(peers: Peers, model: Path, logits: Path) -> dict[str, float]:
     """Have llama-perplexity compare a model with a file of log-probabilities; return its figures under our names."""
     # It ends without waiting for the thread that writes its log, and on a busy machine the end is lost.
-    for _ in range(_ATTEMPTS):
+    for _ in range(20):
         options = ("--kl-divergence", "--kl-divergence-base", logits, *OPTIONS)
         output = peers.run("llama-perplexity", "-m", model, *options)
         matches = {name: re.search(pattern, output) for name, (pattern, _) in _PATTERNS.items()}
@@ -199,7 +194,7 @@ def test_both_print_the_same_figures(kind: str, peers: Peers, files: tuple[Job, 
     expected = llama_perplexity(peers, model, theirs)
     for name, (_, tolerance) in _PATTERNS.items():
         found = float(getattr(quality if hasattr(quality, name) else quality.divergence, name))
-        assert abs(found - expected[name]) <= max(LEAST * abs(expected[name]), tolerance), (name, found, expected)
+        assert abs(found - expected[name]) <= max(5e-4 * abs(expected[name]), tolerance), (name, found, expected)
 
 
 def llama_imatrix(peers: Peers, output: Path, *, size: int, batch: int) -> Path:
