@@ -60,9 +60,11 @@ def test_every_parameter_is_described_with_an_example_that_is_accepted(document:
             assert described["default"] == API_DEFAULTS[name]
 
 
-@pytest.mark.parametrize(("examples", "least"), [(15, 700), pytest.param(120, 2000, marks=pytest.mark.soak)])
-def test_generated_requests_meet_the_document(model_path: Path, tmp_path: Path, examples: int, least: int) -> None:
-    options = f"--phases=examples,coverage,fuzzing --checks={CHECKS} --max-examples={examples} --seed=1 --no-color"
+@cases
+def test_generated_requests_meet_the_document(
+    model_path: Path, tmp_path: Path, phases: str, examples: int, least: int
+) -> None:
+    options = f"--phases={phases} --checks={CHECKS} --max-examples={examples} --seed=1 --no-color"
     options += f" --request-timeout={PATIENCE} --suppress-health-check=too_slow"
     run = "from schemathesis.cli import schemathesis; schemathesis()"
     with ready(loader(model_path), max_new_tokens=200, request_timeout=PATIENCE) as api:
