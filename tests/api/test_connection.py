@@ -79,11 +79,8 @@ def asked(server: Server | Running, request: bytes) -> tuple[int, dict[str, str]
 def parsed(answer: bytes) -> tuple[int, dict[str, str], bytes]:
     top, _, body = answer.partition(b"\r\n\r\n")
     first, *lines = top.decode().split("\r\n")
-    return (
-        int(first.split(" ")[1]),
-        {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)},
-        body,
-    )
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    return int(first.split(" ")[1]), headers, body
 
 
 def memory(server: Server) -> int:

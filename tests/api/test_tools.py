@@ -74,12 +74,8 @@ def test_calls_of_random_tools_parse_and_validate(api: Running, count: int, tmp_
         ended = 0
         for number in range(count):
             schema = random_schema(random.Random(number), 3)
-            body = {
-                "messages": USER,
-                "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
-                "tool_choice": "required",
-                "seed": number,
-            }
+            tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+            body = {"messages": USER, "tools": tools, "tool_choice": "required", "seed": number}
             body |= {"max_tokens": 512, "temperature": 1, "logit_bias": biases, "parallel_tool_calls": False}
             answer = client.post(CHAT, json=body)
             assert answer.status_code == 200, (schema, answer.text)
@@ -97,11 +93,9 @@ def test_phi_4_mini_has_tokens_for_calls(tmp_path: Path) -> None:
         begin, _ = api.service.pipeline.call_tokens or (0, 0)
         asked: dict[str, Any] = {"model": "m", "messages": [*USER, *CALLED], "tools": TOOLS}
         asked |= {"seed": 1, "max_tokens": 700}
-        for more in (
-            {"tool_choice": "required"},
-            {"logit_bias": {str(begin): 100}},
-            {"tool_choice": "required", "extra_body": {"skip_special_tokens": True}},
-        ):
+        required: dict[str, Any] = {"tool_choice": "required"}
+        skipping = required | {"extra_body": {"skip_special_tokens": True}}
+        for more in (required, {"logit_bias": {str(begin): 100}}, skipping):
             whole = client.chat.completions.create(**asked, **more).choices
             assert [shape(choice)[0] for choice in whole] == [""]
             assert whole[0].message.tool_calls
