@@ -67,7 +67,7 @@ def test_generated_requests_meet_the_document(
     options = f"--phases={phases} --checks={CHECKS} --max-examples={examples} --seed=1 --no-color"
     options += f" --request-timeout={PATIENCE} --suppress-health-check=too_slow"
     run = "from schemathesis.cli import schemathesis; schemathesis()"
-    with ready(loader(model_path), max_new_tokens=200, request_timeout=PATIENCE) as api:
+    with ready(loader(model_path), max_new_tokens=16, request_timeout=PATIENCE) as api:
         document = f"http://127.0.0.1:{api.port}/openapi.json"
         command = [sys.executable, "-c", run, "run", *options.split(), document]
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
