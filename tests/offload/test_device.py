@@ -8,7 +8,6 @@ llama.cpp then allocates there; what does not fit is told.
 import json
 import re
 import shlex
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from tests.planning.test_fit import Made
 from tests.support.cases import cases, tables
 from tests.support.services import serving
 
-MODES = pytest.param("modes", {}, marks=pytest.mark.soak)
-TESTS = tomllib.loads(Path(__file__).with_name("engine_tests.toml").read_text(encoding="utf-8"))
+TESTS: dict[str, list[str]] = tables(__file__)["TESTS"]
 
 
 def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def run(device: Device, report: Path, tests: str, **options: Any) -> dict[str, A
     return found
 
 
-@pytest.mark.parametrize(("tests", "options"), [("exact", {}), ("reuse", {"flash_attn": "on"}), MODES])
+@cases
 def test_all_layers_on_the_device(device: Device, tmp_path: Path, tests: str, options: dict[str, Any]) -> None:
     found = run(device, tmp_path / "report.json", tests, **options)
     for line in found["starts"]:

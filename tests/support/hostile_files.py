@@ -20,7 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -230,13 +230,6 @@ def run(base: Path, seed: int, number: int) -> str:
 _START = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def failures(base: Path, seed: int, numbers: range, jobs: int = 1) -> Iterator[str]:
-    """Try the mutants of some numbers; yield what is wrong with any of them."""
-    with multiprocessing.get_context("fork").Pool(jobs) as pool:
-        tasks = [pool.apply_async(run, (base, seed, number)) for number in numbers]
-        yield from filter(None, (task.get() for task in tasks))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mutants", type=int, default=20_000)
@@ -247,9 +240,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = make_base(Path(folder))
         numbers, count = range(options.first, options.first + options.mutants), 0
-        for failure in failures(base, options.seed, numbers, options.jobs):
-            count += 1
-            print(failure, flush=True)
+        with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+            tasks = [pool.apply_async(run, (base, options.seed, number)) for number in numbers]
+            for failure in filter(None, (task.get() for task in tasks)):
+                count += 1
+                print(failure, flush=True)
     print(f"{options.mutants} mutants, {count} failed")
     sys.exit(count > 0)
 
