@@ -59,9 +59,8 @@ class Ask:
         """Return the same request for an adapter; a body that is no object stays as it is."""
         if isinstance(self.body, bytes):
             return self
-        return dataclasses.replace(
-            self, body=self.body | ({"adapters": name} if self.path == CHAT else {"model": name})
-        )
+        chosen_by = "adapters" if self.path == CHAT else "model"
+        return dataclasses.replace(self, body=self.body | {chosen_by: name})
 
     def after(self, before: Ask, text: str) -> Ask:
         """Return this request as one that goes on from what was asked before and the answer to it."""

@@ -251,11 +251,8 @@ def test_a_schema_holds_answers_and_calls_of_tools_are_shown(playground: Playgro
     assert facts_of(playground)["reason"] == "complete"
     assert "/v1/chat/completions" in playground.curl
     page.get_by_label("JSON schema").fill("")
-    tool = {
-        "type": "function",
-        "function": {"name": "add", "parameters": {"properties": {"a": {"enum": [7]}}, "required": ["a"]}},
-    }
-    page.get_by_label("Tools").fill(json.dumps([tool]))
+    described = {"name": "add", "parameters": {"properties": {"a": {"enum": [7]}}, "required": ["a"]}}
+    page.get_by_label("Tools").fill(json.dumps([{"type": "function", "function": described}]))
     tokens = server.post("/tokenize", text="functools[").json()["tokens"]
     biases = [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]
     playground.put(sequence_bias=json.dumps(biases))
