@@ -53,7 +53,7 @@ class Allowance:
 
 
 class GrammarConstraint:
-    """Holds a sequence to a grammar; a `edge_phi3.generation.constraints.TokenConstraint`.
+    """Holds a sequence to a grammar; a `edge_phi3.generation.sampling.TokenConstraint`.
 
     Special tokens come only where a grammar names them. End tokens come exactly when the text is whole. Where
     llguidance fails, for example at its limits, no token may come, nor where `allowance` is used up: so long would

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edge_phi3.engine.batch import Batch
 from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, QueueFullError
 from edge_phi3.engine.events import EventBatcher
 from edge_phi3.engine.kv_cache import KVCache
-from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.engine.stats import Times, Totals

@@ -1,4 +1,9 @@
-"""What the drafts of one request need: the places of its tokens, and how its drafts have fared."""
+"""What the drafts of one request need: the places of its tokens, and how its drafts have fared.
+
+Drafts come out of the text itself: what followed the last time that it went on as it does now (prompt lookup decoding).
+Saxena, Prompt Lookup Decoding, https://github.com/apoorvumang/prompt-lookup-decoding; transformers'
+``PromptLookupCandidateGenerator`` drafts in the same way.
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,25 +11,61 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.decoding import Decoder
-from edge_phi3.generation.prompt_lookup import PromptLookup
 from edge_phi3.generation.sampling import SequenceDecoder
 
+_CANDIDATES = 16
+"""Earlier places that are compared with the end of the text, the newest first."""
+_LONGEST = 32
+"""Tokens that they are compared by at most."""
 _MEMORY = 0.9
 """What is left of the weight of earlier drafts with each new one."""
 _EXPECTED = ((8, 0.8), (4, 0.6), (0, 0.3))
 """Of drafts behind a match of at least so many tokens, the share that is expected to hold, before any was tried."""
 
 
-@dataclass(slots=True)
-class _Record:
-    """How drafts of one kind have fared: tokens that held, and drafts that broke off, with those expected before."""
+class PromptLookup:
+    """The places of each pair of tokens in a growing text, chained from the newest to the oldest, as zlib has it."""
 
-    held: float
-    broken: float
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._newest: dict[tuple[int, int], int] = {}
+        self._earlier: list[int] = []
+        """For each place, the one before where the same two tokens end; -1 for none."""
 
-    def add(self, drafted: int, held: int) -> None:
-        self.held = self.held * _MEMORY + held
-        self.broken = self.broken * _MEMORY + (held < drafted)
+    def draft(self, text: NDArray[np.int32], most: int) -> tuple[list[int], int]:
+        """Return what followed the longest of the last tokens that have occurred before, the newest such place first.
+
+        `text` are all tokens, shape ``(length,)``, those of the call before first. Of what followed, `most` tokens are
+        returned, and how many before them had occurred together before.
+        """
+        self._follow(text)
+        known = self._text
+        length = len(known)
+        best, end, place = 1, -1, self._earlier[-1] if known else -1
+        for _ in range(_CANDIDATES):
+            if place < 0:
+                break
+            matched = 2
+            while matched < min(_LONGEST, place + 1) and known[place - matched] == known[length - 1 - matched]:
+                matched += 1
+            if matched > best:
+                best, end = matched, place
+            place = self._earlier[place]
+        if end < 0:
+            return [], 0
+        tokens = known[end + 1 : end + 1 + most]
+        while len(tokens) < most:  # the text repeats itself up to its end
+            tokens.append(tokens[len(tokens) - (length - 1 - end)])
+        return tokens, best
+
+    def _follow(self, text: NDArray[np.int32]) -> None:
+        known, newest = self._text, self._newest
+        for token in text[len(known) :].tolist():
+            place = len(known)
+            pair = (known[-1] if known else -1, token)
+            known.append(token)
+            self._earlier.append(newest.get(pair, -1))
+            newest[pair] = place
 
 
 @dataclass(slots=True)
@@ -40,14 +81,15 @@ class Drafting:
     held: int = 0
     _kind: int = 0
     """Which of `_EXPECTED` the last draft was of."""
-    _records: list[_Record] = field(default_factory=lambda: [_Record(held, 1 - held) for _, held in _EXPECTED])
+    _records: list[tuple[float, float]] = field(default_factory=lambda: [(held, 1 - held) for _, held in _EXPECTED])
+    """Of each, the tokens that held and the drafts that broke off, with those expected before."""
     _lookups: dict[int, PromptLookup] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
         """How likely a token of the last draft is expected to hold, if those before it do."""
-        record = self._records[self._kind]
-        return record.held / (record.held + record.broken)
+        held, broken = self._records[self._kind]
+        return held / (held + broken)
 
     def draft(self, decoder: Decoder, most: int) -> NDArray[np.int32]:
         """Return what may follow in each row, shape ``(rows, tokens)``: as many tokens as all of them have."""
@@ -56,13 +98,14 @@ class Drafting:
         for sequence, line in zip(decoder.live, decoder.history.tokens, strict=True):
             lookup = self._lookups.setdefault(sequence, PromptLookup())
             drafts.append(lookup.draft(line, max(0, most)))
-        matched = min(draft.matched for draft in drafts)
+        matched = min(matched for _, matched in drafts)
         self._kind = next(kind for kind, (least, _) in enumerate(_EXPECTED) if matched >= least)
-        length = min(len(draft.tokens) for draft in drafts)
-        return np.array([draft.tokens[:length] for draft in drafts], np.int32).reshape(len(drafts), length)
+        length = min(len(tokens) for tokens, _ in drafts)
+        return np.array([tokens[:length] for tokens, _ in drafts], np.int32).reshape(len(drafts), length)
 
     def judge(self, drafted: int, held: int, rows: int) -> None:
         """Take note that `held` of `drafted` tokens of each of so many rows were chosen."""
         self.drafted += drafted * rows
         self.held += held * rows
-        self._records[self._kind].add(drafted, held)
+        before, broken = self._records[self._kind]
+        self._records[self._kind] = before * _MEMORY + held, broken * _MEMORY + (held < drafted)

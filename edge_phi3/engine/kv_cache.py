@@ -15,7 +15,6 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,14 +30,6 @@ _LEAST_FREE = 1 / 8
 """The share of a device's cells below which finished sequences leave them."""
 _LEAST_RESTORED = 8
 """Tokens that the host cache must know beyond what can be shared: fewer are computed faster than copied."""
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A finished sequence that still holds its cells; `worth` of its tokens are worth a copy in main memory."""
-
-    tokens: Tokens
-    worth: int
 
 
 class KVCache:
@@ -75,9 +66,9 @@ class KVCache:
         self._held = [np.empty(0, np.int32) for _ in range(self.sequences)]
         self._free_ids = list(range(self.sequences))
         self._prefixes: dict[int, Tokens] = {}
-        """What others may share of each running sequence."""
-        self._kept: OrderedDict[int, _Kept] = OrderedDict()
-        """Finished sequences by id, the least recently used first."""
+        """What others may share of each sequence."""
+        self._kept: OrderedDict[int, int] = OrderedDict()
+        """Finished sequences by id, the least recently used first: how many tokens of each are worth a copy."""
         self._keepers = np.zeros(self.cells, np.int32)
         """How many of them hold each cell."""
 
@@ -90,16 +81,6 @@ class KVCache:
     def used(self) -> int:
         """How many cells hold a token of a running sequence."""
         return self.cells - self.available
-
-    @property
-    def free_sequences(self) -> int:
-        """How many sequence ids are free."""
-        return len(self._free_ids)
-
-    @property
-    def kept(self) -> int:
-        """How many finished sequences still hold their cells."""
-        return len(self._kept)
 
     @property
     def untidy(self) -> bool:
@@ -280,13 +261,13 @@ class KVCache:
             self.release(seq_id)
             return
         self.truncate(seq_id, len(tokens))
-        for other, kept in list(self._kept.items()):
-            covered = self.start[seq_id] <= self.start[other] and kept.worth <= worth
-            if covered and common_length(kept.tokens, tokens) == len(kept.tokens):
+        for other, copied in list(self._kept.items()):
+            known, covered = self._prefixes[other], self.start[seq_id] <= self.start[other] and copied <= worth
+            if covered and common_length(known, tokens) == len(known):
                 self.release(other)
-        self._kept[seq_id] = _Kept(tokens.copy(), worth)
+        self._kept[seq_id] = worth
         self._keepers[self._held[seq_id][self.start[seq_id] : self.length[seq_id]]] += 1
-        self._prefixes[seq_id] = self._kept[seq_id].tokens
+        self._prefixes[seq_id] = tokens.copy()
 
     def make_room(self, cells: int) -> None:
         """Let finished sequences go, the least recently used first, until so many cells are free or none is left."""
@@ -323,10 +304,10 @@ class KVCache:
             copied += len(state)
             return state
 
-        kept = self._kept[seq_id]
-        if self.host_cache is not None and kept.worth > self.start[seq_id]:
+        worth, start = self._kept[seq_id], self.start[seq_id]
+        if self.host_cache is not None and worth > start:
             try:
-                whole = self.host_cache.save(kept.tokens[: kept.worth], self.start[seq_id], read, lambda: copied < most)
+                whole = self.host_cache.save(self._prefixes[seq_id][:worth], start, read, lambda: copied < most)
             except MemoryError:
-                logger.warning("There is no memory to keep %d tokens for later prompts.", kept.worth)
+                logger.warning("There is no memory to keep %d tokens for later prompts.", worth)
         return copied, whole

@@ -12,11 +12,11 @@ import operator
 import time
 from collections import abc
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.batch import Batch
 from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
@@ -29,6 +29,26 @@ TURN = 16
 """Batches that an adapter's requests have before those of another one go on."""
 _FEW_RUNS = 32
 """Tokens that lie apart on a GPU and are still copied to main memory one by one."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """One batch of `count` tokens, already written into the context's arrays; nobody reads the last `padding`.
+
+    `members` are the requests that have tokens in it, `choosing` those whose decoders get logits, in the order of the
+    logits' rows; `scored` those of whose prompts some tokens have logits too, each with its first row and how many.
+    There are `rows` of logits in all, and `drafted` more for `drafts`: tokens of shape ``(rows of the request,
+    tokens)``, whose logits come last, request by request, and of each the first tokens of all its rows first.
+    """
+
+    count: int = 0
+    padding: int = 0
+    rows: int = 0
+    drafted: int = 0
+    choosing: list[RunningRequest] = field(default_factory=list)
+    members: list[RunningRequest] = field(default_factory=list)
+    scored: list[tuple[RunningRequest, int, int]] = field(default_factory=list)
+    drafts: dict[RunningRequest, NDArray[np.int32]] = field(default_factory=dict)
 
 
 class ModelRunner:
@@ -87,7 +107,8 @@ class ModelRunner:
         apart = sizes is not None and self._fill(sizes.tile, decoding, prompts)
         self._prompts_turn = apart and not self._prompts_turn
         if self._prompts_turn:
-            self._add_prompts(batch, prompts)
+            for request in prompts:
+                self._add_prompt(batch, request)
             if batch.count:
                 return batch
         drafts = {} if prompts else self._drafts(decoding)
@@ -99,8 +120,8 @@ class ModelRunner:
             return batch
         if sizes is not None:
             self._pad(batch, sizes.padding(batch.count))
-        if not apart:
-            self._add_prompts(batch, prompts)
+        for request in () if apart else prompts:
+            self._add_prompt(batch, request)
         for request, draft in drafts.items():
             self._add_draft(batch, request, draft)
         return batch
@@ -184,11 +205,6 @@ class ModelRunner:
         chunks = sum(self._next_chunk(request) * len(request.sequences) for request in prompts)
         return 0 < rows < tile <= rows + chunks
 
-    def _add_prompts(self, batch: Batch, prompts: list[RunningRequest]) -> None:
-        for request in prompts:
-            if batch.count < self.context.batch_size:
-                self._add_prompt(batch, request)
-
     def _next_chunk(self, request: RunningRequest) -> int:
         """Return how many tokens of a request that is not computed yet may come next, in each of its rows."""
         rows, computed = request.sequences, request.sequences[0].computed
@@ -206,6 +222,8 @@ class ModelRunner:
 
     def _add_prompt(self, batch: Batch, request: RunningRequest) -> None:
         """Add tokens of a request that is not computed yet, as far as there is room for them and cells are free."""
+        if batch.count == self.context.batch_size:
+            return
         tokens, rows = request.decoder.row_tokens(), request.sequences
         self._trim(request)
         # Rows go on side by side: only then do they need no more cells than when they were first computed.
@@ -260,6 +278,7 @@ class ModelRunner:
         for sequence in rows:
             self.kv.append(sequence.seq_id, draft.shape[1])
         batch.count = end
+        batch.drafted += draft.size
         batch.drafts[request] = draft
 
     def accept(self, request: RunningRequest) -> None:

@@ -15,9 +15,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.batch import Batch
 from edge_phi3.engine.errors import RequestTooLargeError
-from edge_phi3.engine.model_runner import ModelRunner
+from edge_phi3.engine.model_runner import Batch, ModelRunner
 from edge_phi3.engine.sequence import RunningRequest
 
 

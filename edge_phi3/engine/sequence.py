@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.drafting import Drafting
 from edge_phi3.generation.config import GenerationConfig
-from edge_phi3.generation.constraints import TokenConstraint
-from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs
-from edge_phi3.generation.likelihood import token_logprobs
+from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs, token_logprobs
 from edge_phi3.generation.logits import Scores
+from edge_phi3.generation.sampling import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 
 

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.beam import BeamDecoder
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
-from edge_phi3.generation.constraints import ConstrainedDecoder, TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationError, GenerationResult, advance
-from edge_phi3.generation.sampling import SequenceDecoder
+from edge_phi3.generation.sampling import ConstrainedDecoder, SequenceDecoder, TokenConstraint
 from edge_phi3.generation.stopping import Stopping, StopTexts
 
 __all__ = [

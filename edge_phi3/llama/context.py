@@ -33,14 +33,10 @@ class Context:
     """A llama.cpp context: a KV cache that sequences share, and the decode call.
 
     Attributes:
-        cells: KV cells.
-        sequences: how many sequence ids there are, from 0.
+        cells: KV cells, for `sequences` sequence ids from 0 on.
         batch_size: how many tokens one call of `decode` takes at most.
-        outputs: how many of them have logits at most.
-        scored: how many of these may be tokens of prompts that are scored.
-        tokens: the batch's token ids, int32, shape ``(batch_size,)``.
-        positions: their positions, int32.
-        seq_ids: their sequences, int32.
+        outputs: how many of them have logits at most; `scored` of these may be tokens of prompts that are scored.
+        tokens: the batch's token ids, int32, shape ``(batch_size,)``, as their `positions` and their `seq_ids`.
         wants_logits: which of them have logits that are wanted, int8.
         offloaded: whether the KV cache lies on a GPU.
         saves: whether `save` and `restore` are fast enough to be of use.
@@ -60,7 +56,6 @@ class Context:
         self._abort_flag = ctypes.create_string_buffer(2)
         params.abort_callback = ctypes.cast(ctypes.CDLL(None).strlen, llama_cpp.ggml_abort_callback)
         params.abort_callback_data = ctypes.cast(self._abort_flag, ctypes.c_void_p)
-        self._params = params
         self._handle = llama_cpp.llama_init_from_model(model._handle, params)  # noqa: SLF001 - the pair is one unit
         if not self._handle:
             raise ModelLoadError(
@@ -80,7 +75,21 @@ class Context:
         self.batch_size: int = params.n_batch
         self.outputs: int = params.n_outputs_max
         self.scored = scored
-        self._allocate_batch(self.batch_size)
+        self.tokens, self.positions, self.seq_ids = (np.zeros(self.batch_size, np.int32) for _ in range(3))
+        self.wants_logits = np.zeros(self.batch_size, np.int8)
+        self._one = np.ones(self.batch_size, np.int32)
+        addresses = self.seq_ids.ctypes.data + 4 * np.arange(self.batch_size, dtype=np.uintp)
+        self._seq_id_pointers = np.ascontiguousarray(addresses, np.uintp)
+        int32_p = ctypes.POINTER(ctypes.c_int32)
+        self._batch = llama_cpp.llama_batch(
+            n_tokens=0,
+            token=self.tokens.ctypes.data_as(int32_p),
+            embd=None,
+            pos=self.positions.ctypes.data_as(int32_p),
+            n_seq_id=self._one.ctypes.data_as(int32_p),
+            seq_id=self._seq_id_pointers.ctypes.data_as(ctypes.POINTER(int32_p)),
+            logits=self.wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         """Views of the logits by address and rows: to make one takes longer than to choose a token from it."""
 
@@ -94,25 +103,6 @@ class Context:
         scales = (ctypes.c_float * len(found))(*(adapter.scale for adapter in found))
         if llama_cpp.llama_set_adapters_lora(self._handle, handles, len(found), scales) != 0:
             raise ModelLoadError("llama.cpp cannot apply the LoRA adapters to this model.")
-
-    def _allocate_batch(self, size: int) -> None:
-        self.tokens = np.zeros(size, np.int32)
-        self.positions = np.zeros(size, np.int32)
-        self.seq_ids = np.zeros(size, np.int32)
-        self.wants_logits = np.zeros(size, np.int8)
-        self._one = np.ones(size, np.int32)
-        addresses = self.seq_ids.ctypes.data + 4 * np.arange(size, dtype=np.uintp)
-        self._seq_id_pointers = np.ascontiguousarray(addresses, np.uintp)
-        int32_p = ctypes.POINTER(ctypes.c_int32)
-        self._batch = llama_cpp.llama_batch(
-            n_tokens=0,
-            token=self.tokens.ctypes.data_as(int32_p),
-            embd=None,
-            pos=self.positions.ctypes.data_as(int32_p),
-            n_seq_id=self._one.ctypes.data_as(int32_p),
-            seq_id=self._seq_id_pointers.ctypes.data_as(ctypes.POINTER(int32_p)),
-            logits=self.wants_logits.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
 
     def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of `tokens`, `positions`, `seq_ids` and `wants_logits`.

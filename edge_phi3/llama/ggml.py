@@ -5,17 +5,10 @@ import functools
 from typing import Any
 
 import numpy as np
-from llama_cpp._ggml import libggml
+from llama_cpp import _ggml
 from numpy.typing import NDArray
 
-__all__ = [
-    "GgmlTensor",
-    "check_layout",
-    "floats",
-    "libggml",
-    "operation",
-    "weight_name",
-]
+libggml: Any = _ggml.libggml
 
 _MAX_DIMS, _MAX_OP_PARAMS, _MAX_SRC, _MAX_NAME = 4, 64, 10, 64
 

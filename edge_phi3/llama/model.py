@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 
 import llama_cpp
 import numpy as np
-import tokenizers
 from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer, models
 
 from edge_phi3 import byte_level
 from edge_phi3.gguf_file import GgufError, GgufFile, read_gguf
-from edge_phi3.llama import ModelLoadError, pieces
+from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.backend import initialise_backend, reason
 from edge_phi3.llama.model_file import read_model_file
+
+# The threads of `tokenizers` would take the cores from those that decode.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _UNKNOWN, _UNUSED, _CONTROL, _BYTE = 1 << 0, 1 << 1, 1 << 3, 1 << 5
 """Of ``enum llama_token_attr``."""
@@ -74,13 +77,21 @@ def tokenize(
     return tokens[:count].copy()
 
 
-def _metadata(handle: Any, key: str) -> str | None:
-    size = llama_cpp.llama_model_meta_val_str(handle, key.encode(), None, 0)
-    if size < 0:
-        return None
-    buffer = ctypes.create_string_buffer(size + 1)
-    llama_cpp.llama_model_meta_val_str(handle, key.encode(), buffer, size + 1)
-    return buffer.value.decode(errors="replace")
+def _sentencepiece(vocabulary: dict[str, int], scores: Mapping[str, float], unknown: str | None) -> Tokenizer:
+    """Return what finds pieces in a text whose spaces are "▁", in time linear in its length, as llama.cpp does not.
+
+    Every way to join two pieces to a third, one of `scores`, is a merge, in the order of the third's score, as in the
+    ``tokenizer.json`` that transformers makes of a SentencePiece model. `unknown` is the piece of characters without
+    one of their own, where not all bytes are pieces.
+    """
+    merges = sorted(
+        (-score, -cut, text[:cut], text[cut:])
+        for text, score in scores.items()
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    )
+    pairs = [(left, right) for _, _, left, right in merges]
+    return Tokenizer(models.BPE(vocabulary, pairs, byte_fallback=True, unk_token=unknown, fuse_unk=True))
 
 
 class _Adapter(NamedTuple):
@@ -92,8 +103,7 @@ class _Adapter(NamedTuple):
 class Model:
     """A GGUF file of the Phi family in memory: weights, vocabulary and metadata.
 
-    The vocabulary functions are read-only and may be called from any thread. `vocabulary` is one of
-    `edge_phi3.llama.model_file.VOCABULARIES`.
+    The vocabulary functions are read-only and may be called from any thread.
 
     Args:
         path: the GGUF file, or its header when it has been read.
@@ -101,6 +111,14 @@ class Model:
         overrides: whole numbers that take the place of the file's metadata.
         mapped: whether the file is mapped, and not read whole.
         planned: whether only what a header says is loaded, and no weights.
+
+    Attributes:
+        vocabulary: one of `edge_phi3.llama.model_file.VOCABULARIES`, of `vocab_size` tokens.
+        bos_token_id: as the file says, like the one `eos_token_id` and `pad_token_id`; -1 for none.
+        adds_bos: whether it comes in front of every text.
+        context_length: tokens that the model was trained for.
+        parameters: how many weights it has in its `layers` and beside them; `size` are the bytes of all.
+        chat_template: the Jinja chat template of the file, or None.
 
     Raises:
         ModelLoadError: the file is missing, is not a GGUF, is damaged, is of another architecture or vocabulary, or
@@ -133,13 +151,20 @@ class Model:
             raise
         self.context_length = int(llama_cpp.llama_model_n_ctx_train(self._handle))
         self.layers = int(llama_cpp.llama_model_n_layer(self._handle))
+        self.parameters = int(llama_cpp.llama_model_n_params(self._handle))
+        self.size = int(llama_cpp.llama_model_size(self._handle))
+        template = llama_cpp.llama_model_chat_template(self._handle, None)
+        self.chat_template: str | None = template.decode(errors="replace") if template else None
+        self.bos_token_id = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eos_token_id = int(llama_cpp.llama_vocab_eos(self._vocab))
+        self.pad_token_id = int(llama_cpp.llama_vocab_pad(self._vocab))
         # The family's tokenizers put no token in front; many GGUFs from elsewhere claim that they do. Ours say what
         # the checkpoint says.
         converted_here = self.metadata("edge_phi3.generation.config") is not None
         self.adds_bos = converted_here and bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
 
     @functools.cached_property
-    def _encoder(self) -> tokenizers.Tokenizer:
+    def _encoder(self) -> Tokenizer:
         found = list(enumerate(zip(self.pieces, self.attributes, strict=True)))
         try:
             # Added tokens too: a fine-tune may make one of a word, which merges go on to make.
@@ -149,7 +174,7 @@ class Model:
                 score = functools.partial(llama_cpp.llama_vocab_get_score, self._vocab)
                 scores = {piece.decode(): score(token) for token, (piece, kind) in found if not kind & joined}
                 unknown = next((piece.decode() for _, (piece, attributes) in found if attributes & _UNKNOWN), None)
-                return pieces.tokenizer(tokens, scores, unknown)
+                return _sentencepiece(tokens, scores, unknown)
             return byte_level.tokenizer(
                 tokens,
                 self._header.values.get("tokenizer.ggml.merges", []),
@@ -162,7 +187,12 @@ class Model:
 
     def metadata(self, key: str) -> str | None:
         """Return the text of a metadata value that is not an array, or None when the file has none."""
-        return _metadata(self._handle, key)
+        size = llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), None, 0)
+        if size < 0:
+            return None
+        buffer = ctypes.create_string_buffer(size + 1)
+        llama_cpp.llama_model_meta_val_str(self._handle, key.encode(), buffer, size + 1)
+        return buffer.value.decode(errors="replace")
 
     @property
     def description(self) -> str:
@@ -171,37 +201,6 @@ class Model:
         count = self.parameters
         size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
         return f"phi3 {size} {file_type}"
-
-    @property
-    def parameters(self) -> int:
-        """How many weights the model has."""
-        return int(llama_cpp.llama_model_n_params(self._handle))
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return int(llama_cpp.llama_model_size(self._handle))
-
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja chat template of the file, or None."""
-        template = llama_cpp.llama_model_chat_template(self._handle, None)
-        return template.decode(errors="replace") if template else None
-
-    @property
-    def bos_token_id(self) -> int:
-        """The beginning-of-sequence token."""
-        return int(llama_cpp.llama_vocab_bos(self._vocab))
-
-    @property
-    def eos_token_id(self) -> int:
-        """The one end-of-sequence token that GGUF names."""
-        return int(llama_cpp.llama_vocab_eos(self._vocab))
-
-    @property
-    def pad_token_id(self) -> int:
-        """The padding token, -1 without one."""
-        return int(llama_cpp.llama_vocab_pad(self._vocab))
 
     @functools.cached_property
     def pieces(self) -> list[bytes]:
@@ -214,13 +213,13 @@ class Model:
         get = llama_cpp.llama_vocab_get_attr
         return np.fromiter((get(self._vocab, token) for token in range(self.vocab_size)), np.int32, self.vocab_size)
 
-    def encode(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of texts without added tokens, in which spaces are "▁" if the vocabulary is not byte-level.
 
         Other threads have the interpreter meanwhile; the time is linear in the texts' lengths.
         """
         sound = [text.encode("utf-8", errors="replace").decode() for text in texts]
-        encodings: list[tokenizers.Encoding] = self._encoder.encode_batch_fast(sound, add_special_tokens=False)
+        encodings: list[Encoding] = self._encoder.encode_batch_fast(sound, add_special_tokens=False)
         return encodings
 
     def load_lora(self, path: Path, scale: float, number: int = 0) -> None:

@@ -2,7 +2,7 @@
 
 It has the memory and time that a header takes, reads no weights, allocates no KV cache and sees no GPU. It costs 0.27 s
 of processor time for the demo model and 0.32 s for one with Phi-3's vocabulary (AMD EPYC, 2026-11-30), most of them for
-Python to start.
+Python to start. `prove` is the parent's side.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,24 @@ import msgspec
 
 from edge_phi3.gguf_file import GgufFile
 from edge_phi3.llama import ModelLoadError
-from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError, WorkerError
+from edge_phi3.llama.child_process import ChildProcess, Emit, WorkerDiedError, WorkerError, bound, serve_jobs
+from edge_phi3.llama.context import Context
+from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import ContextOptions
+
+_SECONDS = 60
+"""Of processor time."""
+_MEMORY = 3 << 30
+"""Bytes beyond the file's own header, of which half a gigabyte is enough for every model of the family."""
 
 
 class Job(msgspec.Struct, frozen=True):
     """One model, as the parent is going to load it: `contexts` are the KV cells and sequences of each."""
 
     path: Path
-    overrides: dict[str, int]
-    adapters: list[Path]
-    contexts: list[tuple[int, int]]
+    overrides: Mapping[str, int]
+    adapters: Sequence[Path]
+    contexts: Sequence[tuple[int, int]]
     options: ContextOptions
 
 
@@ -39,9 +46,8 @@ def prove(
     adapters: Sequence[Path] = (),
 ) -> None:
     """Raise `ModelLoadError` if llama.cpp refuses a model, or dies of it, with these contexts and LoRA adapters."""
-    job = Job(header.path, dict(overrides or {}), list(adapters), list(contexts), options)
-    with ChildProcess("edge_phi3.llama.proof_worker", Survived, gpu="") as child:
-        child.send(job)
+    with ChildProcess("edge_phi3.llama.proof", Survived, gpu="") as child:
+        child.send(Job(header.path, overrides or {}, adapters, contexts, options))
         try:
             child.receive()
         except WorkerDiedError as error:
@@ -49,3 +55,17 @@ def prove(
             raise ModelLoadError(f"llama.cpp dies of {what}, which is not loaded: {error}.") from error
         except WorkerError as error:
             raise ModelLoadError(str(error)) from error
+
+
+def _prove(job: Job, emit: Emit) -> None:
+    model = Model(job.path, n_gpu_layers=0, overrides=job.overrides, planned=True)
+    for path in job.adapters:
+        model.load_lora(path, 1.0)
+    for cells, sequences in job.contexts:
+        Context(model, cells=cells, sequences=sequences, settings=job.options).close()
+    emit(Survived())
+
+
+if __name__ == "__main__":
+    bound(RLIMIT_CPU=_SECONDS, RLIMIT_DATA=_MEMORY, RLIMIT_CORE=0)
+    serve_jobs(Job, _prove)

@@ -25,26 +25,20 @@ class ServedFiles:
             self.close()
             raise ModelLoadError(f"The model {error.filename} cannot be read: {error.strerror}.") from error
 
-    def change(self) -> str:
-        """Return a sentence on what has changed, the empty text while nothing has."""
-        for path, descriptor, before in self._files:
-            if (now := _look(descriptor)) != before:
-                what = f"cut short to {now[0]} bytes" if now[0] < before[0] else "overwritten"
-                return (
-                    f"The model {path} was {what} while it was served, and what was loaded of it is lost."
-                    " Replace models by renaming new files over them, or serve with --no-mmap."
-                )
-        return ""
-
     def watch(self, changed: Callable[[str], None]) -> None:
-        """Look at the files until `close`, in a thread, which calls `changed` once."""
+        """Look at the files until `close`, in a thread, which calls `changed` once with a sentence on what has."""
         threading.Thread(target=self._run, args=(changed,), name="served-files", daemon=True).start()
 
     def _run(self, changed: Callable[[str], None]) -> None:
         while not self._stop.wait(_PERIOD):
-            if sentence := self.change():
-                changed(sentence)
-                return
+            for path, descriptor, before in self._files:
+                if (now := _look(descriptor)) != before:
+                    what = f"cut short to {now[0]} bytes" if now[0] < before[0] else "overwritten"
+                    changed(
+                        f"The model {path} was {what} while it was served, and what was loaded of it is lost."
+                        " Replace models by renaming new files over them, or serve with --no-mmap."
+                    )
+                    return
 
     def close(self) -> None:
         """Stop looking."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.detokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
-from edge_phi3.generation.constraints import TokenConstraint
+from edge_phi3.generation.sampling import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 
 

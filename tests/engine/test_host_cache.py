@@ -165,7 +165,7 @@ def test_a_conversation_goes_on_in_the_cells_of_a_device() -> None:
         assert event.cached_tokens == known
         known = len(tokens) + 7
         kv = core.scheduler.runners[0].kv
-        assert (kv.kept, kv.used, kv.cells - kv.free) == (1, 0, known), "what is shared is kept once"
+        assert (len(kv._kept), kv.used, kv.cells - kv.free) == (1, 0, known), "what is shared is kept once"
         tokens = [*event.result.sequences[0].tolist(), *range(20 + turn, 30 + turn)]
     assert not context.restored
 

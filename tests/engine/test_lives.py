@@ -22,8 +22,7 @@ from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import FinishedEvent
 from edge_phi3.errors import InternalError
-from edge_phi3.generation.decoding import TokenLogprobs
-from edge_phi3.generation.likelihood import token_logprobs
+from edge_phi3.generation.decoding import TokenLogprobs, token_logprobs
 from tests.support.fuzz import live_in_threads, time_limit
 from tests.support.hash_context import HashContext
 from tests.support.lives import ADMISSION, EARLY, Life, check_admissions, live

@@ -18,7 +18,7 @@ from tests.support.services import wait_for
 @pytest.fixture(autouse=True)
 def _without_retention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let finished sequences leave the cells of a device too, as when there is no room."""
-    monkeypatch.setattr(KVCache, "untidy", property(lambda kv: kv.kept > 0))
+    monkeypatch.setattr(KVCache, "untidy", property(lambda kv: bool(kv._kept)))
 
 
 def settled(engine: Engine) -> None:

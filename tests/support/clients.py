@@ -13,7 +13,7 @@ from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, Q
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
-from edge_phi3.generation.constraints import TokenConstraint
+from edge_phi3.generation.sampling import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
 from tests.support.cores import Foreseen

@@ -32,7 +32,7 @@ from edge_phi3.commands.loading import load_pipeline
 from edge_phi3.conversion.convert import convert as convert_checkpoint
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.gguf_file import read_gguf
-from edge_phi3.llama import memory_worker, proof_worker, quantize_worker  # noqa: F401 - as above
+from edge_phi3.llama import memory_worker, proof, quantize_worker  # noqa: F401 - as above
 from edge_phi3.llama.options import Lora
 from edge_phi3.process import sentence_of
 from edge_phi3.settings import Settings

@@ -266,7 +266,7 @@ class Life:
             ranges = list(zip(kv.start, kv.length, strict=True))
             held = sum(end - start for start, end in ranges)
             assert held == context.held, f"the engine counts {held} held positions, the context {context.held}"
-            taken = kv.sequences - kv.free_sequences - kv.kept
+            taken = kv.sequences - len(kv._free_ids) - len(kv._kept)
             rows = sum(request.rows for request in runner.running)
             assert taken <= rows, f"{taken} sequences are taken, by {rows} rows at most"
 
@@ -290,7 +290,7 @@ class Life:
             for context, runner in zip(self.contexts, scheduler.runners, strict=True):
                 assert runner.kv.used == 0, "cells are used after the end"
                 runner.kv.make_room(runner.kv.cells)
-                assert runner.kv.free_sequences == runner.kv.sequences, "sequences are taken after the end"
+                assert len(runner.kv._free_ids) == runner.kv.sequences, "sequences are taken after the end"
                 assert context.used == 0, "cells are held after the end"
 
     def _count(self) -> None:
