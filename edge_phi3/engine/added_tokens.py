@@ -83,38 +83,30 @@ class AddedTokenSplitter:
         return [self.shield(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-class Escaper:
-    """Makes of a text's parts what pieces are found in, with "▁" for spaces.
+def escaped(parts: Iterable[str | int], normalized: AddedTokenSplitter, prefix: str | None) -> Iterator[str | int]:
+    """Yield the parts of a text with "▁" for spaces, as pieces are found in them, and with normalized tokens found.
 
-    Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3), "always"
-    before those that have none, "first" before the text's first part if it has none (a pre-tokenizer's Metaspace, as in
-    copies that say they are Llamas), "never". None leaves spaces as they are, in byte-level vocabularies. `normalized`
-    tokens are looked for after a normalizer has done it.
+    Before which parts a "▁" is put, `prefix` says: "prepend" before all (a normalizer's Prepend, as in Phi-3, after
+    which the tokens are looked for), "always" before those that have none, "first" before the text's first part if it
+    has none (a pre-tokenizer's Metaspace, as in copies that say they are Llamas), "never". None leaves spaces as they
+    are, in byte-level vocabularies.
     """
-
-    def __init__(self, normalized: Iterable[AddedToken], prefix: str | None) -> None:
-        self._splitter, self._prefix = AddedTokenSplitter(normalized), prefix
-
-    def escape(self, parts: Iterable[str | int]) -> Iterator[str | int]:
-        """Yield the parts of a text, as `AddedTokenSplitter` gives them, with normalized tokens found in them."""
-        begun = False
-        for part in parts:
-            if isinstance(part, int):
-                yield part
-            elif self._prefix == "prepend":
-                yield from self._splitter.split(prepended(part))
-            else:
-                for piece in self._splitter.split(part):
-                    yield piece if isinstance(piece, int) else self._metaspace(piece, first=not begun)
-                    begun = True
-            begun = True
-
-    def _metaspace(self, text: str, *, first: bool) -> str:
-        if self._prefix is None:
-            return text
-        text = text.replace(" ", "▁")
-        prefixed = self._prefix == "always" or (self._prefix == "first" and first)
-        return f"▁{text}" if prefixed and not text.startswith("▁") else text
+    begun = False
+    for part in parts:
+        if isinstance(part, int):
+            yield part
+        elif prefix == "prepend":
+            yield from normalized.split(prepended(part))
+        else:
+            for piece in normalized.split(part):
+                if isinstance(piece, int) or prefix is None:
+                    yield piece
+                else:
+                    text = piece.replace(" ", "▁")
+                    wanted = prefix == "always" or (prefix == "first" and not begun)
+                    yield f"▁{text}" if wanted and not text.startswith("▁") else text
+                begun = True
+        begun = True
 
 
 def _is_word(character: str) -> bool:

@@ -6,12 +6,11 @@ are few.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -46,43 +45,32 @@ _QUOTE, _BACKSLASH = b'"\\'
 
 
 @dataclass(slots=True)
-class Allowance:
+class _Allowance:
     """What all copies of a constraint may still take: `seconds` of processor time."""
 
     seconds: float = _MOST_SECONDS
 
 
+@dataclass(slots=True, eq=False)
 class GrammarConstraint:
     """Holds a sequence to a grammar; a `edge_phi3.generation.sampling.TokenConstraint`.
 
     Special tokens come only where a grammar names them. End tokens come exactly when the text is whole. Where
-    llguidance fails, for example at its limits, no token may come, nor where `allowance` is used up: so long would
-    those beside wait for it. Where a number of JSON, which begins behind what `json_from` finds, has `_MOST_DIGITS`
+    llguidance fails, for example at its limits, no token may come, nor where the allowance is used up: so long would
+    those beside wait for it. Where a number of JSON, which begins behind what `_json_from` finds, has `_MOST_DIGITS`
     digits in a row, no more come, if anything else may.
     """
 
-    __slots__ = (
-        "_allowance", "_before", "_ends", "_escaped", "_json_from", "_matcher", "_prepared", "_quoted", "_room",
-        "_vocabulary",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        matcher: LLMatcher,
-        vocabulary: ConstraintVocabulary,
-        ends: list[int],
-        allowance: Allowance,
-        json_from: re.Pattern[bytes],
-    ) -> None:
-        self._matcher = matcher
-        self._vocabulary = vocabulary
-        self._ends = ends
-        self._allowance = allowance
-        self._json_from: re.Pattern[bytes] | None = json_from
-        self._before = b""
-        self._prepared: NDArray[np.bool_] | None = None
-        self._quoted = self._escaped = False
-        self._room = _ANY_NUMBER
+    _matcher: LLMatcher
+    _vocabulary: ConstraintVocabulary
+    _ends: list[int]
+    _json_from: re.Pattern[bytes] | None
+    _allowance: _Allowance = field(default_factory=_Allowance)
+    _before: bytes = b""
+    _prepared: NDArray[np.bool_] | None = None
+    _quoted: bool = False
+    _escaped: bool = False
+    _room: int = _ANY_NUMBER
 
     def prepare(self) -> None:
         """Find out now which tokens may come next."""
@@ -145,9 +133,7 @@ class GrammarConstraint:
 
     def clone(self) -> GrammarConstraint:
         """Return a copy that goes its own way."""
-        clone = copy.copy(self)
-        clone._matcher = self._matcher.deep_copy()  # noqa: SLF001 - its own
-        return clone
+        return replace(self, _matcher=self._matcher.deep_copy())
 
 
 class _Tokens:
@@ -200,7 +186,7 @@ class ConstraintVocabulary:
             kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
             rules.append({"name": name, kind: value})
         matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=_LIMITS)
-        constraint = GrammarConstraint(matcher, self, inside, Allowance(), grammar.json_from)
+        constraint = GrammarConstraint(matcher, self, inside, grammar.json_from)
         space = b" " if grammar.named else None
         if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):
             raise SchemaError(_sentence(matcher.get_error()))

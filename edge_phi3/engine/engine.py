@@ -110,11 +110,7 @@ class Engine:
 
     @property
     def model(self) -> LoadedModel:
-        """The loaded model.
-
-        Raises:
-            EngineStoppedError: it is not loaded.
-        """
+        """The loaded model; `EngineStoppedError` where it is not loaded."""
         loaded = self._loaded
         if loaded is None:
             raise EngineStoppedError(self.status_detail or "The model is not loaded.")
@@ -219,16 +215,36 @@ class Engine:
         all workers sleep at each barrier as soon as they outnumber the cores. A model that was warmed up by another
         thread decodes at half the speed.
         """
+        settings = self.settings
         try:
-            loaded = self._loaded = load(self.settings)
-            core = self._core = self._make_core(loaded)
+            loaded = self._loaded = load(settings)
+            scheduler = Scheduler(
+                loaded.runners,
+                parallel=settings.parallel,
+                share_prefixes=settings.prefix_cache,
+                exact_seeds=settings.exact_seeds,
+            )
+            core = self._core = EngineCore(
+                scheduler,
+                self._outbox,
+                max_queue=settings.max_queue,
+                token_texts=lambda: loaded.tokenizer.token_texts,
+            )
         except BaseException as error:  # noqa: BLE001 - whoever waits for `load` gets it
             self._set_status("broken", str(error))
             self._loading.set_exception(error)
             return
         if not self._stopping:
             self._set_status("ready", "")
-        watchdog = self._watchdog = self._watch(core)
+        watchdog = self._watchdog = Watchdog(
+            settings.stall_timeout or threading.TIMEOUT_MAX,
+            steps=lambda: core.turns if core.has_work else None,
+            stalled=lambda seconds: self._stalled(core, seconds),
+            recovered=self._recovered,
+            lost=self._lost,
+        )
+        if settings.stall_timeout:
+            watchdog.start()
         loaded.files.watch(lambda sentence: self._file_changed(core, sentence))
         self._loading.set_result(loaded)
         try:
@@ -243,34 +259,7 @@ class Engine:
             watchdog.close()
             core.stop(self.status_detail or "The service is stopping.")
 
-    def _make_core(self, loaded: LoadedModel) -> EngineCore:
-        settings = self.settings
-        scheduler = Scheduler(
-            loaded.runners,
-            parallel=settings.parallel,
-            share_prefixes=settings.prefix_cache,
-            exact_seeds=settings.exact_seeds,
-        )
-        return EngineCore(
-            scheduler,
-            self._outbox,
-            max_queue=settings.max_queue,
-            token_texts=lambda: loaded.tokenizer.token_texts,
-        )
-
     # -- when the thread does not come back
-
-    def _watch(self, core: EngineCore) -> Watchdog:
-        watchdog = Watchdog(
-            self.settings.stall_timeout or threading.TIMEOUT_MAX,
-            steps=lambda: core.turns if core.has_work else None,
-            stalled=lambda seconds: self._stalled(core, seconds),
-            recovered=self._recovered,
-            lost=self._lost,
-        )
-        if self.settings.stall_timeout:
-            watchdog.start()
-        return watchdog
 
     def _stalled(self, core: EngineCore, seconds: float) -> None:
         logger.critical("No step has ended for %.0f s. The threads are here:\n%s", seconds, stacks())
@@ -286,14 +275,14 @@ class Engine:
     def _file_changed(self, core: EngineCore, sentence: str) -> None:
         self._set_status("broken", sentence)
         core.abandon(sentence)
+        self._give_up(sentence)
+
+    def _lost(self) -> None:
+        if self.settings.exit_on_stall:
+            self._give_up("The engine does not come back: the process ends.")
+
+    def _give_up(self, sentence: str) -> None:
         logger.critical("%s", sentence)
         if self.settings.exit_on_stall:
             logging.shutdown()
             os._exit(1)
-
-    def _lost(self) -> None:
-        if not self.settings.exit_on_stall:
-            return
-        logger.critical("The engine does not come back: the process ends.")
-        logging.shutdown()
-        os._exit(1)

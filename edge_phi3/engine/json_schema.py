@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import combinations
 from typing import Any, Final
 
 from edge_phi3.engine.errors import SchemaError
@@ -131,17 +132,6 @@ def _parts(schema: dict[str, Any]) -> int:
     return len(_COMBINING & schema.keys()) + bool(_ABOUT_MEMBERS & schema.keys())
 
 
-def _exclude_each_other(schemas: list[object], own: dict[str, Any]) -> bool:
-    """Return whether no value can fit two of the schemas: they differ in type, or in a required property's constant.
-
-    `own` holds for those of them that do not say otherwise.
-    """
-    if len(schemas) > _MOST_EXCLUSIVE or len({id(schema) for schema in schemas}) < len(schemas):
-        return False
-    told = [_marks(own | schema if isinstance(schema, dict) else schema) for schema in schemas]
-    return all(_differ(one, other) for at, one in enumerate(told) for other in told[:at])
-
-
 def _marks(schema: object) -> dict[str, set[str]]:
     """Return, for the type ("") and each required property with constants, the values that it may have."""
     if not isinstance(schema, dict):
@@ -162,22 +152,15 @@ def _marks(schema: object) -> dict[str, set[str]]:
 
 def _mark(value: object) -> str:
     """Write a value so that equal ones, 1 and 1.0 among them, are written alike."""
-    with_floats = json.loads(json.dumps(value), parse_int=float)
-    return json.dumps(with_floats, sort_keys=True)
-
-
-def _differ(one: dict[str, set[str]], other: dict[str, set[str]]) -> bool:
-    return any(not one[mark] & other[mark] for mark in one.keys() & other.keys())
+    return json.dumps(json.loads(json.dumps(value), parse_int=float), sort_keys=True)
 
 
 class _Adapter:
     """Changes a schema and those inside it.
 
-    Attributes:
-        merges: whether any object is put together from several schemas.
-        named: the changed objects that name properties.
-        closable: those of them that say nothing of others.
-        multiples: what numbers are multiples of, in units of their last digits.
+    `merges` is whether any object is put together from several schemas; `named` are the changed objects that name
+    properties, `closable` those of them that say nothing of others; `multiples` is what numbers are multiples of, in
+    units of their last digits.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -283,13 +266,16 @@ class _Adapter:
         return self._sizes[pointer]
 
     def _excludes(self, schema: dict[str, Any]) -> bool:
-        """Return whether ``oneOf`` means ``anyOf``."""
+        """Return whether ``oneOf`` means ``anyOf``: its schemas differ in type, or a required property's constant."""
         one_of = schema.get("oneOf")
         if not isinstance(one_of, list):
             return False
         own = {"type": schema["type"]} if "type" in schema else {}
         schemas = [self._resolved(each) for each in one_of]
-        return _exclude_each_other(schemas, own)
+        if len(schemas) > _MOST_EXCLUSIVE or len(set(map(id, schemas))) < len(schemas):
+            return False
+        pairs = combinations([_marks(own | each if isinstance(each, dict) else each) for each in schemas], 2)
+        return all(any(not one[mark] & other[mark] for mark in one.keys() & other.keys()) for one, other in pairs)
 
     def _resolved(self, schema: object) -> object:
         """Follow a reference, and references to references."""

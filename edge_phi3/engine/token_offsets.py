@@ -7,8 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.detokenizer import DecodedPrompt
-from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.engine.tokenizer import DecodedPrompt, Tokenizer
 from edge_phi3.generation.decoding import TokenLogprobs
 
 

@@ -1,20 +1,25 @@
-"""Text to tokens, as the checkpoint's own ``tokenizer.json`` does it, and what is known of each token."""
+"""Text to tokens and back, as the checkpoint's own ``tokenizer.json`` does it, and what is known of each token."""
 
+from __future__ import annotations
+
+import codecs
+import copy
 import functools
 import itertools
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3 import byte_level
-from edge_phi3.engine.added_tokens import SHIELD, AddedToken, AddedTokenSplitter, Escaper, prepended
-from edge_phi3.engine.detokenizer import DecodedPrompt, StreamDecoder
+from edge_phi3.engine.added_tokens import SHIELD, AddedToken, AddedTokenSplitter, escaped, prepended
 from edge_phi3.engine.errors import ContextLengthError
-from edge_phi3.engine.family import Family, family_of
+from edge_phi3.engine.family import family_of
 from edge_phi3.llama.model import Model
 
 _BYTE = re.compile(rb"<0x([0-9A-F]{2})>")
@@ -77,22 +82,23 @@ class Tokenizer:
         plain_ones = [token for token in as_given if not token.special]
         self._splitters = AddedTokenSplitter(plain_ones), AddedTokenSplitter(as_given)
         self.shield = AddedTokenSplitter(added).shield
-        self._escaper = Escaper(normalized, prefix)
+        self._normalized, self._prefix = AddedTokenSplitter(normalized), prefix
         self._front = (model.bos_token_id,) if model.adds_bos else ()
         # No token stands for more characters than its text has, unless characters are unknown, for want of their bytes.
         known = set(map(self.bytes_of, range(self.vocab_size))) >= {bytes([byte]) for byte in range(256)}
         self._longest = max(map(len, self._texts)) if known else sys.maxsize
 
     def _added_tokens(self) -> list[AddedToken]:
-        described = self._model.metadata("edge_phi3.tokenizer.added_tokens")
+        described, family = self._model.metadata("edge_phi3.tokenizer.added_tokens"), self.family
         if described:
             return msgspec.json.decode(described, type=list[AddedToken])
         kinds = self._model.attributes & (_USER_DEFINED | _CONTROL)
         others = np.flatnonzero(kinds == _USER_DEFINED).tolist()
-        return [
-            *_added_tokens_of(self.family, self._special_by_text),
-            *(AddedToken(token, self._texts[token], False, False, False) for token in others),
-        ]
+        found = []
+        for text, token in self._special_by_text.items():
+            left, right = (swallows and text not in family.keeps_space for swallows in (family.lstrip, family.rstrip))
+            found.append(AddedToken(token, text, text not in family.not_special, left, right))
+        return found + [AddedToken(token, self._texts[token], False, False, False) for token in others]
 
     def encode(
         self, text: str, *, parse_special: bool = True, add_bos: bool = True, below: int = sys.maxsize
@@ -106,7 +112,7 @@ class Tokenizer:
             ContextLengthError: there are not fewer than `below`. Where the length of a text shows that, nothing is
                 computed.
         """
-        parts = self._escaper.escape(self._splitters[parse_special].split(text))
+        parts = escaped(self._splitters[parse_special].split(text), self._normalized, self._prefix)
         front = self._front if add_bos else ()
         return np.fromiter(itertools.chain(front, self._ids(parts, len(front), below)), np.int32)
 
@@ -176,11 +182,8 @@ class Tokenizer:
     ) -> DecodedPrompt:
         """Return the text of a prompt, decoded once for its answers, their streams, and their tokens' offsets.
 
-        Args:
-            tokens: token ids, int32, shape ``(tokens,)``.
-            skip_special_tokens: whether special tokens are left out.
-            whole_runs: see `StreamDecoder`.
-            hidden: tokens of the answers that are left out of their texts.
+        `tokens` are of shape ``(tokens,)``, `hidden` those that the texts of the answers leave out; the other options
+        are those of `StreamDecoder`.
         """
         decoder = StreamDecoder(self, skip_special_tokens=skip_special_tokens, whole_runs=whole_runs)
         certain = decoder.push(tokens.tolist())
@@ -189,15 +192,111 @@ class Tokenizer:
         return DecodedPrompt(certain, whole, decoder)
 
 
-def _added_tokens_of(family: Family, control: Mapping[str, int]) -> list[AddedToken]:
-    """Return the flags that special tokens have in a family's tokenizer_config.json."""
-    return [
-        AddedToken(
-            token,
-            text,
-            special=text not in family.not_special,
-            lstrip=family.lstrip and text not in family.keeps_space,
-            rstrip=family.rstrip and text not in family.keeps_space,
-        )
-        for text, token in control.items()
-    ]
+class StreamDecoder:
+    """Decodes tokens as they come. The pieces, joined, are the text of all tokens at once.
+
+    It follows the decoders of ``tokenizers``, which differ from llama.cpp's in bytes that are no UTF-8: the chain of
+    Phi-3's (Replace ``▁``, ByteFallback, Fuse, Strip one leading space), or ByteLevel.
+
+    A run of byte tokens is UTF-8. Where it is not, each byte of it becomes U+FFFD in the decoder of ``tokenizers``, and
+    of `Tokenizer.decode`: a run is held back until it ends or is broken. Without `whole_runs`, and in a byte-level
+    vocabulary always, only what is no character becomes U+FFFD, and only an incomplete character is held back.
+
+    Attributes:
+        hidden: tokens that are left out of the text from now on.
+        held: the bytes that are held back.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, whole_runs: bool = True) -> None:
+        self.hidden: Container[int] = ()
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.unused_ids | (tokenizer.special_ids if skip_special_tokens else frozenset())
+        self._texts = tokenizer.plain_texts[skip_special_tokens]
+        self._whole_runs = whole_runs and not tokenizer.byte_level
+        self.held = b""
+        self._broken = False
+        self._begun = tokenizer.byte_level
+
+    def copy(self) -> StreamDecoder:
+        """Return another that has taken the same tokens."""
+        return copy.copy(self)
+
+    def shows(self, token: int) -> bool:
+        """Return whether a token is part of the text, rather than left out."""
+        return token not in self._skipped and token not in self.hidden
+
+    def push(self, tokens: Sequence[int]) -> str:
+        """Take tokens, and return the text that has become certain."""
+        if self.hidden:
+            tokens = [token for token in tokens if token not in self.hidden]
+        found: list[Any] = list(map(self._texts.get, tokens))
+        pieces: list[str] = []
+        run = bytearray()
+        begin = 0
+        for odd in [index for index, text in enumerate(found) if text is None]:
+            if begin < odd:
+                pieces += [self._certain(run, ended=True), *found[begin:odd]]
+                run.clear()
+            if self.shows(tokens[odd]):
+                run += self._tokenizer.raw_of.get(tokens[odd], b"")
+            begin = odd + 1
+        if begin < len(found):
+            pieces += [self._certain(run, ended=True), *found[begin:]]
+            run.clear()
+        return self._strip("".join(pieces) + self._certain(run))
+
+    def finish(self) -> str:
+        """Return what was held back, when no more tokens come."""
+        return self._strip(self._certain(ended=True))
+
+    def _certain(self, more: bytes | bytearray = b"", *, ended: bool = False) -> str:
+        """Take more bytes of a run, return what is certain of it, all of it where it has ended, and hold the rest."""
+        run, self.held = self.held + more, b""
+        if not self._whole_runs:
+            text, used = codecs.utf_8_decode(run, "replace", ended)
+            self.held = run[used:]
+            return text
+        broken = self._broken
+        if not broken:
+            try:
+                text, _ = codecs.utf_8_decode(run, "strict", ended)
+            except UnicodeDecodeError:
+                broken = True
+        self._broken = broken and not ended
+        if broken:
+            return "\ufffd" * len(run)
+        if ended:
+            return text
+        self.held = run
+        return ""
+
+    def _strip(self, text: str) -> str:
+        if self._begun or not text:
+            return text
+        self._begun = True
+        return text.removeprefix(" ")
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPrompt:
+    """A prompt's text.
+
+    Attributes:
+        certain: the part that no later token can change.
+        whole: what its tokens are by themselves.
+        decoder: has taken its tokens; a copy takes those that follow.
+    """
+
+    certain: str
+    whole: str
+    decoder: StreamDecoder
+
+
+_ARTEFACTS = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+
+
+def clean_up_tokenization(text: str) -> str:
+    """Remove the spaces that word-piece tokenizers leave before punctuation (``PreTrainedTokenizerBase``'s method)."""
+    for artefact in _ARTEFACTS:
+        text = text.replace(artefact, artefact.strip())
+    return text

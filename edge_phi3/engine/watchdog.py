@@ -13,18 +13,14 @@ _LOOKS = 60
 
 
 class Watchdog:
-    """Calls for help when nothing moves for a time, and once more after the same time again.
+    """Calls for help when nothing moves for `limit` seconds, and once more after the same time again.
 
     A step that is merely slow is no stall: the limit is at least ten times the longest step so far. Time in which the
     watchdog itself stood still (SIGSTOP, a suspended machine) does not count.
 
-    Args:
-        limit: seconds.
-        steps: returns a number that changes with every step, or None while no step is due.
-        stalled: called with the seconds without a step when the limit has passed.
-        recovered: called when a step comes after all.
-        lost: called when the same time has passed again.
-        clock: seconds that only grow.
+    `steps` returns a number that changes with every step, or None while no step is due. `stalled` is called with the
+    seconds without a step when the limit has passed, `recovered` when a step comes after all, `lost` when the same time
+    has passed again. `clock` returns seconds that only grow.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class Watchdog:
 def stacks() -> str:
     """Return where every thread of this process is."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    parts = []
-    for ident, frame in sys._current_frames().items():  # noqa: SLF001 - the documented way
-        parts.append(f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}")
-    return "\n".join(parts)
+    return "\n".join(
+        f"Thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()  # noqa: SLF001 - the documented way
+    )

@@ -6,9 +6,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from edge_phi3.engine.detokenizer import clean_up_tokenization
 from edge_phi3.engine.sequence import Timing
 from edge_phi3.engine.token_offsets import PlacedLogprobs
+from edge_phi3.engine.tokenizer import clean_up_tokenization
 from edge_phi3.generation.decoding import TokenScore
 from edge_phi3.pipeline.prompt import PreparedPrompt
 

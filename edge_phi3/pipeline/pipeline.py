@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.added_tokens import SHIELD
 from edge_phi3.engine.constraint import ConstraintVocabulary
-from edge_phi3.engine.detokenizer import clean_up_tokenization
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import ContextLengthError
 from edge_phi3.engine.grammars import CALL_TOKENS, Grammar
 from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, TokensEvent
 from edge_phi3.engine.token_offsets import TokenOffsets, placed, placed_prompt
-from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.engine.tokenizer import Tokenizer, clean_up_tokenization
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import GenerationResult
 from edge_phi3.generation.stopping import StopTexts

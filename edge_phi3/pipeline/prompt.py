@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.engine.detokenizer import DecodedPrompt
+from edge_phi3.engine.tokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig
 from edge_phi3.generation.sampling import TokenConstraint

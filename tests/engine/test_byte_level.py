@@ -11,8 +11,7 @@ import pytest
 from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.engine.detokenizer import StreamDecoder
-from edge_phi3.engine.tokenizer import Tokenizer
+from edge_phi3.engine.tokenizer import StreamDecoder, Tokenizer
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.model import Model, tokenize
 from tests.golden.byte_level import reference_tokenizer
