@@ -16,13 +16,7 @@ _GRAIN = 256
 
 @dataclass(frozen=True, slots=True)
 class ContextShape:
-    """One context.
-
-    Attributes:
-        cells: KV cells.
-        sequences: how many sequence ids there are.
-        max_tokens: how long its sequences may get; None for as long as its cells allow.
-    """
+    """KV cells and sequence ids of one context; `max_tokens` is how long a sequence may get, None for all cells."""
 
     cells: int
     sequences: int
@@ -34,14 +28,9 @@ def context_shapes(
 ) -> list[ContextShape]:
     """Return the contexts to make: one, or for a model with two sets of rotary factors up to two.
 
-    The first of two takes sequences up to the original context, the second, of ``--ctx-size`` cells, the longer ones.
-    The first has half as many cells, but room for at least one and at most ``--parallel`` whole sequences.
-
-    Args:
-        settings: how many cells the contexts have, and how many sequences they decode at once.
-        context_length: tokens that the model was trained for.
-        original: the context beyond which the long rotary factors hold; None for a model without them.
-        gpu: whether finished sequences stay in the cells, and so need ids of their own.
+    The first of two takes sequences up to the `original` context, beyond which the long factors hold, the second, of
+    ``--ctx-size`` cells, the longer ones. The first has half as many cells, but room for at least one and at most
+    ``--parallel`` whole sequences. On a `gpu` finished sequences stay in the cells, and so need ids of their own.
     """
     parallel = min(settings.parallel, MAX_PARALLEL)
     ids = parallel

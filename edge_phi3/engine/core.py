@@ -181,14 +181,13 @@ class EngineCore:
     def _drop_the_departed(self) -> None:
         now = self._clock()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
-            deadline = request.deadline
+            timeout = request.request.timeout
             if request.cancelled:
                 self.scheduler.retire(request)
                 self._end(request, None)
-            elif deadline is not None and now > deadline:
+            elif timeout is not None and now > request.submitted + timeout:
                 self.scheduler.retire(request)
-                limit = f"{request.request.timeout:g} s"
-                self._end(request, DeadlineExceededError(f"The request's time limit of {limit} has passed."))
+                self._end(request, DeadlineExceededError(f"The request's time limit of {timeout:g} s has passed."))
 
     def _decode(self, runner: ModelRunner, batch: Batch) -> None:
         """Decode a batch, choose tokens for all its rows at once, and continue or end its requests."""
@@ -221,9 +220,8 @@ class EngineCore:
                 continue
             try:
                 self._continue(runner, request, step, now)
-            except Exception:
-                logger.exception("Request %s cannot go on.", request.request.request_id)
-                self._fail(request, "it cannot go on")
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._fail(request, "it cannot go on", error)
 
     def _check_drafts(self, runner: ModelRunner, drafts: Mapping[RunningRequest, Tokens], logits: Scores) -> None:
         """Let requests go on through what was drafted for them, as long as it is what their own choices are."""
@@ -249,9 +247,8 @@ class EngineCore:
             scored += range(first, first + count)
             try:
                 request.score(logits[first : first + count])
-            except Exception:
-                logger.exception("The prompt of request %s cannot be scored.", request.request.request_id)
-                self._fail(request, "it cannot be scored")
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._fail(request, "its prompt cannot be scored", error)
         return np.delete(logits, scored, axis=0)
 
     def _continue(self, runner: ModelRunner, request: RunningRequest, step: Step, now: float) -> None:
@@ -279,16 +276,14 @@ class EngineCore:
                 continue
             try:
                 self._send(request, step, now)
-            except Exception:
-                logger.exception("What request %s generated cannot be sent.", request.request.request_id)
-                self._fail(request, "it cannot be answered")
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._fail(request, "it cannot be answered", error)
         self._outbox.flush_if_due()
         for request in choosing:
             try:
                 request.decoder.prepare()
-            except Exception:
-                logger.exception("Request %s cannot be prepared for its next token.", request.request.request_id)
-                self._fail(request, "its format cannot be followed")
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._fail(request, "its format cannot be followed", error)
 
     def _send(self, request: RunningRequest, step: Step, now: float) -> None:
         if request.first_token is None:
@@ -311,9 +306,9 @@ class EngineCore:
             except Exception:
                 logger.exception("The end of request %s cannot be sent.", request.request.request_id)
 
-    def _fail(self, request: RunningRequest, why: str) -> None:
+    def _fail(self, request: RunningRequest, why: str, error: Exception | None = None) -> None:
         """End a request for an error of ours."""
-        logger.error("Request %s fails: %s.", request.request.request_id, why)
+        logger.error("Request %s fails: %s.", request.request.request_id, why, exc_info=error)
         request.failed = True
         self._failed.append(request)
         self._end(request, InternalError())

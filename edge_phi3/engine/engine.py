@@ -59,11 +59,7 @@ class Engine:
     # -- life
 
     def load(self) -> LoadedModel:
-        """Start the engine's thread, and wait until it has loaded the model and warmed it up.
-
-        Raises:
-            ModelLoadError: the file, an adapter or a context cannot be loaded.
-        """
+        """Start the engine's thread, and wait until it has loaded the model, or raise `ModelLoadError`."""
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
         self._thread.start()
         return self._loading.result()
@@ -147,12 +143,9 @@ class Engine:
     # -- the asyncio face
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """Run a request.
+        """Run a request; yield `TokensEvent`s when it streams, then one `FinishedEvent`.
 
         Closing the iterator early, or cancelling the task that reads it, frees the request's sequences within one step.
-
-        Yields:
-            `TokensEvent`s when the request streams, then one `FinishedEvent`.
 
         Raises:
             EngineError: what `submit` raises, or its time limit passed (`DeadlineExceededError`).
@@ -195,8 +188,7 @@ class Engine:
 
     def room(self, prompt_length: int, rows: int) -> int:
         """Return how many tokens a prompt may be continued by in each of so many sequences."""
-        most = self.model.defaults.context_length - prompt_length
-        core = self._core
+        most, core = self.model.defaults.context_length - prompt_length, self._core
         return core.scheduler.room(prompt_length, rows, most) if core else 0
 
     @functools.cached_property

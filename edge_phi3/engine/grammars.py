@@ -34,12 +34,9 @@ MIDDLE: /, ?"arguments": ?/
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A language.
+    """A language: its rules, and what ``@name`` stands for in them, JSON schemas, parsed from JSON, or further rules.
 
-    Attributes:
-        lark: its rules.
-        named: what ``@name`` stands for in them: JSON schemas, parsed from JSON, and further rules.
-        json_from: finds the text behind which JSON begins; the bytes of special tokens begin with 0xff.
+    `json_from` finds the text behind which JSON begins; the bytes of special tokens begin with 0xff.
     """
 
     lark: str
@@ -66,11 +63,7 @@ def choice_grammar(choices: Sequence[str]) -> Grammar:
 
 
 def written_grammar(text: str) -> Grammar:
-    """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it.
-
-    Raises:
-        SchemaError: it is no GBNF.
-    """
+    """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it; or `SchemaError`."""
     try:
         return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
     except (GbnfToLarkError, RecursionError) as error:
@@ -102,11 +95,10 @@ def calls_grammar(
         forms.append("@answer")
     names = [f"call_{number}" for number in range(len(tools))]
     rules = [f"start: {' | '.join(forms)}", f"call: {' | '.join(names)}"]
-    rules += [
-        f'{name}: OPEN {_text(json.dumps(tool))} MIDDLE @{name} "}}"'
-        for name, (tool, _) in zip(names, tools, strict=True)
-    ]
-    named = dict(zip(names, (schema for _, schema in tools), strict=True))
+    named = {}
+    for name, (tool, schema) in zip(names, tools, strict=True):
+        rules.append(f'{name}: OPEN {_text(json.dumps(tool))} MIDDLE @{name} "}}"')
+        named[name] = schema
     if answer is not None:
         named |= {"answer": answer.lark, **answer.named}
     lark = _OPTIONS + "\n".join(rules) + _LIST.format(more="(/, ?/ call)*" * parallel, bare=BARE_CALLS)
@@ -114,5 +106,4 @@ def calls_grammar(
 
 
 def _text(text: str) -> str:
-    """Return a text as Lark writes it."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,8 +1,7 @@
 """Keys and values of finished sequences, kept in main memory for prompts that begin as they did.
 
-They leave llama.cpp's cache as soon as a sequence has finished. There, every decode step looks over all cells up to the
-highest one in use, row by row: on a CPU a cache full of finished sequences makes a step up to a sixth slower, and a GPU
-kernel that reads masked cells reads them all.
+There, every decode step looks over all cells up to the highest one in use, row by row: on a CPU a cache full of
+finished sequences makes a step up to a sixth slower, and a GPU kernel that reads masked cells reads them all.
 
 A sequence is kept in blocks, so that a prefix that many share is kept once, and what is written after an answer grows
 with the new tokens, not with the length of the conversation. Blocks form a tree, which branches wherever sequences
@@ -38,11 +37,9 @@ class Block:
 
     Attributes:
         parent: the block of the positions before, which may hold some more than those; None for the first.
-        tokens: its tokens, shape ``(tokens,)``.
-        begin: the position of the first of them.
+        tokens: its tokens, shape ``(tokens,)``, from the position `begin` on.
         start: the first position that is held: above `begin` when a sliding window had passed by.
         state: what llama.cpp wrote for ``[start, end)``, shape ``(bytes,)``; empty when nothing is held.
-        children: the blocks that go on from here.
     """
 
     parent: Block | None

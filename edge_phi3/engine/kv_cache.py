@@ -35,14 +35,9 @@ _LEAST_RESTORED = 8
 class KVCache:
     """The cells of one context.
 
-    A sequence holds positions ``[start[seq_id], length[seq_id])``; `start` is above 0 once the sliding window has
-    passed by.
-
-    Args:
-        context: where the cells are.
-        window: how many tokens attention reaches back, the token itself included; None for all.
-        host_cache: where finished sequences are kept when they leave their cells; None for nowhere.
-        retain: whether they stay in their cells while there is room.
+    A sequence holds positions ``[start[seq_id], length[seq_id])``; `start` is above 0 once the sliding window, so many
+    tokens with the one that looks back, has passed by. Finished sequences stay in their cells while there is room, if
+    `retain` says so, and are kept in the `host_cache` when they leave them.
     """
 
     def __init__(
@@ -251,10 +246,7 @@ class KVCache:
     # -- finished sequences
 
     def finish(self, sequence: Sequence, tokens: Tokens | None, worth: int = 0) -> None:
-        """Take a sequence that has ended.
-
-        Others may begin with `tokens` (None for nothing), of which `worth` are worth a copy in main memory.
-        """
+        """Take a sequence that has ended: others may begin with `tokens`, of which `worth` are worth a copy."""
         seq_id = sequence.seq_id
         keeps = self._retain or (self.host_cache is not None and worth > 0)
         if tokens is None or not keeps or len(tokens) <= self.start[seq_id]:
@@ -291,11 +283,7 @@ class KVCache:
         self.release(seq_id)
 
     def _save(self, seq_id: int, most: float) -> tuple[int, bool]:
-        """Copy a finished sequence to the host cache, as far as `most` bytes allow.
-
-        Returns:
-            How many were copied, and whether that is all that can be kept of it.
-        """
+        """Copy a finished sequence, as far as `most` bytes allow; return how many were, and whether that is all."""
         copied, whole = 0, True
 
         def read(first: int, end: int) -> NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -39,7 +39,7 @@ class LoadedModel:
 
     A model with two sets of rotary factors may have two, the first for sequences up to the original context. `defaults`
     is what the model's ``generation_config.json`` says. `gpu_layers` counts the layers on a GPU, the output as one of
-    them. `files` are those that are mapped. `resources` frees the contexts, and then the model.
+    them. `files` are those that are mapped. `close` frees the contexts, and then the model.
     """
 
     model: Model
@@ -48,11 +48,7 @@ class LoadedModel:
     defaults: ModelDefaults
     gpu_layers: int
     files: ServedFiles
-    resources: contextlib.ExitStack
-
-    def close(self) -> None:
-        """Free contexts and model."""
-        self.resources.close()
+    close: Callable[[], None]
 
 
 def load(settings: EngineSettings) -> LoadedModel:
@@ -70,8 +66,7 @@ def load(settings: EngineSettings) -> LoadedModel:
         # Where short and long rotary factors part: the first context is no larger, and so takes the short ones.
         overrides = {_ORIGINAL_CONTEXT: shapes[0].cells} if original else {}
         sizes = [(shape.cells, shape.sequences) for shape in shapes]
-        adapters = [lora.path for lora in settings.lora]
-        prove(header, sizes, settings, overrides=overrides, adapters=adapters)
+        prove(header, sizes, settings, overrides=overrides, adapters=[lora.path for lora in settings.lora])
         layers = settings.n_gpu_layers if gpu else 0
         model = Model(header, n_gpu_layers=layers, overrides=overrides, mapped=settings.mmap)
         stack.callback(model.close)
@@ -84,8 +79,7 @@ def load(settings: EngineSettings) -> LoadedModel:
             raise ModelLoadError(
                 f"What {model.path} says of its tokens or of generation is nonsense: {error}."
             ) from error
-        wanted = settings.n_gpu_layers if settings.n_gpu_layers >= 0 else model.layers + 1
-        layers = min(wanted, model.layers + 1) if gpu else 0
+        layers = model.layers + 1 if layers < 0 else min(layers, model.layers + 1)
         contexts = []
         for shape in shapes:
             contexts.append(Context(model, cells=shape.cells, sequences=shape.sequences, settings=settings))
@@ -96,7 +90,7 @@ def load(settings: EngineSettings) -> LoadedModel:
         for shape, context in zip(shapes, contexts, strict=True):
             context.warm_up()
             runners.append(_runner(model, context, shape, settings, share=1 / len(shapes)))
-        loaded = LoadedModel(model, tokenizer, runners, defaults, layers, files, stack.pop_all())
+        loaded = LoadedModel(model, tokenizer, runners, defaults, layers, files, stack.pop_all().close)
     _say_what_runs_where(loaded, settings)
     return loaded
 
@@ -131,7 +125,8 @@ def _runner(
 
 
 def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
-    generation = _generation_config(model)
+    said = json.loads(model.metadata("edge_phi3.generation.config") or "{}")
+    generation = said if isinstance(said, dict) else {}
     end = generation.get("eos_token_id")
     ends = [token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)]
     if not ends:
@@ -148,14 +143,6 @@ def _defaults(model: Model, tokenizer: Tokenizer) -> ModelDefaults:
         context_length=model.context_length,
         generation=generation,
     )
-
-
-def _generation_config(model: Model) -> Mapping[str, object]:
-    text = model.metadata("edge_phi3.generation.config")
-    if not text:
-        return {}
-    config = json.loads(text)
-    return config if isinstance(config, dict) else {}
 
 
 def _say_what_runs_where(loaded: LoadedModel, settings: EngineSettings) -> None:

@@ -10,7 +10,7 @@ out, the request of a context that came last goes back to its place in the queue
 """
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +26,9 @@ class Scheduler:
     `waiting` are those that hold no cells, in the order of their arrival; `preemptions` counts how often a request was
     sent back for want of cells.
 
-    Args:
-        runners: its contexts, in the order of the lengths that they are for; the last takes any that its cells allow.
-        parallel: how many sequences each context decodes together at most.
-        share_prefixes: whether a prompt may begin with what was computed for another.
-        exact_seeds: whether a request with a seed has a cleared context to itself.
+    `runners` are the model's contexts, in the order of the lengths that they are for; the last takes any that its cells
+    allow. Each decodes `parallel` sequences together at most. With `share_prefixes` a prompt may begin with what was
+    computed for another, with `exact_seeds` a request with a seed has a cleared context to itself.
     """
 
     def __init__(
@@ -82,22 +80,15 @@ class Scheduler:
 
     def _obstacle(self, prompt_length: int, max_length: int, rows: int) -> tuple[int, int] | None:
         """Return the cells that are needed and those that there are in a context that is too small, or None."""
-        for runner, longest in self._visits(prompt_length, max_length):
-            needed = runner.window.cells_needed(prompt_length, longest, rows)
+        longest = max(prompt_length, max_length - 1)  # the last token is not decoded
+        for runner in self.runners[self._place(prompt_length) : self._place(longest) + 1]:
+            last, limit = runner is self.runners[-1], runner.max_tokens or longest
+            needed = runner.window.cells_needed(prompt_length, longest if last else min(longest, limit), rows)
             if needed > runner.kv.cells:
                 return needed, runner.kv.cells
-            if runner is self.runners[-1] and runner.max_tokens is not None and longest > runner.max_tokens:
-                return longest, runner.max_tokens
+            if last and longest > limit:
+                return longest, limit
         return None
-
-    def _visits(self, prompt_length: int, max_length: int) -> Iterator[tuple[ModelRunner, int]]:
-        """Yield the contexts that a request may visit, each with the most tokens that its rows have there."""
-        longest = max(prompt_length, max_length - 1)  # the last token is not decoded
-        first = self._place(prompt_length)
-        for place in range(first, self._place(longest) + 1):
-            runner = self.runners[place]
-            last = place == len(self.runners) - 1
-            yield runner, longest if last or runner.max_tokens is None else min(longest, runner.max_tokens)
 
     def _place(self, length: int) -> int:
         """Return the place of the context for sequences of `length` tokens."""

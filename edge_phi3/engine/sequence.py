@@ -1,8 +1,4 @@
-"""One request inside the engine: its parameters, its events, and the sequences that it runs.
-
-A request owns one sequence while its prompt is prefilled and as many as its decoder has rows afterwards: one per
-returned sequence, or one per beam.
-"""
+"""One request inside the engine: its parameters, its events, and the sequences that it runs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,13 +44,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When things happened to a request, in seconds.
-
-    Attributes:
-        queue: from submission to the first step that held a token of its prompt.
-        first_token: from submission to the first generated token.
-        total: from submission to the end.
-    """
+    """Seconds from submission: to the first step with a token of the prompt, to the first new token, to the end."""
 
     queue: float
     first_token: float
@@ -63,11 +53,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TokensEvent:
-    """Tokens chosen in one step.
+    """Tokens chosen in one step: pairs of the returned sequence's index and the token id, in order; none in beam modes.
 
-    Attributes:
-        tokens: pairs of the returned sequence's index and the token id, in order. Empty in beam modes.
-        logprobs: one for each of them, when the request wants them, else empty.
+    `logprobs` has one for each of them, when the request wants them.
     """
 
     tokens: list[tuple[int, int]]
@@ -80,11 +68,9 @@ class FinishedEvent:
 
     Attributes:
         result: sequences (prompt included), scores, finish reasons.
-        timing: when things happened.
         cached_tokens: how many tokens of the prompt came from the prefix cache.
         generated_tokens: tokens generated, over all returned sequences.
-        drafted_tokens: tokens that were drafted for them.
-        accepted_tokens: those of them that the model chose.
+        drafted_tokens: tokens that were drafted for them; `accepted_tokens` are those that the model chose.
         prompt_logprobs: of each token of the prompt but the first, when the request wants them, else empty.
     """
 
@@ -119,24 +105,19 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class RunningRequest:
-    """A request that the engine has accepted.
-
-    Its tokens are in its decoder's history. While it runs it holds one sequence until what its rows have in common is
-    computed, and then one for each row.
+    """A request that the engine has accepted. Its tokens are in its decoder's history.
 
     Attributes:
         send: hands one event to the owner; called from the engine's thread, and must not block.
         arrival: order of arrival, which decides who is admitted first and who is preempted last.
         submitted: when it was submitted, as all times here in seconds of the engine's clock.
         exact: whether it runs alone in a cleared context, so that its answer repeats to the bit.
-        sequences: its sequences in the context where it runs; none while it waits.
-        stem: how many of its first tokens are computed in one sequence, before its rows part.
+        sequences: those in the context where it runs: none while it waits, one until its `stem`, what its rows have in
+            common, is computed, and then one for each row.
         batch: the number of the last batch in its context that took its rows, where they take turns.
-        started: when it was first in a batch, or None.
-        first_token: when its first token was chosen, or None.
+        started: when it was first in a batch, or None; `first_token`: when that was chosen, or None.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
         prompt_logprobs: those of the prompt that are known so far, where they are wanted.
-        drafting: what its drafts need.
         failed: whether an error of ours, or of its parameters, has ended it.
     """
 
@@ -236,9 +217,3 @@ class RunningRequest:
             return False
         last: list[int] = draft[:, place].tolist()
         return self.decoder.last_tokens() == last
-
-    @property
-    def deadline(self) -> float | None:
-        """The time at which the request fails, or None."""
-        timeout = self.request.timeout
-        return None if timeout is None else self.submitted + timeout

@@ -25,11 +25,9 @@ _NEWEST = 0.3
 
 
 class Speculation:
-    """The drafts of one context.
+    """The drafts of one context: so many tokens for each sequence, or None for as many as pay.
 
-    Args:
-        tokens: how many are drafted for each sequence; None for as many as pay.
-        seconds: what batches of some sizes take, as far as that is known.
+    `seconds` is what batches of some sizes take, as far as that is known.
     """
 
     def __init__(self, tokens: int | None = None, seconds: Mapping[int, float] | None = None) -> None:
@@ -56,10 +54,8 @@ class Speculation:
     ) -> dict[RunningRequest, NDArray[np.int32]]:
         """Return the tokens that are checked in the next batch, shape ``(rows of the request, tokens)``.
 
-        Args:
-            requests: those that may have some, each with the most for each of its rows.
-            rows: rows that decode in the batch.
-            room: drafted tokens that fit it.
+        `requests` are those that may have some, each with the most for each of its rows; `room` drafted tokens fit the
+        batch beside the `rows` that decode.
         """
         wanted = [request.request.config.prompt_lookup_num_tokens for request, _ in requests]
         forced = [self._tokens if tokens is None else tokens for tokens in wanted]

@@ -12,11 +12,9 @@ from edge_phi3.generation.decoding import TokenLogprobs
 
 
 class PlacedLogprobs(NamedTuple):
-    """How likely a token of an answer was, and where it begins.
+    """How likely a token of an answer was, and how many characters of it stand before the token's own first one.
 
-    Attributes:
-        start: characters of the answer before the token's own first one. Bytes of one character begin where it does.
-        logprobs: of the token.
+    Bytes of one character begin where it does.
     """
 
     start: int

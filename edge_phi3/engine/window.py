@@ -10,12 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class SlidingWindow:
-    """How far attention reaches back.
-
-    Attributes:
-        size: tokens, the one that looks back included; None for all.
-        chunk: tokens of a prompt that are fed at a time beyond the window.
-    """
+    """How far attention reaches back; a `size` of None is all tokens."""
 
     size: int | None
     chunk: int = 1

@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_phi3.generation.beam import BeamDecoder
-from edge_phi3.generation.config import API_DEFAULTS, GenerationConfig, ModelDefaults, ParameterError
+from edge_phi3.generation.config import GenerationConfig, ModelDefaults
 from edge_phi3.generation.decoding import Decoder, GenerationError, GenerationResult, advance
+from edge_phi3.generation.parameters import API_DEFAULTS
 from edge_phi3.generation.sampling import ConstrainedDecoder, SequenceDecoder, TokenConstraint
 from edge_phi3.generation.stopping import Stopping, StopTexts
+from edge_phi3.generation.values import ParameterError
 
 __all__ = [
     "API_DEFAULTS",
@@ -38,24 +40,19 @@ def make_decoder(
     constraint: TokenConstraint | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Decoder:
-    """Return the decoder of one request.
+    """Return the decoder of one request, which wants one row of logits: those of the prompt's last token.
 
     Args:
         config: what the request asks for.
         prompt: token ids of the prompt, shape (n,), at least one.
-        vocabulary: the text of each token id inside a sentence (None where an id has no token); needed for
-            ``stop_strings`` only.
+        vocabulary: what `StopStrings` takes; needed for ``stop_strings`` only.
         stop_texts: what else ends a sequence by its text, or None.
-        constraint: what the sequences are held to; copied. Not for beam searches.
+        constraint: what the sequences are held to; copied. Not for beam searches, as `top_logprobs`.
         clock: seconds that only grow; ``max_time`` counts from this call.
-
-    Returns:
-        A decoder that wants one row of logits: those of the prompt's last token.
 
     Raises:
         ParameterError: the prompt leaves no room for a token.
-        ValueError: the prompt is empty, the vocabulary is missing, or a beam search is to return log-probabilities or
-            held to a constraint.
+        ValueError: an argument is missing, or not for such a request.
     """
     if len(prompt) == 0:
         raise ValueError("A prompt needs at least one token; an empty text starts with `bos_token_id`.")

@@ -31,13 +31,9 @@ _VANISHING: Final = np.float32(103)
 
 
 class Picks(NamedTuple):
-    """The best continuations of one group, best first.
+    """The best continuations of one group, best first: beam scores after them, beams within the group, tokens.
 
-    Attributes:
-        totals: beam scores after the continuation, shape (n,).
-        beams: the beam of each within its group, shape (n,).
-        tokens: shape (n,).
-        processed: the processed scores they were picked from, a row for each beam.
+    `processed` are the processed scores they were picked from, a row for each beam; the others are of shape (n,).
     """
 
     totals: Scores
@@ -54,12 +50,10 @@ class Picks(NamedTuple):
 
 @dataclass(slots=True)
 class Hypothesis:
-    """One finished beam.
+    """One finished beam: `score` is the sum of its log-probabilities over a power of the generated length.
 
-    Attributes:
-        score: sum of log-probabilities over a power of the generated length.
-        tokens: token ids, prompt included, without the end token; shape (n,).
-        scores: how its generated tokens scored, the end token included; empty unless recorded.
+    `tokens` are token ids, prompt included, without the end token, shape (n,); `scores` those of its generated tokens,
+    the end token included, where they are recorded.
     """
 
     score: float
@@ -70,9 +64,9 @@ class Hypothesis:
 
 @dataclass(slots=True)
 class Hypotheses:
-    """The best finished beams of a group, at most as many as it has beams (`size`). Follows ``BeamHypotheses``.
+    """The best finished beams of a group of `size` beams, oldest first. Follows ``BeamHypotheses``.
 
-    The hypotheses are kept oldest first; `worst` is the score that another must beat when there are enough.
+    `worst` is the score that another must beat when there are enough.
     """
 
     size: int
@@ -253,9 +247,8 @@ class BeamDecoder(Decoder):
         totals = picks.totals.tolist()
         going = start
         scores: list[float] = []
-        for rank, (total, beam, token) in enumerate(
-            zip(totals, picks.beams.tolist(), picks.tokens.tolist(), strict=True)
-        ):
+        chosen = zip(totals, picks.beams.tolist(), picks.tokens.tolist(), strict=True)
+        for rank, (total, beam, token) in enumerate(chosen):
             parent = start + beam
             if token in self.stopping.ends:
                 if rank < size:
@@ -295,12 +288,9 @@ class BeamDecoder(Decoder):
         self.finished = True
         self.rows = 0
         new_tokens = self.history.length - self.prompt_length
-        for beam, (total, tokens, scored) in enumerate(
-            zip(self._beam_scores.tolist(), self.history.tokens, self._scores, strict=True)
-        ):
-            group = beam // self._size
-            if not self._done[group]:
-                self._hypotheses[group].offer(total, new_tokens, tokens, self._reason, scored)
+        for beam in np.flatnonzero(np.repeat(~np.array(self._done), self._size)).tolist():
+            total, tokens, scored = float(self._beam_scores[beam]), self.history.tokens[beam], self._scores[beam]
+            self._hypotheses[beam // self._size].offer(total, new_tokens, tokens, self._reason, scored)
 
     def _result(self) -> GenerationResult:
         """Return the best sequences. Follows ``BeamSearchScorer.finalize``."""

@@ -11,12 +11,8 @@ from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
 from edge_phi3.generation.refused import REFUSED
 from edge_phi3.generation.values import LONGEST_SHOWN, ParameterError, Source, leaves, shown
 
-__all__ = ["API_DEFAULTS", "GenerationConfig", "ModelDefaults", "ParameterError"]
-
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the prompt)."""
-
-
 MOST_PHRASES: Final = 1024
 LONGEST_STOP: Final = 4096
 """How many phrases or stop strings of a request are looked for at every token, and characters of one such string."""
@@ -28,9 +24,6 @@ class ModelDefaults:
 
     Attributes:
         vocab_size: rows of the output matrix; token ids lie below it.
-        bos_token_id: the token that an empty prompt starts with.
-        eos_token_ids: the tokens that end a sequence.
-        pad_token_id: the token that finished sequences would be padded with.
         context_length: ``max_position_embeddings``.
         generation: the model's ``generation_config.json``, parsed. Names that transformers does not know are
             ignored, as it does.
@@ -50,11 +43,8 @@ class ModelDefaults:
 class GenerationConfig(Parameters):
     """Every parameter of one request, merged and validated. Follows the class of the same name in transformers.
 
-    `resolve` leaves OpenAI's own parameters off: whoever speaks OpenAI's API replaces them.
-
-    Attributes:
-        vocab_size: rows of the output matrix; token ids lie below it.
-        context_length: tokens that the model was trained for.
+    `resolve` leaves OpenAI's own parameters off: whoever speaks OpenAI's API replaces them. The two beside them are the
+    model's.
     """
 
     vocab_size: int
@@ -62,14 +52,10 @@ class GenerationConfig(Parameters):
 
     @classmethod
     def resolve(cls, requested: Mapping[str, object], defaults: ModelDefaults) -> GenerationConfig:
-        """Merge a request over the API's defaults, the model's file and transformers' defaults.
+        """Merge a request's ``generate_kwargs``, as parsed from JSON, over what holds where they are silent.
 
         The order is the original service's: a name in the request wins, then the API's default, then the
         model's file, then transformers. A null in the request stands for "not set".
-
-        Args:
-            requested: the ``generate_kwargs`` of a request, as parsed from JSON.
-            defaults: the model's side.
 
         Raises:
             ParameterError: a name is unknown or unsupported, a value has the wrong type or is out of range,
@@ -103,32 +89,28 @@ class GenerationConfig(Parameters):
         return self.return_dict_in_generate and self.output_scores
 
     def total_length(self, prompt_length: int) -> int:
-        """Return the largest length of a sequence, prompt included.
+        """Return the largest length of a sequence, prompt included; `ParameterError` where no token has room.
 
         ``max_new_tokens`` wins over ``max_length``. With neither set, `DEFAULT_NEW_TOKENS` are added to the
         prompt, up to the context length.
-
-        Raises:
-            ParameterError: the prompt leaves no room for a token.
         """
         if self.max_new_tokens is not None:
             return prompt_length + self.max_new_tokens
+        total = self.max_length
+        if total is None:
+            total = min(prompt_length + DEFAULT_NEW_TOKENS, self.context_length)
+        if total > prompt_length:
+            return total
+        message = (
+            f"The prompt has {prompt_length} tokens, which leaves no room in the model's context of"
+            f" {self.context_length}: shorten the prompt."
+        )
         if self.max_length is not None:
-            if self.max_length <= prompt_length:
-                message = (
-                    f"`max_length` is {self.max_length}, but the prompt alone has {prompt_length} tokens: give a"
-                    " larger `max_length`, or `max_new_tokens`, or a shorter prompt."
-                )
-                raise ParameterError("max_length", message)
-            return self.max_length
-        total = min(prompt_length + DEFAULT_NEW_TOKENS, self.context_length)
-        if total <= prompt_length:
             message = (
-                f"The prompt has {prompt_length} tokens, which leaves no room in the model's context of"
-                f" {self.context_length}: shorten the prompt."
+                f"`max_length` is {self.max_length}, but the prompt alone has {prompt_length} tokens: give a"
+                " larger `max_length`, or `max_new_tokens`, or a shorter prompt."
             )
-            raise ParameterError("max_length", message)
-        return total
+        raise ParameterError("max_length", message)
 
     def least_length(self, prompt_length: int) -> int:
         """Return the length, prompt included, below which no sequence may end."""
@@ -138,8 +120,7 @@ class GenerationConfig(Parameters):
 
 
 def _refuse_unsupported(name: str, value: object) -> None:
-    refused = REFUSED.get(name)
-    if refused is None:
+    if (refused := REFUSED.get(name)) is None:
         # Compared with all names there are, which takes long for a long one.
         near = difflib.get_close_matches(name, PARAMETERS, n=1) if len(name) <= LONGEST_SHOWN else []
         hint = f" Did you mean `{near[0]}`?" if near else ""

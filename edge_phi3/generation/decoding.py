@@ -32,9 +32,8 @@ class GenerationError(EdgePhi3Error):
 class TokenLogprobs(NamedTuple):
     """How likely the model itself held a chosen token, and which tokens it held likeliest at its place.
 
-    Attributes:
-        logprob: log-softmax of the model's logits at the token, before processors and warpers.
-        top: pairs of a token and its log-probability, likeliest first.
+    Log-probabilities are the log-softmax of the model's logits, before processors and warpers; `top` has pairs of a
+    token and its own, likeliest first.
     """
 
     token_id: int
@@ -43,11 +42,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class TokenScore(NamedTuple):
-    """The processed score of one chosen token.
-
-    `logprob` is the log-softmax of the processed scores at the token; in beam modes the transition score, which is
-    `score` itself.
-    """
+    """The processed score of one chosen token, and the log-softmax at it: in beam modes the transition score, twice."""
 
     token_id: int
     score: float
@@ -59,9 +54,8 @@ class Step:
     """What one step asks of the engine, and what it may already send on.
 
     Attributes:
-        parents: the next step wants as many rows of logits; row i continues row ``parents[i]`` of this step. Empty
-            when the request is finished.
-        tokens: for row i, the token that it is continued with.
+        parents: the next step wants as many rows of logits; row i continues row ``parents[i]`` of this step with
+            ``tokens[i]``. Empty when the request is finished.
         emitted: (sequence index, token) for every returned sequence that got a token, those that ended
             included. Always empty in beam modes, whose sequences are known only at the end.
         logprobs: one for each of `emitted` where the request wants them, else empty.
@@ -174,7 +168,7 @@ class Decoder(ABC):
         rows: rows of logits that the next step wants: 1 before the first step (the prompt's last position),
             then one for each live sequence.
         finished: whether no further step is wanted.
-        error: why the request failed, if it did; `result` raises it.
+        error: why the request failed, if it did.
         processes: whether `process` does anything.
         chooser: how tokens are chosen. Decoders with the same chooser are served together.
     """
@@ -219,18 +213,13 @@ class Decoder(ABC):
         return Step()
 
     def result(self) -> GenerationResult:
-        """Return what was generated.
-
-        Raises:
-            EdgePhi3Error: the request failed.
-        """
+        """Return what was generated; raise `error` if the request failed."""
         if self.error is not None:
             raise self.error
         return self._result()
 
     @abstractmethod
-    def _result(self) -> GenerationResult:
-        """Return what a request that has not failed generated."""
+    def _result(self) -> GenerationResult: ...
 
 
 def fail_alone(turn: Turn, steps: list[Step], error: Exception) -> None:
@@ -242,17 +231,11 @@ def fail_alone(turn: Turn, steps: list[Step], error: Exception) -> None:
 
 
 def advance(decoders: Sequence[Decoder], logits: Scores) -> list[Step]:
-    """Choose the next tokens of many requests from one array of logits.
+    """Choose the next tokens of many unfinished requests from one array of logits; return a step for each.
 
-    Args:
-        decoders: unfinished requests.
-        logits: shape (sum of ``decoder.rows``, vocabulary), rows in the order of the decoders; may be overwritten.
-
-    Returns:
-        One step for each decoder. A request whose scores allow no choice fails alone: see `Decoder.error`.
-
-    Raises:
-        ValueError: the number of rows is not what the decoders want.
+    The logits, shape (sum of ``decoder.rows``, vocabulary), lie in the order of the decoders, and may be overwritten.
+    A request whose scores allow no choice fails alone: see `Decoder.error`. `ValueError`: there are too few rows, or
+    too many.
     """
     groups: dict[Chooser, list[Turn]] = {}
     row = 0

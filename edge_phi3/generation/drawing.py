@@ -35,14 +35,10 @@ def uniforms(seed: int, sequence: int) -> Iterator[float]:
 
 
 class Draws(NamedTuple):
-    """Tokens drawn from candidates, each attribute of shape (draws,).
+    """Tokens drawn from candidates, with their processed scores, each attribute of shape (draws,).
 
-    Attributes:
-        tokens: int32.
-        scores: the processed score of each.
-        possible: whether the row was a distribution at all.
-        highest: the highest score of the row.
-        totals: the sum of the row's weights, exp(score - highest).
+    `possible` is whether the row was a distribution at all, `highest` its highest score, and `totals` the sum of its
+    weights, exp(score - highest).
     """
 
     tokens: NDArray[np.int32]

@@ -47,9 +47,8 @@ def top_candidates(scores: Scores, k: Sequence[int]) -> Candidates:
     The maxima of strided blocks bound the k-th highest score from below, and only blocks that reach the bound are
     read again: a few passes of ``argmax`` where a partition costs a hundred.
 
-    Args:
-        scores: shape (rows, vocabulary). A row with NaN keeps NaN alone.
-        k: for each row at least 1; more than the vocabulary means all of it.
+    The scores are of shape (rows, vocabulary); a row with NaN keeps NaN alone. A `k` of each row is at least 1, and may
+    be more than there are tokens.
     """
     rows, size = scores.shape
     widest = min(max(k), size)
@@ -86,15 +85,9 @@ def kth_highest(scores: Scores, k: Sequence[int]) -> Scores:
 
 
 def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, NDArray[np.int32]]:
-    """Find the k highest of all scores of all rows, after adding an offset to each row.
+    """Find the k highest of all scores, shape (rows, vocabulary), after adding an offset to each row, shape (rows,).
 
-    Args:
-        scores: shape (rows, vocabulary).
-        offsets: shape (rows,).
-        k: at most rows x vocabulary.
-
-    Returns:
-        The sums in descending order (NaN first, ties by row and token), their rows, and their tokens, each (k,).
+    Return the sums in descending order (NaN first, ties by row and token), their rows, and their tokens, each (k,).
     """
     rows, size = scores.shape
     blocks = size // BLOCK

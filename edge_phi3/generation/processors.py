@@ -67,11 +67,8 @@ class SequenceBias:
 class HammingDiversity:
     """Penalises the tokens that earlier beam groups chose in this step. Follows ``HammingDiversityLogitsProcessor``.
 
-    Vijayakumar et al., Diverse Beam Search, https://arxiv.org/abs/1610.02424.
-
-    Attributes:
-        penalty: subtracted once for each beam that chose a token.
-        chosen: tokens of the earlier groups in this step; the beam search sets it before each group.
+    The penalty is subtracted once for each beam that chose a token. `chosen` are the tokens of the earlier groups; the
+    beam search sets them before each group. Vijayakumar et al., Diverse Beam Search, https://arxiv.org/abs/1610.02424.
     """
 
     penalty: float

@@ -19,10 +19,8 @@ class StopStrings:
     A string counts when its last character lies in the newest token, which may go on after it. The text is that of the
     tokens one by one, so a character spelt by several byte tokens never matches, as in transformers.
 
-    Args:
-        strings: non-empty strings.
-        vocabulary: text of each token id as it appears inside a sentence; None for an id without a token, which no
-            string can reach across. Ids past its end count as None.
+    `vocabulary` has the text of each token id as it appears inside a sentence; None for an id without a token, which no
+    string can reach across. Ids past its end count as None. No string is empty.
     """
 
     def __init__(self, strings: Sequence[str], vocabulary: Sequence[str | None]) -> None:
@@ -48,12 +46,10 @@ class StopStrings:
 
 
 class StopTexts:
-    """Ends a sequence in whose text, as a reader sees it, one of the given texts has been generated.
+    """Ends a sequence in whose text, as a reader sees it, one of the given texts, none empty, has been generated.
 
-    Args:
-        texts: non-empty texts.
-        vocabulary: the bytes that each token id adds to a text, none where it is left out.
-        prompt_length: tokens in front that are not looked at.
+    `vocabulary` has the bytes that each token id adds to a text, none where it is left out; `prompt_length` tokens in
+    front are not looked at.
     """
 
     def __init__(self, texts: Sequence[str], vocabulary: Sequence[bytes], prompt_length: int) -> None:

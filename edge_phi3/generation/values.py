@@ -51,11 +51,10 @@ class Kind:
     """A type of values, and which of them are allowed.
 
     Attributes:
-        allowed: completes the sentence "`name` must be ...".
+        allowed: completes the sentence "`name` must be ...", and `hint` the one on a number out of range.
         type: what msgspec converts JSON to; all numbers in it must be finite.
         token_ids: whether the integers in it are token ids, which must lie within the vocabulary.
         limits: the ``minimum``, ``maximum``, ``exclusiveMinimum`` and ``exclusiveMaximum`` of numbers.
-        hint: what else helps whoever gave a number out of range.
         one_or_many: whether a single value stands for a list of it.
         schema: the JSON schema, where it is not the one that follows from `type` and `limits`.
     """
@@ -69,11 +68,7 @@ class Kind:
     schema: Schema | None = None
 
     def read(self, name: str, value: object) -> Any:
-        """Return a value from JSON as the configuration holds it, a list as a tuple. Its limits are `check`'s affair.
-
-        Raises:
-            ParameterError: the value has another type.
-        """
+        """Return a value from JSON as the configuration holds it, a list as a tuple; `check` looks at its limits."""
         try:
             read = msgspec.convert(value, self.type)
         except (msgspec.ValidationError, OverflowError):
@@ -178,7 +173,6 @@ class Value:
     """Which values a parameter takes.
 
     Attributes:
-        kind: its type and range.
         default: the value when neither request, API, nor ``generation_config.json`` gives one.
         api: the value when a request is silent, which wins over the model's ``generation_config.json``; `UNSET` where
             the API has no default of its own.
@@ -201,7 +195,6 @@ class Parameter:
 
     Attributes:
         group: the section of the playground's panel and of the reference that it stands in.
-        value: which values it takes.
         meaning: what it does, for somebody who sets it.
         computed: how it is computed, and what else an exact user has to know; Markdown.
         openai: whether it belongs to OpenAI's API alone, and not to ``generate_kwargs``.
@@ -224,11 +217,7 @@ class Parameter:
         return self.value.default if self.value.null is Source.UNSET else self.value.null
 
     def read(self, name: str, value: object) -> Any:
-        """Return a value from JSON as the configuration holds it.
-
-        Raises:
-            ParameterError: it has the wrong type, or is out of range.
-        """
+        """Return a value from JSON as the configuration holds it, or raise `ParameterError`."""
         read = self.value.kind.read(name, value)
         if not self.value.with_sampling:
             self.value.kind.check(name, read)

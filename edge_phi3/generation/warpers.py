@@ -64,11 +64,9 @@ class Warping:
 
 
 def warp(scores: Scores, warpings: Sequence[Warping]) -> Candidates:
-    """Apply the warpers to rows that have the same ones switched on, and return what is left.
+    """Apply the warpers to rows of scores, shape (rows, vocabulary), and return what is left.
 
-    Args:
-        scores: shape (rows, vocabulary).
-        warpings: one for each row, all with the same `active`.
+    There is a warping for each row, all with the same `active`.
     """
     names = warpings[0].active
     if not names:
