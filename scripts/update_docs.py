@@ -24,9 +24,9 @@ from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
-from edge_phi3.generation import reference
 from edge_phi3.settings import Settings
 from edge_phi3.settings_text import key_of, to_markdown
+from scripts import generation_reference as reference
 from scripts import limits
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -117,7 +117,7 @@ def test_a_signal_that_comes_while_llama_cpp_logs_is_not_lost(monkeypatch: pytes
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
-        monkeypatch.setattr(backend, "_take_line", lambda *_: signal.raise_signal(signal.SIGTERM))
+        monkeypatch.setattr(backend.logger, "log", lambda *_: signal.raise_signal(signal.SIGTERM))
         backend._LOG_CALLBACK(2, b"a line", None)
         with pytest.raises(SystemExit):
             time.sleep(PATIENCE)

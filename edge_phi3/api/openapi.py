@@ -19,7 +19,7 @@ from edge_phi3.api.openai import fields as openai_fields
 from edge_phi3.api.openai import responses as openai_responses
 from edge_phi3.api.openai import schemas as openai
 from edge_phi3.api.openai import tools as openai_tools
-from edge_phi3.generation.reference import generate_kwargs_schema
+from edge_phi3.generation.parameters import generate_kwargs_schema
 from edge_phi3.version import __version__
 
 JSON = dict[str, Any]

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from edge_phi3.api.openapi import openapi_document
 from edge_phi3.api.service import Service
-from edge_phi3.generation.reference import generate_kwargs_schema, groups
+from edge_phi3.generation.parameters import generate_kwargs_schema, groups
 
 _STATIC = files("edge_phi3.api") / "static"
 _MEDIA_TYPES: Final = {

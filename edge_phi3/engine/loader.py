@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from edge_phi3.engine.batch_sizes import measure
-from edge_phi3.engine.contexts import ContextShape, context_shapes
-from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.engine_settings import ContextShape, EngineSettings, context_shapes
 from edge_phi3.engine.host_cache import BLOCK_SIZE, PER_STEP, HostCache
 from edge_phi3.engine.model_runner import ModelRunner
 from edge_phi3.engine.speculation import Speculation

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Final, Literal
 
+from edge_phi3.generation.refused import REFUSED
 from edge_phi3.generation.values import (
     BIASES,
     BOOLEAN,
@@ -23,6 +24,7 @@ from edge_phi3.generation.values import (
     TOKEN_OR_TOKENS,
     TOKENS,
     Parameter,
+    Schema,
     Source,
     Value,
     integer,
@@ -287,3 +289,24 @@ API_DEFAULTS: Final[Mapping[str, object]] = {
     name: each.value.api for name, each in PARAMETERS.items() if each.value.api is not Source.UNSET
 }
 """What a request means where it is silent. These win over the model's ``generation_config.json``."""
+
+
+def generate_kwargs_schema() -> Schema:
+    """Return the JSON schema of ``generate_kwargs``."""
+    return {
+        "title": "GenerateKwargs",
+        "type": "object",
+        "description": "The parameters of generation, with the meaning that they have in transformers' `generate`. "
+        'null stands for "not set". Any name that is not listed is refused.',
+        "properties": {name: each.json_schema() for name, each in PARAMETERS.items()},
+        "patternProperties": {f"^({'|'.join(REFUSED)})$": {"type": "null", "description": "Not supported."}},
+        "additionalProperties": False,
+    }
+
+
+def groups(parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, list[str]]:
+    """Return the names of the parameters of each group, in the table's order."""
+    found: dict[str, list[str]] = {}
+    for name, each in parameters.items():
+        found.setdefault(each.group, []).append(name)
+    return found

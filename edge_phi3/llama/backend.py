@@ -30,20 +30,16 @@ _LOG_LEVELS = {2: logging.DEBUG, 3: logging.WARNING, 4: logging.ERROR}
 def _log_to_python(level: int, text: bytes, _user_data: object) -> None:
     """Pass llama.cpp's own lines to the log of this module, its chatter as debug."""
     try:
-        _take_line(level, text)
+        line = text.decode(errors="replace").strip()
+        if level >= _ERROR_LEVEL:
+            _errors.append(line)
+        if line.strip("."):
+            expected = any(part in line for part in _EXPECTED_WARNINGS)
+            logger.log(logging.DEBUG if expected else _LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
     except (KeyboardInterrupt, SystemExit) as error:
         # It would be lost in llama.cpp. The signal comes once more, when Python is back.
         again = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
         threading.Timer(_AGAIN, signal.pthread_kill, [threading.main_thread().ident, again]).start()
-
-
-def _take_line(level: int, text: bytes) -> None:
-    line = text.decode(errors="replace").strip()
-    if level >= _ERROR_LEVEL:
-        _errors.append(line)
-    if line.strip("."):
-        expected = any(part in line for part in _EXPECTED_WARNINGS)
-        logger.log(logging.DEBUG if expected else _LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
 _LOG_CALLBACK = llama_cpp.llama_log_callback(_log_to_python)

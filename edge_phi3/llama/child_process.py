@@ -54,12 +54,10 @@ class WorkerDiedError(WorkerError):
 
 
 class ChildProcess:
-    """A module in a process of its own; a context manager that leaves no process behind.
+    """A module, which calls `serve_jobs`, in a process of its own; a context manager that leaves no process behind.
 
-    Args:
-        module: what to run, as ``python -m`` takes it; it calls `serve_jobs`.
-        events: the type of the events that it emits, tagged msgspec structs.
-        gpu: the one GPU that it may see, as CUDA_VISIBLE_DEVICES names it; empty for none, None for all.
+    `events` is the type of what it emits, tagged msgspec structs; `gpu` is the one GPU that it may see, as
+    CUDA_VISIBLE_DEVICES names it; empty for none, None for all.
     """
 
     def __init__(self, module: str, events: Any, *, gpu: str | None = None) -> None:
@@ -99,12 +97,7 @@ class ChildProcess:
             stdin.flush()
 
     def receive(self) -> Any:
-        """Return the next event, and wait for it.
-
-        Raises:
-            WorkerDiedError: the process has ended.
-            WorkerError: the job cannot be done.
-        """
+        """Return the next event, or raise `WorkerDiedError`, or `WorkerError` where the job cannot be done."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):

@@ -107,15 +107,11 @@ class Context:
     def decode(self, count: int, rows: int, beside: Callable[[], None] = lambda: None) -> NDArray[np.float32]:
         """Decode the first `count` tokens of `tokens`, `positions`, `seq_ids` and `wants_logits`.
 
-        Args:
-            count: tokens in the batch.
-            rows: how many logits are wanted: those of the first tokens that ask for them.
-            beside: what Python does meanwhile. On a GPU, llama.cpp returns before the device has computed, and waits
-                for it where the logits are read; on a CPU it computes in this thread, and `beside` comes first.
+        `beside` is what Python does meanwhile. On a GPU, llama.cpp returns before the device has computed, and waits
+        for it where the logits are read; on a CPU it computes in this thread, and `beside` comes first.
 
-        Returns:
-            The logits in batch order: float32, shape ``(rows, vocab_size)``, a writable view of llama.cpp's memory
-            that the next call overwrites.
+        Return the logits of the first `rows` tokens that ask for them, in batch order: float32, shape ``(rows,
+        vocab_size)``, a writable view of llama.cpp's memory that the next call overwrites.
 
         Raises:
             DecodeFailedError: llama.cpp failed, was aborted, or found no free cells.

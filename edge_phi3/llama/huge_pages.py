@@ -24,12 +24,9 @@ _LEAST = 32 << 20
 
 
 def use_huge_pages() -> int:
-    """Move the large private mappings of this process to huge pages, as far as the kernel can.
+    """Move the large private mappings of this process to huge pages, as far as the kernel can; return the bytes moved.
 
     Takes about 2.5 seconds for each GiB. The content stays what it is, and may be read and written meanwhile.
-
-    Returns:
-        Bytes on huge pages; 0 where the system does not know of them.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0

@@ -92,11 +92,9 @@ class TensorPlan:
 class LogReader:
     """Finds the quantiser's steps in the pieces of llama.cpp's log; what it does not know it skips.
 
-    Attributes:
-        count: how many tensors llama.cpp says there are.
-        error: the last line of the log that tells of a failure, without llama.cpp's function name.
-        fallbacks: how many tensors got another type because their columns do not fill whole blocks.
-        wants_imatrix: whether a dry run said that the real one will need an importance matrix.
+    `count` is how many tensors llama.cpp says there are, `fallbacks` of them got another type because their columns do
+    not fill whole blocks. `error` is the last line that tells of a failure, without llama.cpp's function name;
+    `wants_imatrix` is whether a dry run said that the real one will need an importance matrix.
     """
 
     _START = re.compile(r"\[\s*\d+/\s*(\d+)\]\s+(\S+)\s+-\s+\[([\d,\s]+)\],\s+type =\s*(\S+),")
@@ -143,11 +141,9 @@ class LogReader:
 
 
 class QuantizerProcess(ChildProcess):
-    """A child process that runs one job after another; a context manager that leaves no process behind.
+    """Runs one job after another. `types` are the tensor types of its llama.cpp, by lower-case name.
 
-    Attributes:
-        types: the tensor types of its llama.cpp, by lower-case name.
-        log: what it said of the last job.
+    `log` is what it said of the last job.
     """
 
     def __init__(self) -> None:

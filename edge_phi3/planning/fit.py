@@ -7,8 +7,7 @@ from pathlib import Path
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
 from edge_phi3.conversion.quantize_plan import predict_sizes
-from edge_phi3.engine.contexts import context_shapes
-from edge_phi3.engine.engine_settings import EngineSettings
+from edge_phi3.engine.engine_settings import EngineSettings, context_shapes
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import ContextMemory, Job, plan_memory
 from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType

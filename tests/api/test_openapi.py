@@ -14,8 +14,7 @@ from litestar.routes import HTTPRoute
 
 from edge_phi3.api import static_files
 from edge_phi3.generation import API_DEFAULTS, GenerationConfig, ModelDefaults
-from edge_phi3.generation.parameters import PARAMETERS
-from edge_phi3.generation.reference import generate_kwargs_schema
+from edge_phi3.generation.parameters import PARAMETERS, generate_kwargs_schema
 from tests.api.conftest import PATIENCE, Running, loader, ready
 from tests.support.cases import cases
 

@@ -1,32 +1,10 @@
-"""What is made from the table of parameters: the JSON schema of ``generate_kwargs``, and the reference in Markdown."""
+"""The reference of generation parameters, for docs/parameters.md, made from their table."""
 
 import json
-from collections.abc import Mapping
 
-from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
+from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, groups
 from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import Parameter, Schema, Source
-
-
-def generate_kwargs_schema() -> Schema:
-    """Return the JSON schema of ``generate_kwargs``."""
-    return {
-        "title": "GenerateKwargs",
-        "type": "object",
-        "description": "The parameters of generation, with the meaning that they have in transformers' `generate`. "
-        'null stands for "not set". Any name that is not listed is refused.',
-        "properties": {name: parameter.json_schema() for name, parameter in PARAMETERS.items()},
-        "patternProperties": {f"^({'|'.join(REFUSED)})$": {"type": "null", "description": "Not supported."}},
-        "additionalProperties": False,
-    }
-
-
-def groups(parameters: Mapping[str, Parameter] = PARAMETERS) -> dict[str, list[str]]:
-    """Return the names of the parameters of each group, in the table's order."""
-    found: dict[str, list[str]] = {}
-    for name, parameter in parameters.items():
-        found.setdefault(parameter.group, []).append(name)
-    return found
+from edge_phi3.generation.values import Parameter, Source
 
 
 def markdown() -> str:
