@@ -26,7 +26,6 @@ _O200K = (
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 _SUFFIXES = "'s|'S|'t|'T|'re|'rE|'Re|'RE|'ve|'vE|'Ve|'VE|'m|'M|'ll|'lL|'Ll|'LL|'d|'D"
-
 PATTERNS: Final[Mapping[str, tuple[str, ...]]] = {
     name: (pattern, pattern.replace("?i:'s|'t|'re|'ve|'m|'ll|'d", _SUFFIXES))
     for name, pattern in {"gpt-4o": _O200K, "dbrx": _CL100K, "gpt-2": _GPT2}.items()
@@ -73,16 +72,11 @@ def bytes_of(token: str) -> bytes:
 
 
 def tokenizer(vocabulary: Mapping[str, int], merges: Iterable[str], pattern: str, *, ignore_merges: bool) -> Tokenizer:
-    """Return what encodes a text without added tokens.
+    """Return what encodes a text without added tokens, in words that a regular expression finds.
 
-    Args:
-        vocabulary: the id of each token.
-        merges: pairs of tokens, a space between, the first to be merged first.
-        pattern: the regular expression of a word.
-        ignore_merges: whether a word that is a token is one whatever the merges make of it.
-
-    Raises:
-        ByteLevelError: a merge makes a token that the vocabulary lacks, or the pattern is none.
+    `merges` are pairs of tokens, a space between, the first to be merged first; with `ignore_merges` a word that is a
+    token is one whatever they make of it. `ByteLevelError`: one makes a token that the vocabulary lacks, or the pattern
+    is none.
     """
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:

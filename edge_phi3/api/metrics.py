@@ -54,15 +54,12 @@ _GAUGES: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
     ),
 }
 _COUNTERS: Final[Mapping[str, tuple[str, Callable[[EngineStats], float]]]] = {
-    "prompt_tokens": ("Tokens of prompts.", lambda stats: stats.prompt_tokens_total),
-    "generation_tokens": ("Tokens generated.", lambda stats: stats.generated_tokens_total),
-    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prompt_tokens_total),
-    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.cached_tokens_total),
-    "spec_decode_num_draft_tokens": ("Tokens drafted.", lambda stats: stats.drafted_tokens_total),
-    "spec_decode_num_accepted_tokens": (
-        "Drafted tokens that the model chose.",
-        lambda stats: stats.accepted_tokens_total,
-    ),
+    "prompt_tokens": ("Tokens of prompts.", lambda stats: stats.totals.prompt),
+    "generation_tokens": ("Tokens generated.", lambda stats: stats.totals.generated),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.totals.prompt),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.totals.cached),
+    "spec_decode_num_draft_tokens": ("Tokens drafted.", lambda stats: stats.totals.drafted),
+    "spec_decode_num_accepted_tokens": ("Drafted tokens that the model chose.", lambda stats: stats.totals.accepted),
     "num_preemptions": ("Requests sent back to the queue for want of KV cells.", lambda stats: stats.preemptions_total),
     "engine_steps": ("Batches decoded.", lambda stats: stats.steps_total),
 }

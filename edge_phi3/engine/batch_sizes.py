@@ -27,9 +27,9 @@ _WORTHWHILE = 0.94
 
 
 class BatchSizes:
-    """The fastest ways to decode so many rows, from the seconds that batches of some sizes took.
+    """The fastest ways to decode so many rows, from the seconds that some sizes took; the others are interpolated.
 
-    The time of sizes between is interpolated. `tile` is the number of tokens whose attention is computed together.
+    `tile` is the number of tokens whose attention is computed together.
     """
 
     def __init__(self, seconds: Mapping[int, float], tile: int = 64) -> None:

@@ -94,8 +94,8 @@ class EngineCore:
             constraint=request.constraint,
             clock=self._clock,
         )
-        running = RunningRequest(request, decoder, send, next(self._arrivals), self._clock())
-        running.exact = self.scheduler.exact_seeds and request.config.seed is not None
+        exact = self.scheduler.exact_seeds and request.config.seed is not None
+        running = RunningRequest(request, decoder, send, next(self._arrivals), self._clock(), exact)
         self.scheduler.refuse_what_never_fits(running)
         with self._lock:
             if self._closed is not None:
@@ -190,7 +190,6 @@ class EngineCore:
                 self._end(request, DeadlineExceededError(f"The request's time limit of {timeout:g} s has passed."))
 
     def _decode(self, runner: ModelRunner, batch: Batch) -> None:
-        """Decode a batch, choose tokens for all its rows at once, and continue or end its requests."""
         now = self._clock()
         for request in batch.members:
             if request.started is None:
@@ -212,7 +211,6 @@ class EngineCore:
             self._check_drafts(runner, batch.drafts, logits[drafted:])
 
     def _choose(self, runner: ModelRunner, requests: Sequence[RunningRequest], logits: Scores) -> None:
-        """Choose a token for each row of some requests, and continue or end these."""
         chosen = advance([request.decoder for request in requests], logits)
         now = self._clock()
         for request, step in zip(requests, chosen, strict=True):
@@ -307,7 +305,6 @@ class EngineCore:
                 logger.exception("The end of request %s cannot be sent.", request.request.request_id)
 
     def _fail(self, request: RunningRequest, why: str, error: Exception | None = None) -> None:
-        """End a request for an error of ours."""
         logger.error("Request %s fails: %s.", request.request.request_id, why, exc_info=error)
         request.failed = True
         self._failed.append(request)

@@ -38,8 +38,12 @@ class PromptLookup:
         `text` are all tokens, shape ``(length,)``, those of the call before first. Of what followed, `most` tokens are
         returned, and how many before them had occurred together before.
         """
-        self._follow(text)
-        known = self._text
+        known, newest = self._text, self._newest
+        for token in text[len(known) :].tolist():
+            pair = (known[-1] if known else -1, token)
+            self._earlier.append(newest.get(pair, -1))
+            newest[pair] = len(known)
+            known.append(token)
         length = len(known)
         best, end, place = 1, -1, self._earlier[-1] if known else -1
         for _ in range(_CANDIDATES):
@@ -57,15 +61,6 @@ class PromptLookup:
         while len(tokens) < most:  # the text repeats itself up to its end
             tokens.append(tokens[len(tokens) - (length - 1 - end)])
         return tokens, best
-
-    def _follow(self, text: NDArray[np.int32]) -> None:
-        known, newest = self._text, self._newest
-        for token in text[len(known) :].tolist():
-            place = len(known)
-            pair = (known[-1] if known else -1, token)
-            known.append(token)
-            self._earlier.append(newest.get(pair, -1))
-            newest[pair] = place
 
 
 @dataclass(slots=True)

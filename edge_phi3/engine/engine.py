@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Literal
 
 from edge_phi3.engine.core import EngineCore
@@ -127,11 +128,7 @@ class Engine:
             cells_total=sum(runner.kv.cells for runner in runners),
             stored_tokens=sum(store.tokens for store in stores),
             stored_bytes=sum(store.used for store in stores),
-            prompt_tokens_total=core.totals.prompt,
-            cached_tokens_total=core.totals.cached,
-            generated_tokens_total=core.totals.generated,
-            drafted_tokens_total=core.totals.drafted,
-            accepted_tokens_total=core.totals.accepted,
+            totals=replace(core.totals),
             preemptions_total=core.scheduler.preemptions,
             steps_total=core.steps,
             gpu_layers=loaded.gpu_layers,

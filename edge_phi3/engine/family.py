@@ -20,14 +20,11 @@ _SYSTEM_USER_ASSISTANT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Some models' rules.
+    """Some models' rules: the tokens that end an answer in every ``generation_config.json``, and more.
 
     Attributes:
-        ends: the tokens that end an answer in every ``generation_config.json``.
         chat_template: for files without one.
-        lstrip: whether tokens swallow the white space before them.
-        rstrip: whether they swallow that after them.
-        keeps_space: tokens that swallow none.
+        lstrip: whether tokens swallow the white space before them, but for `keeps_space`; `rstrip`: that after them.
         not_special: tokens that a decoded text keeps, though GGUF files call them control tokens.
     """
 

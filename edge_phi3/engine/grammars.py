@@ -78,14 +78,11 @@ def calls_grammar(
     may_answer: bool,
     parallel: bool,
 ) -> Grammar:
-    """Return lists of calls of tools, each a name and the schema of its arguments.
+    """Return lists of calls of one or more tools, each a name and the schema of its arguments.
 
-    Args:
-        tools: one or more.
-        tokens: those that stand around a list; None where `BARE_CALLS` stands before it.
-        answer: what else may come, with `may_answer`; None for any text, behind which calls may come.
-        may_answer: whether something else may come.
-        parallel: whether there may be several calls.
+    `tokens` are those that stand around a list; None where `BARE_CALLS` stands before it. With `may_answer` something
+    else may come: `answer`, or any text if that is None, behind which calls may come too. With `parallel` there may be
+    several calls.
     """
     around = "" if tokens is None else f"<[{tokens[0]}]> calls <[{tokens[1]}]>"
     forms = [around or f'" "? "{BARE_CALLS}" calls']

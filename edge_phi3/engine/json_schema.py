@@ -57,11 +57,9 @@ _FORMATS: Final = frozenset({*_PATTERNS, "duration", "email", "hostname", "ipv4"
 
 @dataclass(frozen=True, slots=True)
 class SchemaLimits:
-    """How much a request may ask for.
+    """How much a request may ask for: `depth` objects and lists inside each other.
 
-    Attributes:
-        size: the characters of all names and texts of its schemas and rules, four for each other value.
-        depth: objects and lists inside each other.
+    `size` counts the characters of all names and texts of its schemas and rules, and four for each other value.
     """
 
     size: int = 64 << 10
@@ -198,7 +196,12 @@ class _Adapter:
         elif kind not in _FORMATS:
             changed.pop("format", None)
         if "multipleOf" in schema:
-            self._check_multiple(schema["multipleOf"])
+            multiple = schema["multipleOf"]
+            if isinstance(multiple, int | float) and not isinstance(multiple, bool) and multiple > 0:
+                unit = Fraction(str(multiple))
+                if unit.numerator > _LARGEST_MULTIPLE or unit.denominator > _LARGEST:
+                    raise SchemaError("`multipleOf` has more than four digits, or more than 15 decimal places")
+                self.multiples.add(unit.numerator)
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
         for name, bound in (("minimum", -_LARGEST), ("maximum", _LARGEST)):
             if isinstance(value := changed.get(name), int | float) and abs(value) > _LARGEST:
@@ -207,14 +210,6 @@ class _Adapter:
                 changed[name] = bound
         self._note(schema, changed)
         return changed
-
-    def _check_multiple(self, value: object) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            return  # llguidance says what is wrong
-        unit = Fraction(str(value))
-        if unit.numerator > _LARGEST_MULTIPLE or unit.denominator > _LARGEST:
-            raise SchemaError("`multipleOf` has more than four digits, or more than 15 decimal places")
-        self.multiples.add(unit.numerator)
 
     def _note(self, schema: dict[str, Any], changed: dict[str, Any]) -> None:
         all_of = schema.get("allOf")
@@ -235,10 +230,7 @@ class _Adapter:
             self.closable.append(changed)
 
     def merged(self, schema: Any, beside: bool = False) -> int:
-        """Return how many schemas come of one, or of a list, when what is merged is written out.
-
-        `beside` is whether it is merged with another.
-        """
+        """Return how many schemas come of one, or of a list, merged with another or not, when all is written out."""
         if isinstance(schema, list):
             return sum(self.merged(each, beside) for each in schema)
         if not isinstance(schema, dict):

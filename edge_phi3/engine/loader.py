@@ -3,8 +3,11 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -23,13 +26,55 @@ from edge_phi3.llama.huge_pages import use_huge_pages
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.model_file import read_model_file
 from edge_phi3.llama.proof import prove
-from edge_phi3.llama.served_file import ServedFiles
 from edge_phi3.system_resources import available_memory, usable_cores
 
 logger = logging.getLogger(__name__)
 
 _CONTEXT = "phi3.context_length"
 _ORIGINAL_CONTEXT = "phi3.rope.scaling.original_context_length"
+_PERIOD = 0.5
+"""Seconds from one look at the files that are served to the next."""
+
+
+class ServedFiles:
+    """Files that must stay as they are. One that another file takes the place of, as by a rename, stays the old one."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._stop = threading.Event()
+        self._files: list[tuple[Path, int, tuple[int, int]]] = []
+        try:
+            for path in paths:
+                descriptor = os.open(path, os.O_RDONLY)
+                self._files.append((path, descriptor, _look(descriptor)))
+        except OSError as error:
+            self.close()
+            raise ModelLoadError(f"The model {error.filename} cannot be read: {error.strerror}.") from error
+
+    def watch(self, changed: Callable[[str], None]) -> None:
+        """Look at the files until `close`, in a thread, which calls `changed` once with a sentence on what has."""
+        threading.Thread(target=self._run, args=(changed,), name="served-files", daemon=True).start()
+
+    def _run(self, changed: Callable[[str], None]) -> None:
+        while not self._stop.wait(_PERIOD):
+            for path, descriptor, before in self._files:
+                if (now := _look(descriptor)) != before:
+                    what = f"cut short to {now[0]} bytes" if now[0] < before[0] else "overwritten"
+                    changed(
+                        f"The model {path} was {what} while it was served, and what was loaded of it is lost."
+                        " Replace models by renaming new files over them, or serve with --no-mmap."
+                    )
+                    return
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._stop.set()
+        while self._files:
+            os.close(self._files.pop()[1])
+
+
+def _look(descriptor: int) -> tuple[int, int]:
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, slots=True)

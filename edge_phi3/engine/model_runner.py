@@ -10,8 +10,7 @@ its graphs anew.
 
 import operator
 import time
-from collections import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.batch_sizes import BatchSizes
 from edge_phi3.engine.host_cache import HostCache
 from edge_phi3.engine.kv_cache import KVCache
-from edge_phi3.engine.sequence import RunningRequest, Sequence
+from edge_phi3.engine.sequence import RunningRequest
 from edge_phi3.engine.speculation import Speculation
 from edge_phi3.engine.window import SlidingWindow
 from edge_phi3.llama.context import Context
@@ -236,17 +235,25 @@ class ModelRunner:
         if count == 0:
             return
         scored = min(request.unscored, rows[0].computed + count - known)
+        context = self.context
         for sequence, line in zip(rows, tokens, strict=False):
-            self._write(batch, sequence, line[sequence.computed : sequence.computed + count])
+            part, end = slice(batch.count, batch.count + count), sequence.computed + count
+            context.tokens[part] = line[sequence.computed : end]
+            context.positions[part] = np.arange(sequence.computed, end, dtype=np.int32)
+            context.seq_ids[part] = sequence.seq_id
+            context.wants_logits[part] = 0
+            self.kv.append(sequence.seq_id, count)
+            sequence.computed = end
+            batch.count += count
             if count > 1 and not request.exact:
-                self.kv.computed(sequence, request.marked(line[: sequence.computed]))
+                self.kv.computed(sequence, request.marked(line[:end]))
         batch.members.append(request)
         if scored > 0:
-            self.context.wants_logits[first + known : first + known + scored] = 1
+            context.wants_logits[first + known : first + known + scored] = 1
             batch.scored.append((request, batch.rows, scored))
             batch.rows += scored
         if len(tokens) == 1 and rows[0].computed == request.length:
-            self.context.wants_logits[batch.count - 1] = 1
+            context.wants_logits[batch.count - 1] = 1
             batch.choosing.append(request)
             batch.rows += 1
 
@@ -299,20 +306,9 @@ class ModelRunner:
         if missing > 0 and stem.computed >= request.stem:
             request.sequences += [self.kv.fork(stem) for _ in range(missing)]
 
-    def _write(self, batch: Batch, sequence: Sequence, tokens: NDArray[np.int32]) -> None:
-        context, count = self.context, len(tokens)
-        part = slice(batch.count, batch.count + count)
-        context.tokens[part] = tokens
-        context.positions[part] = np.arange(sequence.computed, sequence.computed + count, dtype=np.int32)
-        context.seq_ids[part] = sequence.seq_id
-        context.wants_logits[part] = 0
-        self.kv.append(sequence.seq_id, count)
-        sequence.computed += count
-        batch.count += count
-
     # -- what becomes of sequences
 
-    def reorder(self, request: RunningRequest, parents: abc.Sequence[int]) -> None:
+    def reorder(self, request: RunningRequest, parents: Sequence[int]) -> None:
         """Continue a request's sequences: new row i goes on with what row ``parents[i]`` holds."""
         old = request.sequences
         if len(parents) == len(old) and all(map(operator.eq, parents, range(len(old)))):

@@ -26,8 +26,7 @@ class GenerationRequest:
         request_id: what logs call this request.
         constraint: what its sequences are held to, or None.
         stop_texts: what ends a sequence by its text beside the configuration's ``stop_strings``, or None.
-        scored_prompt: how many of the likeliest tokens are wanted beside the log-probability of each token of the
-            prompt; None for neither.
+        scored_prompt: how many likeliest tokens are wanted beside each token of the prompt; None for no scores.
         adapter: the number of the adapter that it is computed with, from 1, or 0 for none.
     """
 

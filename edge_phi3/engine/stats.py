@@ -7,11 +7,9 @@ from edge_phi3.engine.sequence import FinishedEvent
 
 
 class Times:
-    """Durations in seconds, counted by size. One thread adds, any may read.
+    """Durations in seconds, and their `total`. One thread adds, any may read.
 
-    Attributes:
-        counts: how many lie at or below each of `BOUNDS`, but above the one before; then those beyond.
-        total: their sum.
+    `counts` are those at or below each of `BOUNDS`, but above the one before; then those beyond.
     """
 
     BOUNDS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0, 30.0)
@@ -63,11 +61,7 @@ class EngineStats:
     cells_total: int = 0
     stored_tokens: int = 0
     stored_bytes: int = 0
-    prompt_tokens_total: int = 0
-    cached_tokens_total: int = 0
-    generated_tokens_total: int = 0
-    drafted_tokens_total: int = 0
-    accepted_tokens_total: int = 0
+    totals: Totals = field(default_factory=Totals)
     preemptions_total: int = 0
     steps_total: int = 0
     gpu_layers: int = 0

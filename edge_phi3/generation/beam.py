@@ -1,6 +1,7 @@
 """Beam search, beam-search sampling and group (diverse) beam search."""
 
 import math
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
@@ -19,7 +20,7 @@ from edge_phi3.generation.decoding import (
     Turn,
     fail_alone,
 )
-from edge_phi3.generation.drawing import fresh_seed, random_stream
+from edge_phi3.generation.drawing import random_stream
 from edge_phi3.generation.logits import Candidates, Rows, Scores, log_softmax, top_of_all
 from edge_phi3.generation.processors import HammingDiversity
 from edge_phi3.generation.stopping import FinishReason, Stopping
@@ -84,10 +85,9 @@ class Hypotheses:
         reason: FinishReason,
         scores: list[TokenScore],
     ) -> None:
-        """Keep a finished beam, in place of the worst when there are enough, unless it is no better.
+        """Keep a finished beam with the sum of the log-probabilities of its new tokens, the end token included.
 
-        `log_probability` is the sum over its generated tokens, of which there are `new_tokens`, the end token
-        included; the others are those of `Hypothesis`.
+        It takes the place of the worst when there are enough, unless it is no better.
         """
         score = self._normalized(log_probability, new_tokens)
         if len(self.kept) < self.size or score > self.worst:
@@ -146,7 +146,7 @@ class BeamDecoder(Decoder):
         self._scores: list[list[TokenScore]] = [[] for _ in range(config.num_beams)]
         self._diversity = next((each for each in self.processors if isinstance(each, HammingDiversity)), None)
         self._warping = Warping.of(config)
-        seed = fresh_seed() if config.seed is None else config.seed
+        seed = secrets.randbits(64) if config.seed is None else config.seed
         self._generator = random_stream(seed, 0) if config.do_sample else None
 
     def step(self, logits: Scores) -> Step:

@@ -69,15 +69,13 @@ class Step:
 
 @dataclass(slots=True)
 class GenerationResult:
-    """What a request generated.
+    """What a request generated. What was not requested is None, as are beam scores outside beam modes.
 
     Attributes:
         sequences: token ids of each returned sequence, prompt included, without padding.
         finish_reasons: why each ended: "stop" (a token of ``eos_token_id``), "stop_string", "length" or "time".
-        sequences_scores: final beam score of each sequence; None outside beam modes.
-        scores: for each sequence, the scores of its generated tokens; None unless requested. In beam modes, the end
-            token that transformers appends to beams which a stop string or ``max_time`` cut off has no score.
-        logprobs: for each sequence, the log-probabilities of its generated tokens; None unless requested.
+        scores: for each sequence, the scores of its generated tokens. In beam modes, the end token that transformers
+            appends to beams which a stop string or ``max_time`` cut off has none.
     """
 
     prompt_length: int

@@ -1,6 +1,5 @@
 """Random numbers that depend on a request alone, and draws with them from what the warpers have left."""
 
-import secrets
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -11,11 +10,6 @@ from edge_phi3.generation.logits import Candidates, Rows, Scores, running_totals
 
 _BLOCK: Final = 256
 _DRAWN_AHEAD: Final = 64
-
-
-def fresh_seed() -> int:
-    """Return a seed from the system's entropy."""
-    return secrets.randbits(64)
 
 
 def random_stream(seed: int, sequence: int) -> np.random.Generator:

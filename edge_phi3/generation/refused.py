@@ -9,13 +9,10 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """One name of transformers that cannot be had here.
+    """One name of transformers that cannot be had here; `reason` completes the sentence "`name` is not supported: ...".
 
-    Attributes:
-        reason: completes the sentence "`name` is not supported: ...".
-        harmless: values (beside null) that change nothing, and are accepted.
-        changes_tokens: whether another value would change which tokens are chosen. Where it would not, a
-            model's ``generation_config.json`` may hold it without harm.
+    `harmless` values, beside null, change nothing, and are accepted. Where another one would not change which tokens
+    are chosen, a model's ``generation_config.json`` may hold it: see `changes_tokens`.
     """
 
     reason: str

@@ -1,5 +1,6 @@
 """Greedy decoding and multinomial sampling: sequences that go on one token at a time, some held to a language."""
 
+import secrets
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Final, Protocol, Self
@@ -22,7 +23,7 @@ from edge_phi3.generation.decoding import (
     rows_of,
     token_logprobs,
 )
-from edge_phi3.generation.drawing import Draws, draw, fresh_seed, uniforms
+from edge_phi3.generation.drawing import Draws, draw, uniforms
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
@@ -70,7 +71,7 @@ class SequenceDecoder(Decoder):
         self._reasons: list[FinishReason] = ["length"] * count
         self.chooser: Chooser = choose_greedily
         if config.do_sample:
-            seed = fresh_seed() if config.seed is None else config.seed
+            seed = secrets.randbits(64) if config.seed is None else config.seed
             self._uniforms = [uniforms(seed, sequence) for sequence in self.live]
             self.chooser = _sampler(self.warping.active)
         if config.top_logprobs is not None:

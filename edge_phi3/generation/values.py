@@ -43,9 +43,6 @@ class ParameterError(EdgePhi3Error):
         self.parameter = parameter
 
 
-# -- kinds
-
-
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A type of values, and which of them are allowed.
@@ -151,8 +148,6 @@ BIASES = Kind(
     token_ids=True,
 )
 START_AND_FACTOR = Kind("a pair [start, factor] of an integer and a number", tuple[int, float])
-
-# -- parameters
 
 
 class Source(enum.Enum):

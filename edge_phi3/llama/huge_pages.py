@@ -33,20 +33,13 @@ def use_huge_pages() -> int:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     started, moved = time.monotonic(), 0
-    for start, end in _large_mappings():
-        madvise(start, end - start, mmap.MADV_HUGEPAGE)
-        # Page by page: one that nobody has written yet is refused, and ends the call.
-        moved += sum(madvise(page, _HUGE_PAGE, _COLLAPSE) == 0 for page in range(start, end, _HUGE_PAGE))
-    logger.debug("%d MiB moved to huge pages in %.2f s", moved * _HUGE_PAGE >> 20, time.monotonic() - started)
-    return moved * _HUGE_PAGE
-
-
-def _large_mappings() -> list[tuple[int, int]]:
-    """Return first and last address of each private, writable mapping, cut to whole huge pages."""
-    found: list[tuple[int, int]] = []
     for mapping in psutil.Process().memory_maps(grouped=False):
         if mapping.path == "[anon]" and mapping.perms.startswith("rw-p"):
             first, last = (int(address, 16) for address in mapping.addr.split("-"))
             start, end = -(-first // _HUGE_PAGE) * _HUGE_PAGE, last // _HUGE_PAGE * _HUGE_PAGE
-            found += [(start, end)] * (end - start >= _LEAST)
-    return found
+            if end - start >= _LEAST:
+                madvise(start, end - start, mmap.MADV_HUGEPAGE)
+                # Page by page: one that nobody has written yet is refused, and ends the call.
+                moved += sum(madvise(page, _HUGE_PAGE, _COLLAPSE) == 0 for page in range(start, end, _HUGE_PAGE))
+    logger.debug("%d MiB moved to huge pages in %.2f s", moved * _HUGE_PAGE >> 20, time.monotonic() - started)
+    return moved * _HUGE_PAGE

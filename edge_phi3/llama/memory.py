@@ -10,14 +10,11 @@ from edge_phi3.llama import PlanningError
 from edge_phi3.llama.child_process import ChildProcess, WorkerError
 from edge_phi3.llama.options import ContextOptions
 
-_MIB = 1 << 20
-
 
 class Job(msgspec.Struct, frozen=True):
-    """One question on a GGUF or a skeleton of one.
+    """One question on a GGUF or a skeleton of one: the KV cells and sequences of each context to plan, and more.
 
-    `host_tensors` is a pattern of tensors that stay where the CPU computes; `contexts` are the KV cells and sequences
-    of each context to plan.
+    `host_tensors` is a pattern of tensors that stay where the CPU computes.
     """
 
     model: Path
@@ -68,7 +65,6 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 _KV = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells, +\d+ layers, +\d+/(\d+) seqs\)")
 _COMPUTE = re.compile(r": +(\S+) compute buffer size = +([\d.]+) MiB")
 _OUTPUT = re.compile(r": +\S+ +output buffer size = +([\d.]+) MiB")
-_PLACED = re.compile(r"tensor (\S+) \(\d+ MiB \S+\) buffer type overridden to (\S+)")
 
 
 def context_memory(log: Iterable[str]) -> ContextMemory:
@@ -87,11 +83,6 @@ def context_memory(log: Iterable[str]) -> ContextMemory:
             "its log does not say what a context takes; install the version of llama-cpp-python that edge-phi3 asks for"
         )
     return ContextMemory(cells, kv, compute, output)
-
-
-def tensor_buffers(log: Iterable[str]) -> set[tuple[str, str]]:
-    """Read which tensor goes into which buffer."""
-    return {(match[1], match[2]) for line in log if (match := _PLACED.search(line))}
 
 
 def devices() -> list[Device]:
@@ -120,4 +111,4 @@ def plan_memory(jobs: Sequence[Job], *, gpu: str | None) -> tuple[Ready, list[An
 
 
 def _bytes(mebibytes: str) -> int:
-    return round(float(mebibytes) * _MIB)
+    return round(float(mebibytes) * (1 << 20))

@@ -7,6 +7,7 @@ its log what it found.
 import ctypes
 import logging.handlers
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from edge_phi3.llama.backend import initialise_backend, reason, supports_gpu_off
 from edge_phi3.llama.child_process import Emit, serve_jobs
 from edge_phi3.llama.context import context_parameters
 from edge_phi3.llama.ggml import libggml
-from edge_phi3.llama.memory import Answer, ContextMemory, Device, Job, Ready, context_memory, tensor_buffers
+from edge_phi3.llama.memory import Answer, ContextMemory, Device, Job, Ready, context_memory
 from edge_phi3.llama.options import ContextOptions
 
-_GPU, _INTEGRATED_GPU = 1, 2
+_GPU, _INTEGRATED = 1, 2
 """Of ``enum ggml_backend_dev_type``."""
+_PLACED = re.compile(r"tensor (\S+) \(\d+ MiB \S+\) buffer type overridden to (\S+)")
 
 
 class _Override(ctypes.Structure):
@@ -55,22 +57,20 @@ def _devices() -> list[Device]:
     """Return what llama.cpp would offload to: all GPUs, or where there is none an integrated one."""
     handles = [libggml.ggml_backend_dev_get(index) for index in range(libggml.ggml_backend_dev_count())]
     found = [(handle, libggml.ggml_backend_dev_type(handle)) for handle in handles]
-    chosen = [one for one in found if one[1] == _GPU] or [one for one in found if one[1] == _INTEGRATED_GPU][:1]
-    return [_device(handle, shared=kind == _INTEGRATED_GPU) for handle, kind in chosen]
-
-
-def _device(handle: int, *, shared: bool) -> Device:
-    free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    libggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
-    name = libggml.ggml_backend_dev_description(handle).decode("utf-8", "replace")
-    return Device(name, free.value, total.value, shared)
+    devices = []
+    for handle, kind in [one for one in found if one[1] == _GPU] or [one for one in found if one[1] == _INTEGRATED][:1]:
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        libggml.ggml_backend_dev_memory(handle, ctypes.byref(free), ctypes.byref(total))
+        name = libggml.ggml_backend_dev_description(handle).decode("utf-8", "replace")
+        devices.append(Device(name, free.value, total.value, kind == _INTEGRATED))
+    return devices
 
 
 def _answer(job: Job, emit: Emit) -> None:
     # Told to keep tensors where the CPU computes, llama.cpp says in which of its buffers each goes: in the mapped
     # file, or in one of its own with the weights in another order (repacked).
     with _loaded(job, host_tensors=job.host_tensors):
-        buffers = tensor_buffers(_taken())
+        buffers = {(match[1], match[2]) for line in _taken() if (match := _PLACED.search(line))}
     contexts = []
     if job.contexts:
         with _loaded(job) as model:

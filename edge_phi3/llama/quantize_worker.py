@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from typing import Any
 
 import llama_cpp
 
@@ -51,19 +50,14 @@ def _run(job: Job, emit: Emit) -> None:
         overrides[-1].type = none
         params.tt_overrides = overrides
     if job.importance:
-        params.imatrix = _imatrix_array(job.importance)
+        params.imatrix = array = (llama_cpp.llama_model_imatrix_data * (len(job.importance) + 1))()
+        for item, (name, data) in zip(array, job.importance.items(), strict=False):
+            values = (ctypes.c_float * (len(data) // ctypes.sizeof(ctypes.c_float))).from_buffer_copy(data)
+            item.name, item.data, item.size = name.encode(), values, len(values)
     if job.metadata:
         params.kv_overrides = metadata_overrides(job.metadata)
     output = b"" if job.output is None else os.fsencode(job.output)
     emit(Finished(int(llama_cpp.llama_model_quantize(os.fsencode(job.source), output, ctypes.byref(params)))))
-
-
-def _imatrix_array(importance: dict[str, bytes]) -> Any:
-    array = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()
-    for item, (name, data) in zip(array, importance.items(), strict=False):
-        values = (ctypes.c_float * (len(data) // ctypes.sizeof(ctypes.c_float))).from_buffer_copy(data)
-        item.name, item.data, item.size = name.encode(), values, len(values)
-    return array
 
 
 def _tensor_types() -> list[TensorType]:

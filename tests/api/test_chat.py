@@ -137,7 +137,7 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool, aro
         return stats.running == stats.waiting == stats.sequences == 0
 
     api.wait_until(idle)
-    generated = engine.stats().generated_tokens_total
+    generated = engine.stats().totals.generated
     body = json.dumps({"prompt": PROMPT, "stream": stream, "generate_kwargs": LONG})
     with paced.slowly(), contextlib.closing(http.client.HTTPConnection("127.0.0.1", api.port)) as connection:
         connection.connect()
@@ -150,7 +150,7 @@ def test_a_client_that_leaves_frees_its_sequence(api: Running, stream: bool, aro
         connection.close()
         api.wait_until(idle)
     # Whose tokens are counted when they finish.
-    assert engine.stats().generated_tokens_total == generated
+    assert engine.stats().totals.generated == generated
 
 
 def test_limits_are_named_in_the_refusal(model_path: Path) -> None:

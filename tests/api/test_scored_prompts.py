@@ -104,10 +104,10 @@ def test_every_token_is_told_also_one_that_ends_the_answer(api: Running) -> None
 
 
 def test_a_prompt_is_scored_once_for_several_answers(api: Running) -> None:
-    before = api.service.pipeline.engine.stats().prompt_tokens_total
+    before = api.service.pipeline.engine.stats().totals.prompt
     first, *others = asked(api, PROMPT, n=3, temperature=1, seed=1, max_tokens=8)["choices"]
     count = len(api.tokenize(text=PROMPT)["tokens"])
-    assert api.service.pipeline.engine.stats().prompt_tokens_total == before + count
+    assert api.service.pipeline.engine.stats().totals.prompt == before + count
     scored = [choice["logprobs"]["token_logprobs"] for choice in (first, *others)]
     assert {tuple(each[:count]) for each in scored} == {tuple(scored[0][:count])}
     assert len({tuple(each[count:]) for each in scored}) == 3
@@ -157,7 +157,7 @@ def test_a_prompt_beyond_the_context_is_refused_at_once(model_path: Path) -> Non
             response = api.chat(prompt=LONG, generate_kwargs=kwargs)
             assert response.status_code == 400
             assert TOO_LONG in response.json()["detail"]
-        assert api.service.pipeline.engine.stats().prompt_tokens_total == 0, "none was queued"
+        assert api.service.pipeline.engine.stats().totals.prompt == 0, "none was queued"
         tokens = api.tokenize(text=LONG)["tokens"]
         last = [api.client.post(COMPLETIONS, json={"prompt": tokens[:length], **ENDLESS}) for length in (4095, 4096)]
         assert [response.status_code for response in last] == [200, 400]

@@ -36,7 +36,7 @@ def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> No
     after = service.service.pipeline.engine.stats()
     assert [(level.clients, level.requests, level.failed) for level in report.levels] == [(1, 2, 0), (3, 6, 0)]
     assert {level.prompt_tokens for level in report.levels} == {12.0}
-    assert after.generated_tokens_total - before.generated_tokens_total == sum(
+    assert after.totals.generated - before.totals.generated == sum(
         record.completion_tokens for records in report.requests for record in records
     )
     for level in report.levels:
@@ -54,7 +54,7 @@ def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) ->
     assert {record.prompt_tokens for record in report.requests[0] if record.turn == 0} == {72}
     after = service.service.pipeline.engine.stats()
     # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
-    assert after.cached_tokens_total - before.cached_tokens_total >= 2 * 64 + 3 * 72
+    assert after.totals.cached - before.totals.cached >= 2 * 64 + 3 * 72
 
 
 def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:
