@@ -246,7 +246,7 @@ class KVCache:
     # -- finished sequences
 
     def finish(self, sequence: Sequence, tokens: Tokens | None, worth: int = 0) -> None:
-        """Take a sequence that has ended: others may begin with `tokens`, of which `worth` are worth a copy."""
+        """Take a sequence that has ended: others may begin with `tokens`, if any; `worth` of them are worth a copy."""
         seq_id = sequence.seq_id
         keeps = self._retain or (self.host_cache is not None and worth > 0)
         if tokens is None or not keeps or len(tokens) <= self.start[seq_id]:

@@ -56,12 +56,8 @@ class Scheduler:
 
     def room(self, prompt_length: int, rows: int, most: int) -> int:
         """Return how many tokens a prompt may be continued by in each of so many sequences, at most `most`."""
-        low, high = 0, max(0, most)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self._obstacle(prompt_length, prompt_length + middle, rows) is None
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        longer = range(prompt_length + 1, prompt_length + most + 1)
+        return bisect.bisect(longer, False, key=lambda length: self._obstacle(prompt_length, length, rows) is not None)
 
     def refuse_what_never_fits(self, request: RunningRequest) -> None:
         """Raise `RequestTooLargeError` for a request that this model's contexts can never take."""

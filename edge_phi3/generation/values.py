@@ -155,10 +155,8 @@ class Source(enum.Enum):
 
     INHERIT = "inherit"
     """For null: the model's ``generation_config.json``, or else the default of transformers."""
-
     MODEL = "the model's"
     """For a default: the model file."""
-
     UNSET = "not given"
     """In a `Value`: what its description says."""
 
