@@ -170,12 +170,10 @@ class ConstraintVocabulary:
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
 
     def constrain(self, grammar: Grammar, ends: Collection[int]) -> GrammarConstraint:
-        """Return the constraint of a grammar at the start of an answer.
-
-        `ends` are the tokens that end a sequence, at least one of them in the vocabulary.
+        """Return the constraint of a grammar at the start of an answer, which the tokens `ends` end.
 
         Raises:
-            SchemaError: the grammar cannot be followed, or there is no end token.
+            SchemaError: the grammar cannot be followed, or none of them is in the vocabulary.
         """
         inside = [token for token in ends if 0 <= token < len(self.texts)]
         if not inside:

@@ -91,16 +91,13 @@ DEFAULT_LIMITS: Final = SchemaLimits()
 
 
 def adapted(schema: object) -> dict[str, Any]:
-    """Return an equal or narrower schema for llguidance, with options for it.
+    """Return an equal or narrower schema for llguidance, with options for it; or `SchemaError`.
 
     - ``oneOf`` whose schemas exclude each other becomes ``anyOf``, also where they are references.
     - Dates and times become patterns, and formats that are unknown, such as ``int32``, are passed over.
     - Equal schemas of an ``anyOf`` become one.
     - An object that names its properties takes no others unless it says so, or is put together from several schemas.
     - Bounds of numbers lie within 10^15, and multiples have some.
-
-    Raises:
-        SchemaError: it is no schema, or beyond a limit.
     """
     if schema is True:
         schema = {}

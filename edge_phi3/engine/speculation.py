@@ -25,10 +25,7 @@ _NEWEST = 0.3
 
 
 class Speculation:
-    """The drafts of one context: so many tokens for each sequence, or None for as many as pay.
-
-    `seconds` is what batches of some sizes take, as far as that is known.
-    """
+    """The drafts of one context: so many tokens for each sequence, or as many as pay, by the `seconds` of batches."""
 
     def __init__(self, tokens: int | None = None, seconds: Mapping[int, float] | None = None) -> None:
         self._tokens = tokens

@@ -49,9 +49,8 @@ class Totals:
 class EngineStats:
     """Counters and gauges of an engine, as of now; `edge_phi3.api.metrics` says what each counts.
 
-    `cells_used` and `cells_total` are KV cells; `stored_tokens` and `stored_bytes` are what finished sequences take in
-    main memory, for later prompts. `gpu_layers` and `cpu_layers` are the model's, its output counted as one of them.
-    `device_times` are those of the batches, `host_times` what steps took beside them.
+    `stored_tokens` and `stored_bytes` are what finished sequences take in main memory, for later prompts. The layers
+    are the model's, its output counted as one of them.
     """
 
     waiting: int = 0

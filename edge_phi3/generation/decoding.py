@@ -111,8 +111,8 @@ _GROWTH: Final = 128
 class TokenHistory:
     """Token ids of the rows of one request: the prompt, then what was generated. All rows are equally long.
 
-    Logits processors read them without copying. They lie in one array that grows in blocks, so that a step costs one
-    assignment, and reordering (beams, ended rows) one gather. `last` is the newest token of each row.
+    They lie in one array that grows in blocks, so that a step costs one assignment, and reordering (beams, ended rows)
+    one gather. `last` is the newest token of each row.
     """
 
     def __init__(self, prompt: NDArray[np.int32], rows: int = 1) -> None:

@@ -43,10 +43,7 @@ _OFF: Final[Mapping[str, float | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class Warping:
-    """The warpers of one request: the names of those that are on, in transformers' order, and the value of each.
-
-    Rows with the same names are warped together.
-    """
+    """The warpers of one request: the names of those that are on, in transformers' order, and the value of each."""
 
     active: tuple[str, ...]
     settings: tuple[float, ...]

@@ -37,10 +37,7 @@ class ContextMemory(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, tag=True, frozen=True):
-    """What one job found: what each context takes, and the buffers of tensors that stay where the CPU computes.
-
-    `buffers` are pairs of a tensor and llama.cpp's buffer for it; tied embeddings may be in two.
-    """
+    """What each context takes, and pairs of a tensor where the CPU computes and llama.cpp's buffer for it, or two."""
 
     buffers: set[tuple[str, str]]
     contexts: list[ContextMemory]
