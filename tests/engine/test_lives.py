@@ -133,7 +133,7 @@ def _one_too_many(original: Any, kv: KVCache, tokens: NDArray[np.int32], *known:
     return length + (owner is not None and length < min(len(tokens), kv.length[owner])), owner
 
 
-def _for_all(_: Any, core: EngineCore, _request: Any, why: str) -> None:
+def _for_all(_: Any, core: EngineCore, _request: Any, why: str, *_error: Any) -> None:
     for each in [*core.scheduler.running]:
         core.scheduler.retire(each)
         core._end(each, RuntimeError(why))
