@@ -47,12 +47,12 @@ class Plan:
         self.kinds = KINDS[:1] if small else KINDS
         self.clients = (1, 8) if small else (1, 8, 32, 64, 128)
         self.sampled_clients = (8,) if small else (1, 32)
-        self.requests = 4 if small else 8
+        self.requests = 2 if small else 8
         self.tokens = 8 if small else 64
-        self.long_prompt = 500 if small else 2000
-        self.longest_prompt = 1000 if small else 6000
-        self.prefix = 300 if small else 1000
-        self.repeats = 2 if small else 6
+        self.long_prompt = 300 if small else 2000
+        self.longest_prompt = 500 if small else 6000
+        self.prefix = 100 if small else 1000
+        self.repeats = 1 if small else 6
 
     def greedy(self, **more: Any) -> Workload:
         """Prompts and answers of `tokens` tokens, streamed."""

@@ -9,24 +9,19 @@ import pytest
 
 from edge_phi3.bench.http_client import HttpClient
 from edge_phi3.bench.workload import WORDS, Ruler
-from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.pipeline import TextGenerationPipeline
-from tests.golden.checkpoints import write_checkpoint
-from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.in_process import Running, ready
 
 DATA = Path(__file__).with_name("data")
 RULER = Ruler(WORDS, 1.0, 0, exact=True)
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="session")
+def service(model_file: Callable[[str, str], Path]) -> Iterator[Running]:
     """Serve a small random model with Phi-3's whole vocabulary at its real endpoints."""
-    folder = tmp_path_factory.mktemp("bench")
-    checkpoint = write_checkpoint(folder / "checkpoint", vocabulary=phi3_vocabulary(), layers=1)
-    engine = Engine(EngineSettings(convert(checkpoint, folder / "tiny.gguf", outtype="f32").path, threads=1))
+    engine = Engine(EngineSettings(model_file("tiny", "F32"), threads=1))
 
     def load(_: object) -> TextGenerationPipeline:
         engine.load()

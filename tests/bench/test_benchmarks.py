@@ -39,11 +39,8 @@ def folders(tmp_path: Path) -> tuple[str | Path, ...]:
     return "--results", tmp_path / "results", "--docs", tmp_path / "docs"
 
 
-def test_the_committed_page_and_plots_are_those_of_the_recorded_results() -> None:
-    assert run(*REPORT, "--check").stdout == "Up to date.\n"
-
-
 def test_what_changed_makes_page_and_plots_stale_and_is_shown(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
+    assert run(*REPORT, "--check").stdout == "Up to date.\n", "page and plots are those of the recorded results"
     path = tmp_path / "results" / "quantizations.json"
     data = json.loads(path.read_text())
     data["measurements"][1]["speed"]["generated_per_second"] *= 2
@@ -57,18 +54,6 @@ def test_what_changed_makes_page_and_plots_stale_and_is_shown(folders: tuple[str
     run(*REPORT, "--check", *folders)
     text = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "| throughput | 0.65b | 4 clients, greedy | 125 | 100 | tokens/s | 1.25 | 1.20 to 1.30 |" in text
-
-
-def test_what_was_not_recorded_is_not_mentioned(folders: tuple[str | Path, ...], tmp_path: Path) -> None:
-    page, kept = tmp_path / "docs" / "benchmarks.md", tmp_path / "results" / "prefix_cache.json"
-    before = headings(page)
-    for path in {*(tmp_path / "results").iterdir()} - {kept}:
-        path.unlink()
-    run(*REPORT, *folders)
-    assert headings(page) == ["## The prefix cache"] != before
-    kept.unlink()
-    run(*REPORT, *folders)
-    assert headings(page) == []
 
 
 def test_what_is_measured_is_on_the_page_and_a_part_that_fails_leaves_its_figures(
@@ -89,13 +74,17 @@ def test_what_is_measured_is_on_the_page_and_a_part_that_fails_leaves_its_figure
     assert headings(page) == ["## The prefix cache", "## Text to tokens and back"]
     run(*REPORT, "--check", *folders)
     assert str(tmp_path) not in page.read_text()
+    for path in results.iterdir():
+        path.unlink()
+    run(*REPORT, *folders)
+    assert headings(page) == [], "what was not recorded is not mentioned"
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a whole run of benchmarks/gpu."""
+@pytest.fixture(scope="module", params=["nowhere", pytest.param("", marks=pytest.mark.soak)])
+def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a whole run of benchmarks/gpu: without llama.cpp's programs, or with those that were built."""
     folder = tmp_path_factory.mktemp("gpu") / "report"
-    run(*TINY, "--out", folder)
+    run(*TINY, "--out", folder, *(["--peers", request.param] if request.param else []))
     return folder
 
 
@@ -153,11 +142,8 @@ def test_wrong_usage_is_told(out: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "report.md").exists(), "the time limit ended a run in good order"
 
 
-def test_the_run_starts_before_the_bindings_have_their_libraries() -> None:
+def test_the_scripts_are_sound_and_the_run_starts_before_the_bindings_have_their_libraries() -> None:
     run(sys.executable, "-c", "import sys; sys.modules['llama_cpp'] = None; import benchmarks.gpu.run")
-
-
-def test_the_scripts_are_sound() -> None:
     for script in (GPU, GPU.with_name("prepare.sh")):
         assert os.access(script, os.X_OK)
         run("bash", "-n", script)

@@ -52,18 +52,13 @@ def test_chat_streams_its_tokens_and_counts_them(service: Running) -> None:
     assert whole.completion_tokens == 6
 
 
-@pytest.mark.parametrize(
-    ("api", "how"),
-    [("chat", SAMPLED), *itertools.product(("openai", "openai-chat"), (Workload(), Workload(stream=False)))],
-)
-def test_our_endpoints_answer_and_count(service: Running, api: str, how: Workload) -> None:
-    answer = ask_ours(service, Ask(["hello there"], 6, how), api)
-    assert answer.completion_tokens == 6
-    assert (answer.prompt_tokens or 0) >= 2
-    assert answer.text
-
-
-def test_a_refusal_is_told_in_the_servers_own_words(service: Running) -> None:
+def test_our_endpoints_answer_and_count_and_a_refusal_is_told_in_the_servers_own_words(service: Running) -> None:
+    ways = itertools.product(("openai", "openai-chat"), (Workload(), Workload(stream=False)))
+    for api, how in [("chat", SAMPLED), *ways]:
+        answer = ask_ours(service, Ask(["hello there"], 6, how), api)
+        assert answer.completion_tokens == 6, api
+        assert (answer.prompt_tokens or 0) >= 2, api
+        assert answer.text, api
     with pytest.raises(ExchangeError, match=r"HTTP 400.*max_new_tokens"):
         ask_ours(service, Ask(["hello"], 10**6, Workload()))
 
@@ -113,7 +108,7 @@ def test_failures_of_the_network_are_told() -> None:
             generate(client, "chat")
 
 
-def test_the_key_and_the_addresss_own_path_are_sent() -> None:
+def test_the_key_and_the_addresss_own_path_are_sent_and_what_is_no_address_is_refused() -> None:
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
@@ -123,12 +118,9 @@ def test_the_key_and_the_addresss_own_path_are_sent() -> None:
     assert generate(client_of(answer, "https://host/base/", api_key="secret"), "chat", WHOLE).text == "fine"
     assert str(seen[0].url) == "https://host/base/chat"
     assert seen[0].headers["authorization"] == "Bearer secret"
-
-
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:port"])
-def test_what_is_no_address_is_refused(url: str) -> None:
-    with pytest.raises(BenchError, match="address"):
-        HttpClient(url)
+    for url in ("ftp://host", "http://", "http://host:port"):
+        with pytest.raises(BenchError, match="address"):
+            HttpClient(url)
 
 
 def detect(paths: Mapping[str, Any]) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """Perplexity and divergence against their definitions in float64; tests/parity asks llama-perplexity itself."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,10 +13,7 @@ from edge_phi3.bench import quality as quality_module
 from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, scored_positions, writing
 from edge_phi3.bench.quants import evaluation_text
-from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import calibration_text
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama.context import Context
@@ -25,40 +23,37 @@ SIZE = 128
 KINDS = ("F16", "Q3_K_S")
 
 
+class Measured(NamedTuple):
+    """Contexts of the demo model in two types, for one chunk each, and what was measured with them.
+
+    `base` is the reference's quality, `quality` that of Q3_K_S, and `log_probs` the file between them.
+    """
+
+    contexts: dict[str, Context]
+    chunks: NDArray[np.int32]
+    log_probs: Path
+    base: Quality
+    quality: Quality
+
+
 @pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Context]]:
-    """Contexts of the demo model in two types, for one chunk each."""
-    folder = tmp_path_factory.mktemp("quality")
-    source = convert(DEMO_CHECKPOINT, folder / "F16.gguf", outtype="f16").path
-    quantize(source, folder / "Q3_K_S.gguf", type="Q3_K_S")
+def measured(model_file: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measured]:
+    log_probs = tmp_path_factory.mktemp("reference") / "reference.npy"
     with contextlib.ExitStack() as stack:
-        found = {}
+        contexts = {}
         for name in KINDS:
-            model = stack.enter_context(contextlib.closing(Model(folder / f"{name}.gguf", n_gpu_layers=0)))
+            model = stack.enter_context(contextlib.closing(Model(model_file("demo", name), n_gpu_layers=0)))
             # F16 takes two batches a chunk: the second half begins inside the one and goes on in the other. With
             # quantised weights batches of other sizes round otherwise.
             settings = EngineSettings(model.path, threads=1, batch_size=80 if name == "F16" else SIZE)
             context = Context(model, cells=SIZE, sequences=1, settings=settings, scored=SIZE)
-            found[name] = stack.enter_context(contextlib.closing(context))
-        yield found
-
-
-@pytest.fixture(scope="module")
-def chunks(contexts: dict[str, Context]) -> NDArray[np.int32]:
-    return cut_chunks(Tokenizer(contexts["F16"]._model).encode(evaluation_text()), SIZE, 4)
-
-
-@pytest.fixture(scope="module")
-def log_probs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("reference") / "reference.npy"
-
-
-@pytest.fixture(scope="module")
-def measured(contexts: dict[str, Context], chunks: NDArray[np.int32], log_probs: Path) -> tuple[Quality, Quality]:
-    """The reference's quality, and that of Q3_K_S, with the file between them."""
-    with writing(log_probs, chunks, contexts["F16"]._model.vocab_size) as keep:
-        base = evaluate(contexts["F16"], chunks, bos=None, keep=keep)
-    return base, evaluate(contexts["Q3_K_S"], chunks, bos=None, reference=np.load(log_probs, mmap_mode="r"))
+            contexts[name] = stack.enter_context(contextlib.closing(context))
+        f16, q3 = contexts.values()
+        chunks = cut_chunks(Tokenizer(f16._model).encode(evaluation_text()), SIZE, 4)
+        with writing(log_probs, chunks, f16._model.vocab_size) as keep:
+            base = evaluate(f16, chunks, bos=None, keep=keep)
+        quality = evaluate(q3, chunks, bos=None, reference=np.load(log_probs, mmap_mode="r"))
+        yield Measured(contexts, chunks, log_probs, base, quality)
 
 
 def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -74,13 +69,11 @@ def log_probabilities(model: Model, chunk: NDArray[np.int32]) -> NDArray[np.floa
     return result
 
 
-def test_the_figures_are_those_of_their_definitions(
-    contexts: dict[str, Context], chunks: NDArray[np.int32], measured: tuple[Quality, Quality]
-) -> None:
+def test_the_figures_are_those_of_their_definitions(measured: Measured) -> None:
     losses: dict[str, list[float]] = {name: [] for name in KINDS}
     divergences, same, clipped = [], [], []
-    for chunk in chunks:
-        found = {name: log_probabilities(one._model, chunk) for name, one in contexts.items()}
+    for chunk in measured.chunks:
+        found = {name: log_probabilities(one._model, chunk) for name, one in measured.contexts.items()}
         for position in range(SIZE // 2, SIZE - 1):
             for name in found:
                 losses[name].append(-found[name][position, chunk[position + 1]])
@@ -88,7 +81,7 @@ def test_the_figures_are_those_of_their_definitions(
             clipped.append(min(losses["F16"][-1], 16 - base.max()))
             divergences.append(float((np.exp(base) * (base - other)).sum()))
             same.append(base.argmax() == other.argmax())
-    base_quality, quality = measured
+    base_quality, quality = measured.base, measured.quality
     assert base_quality.divergence is None
     assert quality.divergence is not None
     assert quality.positions == base_quality.positions == len(divergences) == 4 * 63
@@ -107,22 +100,18 @@ def test_the_figures_are_those_of_their_definitions(
     assert quality.divergence.mean > 1e-3
 
 
-def test_the_reference_is_as_far_from_itself_as_its_file_rounds(
-    contexts: dict[str, Context], chunks: NDArray[np.int32], measured: tuple[Quality, Quality], log_probs: Path
-) -> None:
-    rows = np.load(log_probs)
-    assert rows.shape == (len(chunks) * scored_positions(SIZE),)
-    again = evaluate(contexts["F16"], chunks, bos=None, reference=rows)
-    assert again.perplexity == measured[0].perplexity
+def test_the_reference_is_as_far_from_itself_as_its_file_rounds(measured: Measured) -> None:
+    rows = np.load(measured.log_probs)
+    assert rows.shape == (len(measured.chunks) * scored_positions(SIZE),)
+    again = evaluate(measured.contexts["F16"], measured.chunks, bos=None, reference=rows)
+    assert again.perplexity == measured.base.perplexity
     assert again.divergence is not None
     assert abs(again.divergence.mean) < 1e-5
     assert again.divergence.same_top > 0.99
 
 
-def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(
-    contexts: dict[str, Context], chunks: NDArray[np.int32]
-) -> None:
-    context, bos = contexts["F16"], contexts["F16"]._model.bos_token_id
+def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(measured: Measured) -> None:
+    context, chunks, bos = measured.contexts["F16"], measured.chunks, measured.contexts["F16"]._model.bos_token_id
     replaced = chunks.copy()
     replaced[:, 0] = bos
     given = [(chunks, bos), (replaced, None), (chunks, None)]
@@ -130,22 +119,17 @@ def test_a_chunks_first_token_is_replaced_by_bos_where_the_vocabulary_adds_one(
     assert first == second != third
 
 
-def test_logits_that_are_no_numbers_are_refused(
-    contexts: dict[str, Context], chunks: NDArray[np.int32], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_logits_that_are_no_numbers_are_refused(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = np.full((63, 9), np.nan, np.float32)
     monkeypatch.setattr(quality_module, "feed", lambda *_: [(0, broken)])
     with pytest.raises(BenchError, match="NaN"):
-        evaluate(contexts["F16"], chunks % 9, bos=None)
+        evaluate(measured.contexts["F16"], measured.chunks % 9, bos=None)
 
 
-@pytest.mark.parametrize(("count", "size", "words"), [(255, 128, "two chunks of 128"), (100, 3, "too small")])
-def test_a_text_that_cannot_be_scored_is_refused(count: int, size: int, words: str) -> None:
-    with pytest.raises(BenchError, match=words):
-        cut_chunks(np.zeros(count, np.int32), size)
-
-
-def test_what_fills_no_chunk_is_left_out() -> None:
+def test_a_text_is_cut_into_whole_chunks_or_refused() -> None:
+    for count, size, words in ((255, 128, "two chunks of 128"), (100, 3, "too small")):
+        with pytest.raises(BenchError, match=words):
+            cut_chunks(np.zeros(count, np.int32), size)
     tokens = np.arange(29, dtype=np.int32)
     assert cut_chunks(tokens, 8).tolist() == tokens[:24].reshape(3, 8).tolist()
     assert cut_chunks(tokens, 8, 2).shape == (2, 8)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -16,22 +17,19 @@ from edge_phi3.bench.plots import plot_quality
 from edge_phi3.bench.quant_report import QuantReport, on_front, read_report
 from edge_phi3.bench.quant_worker import Job, measure
 from edge_phi3.bench.quants import QuantBench
-from edge_phi3.bench.report_files import write_json
-from edge_phi3.conversion.convert import convert
+from edge_phi3.conversion import imatrix
 from edge_phi3.conversion.quantize import quantize
-from edge_phi3.demo import DEMO_CHECKPOINT
-from tests.support.cases import cases
+from tests.support.cases import cases, tables
 from tests.test_cli import Result, edge_phi3
 
-QUICK = ["--ctx-size", "64", "--chunks", "3", "--threads", "1", "--repetitions", "2"]
-QUICK += ["--prompt-tokens", "32", "--generate-tokens", "8"]
 FAST: dict[str, Any] = {"ctx_size": 64, "chunks": 3, "threads": 1, "prompt_tokens": 32, "generated_tokens": 8}
 FAST |= {"repetitions": 2, "imatrix": "none"}
+QUICK: list[str] = tables(__file__)["QUICK"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert(DEMO_CHECKPOINT, tmp_path_factory.mktemp("quants") / "demo-F16.gguf", outtype="f16").path
+def model(model_file: Callable[[str, str], Path]) -> Path:
+    return model_file("demo", "F16")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def test_peak_memory_is_the_files_own(report: QuantReport, tmp_path: Path, model
         assert item.memory_peak < known.memory_peak + 100e6
 
 
-def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) -> None:
+def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path, tmp_path: Path) -> None:
     assert read_report(folder / "quants.json") == report
     with (folder / "quants.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -94,6 +92,10 @@ def test_results_are_written_as_json_and_csv(report: QuantReport, folder: Path) 
     assert float(rows[-1]["generated_per_second"]) == last["speed"]["generated_per_second"]
     assert rows[0]["divergence_mean"] == ""
     assert not list(folder.glob("*Q8_0.gguf"))
+    # A damaged report counts as none.
+    for damaged in (json.dumps(json.loads((folder / "quants.json").read_text()) | {"format": 0}), "{"):
+        (tmp_path / "quants.json").write_text(damaged)
+        assert read_report(tmp_path / "quants.json") is None
 
 
 def test_nothing_is_done_twice(report: QuantReport, model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +124,16 @@ def test_nothing_is_done_twice(report: QuantReport, model: Path, folder: Path, m
     assert len(list(folder.glob("*.npy"))) == 1
 
 
-def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> None:
+def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = imatrix.calibration_text()[:6000]
+    monkeypatch.setattr(imatrix, "calibration_text", lambda: calibration)
     text = tmp_path / "text.txt"
     text.write_text("<|user|>\nWhat does len do?<|end|>\n<|assistant|>\nReturn the number of items.<|end|>\n" * 20)
-    options = ("--type", "IQ2_XS", "--text", str(text), "--output-dir", str(tmp_path / "out"), *QUICK)
+    options = ("--type", "Q2_K_S", "--text", str(text), "--output-dir", str(tmp_path / "out"), *QUICK)
     result = bench("demo", *options, "--json")
     assert result.returncode == 0, result.stderr
     report = msgspec.json.decode(result.stdout, type=QuantReport)
-    assert [(item.type, item.imatrix) for item in report.measurements] == [("F16", False), ("IQ2_XS", True)]
+    assert [(item.type, item.imatrix) for item in report.measurements] == [("F16", False), ("Q2_K_S", True)]
     assert report.text == "text.txt"
     assert report.model == "phi-3-demo"
     names = sorted(path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("."))
@@ -138,14 +142,8 @@ def test_the_command_converts_calibrates_measures_and_draws(tmp_path: Path) -> N
         assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
     table = bench("demo", *options)
     assert table.returncode == 0
-    assert "IQ2_XS is measured already" in table.stderr
-    assert {"F16", "IQ2_XS"} <= {line.split()[0] for line in table.stdout.splitlines() if line.strip()}
-
-
-def test_the_pareto_front_holds_what_nothing_beats(report: QuantReport) -> None:
-    f16, q8, q2 = report.measurements
-    worse, larger = (msgspec.structs.replace(item, bytes=item.bytes + 1) for item in (q2, q8))
-    assert on_front([f16, q8, q2, worse, q2, larger]) == [True, True, True, False, True, False]
+    assert "Q2_K_S is measured already" in table.stderr
+    assert {"F16", "Q2_K_S"} <= {line.split()[0] for line in table.stdout.splitlines() if line.strip()}
 
 
 def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantReport, tmp_path: Path) -> None:
@@ -154,6 +152,10 @@ def test_a_plot_is_the_same_bytes_again_and_tells_what_it_shows(report: QuantRep
         return (tmp_path / "plot.svg").read_bytes()
 
     assert drawn(3) == drawn(3) != drawn(2)
+    # The Pareto front holds what nothing beats.
+    f16, q8, q2 = report.measurements
+    worse, larger = (msgspec.structs.replace(item, bytes=item.bytes + 1) for item in (q2, q8))
+    assert on_front([f16, q8, q2, worse, q2, larger]) == [True, True, True, False, True, False]
     with pytest.raises(BenchError, match="only the reference"):
         plot_quality(report.measurements[:1], tmp_path / "c.svg")
     with pytest.raises(BenchError, match="matplotlib writes"):
@@ -170,14 +172,6 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(
     result = bench(*([model] if arguments[0].startswith("-") else []), *arguments)
     assert result.returncode == 1
     assert words in " ".join(result.stderr.split())
-
-
-def test_a_damaged_report_counts_as_none(report: QuantReport, tmp_path: Path) -> None:
-    write_json(tmp_path / "quants.json", report)
-    other = json.dumps(json.loads((tmp_path / "quants.json").read_text()) | {"format": 0})
-    for damaged in (other, "{"):
-        (tmp_path / "quants.json").write_text(damaged)
-        assert read_report(tmp_path / "quants.json") is None
 
 
 def test_a_process_that_dies_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def bench(service: Running, *arguments: str) -> str:
     return result.stdout
 
 
-def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> None:
+def test_a_sweep_measures_what_the_service_itself_counts_and_refusals_alone_are_an_error(service: Running) -> None:
     before = service.service.pipeline.engine.stats()
     levels = Level(clients=1, sessions=2), Level(clients=3, sessions=6)
     report = run(service, *levels, prompt_tokens="12", output_tokens="5")
@@ -44,6 +44,8 @@ def test_a_sweep_measures_what_the_service_itself_counts(service: Running) -> No
         assert level.first_token is not None
         assert 0 < level.first_token.p50 < level.latency.p50
         assert level.tokens_per_second == pytest.approx(level.completion_tokens * level.requests_per_second)
+    with pytest.raises(BenchError, match=r"No request to .* succeeded: HTTP 400"):
+        run(service, Level(clients=1, sessions=1), output_tokens="1000000")
 
 
 def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) -> None:
@@ -55,11 +57,6 @@ def test_a_shared_prefix_and_turns_reach_the_services_cache(service: Running) ->
     after = service.service.pipeline.engine.stats()
     # Of the three first turns two find the prefix, and each second turn finds its first turn's prompt.
     assert after.totals.cached - before.totals.cached >= 2 * 64 + 3 * 72
-
-
-def test_a_service_that_refuses_everything_is_an_error(service: Running) -> None:
-    with pytest.raises(BenchError, match=r"No request to .* succeeded: HTTP 400"):
-        run(service, Level(clients=1, sessions=1), output_tokens="1000000")
 
 
 def test_the_command_prints_a_table_and_writes_every_file(service: Running, tmp_path: Path) -> None:
@@ -79,14 +76,12 @@ def test_the_command_prints_a_table_and_writes_every_file(service: Running, tmp_
         assert float(row["latency_p95"]) == level["latency"]["p95"]
     groups = {group.get("id") for group in ET.parse(files["plot.svg"]).iter("{http://www.w3.org/2000/svg}g")}
     assert {"axes_1", "axes_2", "legend_1"} <= groups
-
-
-def test_real_prompts_and_whole_answers(service: Running, tmp_path: Path) -> None:
-    prompts, file = tmp_path / "prompts.txt", tmp_path / "out.json"
+    # Real prompts, and whole answers.
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("What is a list?\nWhat is a tuple?\n", encoding="utf-8")
-    options = ("--output-tokens", "2", "--no-stream", "--json", str(file), "--requests", "2")
+    options = ["--output-tokens", "2", "--no-stream", "--json", str(files["json"]), "--requests", "2"]
     bench(service, "--prompts", str(prompts), *options)
-    level = json.loads(file.read_bytes())["levels"][0]
+    level = json.loads(files["json"].read_bytes())["levels"][0]
     assert (level["requests"], level["first_token"], level["completion_tokens"]) == (2, None, 2.0)
 
 

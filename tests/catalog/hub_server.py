@@ -21,22 +21,17 @@ LARGE = 4096
 """Files from so many bytes on are stored in Git LFS, with a SHA-256; smaller ones have git's own id."""
 
 
-class Refusal(NamedTuple):
-    """An error of the Hub: the status, the `X-Error-Code` or an empty string, and the `X-Error-Message`."""
-
-    status: int
-    code: str
-    message: str
-
-
 @dataclass
 class Repository:
-    """A repository: its files, the commits of branches and tags, and how reading a file is refused, if it is."""
+    """A repository: its files, the commits of branches and tags, and how reading a file is refused, if it is.
+
+    A refusal is the status, the `X-Error-Code` or an empty string, and the `X-Error-Message`.
+    """
 
     files: dict[str, bytes]
     commit: str = "c0ffee" * 6 + "c0ff"
     revisions: dict[str, str] = field(default_factory=dict)
-    refusal: Refusal | None = None
+    refusal: tuple[int, str, str] | None = None
 
     @classmethod
     def of(cls, folder: Path) -> Repository:

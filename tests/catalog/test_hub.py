@@ -16,7 +16,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.quantize import quantize
 from tests.catalog.conftest import SHARD, Notes, files_below
-from tests.catalog.hub_server import HubServer, Refusal, Repository
+from tests.catalog.hub_server import HubServer, Repository
+from tests.support.cases import cases, tables
 
 
 def test_a_pull_gives_what_convert_and_quantize_give(
@@ -87,7 +88,9 @@ def test_the_intermediate_files_can_be_kept_for_the_next_quantisation(hub: HubSe
     ]
 
 
-def test_a_moved_branch_is_made_again_when_asked(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
+def test_a_moved_branch_is_made_again_when_asked_and_revisions_are_models_of_their_own(
+    hub: HubServer, catalog: Catalog, notes: Notes
+) -> None:
     first = catalog.resolve("owner/tiny", quant="F16")
     hub.repositories["owner/tiny"].commit = "1" * 40
     assert catalog.resolve("owner/tiny", quant="F16") == first
@@ -96,13 +99,10 @@ def test_a_moved_branch_is_made_again_when_asked(hub: HubServer, catalog: Catalo
     asked = len(hub.gets(SHARD))
     assert catalog.resolve("owner/tiny", quant="F16", refresh=True) == second
     assert len(hub.gets(SHARD)) == asked
-
-
-def test_revisions_are_models_of_their_own(hub: HubServer, catalog: Catalog) -> None:
     hub.repositories["owner/tiny"].revisions["v1"] = "2" * 40
+    hub.requests.clear()
     model = catalog.resolve("owner/tiny@v1", quant="F16")
-    assert model.revision == "2" * 40
-    assert model.path.parent.parent.name == "owner--tiny@v1"
+    assert (model.revision, model.path.parent.parent.name) == ("2" * 40, "owner--tiny@v1")
     assert all("2" * 40 in request.path for request in hub.requests if "/resolve/" in request.path)
 
 
@@ -132,46 +132,19 @@ def test_ready_made_ggufs_are_kept_as_they_are_each_with_its_own_content(hub: Hu
     assert not hub.gets("README.md")
 
 
-OTHERS = {
-    "owner/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
-    "owner/ready": {"config.json": b"{}", "a-q4.gguf": b"GGUF", "b-q8.gguf": b"GGUF"},
-    "owner/old": {"config.json": b"{}", "pytorch_model.bin": b"x"},
-    "owner/data": {"train.csv": b"1,2"},
-}
-GATED = Refusal(401, "GatedRepo", "Access to model is restricted.")
-WAITING = Refusal(403, "GatedRepo", "Your access request is awaiting a review.")
-FORBIDDEN = Refusal(403, "", "Fine-grained token lacks the permission")
-
-
-@pytest.mark.parametrize(
-    ("reference", "refusal", "token", "words"),
-    [
-        ("owner/tiny", GATED, "", r"is gated: accept its terms on http\S+/owner/tiny .*; then set HF_TOKEN"),
-        ("owner/tiny", WAITING, HubServer.token, r"\(HF_TOKEN\) has not been let in yet"),
-        ("owner/tiny", None, "hf_wrong", r"not accept the token; set HF_TOKEN to one from http\S+/settings/tokens"),
-        ("owner/tiny", FORBIDDEN, "", r"forbids reading config\.json; the token in HF_TOKEN lacks the"),
-        ("owner/absent", None, "", r"has no repository owner/absent, or it is private, which takes a token in"),
-        ("owner/absent", None, HubServer.token, r"owner/absent, or the token may not see it; check the name"),
-        ("owner/tiny@v9", None, "", r"owner/tiny has no revision 'v9'; give a branch, a tag or a commit of http"),
-        ("owner/ready/c.gguf", None, "", r"has no file c\.gguf at c0ffeec0ffee; it holds a-q4\.gguf, b-q8\.gguf"),
-        ("owner/tiny/m.gguf", None, "", r"has no file m\.gguf at c0ffeec0ffee; it holds no GGUF at all"),
-        ("owner/ready", None, "", r"\(a-q4\.gguf, b-q8\.gguf\); name one of them, such as owner/ready/a-q4\.gguf"),
-        ("owner/adapter", None, "", r"owner/adapter is an adapter \(adapter_config\.json\), not a whole model"),
-        ("owner/old", None, "", r"holds only pickled weights \(\.bin\)"),
-        ("owner/data", None, "", r"owner/data holds no config\.json with safetensors beside it"),
-    ],
-)
+@cases
 def test_a_refusal_is_a_sentence_and_leaves_nothing(
     hub: HubServer,
     catalog: Catalog,
     monkeypatch: pytest.MonkeyPatch,
     *,
     reference: str,
-    refusal: Refusal | None,
+    refusal: tuple[int, str, str] | None,
     token: str,
     words: str,
 ) -> None:
-    hub.repositories |= {name: Repository(files) for name, files in OTHERS.items()}
+    for name, files in tables(__file__)["OTHERS"].items():
+        hub.repositories[name] = Repository({file: text.encode() for file, text in files.items()})
     hub.repositories["owner/tiny"].refusal = refusal
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -188,43 +161,39 @@ def test_a_server_that_is_no_hub_is_told(hub: HubServer, catalog: Catalog, monke
         catalog.resolve("owner/tiny", quant="F16")
 
 
-@pytest.mark.parametrize("name", ["../../../evil.safetensors", "/etc/evil.safetensors", "sub/x.safetensors", "..", 7])
-def test_an_index_that_leads_out_of_the_folder_is_refused(
-    hub: HubServer, catalog: Catalog, name: object, tmp_path: Path
+def test_names_in_an_index_or_a_listing_never_lead_out_of_the_folder(
+    hub: HubServer, catalog: Catalog, tmp_path: Path
 ) -> None:
-    files = hub.repositories["owner/tiny"].files
-    files["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
-    files[str(name)] = b"x" * 5000
-    before = set(tmp_path.rglob("*"))
-    with pytest.raises(
-        HubError, match=r"which is not the name of a file beside it; the repository is damaged, or hostile"
-    ):
-        catalog.resolve("owner/tiny", quant="F16")
-    assert all(catalog.store in path.parents or path == catalog.store for path in set(tmp_path.rglob("*")) - before)
-
-
-def test_names_in_a_listing_never_become_paths(hub: HubServer, catalog: Catalog, tmp_path: Path) -> None:
-    hub.repositories["owner/tiny"].files |= {"../../config.json": b"{}", "/tokenizer.json": b"{}"}
+    repository = hub.repositories["owner/tiny"]
+    files, index = repository.files, repository.files["model.safetensors.index.json"]
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    names = ("../../../evil.safetensors", "/etc/evil.safetensors", "sub/x.safetensors", "..", 7)
+    for place, name in enumerate(names, 1):
+        repository.commit = str(place) * 40
+        files["model.safetensors.index.json"] = json.dumps({"weight_map": {"a": name}}).encode()
+        files[str(name)] = b"x" * 5000
+        words = f"{name}.* which is not the name of a file beside it; the repository is damaged, or hostile"
+        with pytest.raises(HubError, match=words):
+            catalog.resolve("owner/tiny", quant="F16")
+    files |= {"../../config.json": b"{}", "/tokenizer.json": b"{}", "model.safetensors.index.json": index}
+    repository.commit = "c0ffee" * 6 + "c0ff"
     catalog.resolve("owner/tiny", quant="F16")
     made = {path for path in tmp_path.rglob("*") if path.is_file()} - before
     assert all(catalog.store in path.parents for path in made)
     assert not any(".." in request.path for request in hub.requests)
 
 
-def test_a_json_file_of_absurd_size_is_not_fetched(
+def test_a_json_file_of_absurd_size_is_not_fetched_and_an_index_of_files_that_are_not_there_is_told(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, catalog: Catalog
 ) -> None:
+    del hub.repositories["owner/tiny"].files[SHARD]
+    with pytest.raises(HubError, match=rf"lacks the file {SHARD} that its model\.safetensors\.index\.json names"):
+        catalog.resolve("owner/tiny", quant="F16")
+    hub.requests.clear()
     monkeypatch.setattr("edge_phi3.catalog.listing._SMALL_LIMIT", 100)
     with pytest.raises(HubError, match=r"config\.json of owner/tiny has [\d,]+ bytes, which it never should"):
         catalog.resolve("owner/tiny", quant="F16")
     assert not hub.gets("config.json")
-
-
-def test_an_index_of_files_that_are_not_there_is_told(hub: HubServer, catalog: Catalog) -> None:
-    del hub.repositories["owner/tiny"].files[SHARD]
-    with pytest.raises(HubError, match=rf"lacks the file {SHARD} that its model\.safetensors\.index\.json names"):
-        catalog.resolve("owner/tiny", quant="F16")
 
 
 def test_a_lost_connection_is_taken_up_where_it_broke(hub: HubServer, catalog: Catalog, notes: Notes) -> None:
@@ -249,12 +218,11 @@ def test_a_file_that_ends_short_is_told_and_continued_the_next_time(
     catalog.resolve("owner/tiny", quant="F16")
     assert [request.range for request in hub.gets(SHARD)] == [None, "bytes=30000-"]
     assert hub.bytes_sent(SHARD) == size
-
-
-def test_a_server_that_has_less_than_it_lists_is_not_asked_for_ever(hub: HubServer, catalog: Catalog) -> None:
+    # A server that has less than it lists is not asked for ever.
     hub.served[SHARD] = hub.repositories["owner/tiny"].files[SHARD][:30_000]
+    hub.requests.clear()
     with pytest.raises(HubError, match=rf"{SHARD} of owner/tiny .*, time and again; try later, or another mirror"):
-        catalog.resolve("owner/tiny", quant="F16")
+        catalog.resolve("owner/tiny@main", quant="Q8_0")
     assert hub.bytes_sent(SHARD) <= 5 * 30_000
 
 

@@ -14,33 +14,23 @@ from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository
 from tests.support.cases import cases
 
-DEMO = LocalCheckpoint(DEMO_CHECKPOINT, "phi-3-demo")
-PRESET = HubCheckpoint("microsoft/Phi-3-mini-128k-instruct", "main", "phi-3-mini-128k-instruct")
 
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        *((text, DEMO) for text in (None, "", "demo", "phi-3-demo")),
-        ("Phi-3-Mini-128K-Instruct", PRESET),
-        ("owner/name", HubCheckpoint("owner/name", "main", "owner/name")),
-        ("owner/name@v1.2", HubCheckpoint("owner/name", "v1.2", "owner/name")),
-        ("owner/name@refs/pr/7", HubCheckpoint("owner/name", "refs/pr/7", "owner/name")),
-        ("owner/name/file.gguf", HubGguf("owner/name", "main", ("file.gguf",))),
-        ("owner/name@abc123/sub/file.gguf", HubGguf("owner/name", "abc123", ("sub/file.gguf",))),
-        ("owner/name@refs/pr/7/file.gguf", HubGguf("owner/name", "refs/pr/7", ("file.gguf",))),
-        (
-            "owner/name/big-00001-of-00002.gguf",
-            HubGguf("owner/name", "main", ("big-00001-of-00002.gguf", "big-00002-of-00002.gguf")),
-        ),
-    ],
-)
-def test_the_demo_presets_and_the_hub(text: str | None, expected: object) -> None:
+@cases
+def test_the_hub_is_named_by_repository_revision_and_file(text: str, revision: str, files: list[str]) -> None:
     reference = parse_reference(text)
-    assert reference == expected
-    if isinstance(reference, HubCheckpoint | HubGguf) and reference != PRESET:
-        assert parse_reference(reference.text) == reference
-        assert reference.name in {"owner/name", "file", "big"}
+    if files:
+        assert reference == HubGguf("owner/name", revision, tuple(files))
+    else:
+        assert reference == HubCheckpoint("owner/name", revision, "owner/name")
+    assert parse_reference(reference.text) == reference
+    assert reference.name in {"owner/name", "file", "big"}
+
+
+@pytest.mark.parametrize("text", [None, "", "demo", "phi-3-demo"])
+def test_the_demo_and_presets_have_names(text: str | None) -> None:
+    assert parse_reference(text) == LocalCheckpoint(DEMO_CHECKPOINT, "phi-3-demo")
+    preset = HubCheckpoint("microsoft/Phi-3-mini-128k-instruct", "main", "phi-3-mini-128k-instruct")
+    assert parse_reference("Phi-3-Mini-128K-Instruct") == preset
 
 
 def test_what_lies_here_comes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,12 +4,16 @@ And which files of a repository hold the weights: those that the converter takes
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,9 +29,10 @@ from edge_phi3.progress import SilentProgress
 from tests.catalog.conftest import SHARD, Notes
 from tests.catalog.hub_server import HubServer
 from tests.catalog.hub_server import Repository as HubRepository
-from tests.conversion.edits import GHOST, INDEX, Edit, each, index, one_shard, removed, written
+from tests.conversion import edits
 from tests.golden.gguf_digests import describe
-from tests.test_cli import edge_phi3
+from tests.support.cases import cases
+from tests.test_cli import Result, edge_phi3
 
 
 def test_a_checkpoint_is_made_once_and_found_again(catalog: Catalog, checkpoint: Path, notes: Notes) -> None:
@@ -113,28 +118,20 @@ def test_a_killed_making_goes_on_after_its_conversion(
     assert not list(catalog.store.glob("*/.work-*"))
 
 
-def test_a_checkpoint_that_cannot_be_converted_leaves_nothing(
-    catalog: Catalog, checkpoint: Path, tmp_path: Path
+def test_a_checkpoint_that_cannot_be_converted_and_a_store_that_cannot_be_written_are_told(
+    catalog: Catalog, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = Path(shutil.copytree(checkpoint, tmp_path / "bad"))
     (bad / SHARD).write_bytes((bad / SHARD).read_bytes()[:-100])
     with pytest.raises(ConversionError):
         catalog.resolve(str(bad))
-    assert [path.name for path in catalog.store.iterdir()] == [".locks"]
-
-
-def test_too_little_space_is_told_before_any_work(
-    catalog: Catalog, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
-    with pytest.raises(DiskFullError, match=r"Q4_K_M, BF16 will take about .* kB left; free .* EDGE_PHI3_STORE to"):
-        catalog.resolve(str(checkpoint))
-
-
-def test_a_store_that_cannot_be_written_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    assert [path.name for path in catalog.store.iterdir()] == [".locks"], "a failure leaves nothing"
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(CatalogError, match=r"The store is \S+/file/store: free some space, mend its permissions"):
         Catalog(tmp_path / "file" / "store").resolve(str(checkpoint))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
+    with pytest.raises(DiskFullError, match=r"Q4_K_M, BF16 will take about .* kB left; free .* EDGE_PHI3_STORE to"):
+        catalog.resolve(str(checkpoint))
 
 
 def test_the_store_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,19 +198,9 @@ def test_several_quantisations_come_from_one_download_and_one_conversion(hub: Hu
         assert (shelf / kind / f"tiny-{kind}.gguf").read_bytes() == alone.path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (("demo", "--imatrix", "auto"), 2, "--imatrix: give --output-dir too; the store's models do without."),
-        (("demo", "--json"), 2, "--json: give --output-dir too"),
-        (("o/r/x.gguf", "--output-dir", "out"), 2, "o/r/x.gguf is a GGUF already; quantise it with"),
-        (("demo", "--quant", "IQ2_XS"), 1, "IQ2_XS needs an importance matrix, .* add --output-dir DIR"),
-        (("demo", "--quant", "IQ2_XS", "--imatrix", "none", "--output-dir", "out"), 1, "IQ2_XS needs an .* matrix; g"),
-        (("demo", "--imatrix", "absent.gguf", "--output-dir", "out"), 1, "absent.gguf cannot be read: No such file"),
-    ],
-)
+@cases
 def test_what_cannot_be_pulled_is_refused_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], code: int, words: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     finished = edge_phi3("pull", *arguments)
@@ -222,26 +209,98 @@ def test_what_cannot_be_pulled_is_refused_in_a_sentence(
     assert finished.stdout == ""
 
 
-TAKEN: dict[str, Edit] = {
-    "one shard without an index": one_shard,
-    "shards without an index": each(removed(INDEX), written("adapter_model.safetensors")),
-    "an index of older shards": index(lambda found: {k: v.replace("00002.s", "00003.s") for k, v in found.items()}),
-    "an index with a buffer": index(lambda found: found | {GHOST: "model-00003-of-00003.safetensors"}),
-    "an index beside one file": each(
-        one_shard,
-        lambda folder: (folder / "model-00001-of-00001.safetensors").rename(folder / "model.safetensors"),
-        lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": "../b.safetensors"}}'),
-    ),
-    "chat_template.json": lambda folder: (folder / "chat_template.json").write_text('{"chat_template": "mine"}'),
-}
-
-
-@pytest.mark.parametrize("name", TAKEN)
+@cases
 def test_a_repository_is_taken_as_its_folder_is(
-    hub: HubServer, catalog: Catalog, checkpoint: Path, name: str, tmp_path: Path
+    hub: HubServer, catalog: Catalog, checkpoint: Path, changes: list[Any], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "tiny-phi3"))
-    TAKEN[name](folder)
+    edits.apply(folder, *changes)
     hub.repositories["owner/odd"] = HubRepository.of(folder)
     found = describe(catalog.resolve("owner/odd", quant="F16").path)
     assert found == describe(convert(folder, tmp_path / "out.gguf", outtype="f16").path)
+
+
+# -- `edge-phi3 models`, and models that stay whole while they are made anew
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from edge_phi3.catalog import Catalog, build
+def killed(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+{where} = killed
+Catalog(Path(sys.argv[1])).resolve(sys.argv[2], quant="F16", refresh=True)
+"""
+
+
+def models(catalog: Catalog, *arguments: str) -> Result:
+    return edge_phi3("models", *arguments, EDGE_PHI3_STORE=str(catalog.store), COLUMNS="200")
+
+
+def test_the_store_is_listed_checked_and_cleared(hub: HubServer, catalog: Catalog, checkpoint: Path) -> None:
+    first, second = (catalog.resolve("owner/tiny", quant=quant) for quant in ("F16", "Q8_0"))
+    catalog.resolve(str(checkpoint), quant="F16")
+    os.utime(second.path.with_name("manifest.json"), (0, 0))
+    work = first.path.parent.with_name(".work-unfinished")
+    work.mkdir()
+    (work / "half").write_bytes(bytes(5000))
+    head, *rows = models(catalog).stdout.splitlines()
+    assert head.split() == ["model", "type", "size", "source", "revision", "last", "use"]
+    today = time.strftime("%Y-%m-%d")
+    for row, words in zip(rows, (
+        ["owner/tiny", "F16", "owner/tiny", "c0ffeec0ffee", today],
+        ["owner/tiny", "Q8_0", "owner/tiny", "c0ffeec0ffee", "1970-01-01"],
+        ["tiny-phi3", "F16", "tiny-phi3", today],
+        ["owner--tiny@main", "unfinished", "5.0", "kB"],
+    ), strict=True):  # fmt: skip
+        assert [word for word in row.split() if word in words] == words, row
+    catalog.resolve("owner/tiny", quant="Q8_0")
+    assert "1970" not in models(catalog).stdout, "it was asked for"
+
+    assert models(catalog, "verify").stdout.count(": whole\n") == 3
+    content = bytearray(second.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    second.path.write_bytes(content)
+    found = models(catalog, "verify", "owner/tiny")
+    assert (found.returncode, found.stdout) == (1, "owner/tiny (F16): whole\nowner/tiny (Q8_0): damaged\n")
+    assert f"{second.path} is damaged" in found.stderr
+    second.path.write_bytes(b"GGUF")
+    assert "Q8_0 holds no whole model" in models(catalog, "verify").stderr
+    assert "damaged" in models(catalog).stdout
+
+    assert models(catalog, "rm", "owner--tiny@main").stdout.split() == [str(work), str(second.path.parent)]
+    assert models(catalog, "rm", "tiny-phi3", "--quant", "q8_0").stderr == (
+        f"edge-phi3: tiny-phi3 as Q8_0 is not in the store {catalog.store}; it holds owner/tiny, tiny-phi3.\n"
+    )
+    assert models(catalog, "rm", "owner/tiny", "--quant", "f16").returncode == 0
+    assert models(catalog, "rm", "tiny-phi3").returncode == 0
+    assert [path.name for path in catalog.store.iterdir()] == [".locks"]
+
+
+@cases
+def test_a_killed_refresh_leaves_a_whole_model(
+    hub: HubServer, catalog: Catalog, notes: Notes, reference: str, where: str
+) -> None:
+    ready = hub.repositories["o/ready"] = HubRepository(
+        {f"model-0000{part}-of-00002.gguf": b"GGUF" + bytes([part]) * 100 for part in (1, 2)}
+    )
+    old = catalog.resolve(reference, quant="F16")
+    for repository in (ready, hub.repositories["owner/tiny"]):
+        repository.commit = "1" * 40
+        repository.files |= {name: b"GGUF" + content for name, content in repository.files.items() if "gguf" in name}
+    script = _KILLED.format(where=where)
+    killed = subprocess.run([sys.executable, "-c", script, str(catalog.store), reference], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    after = catalog.resolve(reference, quant="F16", progress=notes)
+    assert notes.titles == [], "nothing is made for it"
+    assert after == old or after.revision == "1" * 40
+    catalog.verify(after)
+    new = catalog.resolve(reference, quant="F16", refresh=True)
+    assert new.revision == "1" * 40
+    catalog.verify(new)
+    assert new.manifest is not None
+    names = {path.name for path in new.path.parent.iterdir()}
+    assert names >= {"manifest.json", *(file.name for file in new.manifest.files)}
+    new.path.write_bytes(b"other")
+    with pytest.raises(CatalogError, match="is damaged"):
+        catalog.verify(new)

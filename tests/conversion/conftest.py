@@ -27,8 +27,9 @@ JSON = st.recursive(
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bfloat16 checkpoint of one layer in two shards. Not to be changed."""
-    return write_checkpoint(tmp_path_factory.mktemp("pristine") / "phi-3-tiny", layers=1, dtype="bfloat16", shards=2)
+    """A checkpoint of one layer in two shards, with fewer key heads than heads. Not to be changed."""
+    shape: dict[str, Any] = {"layers": 1, "dtype": "bfloat16", "shards": 2, "kv_heads": 2}
+    return write_checkpoint(tmp_path_factory.mktemp("pristine") / "phi-3-tiny", **shape)
 
 
 @pytest.fixture

@@ -1,8 +1,12 @@
-"""What people's tools do to a checkpoint: edits of one with one layer, two shards, and two key heads for four heads."""
+"""What people's tools do to a checkpoint: edits of one with one layer, two shards, and two key heads for four heads.
+
+Tables name them with what they take beside the checkpoint's folder.
+"""
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +17,44 @@ from tests.conversion.conftest import edit, edited_weights
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
 NORM = "model.layers.0.input_layernorm.weight"
-GHOST = "model.layers.0.self_attn.rotary_emb.inv_freq"
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
-LEFT_OVER = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
-
-Edit = Callable[[Path], object]
 
 
-def each(*edits: Edit) -> Edit:
-    def apply(folder: Path) -> None:
-        for one in edits:
-            one(folder)
-
-    return apply
-
-
-def removed(*names: str) -> Edit:
-    def apply(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return apply
+def apply(folder: Path, *edits: str | dict[str, Any]) -> None:
+    """Make some edits: functions of this module by name, each with its arguments, a list or a map of them."""
+    for step in edits:
+        ((name, given),) = step.items() if isinstance(step, dict) else ((step, []),)
+        change: Callable[..., object] = globals()[name]
+        change(folder, **given) if isinstance(given, dict) else change(folder, *given)
 
 
-def written(name: str) -> Edit:
-    return lambda folder: (folder / name).write_bytes(b"x")
+def removed(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        paths = [*folder.glob(pattern)]
+        assert paths, pattern
+        for path in paths:
+            path.unlink()
 
 
-def config(**entries: Any) -> Edit:
-    return lambda folder: edit(folder / "config.json", **entries)
+def written(folder: Path, *names: str) -> None:
+    for name in names:
+        text(folder, name, "x")
+
+
+def text(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content, encoding="utf-8")
+
+
+def moved(folder: Path, old: str, new: str) -> None:
+    (folder / old).rename(folder / new)
+
+
+def config(folder: Path, **entries: Any) -> None:
+    edit(folder / "config.json", **entries)
+
+
+def without(folder: Path, *names: str) -> None:
+    """Take entries out of config.json."""
+    edit(folder / "config.json", **dict.fromkeys(names, ...))
 
 
 def shards(folder: Path) -> Iterator[tuple[dict[str, Any], bytearray]]:
@@ -56,13 +68,11 @@ def shards(folder: Path) -> Iterator[tuple[dict[str, Any], bytearray]]:
         edit(folder / INDEX, weight_map=weight_map)
 
 
-def renamed(rename: Callable[[str], str]) -> Edit:
-    def apply(folder: Path) -> None:
-        for header, _ in shards(folder):
-            entries = {rename(name): header.pop(name) for name in list(header) if name != "__metadata__"}
-            header.update(entries)
-
-    return apply
+def renamed(folder: Path, pattern: str, replacement: str) -> None:
+    """Give weights other names: the first match of a regular expression is replaced."""
+    for header, _ in shards(folder):
+        names = [name for name in header if name != "__metadata__"]
+        header.update({re.sub(pattern, replacement, name, count=1): header.pop(name) for name in names})
 
 
 def split(folder: Path, wanted: str = "", groups: int = 2) -> None:
@@ -85,27 +95,13 @@ def split(folder: Path, wanted: str = "", groups: int = 2) -> None:
                 end, cut = end - size, cut + size
 
 
-def split_as(**entries: Any) -> Edit:
-    return each(split, config(**entries))
-
-
-def index(change: Callable[[dict[str, str]], dict[str, str]]) -> Edit:
-    def apply(folder: Path) -> None:
-        found = json.loads((folder / INDEX).read_text())["weight_map"]
-        edit(folder / INDEX, weight_map=change(found))
-
-    return apply
-
-
-def without_index(*names: str) -> Edit:
-    """Remove the index, and call the shards so."""
-
-    def apply(folder: Path) -> None:
-        (folder / INDEX).unlink()
-        for old, new in zip((FIRST, SECOND), names, strict=True):
-            (folder / old).rename(folder / new)
-
-    return apply
+def index(
+    folder: Path, *, without: str = "$^", files: Sequence[str] = ("", ""), backwards: bool = False, **more: str
+) -> None:
+    """Change the index: leave out names or files, replace a part of files' names, turn the order round, add `more`."""
+    found = json.loads((folder / INDEX).read_text())["weight_map"]
+    kept = {name: file.replace(*files) for name, file in found.items() if not re.search(without, f"{name}\n{file}")}
+    edit(folder / INDEX, weight_map=dict(reversed(kept.items()) if backwards else kept.items()) | more)
 
 
 def one_shard(folder: Path) -> None:
@@ -116,11 +112,11 @@ def one_shard(folder: Path) -> None:
             entry["data_offsets"] = [offset + len(data) for offset in entry["data_offsets"]]
         headers |= header
         data += content
-    (folder / SECOND).unlink()
-    (folder / INDEX).unlink()
-    encoded = json.dumps(headers).encode()
-    (folder / FIRST).unlink()
-    (folder / "model-00001-of-00001.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    removed(folder, SECOND, INDEX)
+    moved(folder, FIRST, "model-00001-of-00001.safetensors")
+    with edited_weights(folder / "model-00001-of-00001.safetensors") as (header, content):
+        header.update(headers)
+        content[:] = data
 
 
 def twice(folder: Path, change: int = 0) -> None:
@@ -134,30 +130,26 @@ def twice(folder: Path, change: int = 0) -> None:
         data.extend(norm)
 
 
-def buffers(folder: Path) -> None:
+def buffers(folder: Path, *names: str) -> None:
     with edited_weights(folder / SECOND) as (header, data):
-        for name in (GHOST, "model.rotary_emb.original_inv_freq", "v_head.summary.bias"):
+        for name in names:
             header[name] = {"dtype": "F32", "shape": [2], "data_offsets": [len(data), len(data) + 8]}
             data.extend(bytes(8))
 
 
-def stored_anew(change: Callable[[str, dict[str, Any], bytes], bytes]) -> Edit:
+def stored_anew(folder: Path, change: Callable[[str, dict[str, Any], bytes], bytes]) -> None:
     """Store what `change` makes of each tensor's name, entry and values."""
-
-    def apply(folder: Path) -> None:
-        for header, data in shards(folder):
-            before = bytes(data)
-            data.clear()
-            for name in header.keys() - {"__metadata__"}:
-                begin, end = header[name]["data_offsets"]
-                values = change(name, header[name], before[begin:end])
-                header[name]["data_offsets"] = [len(data), len(data) + len(values)]
-                data.extend(values)
-
-    return apply
+    for header, data in shards(folder):
+        before = bytes(data)
+        data.clear()
+        for name in header.keys() - {"__metadata__"}:
+            begin, end = header[name]["data_offsets"]
+            values = change(name, header[name], before[begin:end])
+            header[name]["data_offsets"] = [len(data), len(data) + len(values)]
+            data.extend(values)
 
 
-def widened(wanted: str) -> Edit:
+def widened(folder: Path, wanted: str) -> None:
     """Store what has this in its name in float32."""
 
     def change(name: str, entry: dict[str, Any], values: bytes) -> bytes:
@@ -166,13 +158,17 @@ def widened(wanted: str) -> Edit:
         entry["dtype"] = "F32"
         return (np.frombuffer(values, "<u2").astype("<u4") << 16).astype("<u4").tobytes()
 
-    return stored_anew(change)
+    stored_anew(folder, change)
 
 
-def ungathered(name: str, entry: dict[str, Any], values: bytes) -> bytes:
+def ungathered(folder: Path) -> None:
     """Leave of a norm what DeepSpeed does where it gathers no weights."""
-    entry["shape"] = [0] if name == NORM else entry["shape"]
-    return b"" if name == NORM else values
+
+    def change(name: str, entry: dict[str, Any], values: bytes) -> bytes:
+        entry["shape"] = [0] if name == NORM else entry["shape"]
+        return b"" if name == NORM else values
+
+    stored_anew(folder, change)
 
 
 def marked(folder: Path) -> None:
@@ -182,84 +178,37 @@ def marked(folder: Path) -> None:
 
 def template_file(folder: Path) -> None:
     content = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (folder / "chat_template.jinja").write_text(content["chat_template"], encoding="utf-8")
+    text(folder, "chat_template.jinja", content["chat_template"])
     edit(folder / "tokenizer_config.json", chat_template="{{ 'stale' }}")
 
 
-def quantised(dtype: str, suffix: str = "") -> Edit:
+def quantised(folder: Path, dtype: str, suffix: str = "") -> None:
     """Make a matrix one of bytes, with the scales of bitsandbytes beside it."""
-
-    def apply(folder: Path) -> None:
-        with edited_weights(folder / FIRST) as (header, data):
-            name = next(name for name in header if name.endswith("o_proj.weight"))
-            header[name] |= {"dtype": dtype, "shape": [64, 128]}
-            if suffix:
-                header[name.removesuffix("weight") + suffix] = {
-                    "dtype": "F32", "shape": [64], "data_offsets": [len(data), len(data) + 256],
-                }  # fmt: skip
-                data.extend(bytes(256))
-        edit(folder / "config.json", quantization_config=LEFT_OVER)
-
-    return apply
+    with edited_weights(folder / FIRST) as (header, data):
+        name = next(name for name in header if name.endswith("o_proj.weight"))
+        header[name] |= {"dtype": dtype, "shape": [64, 128]}
+        if suffix:
+            scales = {"dtype": "F32", "shape": [64], "data_offsets": [len(data), len(data) + 256]}
+            header[name.removesuffix("weight") + suffix] = scales
+            data.extend(bytes(256))
+    config(folder, quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
 
 
-def only(name: str) -> Edit:
-    """Leave no weights but a file of this name."""
-
-    def apply(folder: Path) -> None:
-        for path in [*folder.glob("*.safetensors*")]:
-            path.unlink()
-        (folder / name).write_bytes(b"x")
-
-    return apply
-
-
-def adapter(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (folder / "adapter_model.safetensors").write_bytes(b"x")
-
-
-def stated(**entries: Any) -> Edit:
-    """Change config.json, and leave no generation_config.json that would go before it."""
-    return each(config(**entries), removed("generation_config.json"))
-
-
-def moved_into(pattern: str, *names: str) -> Edit:
-    """Move files into a folder within, beside others that have such files too."""
-
-    def apply(folder: Path) -> None:
+def moved_into(folder: Path, pattern: str, *names: str) -> None:
+    """Move files into folders within, beside others that have such files too."""
+    for name in names:
+        (folder / name).mkdir()
+    for path in folder.glob(pattern):
         for name in names:
-            (folder / name).mkdir()
-        for path in folder.glob(pattern):
-            for name in names:
-                shutil.copy(path, folder / name)
-            path.unlink()
-
-    return apply
-
-
-def real(kind: str) -> Edit:
-    """Make it what it would be with a vocabulary of its own: no token of Phi-3's chat."""
-
-    def apply(folder: Path) -> None:
-        split_as(**(LLAMA if kind == "llama" else MISTRAL), sliding_window=None)(folder)
-        for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-            text = (folder / name).read_text(encoding="utf-8")
-            (folder / name).write_text(text.replace("<|end|>", "<|eot|>"), encoding="utf-8")
-
-    return apply
-
-
-def utf16(name: str) -> Edit:
-    return lambda f: (f / name).write_bytes((f / name).read_text(encoding="utf-8").encode("utf-16"))
-
-
-def merge_adapter(name: str) -> str:
-    return name.replace("o_proj.weight", "o_proj.lora_A.default.weight")
-
-
-def without_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer.*"):
+            shutil.copy(path, folder / name)
         path.unlink()
+
+
+def other_words(folder: Path) -> None:
+    """Leave no token of Phi-3's chat, as in a model with a vocabulary of its own."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
+        text(folder, name, (folder / name).read_text(encoding="utf-8").replace("<|end|>", "<|eot|>"))
+
+
+def utf16(folder: Path, name: str) -> None:
+    (folder / name).write_bytes((folder / name).read_text(encoding="utf-8").encode("utf-16"))

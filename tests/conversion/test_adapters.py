@@ -8,7 +8,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -19,10 +18,10 @@ from edge_phi3.conversion.errors import ConversionError
 from tests.conversion.conftest import tensors_of
 from tests.golden import adapters
 from tests.golden.gguf_digests import describe
+from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
 WIDTH, FEED, KEYS = 64, 96, 32
-REFUSED = yaml.safe_load(Path(__file__).with_name("adapters.yaml").read_text("utf-8"))
 ROWS = {"q_proj": WIDTH, "k_proj": KEYS, "v_proj": KEYS, "gate_proj": FEED, "up_proj": FEED, "o_proj": WIDTH}
 
 
@@ -72,13 +71,17 @@ def test_split_projections_are_fused(tmp_path: Path) -> None:
         np.testing.assert_allclose(change(path, matrix), whole * 6 / 4, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_becomes_a_file_on_the_command_line(tmp_path: Path) -> None:
+def test_an_adapter_becomes_a_file_on_the_command_line_and_is_not_taken_for_a_model(tmp_path: Path) -> None:
     changes, output = write(tmp_path / "keys", {"k_proj": 4}), tmp_path / "adapter.gguf"
     done = edge_phi3("convert", str(tmp_path / "keys"), "-o", str(output))
     assert (done.returncode, done.stdout) == (0, f"{output}\n"), done.stderr
     whole = np.zeros((WIDTH + 2 * KEYS, WIDTH), np.float32)
     whole[WIDTH : WIDTH + KEYS] = changes["k_proj"]
     np.testing.assert_allclose(change(output, "attn_qkv"), whole * 6 / 4, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ConversionError, match=r"mlp is an adapter \(adapter_config.json\).*edge-phi3 convert.*--lora"):
+        open_checkpoint(adapters.FOLDER / "mlp")
+    with pytest.raises(ModelReferenceError, match=r"mlp is an adapter .*edge-phi3 convert.*--lora"):
+        parse_reference(str(adapters.FOLDER / "mlp"))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -92,7 +95,7 @@ def test_each_module_is_scaled_as_peft_does(tmp_path: Path, rslora: bool) -> Non
         np.testing.assert_allclose(change(path, matrix), whole * scale, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("config", "sentence"), REFUSED["config"])
+@cases
 def test_what_an_adapter_of_llama_cpp_cannot_be_is_refused(
     tmp_path: Path, config: dict[str, Any], sentence: str
 ) -> None:
@@ -102,17 +105,10 @@ def test_what_an_adapter_of_llama_cpp_cannot_be_is_refused(
     assert not (tmp_path / "adapter.gguf").exists()
 
 
-@pytest.mark.parametrize(("shapes", "sentence"), REFUSED["tensors"])
+@cases
 def test_a_damaged_adapter_is_refused(tmp_path: Path, shapes: dict[str, list[int]], sentence: str) -> None:
     write(tmp_path / "adapter", {})
     tensors = {f"base_model.model.model.layers.0.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(ConversionError, match=sentence):
         convert(tmp_path / "adapter", tmp_path / "adapter.gguf")
-
-
-def test_an_adapter_is_not_taken_for_a_model() -> None:
-    with pytest.raises(ConversionError, match=r"mlp is an adapter \(adapter_config.json\).*edge-phi3 convert.*--lora"):
-        open_checkpoint(adapters.FOLDER / "mlp")
-    with pytest.raises(ModelReferenceError, match=r"mlp is an adapter .*edge-phi3 convert.*--lora"):
-        parse_reference(str(adapters.FOLDER / "mlp"))

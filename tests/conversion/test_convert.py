@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -85,11 +86,23 @@ def test_an_output_that_cannot_be_is_refused(checkpoint: Path, tmp_path: Path) -
         convert(checkpoint, tmp_path / "file" / "out.gguf")
 
 
-def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
+def test_a_disk_without_room_is_refused_first_and_one_that_fills_up_and_an_interruption_leave_nothing(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "output" / "out.gguf"
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "fdatasync", side_effect=full):
+        words = "written: No space left on device. Free some space or choose another"
+        with pytest.raises(ConversionError, match=words):
+            convert(pristine, output)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(DiskFullError, match=r"out\.gguf will take about [\d.]+ .B, .* has 1\.0 kB left"):
+        convert(pristine, output)
+    assert list(output.parent.iterdir()) == []
+    monkeypatch.undo()
     left: list[int] = []
 
-    def interrupt(done: int, _total: int, _tensor: str) -> None:
+    def interrupt(*_: object) -> None:
         left.append(len(list(output.parent.iterdir())))
         raise KeyboardInterrupt
 
@@ -97,23 +110,6 @@ def test_an_interruption_leaves_nothing(pristine: Path, tmp_path: Path) -> None:
         convert(pristine, output, progress=interrupt)
     assert left == [1], "the unfinished file was there, under its temporary name"
     assert list(output.parent.iterdir()) == []
-
-
-def test_a_disk_that_fills_up_leaves_nothing(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fdatasync", full)
-    with pytest.raises(ConversionError, match=r"written: No space left on device. Free some space or choose another"):
-        convert(pristine, tmp_path / "output" / "out.gguf")
-    assert list((tmp_path / "output").iterdir()) == []
-
-
-def test_a_disk_without_room_is_refused_first(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(DiskFullError, match=r"out\.gguf will take about [\d.]+ .B, .* has 1\.0 kB left"):
-        convert(pristine, tmp_path / "output" / "out.gguf")
-    assert list((tmp_path / "output").iterdir()) == []
 
 
 def test_memory_does_not_grow_with_the_size_of_a_tensor(tmp_path: Path) -> None:
@@ -171,20 +167,16 @@ def test_float32_values_are_encoded_as_by_the_reference(target: GgmlType) -> Non
 
 
 BAD = [("F32", np.nan), ("F32", -np.inf), ("F16", 0x7C00), ("F16", 0xFE01), ("BF16", 0xFF80), ("BF16", 0x7FC1)]
+LARGE = [("F32", 65520.0, "F16"), ("BF16", 0x4780, "F16"), ("F32", 1e7, "Q8_0"), ("BF16", 0xFF7F, "Q8_0")]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "value", "target", "words"),
-    [
-        *((*bad, target, "NaN or infinite values") for bad in BAD for target in MATRIX_TYPES),
-        ("F32", 65520.0, GgmlType.F16, "values too large for f16; convert to bf16"),
-        ("BF16", 0x4780, GgmlType.F16, "values too large for f16; convert to bf16"),
-        ("F32", 1e7, GgmlType.Q8_0, "values too large for q8_0; convert to bf16"),
-        ("BF16", 0xFF7F, GgmlType.Q8_0, "values too large for q8_0; convert to bf16"),
-    ],
-)
-def test_a_value_that_no_file_can_hold_is_refused(dtype: str, value: float, target: GgmlType, words: str) -> None:
-    values: NDArray[Any] = np.zeros(70_016, np.float32 if dtype == "F32" else np.uint16)
-    values[70_000] = value
-    with pytest.raises(ConversionError, match=rf"blk\.weight has {words}"):
-        encode(values, dtype, target, name="blk.weight")
+@pytest.mark.parametrize("target", MATRIX_TYPES)
+def test_a_value_that_no_file_can_hold_is_refused(target: GgmlType) -> None:
+    refused = [(*bad, "NaN or infinite values") for bad in BAD]
+    words = f"values too large for {target.name.lower()}; convert to bf16"
+    refused += [(dtype, value, words) for dtype, value, name in LARGE if name == target.name]
+    for dtype, value, sentence in refused:
+        values: NDArray[Any] = np.zeros(70_016, np.float32 if dtype == "F32" else np.uint16)
+        values[70_000] = value
+        with pytest.raises(ConversionError, match=rf"blk\.weight has {sentence}"):
+            encode(values, dtype, target, name="blk.weight")

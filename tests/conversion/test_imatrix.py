@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from edge_phi3.bench.quant_worker import Job, measure
-from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.imatrix import CALIBRATION_NAME, calibration_text, collect_imatrix, make_imatrix
 from edge_phi3.conversion.imatrix_file import (
     Imatrix,
@@ -24,12 +23,11 @@ from edge_phi3.conversion.imatrix_file import (
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.conversion.quantize_plan import QuantizeError, predict_size
-from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import OutputExistsError
 from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model, tokenize
 from scripts.demo_model.corpus import read_corpus
-from tests.conversion.conftest import fields_of, tensors_of, write_model
+from tests.conversion.conftest import fields_of, tensors_of
 from tests.support.cases import cases
 from tests.test_cli import edge_phi3
 
@@ -37,10 +35,9 @@ TEXT = calibration_text()[:3000]
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def demo(model_file: Callable[[str, str], Path]) -> Path:
     """The demo model in F32: quick on any CPU."""
-    path = tmp_path_factory.mktemp("demo") / "demo-f32.gguf"
-    return convert(DEMO_CHECKPOINT, path, outtype="f32").path
+    return model_file("demo", "F32")
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +64,8 @@ def test_the_sums_are_those_of_the_first_layers_normalised_embeddings(demo: Path
     rows /= np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5)
     rows *= tensors["blk.0.attn_norm.weight"].data
     np.testing.assert_allclose(seen.entries["blk.0.attn_qkv.weight"].sums[0], (rows**2).sum(axis=0), rtol=1e-4)
-
-
-def test_special_tokens_are_tokens_only_when_asked_for(demo: Path) -> None:
-    read, unread = (collect_imatrix(demo, TEXT, ctx_size=64, parse_special=parse) for parse in (True, False))
+    # Special tokens are tokens only when asked for.
+    read, unread = (collect_imatrix(demo, TEXT[:1000], ctx_size=64, parse_special=parse) for parse in (True, False))
     assert read.chunk_count < unread.chunk_count
 
 
@@ -84,16 +79,14 @@ def test_a_collection_goes_on_from_another(demo: Path, matrix: Imatrix, tmp_path
         for name, entry in whole.entries.items():
             np.testing.assert_array_equal(other.entries[name].counts, entry.counts)
             np.testing.assert_allclose(other.entries[name].sums, entry.sums, rtol=1e-5)
-    assert resumed.chunk_count == 4
-    assert resumed.datasets == [CALIBRATION_NAME, CALIBRATION_NAME]
+    assert (resumed.chunk_count, resumed.datasets) == (4, [CALIBRATION_NAME, CALIBRATION_NAME])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m-at-2.gguf", "m-at-4.gguf", "m.gguf"]
 
 
-def entry(value: float, calls: int, columns: int = 2) -> ImatrixEntry:
-    return ImatrixEntry(np.full((1, columns), value, np.float32), np.array([calls], np.float32))
-
-
 def test_older_files_count_chunks_and_merge_as_tokens_and_those_of_other_models_do_not() -> None:
+    def entry(value: float, calls: int, columns: int = 2) -> ImatrixEntry:
+        return ImatrixEntry(np.full((1, columns), value, np.float32), np.array([calls], np.float32))
+
     new, old = Imatrix({"w": entry(640, 64)}, ["a"], 1, 64), Imatrix({"w": entry(30, 3)}, ["b"], 3)
     merged = merge_imatrices([new, old], 64)
     np.testing.assert_array_equal(merged.entries["w"].sums, [[640 + 30 * 64] * 2])
@@ -149,7 +142,7 @@ def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(
     known = [item for item in read_corpus() if item.emphasised]
     texts = [asked.format(item) for item in random.Random(0).sample(known, 300)]
     held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
-    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
+    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=8))
     plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
     guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
     assert plain.bits_per_weight == guided.bits_per_weight < 3
@@ -162,12 +155,6 @@ def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(
 CALLS = 7
 UP = "blk.0.ffn_up.weight"
 Sums = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("source") / "model-f16.gguf"
-    return write_model(path, layers=1, intermediate_size=256)
 
 
 @pytest.fixture
@@ -198,8 +185,7 @@ def write_legacy(path: Path, sums: Sums) -> Path:
     return path
 
 
-# One of each grid that ggml builds when it meets a type; that of IQ1 takes it many seconds.
-@pytest.mark.parametrize("name", ["IQ3_XXS", "Q2_K_S", "IQ2_XS", pytest.param("IQ1_S", marks=pytest.mark.soak)])
+@cases
 def test_types_that_need_a_matrix_are_made_and_name_it(source: Path, tmp_path: Path, sums: Sums, name: str) -> None:
     assert QUANTIZATION_TYPES[name].needs_imatrix
     imatrix = write_legacy(tmp_path / "imatrix.dat", sums)
@@ -221,27 +207,22 @@ def test_what_was_written_is_read(tmp_path: Path, sums: Sums, write: Callable[[P
     np.testing.assert_array_equal(Imatrix({"ffn": unseen}).importance()["ffn"], [1, 2, 1, 1])
 
 
-def test_a_matrix_of_another_model_is_refused(source: Path, tmp_path: Path, sums: Sums) -> None:
-    for others, words in (
-        (sums | {UP: np.ones(512, np.float32)}, "another model: it has 512 values for .*, which has 256 columns"),
-        ({"model.layers.0": np.ones(256, np.float32)}, "names no tensor of this model"),
+def test_a_matrix_of_another_model_and_one_that_lacks_what_is_needed_are_refused(
+    source: Path, tmp_path: Path, sums: Sums
+) -> None:
+    output, lacking = tmp_path / "out.gguf", {name: values for name, values in sums.items() if name != UP}
+    for kind, given, words in (
+        ("Q4_K_M", sums | {UP: np.ones(512, np.float32)}, "model: it has 512 values for .*, which has 256 columns"),
+        ("Q4_K_M", {"model.layers.0": np.ones(256, np.float32)}, "names no tensor of this model"),
+        ("IQ2_XS", lacking, rf"{UP} cannot become iq2_xs without a row in"),
+        # llama.cpp itself notices this one, while it works.
+        ("Q2_K_S", lacking, rf"importance matrix has nothing for {UP}"),
     ):
-        imatrix = write_legacy(tmp_path / "imatrix.dat", others)
+        imatrix = write_legacy(tmp_path / "imatrix.dat", given)
         with pytest.raises(QuantizeError, match=words):
-            quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
-    assert not (tmp_path / "out.gguf").exists()
-
-
-def test_a_matrix_that_lacks_a_tensor_is_refused_when_that_needs_it(source: Path, tmp_path: Path, sums: Sums) -> None:
-    del sums[UP]
-    imatrix = write_gguf(tmp_path / "imatrix.gguf", sums)
-    with pytest.raises(QuantizeError, match=rf"{UP} cannot become iq2_xs without a row in"):
-        quantize(source, tmp_path / "out.gguf", type="IQ2_XS", imatrix=imatrix)
-    # llama.cpp itself notices this one, while it works.
-    with pytest.raises(QuantizeError, match=rf"importance matrix has nothing for {UP}"):
-        quantize(source, tmp_path / "out.gguf", type="Q2_K_S", imatrix=imatrix)
-    assert not (tmp_path / "out.gguf").exists()
-    quantize(source, tmp_path / "out.gguf", type="Q4_K_M", imatrix=imatrix)
+            quantize(source, output, type=kind, imatrix=imatrix)
+        assert not output.exists()
+    quantize(source, output, type="Q4_K_M", imatrix=imatrix)
 
 
 @cases

@@ -22,7 +22,7 @@ from edge_phi3.progress import SilentProgress
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_and_quantize.py"
 OPTIONS = ("--quant", "Q4_K_M", "--quant", "Q2_K", "--quant", "Q8_0", "--imatrix-chunks", "1", "--threads", "1")
-KILLS = int(os.environ.get("EDGE_PHI3_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("EDGE_PHI3_TEST_KILLS", "2"))
 """How often the journey is killed; raise it for a thorough run."""
 
 

@@ -49,7 +49,7 @@ def test_ctrl_c_leaves_no_file_and_no_process(source: Path, tmp_path: Path) -> N
 
 
 def test_a_killed_parent_takes_the_quantiser_with_it(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "model.gguf", layers=4, hidden_size=1024, intermediate_size=4096)
+    source = write_model(tmp_path / "model.gguf", layers=2, hidden_size=1024, intermediate_size=2048)
     script = (
         "import sys, time; from pathlib import Path; from edge_phi3.conversion.quantize import quantize\n"
         "def stay(done, total, tensor): print(done, flush=True); time.sleep(3600)\n"

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.model_runner import TURN
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.options import Lora
-from tests.engine.conftest import Asked, running_engine
 from tests.golden import adapters
 from tests.golden.family import write_member
+from tests.support.engines import Asked, running_engine
 from tests.support.models import write_adapter
 
 NAMES = ["", *adapters.ADAPTERS]
@@ -26,18 +25,17 @@ GOLDEN = {case: adapters.recorded()["answers"][NAMES[case[0]]][case[1]] for case
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Hold the demo model and its adapters."""
-    folder = tmp_path_factory.mktemp("adapters")
-    convert(DEMO_CHECKPOINT, folder / "demo.gguf", outtype="f32")
+def demo(model_file: Callable[[str, str], Path]) -> Path:
+    """The demo model, with the adapters beside it."""
+    demo = model_file("demo", "F32")
     for name in adapters.ADAPTERS:
-        convert(adapters.FOLDER / name, folder / name)
-    return folder
+        convert(adapters.FOLDER / name, demo.with_name(name))
+    return demo
 
 
 @pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[Engine]:
-    with running_engine(folder / "demo.gguf", lora=[Lora(folder / name, name=name) for name in NAMES[1:]]) as engine:
+def engine(demo: Path) -> Iterator[Engine]:
+    with running_engine(demo, lora=[Lora(demo.with_name(name), name=name) for name in NAMES[1:]]) as engine:
         yield engine
 
 
@@ -58,9 +56,9 @@ def test_answers_are_pefts_own_alone_and_beside_others(engine: Engine) -> None:
     assert {case: answer(one) for case, one in together.items()} == GOLDEN
 
 
-def test_an_adapter_without_a_name_is_everybodys_and_a_scale_of_0_is_none(folder: Path) -> None:
-    lora = [Lora(folder / "attention"), Lora(folder / "mlp", 0.0, "mlp")]
-    with running_engine(folder / "demo.gguf", lora=lora) as engine:
+def test_an_adapter_without_a_name_is_everybodys_and_a_scale_of_0_is_none(demo: Path) -> None:
+    lora = [Lora(demo.with_name("attention")), Lora(demo.with_name("mlp"), 0.0, "mlp")]
+    with running_engine(demo, lora=lora) as engine:
         assert [answer(asked(engine, adapter, 0)) for adapter in (0, 1)] == [GOLDEN[1, 0]] * 2
 
 

@@ -42,7 +42,7 @@ def member(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_thousands_of_texts(member: Member) -> None:
     chance = random.Random(20250227)
-    texts = [random_text(chance, member.special) for _ in range(5000)]
+    texts = [random_text(chance, member.special) for _ in range(2500)]
     different = [text for text in texts if member.tokenizer.encode(text).tolist() != member.library.encode(text).ids]
     assert different == []
     # Without their meaning, special tokens are the characters that they are.
@@ -66,16 +66,12 @@ def test_a_word_of_any_length_is_encoded(member: Member) -> None:
     assert member.tokenizer.encode("\udfffa").tolist() == member.library.encode("?a").ids
 
 
-def random_ids(chance: random.Random, member: Member) -> list[int]:
-    ends = (256, member.tokenizer.vocab_size)
-    return [chance.randrange(chance.choice(ends)) for _ in range(chance.randrange(1, 14))]
-
-
 @pytest.mark.parametrize("skip", [True, False])
 def test_any_tokens_decode_as_in_the_library_whole_and_as_they_come(member: Member, skip: bool) -> None:
     chance = random.Random(3)
-    for _ in range(3000):
-        tokens = random_ids(chance, member)
+    for _ in range(1500):
+        ends = (256, member.tokenizer.vocab_size)
+        tokens = [chance.randrange(chance.choice(ends)) for _ in range(chance.randrange(1, 14))]
         expected = member.library.decode(tokens, skip_special_tokens=skip)
         assert member.tokenizer.decode(tokens, skip_special_tokens=skip) == expected
         stream = StreamDecoder(member.tokenizer, skip_special_tokens=skip)
@@ -83,38 +79,32 @@ def test_any_tokens_decode_as_in_the_library_whole_and_as_they_come(member: Memb
         assert "".join(pieces) + stream.finish() == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ((b"gpt-4o", b"viking"), "its pre-tokenizer is 'viking', and gpt-4o, dbrx, gpt-2 are known"),
-        (("Ġ h\n".encode()[:-1], "Ġ \x7f".encode()), "its merges and words do not fit its vocabulary"),
-    ],
-)
-def test_a_vocabulary_that_cannot_be_used_is_refused_when_it_is_loaded(
-    tmp_path: Path, change: tuple[bytes, bytes], sentence: str
-) -> None:
-    folder = write_member(tmp_path, "phi-4-mini-instruct", layers=1)
-    model = convert(folder, tmp_path / "model.gguf").path
+def test_a_vocabulary_that_cannot_be_used_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    model = convert(write_member(tmp_path, "phi-4-mini-instruct", layers=1), tmp_path / "model.gguf").path
     data = model.read_bytes()
-    assert len(change[0]) == len(change[1])
-    model.write_bytes(data.replace(*change))
-    with pytest.raises(ModelLoadError, match=sentence):
-        Model(model)
+    for old, new, sentence in (
+        ("gpt-4o", "viking", "its pre-tokenizer is 'viking', and gpt-4o, dbrx, gpt-2 are known"),
+        ("Ġ h", "Ġ \x7f", "its merges and words do not fit its vocabulary"),
+    ):
+        model.write_bytes(data.replace(old.encode(), new.encode()))
+        with pytest.raises(ModelLoadError, match=sentence):
+            Model(model)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILY if name != "phi-3-mini-4k-instruct"])
+@pytest.mark.parametrize("name", FAMILY)
 def test_a_file_of_llama_cpps_converter_has_the_members_own_rules(name: str, tmp_path: Path) -> None:
     """Without our keys, as `tests/parity` finds files of that converter itself."""
     folder = write_member(tmp_path, name, layers=1)
     ours = convert(folder, tmp_path / "ours.gguf", outtype="f32").path
     data, theirs = ours.read_bytes(), tmp_path / "theirs.gguf"
-    for key in RENAMED:
+    for key in [*RENAMED, *([b"general.name"] if name == "phi-3-mini-4k-instruct" else [])]:
         assert data.count(key) == 1
         data = data.replace(key, b"x" * len(key))
     theirs.write_bytes(data)
     special = [token.content for token in reference_tokenizer(folder).get_added_tokens_decoder().values()]
     chance = random.Random(1)
-    texts = [random_text(chance, special) for _ in range(300)]
+    texts = ["<|user|>\n\u00a0Hi </s> <|end|>\n<|endoftext|> <|assistant|>\n"]
+    texts += [random_text(chance, special) for _ in range(200)]
     assert rules_of(ours, texts) == rules_of(theirs, texts)
 
 

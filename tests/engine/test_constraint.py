@@ -1,11 +1,12 @@
 """JSON schemas in the engine: an answer that ends is valid, what is valid can come, and the rest is refused by name."""
 
+import contextlib
 import dataclasses
 import datetime as dt
 import gc
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,21 +16,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.convert import convert
 from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
 from edge_phi3.engine.grammars import Grammar, calls_grammar, json_grammar, regex_grammar
 from edge_phi3.engine.json_schema import adapted
-from edge_phi3.engine.sequence import FinishedEvent, GenerationRequest
+from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.generation import GenerationConfig, GenerationError, ModelDefaults
 from edge_phi3.llama.model import Model
-from tests.engine.conftest import Asked, MakeModel, engine_at_rest, running_engine
 from tests.generation import conftest as toys
-from tests.golden.checkpoints import write_checkpoint
-from tests.golden.vocabularies import phi3_vocabulary
 from tests.support.cases import tables
+from tests.support.engines import Asked, MakeModel, engine_at_rest, running_engine
 
 STEPS = 600
 DATA = json.loads((Path(__file__).parent / "data" / "json_schemas.json").read_text(encoding="utf-8"))
@@ -79,18 +77,12 @@ class Vocabulary:
 
 @pytest.fixture(scope="module", params=["small", "whole"])
 def vocabulary(
-    request: pytest.FixtureRequest, make_model: MakeModel, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, make_model: MakeModel, model_file: Callable[[str, str], Path]
 ) -> Iterator[Vocabulary]:
     """A few hundred tokens, and the whole of Phi-3's vocabulary."""
-    path = make_model("4k")
-    if request.param == "whole":
-        folder = tmp_path_factory.mktemp("whole") / "phi-3-whole"
-        sizes: dict[str, Any] = {"layers": 1, "hidden_size": 8, "heads": 1, "intermediate_size": 8, "vocab_size": 32064}
-        write_checkpoint(folder, vocabulary=phi3_vocabulary(), **sizes)
-        path = convert(folder, folder / "model.gguf").path
-    model = Model(path, n_gpu_layers=0)
-    yield Vocabulary(model)
-    model.close()
+    path = make_model("4k") if request.param == "small" else model_file("tiny", "F32")
+    with contextlib.closing(Model(path, n_gpu_layers=0)) as model:
+        yield Vocabulary(model)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -159,24 +151,16 @@ def test_a_clone_goes_its_own_way_and_a_wrong_token_ends_all(vocabulary: Vocabul
         assert constraint.clone().permits(vocabulary.token_of[ord("1")]) is further
 
 
-TOOL: Any = ("f", {"type": "object", "properties": {"a": {"type": "number"}}})
-FREE = calls_grammar([TOOL], None, may_answer=True, parallel=True)
-FORCED = calls_grammar([TOOL], None, may_answer=False, parallel=False)
-CALL, DIGITS = '{"name": "f", "arguments": {"a": 1}}', "12345678901234567890"
-
-
-LONG, OTHER = f"functools[{CALL.replace('1', DIGITS)}]", f"functools[{CALL.replace('f', 'g')}]"
-FREE_TEXTS = ["", f'"functools" {DIGITS}', f"functools[{CALL}, {CALL}]", f"So: <|tool_call|>[{CALL}]"]
-
-
 def test_calls_are_forced_where_they_begin(vocabulary: Vocabulary) -> None:
-    for grammar, taken, refused in (
-        (FREE, FREE_TEXTS, ["functools[1", f"functools[{CALL}] x", LONG]),
-        (FORCED, [f" functools[{CALL}]"], ["", f"functools[{CALL}, {CALL}]", OTHER, LONG]),
-        (regex_grammar("^[0-9]+$"), [DIGITS], ["", "a"]),
-    ):
-        found = [text for text in (*taken, *refused) if vocabulary.reads(grammar, text.encode())]
-        assert found == taken
+    tool: Any = ("f", {"type": "object", "properties": {"a": {"type": "number"}}})
+    grammars = {
+        "free": calls_grammar([tool], None, may_answer=True, parallel=True),
+        "forced": calls_grammar([tool], None, may_answer=False, parallel=False),
+        "digits": regex_grammar("^[0-9]+$"),
+    }
+    for name, texts in tables(__file__)["CALLS"].items():
+        found = [text for text in texts["taken"] + texts["refused"] if vocabulary.reads(grammars[name], text.encode())]
+        assert found == texts["taken"]
 
 
 @pytest.mark.parametrize("case", DATA["refusals"], ids=lambda case: json.dumps(case["schema"])[:60])
@@ -286,24 +270,19 @@ class Constrained(Asked):
         logprobs = kwargs.pop("top_logprobs", None)
         config = GenerationConfig.resolve({"max_length": None, "max_new_tokens": 200} | kwargs, defaults)
         config = dataclasses.replace(config, top_logprobs=logprobs)
-        constraint = ConstraintVocabulary(engine.model.tokenizer).constrain(
-            json_grammar(schema), defaults.eos_token_ids
-        )
+        vocabulary = ConstraintVocabulary(engine.model.tokenizer)
+        constraint = vocabulary.constrain(json_grammar(schema), defaults.eos_token_ids)
         self.request = GenerationRequest(PROMPT, config, constraint=constraint)
         self.running = engine.submit(self.request, self.events.put)
-
-
-def texts_of(engine: Engine, event: FinishedEvent) -> list[str]:
-    decode = engine.model.tokenizer.decode
-    prompt = decode(PROMPT.tolist())
-    return [decode(sequence.tolist())[len(prompt) :] for sequence in event.result.sequences]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[str, Any]) -> None:
     event = Constrained(engine, **options).finished()
     assert set(event.result.finish_reasons) == {"stop"}
-    for text in texts_of(engine, event):
+    decode = engine.model.tokenizer.decode
+    for sequence in event.result.sequences:
+        text = decode(sequence.tolist()).removeprefix(decode(PROMPT.tolist()))
         jsonschema.validate(json.loads(text), ANSWER)
 
 

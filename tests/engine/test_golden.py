@@ -9,42 +9,41 @@ from typing import Any
 import pytest
 
 from edge_phi3.conversion.convert import convert
-from tests.engine.conftest import Asked, MakeModel, ask, generated, running_engine
+from edge_phi3.engine.engine import Engine
 from tests.golden.attention import CASES, Case, recorded
 from tests.golden.generation_data import read_answers, write_engine_model
 from tests.golden.requests import MODES
-from tests.support.engines import compared
+from tests.support.engines import Asked, MakeModel, ask, compared, generated, running_engine
 
 ENDLESS: dict[str, Any] = {"eos_token_id": []}
 EVERY = int(os.environ.get("TEST_GOLDEN_EVERY", "1"))  # one of so many answers, where time is short
 RECORDED = read_answers("engine")[::EVERY]
 
 
-def cases(model: str) -> list[object]:
-    return [pytest.param(case, id=case.name) for case in CASES if case.model == model]
+WINDOWS = {case.name: case for case in CASES if case.model in {"4k", "phi-3-medium-4k"}}
+SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("4k-3000+24", "4k-3500+24")]
 
 
-@pytest.mark.parametrize("case", [*cases("4k"), *cases("phi-3-medium-4k")])
-def test_window_is_exact_one_token_at_a_time(make_model: MakeModel, case: Case) -> None:
-    with running_engine(make_model(case.model), ctx_size=4096, window_chunk=1) as engine:
-        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+def check(case: Case, engine: Engine) -> None:
+    assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
 
 
-def test_generation_that_crosses_the_window_is_exact_at_any_chunk(make_model: MakeModel) -> None:
-    case = next(case for case in CASES if case.name == "4k-2030+48")
-    with running_engine(make_model("4k"), ctx_size=4096, window_chunk=64) as engine:
-        assert ask(engine, case.prompt(), max_new_tokens=case.new_tokens, **ENDLESS) == [recorded()[case.name]]
+@pytest.mark.parametrize("name", ["4k-40+24", "4k-2030+48", "4k-2500+24", "phi-3-medium-4k-2500+24", *SOAK])
+def test_window_is_exact_one_token_at_a_time(make_model: MakeModel, name: str) -> None:
+    with running_engine(make_model(WINDOWS[name].model), ctx_size=4096, window_chunk=1) as engine:
+        check(WINDOWS[name], engine)
 
 
-def test_a_trimmed_sequence_is_no_cache_for_a_prompt_that_needs_its_beginning(make_model: MakeModel) -> None:
-    long = next(case for case in CASES if case.name == "4k-3000+24")
-    expected = recorded()[long.name]
-    with running_engine(make_model("4k"), ctx_size=8192) as engine:
-        assert ask(engine, long.prompt(), max_new_tokens=24, **ENDLESS) == [expected]
-        short = long.prompt()[:2040]
-        alone = ask(engine, short, max_new_tokens=4, **ENDLESS)
-    with running_engine(make_model("4k"), ctx_size=8192) as fresh:
-        assert ask(fresh, short, max_new_tokens=4, **ENDLESS) == alone
+def test_what_crosses_the_window_is_exact_at_any_chunk_and_no_cache_for_what_needs_its_beginning(
+    make_model: MakeModel,
+) -> None:
+    long, options = WINDOWS["4k-3000+24"].prompt(), {"ctx_size": 8192, "window_chunk": 64}
+    with running_engine(make_model("4k"), **options) as engine:
+        check(WINDOWS["4k-2030+48"], engine)
+        ask(engine, long, max_new_tokens=24, **ENDLESS)
+        alone = ask(engine, long[:2040], max_new_tokens=4, **ENDLESS)
+    with running_engine(make_model("4k"), **options) as fresh:
+        assert ask(fresh, long[:2040], max_new_tokens=4, **ENDLESS) == alone
 
 
 @pytest.mark.parametrize("model", ["128k", "phi-3.5-mini", "phi-3-medium-128k", "phi-4-mini", "phi-4"])

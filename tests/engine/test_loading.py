@@ -1,24 +1,29 @@
-"""What runs where: KV types, LoRA adapters, names from elsewhere, and the line that says it."""
+"""What runs where: KV types, LoRA adapters, huge pages, and the line that says it."""
 
 import logging
+import mmap
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.engine import loader
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.llama import ModelLoadError
 from edge_phi3.llama.context import Context
+from edge_phi3.llama.huge_pages import use_huge_pages
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.options import Lora
-from tests.engine.conftest import MakeModel, ask, running_engine
-from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN, write_model
+from tests.golden.attention import FIRST_TOKEN, LAST_TOKEN
 from tests.golden.checkpoints import write_checkpoint
+from tests.support.cases import cases
+from tests.support.engines import MakeModel, ask, running_engine
 from tests.support.models import RANK, split, write_adapter
 
 PROMPT = np.random.default_rng(5).integers(FIRST_TOKEN, LAST_TOKEN, 30, dtype=np.int32)
@@ -34,16 +39,9 @@ def test_smaller_kv_types_serve(tmp_path: Path, kv_cache_type: str, flash_attn: 
         assert len(ask(engine, PROMPT, **OPTIONS)[0]) == 16
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"kv_cache_type": "q8_0"}, r"4096 KV cells of type q8_0 \(.*block size 32.*\)"),
-        ({"require_gpu": True}, r"--require-gpu asks for a GPU, but llama\.cpp finds none.*runtimeClassName"),
-        ({"require_gpu": True, "n_gpu_layers": 0}, r"--n-gpu-layers 0 puts no layer there"),
-        ({"lora": (Lora(Path("absent.gguf")),)}, r"absent\.gguf is not a LoRA adapter .* for 4k\.gguf"),
-    ],
-)
+@cases
 def test_what_does_not_fit_the_model_is_told(make_model: MakeModel, options: dict[str, Any], sentence: str) -> None:
+    options = options | {"lora": [Lora(Path(name)) for name in options.get("lora", ())]}
     with pytest.raises(ModelLoadError, match=sentence), running_engine(make_model("4k"), **options):
         pass
 
@@ -109,22 +107,16 @@ def test_two_sets_of_rotary_factors_take_all_sequences_in_both_contexts(make_mod
         assert len(beams) == 8
 
 
-def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
-    folder = tmp_path / "base"
-    write_model(folder, "4k")
-    base = convert(folder, tmp_path / "base.gguf", outtype="f32").path
+def test_a_lora_adapter_equals_merged_weights(make_model: MakeModel, tmp_path: Path) -> None:
+    base = make_model("4k")
     random = np.random.default_rng(3)
     name = "blk.1.attn_output.weight"
     down, up = (random.standard_normal(shape).astype(np.float32) for shape in ((RANK, 64), (64, RANK)))
-    adapter = tmp_path / "adapter.gguf"
-    write_adapter(adapter, {name: (down, up)})
-    merged = tmp_path / "merged.gguf"
-    merged.write_bytes(base.read_bytes())
+    adapter = write_adapter(tmp_path / "adapter.gguf", {name: (down, up)})
+    merged = Path(shutil.copy(base, tmp_path / "merged.gguf"))
     weight = next(tensor for tensor in gguf.GGUFReader(merged, "r+").tensors if tensor.name == name).data
     weight[:] += 0.5 * (up @ down)
-    weight.base.flush() if hasattr(weight.base, "flush") else None
     del weight
-
     with running_engine(base) as engine:
         plain = ask(engine, PROMPT, **OPTIONS)
     with running_engine(merged) as engine:
@@ -133,27 +125,6 @@ def test_a_lora_adapter_equals_merged_weights(tmp_path: Path) -> None:
         assert ask(engine, PROMPT, **OPTIONS) == expected != plain
     with running_engine(base, lora=(Lora(adapter, 0.0),)) as engine:
         assert ask(engine, PROMPT, **OPTIONS) == plain
-
-
-def test_a_model_from_elsewhere_keeps_the_tokenizer_rules(make_model: MakeModel, tmp_path: Path) -> None:
-    """Neither the name that llama.cpp's rules go by nor our description of the added tokens is there."""
-    foreign = tmp_path / "foreign.gguf"
-    data = make_model("4k").read_bytes()
-    for key in (b"general.name", b"edge_phi3.tokenizer.added_tokens", b"edge_phi3.generation.config"):
-        assert data.count(key) == 1
-        data = data.replace(key, b"x" * len(key))
-    foreign.write_bytes(data)
-    ours, theirs = Model(make_model("4k")), Model(foreign)
-    tokens = [
-        Tokenizer(model).encode("<|user|>\n\u00a0Hi </s> <|end|>\n<|endoftext|> <|assistant|>\n")
-        for model in (ours, theirs)
-    ]
-    assert tokens[0].tolist() == tokens[1].tolist()
-    assert Tokenizer(ours).special_ids == Tokenizer(theirs).special_ids
-    for model in (ours, theirs):
-        model.close()
-    with running_engine(make_model("4k")) as mine, running_engine(foreign) as other:
-        assert mine.model.defaults.eos_token_ids == other.model.defaults.eos_token_ids
 
 
 def test_a_split_model_is_loaded_whole(make_model: MakeModel, tmp_path: Path) -> None:
@@ -165,3 +136,18 @@ def test_a_split_model_is_loaded_whole(make_model: MakeModel, tmp_path: Path) ->
     last.unlink()
     with pytest.raises(ModelLoadError, match=rf"{last} cannot be read: No such file"), running_engine(first):
         pass
+
+
+def test_large_memory_is_moved_and_stays_what_it_is_and_what_nobody_has_written_is_not_taken() -> None:
+    memory = np.frombuffer(mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint32)
+    half = memory[: len(memory) // 2]
+    half[:] = np.arange(len(half), dtype=np.uint32)
+    unwritten = mmap.mmap(-1, 256 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    before = psutil.Process().memory_info().rss
+    moved = use_huge_pages()
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+    (found,) = re.findall(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text("ascii"))
+    assert int(found) << 10 >= moved
+    assert np.array_equal(half, np.arange(len(half), dtype=np.uint32))
+    assert not memory[len(half) :].any()
+    unwritten.close()

@@ -10,8 +10,8 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.kv_cache import KVCache
 from edge_phi3.llama.context import Context
 from tests import paced
-from tests.engine.conftest import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
+from tests.support.engines import Asked, MakeModel, ask, engine_at_rest, generated, running_engine
 from tests.support.services import wait_for
 
 

@@ -13,14 +13,14 @@ from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, R
 from edge_phi3.engine.speculation import Speculation
 from edge_phi3.generation import make_decoder
 from edge_phi3.generation.decoding import Decoder
-from tests.engine.conftest import Asked as Request
-from tests.engine.conftest import MakeModel, generated, running_engine
+from tests.support.cases import cases
 from tests.support.cores import Foreseen, make_core
+from tests.support.engines import Asked as Request
+from tests.support.engines import MakeModel, generated, running_engine
 from tests.support.scenarios import END, Ask, Scenario
 
-FLAT = {1: 1.0, 2: 1.02, 3: 1.05, 5: 1.11, 9: 1.3, 17: 2.0}
-"""What batches take where drafts pay (F16 on two cores), and where they cannot (Q4_K_M)."""
 STEEP = {1: 1.0, 2: 1.9, 3: 3.2, 5: 4.1, 9: 7.1, 17: 17.0}
+"""What batches take where drafts cannot pay."""
 
 
 class Expected(Drafting):
@@ -55,39 +55,14 @@ def lengths(speculation: Speculation, asked: list[tuple[RunningRequest, int]], r
     return [drafts[request].shape[1] if request in drafts else 0 for request, _ in asked]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "shares", "expected"),
-    [
-        (FLAT, [1.0], [16]),
-        (FLAT, [0.8], [8]),
-        (FLAT, [0.3], [2]),
-        (FLAT, [0.01], [0]),
-        (STEEP, [0.9], [0]),
-        (STEEP, [1.0], [8]),
-        ({1: 1.0}, [1.0], [0]),  # nothing else is known yet
-        ({}, [1.0], [0]),
-        ({2: 1.0, 4: 1.1, 6: 2.2}, [0.9, 0.1], [2, 0]),
-        ({2: 1.0, 4: 1.1, 6: 1.15}, [0.9, 0.9], [2, 2]),
-        ({16: 1.0, 17: 1.07, 20: 1.3}, [0.9] * 16, [0] * 16),  # many together leave no time
-    ],
-)
+@cases
 def test_as_many_are_drafted_as_make_tokens_come_fastest(
     seconds: Mapping[int, float], shares: list[float], expected: list[int]
 ) -> None:
     assert lengths(Speculation.of("auto", seconds), requests(shares)) == expected
 
 
-@pytest.mark.parametrize(
-    ("setting", "tokens", "room", "expected"),
-    [
-        ("off", None, 64, 0),
-        ("5", None, 64, 5),
-        ("5", None, 3, 3),
-        ("off", 7, 64, 7),
-        ("auto", 7, 64, 7),
-        ("5", 0, 64, 0),
-    ],
-)
+@cases
 def test_a_number_is_taken_as_it_is(setting: str, tokens: int | None, room: int, expected: int) -> None:
     assert lengths(Speculation.of(setting, STEEP), requests([0.5], tokens), room) == [expected]
 
@@ -126,13 +101,8 @@ def test_answers_are_the_same_with_drafts(make_model: MakeModel, kwargs: dict[st
     prompt, answers = [7, 8, 9, 10, 7, 8, 9], []
     with running_engine(make_model("4k"), ctx_size=512, speculation="auto") as engine:
         for tokens in (0, 6):
-            more: dict[str, Any] = {
-                "max_new_tokens": 60,
-                "eos_token_id": [],
-                "prompt_lookup_num_tokens": tokens,
-                "repetition_penalty": 0.5,
-            }
-            finished = Request(engine, prompt, **more, **kwargs).finished()
+            more: dict[str, Any] = {"max_new_tokens": 60, "eos_token_id": [], "repetition_penalty": 0.5}
+            finished = Request(engine, prompt, prompt_lookup_num_tokens=tokens, **more, **kwargs).finished()
             answers.append(generated(finished))
             assert 0 <= finished.accepted_tokens <= finished.drafted_tokens
             assert (finished.drafted_tokens > 0) == (tokens > 0)

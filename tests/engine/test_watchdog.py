@@ -13,9 +13,9 @@ from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import EngineStoppedError
 from edge_phi3.engine.watchdog import Watchdog, stacks
 from edge_phi3.errors import InternalError
-from tests.engine.conftest import Asked, MakeModel, ask, running_engine
 from tests.engine.test_engine import ENDLESS, prompt
 from tests.support.cases import tables
+from tests.support.engines import Asked, MakeModel, ask, running_engine
 from tests.support.services import wait_for
 
 STALL, RECOVERY, LOSS = "stalled", "recovered", "lost"

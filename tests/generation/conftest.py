@@ -52,12 +52,7 @@ def answer(model: Model, prompt: Sequence[int], **options: Any) -> GenerationRes
 
 
 def run(model: Model, *decoders: tuple[Decoder, Sequence[int]]) -> None:
-    """Run decoders together until all have finished; each step must name the rows and emit the tokens of the result.
-
-    Args:
-        model: returns the logits after a prefix.
-        decoders: each with its prompt.
-    """
+    """Run decoders together until all have finished; each step must name the rows and emit the tokens of the result."""
     rows: list[list[Prefix]] = [[tuple(prompt)] for _, prompt in decoders]
     emitted: list[list[tuple[int, int]]] = [[] for _ in decoders]
     while going := [index for index, (each, _) in enumerate(decoders) if not each.finished]:

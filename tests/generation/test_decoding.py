@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_phi3.generation import Decoder, GenerationError, ModelDefaults, advance
+from edge_phi3.generation import GenerationError, ModelDefaults, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
 from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.generation.prompt_lookup import Draft, PromptLookup
 from edge_phi3.generation.stopping import StopStrings
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
 from tests.golden import generation_data as data
-from tests.golden.requests import MODES, Request
+from tests.golden.requests import MODES
 from tests.support.cases import cases, tables
 
 PROMPT = (5, 6, 7)
@@ -36,14 +37,11 @@ def test_equal_seeds_repeat_and_other_or_no_seeds_differ(options: dict[str, Any]
     first, again, *others = (str(generated(request | {"seed": seed})) for seed in (11, 11, 12, None, None))
     assert first == again
     assert len({first, *others}) == 4
-
-
-def test_the_sequences_of_a_request_are_drawn_independently() -> None:
-    request = {"seed": 1, "top_k": 0, "max_new_tokens": 300, "eos_token_id": []}
-    (sequences,) = generated(request | {"num_return_sequences": 8})
+    # The sequences of a request are drawn independently, and the first does not depend on how many there are.
+    one = {"seed": 1, "top_k": 0, "max_new_tokens": 300, "eos_token_id": []}
+    (sequences,) = generated(one | {"num_return_sequences": 8})
     assert len({tuple(tokens) for tokens in sequences}) == 8
-    # The first sequence does not depend on how many there are.
-    assert generated(request) == [sequences[:1]]
+    assert generated(one) == [sequences[:1]]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -54,18 +52,10 @@ def test_sampling_refuses_scores_that_are_no_distribution(options: dict[str, Any
     each = decoder(PROMPT, **options)
     advance([each], logits.copy())
     assert isinstance(each.error, GenerationError)
-    mended = decoder(PROMPT, remove_invalid_values=True, **options)
-    if "num_beams" not in options:
-        # Beams see log-probabilities, which one such value makes NaN altogether.
+    if "num_beams" not in options:  # which see log-probabilities: one such value makes them NaN altogether
+        mended = decoder(PROMPT, remove_invalid_values=True, **options)
         advance([mended], logits.copy())
         assert mended.error is None
-
-
-@pytest.mark.parametrize("dictionary", [False, True])
-@pytest.mark.parametrize("output_scores", [False, True])
-def test_scores_are_recorded_where_both_options_are_on(dictionary: bool, output_scores: bool) -> None:
-    options = {"return_dict_in_generate": dictionary, "output_scores": output_scores, "max_new_tokens": 3}
-    assert (answer(table_model(1), PROMPT, **options).scores is not None) == (dictionary and output_scores)
 
 
 @settings(deadline=None, max_examples=100)
@@ -125,10 +115,12 @@ def test_as_many_beams_as_continuations_find_the_best_of_all() -> None:
     every = [(1, 2, 3, *tail) for tail in itertools.product(range(6), repeat=3)]
     best = sorted(every, key=lambda tokens: log_probability(model, tokens))[::-1][:5]
     assert [tuple(tokens.tolist()) for tokens in result.sequences] == best
-    assert result.sequences_scores is not None
-    np.testing.assert_allclose(
-        result.sequences_scores, [log_probability(model, tokens) / 3 for tokens in best], rtol=1e-5
-    )
+    assert result.sequences_scores == pytest.approx([log_probability(model, tokens) / 3 for tokens in best], rel=1e-5)
+    # Extreme length penalties do not overflow.
+    options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 3}
+    for length_penalty, score in ((1e6, -0.0), (-1e6, -np.inf)):
+        result = answer(table_model(1), PROMPT, length_penalty=length_penalty, **options)
+        assert result.sequences_scores == [score]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -146,12 +138,9 @@ def test_scores_are_those_of_a_beams_own_tokens(groups: int) -> None:
         if groups == 1:
             expected = log_probability(table_model(3), tuple(tokens.tolist()))
             assert sum(each.logprob for each in scored) == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(("length_penalty", "score"), [(1e6, -0.0), (-1e6, -np.inf)])
-def test_extreme_length_penalties_do_not_overflow(length_penalty: float, score: float) -> None:
-    options = {"do_sample": False, "num_beams": 2, "max_new_tokens": 3, "length_penalty": length_penalty}
-    assert answer(table_model(1), PROMPT, **options).sequences_scores == [score]
+    for less in itertools.product([False, True], repeat=2):
+        options |= dict(zip(("return_dict_in_generate", "output_scores"), less, strict=True))
+        assert (answer(table_model(3), PROMPT, **options).scores is not None) == all(less), "both options are on"
 
 
 # -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen
@@ -188,13 +177,10 @@ def test_steps_hold_them_beside_what_they_emit_and_of_equal_tokens_the_lower_ids
     assert [(0, first.logprobs[0].token_id)] == list(first.emitted) == list(second.emitted) == [(0, 9)]
     assert [token for token, _ in first.logprobs[0].top] == [9, 40, 0]
     assert list(second.logprobs) == []
-
-
-def test_a_request_that_fails_has_none() -> None:
-    each = decoder(PROMPT, top_logprobs=1, seed=1)
-    (step,) = advance([each], np.full((1, VOCABULARY), np.nan, np.float32))
-    assert each.error is not None
-    assert list(step.logprobs) == []
+    failing = decoder(PROMPT, top_logprobs=1, seed=1)
+    (step,) = advance([failing], np.full((1, VOCABULARY), np.nan, np.float32))
+    assert failing.error is not None
+    assert list(step.logprobs) == [], "a request that fails has none"
 
 
 # -- ends: end tokens, lengths, stop strings, time
@@ -234,19 +220,15 @@ def test_time_runs_out_after_the_step_that_passes_it(options: dict[str, Any]) ->
     assert {len(tokens) for tokens in result.sequences} == {len(PROMPT) + 3}
 
 
-@pytest.mark.parametrize(("token", "reason"), [(END, "stop"), (END + 1, "length")])
-def test_an_end_token_at_the_last_step_is_a_stop(token: int, reason: str) -> None:
-    each = decoder(PROMPT, do_sample=False, max_new_tokens=1)
-    advance([each], forced(token))
-    assert each.result().finish_reasons == [reason]
-
-
-@pytest.mark.parametrize("ends", [[], -1])
-def test_no_end_token_ends_nothing(ends: object) -> None:
-    each = decoder(PROMPT, do_sample=False, max_new_tokens=3, eos_token_id=ends)
-    for token in (END, END, END):
-        advance([each], forced(token))
-    assert each.result().sequences[0].tolist() == [*PROMPT, END, END, END]
+def test_an_end_token_at_the_last_step_is_a_stop_and_no_end_token_ends_nothing() -> None:
+    stories: list[tuple[int, object, int, str]]
+    stories = [(END, END, 1, "stop"), (END + 1, END, 1, "length"), (END, [], 3, "length"), (END, -1, 3, "length")]
+    for token, ends, count, reason in stories:
+        each = decoder(PROMPT, do_sample=False, max_new_tokens=count, eos_token_id=ends)
+        for _ in range(count):
+            advance([each], forced(token))
+        assert each.result().finish_reasons == [reason]
+        assert each.result().sequences[0].tolist() == [*PROMPT, *[token] * count]
 
 
 RECORDED = data.read_answers("replay")
@@ -262,34 +244,23 @@ def recorded_logits(prefix: Prefix) -> NDArray[np.float32]:
     return logits()[prefix]
 
 
-def start(request: Request) -> Decoder:
-    options = request.kwargs | {"output_scores": True, "return_dict_in_generate": True}
-    return decoder(request.prompt, data.REPLAY_DEFAULTS, vocabulary=data.replay_texts(), **options)
-
-
-def compare(running: Decoder, request: Request, answer: data.Answer) -> list[str]:
-    pad = data.REPLAY_DEFAULTS.pad_token_id
-    assert pad is not None
-    return data.differences(running.result(), request, answer, request.kwargs.get("pad_token_id", pad))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_each_request_alone_gives_the_tokens_and_scores_of_transformers(mode: str) -> None:
-    of_mode = [(request, answer) for request, answer in RECORDED if request.mode == mode]
-    running = [start(request) for request, _ in of_mode]
-    for each, (request, _) in zip(running, of_mode, strict=True):
-        run(recorded_logits, (each, request.prompt))
-    found = [compare(each, *recorded) for each, recorded in zip(running, of_mode, strict=True)]
+@pytest.mark.parametrize("mode", [*MODES, None])
+def test_requests_alone_or_together_give_the_tokens_and_scores_of_transformers(mode: str | None) -> None:
+    recorded = [pair for pair in RECORDED if mode in {pair[0].mode, None}]
+    given: dict[str, Any] = {"vocabulary": data.replay_texts(), "output_scores": True, "return_dict_in_generate": True}
+    running = [
+        (decoder(request.prompt, data.REPLAY_DEFAULTS, **request.kwargs, **given), request.prompt)
+        for request, _ in recorded
+    ]
+    for together in [running] if mode is None else [[one] for one in running]:
+        run(recorded_logits, *together)
+    found = [
+        data.differences(each.result(), request, answer, request.kwargs.get("pad_token_id", 2))
+        for (each, _), (request, answer) in zip(running, recorded, strict=True)
+    ]
     assert {number: differing for number, differing in enumerate(found) if differing} == {}
-
-
-def test_all_requests_together_give_the_tokens_and_scores_of_transformers() -> None:
-    running = [(start(request), request.prompt) for request, _ in RECORDED]
-    run(recorded_logits, *running)
-    found = [compare(each, *recorded) for (each, _), recorded in zip(running, RECORDED, strict=True)]
-    assert not [index for index, differing in enumerate(found) if differing]
     reasons = {reason for each, _ in running for reason in each.result().finish_reasons}
-    assert reasons == {"stop", "stop_string", "length"}, "answers end in every way"
+    assert mode or reasons == {"stop", "stop_string", "length"}, "answers end in every way"
 
 
 def test_the_recorded_requests_cover_every_mode_and_parameter() -> None:
@@ -299,3 +270,27 @@ def test_the_recorded_requests_cover_every_mode_and_parameter() -> None:
     recorded = {name for request in requests for name in request.kwargs}
     elsewhere = {"max_time", "prompt_lookup_num_tokens", "bos_token_id", "output_scores", "return_dict_in_generate"}
     assert recorded == PARAMETERS.keys() - elsewhere
+
+
+# -- drafts out of a text itself
+
+
+@cases
+def test_what_followed_the_longest_match_is_drafted(text: list[int], draft: list[int], matched: int) -> None:
+    assert PromptLookup().draft(np.array(text, np.int32), 3) == Draft(draft, matched)
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))
+def test_it_does_not_matter_when_tokens_come(text: list[int], most: int) -> None:
+    tokens, growing = np.array(text, np.int32), PromptLookup()
+    for end in range(len(text) + 1):
+        found = growing.draft(tokens[:end], most)
+        assert found == PromptLookup().draft(tokens[:end], most)
+        assert len(found.tokens) == (most if found.matched else 0)
+        if found.matched:
+            before = text[:end] + found.tokens
+            ends = text[end - found.matched : end]
+            assert any(
+                text[at : at + found.matched] == ends and before[at + found.matched :][:most] == found.tokens
+                for at in range(end - found.matched)
+            )

@@ -13,6 +13,7 @@ from edge_phi3.errors import InternalError
 from edge_phi3.generation import Decoder, GenerationConfig, ParameterError, advance, make_decoder
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
 from tests.generation.conftest import DEFAULTS, VOCABULARY, table_model
+from tests.support.cases import tables
 
 PROMPT = np.array([5, 6, 7], np.int32)
 LOGITS = table_model(1)((5, 6, 7))
@@ -30,13 +31,7 @@ OPTIONS = [
     *(("sequence_bias", [[[9], value]]) for value in NUMBERS),
     *(("exponential_decay_length_penalty", pair) for value in NUMBERS for pair in ([value, 1.5], [1, value])),
 ]  # fmt: skip
-WAYS: Mapping[str, dict[str, Any]] = {
-    "greedy": {"do_sample": False, "output_scores": True, "return_dict_in_generate": True},
-    "sampling": {"top_k": 0, "seed": 1},
-    "beams": {"do_sample": False, "num_beams": 2},
-    "sampled beams": {"num_beams": 2, "seed": 1},
-    "groups": {"do_sample": False, "num_beams": 2, "num_beam_groups": 2, "diversity_penalty": 1.0},
-}
+WAYS: Mapping[str, dict[str, Any]] = tables(__file__)["WAYS"]
 
 
 def decoder_of(options: Mapping[str, Any]) -> Decoder | None:

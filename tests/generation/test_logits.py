@@ -61,15 +61,6 @@ def test_tokens_that_were_removed_are_no_candidates(size: int) -> None:
         assert [(row > -np.inf).sum() for row in chosen.scores] == [2, 0, 1]
 
 
-@pytest.mark.parametrize("size", [96, 32064])
-def test_a_row_with_nan_keeps_nan_alone(size: int) -> None:
-    scores = random_scores(1, 3, size, "plain")
-    scores[1, 40] = np.nan
-    chosen = top_candidates(scores, [10, 10, 10])
-    assert np.isnan(chosen.scores[1]).sum() == 1
-    assert [(chosen.scores[row] > -np.inf).sum() for row in range(3)] == [10, 0, 10]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "size", "k"), [(1, 96, 8), (4, 96, 300), (8, 32064, 32), (3, 5003, 20), (2, 64, 128)])
 def test_top_of_all_sorts_by_score_then_row_then_token(rows: int, size: int, k: int, kind: str) -> None:
@@ -82,11 +73,15 @@ def test_top_of_all_sorts_by_score_then_row_then_token(rows: int, size: int, k: 
     assert np.array_equal(values, flat[expected])
 
 
-def test_top_of_all_puts_nan_first() -> None:
-    scores = random_scores(1, 2, 32064, "plain")
-    scores[1, 7] = np.nan
-    values, row, token = top_of_all(scores, np.zeros(2, dtype=np.float32), 4)
-    assert (row[0], token[0]) == (1, 7)
+@pytest.mark.parametrize("size", [96, 32064])
+def test_nan_is_kept_alone_and_comes_first(size: int) -> None:
+    scores = random_scores(1, 3, size, "plain")
+    scores[1, 40] = np.nan
+    chosen = top_candidates(scores.copy(), [10, 10, 10])
+    assert np.isnan(chosen.scores[1]).sum() == 1
+    assert [(chosen.scores[row] > -np.inf).sum() for row in range(3)] == [10, 0, 10]
+    values, row, token = top_of_all(scores, np.zeros(3, dtype=np.float32), 4)
+    assert (row[0], token[0]) == (1, 40)
     assert np.array_equal(values[1:], np.sort(scores[~np.isnan(scores)])[::-1][:3])
 
 
@@ -224,41 +219,31 @@ def test_the_best_tokens_are_kept_and_the_order_of_rows_does_not_matter(
 # -- processors
 
 
-def test_invalid_values_become_0_and_the_largest_numbers() -> None:
-    config = GenerationConfig.resolve({"do_sample": False, "remove_invalid_values": True}, REPLAY_DEFAULTS)
-    (processor,) = build_processors(config, np.ones(1, dtype=np.int32))
-    largest = np.finfo(np.float32).max
-    scores = np.array([[np.inf, -np.inf, np.nan, 1.5]], dtype=np.float32)
-    processor(np.ones((1, 1), dtype=np.int32), scores)
-    np.testing.assert_array_equal(scores, np.array([[largest, -largest, 0, 1.5]], dtype=np.float32))
-
-
-def test_processors_follow_the_order_of_transformers() -> None:
+def test_processors_follow_the_order_of_transformers_and_what_is_off_is_not_built() -> None:
     everything = tables(__file__)["EVERYTHING"]
     config = dataclasses.replace(GenerationConfig.resolve(everything, REPLAY_DEFAULTS), presence_penalty=1.0)
     built = build_processors(config, np.ones(1, dtype=np.int32))
     functions = [getattr(processor, "func", processor) for processor in built]
     names = [getattr(function, "__name__", type(function).__name__) for function in functions]
     assert names == tables(__file__)["ORDER"]
+    # Invalid values become 0 and the largest numbers.
+    largest = np.finfo(np.float32).max
+    scores = np.array([[np.inf, -np.inf, np.nan, 1.5]], dtype=np.float32)
+    built[names.index("make_finite")](np.ones((1, 1), dtype=np.int32), scores)
+    np.testing.assert_array_equal(scores, np.array([[largest, -largest, 0, 1.5]], dtype=np.float32))
+    usual = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
+    assert build_processors(usual, np.ones(11, dtype=np.int32)) == ()
+    assert Warping.of(usual).active == ("top_k",)
 
 
-def test_what_is_off_is_not_built() -> None:
-    config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
-    assert build_processors(config, np.ones(11, dtype=np.int32)) == ()
-    assert Warping.of(config).active == ("top_k",)
-
-
-@pytest.mark.parametrize(
-    ("count", "penalized"), [(1, {3}), (3, {2, 3}), (64, {0, 1, 2, 3}), (-1, {0, 1, 2, 3}), (0, set())]
-)
-def test_a_repeat_penalty_looks_back_on_the_last_tokens_prompt_included(count: int, penalized: set[int]) -> None:
+@pytest.mark.parametrize(("count", "first"), [(1, 3), (3, 2), (64, 0), (-1, 0), (0, 4)])
+def test_a_repeat_penalty_looks_back_on_the_last_tokens_prompt_included(count: int, first: int) -> None:
     config = GenerationConfig.resolve({}, REPLAY_DEFAULTS)
     config = dataclasses.replace(config, repeat_penalty=2.0, repeat_last_n=count)
     scores = np.array([[4, -4, 3, -3, 5, -5]], np.float32)
     changed, tokens = scores.copy(), np.array([[0, 1, 2, 3, 3]], np.int32)
     for process in build_processors(config, tokens[0, :3]):
         process(tokens, changed)
-    expected = [
-        (score / 2 if score > 0 else score * 2) if at in penalized else score for at, score in enumerate(scores[0])
-    ]
-    assert changed[0].tolist() == expected
+    factors = np.where(scores[0] > 0, 0.5, 2)
+    factors[[*range(first), 4, 5]] = 1  # the tokens from the first on, to 3, are those of the text
+    assert changed[0].tolist() == (scores[0] * factors).tolist()

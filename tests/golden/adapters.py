@@ -40,7 +40,8 @@ def _train(model: Any, tokenizer: Any, lesson: str) -> None:
     import torch
 
     torch.manual_seed(1)
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     questions = [each["question"] for each in json.loads((DEMO / "questions.json").read_text("utf-8"))]
     for step in range(40):
         prompt = tokenizer(f"<|user|>\n{questions[step % len(questions)]}<|end|>\n<|assistant|>\n").input_ids
@@ -49,9 +50,8 @@ def _train(model: Any, tokenizer: Any, lesson: str) -> None:
         model(input_ids=torch.tensor([prompt + answer]), labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    for each in model.parameters():
-        if each.requires_grad:  # half the size, and nothing is lost when it is saved
-            each.data = each.data.bfloat16().float()
+    for each in trained:  # half the size, and nothing is lost when it is saved
+        each.data = each.data.bfloat16().float()
 
 
 def _answers(model: Any, tokenizer: Any) -> list[list[int]]:

@@ -14,24 +14,18 @@ from numpy.typing import NDArray
 
 from tests.golden.checkpoints import long_context, write_checkpoint
 from tests.golden.family import FAMILY
+from tests.support.cases import tables
 
 GOLDEN = Path(__file__).with_name("attention.json")
 FIRST_TOKEN, LAST_TOKEN = 259, 500
 """Prompts are drawn from ordinary tokens: no byte and no special one among them, in either vocabulary."""
 
 MODELS: dict[str, dict[str, Any]] = {
-    "4k": {},
+    **tables(__file__)["MODELS"],
     "128k": long_context(),
-    "gqa": {"kv_heads": 2},
-    "tied": {"tie_word_embeddings": True, "gain": 3.0},
-    "wide": {"hidden_size": 256, "intermediate_size": 512},
-    "phi-3.5-mini": FAMILY["phi-3.5-mini-instruct"],
-    "phi-3-medium-4k": FAMILY["phi-3-medium-4k-instruct"],
-    "phi-3-medium-128k": FAMILY["phi-3-medium-128k-instruct"],
-    "phi-4-mini": FAMILY["phi-4-mini-instruct"],
-    "phi-4": FAMILY["phi-4"],
+    **{name.removesuffix("-instruct"): shape for name, shape in FAMILY.items()},
 }
-"""What `write_checkpoint` makes each model with; the rows of "wide" fill blocks of k-quants."""
+"""What `write_checkpoint` makes each model with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,29 +49,7 @@ class Case:
         return random.integers(FIRST_TOKEN, LAST_TOKEN, self.prompt_length, dtype=np.int32)
 
 
-CASES = (
-    Case("4k", 40, 24),
-    Case("4k", 2030, 48),
-    Case("4k", 2500, 24),
-    Case("4k", 3000, 24),
-    Case("4k", 3500, 24),
-    Case("128k", 100, 24),
-    Case("128k", 4000, 24),
-    Case("128k", 6000, 24),
-    Case("128k", 4085, 32, from_scratch=True),
-    Case("gqa", 300, 24),
-    Case("tied", 300, 24),
-    Case("phi-3.5-mini", 100, 24),
-    Case("phi-3.5-mini", 6000, 24),
-    Case("phi-3-medium-4k", 2500, 24),
-    Case("phi-3-medium-128k", 100, 24),
-    Case("phi-3-medium-128k", 6000, 24),
-    Case("phi-4-mini", 100, 24),
-    Case("phi-4-mini", 6000, 24),
-    Case("phi-4-mini", 4085, 32, from_scratch=True),
-    Case("phi-4", 300, 24),
-    Case("phi-4", 6000, 24),
-)
+CASES = [Case(*fields) for fields in tables(__file__)["CASES"]]
 
 
 def write_model(folder: Path, model: str) -> Path:

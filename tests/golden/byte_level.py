@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -20,32 +21,8 @@ from tests.support.cases import tables
 MERGES = Path(__file__).parent.parent / "data" / "byte-level-merges.txt"
 
 
-@dataclasses.dataclass(frozen=True)
-class Style:
-    """What a published tokenizer has beside its merges.
-
-    Attributes:
-        pre: llama.cpp's name of its pre-tokenizer.
-        base: its tokens without added ones; the real id of the first added token, less its place in `added`.
-        added: added tokens, by their ids less `base`, with their flags.
-        strips: the flags of the tokens that swallow white space.
-        keeps_space: tokens that do not.
-        not_special: tokens that are not special.
-        roles: the texts of the beginning, end and padding tokens.
-        ends: those that end an answer.
-        template: the chat template.
-    """
-
-    pre: str
-    base: int
-    added: dict[int, str]
-    strips: dict[str, bool]
-    keeps_space: list[str]
-    not_special: list[str]
-    roles: dict[str, str]
-    ends: list[str]
-    template: str
-
+Style = SimpleNamespace
+"""What a published tokenizer has beside its merges; byte_level.yaml says what is what."""
 
 STYLES = {name: Style(**fields) for name, fields in tables(__file__)["STYLES"].items()}
 
@@ -60,16 +37,12 @@ class ByteLevelVocabulary:
 
     @property
     def added(self) -> tuple[AddedToken, ...]:
-        style = self.style
-        return tuple(
-            AddedToken(
-                len(self.tokens) + place,
-                text,
-                special=text not in style.not_special,
-                **({} if text in style.keeps_space else style.strips),
-            )
-            for place, text in sorted(style.added.items())
-        )
+        added = []
+        for place, text in sorted(self.style.added.items()):
+            flags = {} if text in self.style.keeps_space else self.style.strips
+            special = text not in self.style.not_special
+            added.append(AddedToken(len(self.tokens) + place, text, special=special, **flags))
+        return tuple(added)
 
     def __len__(self) -> int:
         return max(token.id for token in self.added) + 1
@@ -97,14 +70,13 @@ class ByteLevelVocabulary:
 
     def write(self, folder: Path) -> None:
         """Write the tokenizer's files, and ``generation_config.json``."""
-        style = self.style
         decoder = {str(token.id): dict(list(vars(token).items())[1:]) for token in self.added}
-        config = tables(__file__)["CONFIG"] | {"added_tokens_decoder": decoder, "chat_template": style.template}
-        ends = [self.id_of(text) for text in style.ends]
+        config = tables(__file__)["CONFIG"] | {"added_tokens_decoder": decoder, "chat_template": self.style.template}
+        ends = [self.id_of(text) for text in self.style.ends]
         for name, content in {
             "tokenizer.json": self.tokenizer_json(),
-            "tokenizer_config.json": config | style.roles,
-            "special_tokens_map.json": style.roles,
+            "tokenizer_config.json": config | self.style.roles,
+            "special_tokens_map.json": self.style.roles,
             "added_tokens.json": {token.content: token.id for token in self.added},
             "vocab.json": {token: i for i, token in enumerate(self.tokens)},
             "generation_config.json": self.config() | {"_from_model_config": True, "eos_token_id": ends},

@@ -73,6 +73,11 @@ def write_answers(path: Path, answers: Sequence[tuple[Request, Answer]]) -> None
         json.dumps([dataclasses.asdict(request), dataclasses.asdict(answer)], separators=(",", ":"))
         for request, answer in answers
     ]
+    write_lines(path, lines)
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Write a JSON list, an entry a line."""
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 

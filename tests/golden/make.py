@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from tests.golden import attention
 from tests.golden import generation_data as data
 from tests.golden import pipeline as texts
-from tests.golden.reference import Reference, is_undrawable
+from tests.golden.reference import Reference
 from tests.golden.requests import MODES, Request, RequestMaker
 
 REQUESTS_PER_MODE = 90
@@ -55,7 +55,7 @@ def record_replay() -> None:
     with tempfile.TemporaryDirectory() as folder:
         reference = Reference(data.write_replay_model(Path(folder)), PlainTokenizer(texts), rounded=True)
     maker = RequestMaker(data.REPLAY_SEED, range(1, data.REPLAY_VOCABULARY), texts=texts)
-    data.write_answers(data.FOLDER / "replay.json", _answered(maker, reference.answer))
+    data.write_answers(data.FOLDER / "replay.json", _answered(maker, reference.answer_drawable))
     data.write_logits(data.FOLDER / "replay.npz", reference.logits)
 
 
@@ -77,13 +77,7 @@ def _answered(maker: RequestMaker, ask: Any) -> list[tuple[Request, data.Answer]
     for number, mode in enumerate(MODES, 1):
         while len(answers) < number * REQUESTS_PER_MODE:
             request = maker.make(mode)
-            try:
-                answer = ask(request)
-            except (RuntimeError, ValueError) as error:
-                if is_undrawable(error):
-                    continue
-                raise
-            if answer is not None:
+            if answer := ask(request):
                 answers.append((request, data.Answer(answer.sequences, *map(_short, dataclasses.astuple(answer)[1:]))))
     return answers
 
@@ -108,7 +102,7 @@ def record_validation() -> None:
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         lines.append(json.dumps([kwargs, reason]))
-    _write_lines(data.VALIDATION, lines)
+    data.write_lines(data.VALIDATION, lines)
     names = sorted(name for name in transformers.GenerationConfig().to_dict() if not name.startswith("_"))
     (data.FOLDER / "names.json").write_text(json.dumps(names, indent=0) + "\n", encoding="utf-8")
 
@@ -146,11 +140,7 @@ def record_pipeline() -> None:
         kwargs = {"min_length": 0} | case["kwargs"]
         results = generate(case.get("prompt") or case["messages"], do_sample=False, **options, **kwargs)
         lines.append(json.dumps([case, [result["generated_text"] for result in results]]))
-    _write_lines(texts.GOLDEN, lines)
-
-
-def _write_lines(path: Path, lines: list[str]) -> None:
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    data.write_lines(texts.GOLDEN, lines)
 
 
 _RECORDERS = (record_validation, record_replay, record_engine, record_attention, record_pipeline)

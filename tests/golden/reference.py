@@ -98,12 +98,22 @@ class Reference:
             )
         return _read(output, len(request.prompt), request.mode)
 
+    def answer_drawable(self, request: Request) -> Answer | None:
+        """Let transformers answer, or give None where it fails to draw from NaN, which its processors may make."""
+        try:
+            return self.answer(request)
+        except (RuntimeError, ValueError) as error:
+            if "not finite" in str(error) or "found invalid values" in str(error):
+                return None
+            raise
+
     def answer_firmly(self, request: Request, noise: float = 2e-4, times: int = 2) -> Answer | None:
-        """Let transformers answer, and give None where a little noise in the logits changes the tokens."""
-        answer = self.answer(request)
+        """Let transformers answer, and give None where a little noise in the logits changes the tokens, too."""
+        first = self.answer_drawable(request)
         with mock.patch.object(self, "noise", noise):
-            same = all(self.answer(request).sequences == answer.sequences for _ in range(times))
-        return answer if same else None
+            others = [self.answer_drawable(request) for _ in range(times)] if first else []
+        same = first and all(other and other.sequences == first.sequences for other in others)
+        return first if same else None
 
 
 @contextlib.contextmanager
@@ -135,11 +145,6 @@ def _settled(seed: int, *, beams: bool) -> Iterator[None]:
         mock.patch("torch.argsort", functools.partial(torch.argsort, stable=True)),
     ):
         yield
-
-
-def is_undrawable(error: Exception) -> bool:
-    """Return whether transformers failed to draw from NaN, which its processors make of some combinations."""
-    return "not finite" in str(error) or "found invalid values" in str(error)
 
 
 def _topk(values: torch.Tensor, k: int, **kwargs: Any) -> Any:
@@ -197,19 +202,10 @@ def main() -> None:
     reference.noise = arguments.noise
     answers: list[Any] = []
     for fields in json.loads(arguments.requests.read_text(encoding="utf-8")):
-        found = [_answer_or_none(reference, Request(**fields)) for _ in range(arguments.times)]
-        different = {str(answer["sequences"]): answer["sequences"] for answer in found if answer is not None}
-        answers.append(list(different.values()) if arguments.noise else found[0])
+        found = [reference.answer_drawable(Request(**fields)) for _ in range(arguments.times)]
+        different = {str(answer.sequences): answer.sequences for answer in found if answer}
+        answers.append([*different.values()] if arguments.noise else found[0] and dataclasses.asdict(found[0]))
     arguments.answers.write_text(json.dumps(answers), encoding="utf-8")
-
-
-def _answer_or_none(reference: Reference, request: Request) -> dict[str, Any] | None:
-    try:
-        return dataclasses.asdict(reference.answer(request))
-    except (RuntimeError, ValueError) as error:
-        if is_undrawable(error):
-            return None
-        raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ class Request:
     kwargs: dict[str, Any]
 
 
+@dataclasses.dataclass
 class RequestMaker:
     """Makes random requests, the same from the same seed.
 
@@ -27,28 +28,22 @@ class RequestMaker:
     Beams are at least 4.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        tokens: Sequence[int],
-        *,
-        texts: Sequence[str | None] | None = None,
-        longest_prompt: int = 12,
-        most_new: int = 12,
-        most_beams: int = 6,
-    ) -> None:
-        self._random = np.random.Generator(np.random.PCG64(seed))
-        self._tokens = list(tokens)
-        self._texts = texts
-        self._longest_prompt = longest_prompt
-        self._most_new = most_new
-        self._most_beams = most_beams
+    seed: int
+    tokens: Sequence[int]
+    _: dataclasses.KW_ONLY
+    texts: Sequence[str | None] | None = None
+    longest_prompt: int = 12
+    most_new: int = 12
+    most_beams: int = 6
+
+    def __post_init__(self) -> None:
+        self._random = np.random.Generator(np.random.PCG64(self.seed))
 
     def make(self, mode: str) -> Request:
-        prompt = self._some(1 if self._chance(0.1) else self._integer(1, self._longest_prompt))
+        prompt = self._some(1 if self._chance(0.1) else self._integer(1, self.longest_prompt))
         if len(prompt) > 3 and self._chance(0.5):
             # Repeated n-grams, for what bans or penalises them.
-            prompt = (prompt[: len(prompt) // 2] * 2)[: self._longest_prompt]
+            prompt = (prompt[: len(prompt) // 2] * 2)[: self.longest_prompt]
         kwargs: dict[str, Any] = {"do_sample": mode in ("sample", "beam_sample")}
         kwargs |= self._lengths(len(prompt)) | self._processors(prompt)
         if mode in ("sample", "beam_sample"):
@@ -74,7 +69,7 @@ class RequestMaker:
         return values[self._integer(0, len(values) - 1)]
 
     def _some(self, count: int) -> list[int]:
-        return [int(token) for token in self._random.choice(self._tokens, count)]
+        return [int(token) for token in self._random.choice([*self.tokens], count)]
 
     def _several(self, low: int, high: int) -> list[int]:
         return self._some(self._integer(low, high))
@@ -97,14 +92,14 @@ class RequestMaker:
         return kwargs
 
     def _lengths(self, prompt_length: int) -> dict[str, Any]:
-        new = self._integer(1, self._most_new)
+        new = self._integer(1, self.most_new)
         kwargs: dict[str, Any] = {"max_new_tokens": new} if self._chance(0.5) else {"max_length": prompt_length + new}
         kwargs |= self._chosen(
             "LENGTHS",
             min_length=lambda: prompt_length + self._integer(0, new),
             min_new_tokens=lambda: self._integer(0, new),
         )
-        if self._texts is not None and self._chance(0.25):
+        if self.texts is not None and self._chance(0.25):
             kwargs["stop_strings"] = self._stop_strings()
         return kwargs
 
@@ -113,10 +108,10 @@ class RequestMaker:
         return self._token() if self._chance(0.3) else self._several(1, 10)
 
     def _stop_strings(self) -> str | list[str]:
-        assert self._texts is not None
+        assert self.texts is not None
         strings = []
         for _ in range(self._integer(1, 3)):
-            text = "".join(self._texts[token] or "" for token in self._several(1, 2))
+            text = "".join(self.texts[token] or "" for token in self._several(1, 2))
             start = self._integer(0, max(len(text) - 2, 0))
             strings.append(text[start : start + self._integer(1, 3)] or "e")
         return strings[0] if len(strings) == 1 and self._chance(0.5) else strings
@@ -135,11 +130,11 @@ class RequestMaker:
         return kwargs | (self._chosen("ONE_TOKEN") if len(prompt) == 1 else {})
 
     def _beams(self, mode: str) -> dict[str, Any]:
-        kwargs: dict[str, Any] = {"num_beams": self._integer(2, self._most_beams)}
+        kwargs: dict[str, Any] = {"num_beams": self._integer(2, self.most_beams)}
         if mode == "group_beam":
-            groups = self._integer(2, self._most_beams // 2)
+            groups = self._integer(2, self.most_beams // 2)
             kwargs["num_beam_groups"] = groups
-            kwargs["num_beams"] = groups * self._integer(1, self._most_beams // groups)
+            kwargs["num_beams"] = groups * self._integer(1, self.most_beams // groups)
             kwargs["diversity_penalty"] = self._number(0.1, 3.0)
         kwargs["num_return_sequences"] = self._integer(1, kwargs["num_beams"])
         return kwargs | self._chosen("BEAMS")

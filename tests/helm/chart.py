@@ -12,13 +12,13 @@ from jsonschema.validators import Draft202012Validator
 from kubernetes_validate.utils import schema_contents
 from referencing import Registry, Resource
 
-Object = dict[str, Any]
+from tests.support.cases import SafeLoader
 
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Object = dict[str, Any]
 
 
 def values_of(path: Path) -> Object:
-    return yaml.load(path.read_text(encoding="utf-8"), _SafeLoader) or {}
+    return yaml.load(path.read_text(encoding="utf-8"), SafeLoader) or {}
 
 
 DATA = Path(__file__).with_name("data")
@@ -54,7 +54,7 @@ def render_texts(values: Object | None = None, name: str = "edge-phi3", namespac
 def render(values: Object | None = None, **release: str) -> list[Object]:
     texts = render_texts(values, **release)
     texts.pop("NOTES.txt")
-    return [obj for text in texts.values() for obj in yaml.load_all(text, _SafeLoader) if obj]
+    return [obj for text in texts.values() for obj in yaml.load_all(text, SafeLoader) if obj]
 
 
 def of_kind(objects: list[Object], kind: str, suffix: str = "") -> list[Object]:

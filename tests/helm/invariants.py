@@ -73,9 +73,8 @@ def check_names(objects: list[Object]) -> None:
     for obj in objects:
         metadata = obj["metadata"]
         # What its owner names, after a release that may have dots; a Service's name may not begin with a digit either.
-        allowed = {"Service": SERVICE_NAME, "ServiceAccount": DNS_SUBDOMAIN, "ConfigMap": DNS_SUBDOMAIN}.get(
-            obj["kind"], DNS_LABEL
-        )
+        special = {"Service": SERVICE_NAME, "ServiceAccount": DNS_SUBDOMAIN, "ConfigMap": DNS_SUBDOMAIN}
+        allowed = special.get(obj["kind"], DNS_LABEL)
         assert allowed.fullmatch(metadata["name"]), metadata["name"]
         assert metadata["namespace"], metadata["name"]
         for value in metadata.get("labels", {}).values():
@@ -128,9 +127,8 @@ def check_references(objects: list[Object]) -> None:
     for _, pod in pods(objects):
         volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
         if pod is workload(objects)["spec"]["template"]:
-            volumes |= {
-                claim["metadata"]["name"]: claim for claim in workload(objects)["spec"].get("volumeClaimTemplates", [])
-            }
+            claims = workload(objects)["spec"].get("volumeClaimTemplates", [])
+            volumes |= {claim["metadata"]["name"]: claim for claim in claims}
         mounted = {mount["name"] for container in containers(pod) for mount in container.get("volumeMounts", [])}
         assert mounted <= set(volumes), mounted - set(volumes)
         assert not (set(volumes) - mounted) & {"models", "tmp", "scripts", "keys", "ca"}, "a volume that nothing mounts"
@@ -195,14 +193,12 @@ def check_ports_and_routes(objects: list[Object]) -> None:
 
 def check_stopping(objects: list[Object]) -> None:
     """A pod has time to drain, and an update never waits for a second GPU."""
-    spec = workload(objects)["spec"]
-    is_set = workload(objects)["kind"] == "StatefulSet"
-    pod = spec["template"]["spec"]
     container = server(objects)
     delay = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep", "0"])[1]
-    assert pod["terminationGracePeriodSeconds"] > float(_option(container["args"], "--grace-period")) + float(delay)
-    strategy = spec.get("strategy", {"type": "Recreate"})
-    assert is_set or strategy == {"type": "Recreate"} or strategy["rollingUpdate"]["maxSurge"] == 0
+    longest = float(_option(container["args"], "--grace-period")) + float(delay)
+    assert pod_of(objects)["terminationGracePeriodSeconds"] > longest
+    strategy = workload(objects)["spec"].get("strategy", {"type": "Recreate"})  # which a StatefulSet has not
+    assert strategy == {"type": "Recreate"} or strategy["rollingUpdate"]["maxSurge"] == 0
 
 
 def check_no_credentials(objects: list[Object]) -> None:

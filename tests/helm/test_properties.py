@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import helm_python
@@ -47,44 +46,31 @@ def option(key: str, described: Object) -> st.SearchStrategy[object]:
     if "enum" in described:
         return st.sampled_from(described["enum"])  # null among them
     least, most = described.get("minimum", 0), described.get("maximum", 1 << 40)
-    kinds = {
-        "boolean": st.booleans(),
-        "integer": st.integers(least, most),
-        "number": st.one_of(
-            st.integers(math.ceil(least), most), st.floats(least, most).map(lambda value: round(value, 3))
-        ),
-    }
-    return kinds[described["type"][0]]
+    whole = st.integers(math.ceil(least), most)
+    number = whole | st.floats(least, most).map(lambda value: round(value, 3))
+    return {"boolean": st.booleans(), "integer": whole, "number": number}[described["type"][0]]
 
 
-adapters = st.lists(
-    st.fixed_dictionaries(
-        {"file": names.map("/models/{}.gguf".format)},
-        optional={"name": names, "strength": st.sampled_from([0, 1, 2, 0.5, -1.25])},
-    ),
-    max_size=3,
-    unique_by=lambda adapter: adapter.get("name", adapter["file"]),
+adapter = st.fixed_dictionaries(
+    {"file": names.map("/models/{}.gguf".format)},
+    optional={"name": names, "strength": st.sampled_from([0, 1, 2, 0.5, -1.25])},
 )
-
-
-def options() -> st.SearchStrategy[Object]:
-    """Return any of the options that the chart's schema has: a new one is tried as soon as it is there."""
-    described = schema()["properties"]["serve"]["properties"]["options"]["properties"]
-    return some(**{key: option(key, described[key]) for key in described})
-
-
-def mixtures() -> Iterator[tuple[str, st.SearchStrategy[Any]]]:
-    """Yield, for each value that an example sets, what any of the examples has there."""
-    examples = [values_of(path) for path in EXAMPLES.values()]
-    for key in sorted({key for example in examples for key in example if not key.startswith("extra")}):
-        yield key, st.sampled_from([example[key] for example in examples if key in example])
+adapters = st.lists(adapter, max_size=3, unique_by=lambda adapter: adapter.get("name", adapter["file"]))
+# Any of the options that the chart's schema has: a new one is tried as soon as it is there.
+described = schema()["properties"]["serve"]["properties"]["options"]["properties"]
+options = some(**{key: option(key, described[key]) for key in described})
 
 
 def joined(one: st.SearchStrategy[Object], other: st.SearchStrategy[Object]) -> st.SearchStrategy[Object]:
     return st.tuples(one, other).map(lambda both: both[0] | both[1])
 
 
-mixed = dict(mixtures())
+# For each value that an example sets, what any of the examples has there.
+examples = [values_of(path) for path in EXAMPLES.values()]
+mixed: dict[str, st.SearchStrategy[Any]] = {
+    key: st.sampled_from([example[key] for example in examples if key in example])
+    for key in sorted({key for example in examples for key in example if not key.startswith("extra")})
+}
 further: dict[str, st.SearchStrategy[object]] = {
     "nameOverride": names,
     "fullnameOverride": names,
@@ -97,7 +83,7 @@ further: dict[str, st.SearchStrategy[object]] = {
         st.one_of(mixed["model"], st.just({"name": "owner/name"})),
         some(prepare=some(mode=st.sampled_from(["initContainer", "job", "none"]))),
     ),
-    "serve": st.fixed_dictionaries({"options": options()}, optional={"adapters": adapters}),
+    "serve": st.fixed_dictionaries({"options": options}, optional={"adapters": adapters}),
     "storage": st.one_of(mixed["storage"], some(keep=st.booleans(), annotations=texts, mountPath=st.just("/var/m"))),
     "workload": some(kind=st.sampled_from(["Deployment", "StatefulSet"])),
     "replicas": st.integers(0, 5),
@@ -117,7 +103,7 @@ def is_sentence(error: helm_python.HelmRenderError) -> re.Match[str] | None:
 
 @given(values=values, release=names)
 @settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     # A drawn example says enough; making it smaller takes minutes at a render each.
     phases=[Phase.explicit, Phase.reuse, Phase.generate],

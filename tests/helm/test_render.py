@@ -18,7 +18,7 @@ from edge_phi3.engine.stats import EngineStats
 from tests.helm import chart
 from tests.helm.invariants import check_all, check_service_options, routes, service_options
 
-REJECTIONS = chart.values_of(chart.DATA / "rejections.yaml")
+REJECTED = [(by, *case) for by, cases in chart.values_of(chart.DATA / "rejections.yaml").items() for case in cases]
 DASHBOARD = json.loads((chart.CHART / "files" / "dashboard.json").read_text(encoding="utf-8"))
 
 _METRIC = re.compile(r"(?<![\w.$])([a-zA-Z_:][a-zA-Z0-9_:]*)(?=\{)")
@@ -50,9 +50,8 @@ def test_an_example_makes_a_sound_release_under_any_name(example: str, tmp_path:
 
 def test_examples_span_the_supported_versions() -> None:
     assert header_of("defaults", "kubernetes") == chart.oldest_kubernetes()
-    assert chart.schema_errors(chart.render(chart.values_of(chart.EXAMPLES["dra"])), "1.33"), (
-        "the checks see what is too new"
-    )
+    too_new = chart.render(chart.values_of(chart.EXAMPLES["dra"]))
+    assert chart.schema_errors(too_new, "1.33"), "the checks see what is too new"
 
 
 def part_of(whole: Any, keys: list[str]) -> Any:
@@ -116,18 +115,11 @@ def test_every_value_is_used_by_a_template() -> None:
     assert [key for key in chart.loaded().values if not re.search(rf"(\.Values|\$v)\.{key}", templates)] == []
 
 
-@pytest.mark.parametrize(("values", "named"), REJECTIONS["schema"], ids=str)
-def test_the_schema_refuses(values: chart.Object, named: str) -> None:
-    with pytest.raises(helm_python.HelmValuesError) as caught:
+@pytest.mark.parametrize(("by", "values", "words"), REJECTED, ids=str)
+def test_values_that_cannot_work_are_refused(by: str, values: chart.Object, words: str) -> None:
+    with pytest.raises(helm_python.HelmValuesError if by == "schema" else helm_python.HelmRenderError) as caught:
         chart.render(values)
-    assert named in str(caught.value)
-
-
-@pytest.mark.parametrize(("values", "sentence"), REJECTIONS["templates"], ids=str)
-def test_values_that_do_not_fit_together_are_refused(values: chart.Object, sentence: str) -> None:
-    with pytest.raises(helm_python.HelmRenderError) as caught:
-        chart.render(values)
-    assert sentence in str(caught.value)
+    assert words in str(caught.value)
 
 
 def metrics_of_the_service(prefix: str) -> set[str]:
@@ -160,23 +152,12 @@ def test_alerts_and_autoscalers_ask_for_metrics_there_are_of_this_release_alone(
         assert query.count("{") == len(own)
 
 
-def test_the_dashboard_asks_for_metrics_there_are() -> None:
+def test_the_dashboard_asks_for_metrics_there_are_under_the_prefix_in_panels_that_do_not_overlap() -> None:
     queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
     asked = {name for query in queries for name in _METRIC.findall(query)}
     assert len(asked) > 10
     assert asked <= metrics_of_the_service("edge_phi3_")
     assert all(query.count("(") == query.count(")") for query in queries)
-
-
-def test_the_dashboard_is_rendered_under_the_prefix_and_covers_the_engine() -> None:
-    (map_,) = chart.of_kind(chart.render(chart.values_of(chart.EXAMPLES["hpa-ephemeral"])), "ConfigMap", "-dashboard")
-    text = map_["data"]["edge-phi3.json"]
-    assert "vllm:num_requests_running" in text
-    assert "edge_phi3_" not in text
-    assert map_["metadata"]["labels"]["grafana_dashboard"] == "1"
-
-
-def test_panels_do_not_overlap() -> None:
     taken: set[tuple[int, int]] = set()
     for panel in DASHBOARD["panels"]:
         grid = panel["gridPos"]
@@ -184,6 +165,11 @@ def test_panels_do_not_overlap() -> None:
         assert not cells & taken, panel["title"]
         assert grid["x"] + grid["w"] <= 24
         taken |= cells
+    (map_,) = chart.of_kind(chart.render(chart.values_of(chart.EXAMPLES["hpa-ephemeral"])), "ConfigMap", "-dashboard")
+    text = map_["data"]["edge-phi3.json"]
+    assert "vllm:num_requests_running" in text
+    assert "edge_phi3_" not in text
+    assert map_["metadata"]["labels"]["grafana_dashboard"] == "1"
 
 
 ROUTER = chart.values_of(chart.CHART / "examples" / "llm-d-router-values.yaml")["router"]

@@ -20,11 +20,11 @@ from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.imatrix_file import read_imatrix
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.gguf_layout import read_layout
-from tests.engine.conftest import OPTIONS
 from tests.offload.conftest import Device, running_device
 from tests.planning.buffers import TOLERANCE, check
 from tests.planning.test_fit import Made
 from tests.support.cases import cases, tables
+from tests.support.engines import OPTIONS
 from tests.support.services import serving
 
 TESTS: dict[str, list[str]] = tables(__file__)["TESTS"]

@@ -17,7 +17,6 @@ from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import PromptError
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.pipeline.tool_calls import BARE_MARKS, CallPart, CallReader
-from edge_phi3.templates import MOST_CHARACTERS
 from tests.support.cases import cases
 
 FOUND: dict[str, dict[str, str]] = json.loads(
@@ -56,10 +55,8 @@ def test_a_turn_that_was_begun_is_continued_to_the_letter(tokenizer: Tokenizer, 
     for text in texts(tokenizer, 2000, seed=1):
         assert template.render([*ASKED, turn("assistant", text)]) == prompt + text
     # What was said before spells the same, or more.
-    said = template.render([*ASKED, turn("assistant", "1. one<|end|>\n"), turn("user", "1. ")])
-    assert template.render(
-        [*ASKED, turn("assistant", "1. one<|end|>\n"), turn("user", "1. "), turn("assistant", "1. ")]
-    ) == (said + "1. ")
+    before = [*ASKED, turn("assistant", "1. one<|end|>\n"), turn("user", "1. ")]
+    assert template.render([*before, turn("assistant", "1. ")]) == template.render(before) + "1. "
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -77,9 +74,8 @@ def test_what_users_write_stays_text_where_that_is_wanted(tokenizer: Tokenizer, 
         # All characters are there, but for the white space that the template's own tokens swallow.
         decoded = tokenizer.decode(tokens, skip_special_tokens=False)
         assert "".join(decoded.split()) == "".join(plain.split())
-    dumped = ChatTemplate("{{ tools | tojson }}").render(
-        ASKED, kwargs=tokenizer.shield({"tools": {"<|end|>": "<|end|>"}})
-    )
+    shielded = tokenizer.shield({"tools": {"<|end|>": "<|end|>"}})
+    dumped = ChatTemplate("{{ tools | tojson }}").render(ASKED, kwargs=shielded)
     assert dumped.replace(SHIELD, "") == '{"<|end|>": "<|end|>"}'
     assert not special.intersection(tokenizer.encode(dumped).tolist())
 
@@ -91,13 +87,6 @@ def test_what_follows_the_last_message_can_be_said(given: dict[str, Any], end: s
     assert rendered == "<|user|>\nHello<|end|>\n<|assistant|>\n" + end
 
 
-def test_a_users_turn_is_continued_when_asked_for_and_both_wishes_are_refused() -> None:
-    template = ChatTemplate(BUILT_IN)
-    assert template.render([turn("user", "Hel")], continue_final_message=True) == "<|user|>\nHel"
-    with pytest.raises(PromptError, match="`add_generation_prompt` must not be true"):
-        template.render(ASKED, add_generation_prompt=True, continue_final_message=True)
-
-
 @cases
 def test_without_a_system_role_the_user_says_it(messages: str, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     template = ChatTemplate(
@@ -107,13 +96,11 @@ def test_without_a_system_role_the_user_says_it(messages: str, expected: str, ca
     rendered = template.render([turn(roles[word[0]], word) for word in messages.split()], continue_final_message=False)
     assert rendered.split(" ")[:-1] == expected.split(" ")
     assert "no system role" in caplog.text
-
-
-def test_a_template_that_refuses_a_system_role_itself_is_taken_at_its_word(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.clear()
     template = ChatTemplate("{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}hi")
     with pytest.raises(PromptError, match="No system!"):
         template.render(ASKED)
-    assert template.render(ASKED[1:]) == "hi"
+    assert template.render(ASKED[1:]) == "hi", "one that refuses it itself is taken at its word"
     assert not caplog.text
 
 
@@ -124,36 +111,23 @@ def test_what_templates_find(source: str, expected: str) -> None:
     assert rendered == expected.replace("YEAR", year)
 
 
-@pytest.mark.parametrize(
-    ("source", "what"),
-    [
-        ("{{ raise_exception('Roles must alternate.') }}", "refuses them: Roles must alternate"),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages + 1 }}", "TypeError"),
-        ("{{ messages[9]['role'] }}", "refuses them"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-        ("{{ strftime_now(1) }}", "TypeError"),
-        ("{{ messages[0].content * 100000000 }}", "MemoryError"),
-        ("{{ '{:2000000000}'.format(1) }}", "MemoryError"),
-        ("{{ 'x' | center(2000000000) }}", "MemoryError"),
-        ("{{ messages[0].content | center(20000000) }}", f"more than {MOST_CHARACTERS} characters"),
-        ("{{ range(200000) | length }}", "OverflowError"),
-        ("{{" + "(" * 50_000, "cannot be compiled"),
-        ("{% if %}", "cannot be compiled"),
-        ("{% nosuchtag %}", "cannot be compiled"),
-    ],
-)
+@cases
 def test_a_template_that_fails_refuses_the_conversation(source: str, what: str) -> None:
     with pytest.raises(PromptError, match=f"^messages: .*{what}") as refused:
-        ChatTemplate(source).render(ASKED)
+        ChatTemplate(source.replace("DEEP", "(" * 50_000)).render(ASKED)
     assert len(str(refused.value)) < 400
 
 
-def test_a_turn_that_a_template_leaves_out_cannot_be_continued() -> None:
-    template = ChatTemplate("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
+def test_what_cannot_be_rendered_as_asked_is_refused() -> None:
+    template = ChatTemplate(BUILT_IN)
+    assert template.render([turn("user", "Hel")], continue_final_message=True) == "<|user|>\nHel"
+    with pytest.raises(PromptError, match="`add_generation_prompt` must not be true"):
+        template.render(ASKED, add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(PromptError, match="role must be one of system, user, assistant, tool, not 'wizard'"):
+        template.render([turn("wizard", "x")])
+    silent = ChatTemplate("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}")
     with pytest.raises(PromptError, match="cannot be continued"):
-        template.render([*ASKED, turn("assistant", "Hi")])
+        silent.render([*ASKED, turn("assistant", "Hi")])
 
 
 @pytest.mark.parametrize("tokenizer", ["demo", "real"], indirect=True)
@@ -161,53 +135,24 @@ def test_the_tokens_with_a_role_are_the_model_file_s(tokenizer: Tokenizer) -> No
     assert tokenizer.special_tokens == TOKENS | {"pad_token": "<|endoftext|>", "unk_token": "<unk>"}
 
 
-def test_roles_are_known() -> None:
-    with pytest.raises(PromptError, match="role must be one of system, user, assistant, tool, not 'wizard'"):
-        ChatTemplate(BUILT_IN).render([turn("wizard", "x")])
-
-
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 CALLED: list[Any] = [*ASKED, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
 CALLED += [{"role": "tool", "tool_call_id": "c1", "content": "2"}]
-WRITES_ALL = (
-    "{{ tools | tojson }}{% for m in messages %}|{{ m.role }}:{{ m.content }}"
-    "{% for call in m.tool_calls %}{{ call.function.name }}({{ call.function.arguments.a }}){% endfor %}{% endfor %}"
-)
 
 
-@pytest.mark.parametrize(
-    ("source", "marks", "expected"),
-    [
-        (
-            FOUND["Phi-4-mini-instruct"]["template"],
-            CALL_TOKENS,
-            '<|system|>Be brief.<|tool|>[{"name": "add", "parameters": {"type": "object"}}]<|/tool|><|end|>'
-            "<|user|>Hello<|end|><|assistant|>"
-            '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|><|end|>'
-            "<|tool|>2<|end|><|assistant|>",
-        ),
-        (WRITES_ALL, BARE_MARKS, f"[{json.dumps(ADD)}]|system:Be brief.|user:Hello|assistant:add(1)|tool:2"),
-        (
-            BUILT_IN,
-            BARE_MARKS,
-            "<|end|>\n<|user|>\nHello<|end|>\n<|assistant|>\n"
-            'functools[{"name": "add", "arguments": {"a": 1}}]<|end|>\n'
-            "<|user|>\nadd returned:\n2<|end|>\n<|assistant|>\n",
-        ),
-    ],
-)
-def test_tools_calls_and_results_are_told_by_the_template_or_for_it(
-    source: str, marks: tuple[str, str], expected: str
-) -> None:
-    rendered = ChatTemplate(source, TOKENS, marks).render(CALLED, tools=[ADD])
+@cases
+def test_tools_calls_and_results_are_told_by_the_template_or_for_it(source: str, expected: str) -> None:
+    marks = CALL_TOKENS if source == "Phi-4-mini-instruct" else BARE_MARKS
+    template = FOUND[source]["template"] if source in FOUND else source
+    rendered = ChatTemplate(template, TOKENS, marks).render(CALLED, tools=[ADD])
     assert rendered.endswith(expected)
-    if source == BUILT_IN:
+    if source == "built in":
         system = rendered.removesuffix(expected)
         assert system.startswith("<|system|>\nBe brief.\n\n")
         assert system.endswith('\n{"name": "add", "parameters": {"type": "object"}}')
         assert "functools[{" in system
-        assert "<|system|>\n" + system.partition("\n\n")[2] in ChatTemplate(source).render(ASKED[1:], tools=[ADD])
+        assert "<|system|>\n" + system.partition("\n\n")[2] in ChatTemplate(BUILT_IN).render(ASKED[1:], tools=[ADD])
 
 
 @given(st.lists(st.integers(1, 30), max_size=40))
@@ -220,9 +165,8 @@ def test_calls_are_read_however_their_text_is_cut(sizes: list[int]) -> None:
         for size in [*sizes, len(text)]:
             parts += reader.push(text[place : place + size], last=place + size >= len(text))
             place += size
-        assert "".join(part for part in parts if isinstance(part, str)) == begin.removesuffix(
-            "functools["
-        ).removesuffix("<|tool_call|>[")
+        beside = begin.removesuffix("functools[").removesuffix("<|tool_call|>[")
+        assert "".join(part for part in parts if isinstance(part, str)) == beside
         read = [part for part in parts if isinstance(part, CallPart)]
         assert [(part.name, part.index) for part in read if not part.arguments] == [("add", 0), ("go", 1)]
         for index, (_, arguments) in enumerate(calls):

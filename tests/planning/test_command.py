@@ -19,6 +19,7 @@ from edge_phi3.planning.presets import PRESET_CONFIGS
 from edge_phi3.system_resources import Gpu
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import longrope, write_checkpoint
+from tests.support.cases import cases
 from tests.test_cli import Result, edge_phi3
 
 GIB = 1 << 30
@@ -61,7 +62,7 @@ def test_the_demo_fits_and_the_command_serves_it_as_planned() -> None:
     assert "ctx-size = 2048" in run(command, "--print-config")
 
 
-def test_presets_need_neither_weights_nor_network() -> None:
+def test_presets_need_neither_weights_nor_network_and_types_may_need_a_matrix() -> None:
     found = answer("phi-3-mini-4k-instruct", "--memory", "6GiB", "--reserve", "0")
     assert found["contexts"] == [4096]
     types = {row["type"]: row for row in found["types"]}
@@ -71,6 +72,10 @@ def test_presets_need_neither_weights_nor_network() -> None:
     assert found["recommended"]["commands"] == [
         f"edge-phi3 serve phi-3-mini-4k-instruct --quant {found['recommended']['type']}"
     ]
+    result = edge_phi3("fit", "phi-3-mini-4k-instruct", "--memory", "8GiB", "--quant", "IQ2_M")
+    first, second = recommended(result)
+    assert first == "edge-phi3 pull phi-3-mini-4k-instruct --quant IQ2_M --imatrix auto --output-dir models"
+    assert second.startswith("edge-phi3 serve models/phi-3-mini-4k-instruct-IQ2_M.gguf")
     both = answer("phi-3-mini-128k-instruct", "--memory", "24GiB", "--ctx-size", "16384", "--quant", "Q4_K_M")
     assert both["contexts"] == [8192, 16384]
 
@@ -98,13 +103,6 @@ def test_this_machines_gpu_is_taken_and_one_of_several_is_named(monkeypatch: pyt
     monkeypatch.setattr(module, "gpus", lambda: [first, first])
     several = edge_phi3("fit", "phi-3-mini-4k-instruct", "--quant", "Q8_0")
     assert recommended(several)[0].startswith("CUDA_VISIBLE_DEVICES=0 edge-phi3 serve")
-
-
-def test_types_that_need_a_matrix_come_with_the_command_that_makes_them() -> None:
-    result = edge_phi3("fit", "phi-3-mini-4k-instruct", "--memory", "8GiB", "--quant", "IQ2_M")
-    first, second = recommended(result)
-    assert first == "edge-phi3 pull phi-3-mini-4k-instruct --quant IQ2_M --imatrix auto --output-dir models"
-    assert second.startswith("edge-phi3 serve models/phi-3-mini-4k-instruct-IQ2_M.gguf")
 
 
 def test_files_are_planned_as_they_are_or_as_they_could_be(tmp_path: Path) -> None:
@@ -140,23 +138,8 @@ def test_of_a_repository_only_the_configuration_is_downloaded(tmp_path: Path, mo
     assert not (tmp_path / "tiny" / "base.gguf").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (("phi-3-mini-4k-instruct", "--memory", "600MiB"), 1, "Nothing fits into 88.0 MiB; lower --ctx-size"),
-        (("demo", "--memory", "much"), 2, "'much' is not a size; give one such as 8GiB or 512MiB."),
-        (("demo", "--device", "gpu"), 2, "there is no GPU here; describe one with --memory"),
-        (("demo", "--ctx-size", "-1"), 2, "--ctx-size: '-1' is not allowed"),
-        (("demo", "--quant", "Q4"), 1, "'Q4' is not a quantisation type"),
-        (("owner/tiny",), 1, "The config.json of owner/tiny is needed, and HF_HUB_OFFLINE is set"),
-        (("owner/tiny/a.gguf",), 1, "`edge-phi3 pull owner/tiny/a.gguf` first"),
-        (("nonsense",), 1, "is neither a file nor a folder here"),
-        (("demo", "--flash-attn", "off", "--kv-cache-type", "q8_0"), 1, "llama.cpp cannot tell what"),
-        ((), 2, "Missing argument"),
-        (("damaged.gguf",), 1, "damaged.gguf cannot be loaded: its version is 0"),
-    ],
-)
-def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: tuple[str, ...], code: int, words: str) -> None:
+@cases
+def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments: list[str], code: int, words: str) -> None:
     Path("damaged.gguf").write_bytes(b"GGUF" + b"\0" * 100)
     result = edge_phi3("fit", *arguments)
     assert result.returncode == code, result.stderr
@@ -193,10 +176,10 @@ def test_the_page_of_models_has_each_preset_as_it_is_planned() -> None:
 def test_logits_take_room_for_the_rows_that_choose_and_no_more() -> None:
     """Of 200,064 tokens: a row takes 0.76 MiB, so that those of a whole batch of 2,048 would take 1.5 GiB."""
 
+    asked = ["phi-4-mini-instruct", "--memory", "64GiB", "--ctx-size", "4096", "--quant", "Q8_0"]
+
     def compute(*options: str) -> float:
-        (planned,) = answer(
-            "phi-4-mini-instruct", "--memory", "64GiB", "--ctx-size", "4096", "--quant", "Q8_0", *options
-        )["types"]
+        (planned,) = answer(*asked, *options)["types"]
         return float(planned["main_memory"]["compute"]) / 2**20
 
     rows = 200064 * 4 / 2**20

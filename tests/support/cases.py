@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 _Test = TypeVar("_Test", bound=Callable[..., None])
-_SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def _times(loader: Any, node: Any) -> Any:
@@ -24,14 +24,14 @@ def _times(loader: Any, node: Any) -> Any:
     return text * int(count)
 
 
-_SafeLoader.add_constructor("!times", _times)
-_SafeLoader.add_constructor("!range", lambda _, node: [*range(int(node.value))])
+SafeLoader.add_constructor("!times", _times)
+SafeLoader.add_constructor("!range", lambda _, node: [*range(int(node.value))])
 
 
 @functools.cache
 def tables(module: str) -> dict[str, Any]:
     """Return what the YAML file beside a module holds: ``test_this.yaml`` is that of ``test_this.py``."""
-    return yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), _SafeLoader)
+    return yaml.load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"), SafeLoader)
 
 
 def cases(test: _Test) -> _Test:

@@ -5,7 +5,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from edge_phi3.generation.config import GenerationConfig
 from tests.golden.generation_data import Answer, differences
 from tests.golden.requests import Request
 from tests.support.cores import Foreseen, audit
+
+MakeModel = Callable[[str], Path]
+"""What the fixture `make_model` is: a name of `tests.golden.attention.MODELS` -> an F32 GGUF."""
 
 OPTIONS = "TEST_ENGINE_OPTIONS"
 """Environment variable: options, in JSON, of all engines whose test asks for nothing else (`tests/offload`)."""
