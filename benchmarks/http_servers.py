@@ -19,9 +19,9 @@ import time
 import psutil
 
 from benchmarks.servers import running
-from edge_phi3.api.app import create_service
 from edge_phi3.api.exchange import Exchanges
 from edge_phi3.api.logs import configure_logging
+from edge_phi3.api.server import create_service
 from edge_phi3.commands.loading import load_pipeline
 from edge_phi3.settings import Settings
 

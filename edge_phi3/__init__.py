@@ -52,11 +52,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 if not TYPE_CHECKING:  # a type checker would take any name for one that this function knows
 
     def __getattr__(name: str) -> Any:
-        """Return a public name, importing its module the first time.
-
-        Raises:
-            AttributeError: the name is not public.
-        """
+        """Return a public name, importing its module the first time."""
         if name not in _HOME_OF:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = globals()[name] = getattr(importlib.import_module(_HOME_OF[name]), name)

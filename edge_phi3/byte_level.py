@@ -5,7 +5,6 @@ knows upper and lower case and combining marks of ASCII only), and its regular e
 overflows the stack.
 """
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -54,19 +53,16 @@ def pattern_of(pre: str) -> str:
     return PATTERNS[pre][0]
 
 
-@functools.cache
-def _byte_of_character() -> dict[str, int]:
-    """Return the byte that each character stands for: itself if it can be seen, or one from U+0100 on (GPT-2's)."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+_VISIBLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_BYTE_OF_CHARACTER = {chr(byte): byte for byte in _VISIBLE}
+_BYTE_OF_CHARACTER |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(256)).difference(_VISIBLE)))}
+"""The byte that each character stands for: itself if it can be seen, or one from U+0100 on (GPT-2's)."""
 
 
 def bytes_of(token: str) -> bytes:
     """Return the bytes that a token of the vocabulary stands for; those of its own text if it has other characters."""
-    table = _byte_of_character()
     try:
-        return bytes([table[character] for character in token])
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
         return token.encode()
 

@@ -8,8 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import rich_click as click
 
@@ -35,15 +34,11 @@ FAILED, WRONG_USAGE, TERMINATED = 1, 2, 128 + signal.SIGTERM
 class _Verb(click.RichCommand):
     """Stands for a verb until it is called."""
 
-    def load(self) -> click.RichCommand:
-        """Import the verb's module and return its command."""
-        module = importlib.import_module(f"edge_phi3.commands.{self.name}")
-        command: click.RichCommand = module.command
-        return command
-
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Make the context of the real command."""
-        return self.load().make_context(*args, **kwargs)
+        """Import the verb's module, and make the context of its command."""
+        module = importlib.import_module(f"edge_phi3.commands.{self.name}")
+        context: click.Context = module.command.make_context(*args, **kwargs)
+        return context
 
 
 class _Verbs(click.RichGroup):
@@ -84,17 +79,9 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         # Until the server takes the signals over there is nothing to finish, and afterwards nothing left; a stop that
         # was requested is no failure.
-        signal.signal(signal.SIGTERM, _stop)
-        signal.signal(signal.SIGINT, _stop)
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGINT, lambda *_: os._exit(0))
     else:
         # As with Ctrl-C, a verb removes what it has not finished.
-        signal.signal(signal.SIGTERM, _terminate)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     app(prog_name="edge-phi3")
-
-
-def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
-    os._exit(0)
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(TERMINATED)

@@ -97,11 +97,7 @@ def shown(path: Path | str) -> str:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read.
-
-    Raises:
-        OSError: it cannot be read, or is a pipe or a device; ``strerror`` ends a sentence.
-    """
+    """Open a file to read; `OSError`, whose ``strerror`` ends a sentence, for a pipe or a device too."""
     # A pipe that nobody writes to would be waited for.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
     mode = os.fstat(file.fileno()).st_mode
@@ -119,11 +115,7 @@ def read_start(path: Path, size: int = 4) -> bytes:
 
 
 def read_bounded(path: Path, limit: int, *, regular: bool = True) -> bytes:
-    """Return the content of a file of at most `limit` bytes; one that is not `regular` may be a pipe or a device.
-
-    Raises:
-        OSError: as `open_regular`, or it is larger.
-    """
+    """Return the content of a file of at most `limit` bytes, which is not `regular` if it may be a pipe or a device."""
     with open_regular(path) if regular else path.open("rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:

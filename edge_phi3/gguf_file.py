@@ -61,12 +61,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path, skip: Collection[str] = ()) -> GgufFile:
-    """Read the header of a GGUF file; of keys to `skip` no value is kept.
-
-    Raises:
-        GgufError: it is none, is damaged, or is larger than any model's.
-        OSError: it cannot be read.
-    """
+    """Read the header of a GGUF file, without the values of keys to `skip`; `GgufError` where it is none or damaged."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         cursor = _Cursor(file, size)
@@ -135,23 +130,20 @@ class _Cursor:
         if kind == STRING:
             return self.text().decode(errors="replace")
         if kind == ARRAY:
-            return self._array(key)
+            kind, count = self.number("<I"), self.number("<Q")
+            if kind == STRING:
+                # Each has a length of 8 bytes at least, and so no more are begun than the file can hold.
+                most = min(count, self._left // 8 + 1)
+                return [self.text().decode(errors="surrogateescape") for _ in range(most)]
+            if (code := _NUMBERS.get(kind)) is None:
+                raise GgufError(f"{key} is an array of type {kind}; only texts and numbers can be in one")
+            return np.frombuffer(self.take(count * struct.calcsize(code)), code)
         if (code := _NUMBERS.get(kind)) is None:
             raise GgufError(f"{key} has a value of type {kind}, which does not exist")
         value = self.number(code)
         if isinstance(value, float) and not math.isfinite(value):
             raise GgufError(f"{key} is {value}; it must be a finite number")
         return value
-
-    def _array(self, key: str) -> Any:
-        kind, count = self.number("<I"), self.number("<Q")
-        if kind == STRING:
-            # Each has a length of 8 bytes at least, and so no more are begun than the file can hold.
-            most = min(count, self._left // 8 + 1)
-            return [self.text().decode(errors="surrogateescape") for _ in range(most)]
-        if (code := _NUMBERS.get(kind)) is None:
-            raise GgufError(f"{key} is an array of type {kind}; only texts and numbers can be in one")
-        return np.frombuffer(self.take(count * struct.calcsize(code)), code)
 
     def tensor(self) -> TensorInfo:
         name, dimensions = self.name(), self.number("<I")

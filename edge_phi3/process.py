@@ -26,8 +26,8 @@ class SurroundingsError(EdgePhi3Error):
     """The process was started in a way in which it cannot work."""
 
 
-class _Results(io.FileIO):
-    """stdout, whose reader must learn that something is missing."""
+class _Stream(io.FileIO):
+    """stdout, whose reader must learn that something is missing, or stderr, which may be full, or read by nobody."""
 
     _lost = False
 
@@ -35,26 +35,14 @@ class _Results(io.FileIO):
         try:
             return len(data) if self._lost else super().write(data)  # type: ignore[arg-type]
         except OSError as error:
+            if self.fileno() == 2:
+                return len(data)  # type: ignore[arg-type]
             self._lost = True  # Python writes what is left once more at the end
             raise SurroundingsError(f"stdout cannot be written: {error.strerror}.") from None
 
 
-class _Messages(io.FileIO):
-    """stderr, which may be closed, full, or a pipe that nobody reads: no reason to stop."""
-
-    def write(self, data: object) -> int:
-        try:
-            return super().write(data)  # type: ignore[arg-type]
-        except OSError:
-            return len(data)  # type: ignore[arg-type]
-
-
 def prepare() -> None:
-    """Make this process fit to run a verb.
-
-    Raises:
-        SurroundingsError: it may open too few files.
-    """
+    """Make this process fit to run a verb; `SurroundingsError` when it may open too few files."""
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
@@ -63,9 +51,9 @@ def prepare() -> None:
     for name in [name for name, value in os.environ.items() if name.startswith("HF_") and not value]:
         del os.environ[name]  # huggingface_hub takes an empty variable for its value
     codecs.register_error("edge-phi3", _encodable)
-    for name, kind, descriptor in (("stdout", _Results, 1), ("stderr", _Messages, 2)):
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
         usual = getattr(sys, name)
-        raw = io.BufferedWriter(kind(descriptor, "w", closefd=False))
+        raw = io.BufferedWriter(_Stream(descriptor, "w", closefd=False))
         encoding = usual.encoding if usual else "utf-8"
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "edge-phi3", line_buffering=descriptor == 2 or os.isatty(1)))
     ctypes.CDLL(None).signal(int(signal.SIGBUS), _ON_BUS_ERROR)

@@ -12,13 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 
 class Step:
-    """One step of the work, such as the download of one file; counted in bytes.
-
-    Attributes:
-        title: what is done to what, such as ``Downloading model.safetensors``.
-        total: bytes of the whole step, None when not known yet.
-        detail: what is being worked on, such as the name of a tensor.
-    """
+    """A step, such as ``Downloading model.safetensors``; `total` is in bytes, `detail` is what is worked on."""
 
     def __init__(self, title: str, total: int | None, changed: Callable[[Step], None]) -> None:
         self.title, self.total = title, total

@@ -1,6 +1,7 @@
 """What this process may use of the machine: its GPUs, through NVML, its cores and its main memory."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,14 +48,11 @@ def gpus() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     try:
-        handles = map(_handle, range(_if_supported(pynvml.nvmlDeviceGetCount) or 0))
+        indices = range(_if_supported(pynvml.nvmlDeviceGetCount) or 0)
+        handles = [_if_supported(functools.partial(pynvml.nvmlDeviceGetHandleByIndex, index)) for index in indices]
         return [_gpu(index, handle) for index, handle in enumerate(handles) if handle is not None]
     finally:
         pynvml.nvmlShutdown()
-
-
-def _handle(index: int) -> Any:
-    return _if_supported(lambda: pynvml.nvmlDeviceGetHandleByIndex(index))
 
 
 def _gpu(index: int, handle: Any) -> Gpu:

@@ -4,13 +4,11 @@ A template comes with a model file, from anywhere. It runs in the sandbox that t
 bounds neither its time nor its memory: ``python -m edge_phi3.templates`` does, and can be ended.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import functools
 import json
 import resource
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Self
 
 import jinja2
 import jinja2.ext
@@ -42,16 +40,15 @@ class Rendered(msgspec.Struct, tag=True):
     outcome: str
 
     @classmethod
-    def of(cls, text: str = "", problem: str = "") -> Rendered:
+    def of(cls, text: str = "", problem: str = "") -> Self:
         """Return either as the other process sends it."""
         return cls(json.dumps([text, problem]))
 
 
-def render(source: str, names: dict[str, Any]) -> str:
-    """Return what a template makes; what it raises passes through."""
+def _render(template: jinja2.Template, names: dict[str, Any]) -> str:
     pieces: list[str] = []
     length = 0
-    for piece in _compiled(source).generate(names):
+    for piece in template.generate(names):
         pieces.append(piece)
         length += len(piece)
         if length > MOST_CHARACTERS:
@@ -62,21 +59,17 @@ def render(source: str, names: dict[str, Any]) -> str:
 def attempt(job: Job) -> Rendered:
     """Do a job; what a template can do wrong has no end."""
     try:
-        if not job.names:
-            _compiled(job.source)
-            return Rendered.of()
-        return Rendered.of(render(job.source, json.loads(job.names)))
+        compiled = _compiled(job.source)
+        return Rendered.of(_render(compiled, json.loads(job.names)) if job.names else "")
     except Exception as error:  # noqa: BLE001 - see above
         refuses = isinstance(error, jinja2.TemplateError)
-        cause = str(error) if refuses else f"{type(error).__name__}: {error}"
-        cause = cause[:_LONGEST_PROBLEM]
+        cause = (str(error) if refuses else f"{type(error).__name__}: {error}")[:_LONGEST_PROBLEM]
+        problem = f"the model's chat template refuses them: {cause}"
         if not job.names:
-            return Rendered.of(
-                problem=f"the model's chat template cannot be compiled ({cause}); send `prompt` instead."
-            )
-        if refuses:
-            return Rendered.of(problem=f"the model's chat template refuses them: {cause}")
-        return Rendered.of(problem=f"the model's chat template fails on them ({cause}).")
+            problem = f"the model's chat template cannot be compiled ({cause}); send `prompt` instead."
+        elif not refuses:
+            problem = f"the model's chat template fails on them ({cause})."
+        return Rendered.of(problem=problem)
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,10 +92,6 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _now(pattern: str) -> str:
-    return dt.datetime.now().astimezone().strftime(pattern)
-
-
 def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     # Jinja's own writes for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
@@ -112,11 +101,8 @@ _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
 )
 _ENVIRONMENT.filters["tojson"] = _to_json
-_ENVIRONMENT.globals.update({"raise_exception": _refuse, "strftime_now": _now})
-
-
-def _bound(_: Emit) -> None:
-    bound(RLIMIT_AS=MOST_MEMORY, RLIMIT_CORE=0)
+_ENVIRONMENT.globals["raise_exception"] = _refuse
+_ENVIRONMENT.globals["strftime_now"] = lambda pattern: dt.datetime.now().astimezone().strftime(pattern)
 
 
 def _work(job: Job, emit: Emit) -> None:
@@ -128,4 +114,4 @@ def _work(job: Job, emit: Emit) -> None:
 
 
 if __name__ == "__main__":
-    serve_jobs(Job, _work, ready=_bound)
+    serve_jobs(Job, _work, ready=lambda _: bound(RLIMIT_AS=MOST_MEMORY, RLIMIT_CORE=0))

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 
+from pydantic.fields import FieldInfo
+
 from edge_phi3 import templates
-from edge_phi3.api import body, connection, errors, lanes, ops
+from edge_phi3.api import body, connection, errors, ops, service
 from edge_phi3.api.openai import translate
 from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS
 from edge_phi3.generation.values import LONGEST_SHOWN
+from edge_phi3.options import flag_of
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import default_of, flag_of
 
 _OPTIONS = (
     ("headers", "bytes of the request line and headers", "max_header_size"),
@@ -46,12 +48,20 @@ def markdown() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def default_of(field: FieldInfo) -> str:
+    """Return an option's default as Markdown, empty where there is none."""
+    if field.default in (None, ()):
+        return ""
+    shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+    return f"`{shown.removesuffix('.0')}`"
+
+
 def _fixed() -> Iterator[tuple[str, str, int | str]]:
     yield "body", "chunks of any size; more must hold 16 bytes on average", connection.FREE_CHUNKS
-    yield "body", "bytes, beyond which it is prepared by a thread, beside all other requests", lanes.LONG
-    for lane, threads in lanes.THREADS.items():
+    yield "body", "bytes, beyond which it is prepared by a thread, beside all other requests", service.LONG
+    for lane, threads in service.THREADS.items():
         kind = {"long": "such bodies", "foreign": "of those, conversations for a template of strangers"}.get(lane)
-        yield "body", f"{kind or f'of those, bodies of {lanes.LONGEST} bytes and more'} prepared at once", threads
+        yield "body", f"{kind or f'of those, bodies of {service.LONGEST} bytes and more'} prepared at once", threads
     yield "names", "characters of one in an error", LONGEST_SHOWN
     yield "names", "ignored fields that the answer names", body.MOST_IGNORED
     yield "names", "characters of each", body.LONGEST_IGNORED

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
+from pydantic import ByteSize
 
-from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
+from edge_phi3.options import allowed_values, flag_of, group_of, key_of, metavar_of
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import key_of, to_markdown
 from scripts import generation_reference as reference
-from scripts import limits
+from scripts import limits, openai_fields
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = "helm/edge-phi3"
@@ -77,6 +77,18 @@ def table(text: str) -> str:
         shown = json.dumps(default, ensure_ascii=False).replace("|", "\\|")
         lines.append(f"| `{path}` | `{shown}` | {description.replace('|', '&#124;')} |")
     return "\n".join(lines)
+
+
+def options_tables() -> str:
+    """Return the service's options as Markdown tables, one for each group."""
+    groups: dict[str, list[str]] = {}
+    for name, field in Settings.model_fields.items():
+        metavar = metavar_of(field)
+        values = f"`{metavar}`" if metavar and field.annotation is not ByteSize else allowed_values(field)
+        row = f"| `{flag_of(name)}` | {values} | {limits.default_of(field)} | {field.description} |"
+        groups.setdefault(group_of(field), []).append(row)
+    head = "| option | values | default | meaning |\n| --- | --- | --- | --- |\n"
+    return "\n\n".join(f"#### {group}\n\n{head}" + "\n".join(rows) for group, rows in groups.items())
 
 
 def options_schema() -> dict[str, Any]:
@@ -143,10 +155,10 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
-    "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
+    "docs/api.md": functools.partial(between_marks, openai_fields.markdown),
     "docs/parameters.md": functools.partial(between_marks, reference.markdown),
     "docs/security.md": functools.partial(between_marks, limits.markdown),
-    "docs/cli.md": functools.partial(between_marks, lambda: to_markdown(Settings)),
+    "docs/cli.md": functools.partial(between_marks, options_tables),
     f"{CHART}/README.md": functools.partial(
         between_marks, lambda: table((ROOT / CHART / "values.yaml").read_text(encoding="utf-8"))
     ),

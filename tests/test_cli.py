@@ -18,8 +18,8 @@ from click.testing import CliRunner
 from edge_phi3 import __version__
 from edge_phi3.cli import VERBS, app
 from edge_phi3.conversion.convert import convert
+from edge_phi3.options import flag_of
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import flag_of
 from tests.golden.checkpoints import write_checkpoint
 from tests.support.cases import cases, tables
 

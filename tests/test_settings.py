@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_phi3.api_keys import digest_of
 from edge_phi3.engine.engine_settings import EngineSettings
-from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
-from edge_phi3.settings_text import to_toml
+from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError, digest_of, to_toml
 from tests.support.cases import cases
 
 

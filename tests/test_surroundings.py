@@ -16,7 +16,7 @@ import pytest
 from edge_phi3 import system_resources
 from edge_phi3.files import DiskFullError, OutputExistsError, atomic_output, read_bounded
 from edge_phi3.llama import backend
-from edge_phi3.settings_sources import SettingsError, read_toml
+from edge_phi3.settings import SettingsError, read_toml
 from tests.conversion.conftest import write_model
 from tests.support.cases import cases
 from tests.support.services import COMMAND, PATIENCE, serving

@@ -6,15 +6,18 @@ What would change the answer and cannot be had is refused; what else is unknown 
 import codecs
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
 from litestar import Request
 
-from edge_phi3.api.errors import InvalidRequestError, UnsupportedMediaTypeError
+from edge_phi3.api.errors import InvalidRequestError, RefusedError
 from edge_phi3.api.exchange import Exchange, exchange_of
+from edge_phi3.api.openai import fields
+from edge_phi3.generation.parameters import PARAMETERS
+from edge_phi3.generation.refused import REFUSED, Refused
 
 logger = structlog.get_logger(__name__)
 
@@ -48,38 +51,33 @@ def decode_body(
     type_: type[RequestType],
     sift: Callable[[Any], Iterable[str]] | None = None,
 ) -> RequestType:
-    """Return a request's body as a request type.
+    """Return a request's body as a request type; `InvalidRequestError` where it does not fit, naming the field.
 
     Fields that the type does not have are ignored, and named (see `ignore`). `sift` is another way to find what is
-    named, which may refuse fields, and change the body.
-
-    Raises:
-        UnsupportedMediaTypeError: the body is said not to be JSON, or to be compressed, or is a page's that does not
-            say: browsers let any page send such a body anywhere.
-        InvalidRequestError: it is not JSON, or does not fit the type; the message names the field.
+    named, which may refuse fields, and change the body. One that is said not to be JSON, or to be compressed, or a
+    page's that does not say, is a `RefusedError`: browsers let any page send such a body anywhere.
     """
     headers = request.headers
     if (encoding := headers.get("content-encoding", "identity").strip().lower()) != "identity":
-        raise UnsupportedMediaTypeError(f"The body is compressed ({encoding[:60]}); send it as it is.")
+        raise RefusedError(415, f"The body is compressed ({encoding[:60]}); send it as it is.")
     unsaid = "nothing" if "origin" in headers or "sec-fetch-site" in headers else "application/json"
     media_type = headers.get("content-type", unsaid).partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise UnsupportedMediaTypeError(
-            f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
+        raise RefusedError(
+            415, f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
         )
     try:
         document = _decode(body.removeprefix(codecs.BOM_UTF8))
         if isinstance(document, dict):
             ignored = sift(document) if sift else (name for name in document if name not in type_.__struct_fields__)
             ignore(exchange_of(request.scope), ignored)
-        decoded = msgspec.convert(document, type_)
+        return msgspec.convert(document, type_)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(_explain(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
     except (RecursionError, ValueError):
         raise InvalidRequestError("The body is nested too deeply, or holds a number that is too long.") from None
-    return decoded
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:
@@ -115,3 +113,42 @@ def _explain(message: str) -> str:
         got = f", but is {_JSON_NAMES.get(mismatch['got'], mismatch['got'])}" if mismatch["got"] else ""
         return f"{subject} must be {allowed}{mismatch['bound']}{got}."
     return f"{subject}: {what}."
+
+
+def sift(type_: type[msgspec.Struct], body: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of fields that are ignored with a word; one that is refused is an `InvalidRequestError`."""
+    for name in _others(body, type_):
+        if name in PARAMETERS and type_ is not fields.TokenizeRequest:
+            raise InvalidRequestError(f"`{name}` belongs inside `generate_kwargs`.")
+        if (refused := REFUSED.get(name)) is not None:
+            _check(name, body[name], refused)
+        yield name
+    for options in _objects([body.get("stream_options")]):
+        yield from (f"stream_options.{name}" for name in _others(options, fields.StreamOptions, "stream_options."))
+    for index, message in enumerate(_objects(body.get("messages"))):
+        for name in _others(message, fields.ChatCompletionMessage, f"messages[{index}]."):
+            yield f"messages[].{name}"
+        for part in _objects(message.get("content")):
+            yield from (f"messages[].content[].{name}" for name in _others(part, fields.ContentPart))
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _others(body: Mapping[str, Any], type_: type[msgspec.Struct], where: str = "") -> Iterator[str]:
+    """Yield the fields that a type does not have and the table is silent about, or wants named; check the refused."""
+    others = fields.NESTED.get(type_, fields.OTHERS)
+    for name, value in body.items():
+        if name in type_.__struct_fields__:
+            continue
+        other = others.get(name)
+        if isinstance(other, Refused):
+            _check(where + name, value, other)
+        elif other is None or (other.named and value is not None):
+            yield name
+
+
+def _check(name: str, value: object, refused: Refused) -> None:
+    if not refused.accepts(value):
+        raise InvalidRequestError(f"`{name}` is not supported: {refused.reason}.")

@@ -1,22 +1,44 @@
 """``POST /chat``: the original service's endpoint, plain or streamed."""
 
+import contextlib
 import functools
-from collections.abc import AsyncGenerator, Iterator
-from typing import Any
+import types
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from typing import Annotated, Any, Final, Union, get_args, get_origin
 
+import pydantic
 from litestar import Request, Response, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 
-from edge_phi3.api import lax
 from edge_phi3.api.body import decode_body
 from edge_phi3.api.errors import InvalidRequestError
-from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves, exchange_of
+from edge_phi3.api.exchange import EventStream, Exchange, cancelled_when_client_leaves, event, exchange_of
 from edge_phi3.api.schemas import ChatRequest, ChatResponse, TokenScore, Usage
 from edge_phi3.api.service import Service
-from edge_phi3.api.sse import EventStream, event
 from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.parameters import PARAMETERS
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
+
+_READERS: Final[Mapping[type, Callable[[Any], Any]]] = {
+    type_: pydantic.TypeAdapter[Any](type_).validate_python for type_ in (bool, int, float)
+}
+"""The original service's requests were pydantic's, which took `"30"` and `"true"`."""
+
+
+def _scalar(type_: Any) -> type | None:
+    """Return which of the readers' types a type is, or may be."""
+    if type_ in _READERS:
+        found: type = type_
+        return found
+    parts = get_args(type_) if get_origin(type_) in {Annotated, types.UnionType, Union} else ()
+    return next(filter(None, map(_scalar, parts)), None)
+
+
+_FIELDS: Final = dict.fromkeys(("return_full_text", "clean_up_tokenization_spaces", "stream"), bool)
+_PARAMETERS: Final = {
+    name: scalar for name, each in PARAMETERS.items() if (scalar := _scalar(each.value.kind.type)) is not None
+}
 
 
 @post("/chat", status_code=200, body=ChatRequest)
@@ -36,13 +58,22 @@ async def chat(
 
 def _sift(service: Service, body: dict[str, Any]) -> Iterator[str]:
     """Read a body's values as the original did, and yield the fields that are ignored, or cut to what there is."""
-    lax.read(body)
-    kwargs = body.get("generate_kwargs")
-    if isinstance(kwargs, dict) and isinstance(wanted := kwargs.get("max_length"), int):
-        kwargs["max_length"] = min(wanted, service.pipeline.engine.max_length)
-        if kwargs["max_length"] < wanted and kwargs.get("max_new_tokens") is None:
-            yield "generate_kwargs.max_length"
+    _read_laxly(body, _FIELDS)
+    if isinstance(kwargs := body.get("generate_kwargs"), dict):
+        _read_laxly(kwargs, _PARAMETERS)
+        if isinstance(wanted := kwargs.get("max_length"), int):
+            kwargs["max_length"] = min(wanted, service.pipeline.engine.max_length)
+            if kwargs["max_length"] < wanted and kwargs.get("max_new_tokens") is None:
+                yield "generate_kwargs.max_length"
     yield from (name for name in body if name not in ChatRequest.__struct_fields__)
+
+
+def _read_laxly(values: dict[str, Any], types_: Mapping[str, type]) -> None:
+    """Turn what pydantic takes for a truth value or a number into one, in place; the rest stays as it is."""
+    for name in values.keys() & types_.keys():
+        if isinstance(values[name], str | int | float):
+            with contextlib.suppress(pydantic.ValidationError):
+                values[name] = _READERS[types_[name]](values[name])
 
 
 def _prepare(service: Service, wanted: ChatRequest, exchange: Exchange) -> PreparedPrompt:
@@ -88,8 +119,7 @@ def chat_response(output: GenerationOutput, config: GenerationConfig) -> ChatRes
     if not config.return_dict_in_generate:
         return ChatResponse(output.text)
     # In JSON, null stands for a number that is infinite: msgspec writes it so.
-    scores: list[list[TokenScore]] | None = None
-    if output.scores is not None:
-        scores = [[TokenScore(*token) for token in sequence] for sequence in output.scores]
+    scored = output.scores
+    scores = None if scored is None else [[TokenScore(*token) for token in sequence] for sequence in scored]
     usage = Usage(output.prompt_tokens, output.completion_tokens)
     return ChatResponse(output.text, output.sequences, output.sequences_scores, scores, usage)

@@ -23,7 +23,9 @@ def configure_logging(log_format: Literal["text", "json"], level: str) -> None:
     ]
     if log_format == "json":
         shared.append(structlog.processors.format_exc_info)
-        renderer: Processor = structlog.processors.JSONRenderer(serializer=_to_json)
+        renderer: Processor = structlog.processors.JSONRenderer(
+            serializer=lambda value, **_: msgspec.json.encode(value, enc_hook=str).decode()
+        )
     else:
         # The plain traceback: others show local variables, and with them prompts and keys.
         renderer = structlog.dev.ConsoleRenderer(
@@ -66,19 +68,12 @@ def _indented_traceback(stream: TextIO, error: ExcInfo) -> None:
     stream.writelines(f"    {_printable(line)}\n" for line in written.getvalue().split("\n"))
 
 
-def _to_json(value: object, **_: object) -> str:
-    return msgspec.json.encode(value, enc_hook=str).decode()
-
-
 def log_exchange(exchange: Exchange) -> None:
     """Log the end of a request in one line."""
     log = access_logger.debug if exchange.is_probe else access_logger.info
     facts: dict[str, Any] = {"status": exchange.status, "ms": round(exchange.seconds * 1e3, 1)}
     output = exchange.output
-    if exchange.key is not None:
-        facts["key"] = exchange.key
-    if exchange.error is not None:
-        facts["error"] = exchange.error
+    facts |= {name: value for name in ("key", "error") if (value := getattr(exchange, name)) is not None}
     if output is not None:
         decoding = output.timing.total - output.timing.first_token
         facts |= {

@@ -4,11 +4,10 @@ import itertools
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
-from typing import Final
+from typing import Final, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -16,6 +15,8 @@ from edge_phi3.api.exchange import Exchange
 from edge_phi3.engine.stats import EngineStats, Times
 from edge_phi3.pipeline import ModelCard
 from edge_phi3.version import __version__
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 _OUTCOMES = {
     200: "ok",
@@ -141,11 +142,6 @@ class ServiceMetrics(Collector):
         if steps > 0:
             self._per_token.labels(model).observe((timing.total - timing.first_token) / steps)
 
-    def expose(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics in the format that an ``Accept`` header asks for, and its content type."""
-        encode, content_type = choose_encoder(accept)
-        return encode(self.registry), content_type
-
     def collect(self) -> Iterator[Metric]:
         """Yield the engine's state as Prometheus metrics."""
         versions = {
@@ -153,24 +149,24 @@ class ServiceMetrics(Collector):
             "llama_cpp": version("llama-cpp-python"),
             "python": platform.python_version(),
         }
-        yield self._gauge("build_info", "Versions.", versions)
+        yield self._family(GaugeMetricFamily, "build_info", "Versions.", versions)
         stats = self._stats()
         if stats is None:
             return
         model = {"model_name": self.model_name}
         description = self.model.description if self.model else ""
-        yield self._gauge("model_info", "The model served.", model | {"description": description})
+        yield self._family(GaugeMetricFamily, "model_info", "The model served.", model | {"description": description})
         cells = {"block_size": "1", "num_gpu_blocks": str(stats.cells_total)}
-        yield self._gauge("cache_config_info", "The KV cache in blocks, here single cells.", cells)
-        layers = self._gauge("model_layers", "Layers, the output too, by device.", {"device": "gpu"}, stats.gpu_layers)
+        yield self._family(GaugeMetricFamily, "cache_config_info", "The KV cache in blocks, here single cells.", cells)
+        layers = self._family(
+            GaugeMetricFamily, "model_layers", "Layers, the output too, by device.", {"device": "gpu"}, stats.gpu_layers
+        )
         layers.add_metric(["cpu"], stats.cpu_layers)
         yield layers
         for name, (text, value) in _GAUGES.items():
-            yield self._gauge(name, text, model, value(stats))
+            yield self._family(GaugeMetricFamily, name, text, model, value(stats))
         for name, (text, value) in _COUNTERS.items():
-            counter = CounterMetricFamily(self._prefix + name, text, labels=list(model))
-            counter.add_metric(list(model.values()), value(stats))
-            yield counter
+            yield self._family(CounterMetricFamily, name, text, model, value(stats))
         for name, (text, times_of) in _TIMES.items():
             times, labels = times_of(stats), [str(bound) for bound in Times.BOUNDS]
             counts = itertools.accumulate(times.counts)
@@ -179,7 +175,7 @@ class ServiceMetrics(Collector):
             histogram.add_metric(list(model.values()), buckets, times.total)
             yield histogram
 
-    def _gauge(self, name: str, text: str, labels: Mapping[str, str], value: float = 1) -> GaugeMetricFamily:
-        gauge = GaugeMetricFamily(self._prefix + name, text, labels=list(labels))
-        gauge.add_metric(list(labels.values()), value)
-        return gauge
+    def _family(self, kind: type[Family], name: str, text: str, labels: Mapping[str, str], value: float = 1) -> Family:
+        family = kind(self._prefix + name, text, labels=list(labels))
+        family.add_metric(list(labels.values()), value)
+        return family

@@ -10,12 +10,12 @@ from litestar import MediaType, Request, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import RawBody
 from litestar.response import Redirect
+from prometheus_client.exposition import choose_encoder
 
 from edge_phi3.api import schemas
-from edge_phi3.api.body import decode_body
+from edge_phi3.api.body import decode_body, sift
 from edge_phi3.api.errors import InvalidRequestError
 from edge_phi3.api.openai.fields import TokenizeRequest
-from edge_phi3.api.openai.reading import sift
 from edge_phi3.api.openai.translate import conversation_of
 from edge_phi3.api.service import Service
 from edge_phi3.api.static_files import prefers_html
@@ -76,16 +76,15 @@ async def metrics(
     request: Request[Any, Any, Any], service: NamedDependency[Service]
 ) -> Response[schemas.MetricsResponse] | Response[bytes]:
     """Show the GPUs, or the CPUs without any, or Prometheus metrics to clients that accept their formats."""
-    accept = request.headers.get("accept", "")
-    if any(kind in accept for kind in _PROMETHEUS_TYPES):
-        return _exposed(service, accept)
+    if any(kind in request.headers.get("accept", "") for kind in _PROMETHEUS_TYPES):
+        return _exposed(request, service)
     return Response(await asyncio.to_thread(_machine), media_type=MediaType.JSON)
 
 
 @get("/metrics/prometheus", sync_to_thread=False)
 def prometheus(request: Request[Any, Any, Any], service: NamedDependency[Service]) -> Response[bytes]:
     """Show the metrics of requests and engine in Prometheus's formats, whatever the client accepts."""
-    return _exposed(service, request.headers.get("accept", ""))
+    return _exposed(request, service)
 
 
 @post("/tokenize", status_code=200, body=TokenizeRequest)
@@ -143,9 +142,7 @@ def _tokenized(pipeline: TextGenerationPipeline, wanted: TokenizeRequest) -> sch
         )
     pieces = [pipeline.token_bytes(token) for token in tokens] if shown else []
     return schemas.TokenizeResponse(
-        [schemas.TokenPiece(*each) for each in zip(tokens, map(_piece, pieces), strict=True)]
-        if wanted.with_pieces
-        else tokens,
+        list(map(schemas.TokenPiece, tokens, map(_piece, pieces))) if wanted.with_pieces else tokens,
         len(tokens),
         pipeline.engine.max_length,
         [piece.decode(errors="replace") for piece in pieces] if wanted.return_token_strs else None,
@@ -159,15 +156,15 @@ def _piece(data: bytes) -> str | list[int]:
         return list(data)
 
 
-def _exposed(service: Service, accept: str) -> Response[bytes]:
-    content, content_type = service.metrics.expose(accept)
-    return Response(content, headers={"Content-Type": content_type})
+def _exposed(request: Request[Any, Any, Any], service: Service) -> Response[bytes]:
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(service.metrics.registry), headers={"Content-Type": content_type})
 
 
 def _machine() -> schemas.MetricsResponse:
     """Describe the GPUs, or the CPUs when there is no GPU. Blocks for a tenth of a second without GPUs."""
     if found := gpus():
-        return schemas.MetricsResponse(gpu_info=[_gpu(gpu) for gpu in found])
+        return schemas.MetricsResponse([_gpu(gpu) for gpu in found])
     memory = psutil.virtual_memory()
     total = psutil.cpu_count(logical=True) or 1
     cpus = schemas.CPUInfo(

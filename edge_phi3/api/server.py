@@ -1,23 +1,32 @@
-"""The service as a process: a bound port, uvicorn on it, and a stop that lets running requests finish."""
+"""The service: one ASGI application, a bound port, uvicorn on it, and a stop that lets running requests finish."""
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
 import shlex
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import FrameType
 
 import structlog
 import uvicorn
+from litestar import Litestar, Router
+from litestar.config.cors import CORSConfig
+from litestar.di import Provide
+from litestar.types import Guard
 
-from edge_phi3.api.app import create_service
+from edge_phi3.api import chat, ops, static_files
 from edge_phi3.api.connection import Connection
-from edge_phi3.api.exchange import Exchanges
-from edge_phi3.api.logs import configure_logging
+from edge_phi3.api.errors import EXCEPTION_HANDLERS
+from edge_phi3.api.exchange import Exchange, Exchanges
+from edge_phi3.api.guards import RATE_HEADERS, HostList, RateLimiter
+from edge_phi3.api.logs import configure_logging, log_exchange
+from edge_phi3.api.openai import routes as openai
 from edge_phi3.api.service import Loader, Service
+from edge_phi3.api.tracing import tracing_of
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.settings import Settings
 
@@ -26,22 +35,16 @@ logger = structlog.get_logger(__name__)
 _FLUSH_SECONDS = 2
 """How long finished answers may take to reach their clients once everything else has stopped."""
 
-_QUESTION = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
-
 
 class ServerError(EdgePhi3Error):
     """The service cannot listen where it should."""
 
 
 def run(settings: Settings, load: Loader, announce: Callable[[Service, str], None]) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT; `ServerError` when the address cannot be bound, and what `load` raises.
 
     The port is bound first, so that probes are answered while the model is downloaded, converted or loaded. Once
     requests are taken, `announce` is called with the service's address.
-
-    Raises:
-        ServerError: the address cannot be bound.
-        EdgePhi3Error: the model cannot be loaded.
     """
     configure_logging(settings.log_format, settings.log_level)
     if settings.api_key:
@@ -60,6 +63,52 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
         # crash, and what it writes is unfinished and known as such.
         sys.stderr.flush()
         os._exit(0)
+
+
+def create_service(settings: Settings, load: Loader) -> tuple[Exchanges, Service]:
+    """Return the application, which any ASGI server runs, and its state; raises as `tracing_of`."""
+    service = Service(settings, load)
+    recorders: list[Callable[[Exchange], None]] = [service.metrics.record, log_exchange]
+    if (tracing := tracing_of(settings)) is not None:
+        recorders.append(lambda exchange: tracing.record(exchange, service.metrics.model_name))
+    guards: list[Guard] = []
+    if settings.rate_limit is not None:
+        guards.append(RateLimiter(settings.rate_limit, service.keys).guard)
+    if service.keys:
+        guards.append(service.keys.guard)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
+        service.start()
+        yield
+        service.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
+
+    app = Litestar(
+        route_handlers=[
+            Router("/", route_handlers=ops.OPEN),
+            Router("/", route_handlers=static_files.HANDLERS, include_in_schema=False),
+            Router(
+                "/", route_handlers=[chat.chat, *ops.GUARDED, *openai.HANDLERS], guards=guards, opt={"needs_key": True}
+            ),
+        ],
+        dependencies={"service": Provide(lambda: service, sync_to_thread=False, use_cache=True)},
+        guards=[HostList(settings).guard],
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=[lifespan],
+        cors_config=CORSConfig(
+            allow_origins=list(settings.cors_origin),
+            allow_methods=["GET", "POST"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After", *RATE_HEADERS],
+        )
+        if settings.cors_origin
+        else None,
+        request_max_body_size=int(settings.max_body_size),
+        openapi_config=None,
+        logging_config=None,
+    )
+    return Exchanges(app, recorders), service
 
 
 def uvicorn_config(app: Exchanges, settings: Settings) -> uvicorn.Config:
@@ -87,10 +136,9 @@ def address_of(listener: socket.socket) -> str:
 
 def example_command(url: str) -> str:
     """Return a curl command that asks the service at `url` a question."""
-    body = json.dumps(
-        {"prompt": _QUESTION, "return_full_text": False, "generate_kwargs": {"do_sample": False}},
-        separators=(",", ":"),
-    )
+    question = "<|user|>\nWhat does json.dumps do?<|end|>\n<|assistant|>\n"
+    asked = {"prompt": question, "return_full_text": False, "generate_kwargs": {"do_sample": False}}
+    body = json.dumps(asked, separators=(",", ":"))
     local = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     return f"curl -X POST {local}/chat -H 'Content-Type: application/json' -d {shlex.quote(body)}"
 
@@ -127,8 +175,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, announce: Callable[[], None]) -> None:
         super().__init__(config)
         self._service = service
-        self._announce = announce
-        self._announced = False
+        self._announce: Callable[[], None] | None = announce
         self._signals = 0
         self._drain: asyncio.Task[None] | None = None
 
@@ -142,9 +189,9 @@ class _Server(uvicorn.Server):
         service = self._service
         if service.failure is not None:
             return True
-        if not self._announced and service.is_ready:
-            self._announced = True
+        if self._announce is not None and service.is_ready:
             self._announce()
+            self._announce = None
         if self._signals == 0:
             return False
         if self._drain is None:

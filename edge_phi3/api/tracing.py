@@ -44,12 +44,12 @@ class Tracing:
             raise TracingError(
                 "--otel-endpoint: traces need packages that are not installed: pip install 'edge-phi3[otel]'."
             ) from None
-        about = {"service.version": __version__}
-        if "OTEL_SERVICE_NAME" not in os.environ:
-            about["service.name"] = "edge-phi3"
+        name = os.environ.get("OTEL_SERVICE_NAME", "edge-phi3")
         patience = None if "OTEL_EXPORTER_OTLP_TIMEOUT" in os.environ else _PATIENCE
         url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/traces"
-        self._provider = TracerProvider(resource=Resource.create(about), shutdown_on_exit=False)
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.version": __version__, "service.name": name}), shutdown_on_exit=False
+        )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=patience)))
         self._tracer = self._provider.get_tracer("edge_phi3", __version__)
         self._propagator = TraceContextTextMapPropagator()
@@ -82,11 +82,7 @@ class Tracing:
 
 
 def tracing_of(settings: Settings) -> Tracing | None:
-    """Return what sends traces where the options or OpenTelemetry's own variables name a collector, else None.
-
-    Raises:
-        TracingError: the options do, and the extra is not installed.
-    """
+    """Return what sends traces where the options or OpenTelemetry's own variables name a collector, else None."""
     if settings.otel_endpoint is not None:
         return Tracing(settings.otel_endpoint)
     if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or not any(map(os.environ.get, _ENDPOINTS)):
@@ -105,14 +101,13 @@ def _attributes(exchange: Exchange, model: str) -> dict[str, Any]:
     The conventions have no attribute of a span for times yet: those are vLLM's.
     """
     scope, output = exchange.scope, exchange.output
-    failed = str(exchange.status) if exchange.status >= 500 else None
     known: dict[str, Any] = {
         "http.request.method": scope["method"],
         "http.response.status_code": exchange.status,
         "url.path": exchange.path,
         "url.scheme": scope.get("scheme", "http"),
         "http.request.header.x-request-id": [exchange.request_id],
-        "error.type": exchange.error or failed,
+        "error.type": exchange.error or (str(exchange.status) if exchange.status >= 500 else None),
     }
     if exchange.operation is not None:
         known |= {

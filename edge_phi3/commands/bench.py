@@ -111,7 +111,10 @@ def _serve(url: str, **options: Any) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        tasks = [progress.add_task(_name(level), total=level.sessions, start=False) for level in levels]
+        names = [f"{one.clients} clients" if one.rate is None else f"{one.rate:g} arrivals/s" for one in levels]
+        tasks = [
+            progress.add_task(name, start=False, total=one.sessions) for name, one in zip(names, levels, strict=True)
+        ]
 
         def request_done(number: int) -> None:
             progress.start_task(tasks[number])
@@ -128,24 +131,17 @@ def _serve(url: str, **options: Any) -> None:
         plot_sweep(report.api, report.levels, files["plot"])
 
 
-def _name(level: Level) -> str:
-    return f"{level.clients} clients" if level.rate is None else f"{level.rate:g} arrivals/s"
-
-
 def _explain(levels: Sequence[Summary], *, exact: bool, random: bool) -> None:
     """Print what the table does not show: how to read its pairs, and what weakens the figures."""
-    click.echo("Load is clients, or arrivals a second. Times are milliseconds: median/95th percentile.", err=True)
+    said = ["Load is clients, or arrivals a second. Times are milliseconds: median/95th percentile."]
     if random and not exact:
-        click.echo(
-            "The server has no /tokenize for exact lengths: prompts have the requested length on average.", err=True
-        )
+        said.append("The server has no /tokenize for exact lengths: prompts have the requested length on average.")
     if not all(level.counted for level in levels):
-        click.echo("The server does not report generated tokens: pieces of text are counted instead.", err=True)
+        said.append("The server does not report generated tokens: pieces of text are counted instead.")
     if max(level.generator_cores for level in levels) > 0.5:
-        click.echo("The load generator itself was busy: run it on another machine for firm figures.", err=True)
-    for level in levels:
-        for error, count in level.errors.items():
-            click.echo(f"{count} failed: {error}", err=True)
+        said.append("The load generator itself was busy: run it on another machine for firm figures.")
+    said += [f"{count} failed: {error}" for level in levels for error, count in level.errors.items()]
+    click.echo("\n".join(said), err=True)
 
 
 @command.command("quants")

@@ -14,13 +14,16 @@ from edge_phi3.progress import stderr_progress
 _QUANT = click.option("--quant", "quants", multiple=True, metavar="TYPE", help="Of this type only; repeatable.")
 
 
-@click.group("models", invoke_without_command=True)
-@click.option(
+STORE = click.option(
     "--store",
     type=click.Path(path_type=Path),
     envvar="EDGE_PHI3_STORE",
     help="The folder of converted models; the user's cache folder when not given.",
 )
+
+
+@click.group("models", invoke_without_command=True)
+@STORE
 @click.pass_context
 def command(ctx: click.Context, store: Path | None) -> None:
     """List the models of the store: their sizes, types, sources, revisions, and when each was last asked for.

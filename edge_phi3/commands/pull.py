@@ -14,6 +14,7 @@ from rich.table import Table
 from edge_phi3.catalog import Catalog, parse_reference
 from edge_phi3.catalog.build import make_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint
+from edge_phi3.commands.models import STORE
 from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 
@@ -34,12 +35,7 @@ if TYPE_CHECKING:
     metavar="TYPE",
     help="A type that a checkpoint is quantised to; repeatable.",
 )
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="EDGE_PHI3_STORE",
-    help="The folder of converted models; the user's cache folder when not given.",
-)
+@STORE
 @click.option("--refresh", is_flag=True, help="Ask the Hub whether there is a newer revision.")
 @click.option("--keep-intermediate", is_flag=True, help="Keep the checkpoint, to quantise it again later.")
 @click.option(

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 import structlog
-from pydantic.fields import FieldInfo
 
 from edge_phi3.errors import WrongUsageError
-from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError
-from edge_phi3.settings_text import choices_of, flag_of, group_of, metavar_of, to_toml
+from edge_phi3.options import choices_of, flag_of, group_of, metavar_of
+from edge_phi3.settings import ENV_PREFIX, Settings, SettingsError, to_toml
 
 if TYPE_CHECKING:
     from edge_phi3.api.service import Service
@@ -28,7 +27,8 @@ def option_of(name: str, panel: str | None = None) -> click.Parameter:
     """
     field, flag = Settings.model_fields[name], flag_of(name)
     is_boolean, is_many = field.annotation is bool, isinstance(field.default, tuple)
-    metavar = metavar_of(field) or "|".join(choices_of(field)) or _kind(field)
+    kinds: dict[Any, str] = {int: "INTEGER", float: "NUMBER"}
+    metavar = metavar_of(field) or "|".join(choices_of(field)) or kinds.get(field.annotation, "TEXT")
     shown = str(field.default).lower() if is_boolean else field.default
     return click.RichOption(
         [f"{flag}/--no-{flag[2:]}" if is_boolean else flag],
@@ -39,34 +39,6 @@ def option_of(name: str, panel: str | None = None) -> click.Parameter:
         panel=panel or group_of(field),
         **({"is_flag": True} if is_boolean else {"type": str}),
     )
-
-
-def _kind(field: FieldInfo) -> str:
-    if field.annotation is int:
-        return "INTEGER"
-    return "NUMBER" if field.annotation is float else "TEXT"
-
-
-def _parameters() -> list[click.Parameter]:
-    model = f"{Settings.model_fields['model'].description} [default: demo]"
-    return [
-        click.RichArgument(["model"], required=False, metavar="[MODEL]", help=model),
-        *(option_of(name) for name in Settings.model_fields if name != "model"),
-        click.RichOption(
-            ["--config"],
-            type=click.Path(path_type=Path),
-            envvar=f"{ENV_PREFIX}CONFIG",
-            metavar="FILE",
-            help="A TOML file with options; flags and environment variables win over it.",
-            panel="Configuration",
-        ),
-        click.RichOption(
-            ["--print-config"],
-            is_flag=True,
-            help="Print the options that are in effect, as a TOML file for --config, and exit.",
-            panel="Configuration",
-        ),
-    ]
 
 
 def settings_of(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
@@ -104,9 +76,27 @@ def _announce(service: Service, url: str) -> None:
         )
 
 
+_MODEL = f"{Settings.model_fields['model'].description} [default: demo]"
 command = click.RichCommand(
     name="serve",
-    params=_parameters(),
+    params=[
+        click.RichArgument(["model"], required=False, metavar="[MODEL]", help=_MODEL),
+        *(option_of(name) for name in Settings.model_fields if name != "model"),
+        click.RichOption(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            envvar=f"{ENV_PREFIX}CONFIG",
+            metavar="FILE",
+            help="A TOML file with options; flags and environment variables win over it.",
+            panel="Configuration",
+        ),
+        click.RichOption(
+            ["--print-config"],
+            is_flag=True,
+            help="Print the options that are in effect, as a TOML file for --config, and exit.",
+            panel="Configuration",
+        ),
+    ],
     callback=_serve,
     help="""Serve a model over HTTP until Ctrl-C or SIGTERM.
 

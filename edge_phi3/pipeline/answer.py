@@ -30,12 +30,10 @@ class ModelCard(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """A piece of text of one returned sequence, which never splits a character.
+    """A piece of text of the returned sequence `index`, which never splits a character.
 
-    Attributes:
-        index: of the sequence.
-        text: the piece; it may be empty where log-probabilities are wanted.
-        placed: tokens whose places have become certain, in order, where log-probabilities are wanted.
+    It may be empty where log-probabilities are wanted: `placed` are the tokens whose places have become certain, in
+    order.
     """
 
     index: int

@@ -147,10 +147,7 @@ class ChatTemplate:
 
     def _run(self, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> str:
         names = {"tools": None, "documents": None, **self._special_tokens, **kwargs, "messages": messages}
-        try:
-            text, problem = ("", self._refusal) if self._refusal else self._attempt(json.dumps(names, default=dict))
-        except RecursionError:
-            raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
+        text, problem = ("", self._refusal) if self._refusal else self._attempt(json.dumps(names, default=dict))
         if problem:
             raise PromptError(f"messages: {problem}")
         return text

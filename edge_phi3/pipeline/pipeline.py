@@ -164,7 +164,7 @@ class TextGenerationPipeline:
             make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
-            prompt_ids = cut_hole(prompt_ids, config, self.engine.max_length)
+            prompt_ids = cut_hole(prompt_ids, config, longest)
         if len(prompt_ids) >= longest:
             raise ContextLengthError(
                 f"The prompt has {len(prompt_ids)} tokens, but this model's maximum context length is {longest} tokens;"
@@ -214,11 +214,7 @@ class TextGenerationPipeline:
     async def generate(
         self, prepared: PreparedPrompt, *, timeout: float | None = None, request_id: str = ""
     ) -> GenerationOutput:
-        """Run a prepared request to its end.
-
-        Raises:
-            EngineError: the engine refused or failed it.
-        """
+        """Run a prepared request to its end; `EngineError` when the engine refuses or fails it."""
         async for event in self._events(prepared, timeout, request_id):
             if isinstance(event, FinishedEvent):
                 return self._output(prepared, event)
@@ -332,11 +328,7 @@ class TextGenerationPipeline:
         return ConstraintVocabulary(self._tokenizer, self.schema_limits)
 
     def constrain(self, prepared: PreparedPrompt, grammar: Grammar) -> PreparedPrompt:
-        """Hold the answers of a prepared request, not a beam search, to a grammar.
-
-        Raises:
-            SchemaError: the grammar cannot be followed, or the request has no end token.
-        """
+        """Hold a prepared request, no beam search, to a grammar; `SchemaError` when that cannot be, or ends nowhere."""
         constraint = self._constraints.constrain(grammar, prepared.config.eos_token_id)
         return dataclasses.replace(prepared, constraint=constraint)
 

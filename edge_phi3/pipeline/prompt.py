@@ -1,10 +1,8 @@
 """What goes in: a request's prompt as tokens, with all that its answer needs."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +47,7 @@ class PreparedPrompt:
     only_scored: bool = False
     adapter: int = 0
 
-    def with_config(self, **changes: Any) -> PreparedPrompt:
+    def with_config(self, **changes: Any) -> Self:
         """Return the same prompt with other generation parameters."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, **changes))
 
@@ -63,11 +61,7 @@ def make_room_for_prefix(kwargs: dict[str, object], prefix_tokens: int) -> None:
 
 
 def cut_hole(prompt_ids: NDArray[np.int32], config: GenerationConfig, longest: int) -> NDArray[np.int32]:
-    """Return the end of a prompt that leaves room for the new tokens in a context of `longest` tokens.
-
-    Raises:
-        PromptError: there is none.
-    """
+    """Return the end of a prompt that leaves room for new tokens in `longest`; `PromptError` where there is none."""
     length = len(prompt_ids)
     new_tokens = config.max_new_tokens
     if new_tokens is None:

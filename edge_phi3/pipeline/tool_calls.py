@@ -52,13 +52,10 @@ def with_tools(
 def without_tool_turns(
     messages: Sequence[Message], marks: tuple[str, str], *, calls: bool, results: bool
 ) -> list[Message]:
-    """Return a conversation in the roles and fields that a template knows.
+    """Return a conversation in the roles and fields that a template knows; `marks` stand around a list of calls.
 
-    Args:
-        messages: the conversation.
-        marks: what stands around a list of calls.
-        calls: whether the template writes ``tool_calls``; else they are made a part of the text.
-        results: whether it writes turns of the role tool; else they are the user's.
+    A template that does not write ``tool_calls`` gets `calls` as a part of the text, and one that does not write turns
+    of the role tool gets `results` as the user's.
     """
     names: dict[str, str] = {}
     turns: list[Message] = []
@@ -98,13 +95,9 @@ def _parsed(call: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class CallPart:
-    """A piece of a call.
+    """A piece of call number `index` of its answer, of the tool `name`; its result refers to `id`.
 
-    Attributes:
-        index: the number of the call in its answer.
-        id: what its result refers to.
-        name: of the tool.
-        arguments: the next characters of its arguments as JSON; none in the first piece.
+    `arguments` are the next characters of its arguments as JSON; none in the first piece.
     """
 
     index: int

@@ -16,11 +16,9 @@ import httpx
 import pytest
 import structlog
 
-from edge_phi3.api import rate_limit, sse
-from edge_phi3.api.auth import KeyRing
-from edge_phi3.api.hosts import HostList
+from edge_phi3.api import exchange, guards
+from edge_phi3.api.guards import RATE_HEADERS, HostList, KeyRing, RateLimiter
 from edge_phi3.api.logs import configure_logging
-from edge_phi3.api.rate_limit import RATE_HEADERS, RateLimiter
 from edge_phi3.api.server import _bind
 from edge_phi3.settings import Settings
 from tests.api.conftest import GREEDY, USER, Clock, Running, loader, ready
@@ -138,7 +136,7 @@ def test_a_client_may_ask_n_times_at_once_and_then_evenly_and_others_do_not_matt
 
 
 def test_addresses_without_number_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rate_limit, "_CLIENTS", 100)
+    monkeypatch.setattr(guards, "_CLIENTS", 100)
     limiter = RateLimiter("1/day", KeyRing({}))
     assert limiter.take("often")[2] == 0
     for number in range(10_000):
@@ -204,12 +202,12 @@ def test_pages_of_other_origins_may_not_call_unless_configured(api: Running, mod
         assert {"authorization", "content-type", "x-stainless-anything"} <= given
         assert ask(it, "OPTIONS", OURS, "/v1/chat/completions").status_code == 204
         assert allowed(ask(it, "OPTIONS", EVIL)) != EVIL
-        before = list(sse._HEADERS)
+        before = list(exchange._HEADERS)
         for origin in (OURS, OTHER, EVIL):
             answer = ask(it, "POST", origin, stream=True)
             assert answer.status_code == 200
             assert answer.headers.get_list("access-control-allow-origin") == ([] if origin == EVIL else [origin])
-        assert before == sse._HEADERS
+        assert before == exchange._HEADERS
         metrics = it.client.get("/metrics/prometheus").text
         assert 'requests_total{endpoint="/chat",outcome="ok"} 3.0' in metrics
         assert 'outcome="error"' not in metrics

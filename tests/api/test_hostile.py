@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from edge_phi3.api import body as body_module
-from edge_phi3.api.lanes import LONG, LONGEST
+from edge_phi3.api.service import LONG, LONGEST
 from edge_phi3.llama.model import Model
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from tests.api.conftest import CHAT, COMPLETIONS, PATIENCE, USER, Running, loader, ready

@@ -9,10 +9,10 @@ from unittest import mock
 
 from click.testing import CliRunner
 
-from edge_phi3.api.app import create_service
+from edge_phi3.api.server import create_service
 from edge_phi3.cli import app
+from edge_phi3.options import key_of
 from edge_phi3.settings import Settings
-from edge_phi3.settings_text import key_of
 from tests.helm.chart import Object, containers, environment, of_kind, pod_of, pods, server, workload
 
 DNS_SUBDOMAIN = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")

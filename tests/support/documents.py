@@ -148,8 +148,7 @@ def _edge_phi3_mistakes(words: list[str]) -> list[str]:
         command = command.get_command(context, word)
         if command is None:
             return [f"edge-phi3 has no verb {word!r}"]
-        if hasattr(command, "load"):
-            command = command.load()
+        command = command.make_context(word, [], resilient_parsing=True).command
     flags = {"-h", "--help"}
     for parameter in command.params:
         flags |= {*parameter.opts, *parameter.secondary_opts}

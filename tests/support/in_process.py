@@ -11,9 +11,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from edge_phi3.api.app import create_service
 from edge_phi3.api.exchange import Exchanges
-from edge_phi3.api.server import uvicorn_config
+from edge_phi3.api.server import create_service, uvicorn_config
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.settings import Settings
 from tests.support.services import PATIENCE, wait_for

@@ -1,6 +1,5 @@
-"""How requests to OpenAI's API are answered: in one body, or in chunks. What chat completions and completions share."""
+"""How requests to OpenAI's API are answered: in one body, or in chunks, in the shapes of chat completions."""
 
-import abc
 import asyncio
 import contextlib
 import functools
@@ -10,25 +9,31 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
-import msgspec
 from litestar import Response
 from litestar.types import Receive
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
-from edge_phi3.api.exchange import Exchange, cancelled_when_client_leaves
+from edge_phi3.api.exchange import EventStream, Exchange, cancelled_when_client_leaves, event
 from edge_phi3.api.openai import translate
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
 from edge_phi3.api.openai.schemas import (
+    AnswerMessage,
+    CallDelta,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChunkChoice,
     CompletionTokensDetails,
     CompletionUsage,
+    Delta,
     FunctionCall,
+    FunctionDelta,
     PromptTokensDetails,
     ToolCall,
 )
-from edge_phi3.api.openai.shown import ShownText
+from edge_phi3.api.openai.shown import ShownText, chat_logprobs
 from edge_phi3.api.openai.tools import use_of
 from edge_phi3.api.service import Service
-from edge_phi3.api.sse import EventStream, event
 from edge_phi3.engine.token_offsets import PlacedLogprobs
 from edge_phi3.pipeline import GenerationOutput, PreparedPrompt, TextDelta
 from edge_phi3.pipeline.tool_calls import CallPart, CallReader
@@ -37,16 +42,16 @@ Reason = Literal["stop", "length", "tool_calls"]
 Part = str | CallPart
 """A piece of an answer: of its text, or of a call."""
 Tokens = list[PlacedLogprobs] | None
-UsageField = CompletionUsage | msgspec.UnsetType | None
+UsageField = CompletionUsage | UnsetType | None
 
 
-class Answer(abc.ABC):
-    """The answer to one request, whose prompts are run at once. A subclass gives the shapes of its API.
+class Answer:
+    """The answer to one request, whose prompts are run at once. A subclass gives the shapes of another API.
 
     `ID_PREFIX` is what the answer's id begins with.
     """
 
-    ID_PREFIX: ClassVar[str]
+    ID_PREFIX: ClassVar[str] = "chatcmpl"
 
     def __init__(
         self,
@@ -75,29 +80,56 @@ class Answer(abc.ABC):
         self.pipeline = service.pipeline
         self.head = (f"{self.ID_PREFIX}-{uuid.uuid4().hex}", int(time.time()), self.pipeline.names[prepared[0].adapter])
 
-    @abc.abstractmethod
     def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> Any:
         """Return a whole choice; `tokens` are those of its text, or None when log-probabilities are not wanted."""
+        text, calls = text_of(parts), _calls_of(parts)
+        message = AnswerMessage(text if text or not calls else None, tool_calls=calls or UNSET)
+        return ChatChoice(index, message, reason, self._logprobs(tokens))
 
-    @abc.abstractmethod
     def body(self, choices: list[Any], usage: CompletionUsage) -> Struct:
         """Return the answer in one body."""
+        return ChatCompletion(*self.head, choices, usage)
 
-    @abc.abstractmethod
+    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
+        """Return a piece of a choice; the last one has the finish reason, and no text."""
+        if isinstance(part, str):
+            delta = Delta(content=part or UNSET)
+        elif part.arguments:
+            delta = Delta(tool_calls=[CallDelta(part.index, FunctionDelta(part.arguments))])
+        else:
+            delta = Delta(tool_calls=[CallDelta(part.index, FunctionDelta("", part.name), part.id, "function")])
+        return ChunkChoice(index, delta, reason, self._logprobs(tokens))
+
+    def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
+        """Return a chunk of the stream."""
+        return ChatCompletionChunk(*self.head, choices, "chat.completion.chunk", usage)
+
     def opening(self, index: int) -> bytes:
         """Return the events that a choice begins with in a stream, if any."""
+        return self._event(ChunkChoice(index, Delta(role="assistant", content="")))
 
-    @abc.abstractmethod
     def told(self, index: int, part: Part, tokens: Tokens) -> bytes:
         """Return the events of a piece of a choice."""
+        return self._event(self.piece(index, part, None, tokens))
 
-    @abc.abstractmethod
-    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - the last chunk has all
         """Return the events of a choice's end; `usage` is that of its prompt's answers."""
+        return self._event(self.piece(index, "", reason))
 
-    @abc.abstractmethod
     def closing(self) -> bytes:
-        """Return what the stream ends with."""
+        """Return what the stream ends with: the token counts, where they are wanted."""
+        usage = event(self.chunk([], _usage_of(self._outputs))) if self._usage else b""
+        return usage + event(b"[DONE]")
+
+    def _event(self, piece: Struct) -> bytes:
+        usage: UsageField = None if self._usage else UNSET
+        if self._usage_so_far:
+            prompt = sum(len(prepared.prompt_ids) for prepared in self._prepared)
+            usage = CompletionUsage(prompt, self._generated, prompt + self._generated)
+        return event(self.chunk([piece], usage))
+
+    def _logprobs(self, tokens: Tokens) -> Any:
+        return None if tokens is None else chat_logprobs(self.pipeline, tokens)
 
     async def respond(self, receive: Receive) -> EventStream | Response[Any]:
         """Return the response; the client that `receive` listens to may leave before."""
@@ -189,48 +221,12 @@ class Answer(abc.ABC):
         self._generated += tokens
 
 
-class ChunkedAnswer(Answer):
-    """An answer whose stream is made of chunks that hold pieces of choices."""
-
-    @abc.abstractmethod
-    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> Struct:
-        """Return a piece of a choice; the last one has the finish reason, and no text."""
-
-    @abc.abstractmethod
-    def chunk(self, choices: list[Any], usage: UsageField) -> Struct:
-        """Return a chunk of the stream."""
-
-    def opening(self, index: int) -> bytes:  # noqa: ARG002 - a choice begins with nothing, whichever it is
-        """Return nothing: a choice begins with its first piece."""
-        return b""
-
-    def told(self, index: int, part: Part, tokens: Tokens) -> bytes:
-        """Return the chunk of a piece of a choice."""
-        return self._event(self.piece(index, part, None, tokens))
-
-    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - the last chunk has all
-        """Return the chunk of a choice's end."""
-        return self._event(self.piece(index, "", reason))
-
-    def closing(self) -> bytes:
-        """Return the chunk with the token counts, where it is wanted, and the end."""
-        usage = event(self.chunk([], _usage_of(self._outputs))) if self._usage else b""
-        return usage + event(b"[DONE]")
-
-    def _event(self, piece: Struct) -> bytes:
-        usage: UsageField = None if self._usage else msgspec.UNSET
-        if self._usage_so_far:
-            prompt = sum(len(prepared.prompt_ids) for prepared in self._prepared)
-            usage = CompletionUsage(prompt, self._generated, prompt + self._generated)
-        return event(self.chunk([piece], usage))
-
-
 def text_of(parts: Sequence[Part]) -> str:
     """Return the text of an answer."""
     return "".join(part for part in parts if isinstance(part, str))
 
 
-def calls_of(parts: Sequence[Part]) -> list[ToolCall]:
+def _calls_of(parts: Sequence[Part]) -> list[ToolCall]:
     """Return the calls of an answer; the last may be incomplete."""
     calls: dict[int, ToolCall] = {}
     for part in parts:
@@ -266,13 +262,8 @@ def _usage_of(outputs: Sequence[GenerationOutput]) -> CompletionUsage:
     cached = sum(output.cached_tokens for output in outputs)
     accepted = sum(output.accepted_tokens for output in outputs)
     rejected = sum(output.drafted_tokens for output in outputs) - accepted
-    return CompletionUsage(
-        prompt,
-        completion,
-        prompt + completion,
-        PromptTokensDetails(cached),
-        CompletionTokensDetails(accepted, rejected),
-    )
+    details = PromptTokensDetails(cached), CompletionTokensDetails(accepted, rejected)
+    return CompletionUsage(prompt, completion, prompt + completion, *details)
 
 
 async def _merged(streams: Sequence[AsyncGenerator[bytes, None]]) -> AsyncGenerator[bytes, None]:

@@ -1,7 +1,7 @@
 """Every field of a request to ``/v1`` and ``/tokenize``, once: what OpenAI's, vLLM's and llama-server's mean here.
 
 A field that is honoured is one of a request type, with its meaning. `OTHERS` says of the rest whether they are ignored
-or refused, and why. `edge_phi3.api.openai.reading` goes by this table, and docs/api.md's is made from it. What is in
+or refused, and why. `edge_phi3.api.body.sift` goes by this table, and docs/api.md's is made from it. What is in
 neither is ignored, and named in the log and in a response header.
 """
 

@@ -55,33 +55,25 @@ def is_held(request: SamplingFields) -> bool:
 
 
 def held(service: Service, prepared: PreparedPrompt, request: SamplingFields, use: ToolUse | None) -> PreparedPrompt:
-    """Return a prepared request whose answers are held to what it asks for.
-
-    Raises:
-        InvalidRequestError: that cannot be followed; several formats; or a beam search.
-    """
-    wanted = _wanted(request)
-    if wanted is None and use is None:
-        return prepared
-    parts: list[tuple[str, str, Any]] = [] if wanted is None else [wanted]
+    """Return a prepared request whose answers are held to what it asks for; `InvalidRequestError` where none can be."""
+    parts = wanted = _wanted(request)
     if use is not None:
-        parts += [(f"tools[{index}].function.parameters", "json", schema) for index, _, schema in use.allowed]
-    subject = "tools" if use else parts[0][0]
+        tools = [(f"tools[{index}].function.parameters", "json", schema) for index, _, schema in use.allowed]
+        parts = [*wanted, *tools]
+    elif not wanted:
+        return prepared
+    subject = "tools" if use else wanted[0][0]
     if prepared.config.is_beam_search:
         raise InvalidRequestError(f"`{subject.partition('.')[0]}` is not supported with `num_beams` above 1.")
     try:
         service.pipeline.schema_limits.check(*(value for _, _, value in parts))
-        answer = None
-        if wanted is not None:
-            subject, answer = wanted[0], _KINDS[wanted[1]](wanted[2])
+        answers = [_KINDS[kind](value) for _, kind, value in wanted]
         if use is None:
-            assert answer is not None
-            return service.pipeline.constrain(prepared, answer)
-        subject = "tools"
+            return service.pipeline.constrain(prepared, answers[0])
         grammar = calls_grammar(
             [(name, schema) for _, name, schema in use.allowed],
             service.pipeline.call_tokens,
-            answer=answer,
+            answer=answers[0] if answers else None,
             may_answer=use.may_answer,
             parallel=use.parallel,
         )
@@ -102,16 +94,14 @@ def _culprit(service: Service, prepared: PreparedPrompt, parts: list[tuple[str, 
     return None
 
 
-def _wanted(request: SamplingFields) -> tuple[str, str, Any] | None:
-    """Return the field that says what the answer is, its kind, and its value."""
-    found: list[tuple[str, str, Any]] = []
-    for name, kind in _FIELDS.items():
-        if (value := getattr(request, name)) not in (None, "", []):
-            found.append((name, kind, value))
-    if request.structured_outputs:
-        for kind, value in request.structured_outputs.items():
-            if value not in (None, False, ""):
-                found.append((f"structured_outputs.{kind}", kind, value))
+def _wanted(request: SamplingFields) -> list[tuple[str, str, Any]]:
+    """Return the field that says what the answer is, its kind, and its value, if there is one."""
+    fields = [(name, kind, getattr(request, name)) for name, kind in _FIELDS.items()]
+    found = [each for each in fields if each[2] not in (None, "", [])]
+    others = request.structured_outputs or {}
+    found += [
+        (f"structured_outputs.{kind}", kind, others[kind]) for kind in others if others[kind] not in (None, False, "")
+    ]
     if request.response_format is not None and request.response_format.type != "text":
         found.append(_formatted(request.response_format))
     if len(found) > 1:
@@ -123,19 +113,18 @@ def _wanted(request: SamplingFields) -> tuple[str, str, Any] | None:
             raise InvalidRequestError(f"`{subject}` must be a list of texts, none of them empty.")
         if kind in {"regex", "grammar"} and not isinstance(value, str):
             raise InvalidRequestError(f"`{subject}` must be a text.")
-    return found[0] if found else None
+    return found
 
 
 def _formatted(wanted: ResponseFormat) -> tuple[str, str, Any]:
-    if wanted.type == "json_object":
-        if wanted.schema_ is None:
-            return "response_format", "json_object", True
+    if wanted.type not in {"json_object", "json_schema"}:
+        raise InvalidRequestError(
+            f"`response_format.type` must be text, json_object or json_schema, not {wanted.type[:40]!r}."
+        )
+    if wanted.type == "json_schema" and wanted.json_schema and wanted.json_schema.schema_ is not None:
+        return _SCHEMA, "json", wanted.json_schema.schema_
+    if wanted.schema_ is not None:
         return "response_format.schema", "json", wanted.schema_
     if wanted.type == "json_schema":
-        inner = wanted.json_schema.schema_ if wanted.json_schema else None
-        if inner is None and wanted.schema_ is None:
-            raise InvalidRequestError(f"`{_SCHEMA}` is missing.")
-        return (_SCHEMA, "json", inner) if inner is not None else ("response_format.schema", "json", wanted.schema_)
-    raise InvalidRequestError(
-        f"`response_format.type` must be text, json_object or json_schema, not {wanted.type[:40]!r}."
-    )
+        raise InvalidRequestError(f"`{_SCHEMA}` is missing.")
+    return "response_format", "json_object", True

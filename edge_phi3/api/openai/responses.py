@@ -9,6 +9,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct
 
 from edge_phi3.api.errors import InvalidRequestError
+from edge_phi3.api.exchange import event
 from edge_phi3.api.openai.answers import Answer, Part, Reason, Tokens
 from edge_phi3.api.openai.fields import (
     TEXT_ONLY,
@@ -21,7 +22,6 @@ from edge_phi3.api.openai.schemas import CompletionUsage, FunctionCall, PromptTo
 from edge_phi3.api.openai.shown import chat_logprobs
 from edge_phi3.api.openai.tools import FunctionDefinition, Tool
 from edge_phi3.api.schemas import about
-from edge_phi3.api.sse import event
 
 _LOGPROBS: Final = "message.output_text.logprobs"
 _TEXTS: Final = frozenset({"input_text", "output_text", "text"})
@@ -109,17 +109,8 @@ def renamed(error: InvalidRequestError) -> InvalidRequestError:
     return InvalidRequestError(sentence)
 
 
-def answering(asked: ResponsesRequest) -> Callable[..., Answer]:
-    """Return the class of the answers to a request."""
-    return functools.partial(_ResponsesAnswer, asked)
-
-
-def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
-    """Return a request for chat completions that asks for the same.
-
-    Raises:
-        InvalidRequestError: an item is not understood, or several answers are wanted.
-    """
+def as_chat(request: ResponsesRequest) -> tuple[ChatCompletionRequest, Callable[..., Answer]]:
+    """Return a request for chat completions that asks for the same, and the class of its answers."""
     if request.n not in {None, 1}:
         raise InvalidRequestError("`n` is not supported: a response is one answer.")
     fields = {name: getattr(request, name) for name in ToolFields.__struct_fields__}
@@ -133,9 +124,10 @@ def as_chat(request: ResponsesRequest) -> ChatCompletionRequest:
             for tool in request.tools
         ]
     logprobs = bool(request.top_logprobs) or _LOGPROBS in (request.include or ())
-    return ChatCompletionRequest(
+    asked = ChatCompletionRequest(
         messages=_messages(request), logprobs=logprobs, top_logprobs=request.top_logprobs or 0, **fields
     )
+    return asked, functools.partial(_ResponsesAnswer, request)
 
 
 def _messages(request: ResponsesRequest) -> list[ChatCompletionMessage]:
@@ -242,16 +234,16 @@ class _ResponsesAnswer(Answer):
 
     def _begin(self, part: Part) -> bytes:
         name = uuid.uuid4().hex
+        item: dict[str, Any] = {"type": "message", "id": f"msg_{name}", "role": "assistant", "content": []}
         if not isinstance(part, str):
-            call = {"type": "function_call", "id": f"fc_{name}", "call_id": part.id, "name": part.name, "arguments": ""}
-            self._items.append(call | {"status": "in_progress"})
-            return self._item_event("added")
-        message = {"type": "message", "id": f"msg_{name}", "role": "assistant", "content": []}
-        self._items.append(message | {"status": "in_progress"})
+            item = {"type": "function_call", "id": f"fc_{name}", "call_id": part.id, "name": part.name, "arguments": ""}
+        self._items.append(item | {"status": "in_progress"})
         said = self._item_event("added")
-        content: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        self._items[-1]["content"] = [content]
-        return said + self._of_item("content_part.added", content_index=0, part=content)
+        if isinstance(part, str):
+            content = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+            self._items[-1]["content"] = [content]
+            said += self._of_item("content_part.added", content_index=0, part=content)
+        return said
 
     def _end(self, reason: Reason | None = None) -> bytes:
         """End the last item; where the answer ends with a reason, it has one."""
@@ -285,14 +277,10 @@ class _ResponsesAnswer(Answer):
     def _response(self, reason: Reason | None, usage: CompletionUsage | None) -> ResponseObject:
         asked, counted = self._asked, None
         if usage is not None:
+            tokens = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
             details = usage.prompt_tokens_details
-            counted = ResponseUsage(
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                usage.total_tokens,
-                PromptTokensDetails(0) if details is UNSET else details,
-                {"reasoning_tokens": 0},
-            )
+            cached = PromptTokensDetails(0) if details is UNSET else details
+            counted = ResponseUsage(*tokens, cached, {"reasoning_tokens": 0})
         name, created, model = self.head
         return ResponseObject(
             id=name,
@@ -306,9 +294,6 @@ class _ResponsesAnswer(Answer):
             tool_choice=asked.tool_choice or "auto",
             parallel_tool_calls=asked.parallel_tool_calls is not False,
             text=TextOptions(format=(asked.text and asked.text.format) or ResponseFormat(type="text")),
-            instructions=asked.instructions,
-            max_output_tokens=asked.max_output_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
             metadata=asked.metadata or {},
+            **{name: getattr(asked, name) for name in ("instructions", "max_output_tokens", "temperature", "top_p")},
         )

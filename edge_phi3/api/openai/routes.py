@@ -10,64 +10,27 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, RawBody
 from msgspec import UNSET
 
-from edge_phi3.api.body import decode_body
+from edge_phi3.api.body import decode_body, sift
 from edge_phi3.api.errors import InvalidRequestError
-from edge_phi3.api.exchange import exchange_of
+from edge_phi3.api.exchange import EventStream, exchange_of
 from edge_phi3.api.openai import schemas, translate
-from edge_phi3.api.openai.answers import Answer, ChunkedAnswer, Part, Reason, Tokens, UsageField, calls_of, text_of
+from edge_phi3.api.openai.answers import Answer, Part, Reason, Tokens, UsageField, text_of
 from edge_phi3.api.openai.fields import ChatCompletionRequest, CompletionRequest
 from edge_phi3.api.openai.formats import is_held
-from edge_phi3.api.openai.reading import sift
-from edge_phi3.api.openai.responses import ResponseObject, ResponsesRequest, answering, as_chat, renamed
-from edge_phi3.api.openai.shown import chat_logprobs, completion_logprobs
+from edge_phi3.api.openai.responses import ResponseObject, ResponsesRequest, as_chat, renamed
+from edge_phi3.api.openai.shown import completion_logprobs
 from edge_phi3.api.service import Service
-from edge_phi3.api.sse import EventStream
 from edge_phi3.pipeline import PreparedPrompt
 
 _STARTED = int(time.time())
 
 
-class _ChatAnswer(ChunkedAnswer):
-    """The shapes of chat completions."""
-
-    ID_PREFIX = "chatcmpl"
-
-    def choice(self, index: int, parts: list[Part], reason: Reason, tokens: Tokens) -> schemas.ChatChoice:
-        text, calls = text_of(parts), calls_of(parts)
-        message = schemas.AnswerMessage(text if text or not calls else None, tool_calls=calls or UNSET)
-        return schemas.ChatChoice(index, message, reason, self._logprobs(tokens))
-
-    def opening(self, index: int) -> bytes:
-        return self._event(schemas.ChunkChoice(index, schemas.Delta(role="assistant", content="")))
-
-    def piece(self, index: int, part: Part, reason: Reason | None = None, tokens: Tokens = None) -> schemas.ChunkChoice:
-        if isinstance(part, str):
-            delta = schemas.Delta(content=part or UNSET)
-        elif part.arguments:
-            delta = schemas.Delta(tool_calls=[schemas.CallDelta(part.index, schemas.FunctionDelta(part.arguments))])
-        else:
-            function = schemas.FunctionDelta("", part.name)
-            delta = schemas.Delta(tool_calls=[schemas.CallDelta(part.index, function, part.id, "function")])
-        return schemas.ChunkChoice(index, delta, reason, self._logprobs(tokens))
-
-    def body(self, choices: list[schemas.ChatChoice], usage: schemas.CompletionUsage) -> schemas.ChatCompletion:
-        return schemas.ChatCompletion(*self.head, choices, usage)
-
-    def chunk(self, choices: list[schemas.ChunkChoice], usage: UsageField) -> schemas.ChatCompletionChunk:
-        return schemas.ChatCompletionChunk(*self.head, choices, "chat.completion.chunk", usage)
-
-    def _logprobs(self, tokens: Tokens) -> schemas.ChatLogprobs | None:
-        return None if tokens is None else chat_logprobs(self.pipeline, tokens)
-
-
-class _CompletionAnswer(ChunkedAnswer):
+class _CompletionAnswer(Answer):
     """The shapes of completions, which are the same for a whole answer and for its pieces."""
 
     ID_PREFIX = "cmpl"
 
-    def choice(
-        self, index: int, parts: list[Part], reason: Reason | None = None, tokens: Tokens = None
-    ) -> schemas.CompletionChoice:
+    def choice(self, index: int, parts: list[Part], reason: Reason | None, tokens: Tokens) -> schemas.CompletionChoice:
         logprobs = None if tokens is None else completion_logprobs(self.pipeline, tokens, whole=self._scores)
         return schemas.CompletionChoice(index, text_of(parts), reason, logprobs)
 
@@ -79,6 +42,9 @@ class _CompletionAnswer(ChunkedAnswer):
     def chunk(self, choices: list[schemas.CompletionChoice], usage: UsageField) -> schemas.Completion:
         return schemas.Completion(*self.head, choices, "text_completion", usage)
 
+    def opening(self, index: int) -> bytes:  # noqa: ARG002 - a choice begins with its first piece
+        return b""
+
     body = chunk
 
 
@@ -87,7 +53,7 @@ async def chat_completions(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[schemas.ChatCompletion] | EventStream:
     """Continue a conversation (OpenAI's API)."""
-    return await _answer(_ChatAnswer, request, body, service, ChatCompletionRequest)
+    return await _answer(Answer, request, body, service, ChatCompletionRequest)
 
 
 @post("/v1/completions", status_code=200, body=CompletionRequest)
@@ -103,7 +69,7 @@ async def responses(
     request: Request[Any, Any, Any], body: RawBody, service: NamedDependency[Service]
 ) -> Response[ResponseObject] | EventStream:
     """Continue a conversation given as items (OpenAI's API)."""
-    return await _answer(_ChatAnswer, request, body, service, ResponsesRequest)
+    return await _answer(Answer, request, body, service, ResponsesRequest)
 
 
 async def _answer(
@@ -115,9 +81,9 @@ async def _answer(
 ) -> Response[Any] | EventStream:
     exchange, in_lane = exchange_of(request.scope), functools.partial(service.lanes.prepare, request, body)
     decoded = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
+    wanted: ChatCompletionRequest | CompletionRequest
     if isinstance(decoded, ResponsesRequest):
-        wanted: ChatCompletionRequest | CompletionRequest = as_chat(decoded)
-        shapes = answering(decoded)
+        wanted, shapes = as_chat(decoded)
     else:
         wanted = decoded
 
@@ -155,4 +121,3 @@ def _model(service: Service, name: str) -> schemas.Model:
 
 
 HANDLERS = [chat_completions, completions, responses, list_models, show_model]
-"""The routes."""

@@ -32,13 +32,10 @@ class Tool(Struct, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """What an answer does with tools.
+    """What an answer does with `tools`, which are as chat templates take them.
 
-    Attributes:
-        tools: all, as chat templates take them.
-        allowed: the number, name and schema of the arguments of each that may be called.
-        may_answer: whether the answer may do without a call.
-        parallel: whether there may be several calls.
+    `allowed` are the number, name and schema of the arguments of each that may be called. The answer may do without a
+    call where `may_answer`, and hold several where `parallel`.
     """
 
     tools: Sequence[dict[str, Any]]
@@ -48,11 +45,7 @@ class ToolUse:
 
 
 def use_of(request: Any) -> ToolUse | None:
-    """Return what a request's answer does with tools, or None where it calls none.
-
-    Raises:
-        InvalidRequestError: a tool is none, or the choice is none of them.
-    """
+    """Return what an answer does with tools, or None where it calls none; a wrong one is an `InvalidRequestError`."""
     tools: list[Tool] = getattr(request, "tools", None) or []
     choice: Any = getattr(request, "tool_choice", None) or "auto"
     if not tools:
@@ -102,8 +95,6 @@ def _chosen(choice: str | Mapping[str, Any]) -> tuple[str, list[Any] | None]:
 
 def _named(tool: object) -> Any:
     """Return the name that a tool has in chat completions, or in responses."""
-    if not isinstance(tool, dict):
-        return None
-    function = tool.get("function", tool)
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     return name if isinstance(name, str) else None

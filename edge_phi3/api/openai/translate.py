@@ -36,10 +36,8 @@ _PASSED = ("min_p", "typical_p", "repetition_penalty", "length_penalty")
 def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest, **prompt: Any) -> PreparedPrompt:
     """Prepare one prompt of a request, given as the arguments of `TextGenerationPipeline.prepare`.
 
-    Raises:
-        InvalidRequestError: the request wants what there is not, is beyond a limit, or at odds with itself.
-        ModelNotFoundError: adapters are served, and `model` is neither one nor the model's own name.
-        NotReadyError, ParameterError, PromptError: see `Service.prepare`.
+    Errors are those of `Service.prepare`; a `model` that is neither an adapter nor the model's name is a
+    `RefusedError`.
     """
     if not isinstance(prompt.get("prompt", ""), str):
         service.check_tokens(prompt["prompt"], "prompt")
@@ -48,7 +46,7 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         prompt["tools"] = use.tools
     if request.model and len(service.pipeline.names) > 1:
         prompt["adapter"] = service.place_of(request.model)
-    top, candidates = _top_logprobs(request), candidates_of(request)
+    top = request.logprobs if isinstance(request, CompletionRequest) else _top_logprobs(request)
     kwargs, scored = _generation_kwargs(service, request), scores_prompts(request)
     only_scored = scored and kwargs["max_new_tokens"] == 0
     if only_scored:
@@ -69,7 +67,7 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         repeat_penalty=request.repeat_penalty or 1.0,
         repeat_last_n=_LAST_TOKENS if request.repeat_last_n is None else request.repeat_last_n,
         cache_prompt=request.cache_prompt is not False,
-        top_logprobs=0 if top is None and candidates else top,
+        top_logprobs=0 if top is None and candidates_of(request) else top,
     )
     if prepared.config.top_logprobs is not None and prepared.config.is_beam_search:
         raise InvalidRequestError("`logprobs` and `best_of` are not supported with `num_beams` above 1.")
@@ -99,12 +97,7 @@ def candidates_of(request: SamplingFields) -> int | None:
 def asked_by(
     service: Service, request: ChatCompletionRequest | CompletionRequest
 ) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Return a request's conversation or prompts, and for each prompt the arguments that `prepare` takes.
-
-    Raises:
-        InvalidRequestError: a message holds something else than text; there is no prompt, or too many, or of several
-            kinds.
-    """
+    """Return a request's conversation or prompts, and for each prompt the arguments that `prepare` takes."""
     if isinstance(request, ChatCompletionRequest):
         messages = conversation_of(request.messages)
         rendering = {
@@ -142,22 +135,21 @@ def _message(where: str, message: ChatCompletionMessage) -> dict[str, Any]:
     return turn | ({} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id})
 
 
-def _prompts(request: CompletionRequest, most: int) -> list[str | list[int]]:
+def _prompts(request: CompletionRequest, most: int) -> list[Any]:
     """Return the prompts of a request for completions: one or more, each a text or token ids."""
     prompt = request.prompt
     if not prompt:
         raise InvalidRequestError("`prompt` is missing.")
     if isinstance(prompt, str):
         return [prompt]
-    tokens = [item for item in prompt if isinstance(item, int)]
-    if len(tokens) == len(prompt):
-        return [tokens]
-    if not tokens and len(prompt) > most:
+    kinds, prompts = set(map(type, prompt)), list(prompt)
+    if kinds == {int}:
+        return [prompts]
+    if int not in kinds and len(prompts) > most:
         raise InvalidRequestError(
-            f"`prompt` has {len(prompt)} prompts; this service takes at most {most} at once (--max-queue)."
+            f"`prompt` has {len(prompts)} prompts; this service takes at most {most} at once (--max-queue)."
         )
-    prompts: list[str | list[int]] = [item for item in prompt if not isinstance(item, int)]
-    if tokens or len({type(item) for item in prompts}) > 1 or not all(prompts):
+    if len(kinds) > 1 or not all(prompts):
         raise InvalidRequestError(
             "`prompt` must be a text, token ids, a list of texts or a list of lists of token ids."
         )
@@ -176,7 +168,6 @@ def stops_of(request: SamplingFields) -> list[str]:
 
 def _generation_kwargs(service: Service, request: ChatCompletionRequest | CompletionRequest) -> dict[str, Any]:
     """Return the parameters of ``generate()`` for a request."""
-    temperature = 1.0 if request.temperature is None else request.temperature
     most = _most_tokens(request)
     if request.min_tokens and most is not None and request.min_tokens > most:
         raise InvalidRequestError(f"`min_tokens` must be at most `max_tokens` ({most}), but is {request.min_tokens}.")
@@ -184,8 +175,8 @@ def _generation_kwargs(service: Service, request: ChatCompletionRequest | Comple
     kwargs: dict[str, Any] = {name: value for name in _PASSED if (value := getattr(request, name)) is not None}
     kwargs |= {
         # null decodes greedily, and allows several (equal) answers, which false does not.
-        "do_sample": True if temperature > 0 else None,
-        "temperature": temperature if temperature > 0 else 1.0,
+        "do_sample": None if request.temperature == 0 else True,
+        "temperature": request.temperature or 1.0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "top_k": max(request.top_k or 0, 0),
         "num_return_sequences": candidates_of(request) or request.n or 1,
@@ -225,17 +216,19 @@ def _truncation(service: Service, request: SamplingFields, most: int | None) -> 
     side, kept = request.truncation_side or "left", request.truncate_prompt_tokens or 0
     if side not in {"left", "right"}:
         raise InvalidRequestError(f"`truncation_side` must be left or right, not {side[:40]!r}.")
-    if kept < 0:
-        kept = max(1, service.pipeline.engine.max_length - (most or 1))
     if kept == 0:
         raise InvalidRequestError("`truncate_prompt_tokens` must be an integer >= 1, or -1 for what leaves room.")
-    return kept, side
+    return (kept if kept > 0 else max(1, service.pipeline.engine.max_length - (most or 1))), side
 
 
 def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]], list[int]]:
     """Return pairs of a phrase of one token and its bias, and the tokens that are banned."""
-    given = request.logit_bias or {}
-    pairs = [(_token(key), bias) for key, bias in given.items()] if isinstance(given, dict) else given
+    pairs = request.logit_bias or {}
+    if isinstance(pairs, dict):
+        for text in pairs:
+            if not text.isascii() or not text.isdigit() or len(text) > _LONGEST_TOKEN:
+                raise InvalidRequestError(f"`logit_bias` has the key {text[:40]!r}; its keys are token ids.")
+        pairs = [(int(key), bias) for key, bias in pairs.items()]
     _check_few("logit_bias", [key for key, _ in pairs if isinstance(key, str)])
     service.check_tokens([key for key, _ in pairs if isinstance(key, int)], "logit_bias")
     biases: list[list[Any]] = []
@@ -256,12 +249,6 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
     return biases, banned
 
 
-def _token(key: str) -> int:
-    if not key.isascii() or not key.isdigit() or len(key) > _LONGEST_TOKEN:
-        raise InvalidRequestError(f"`logit_bias` has the key {key[:40]!r}; its keys are token ids.")
-    return int(key)
-
-
 def _check_few(name: str, texts: Sequence[str]) -> None:
     if len(texts) > MOST_PHRASES:
         raise InvalidRequestError(f"`{name}` must hold at most {MOST_PHRASES} texts, but holds {len(texts)}.")
@@ -279,10 +266,8 @@ def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...
             yield after
 
 
-def _top_logprobs(request: ChatCompletionRequest | CompletionRequest) -> int | None:
+def _top_logprobs(request: ChatCompletionRequest) -> int | None:
     """Return how many likeliest tokens are returned beside each chosen one, or None for no log-probabilities."""
-    if isinstance(request, ChatCompletionRequest):
-        if request.top_logprobs and not request.logprobs:
-            raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
-        return request.top_logprobs or 0 if request.logprobs else None
-    return request.logprobs
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
+    return request.top_logprobs or 0 if request.logprobs else None
