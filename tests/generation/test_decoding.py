@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from edge_phi3.generation.prompt_lookup import Draft, PromptLookup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -14,7 +15,6 @@ from edge_phi3.generation import GenerationError, ModelDefaults, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
 from edge_phi3.generation.parameters import PARAMETERS
-from edge_phi3.generation.prompt_lookup import Draft, PromptLookup
 from edge_phi3.generation.stopping import StopStrings
 from tests.generation.conftest import END, VOCABULARY, Model, Prefix, answer, decoder, run, table_model
 from tests.golden import generation_data as data
