@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
-from edge_phi3.conversion.quantize_plan import predict_sizes
+from edge_phi3.conversion.quantize import predict_sizes
 from edge_phi3.engine.contexts import context_shapes
 from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.llama import PlanningError

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from edge_phi3.conversion.encode import encoded_size, tensor_type
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.quantize_plan import SizePrediction
+from edge_phi3.conversion.quantize import SizePrediction
 from edge_phi3.gguf_file import GgufError, GgufFile, TensorInfo, read_gguf, split_files
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.model_file import read_model_file

@@ -20,8 +20,7 @@ from edge_phi3.conversion.quantization_types import (
     UnknownQuantizationError,
     quantization_type,
 )
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.quantize_plan import QuantizeError, SizePrediction, predict_size, predict_sizes
+from edge_phi3.conversion.quantize import QuantizeError, SizePrediction, predict_size, predict_sizes, quantize
 from edge_phi3.files import DiskFullError
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, QuantizerProcess
