@@ -73,7 +73,7 @@ def small_files(snapshot: Snapshot) -> list[RemoteFile]:
 
 def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
     """Return the files of the weights, once the index lies in `folder`, if there is one; the converter takes them."""
-    from edge_phi3.conversion.weights import WEIGHTS_NAME, set_of  # noqa: PLC0415 (see `_weights`)
+    from edge_phi3.conversion.checkpoint import WEIGHTS_NAME, set_of  # noqa: PLC0415 (see `_weights`)
 
     asked = INDEX in snapshot.files and WEIGHTS_NAME not in snapshot.files
     named = set(_shards(snapshot, folder / INDEX)) if asked else set()
@@ -87,7 +87,7 @@ def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
 
 def _weights(snapshot: Snapshot, named: Collection[str]) -> list[str]:
     # Takes longer to import than all the rest of a start that finds its model in the store.
-    from edge_phi3.conversion.weights import choose_weights  # noqa: PLC0415 (see above)
+    from edge_phi3.conversion.checkpoint import choose_weights  # noqa: PLC0415 (see above)
 
     return choose_weights(filter(_SHARD.fullmatch, snapshot.files), named)
 
@@ -117,7 +117,7 @@ def _shards(snapshot: Snapshot, index: Path) -> Iterator[str]:
 
 
 def _what_it_holds(snapshot: Snapshot) -> str:
-    from edge_phi3.conversion.weights import ADAPTER_CONFIG, adapter_error  # noqa: PLC0415 (see `_weights`)
+    from edge_phi3.conversion.checkpoint import ADAPTER_CONFIG, adapter_error  # noqa: PLC0415 (see `_weights`)
 
     ggufs = _ggufs(snapshot)
     if ggufs:

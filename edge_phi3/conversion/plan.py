@@ -15,13 +15,12 @@ from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
 from edge_phi3.conversion.architecture import check_quantization, has_phi_tokens
-from edge_phi3.conversion.checkpoint import Checkpoint
+from edge_phi3.conversion.checkpoint import Checkpoint, some
 from edge_phi3.conversion.encode import STORED_TYPES, encoded_size, tensor_type, to_float32
 from edge_phi3.conversion.errors import CheckpointError, ConversionError
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, Phi3, read_phi3
 from edge_phi3.conversion.safetensors import StoredTensor
 from edge_phi3.conversion.vocabulary import added_texts
-from edge_phi3.conversion.weights import some
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0", "auto")
 """The output types: of the matrices; ``auto`` is the checkpoint's own."""

@@ -5,12 +5,11 @@ library that tokenises is a heavy dependency of a program that never does. Messa
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto.
 """
 
-import dataclasses
 import enum
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
@@ -29,28 +28,14 @@ _MESSAGES: dict[str, list[tuple[str, int, int]]] = {
 }
 
 
-class PieceType(enum.IntEnum):
-    """``ModelProto.SentencePiece.Type``; GGUF's token types have the same numbers."""
+PieceType = enum.IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
+"""``ModelProto.SentencePiece.Type``; GGUF's token types have the same numbers."""
 
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+ModelType = enum.IntEnum("ModelType", "UNIGRAM BPE WORD CHAR")
+"""``TrainerSpec.ModelType``."""
 
 
-class ModelType(enum.IntEnum):
-    """``TrainerSpec.ModelType``."""
-
-    UNIGRAM = 1
-    BPE = 2
-    WORD = 3
-    CHAR = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """One entry of the vocabulary; its id is its place in the list."""
 
     text: str
@@ -58,22 +43,14 @@ class Piece:
     type: PieceType
 
 
-@dataclasses.dataclass(frozen=True)
-class SentencePieceModel:
-    """The parts of ``ModelProto`` that make a vocabulary."""
-
-    pieces: tuple[Piece, ...]
-    model_type: ModelType
-
-
-def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Read the pieces and the model type of a SentencePiece model."""
+def read_sentencepiece(path: Path) -> tuple[list[Piece], ModelType]:
+    """Return the pieces and the type of a SentencePiece model."""
     try:
         message = _model_class().FromString(read_bounded(path, MAX_BYTES))
-        pieces = tuple(_piece(piece, index) for index, piece in enumerate(message.Piece))
+        pieces = [_piece(piece, index) for index, piece in enumerate(message.Piece)]
         if not pieces:
             raise ValueError("it has no pieces")
-        return SentencePieceModel(pieces, ModelType(message.Trainer.model_type or ModelType.UNIGRAM))
+        return pieces, ModelType(message.Trainer.model_type or ModelType.UNIGRAM)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (DecodeError, ValueError) as error:

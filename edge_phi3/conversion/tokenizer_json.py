@@ -1,13 +1,19 @@
-"""What ``tokenizer.json`` says of a vocabulary like Phi-3's: its pieces, and what it puts in front of a text.
+"""What ``tokenizer.json`` says of a vocabulary: its pieces, what it puts in front of a text, how it finds words.
 
-transformers makes the file of a SentencePiece model: every way to join two pieces to a third is a merge, in the order
+transformers makes Phi-3's of a SentencePiece model: every way to join two pieces to a third is a merge, in the order
 of the third's score. So the scores follow from the merges, and llama.cpp, which goes by the scores, splits texts alike.
+
+Of a byte-level vocabulary, as Phi-4's, the merges are those that llama.cpp's converter writes. It recognises the
+pre-tokenizer by what becomes of one text, and so whole vocabularies only; here its regular expression counts.
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
+import gguf
 import msgspec
 
+from edge_phi3 import byte_level
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.sentencepiece import Piece, PieceType
 
@@ -19,6 +25,7 @@ _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREPEND = {"type": "Prepend", "prepend": "▁"}
 _NORMALIZERS = [[_PREPEND, _SPACE], [_SPACE, _PREPEND]]
 _UNLIKE_SENTENCEPIECE = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_UNLIKE_PHI_4 = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
@@ -66,7 +73,7 @@ class _Metaspace(msgspec.Struct, tag="Metaspace", tag_field="type"):
     split: Literal[False] = False
 
 
-def steps_of(part: object) -> list[Any]:
+def _steps_of(part: object) -> list[Any]:
     """Return the steps of a normalizer or pre-tokenizer: those of a sequence, itself, or none."""
     if isinstance(part, dict) and part.get("type") == "Sequence":
         steps = part.get("normalizers", part.get("pretokenizers"))
@@ -76,7 +83,7 @@ def steps_of(part: object) -> list[Any]:
 
 def prefix_of(fast: FastTokenizer) -> Prefix:
     """Return what is put in front of texts, where the whole of normalizer and pre-tokenizer is that, as in Phi-3's."""
-    normalizers, words = steps_of(fast.normalizer), steps_of(fast.pre_tokenizer)
+    normalizers, words = _steps_of(fast.normalizer), _steps_of(fast.pre_tokenizer)
     if normalizers in _NORMALIZERS and not words:
         return "prepend"
     if not normalizers and len(words) == 1 and isinstance(words[0], dict) and "split" in words[0]:
@@ -154,3 +161,72 @@ def _unlike(what: str) -> UnsupportedModelError:
         f"tokenizer.json: its model is not like SentencePiece's ({what}), as Phi-3's is; llama.cpp would split texts "
         "in another way. Put the tokenizer.model that it was made from beside it."
     )
+
+
+class Words(NamedTuple):
+    """How texts are cut into words, and words into tokens.
+
+    `pre` is llama.cpp's name of the regular expression `pattern`; `ids` are those of the tokens without added ones.
+    """
+
+    pre: str
+    pattern: str
+    ids: Mapping[str, int]
+    merges: list[str]
+    ignore_merges: bool
+
+    def write_metadata(self, writer: gguf.GGUFWriter) -> None:
+        """Add two keys of our own, where it is not as in the published checkpoints, for which llama.cpp has none."""
+        if self.pattern != byte_level.pattern_of(self.pre):
+            writer.add_string(byte_level.PATTERN_KEY, self.pattern)
+        if self.ignore_merges:
+            writer.add_bool(byte_level.IGNORE_MERGES_KEY, True)
+
+
+def read_words(fast: FastTokenizer, model: BpeModel) -> Words | None:
+    """Check a byte-level ``tokenizer.json``, and return what it says beside the added tokens; None for any other."""
+    if not any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in _steps_of(fast.pre_tokenizer)):
+        return None
+    odd = [name for name in _UNLIKE_PHI_4 if getattr(model, name)]
+    post = fast.post_processor
+    if post is not None and (not isinstance(post, dict) or post.get("type") != "ByteLevel"):
+        odd.append("post_processor")
+    if _steps_of(fast.normalizer):
+        odd.append("normalizer")
+    if odd:
+        raise UnsupportedModelError(f"tokenizer.json: it has a {odd[0]}, which no tokenizer of Phi-4 has.")
+    pattern = _pattern(_steps_of(fast.pre_tokenizer))
+    pre = next((name for name, patterns in byte_level.PATTERNS.items() if pattern in patterns), None)
+    if pre is None or pattern is None:
+        raise UnsupportedModelError(
+            f"tokenizer.json: its pre_tokenizer is none that llama.cpp has under {', '.join(byte_level.PATTERNS)}."
+        )
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.merges]
+    ignore_merges = bool(model.ignore_merges)
+    try:
+        byte_level.tokenizer(model.vocab, merges, pattern, ignore_merges=ignore_merges)
+    except (byte_level.ByteLevelError, OverflowError) as error:
+        raise CheckpointError(f"tokenizer.json: {error}.") from error
+    return Words(pre, pattern, model.vocab, merges, ignore_merges)
+
+
+def _pattern(steps: list[Any]) -> str | None:
+    """Return the regular expression of a split into words that goes before the bytes."""
+    if len(steps) == 1 and _is_bytes(steps[0], use_regex=True):
+        return byte_level.pattern_of("gpt-2")
+    if len(steps) != 2 or not _is_bytes(steps[1], use_regex=False) or not isinstance(steps[0], dict):
+        return None
+    split = {"behavior": "", "invert": False} | steps[0]
+    expression = split.get("pattern")
+    # All that matches stays, and so does what lies between, if anything did.
+    whole = (split["behavior"], split["invert"]) in {("Isolated", False), ("Removed", True), ("Isolated", True)}
+    if split.get("type") != "Split" or not whole or not isinstance(expression, dict):
+        return None
+    regex = expression.get("Regex")
+    return regex if isinstance(regex, str) else None
+
+
+def _is_bytes(step: object, *, use_regex: bool) -> bool:
+    if not isinstance(step, dict) or step.get("type") != "ByteLevel" or step.get("add_prefix_space", True):
+        return False
+    return bool(step.get("use_regex", True)) is use_regex

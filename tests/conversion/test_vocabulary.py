@@ -135,7 +135,7 @@ def message(*fields: bytes) -> bytes:
 def read(tmp_path: Path, content: bytes) -> list[tuple[str, float, int]]:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
-    return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path).pieces]
+    return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path)[0]]
 
 
 def test_absent_fields_have_their_defaults_and_unknown_ones_are_skipped(tmp_path: Path) -> None:
