@@ -1,17 +1,20 @@
-"""The machine of a measurement: what it is, and how much memory this process and its GPUs take."""
+"""What reports have in common: the machine that was measured on, and how they are written, as JSON and as CSV."""
 
 from __future__ import annotations
 
+import csv
 import datetime as dt
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import psutil
 
-from edge_phi3.system_resources import gpus
+from edge_phi3.files import atomic_output
 from edge_phi3.version import __version__
 
 
@@ -54,17 +57,25 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def peak_resident_bytes() -> int:
-    """Return the most resident memory that this process has had, mapped files included."""
-    # getrusage's ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+def write_json(path: Path, report: msgspec.Struct) -> None:
+    """Write a report, replacing the file."""
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
-def gpu_bytes_in_use() -> int | None:
-    """Return the bytes in use on all GPUs together, by any process; None without an NVIDIA GPU.
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns, the names of the columns first, replacing the file."""
+    with atomic_output(path, force=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
-    A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
-    """
-    found = gpus()
-    return sum(gpu.used for gpu in found) if found else None
+
+def columns(figures: msgspec.Struct, **nested: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the columns of some figures; those of a `nested` struct, or None, become columns like ``latency_p95``."""
+    row: dict[str, Any] = {}
+    for name in figures.__struct_fields__:
+        value = getattr(figures, name)
+        parts = nested[name].__struct_fields__ if name in nested else ()
+        row |= {f"{name}_{part}": getattr(value, part, None) for part in parts} if parts else {name: value}
+    return row

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.quant_report import Measurement, mean_divergence, on_front
-from edge_phi3.bench.summary import Summary
+from edge_phi3.bench.load import Summary
+from edge_phi3.bench.quants import Measurement, mean_divergence, on_front
 from edge_phi3.files import atomic_output
 
 _MEGABYTE = 1e6

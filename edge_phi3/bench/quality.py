@@ -32,7 +32,7 @@ _ROWS = 32
 """Positions that are computed together: 8 MB of float64 for Phi-3's vocabulary."""
 
 
-class Divergence(msgspec.Struct, frozen=True, kw_only=True):
+class Divergence(msgspec.Struct, frozen=True):
     """How far predictions are from a reference's at the same positions, each mean with its standard error.
 
     Attributes:
@@ -173,21 +173,12 @@ def _compare(
 
 
 def _divergence(divergences: NDArray[np.float64], same: NDArray[np.float64], ratios: NDArray[np.float64]) -> Divergence:
-    mean, error = _mean_and_error(divergences)
-    same_top, same_top_error = _mean_and_error(same)
-    # The error of a mean of differences is that of the two means with their covariance taken into account.
-    log_ratio, log_ratio_error = _mean_and_error(ratios)
-    median, p99, largest = np.percentile(divergences, [50, 99, 100]).tolist()
     return Divergence(
-        mean=mean,
-        error=error,
-        median=median,
-        p99=p99,
-        max=largest,
-        same_top=same_top,
-        same_top_error=same_top_error,
-        log_ratio=log_ratio,
-        log_ratio_error=log_ratio_error,
+        *_mean_and_error(divergences),
+        *np.percentile(divergences, [50, 99, 100]).tolist(),
+        *_mean_and_error(same),
+        # The error of a mean of differences is that of the two means with their covariance taken into account.
+        *_mean_and_error(ratios),
     )
 
 

@@ -17,7 +17,7 @@ import rich_click as click
 from numpy.typing import NDArray
 
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.machine import Machine, gpu_bytes_in_use, peak_resident_bytes
+from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.options import ONE_OR_MORE, Option
 from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, feed, writing
 from edge_phi3.engine.engine_settings import EngineSettings
@@ -26,6 +26,7 @@ from edge_phi3.llama.backend import supports_gpu_offload
 from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError, WorkerError, serve_jobs
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
+from edge_phi3.system_resources import gpus
 
 _BATCH = 512
 
@@ -135,7 +136,7 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Fig
 def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     """Measure a file in this process, and tell of each evaluated chunk; errors reach `measure` as `BenchError`."""
     machine = Machine.here()
-    before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
+    before, gpu_before = psutil.Process().memory_info().rss, _gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
     settings = EngineSettings(job.model, threads=job.threads or 0, batch_size=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
@@ -145,7 +146,7 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     context.warm_up()
     load_seconds = time.perf_counter() - started
     speed = _speed(context, model.vocab_size, job)
-    peak, gpu_after = peak_resident_bytes(), gpu_bytes_in_use()
+    peak, gpu_after = _peak_resident_bytes(), _gpu_bytes_in_use()
     context.close()
     tokens = Tokenizer(model).encode(job.text, parse_special=job.parse_special)
     chunks = cut_chunks(tokens, job.ctx_size, job.chunks)
@@ -199,6 +200,21 @@ def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[floa
         context.tokens[0], context.positions[0], context.wants_logits[0] = token, position, 1
         token = int(context.decode(1, 1)[0].argmax())
     return first - started, count / (time.perf_counter() - first)
+
+
+def _peak_resident_bytes() -> int:
+    # getrusage's ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def _gpu_bytes_in_use() -> int | None:
+    """Return the bytes in use on all GPUs together, by any process; None without an NVIDIA GPU.
+
+    A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
+    """
+    found = gpus()
+    return sum(gpu.used for gpu in found) if found else None
 
 
 if __name__ == "__main__":

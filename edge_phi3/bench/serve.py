@@ -9,14 +9,11 @@ import msgspec
 import rich_click as click
 from rich.table import Table
 
-from edge_phi3.bench.endpoints import APIS, measure_ruler, open_endpoint
+from edge_phi3.bench.endpoints import APIS, HttpClient, measure_ruler, open_endpoint
 from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.load import Level, RequestRecord, run_level
-from edge_phi3.bench.machine import Machine
+from edge_phi3.bench.load import Distribution, Level, RequestRecord, Summary, run_level, summarise
+from edge_phi3.bench.machine import Machine, columns
 from edge_phi3.bench.options import FILE, POSITIVE, Option
-from edge_phi3.bench.report_files import columns
-from edge_phi3.bench.summary import Distribution, Summary, summarise
 from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload
 
 _SESSIONS_APART = 10_000_000

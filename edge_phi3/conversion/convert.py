@@ -7,7 +7,6 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import errno
 import logging
@@ -91,11 +90,16 @@ def convert(
             _logger.warning(note)
         plan = plan_tensors(opened.tensors, model, outtype)
         header = _header(opened, model, plan, source)
-    _refuse_own_source(output, stored)
-    with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
-        require_space(temporary.parent, plan.size, str(output))
-        _write_header(header, temporary)
-        _append_tensors(temporary, plan.tensors, progress)
+    if output.resolve() in {tensor.file.path.resolve() for tensor in stored}:
+        raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
+    try:
+        with atomic_output(output, force=force) as temporary:
+            require_space(temporary.parent, plan.size, str(output))
+            _write_header(header, temporary)
+            _append_tensors(temporary, plan.tensors, progress)
+    except OSError as error:
+        hint = " Free some space or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ConversionError(f"{output} cannot be written: {error.strerror}.{hint}") from error
     seconds = time.monotonic() - started
     return ConversionResult(output, plan.matrices.name.lower(), len(plan.tensors), output.stat().st_size, seconds)
 
@@ -139,15 +143,15 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
     total = sum(tensor.size for tensor in tensors)
     done = flushed = 0
     with (
-        path.open("ab", buffering=0) as file,
+        path.open("ab") as file,
         concurrent.futures.ThreadPoolExecutor(_WORKERS) as workers,
         concurrent.futures.ThreadPoolExecutor(1) as flusher,
     ):
         flush = flusher.submit(os.fdatasync, file.fileno())
-        _write_all(file.write, _padding(file.tell()))
+        file.write(_padding(file.tell()))
         for tensor in tensors:
             for chunk in _chunks(tensor, workers):
-                _write_all(file.write, chunk.data.cast("B"))
+                file.write(chunk.data)
                 done += chunk.nbytes
                 # The disk works while later chunks are converted; else it would begin when the last one is there.
                 if done - flushed >= _FLUSH_BYTES and flush.done():
@@ -156,7 +160,7 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
                     progress(done, total, tensor.name)
-            _write_all(file.write, _padding(file.tell()))
+            file.write(_padding(file.tell()))
         # The system tells of a failed write once: whoever syncs later would not hear of it.
         flush.result()
 
@@ -184,25 +188,5 @@ def _encoded(values: StoredTensor, target: GgmlType, workers: concurrent.futures
             future.cancel()
 
 
-def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    # A raw file may take a part only, such as the last bytes that fit on the disk.
-    while data:
-        data = data[write(data) or 0 :]
-
-
-def _padding(position: int) -> memoryview:
-    return memoryview(bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT))
-
-
-def _refuse_own_source(output: Path, stored: list[StoredTensor]) -> None:
-    if output.resolve() in {tensor.file.path.resolve() for tensor in stored}:
-        raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
-
-
-@contextlib.contextmanager
-def _sentences_for_system_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = " Free some space or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise ConversionError(f"{output} cannot be written: {error.strerror}.{hint}") from error
+def _padding(position: int) -> bytes:
+    return bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT)

@@ -19,7 +19,6 @@ from edge_phi3.llama.activations import SMALLEST_BATCH, ActivationCollector, col
 
 CALIBRATION_NAME = "edge-phi3 calibration.txt"
 """The dataset's name in matrices made from the packaged text."""
-
 DEFAULT_CHUNK = 512
 """Tokens evaluated together, as in llama-imatrix."""
 
@@ -47,24 +46,11 @@ def collect_imatrix(
 ) -> Imatrix:
     """Evaluate a text and collect the importance matrix of every weight matrix it passes.
 
-    The text is cut into chunks of `ctx_size` tokens, each evaluated for itself; the rest that fills no chunk is left
-    out. A chunk begins with the beginning-of-sequence token when the model adds one.
-
-    Args:
-        model: a GGUF of any type; the better its weights, the better the matrix.
-        text: what to evaluate.
-        dataset: the text's name, recorded in the matrix.
-        ctx_size: tokens of a chunk.
-        chunks: how many to evaluate at most; None for all.
-        from_chunk: how many to skip, those that `earlier` holds.
-        parse_special: read ``<|user|>`` as the token and not as the characters.
-        process_output: collect for the output matrix too.
-        earlier: matrices to go on from.
-        threads: CPU threads; by default as many as the process may run on.
-        n_gpu_layers: layers kept on the GPU, when there is one; negative for all.
-        progress: called before the first and after each chunk with the chunks that are done and those of the whole
-            text; what it raises ends the collection.
-        snapshot: called after each chunk with the matrix so far and the number of chunks done, `from_chunk` included.
+    The text, which the matrix calls `dataset`, is cut into chunks of `ctx_size` tokens, each evaluated for itself, but
+    for a rest that fills none; all of them, or `chunks` at most, after the first `from_chunk`, which `earlier` matrices
+    hold. With `process_output` the output matrix is among the others, and with `parse_special` ``<|user|>`` is read as
+    the token. `progress` is called before the first and after each chunk with the chunks that are done and those of
+    all, `snapshot` after each with the matrix so far and the number of chunks in it.
 
     Raises:
         ModelLoadError: the model cannot be loaded.

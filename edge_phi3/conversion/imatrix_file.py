@@ -109,8 +109,7 @@ def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
         scale = np.float32(1 if matrix.chunk_size else chunk_size)
         for name, entry in matrix.entries.items():
             added = ImatrixEntry(entry.sums * scale, entry.counts * scale)
-            before = entries.get(name)
-            if before is not None:
+            if (before := entries.get(name)) is not None:
                 if before.sums.shape != added.sums.shape:
                     raise ImatrixFileError(
                         f"The importance matrices are of different models: {name} has {before.sums.shape[-1]} columns"
@@ -132,10 +131,8 @@ def _read_gguf(path: Path) -> Imatrix:
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
     if not names:
         raise ValueError(f"it has no tensor whose name ends with {_SUMS}")
-    if any(name + _COUNTS not in tensors for name in names):
-        raise ValueError(
-            f"it has sums but no counts for {next(name for name in names if name + _COUNTS not in tensors)}"
-        )
+    if uncounted := [name for name in names if name + _COUNTS not in tensors]:
+        raise ValueError(f"it has sums but no counts for {uncounted[0]}")
     entries = {}
     with path.open("rb") as file:
 
@@ -173,13 +170,11 @@ def _read_legacy(path: Path) -> Imatrix:
         return int(struct.unpack("<i", take(4))[0])
 
     entries = {}
-    count = integer()
-    if count < 1:
+    if (count := integer()) < 1:
         raise ValueError("it holds no entry")
     for _ in range(count):
         name = bytes(take(integer())).decode("utf-8")
-        calls = integer()
-        columns = integer()
+        calls, columns = integer(), integer()
         if columns < 1:
             raise ValueError(f"it holds no value for {name}")
         sums = np.frombuffer(take(4 * columns), dtype="<f4").astype(np.float32)

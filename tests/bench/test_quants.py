@@ -12,11 +12,10 @@ import pytest
 
 from edge_phi3.bench import quants
 from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench.machine import write_json
 from edge_phi3.bench.plots import plot_quality
-from edge_phi3.bench.quant_report import QuantReport, on_front, read_report
 from edge_phi3.bench.quant_worker import Job, measure
-from edge_phi3.bench.quants import QuantBench
-from edge_phi3.bench.report_files import write_json
+from edge_phi3.bench.quants import QuantBench, QuantReport, on_front, read_report
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
