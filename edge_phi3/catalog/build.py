@@ -14,13 +14,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, write_manifest
+from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space, shown
+from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, locked, require_space, shown
 from edge_phi3.progress import ProgressReporter
 from edge_phi3.version import __version__
 
@@ -144,7 +146,8 @@ class Build:
             tools=tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")},
             created=dt.datetime.now(dt.UTC),
         )
-        write_manifest(folder, manifest)
+        with atomic_output(folder / MANIFEST_NAME, force=True) as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         # Only now is the older model of no use: a killed run leaves one of the two whole.
         names = {MANIFEST_NAME, *(file.name for file in files)}
         for path in [path for path in folder.iterdir() if path.name not in names]:

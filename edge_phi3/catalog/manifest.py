@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.files import atomic_output, sha256_of
+from edge_phi3.files import sha256_of
 
 FORMAT = 1
 """Raised when models made earlier must be made again; an older manifest counts as none."""
@@ -58,9 +58,3 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     plain = all(Path(file.name).name == file.name for file in manifest.files)
     return manifest if manifest.format == FORMAT and manifest.files and whole and plain else None
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a folder, replacing an older one."""
-    with atomic_output(folder / MANIFEST_NAME, force=True) as temporary:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

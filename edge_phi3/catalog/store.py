@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import platformdirs
@@ -66,17 +67,9 @@ class Catalog:
         given = store or os.environ.get(STORE_VARIABLE)
         self.store = Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("edge-phi3")) / "models"
 
-    def resolve(
-        self,
-        reference: str | None,
-        *,
-        quant: str = "Q4_K_M",
-        progress: ProgressReporter | None = None,
-        refresh: bool = False,
-        keep_intermediate: bool = False,
-    ) -> StoredModel:
-        """Return the model of a reference, as `pull` does with one quantisation."""
-        return self.pull(reference, [quant], progress=progress, refresh=refresh, keep_intermediate=keep_intermediate)[0]
+    def resolve(self, reference: str | None, *, quant: str = "Q4_K_M", **options: Any) -> StoredModel:
+        """Return the model of a reference, as `pull` does with one quantisation and the same options."""
+        return self.pull(reference, [quant], **options)[0]
 
     def pull(
         self,
@@ -87,17 +80,11 @@ class Catalog:
         refresh: bool = False,
         keep_intermediate: bool = False,
     ) -> list[StoredModel]:
-        """Return the models of a reference, one for each type; download, convert and quantise what is missing.
+        """Return the models of a reference (see `parse_reference`), one for each type; make what is missing.
 
         What is in the store whole is returned at once, without the network. Two processes that want the same
-        model make it once: the second waits. Ready-made GGUFs stay as they are.
-
-        Args:
-            reference: see `edge_phi3.catalog.reference.parse_reference`.
-            quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``.
-            progress: reports downloads, conversion and quantisation.
-            refresh: ask the Hub whether the revision has moved, and make the models again when it has.
-            keep_intermediate: keep the downloaded checkpoint and the unquantised GGUF, for other quantisations.
+        model make it once: the second waits. Ready-made GGUFs stay as they are. With `refresh` the Hub is asked whether
+        the revision has moved, and `keep_intermediate` keeps the checkpoint and the unquantised GGUF.
 
         Raises:
             ModelReferenceError: the reference means nothing.

@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from edge_phi3.catalog import ModelReferenceError, parse_reference
+from edge_phi3.catalog.reference import ModelReferenceError, parse_reference
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
