@@ -17,13 +17,17 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_name
-from edge_phi3.conversion.encode import STORED_TYPES, encode, tensor_type, to_float32
+from edge_phi3.conversion.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SafetensorsFile,
+    StoredTensor,
+    canonical_name,
+)
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import PositiveNumber, Size, read_json, typed
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS
-from edge_phi3.conversion.plan import Plan, PlannedTensor, matrix_type
-from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
+from edge_phi3.conversion.plan import STORED_TYPES, Plan, PlannedTensor, encode, matrix_type, tensor_type, to_float32
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.default)?(\.weight)?")
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<module>[\w.]+_proj)\.weight")

@@ -22,13 +22,11 @@ from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
 from edge_phi3.conversion.adapter import is_adapter, plan_adapter
-from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
-from edge_phi3.conversion.encode import encode
+from edge_phi3.conversion.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.plan import Plan, PlannedTensor, plan_tensors, read_model
-from edge_phi3.conversion.safetensors import StoredTensor
+from edge_phi3.conversion.plan import Plan, PlannedTensor, encode, plan_tensors, read_model
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.files import atomic_output, require_space
 

@@ -4,10 +4,14 @@ The reference is ``Phi3Config`` and ``Phi3ForCausalLM`` of transformers; the GGU
 converter writes and its ``phi3`` architecture reads. Of rotary positions, transformers 4 reads ``rope_scaling``, with
 ``rope_theta`` beside it; transformers 5 writes ``rope_parameters`` with all of it inside, and takes ``rope_scaling``
 where a file has both. Files that went through several hands have both.
+
+A Phi-3 whose fused projections are split is, tensor for tensor, a Llama or a Mistral, and libraries that train those
+save it so. Such a copy is told by Phi-3's vocabulary; a real Llama or Mistral is refused.
 """
 
 import dataclasses
 import math
+import re
 from typing import Annotated, Any
 
 import gguf
@@ -15,10 +19,29 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.architecture import ARCHITECTURE as ARCHITECTURE  # noqa: PLC0414 - read from here as well
-from edge_phi3.conversion.architecture import refuse_other_models
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import LARGEST, PositiveNumber, Size, typed
+
+ARCHITECTURE = "Phi3ForCausalLM"
+
+_OF_TYPE = {"phi3": ARCHITECTURE, "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+_DISGUISES = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
+# What wrappers leave in the place of the model's own, and a Phi-3 without its output matrix, which may be tied.
+_SAYS_NOTHING = re.compile(r"(PeftModel|AutoModelForCausalLM).*|OptimizedModule|Phi3Model")
+
+_VOCABULARIES = (32064, 100352, 200064)
+_WINDOW = 2047
+
+_RELATIVES = {
+    "Phi3SmallForCausalLM": "Phi-3-small has block-sparse attention and a tiktoken vocabulary",
+    "Phi3VForCausalLM": "Phi-3-vision has an image encoder",
+    "Phi4MMForCausalLM": "Phi-4-multimodal has image and speech encoders",
+    "PhiMoEForCausalLM": "Phi-3.5-MoE is a mixture of experts",
+    "PhimoeForCausalLM": "Phi-3.5-MoE is a mixture of experts",
+    "PhiForCausalLM": "Phi-1 and Phi-2 have other layers",
+    "Phi3ForSequenceClassification": "it sorts texts into classes and writes none",
+    "Phi3ForTokenClassification": "it sorts tokens into classes and writes none",
+}
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The matrices that may be one, by the checkpoint's names."""
@@ -190,8 +213,8 @@ class Phi3(_Config, frozen=True, kw_only=True):
 
 
 def read_phi3(config: dict[str, Any], *, disguised: bool | None = None) -> Phi3:
-    """Check ``config.json`` and return its hyper-parameters; `disguised` is as `refuse_other_models` takes it."""
-    refuse_other_models(config, disguised=disguised)
+    """Check ``config.json`` and return its hyper-parameters; `disguised` is as `_refuse_other_models` takes it."""
+    _refuse_other_models(config, disguised=disguised)
     stated = {name: value for name, value in config.items() if value is not None}
     checked = typed(stated, _Config, "config.json")
     width, heads = checked.hidden_size, checked.num_attention_heads
@@ -206,6 +229,37 @@ def read_phi3(config: dict[str, Any], *, disguised: bool | None = None) -> Phi3:
     if heads % model.kv_heads:
         raise CheckpointError(f"config.json: {heads} attention heads cannot share {model.kv_heads} key-value heads.")
     return model
+
+
+def _refuse_other_models(config: dict[str, Any], *, disguised: bool | None = None) -> None:
+    """Refuse what ``config.json`` says is no Phi-3.
+
+    `disguised` tells whether what calls itself a Llama or a Mistral is a Phi-3; None, where only the configuration is
+    known, goes by its vocabulary's size and its window.
+    """
+    architectures = _architectures(config)
+    if disguised is None:
+        disguised = config.get("vocab_size") in _VOCABULARIES or config.get("sliding_window") == _WINDOW
+    if architectures != [ARCHITECTURE] and not (disguised and set(architectures) <= _DISGUISES):
+        named = f"the architecture {', '.join(architectures)}" if architectures else "no architecture"
+        reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
+        but = ", or a copy of it with split projections and its own vocabulary" * (set(architectures) <= _DISGUISES)
+        raise UnsupportedModelError(f"config.json names {named}{reason}; only {ARCHITECTURE} can be converted{but}.")
+    if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):
+        raise UnsupportedModelError(f"config.json: hidden_act is {act!r}; Phi-3 has silu.")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise UnsupportedModelError(f"config.json: {name} is set; llama.cpp's Phi-3 has no biases.")
+
+
+def _architectures(config: dict[str, Any]) -> list[str]:
+    """Return the names of the model's class: the stated ones, or what ``model_type`` stands for."""
+    stated = config.get("architectures")
+    listed = stated if isinstance(stated, list) else [stated] if stated else []
+    # Sharded by torch, a class is called FSDP and its name.
+    named = [str(name).removeprefix("FSDP") for name in listed if name and not _SAYS_NOTHING.fullmatch(str(name))]
+    kind = config.get("model_type")
+    return named or ([_OF_TYPE.get(str(kind), str(kind))] if kind else [])
 
 
 def _read_rope(config: dict[str, Any], head_size: int, context: int) -> Rope:

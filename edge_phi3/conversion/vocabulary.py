@@ -12,7 +12,7 @@ converter. Beyond its keys, two of our own are written, and those of `Words`:
   own text in the file has them too, so that llama.cpp finds it nowhere else. A ``"single_word": true`` token is not
   found in a word. The value is a string because llama.cpp's C API gives no arrays.
 - ``edge_phi3.tokenizer.prefix`` (string): before which parts of a text a "▁" is put, where it is not Phi-3's rule; see
-  `edge_phi3.conversion.tokenizer_json.Prefix`.
+  `edge_phi3.conversion.pieces.Prefix`.
 """
 
 import collections
@@ -30,16 +30,19 @@ import msgspec
 from edge_phi3 import byte_level
 from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json, read_text, typed
-from edge_phi3.conversion.sentencepiece import ModelType, Piece, PieceType, read_sentencepiece
-from edge_phi3.conversion.tokenizer_json import (
+from edge_phi3.conversion.pieces import (
     AddedToken,
     BpeModel,
     FastTokenizer,
+    ModelType,
+    Piece,
+    PieceType,
     Prefix,
     Words,
     check_same_pieces,
     pieces_of,
     prefix_of,
+    read_sentencepiece,
     read_words,
 )
 

@@ -12,8 +12,7 @@ from edge_phi3.engine.engine_settings import EngineSettings
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import ContextMemory, Job, plan_memory
 from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType
-from edge_phi3.planning.budget import Placement, host_pattern, place
-from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton
+from edge_phi3.planning.gguf_layout import Layout, Placement, host_pattern, place, write_blank_imatrix, write_skeleton
 
 BEST_FIRST = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XS", "IQ1_M")
 """What is recommended: the first that fits. What the advice of the other types says speaks against them."""

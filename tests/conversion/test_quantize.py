@@ -12,8 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from edge_phi3.conversion.architecture import ARCHITECTURE
-from edge_phi3.conversion.phi3 import read_phi3
+from edge_phi3.conversion.phi3 import ARCHITECTURE, read_phi3
 from edge_phi3.conversion.quantization_types import (
     ALIASES,
     QUANTIZATION_TYPES,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Library
 
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
-from edge_phi3.conversion.sentencepiece import MAX_BYTES, Piece, PieceType, read_sentencepiece
+from edge_phi3.conversion.pieces import MAX_BYTES, Piece, PieceType, read_sentencepiece
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.engine.added_tokens import WHITE_SPACE
 from edge_phi3.engine.tokenizer import Tokenizer
