@@ -14,8 +14,6 @@ from edge_phi3.bench.errors import BenchError, ExchangeError
 from edge_phi3.bench.workload import WORDS, Ask, Ruler, Workload
 
 _FEWEST_WORDS = 32
-_KEEP_ALIVE = 2.0
-"""Seconds after which an idle connection is not used again; servers close theirs later."""
 
 
 class HttpClient:
@@ -44,12 +42,13 @@ class HttpClient:
             base_url=address,
             headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
             timeout=2 * timeout,  # what ends an exchange is the limit in `exchange`
-            limits=httpx.Limits(keepalive_expiry=_KEEP_ALIVE),
+            limits=httpx.Limits(keepalive_expiry=2.0),  # servers close idle connections later
             # The system's certificates, and nothing else of the environment: a proxy would be measured as well.
             verify=ssl.create_default_context() if address.scheme == "https" else False,
             trust_env=False,
             transport=transport,
         )
+        self.close = self._client.aclose
 
     async def exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, take: Callable[[bytes], Any]
@@ -84,10 +83,6 @@ class HttpClient:
         await self.exchange(method, path, body, whole.extend)
         return _parse_object(bytes(whole))
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._client.aclose()
-
 
 def _parse_object(data: bytes) -> dict[str, Any]:
     """Return a JSON object; `ExchangeError` when it is something else, or the error that a server reports."""
@@ -104,10 +99,9 @@ def _parse_object(data: bytes) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Answer:
-    """One generated answer, in pieces. Tokens are as the server counts them, None where it does not say.
+    """One generated answer, in pieces, each at its time (`time.perf_counter`). Tokens are None where no server tells.
 
-    `times` has when each piece came, in seconds of `time.perf_counter`. `cached_tokens` are those of the prompt that
-    were not computed anew; `ended` is whether the server said that the answer is complete.
+    `cached_tokens` are those of the prompt that were not computed anew; `ended` is whether the server said so.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -171,7 +165,6 @@ def _completion_body(ask: Ask, _model: str) -> dict[str, Any]:
 
 
 def _read_completion(answer: Answer, body: Mapping[str, Any]) -> None:
-    """Read the answer, or an event of it: they have the same fields."""
     answer.add(body.get("content", ""))
     if body.get("stop"):
         answer.prompt_tokens, answer.completion_tokens = body["tokens_evaluated"], body["tokens_predicted"]
@@ -182,12 +175,8 @@ def _read_completion(answer: Answer, body: Mapping[str, Any]) -> None:
 def _openai_body(ask: Ask, model: str) -> dict[str, Any]:
     """Return what OpenAI's API takes. What it lacks (`top_k`, `ignore_eos`) is sent only when it is set."""
     how = ask.how
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": "".join(ask.turns),
-        "max_tokens": ask.max_tokens,
-        "temperature": how.temperature,
-    }
+    body: dict[str, Any] = {"model": model, "prompt": "".join(ask.turns), "max_tokens": ask.max_tokens}
+    body["temperature"] = how.temperature
     if how.temperature:
         body |= {"top_p": how.top_p} | ({"top_k": how.top_k} if how.top_k else {})
     if how.ignore_eos:
@@ -205,7 +194,6 @@ def _openai_chat_body(ask: Ask, model: str) -> dict[str, Any]:
 
 
 def _read_openai(answer: Answer, body: Mapping[str, Any]) -> None:
-    """Read the answer, or a chunk of it, of either of OpenAI's endpoints."""
     for choice in body.get("choices", ()):
         message = choice.get("delta") or choice.get("message") or {}
         answer.add(choice.get("text") or message.get("content") or "")
@@ -219,7 +207,7 @@ class Api:
     """A kind of endpoint.
 
     `body` makes a request from a prompt's settings and the model's name, `tokenize` one to ``/tokenize`` of a text and
-    the name; `read` adds a whole answer, or an event of a stream, to the answer so far.
+    the name; `read` adds to the answer so far what came: an event of a stream, or all.
     """
 
     path: str

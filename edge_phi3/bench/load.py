@@ -23,16 +23,11 @@ from edge_phi3.bench.workload import Session, Sessions
 
 
 class RequestRecord(msgspec.Struct):
-    """What happened to one request. Times are seconds.
+    """What happened to one request, a `turn` of its session from 0 on.
 
-    Attributes:
-        turn: which turn of the session it was, from 0.
-        started: when it was sent, from the start of the level.
-        latency: from then to the end of its answer.
-        first: from then to the first piece of text, or None when nothing was streamed.
-        gaps: between one piece and the next.
-        completion_tokens: tokens generated; pieces of text where the server did not say, which `counted` tells.
-        cached_tokens: tokens of the prompt that came from a cache.
+    Times are seconds: it was `started` after the start of the level, `first` is the first piece of text, None when
+    nothing was streamed, and `gaps` lie between the pieces. Where the server did not say the `completion_tokens`,
+    which `counted` tells, they are pieces of text. `cached_tokens` are those of the prompt that came from a cache.
     """
 
     session: int
@@ -128,8 +123,6 @@ async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random
 
 
 class _Run:
-    """The requests of one level."""
-
     def __init__(self, endpoint: Endpoint, done: Callable[[], None]) -> None:
         self.records: list[RequestRecord] = []
         self._endpoint = endpoint
@@ -181,20 +174,17 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a level. Rates count finished requests only.
+    """The figures of a level. Rates count finished requests only; None is what the server does not report.
 
     Attributes:
         seconds: from the first request to the end of the last.
-        tokens_per_second: generated tokens over `seconds`.
-        total_tokens_per_second: prompt tokens counted as well; None where the server does not report them.
-        prompt_tokens: mean of a request, or None.
-        completion_tokens: mean of a request.
+        total_tokens_per_second: prompt tokens counted as well.
+        prompt_tokens, completion_tokens: means of a request.
         counted: whether the server reported every request's tokens; if not, pieces of text were counted.
-        cached_share: share of prompt tokens that came from a cache, or None.
-        first_token: from sending a request to the first piece of its answer (TTFT).
+        cached_share: share of prompt tokens that came from a cache.
+        first_token, latency: from sending a request to the first piece of its answer (TTFT), and to its end.
         per_token: of one request, seconds per token after the first (TPOT).
         gap: between two pieces of one answer (inter-token latency).
-        latency: from sending a request to the end of its answer.
         generator_cores: processor cores that the load generator kept busy.
     """
 

@@ -24,9 +24,8 @@ from edge_phi3.llama.context import Context
 Keep = Callable[[NDArray[np.float64]], object]
 """Takes log-probabilities, shape ``(rows, vocab_size)``."""
 
-_TAIL = 16
-"""Nats below the most likely token beyond which tokens are not told apart."""
-_STEPS = 65535
+_TAIL, _STEPS = 16, 65535
+"""Nats below the most likely token beyond which tokens are not told apart, and the steps down to there."""
 
 _ROWS = 32
 """Positions that are computed together: 8 MB of float64 for Phi-3's vocabulary."""
@@ -35,13 +34,10 @@ _ROWS = 32
 class Divergence(msgspec.Struct, frozen=True):
     """How far predictions are from a reference's at the same positions, each mean with its standard error.
 
-    Attributes:
-        mean: mean Kullback-Leibler divergence from the reference, in nats, as are its percentiles.
-        same_top: share of positions at which both find the same token the most likely.
-        log_ratio: logarithm of perplexity over the reference's perplexity, where, as in llama-perplexity, no token of
-            the reference is less likely than 16 nats below the top; on a text that the model is at a loss with, compare
-            the perplexities themselves.
-        log_ratio_error: smaller than the perplexities' own, since both meet the same text.
+    `mean` is the Kullback-Leibler divergence in nats, as are its percentiles, and `same_top` the share of positions
+    at which both find the same token the most likely. `log_ratio` is the logarithm of perplexity over the reference's,
+    where, as in llama-perplexity, no token of the reference is less likely than 16 nats below the top; its error is
+    smaller than the perplexities' own, since both meet the same text.
     """
 
     mean: float
@@ -93,7 +89,6 @@ def _row_type(vocab_size: int) -> np.dtype[np.void]:
 
 
 def _rounded(log_probs: NDArray[np.float64]) -> NDArray[np.void]:
-    """Return log-probabilities, shape ``(rows, vocab_size)``, as they are stored."""
     rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
     top = log_probs.max(axis=1)
     rows["lowest"] = np.maximum(log_probs.min(axis=1), top - _TAIL)
@@ -104,7 +99,6 @@ def _rounded(log_probs: NDArray[np.float64]) -> NDArray[np.void]:
 
 
 def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return the log-probabilities of stored positions."""
     scale, lowest = (rows[name].astype(np.float64)[:, None] for name in ("scale", "lowest"))
     read: NDArray[np.float64] = rows["steps"] * scale + lowest
     return read
@@ -201,7 +195,9 @@ def _scored(
         for start, logits in feed(context, fed, scored):
             positions = start + np.flatnonzero(scored[start : start + context.batch_size])
             for row in range(0, len(positions), _ROWS):
-                yield _log_softmax(logits[row : row + _ROWS]), chunk[positions[row : row + _ROWS] + 1]
+                part = logits[row : row + _ROWS].astype(np.float64)
+                part -= part.max(axis=1, keepdims=True)
+                yield part - np.log(np.exp(part).sum(axis=1, keepdims=True)), chunk[positions[row : row + _ROWS] + 1]
         done(number)
 
 
@@ -221,12 +217,6 @@ def feed(
         context.seq_ids[:count] = 0
         context.wants_logits[:count] = wanted[part]
         yield start, context.decode(count, int(np.count_nonzero(wanted[part])))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:

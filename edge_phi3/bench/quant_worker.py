@@ -69,10 +69,10 @@ class Job(Conditions, frozen=True, kw_only=True):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast one sequence runs, without HTTP: medians over the repetitions.
+    """How fast one sequence runs, without HTTP: medians over the `turns`.
 
-    The prompt is of random tokens, those after it are generated greedily. `first_token` is in seconds, as is the first
-    figure of each of the `turns`; the second is tokens a second after the first, as `generated_per_second`.
+    The prompt is of random tokens, those after it are generated greedily. A turn is `first_token`, in seconds, and
+    `generated_per_second`, the tokens a second after the first.
     """
 
     prompt_tokens: int
@@ -86,14 +86,10 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 class Figures(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a process of its own measures of a file; memory is in bytes.
 
-    Attributes:
-        bits_per_weight: of all tensors together, metadata not counted.
-        load_seconds: from opening the file to the first decoded token; the file had just been written or read, so that
-            it comes from the system's cache rather than from the disk.
-        memory_before: resident before the process loads the model.
-        memory_peak: resident at most while it loads and generates, with a KV cache for prompt and answer; mapped pages
-            of the file included.
-        gpu_memory: taken on the GPUs meanwhile; None without one.
+    `bits_per_weight` are those of all tensors, metadata not counted. `load_seconds` go from opening the file, which
+    comes from the system's cache, to the first decoded token. `memory_before` is resident before the process loads the
+    model, `memory_peak` at most until it has generated, mapped pages of the file and the KV cache included.
+    `gpu_memory` is taken on the GPUs meanwhile; None without one.
     """
 
     bits_per_weight: float
@@ -209,10 +205,7 @@ def _peak_resident_bytes() -> int:
 
 
 def _gpu_bytes_in_use() -> int | None:
-    """Return the bytes in use on all GPUs together, by any process; None without an NVIDIA GPU.
-
-    A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
-    """
+    # By any process: inside a container it cannot be told from others, and so two calls make a difference.
     found = gpus()
     return sum(gpu.used for gpu in found) if found else None
 

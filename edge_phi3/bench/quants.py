@@ -5,7 +5,7 @@ are made by `edge_phi3.conversion.journey`, and each figure carries a digest of 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +27,6 @@ from edge_phi3.files import locked, read_bounded
 from edge_phi3.gguf_file import GgufError, read_gguf
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
-EVALUATION_NAME = "edge-phi3 evaluation.txt"
-"""What reports call the packaged text."""
-
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K", "IQ2_M")
 """One good type for each step in size."""
 
@@ -44,8 +41,7 @@ def evaluation_text() -> str:
 class QuantBench(Conditions, frozen=True):
     """What to measure, and how: options of `edge-phi3 bench quants`.
 
-    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, as which this
-    was requested, is recorded in the report.
+    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command` goes into the report.
     """
 
     model: Path
@@ -78,11 +74,8 @@ class QuantBench(Conditions, frozen=True):
 class Measurement(Figures, frozen=True, tag=False):
     """One type's figures, or those of the reference, with which the others are compared.
 
-    Attributes:
-        made_from: a digest of all that the figures depend on, the machine's processor included.
-        imatrix: whether an importance matrix guided the quantiser.
-        bytes: size of the file.
-        quantize_seconds: how long making it took; None for the reference.
+    `made_from` digests all that they depend on, the machine's processor included; `imatrix` is whether one guided the
+    quantiser, `bytes` the file's size, `quantize_seconds` how long making it took, None for the reference.
     """
 
     # Not keyword-only, unlike those of `Figures`: so they come first in JSON and CSV.
@@ -97,8 +90,7 @@ class Measurement(Figures, frozen=True, tag=False):
 class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
     """What `edge-phi3 bench quants` found: the reference's figures first, then the others from large to small.
 
-    `text` is the name of what was evaluated, `ctx_size` the tokens of a chunk, `command` how it was measured; `threads`
-    is None for the physical cores.
+    `text` names what was evaluated, `command` tells how it was measured; `threads` is None for the physical cores.
     """
 
     format: int = FORMAT
@@ -192,89 +184,83 @@ def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> Quant
 
 class _Run:
     def __init__(self, bench: QuantBench, progress: ProgressReporter) -> None:
-        self._bench, self._progress = bench, progress
-        self._folder = bench.output_dir
+        self._bench, self._progress, self._folder = bench, progress, bench.output_dir
         self._name = bench.model.resolve().name.removesuffix(".gguf")
         try:
             self._text = evaluation_text() if bench.text is None else _read(bench.text, "text").decode()
         except UnicodeDecodeError as error:
             raise BenchError(f"The text {bench.text} is not UTF-8: {error.reason}.") from error
         self._text_sha256 = hashlib.sha256(self._text.encode()).hexdigest()
-        self._machine = Machine.here()
+        self._conditions = {name: getattr(bench, name) for name in Conditions.__struct_fields__}
         self._journey = Journey(
             self._folder, self._name, progress, threads=bench.threads, n_gpu_layers=bench.n_gpu_layers
         )
         self._found: dict[str, Measurement] = {}
 
     def run(self, types: Sequence[QuantizationType]) -> QuantReport:
-        base = self._base()
-        base_type, digest = base.made.type, base.made.seen.sha256
-        types = [kind for kind in types if kind.name != base_type]
-        matrix = self._matrix(base, types)
+        bench, base = self._bench, self._base()
+        types = [kind for kind in types if kind.name != base.made.type]
+        matrix = Path(bench.imatrix) if bench.imatrix not in {"auto", "none"} else None
+        # What was measured with a matrix before is known by it, whatever is requested now.
+        made = self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types)
+        if bench.imatrix == "auto" and made:
+            matrix = self._journey.collect(base).path
         guide = None if matrix is None else hashlib.sha256(_read(matrix, "importance matrix")).hexdigest()
+        here = Machine.here()
+        machine = [here.cpu, here.cores, list(tool_versions().values())]
 
         def key(name: str) -> str:
-            guided = name != base_type and QUANTIZATION_TYPES[name].uses_imatrix
-            return self._key(digest, name, guide if guided else None)
+            guided = name != base.made.type and QUANTIZATION_TYPES[name].uses_imatrix
+            inputs = [FORMAT, base.made.seen.sha256, name, guide if guided else None, self._text_sha256]
+            return hashlib.sha256(msgspec.json.encode([*inputs, [*self._conditions.values()], machine])).hexdigest()
 
-        logits = self._folder / f"{self._name}-{key(base_type)[:12]}.log-probs.npy"
+        logits = self._folder / f"{self._name}-{key(base.made.type)[:12]}.log-probs.npy"
         for other in set(self._folder.glob(f"{self._name}-*.log-probs.npy")) - {logits}:
             other.unlink()
-        self._take_over({kind.name for kind in types} | {base_type}, key)
-        if base_type not in self._found or not logits.exists():
-            self._measure(base, logits, base_type, key(base_type), guided=False, reference=True)
+        # What earlier runs measured with the same inputs counts, whether it is requested now or not.
+        known, anew = read_report(self._folder / REPORT_NAME), {base.made.type, *(kind.name for kind in types)}
+        for item in known.measurements if known else []:
+            again = bench.again and item.type in anew
+            if item.type in QUANTIZATION_TYPES and item.made_from == key(item.type) and not again:
+                self._found[item.type] = item
+        if base.made.type not in self._found or not logits.exists():
+            self._measure(base, logits, key(base.made.type), reference=True)
         for kind in types:
             if kind.name in self._found:
                 self._progress.note(f"{kind.name} is measured already.")
-            else:
-                self._quantised(base, logits, kind, matrix, key(kind.name))
+                continue
+            stop = self._journey.quantize(base, kind, matrix)
+            try:
+                self._measure(stop, logits, key(kind.name), guided=matrix is not None and kind.uses_imatrix)
+            finally:
+                if stop.fresh and not bench.keep_models:
+                    stop.path.unlink(missing_ok=True)
         return self._report()
-
-    def _take_over(self, asked: set[str], key: Callable[[str], str]) -> None:
-        """Begin with what earlier runs measured with the same inputs, whether it is requested now or not."""
-        known = read_report(self._folder / REPORT_NAME)
-        for item in known.measurements if known else []:
-            wanted_anew = self._bench.again and item.type in asked
-            if item.type in QUANTIZATION_TYPES and item.made_from == key(item.type) and not wanted_anew:
-                self._found[item.type] = item
 
     def _base(self) -> Stop:
         """Return the reference's file, converted when a checkpoint was given."""
         model = self._bench.model
-        if model.is_file():
-            kind = _type_of(model)
-            if kind not in {"F32", "F16", "BF16"}:
-                raise BenchError(
-                    f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
-                )
-            return self._journey.begin_with(model, kind)
-        if not (model / "config.json").is_file():
-            raise BenchError(f"{model} is neither a GGUF file nor a checkpoint folder with a config.json.")
-        return self._journey.convert(model, outtype="f16")
-
-    def _matrix(self, base: Stop, types: Sequence[QuantizationType]) -> Path | None:
-        chosen = self._bench.imatrix
-        if chosen != "auto":
-            return None if chosen == "none" else Path(chosen)
-        # What was measured with a matrix before is known by it, whatever is requested now.
-        if self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types):
-            return self._journey.collect(base).path
-        return None
-
-    def _quantised(self, base: Stop, logits: Path, kind: QuantizationType, matrix: Path | None, key: str) -> None:
-        stop = self._journey.quantize(base, kind, matrix)
-        guided = matrix is not None and kind.uses_imatrix
+        if not model.is_file():
+            if not (model / "config.json").is_file():
+                raise BenchError(f"{model} is neither a GGUF file nor a checkpoint folder with a config.json.")
+            return self._journey.convert(model, outtype="f16")
         try:
-            self._measure(stop, logits, kind.name, key, guided=guided)
-        finally:
-            if stop.fresh and not self._bench.keep_models:
-                stop.path.unlink(missing_ok=True)
+            number = read_gguf(model).values.get("general.file_type")
+        except (OSError, GgufError) as error:
+            raise BenchError(f"{model} is not a whole GGUF model: {error}.") from error
+        names = {kind.ftype: kind.name for kind in QUANTIZATION_TYPES.values()}
+        if not isinstance(number, int) or (kind := names.get(number)) is None:
+            raise BenchError(f"{model} does not say its file type (general.file_type); convert the checkpoint anew.")
+        if kind not in {"F32", "F16", "BF16"}:
+            raise BenchError(
+                f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
+            )
+        return self._journey.begin_with(model, kind)
 
-    def _measure(self, stop: Stop, logits: Path, kind: str, key: str, *, guided: bool, reference: bool = False) -> None:
+    def _measure(self, stop: Stop, logits: Path, key: str, *, guided: bool = False, reference: bool = False) -> None:
         """Measure a file, and write the report with it."""
-        conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
-        job = Job(model=stop.path, text=self._text, logits=logits, reference=reference, **conditions)
-        size = stop.path.stat().st_size
+        job = Job(model=stop.path, text=self._text, logits=logits, reference=reference, **self._conditions)
+        kind, size = stop.made.type, stop.path.stat().st_size
         with self._progress.step(f"Measuring {kind}", size) as step:
             # The bar counts bytes: as many of the file's as chunks of the text are done.
             figures = measure(
@@ -294,36 +280,16 @@ class _Run:
         write_json(self._folder / REPORT_NAME, report)
         write_csv(self._folder / "quants.csv", report.rows())
 
-    def _key(self, base: str, kind: str, matrix: str | None) -> str:
-        """Return a digest of all that a type's figures depend on."""
-        conditions = [getattr(self._bench, name) for name in Conditions.__struct_fields__]
-        machine = [self._machine.cpu, self._machine.cores, list(tool_versions().values())]
-        inputs = [FORMAT, base, kind, matrix, self._text_sha256, conditions, machine]
-        return hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()
-
     def _report(self) -> QuantReport:
-        ordered = sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes))
         return QuantReport(
             model=self._name,
-            text=EVALUATION_NAME if self._bench.text is None else self._bench.text.name,
+            text="edge-phi3 evaluation.txt" if self._bench.text is None else self._bench.text.name,
             text_sha256=self._text_sha256,
             ctx_size=self._bench.ctx_size,
             threads=self._bench.threads,
             command=self._bench.command,
-            measurements=ordered,
+            measurements=sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes)),
         )
-
-
-def _type_of(path: Path) -> str:
-    """Return the name of a GGUF's file type."""
-    try:
-        number = read_gguf(path).values.get("general.file_type")
-    except (OSError, GgufError) as error:
-        raise BenchError(f"{path} is not a whole GGUF model: {error}.") from error
-    names = {kind.ftype: kind.name for kind in QUANTIZATION_TYPES.values()}
-    if not isinstance(number, int) or number not in names:
-        raise BenchError(f"{path} does not say its file type (general.file_type); convert the checkpoint anew.")
-    return names[number]
 
 
 def _read(path: Path, what: str) -> bytes:

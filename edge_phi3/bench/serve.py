@@ -16,7 +16,6 @@ from edge_phi3.bench.machine import Machine, columns
 from edge_phi3.bench.options import FILE, POSITIVE, Option
 from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload
 
-_SESSIONS_APART = 10_000_000
 _DISTRIBUTIONS = ("first_token", "per_token", "gap", "latency")
 
 
@@ -43,9 +42,9 @@ class ServeBench(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured. `machine` is where the load generator ran; the service may have run elsewhere.
+    """What was measured: the service's `api` and `model`, from the `machine` of the load generator.
 
-    `api` and `model` are what requests went to; `exact_lengths` is whether prompts had exactly the requested tokens.
+    `exact_lengths` is whether prompts had exactly the requested tokens.
     """
 
     machine: Machine
@@ -87,9 +86,8 @@ async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: Non
             ruler = await measure_ruler(endpoint)
             sessions, exact = RandomSessions(bench.workload, ruler), ruler.exact
         for number, level in enumerate(bench.levels):
-            first = number * _SESSIONS_APART
             records, cpu_seconds = await run_level(
-                endpoint, sessions, level, first_session=first, done=functools.partial(done, number)
+                endpoint, sessions, level, first_session=number * 10_000_000, done=functools.partial(done, number)
             )
             levels.append(summarise(level, records, cpu_seconds))
             requests.append(records)

@@ -14,9 +14,6 @@ from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.options import ONE_OR_MORE, ZERO_OR_MORE, Option
 from edge_phi3.files import read_bounded
 
-_MAX_BYTES = 256 << 20
-"""Of a file of prompts."""
-
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
 """Frequent English words, most of which are one token in most vocabularies."""
 
@@ -107,10 +104,9 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Ruler:
-    """How text becomes tokens on a server, and the words to write with, of `tokens_per_word` each.
+    """How text becomes tokens on a server: words of `tokens_per_word` each, and `overhead` that it puts around a text.
 
-    `overhead` are the tokens that the server puts around a text; `exact` is whether a text has exactly the requested
-    number of tokens.
+    `exact` is whether a text has exactly the requested number of tokens.
     """
 
     words: Sequence[str]
@@ -125,7 +121,7 @@ class Ruler:
 
 
 class RandomSessions:
-    """Sessions of random words, of a workload's lengths, prefixes and turns."""
+    """Sessions of random words, of a workload's lengths, prefixes and turns; always the same one of a number."""
 
     def __init__(self, workload: Workload, ruler: Ruler) -> None:
         self.workload = workload
@@ -140,7 +136,7 @@ class RandomSessions:
         ]
 
     def __call__(self, number: int) -> Session:
-        """Return session `number`, always the same one."""
+        """Return session `number`."""
         random = np.random.default_rng([self.workload.seed, number + 1])
         prefix = self._prefixes[int(random.integers(len(self._prefixes)))] if self._prefixes else ""
         users, outputs = [], []
@@ -152,26 +148,22 @@ class RandomSessions:
 
 
 class _Line(msgspec.Struct):
-    """A prompt of a file."""
-
     prompt: str
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class FileSessions:
-    """Sessions of one turn from a file of prompts, in a shuffled order.
+    """Sessions of one turn from a file of prompts, in a shuffled order; they begin anew after the last one.
 
     A line is plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``; else the workload gives output lengths.
     """
 
     def __init__(self, path: Path, workload: Workload) -> None:
         try:
-            lines = [
-                line for line in read_bounded(path, _MAX_BYTES, regular=False).decode().splitlines() if line.strip()
-            ]
+            text = read_bounded(path, 256 << 20, regular=False).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise BenchError(f"The prompts in {path} cannot be read: {error}.") from None
-        if not lines:
+        if not (lines := [line for line in text.splitlines() if line.strip()]):
             raise BenchError(f"{path} holds no prompt; write one a line.")
         self.workload = workload
         self._prompts = [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
@@ -179,7 +171,7 @@ class FileSessions:
         self._output = parse_lengths(workload.output_tokens)
 
     def __call__(self, number: int) -> Session:
-        """Return session `number`; they begin anew after the last one."""
+        """Return session `number`."""
         line = self._prompts[int(self._order[number % len(self._order)])]
         random = np.random.default_rng([self.workload.seed, number + 1])
         return Session(number, [line.prompt], [line.max_tokens or self._output(random)], self.workload)
