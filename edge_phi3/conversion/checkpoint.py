@@ -45,10 +45,8 @@ _BUFFERS = re.compile(r"(^|\.)(rotary_emb|v_head)\.")
 # What trainers leave beside the weights, or in their place.
 _BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state.*)\.\w+")
 
-_UNREAD = {
-    ".bin": "a pickle", ".pt": "a pickle", ".pth": "a pickle", ".ckpt": "a pickle", ".distcp": "a pickle",
-    ".h5": "TensorFlow's", ".msgpack": "Flax's",
-}  # fmt: skip
+_UNREAD = dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".distcp"), "a pickle, which can run code when it is read")
+_UNREAD |= {".h5": "a file of TensorFlow's format", ".msgpack": "a file of Flax's format"}
 _TO_SAFETENSORS = (
     "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
     "M.from_pretrained({0!r}, torch_dtype='auto').save_pretrained({1!r}); "
@@ -165,8 +163,6 @@ def no_checkpoint(folder: Path) -> CheckpointError | UnsupportedModelError:
 
 
 class _Index(msgspec.Struct):
-    """``model.safetensors.index.json``: tensor names to file names."""
-
     weight_map: dict[str, str]
 
 
@@ -193,13 +189,14 @@ def read_weights(folder: Path) -> tuple[dict[str, StoredTensor], list[str]]:
             name = canonical_name(stored.name)
             if (other := tensors.get(name)) is None:
                 tensors[name] = stored
-            elif not stored.equals(other):
+                continue
+            here, there = (f"{tensor.name} of {tensor.file.path.name}" for tensor in (stored, other))
+            if not stored.equals(other):
                 raise CheckpointError(
-                    f"{_place(stored, folder)} and {_place(other, folder)} are both {name}, with different values; "
-                    "remove the file that is not the model's."
+                    f"{here} and {there} are both {name}, with different values; remove the file that is not the "
+                    "model's."
                 )
-            else:
-                notes.append(f"{_place(stored, folder)} is {_place(other, folder)} once more, and is left out.")
+            notes.append(f"{here} is {there} once more, and is left out.")
     if weight_map:
         notes += _compare_index(weight_map, tensors, folder)
     return tensors, notes
@@ -250,12 +247,10 @@ def _no_weights(folder: Path, named: Iterable[str]) -> CheckpointError | Unsuppo
         return adapter_error(folder)
     others = [path for path in sorted(folder.iterdir()) if path.suffix in _UNREAD and not _BESIDE.fullmatch(path.name)]
     if others:
-        form = _UNREAD[others[0].suffix]
-        why = "a pickle, which can run code when it is read" if form == "a pickle" else f"a file of {form} format"
         command = _TO_SAFETENSORS.format(str(folder), f"{folder}-safetensors")
         return UnsupportedModelError(
-            f"{folder} has its weights in {others[0].name}, {why}; only safetensors are read. If you trust it, make "
-            f"safetensors of it: python -c {shlex.quote(command)}"
+            f"{folder} has its weights in {others[0].name}, {_UNREAD[others[0].suffix]}; only safetensors are read. "
+            f"If you trust it, make safetensors of it: python -c {shlex.quote(command)}"
         )
     if missing := sorted(named):
         return CheckpointError(f"The shard {missing[0]!r}, which {INDEX_NAME} names, is not in {folder}.")
@@ -290,10 +285,6 @@ def _compare_index(weight_map: dict[str, str], tensors: dict[str, StoredTensor],
     if elsewhere:
         notes.append(f"{INDEX_NAME} does not say where {some(elsewhere)} is; the files count.")
     return notes
-
-
-def _place(tensor: StoredTensor, folder: Path) -> str:
-    return f"{tensor.name} of {tensor.file.path.relative_to(folder)}"
 
 
 def some(names: Iterable[str]) -> str:

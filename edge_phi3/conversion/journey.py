@@ -20,7 +20,7 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.metadata import SourceInfo
-from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
+from edge_phi3.conversion.plan import plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, require_space, sha256_of, shown
@@ -29,8 +29,7 @@ from edge_phi3.progress import ProgressReporter, SilentProgress
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 ELSEWHERE = "choose another --output-dir"
-_FORMAT = 1
-_MATRIX = "imatrix"
+_FORMAT, _MATRIX = 1, "imatrix"
 _INPUTS = {".json", ".jinja", ".md", ".model", ".safetensors"}
 """How the names of those files of a checkpoint end that a conversion may read."""
 
@@ -102,8 +101,12 @@ class Journey:
         self._threads, self._n_gpu_layers, self._elsewhere = threads, n_gpu_layers, elsewhere
         for left in folder.glob(f".*{PARTIAL_SUFFIX}"):
             left.unlink(missing_ok=True)
-        self._manifest = _read_manifest(folder)
-        self._tools = tool_versions()
+        try:
+            self._manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=JourneyManifest)
+        except (OSError, msgspec.MsgspecError):
+            self._manifest = JourneyManifest()
+        if self._manifest.format != _FORMAT:  # what is of another counts as nothing, so that all is made again
+            self._manifest = JourneyManifest()
         self.sources: dict[str, Seen] = {}
 
     def run(
@@ -142,7 +145,11 @@ class Journey:
         """Make the unquantised GGUF, once the disk has room for it and for quantisations to `types`."""
         opened = open_checkpoint(checkpoint)
         plan = plan_tensors(opened.tensors, read_model(opened), outtype)
-        self._require_space(plan, types)
+        # What the disk cannot hold is refused before hours of work.
+        sizes = {type_.name: int(plan.weights * type_.bits_per_weight / 8) for type_ in types}
+        sizes[plan.matrices.name] = plan.size
+        missing = {name: size for name, size in sizes.items() if not self.path(name).exists()}
+        require_space(self._folder, sum(missing.values()), ", ".join(missing), self._elsewhere)
         paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _INPUTS)
         self.sources = {shown(path.name): self._input(path) for path in paths}
         hashes = {name: seen.sha256 for name, seen in self.sources.items()}
@@ -192,15 +199,8 @@ class Journey:
         """Return where the file of a type is, or will be; ``imatrix`` is the matrix."""
         return self._folder / f"{self._name}-{kind}.gguf"
 
-    def _require_space(self, plan: Plan, types: Sequence[QuantizationType]) -> None:
-        """Refuse what the disk cannot hold, before hours of work."""
-        sizes = {type_.name: int(plan.weights * type_.bits_per_weight / 8) for type_ in types}
-        sizes[plan.matrices.name] = plan.size
-        missing = {name: size for name, size in sizes.items() if not self.path(name).exists()}
-        require_space(self._folder, sum(missing.values()), ", ".join(missing), self._elsewhere)
-
     def _make(self, path: Path, kind: str, made_from: object, make: Callable[[Path], float]) -> Stop:
-        key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, self._tools], order="sorted")).hexdigest()
+        key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, tool_versions()], order="sorted")).hexdigest()
         known = self._manifest.files.get(path.name)
         if known is not None and known.made_from == key and path.is_file():
             seen = _see(path, known.seen)
@@ -233,12 +233,3 @@ def _see(path: Path, before: Seen | None) -> Seen:
     if before is not None and (before.size, before.modified) == (status.st_size, status.st_mtime_ns):
         return before
     return Seen(status.st_size, status.st_mtime_ns, sha256_of(path))
-
-
-def _read_manifest(folder: Path) -> JourneyManifest:
-    """Return the folder's manifest; an absent, damaged or older one counts as empty, so that all is made again."""
-    try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=JourneyManifest)
-    except (OSError, msgspec.MsgspecError):
-        return JourneyManifest()
-    return manifest if manifest.format == _FORMAT else JourneyManifest()

@@ -126,9 +126,7 @@ class TensorSpec:
     parts: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-class _Config(msgspec.Struct, frozen=True, kw_only=True):
-    """The entries of ``config.json``, with what Phi3Config assumes for an absent one."""
-
+class _Config(msgspec.Struct, frozen=True, kw_only=True):  # with what Phi3Config assumes for an absent entry
     vocab_size: Size = 32064
     hidden_size: Size = 3072
     intermediate_size: Size = 8192
@@ -263,10 +261,6 @@ def _architectures(config: dict[str, Any]) -> list[str]:
 
 
 def _read_rope(config: dict[str, Any], head_size: int, context: int) -> Rope:
-    """Check what the entries of ``config.json`` that are not null say on rotary positions.
-
-    `context` is the ``max_position_embeddings``.
-    """
     said: dict[str, Any] = msgspec.to_builtins(typed(config, _Places, "config.json"))
     stated = {name: entries for name in _FIELDS if (entries := said.pop(name, None))}
     kinds = {name: _kind(name, entries) for name, entries in stated.items()}

@@ -189,16 +189,15 @@ def plan_tensors(tensors: dict[str, StoredTensor], model: Phi3, outtype: str) ->
 
 
 def _are_equal(one: StoredTensor, other: StoredTensor) -> bool:
-    """Compare the values, which two element types may hold alike."""
     if one.shape != other.shape or not {one.dtype, other.dtype} <= STORED_TYPES.keys():
         return False
     for start in range(0, one.size, _CHUNK):
         stop = min(start + _CHUNK, one.size)
         left, right = one.read(start, stop), other.read(start, stop)
-        if one.dtype != other.dtype or left.tobytes() != right.tobytes():
-            same = to_float32(left, one.dtype) == to_float32(right, other.dtype)
-            if not same.all():
-                return False
+        same = one.dtype == other.dtype and left.tobytes() == right.tobytes()
+        # Two types of elements may hold the same values.
+        if not same and not np.array_equal(to_float32(left, one.dtype), to_float32(right, other.dtype)):
+            return False
         for tensor in (one, other):
             tensor.drop(start, stop)
     return True
@@ -226,7 +225,9 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
         CheckpointError: a value is NaN or infinite.
         ConversionError: a value is too large for `target`.
     """
-    _refuse_non_finite(values, dtype, name)
+    finite = np.isfinite(values).all() if dtype == "F32" else (values & _MAGNITUDE).max() < _EXPONENT[dtype]
+    if not finite:
+        raise CheckpointError(f"{name} has NaN or infinite values; such a model cannot answer. Download it again.")
     if STORED_TYPES[dtype] == target:
         return values
     encoded = np.empty(encoded_size(len(values), target), np.uint8)
@@ -263,12 +264,6 @@ def _by_reference(values: NDArray[np.float32], target: GgmlType, name: str) -> N
 
 def _overflow(name: str, outtype: str) -> ConversionError:
     return ConversionError(f"{name} has values too large for {outtype}; convert to bf16 or f32.")
-
-
-def _refuse_non_finite(values: NDArray[Any], dtype: str, name: str) -> None:
-    finite = bool(np.isfinite(values).all()) if dtype == "F32" else bool((values & _MAGNITUDE).max() < _EXPONENT[dtype])
-    if not finite:
-        raise CheckpointError(f"{name} has NaN or infinite values; such a model cannot answer. Download it again.")
 
 
 # A look-up in the 65,536 results of a conversion from 16 bits is several times faster than converting.

@@ -64,8 +64,6 @@ _REQUIRED_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 
 
 class _TemplateFile(msgspec.Struct):
-    """``chat_template.json``, which older releases wrote."""
-
     chat_template: str | None = None
 
 
@@ -75,8 +73,6 @@ class _NamedTemplate(msgspec.Struct):
 
 
 class _TokenizerConfig(msgspec.Struct):
-    """Entries of ``tokenizer_config.json``."""
-
     added_tokens_decoder: dict[int, AddedToken] | None = None
     tokenizer_class: str | None = None
     add_bos_token: Any = None
@@ -194,7 +190,6 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
 
 
 def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix) -> dict[int, Piece]:
-    """Return added tokens as pieces."""
     taken = {piece.text for piece in pieces.values()}
     entries = {}
     for token_id, token in added.items():
