@@ -81,7 +81,6 @@ class Build:
         return {folder: whole[folder] for folder in found}
 
     def _take(self, wanted: HubGguf, folder: Path, work: Path) -> Manifest:
-        """Download ready-made files."""
         assert self._repository is not None
         files = gguf_files(self._repository.snapshot, wanted.files)
         work.mkdir(exist_ok=True)
@@ -103,7 +102,6 @@ class Build:
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
     ) -> dict[Path, Manifest]:
-        """Convert and quantise a checkpoint."""
         from edge_phi3.conversion.journey import Journey  # noqa: PLC0415 (see above)
 
         groups: dict[str, list[Path]] = {}
@@ -114,7 +112,7 @@ class Build:
         checkpoint, source = wanted.path if isinstance(wanted, LocalCheckpoint) else work / "checkpoint", None
         if self._repository is not None:
             source = fetch_checkpoint(self._repository, checkpoint, outputs, _ELSEWHERE)
-        journey = Journey(work, _short(wanted), self._progress, elsewhere=_ELSEWHERE)
+        journey = Journey(work, wanted.name.rsplit("/", 1)[-1], self._progress, elsewhere=_ELSEWHERE)
         made: dict[Path, Manifest] = {}
         for outtype, group in groups.items():
             types = [QUANTIZATION_TYPES[folder.name] for folder in group]
@@ -165,9 +163,7 @@ def make_files(
     imatrix_chunks: int | None = None,
     threads: int | None = None,
 ) -> list[Stop]:
-    """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too.
-
-    The folder is locked meanwhile. See `Journey.run` for what is made, and with which matrix.
+    """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too; see `Journey.run`.
 
     Raises:
         HubError: the Hub does not provide the requested files.
@@ -187,7 +183,7 @@ def make_files(
             repository = _repository(wanted, progress)
             checkpoint = output_dir / f"checkpoint-{repository.snapshot.commit[:12]}"
             source = fetch_checkpoint(repository, checkpoint, [None, *(type_.name for type_ in types)], ELSEWHERE)
-        journey = Journey(output_dir, _short(wanted), progress, threads=threads)
+        journey = Journey(output_dir, wanted.name.rsplit("/", 1)[-1], progress, threads=threads)
         return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
 
 
@@ -219,14 +215,9 @@ def _repository(wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> 
     return Repository(wanted.repository, wanted.revision, progress)
 
 
-def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:
-    return wanted.name.rsplit("/", 1)[-1]
-
-
 def _bits_of(checkpoint: Path) -> int:
-    """Return the bits of a weight in a checkpoint; a damaged config.json is the converter's to complain about."""
     try:
         config = json.loads((checkpoint / "config.json").read_bytes())
         return 32 if "float32" in {config.get("torch_dtype"), config.get("dtype")} else 16
     except (OSError, ValueError, AttributeError, TypeError):
-        return 16
+        return 16  # what is damaged is the converter's to complain about

@@ -1,7 +1,4 @@
-"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray.
-
-Whatever the repository lacks, or has that it should not, is a `HubError`.
-"""
+"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray."""
 
 import json
 import re

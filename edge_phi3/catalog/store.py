@@ -20,10 +20,8 @@ from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
-_WHOLE_FILE = 32 << 20
+_WHOLE_FILE, _HEAD = 32 << 20, 64 << 10
 """Files up to this many bytes are told apart by their content, larger ones by size, time, head and tail."""
-
-_HEAD = 64 << 10
 
 _LONGEST_NAME = 180
 """Characters of a folder's name; a file system takes 255 bytes, some of which the names of locks add."""
@@ -226,16 +224,11 @@ def _file_name(quoted: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return a fingerprint of a checkpoint's content, made in milliseconds.
-
-    Small files are hashed whole, so that a copy of the bundled model is the same model. Of large ones, size, time of
-    change, first and last bytes are: reading gigabytes at every start would take longer than loading them.
-    """
+    # Small files are hashed whole, so that a copy of the bundled model is the same model. Of large ones, size, time of
+    # change, first and last bytes are: reading gigabytes at every start would take longer than loading them.
     digest = hashlib.sha256()
     names = {*CHECKPOINT_FILES, *(path.name for path in folder.glob("*.safetensors*"))}
-    for path in sorted(folder / name for name in names):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, sorted(folder / name for name in names)):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size}\n".encode())
         if status.st_size <= _WHOLE_FILE:

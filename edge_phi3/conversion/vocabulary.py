@@ -156,17 +156,12 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         # GPT2Tokenizer puts nothing in front of a text, whatever its configuration says.
         stated = {"bos": False} if config.add_bos_token else {}
         pieces = {token_id: Piece(text, 0.0, PieceType.NORMAL) for text, token_id in words.ids.items()}
-        entries = dict(pieces)
-        for token_id, token in added.items():
-            control = token.special or _LOOKS_SPECIAL.fullmatch(token.content)
-            kind = PieceType.CONTROL if control else PieceType.USER_DEFINED
-            entries[token_id] = Piece(token.content, _ADDED_SCORE, kind)
     else:
         add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
         stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
         pieces = _pieces(folder, bpe, added)
         prefix = prefix_of(fast) if fast is not None else "prepend"
-        entries = pieces | _entries(added, pieces, prefix)
+    entries = pieces | _entries(added, pieces, prefix)
     if len(pieces) > vocab_size:
         file = next(name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists())
         raise CheckpointError(f"{file} has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
@@ -189,12 +184,13 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     return Vocabulary(folder, tokens, scores, types, added, stated, prefix, template, words)
 
 
-def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix) -> dict[int, Piece]:
+def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix | None) -> dict[int, Piece]:
     taken = {piece.text for piece in pieces.values()}
     entries = {}
     for token_id, token in added.items():
-        text, kind = token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
-        alone = token.single_word and not token.special
+        control = token.special or (prefix is None and _LOOKS_SPECIAL.fullmatch(token.content))
+        text, kind = token.content, PieceType.CONTROL if control else PieceType.USER_DEFINED
+        alone = token.single_word and not token.special and prefix is not None
         if alone or (token.normalized and prefix == "prepend"):
             if token_id in pieces and pieces[token_id].text == text:
                 continue  # It stays a piece as well, where it is not found as a token.

@@ -98,10 +98,9 @@ def read_layout(path: Path) -> Layout:
 def _read_part(path: Path) -> GgufFile:
     try:
         return read_gguf(path)
-    except GgufError as error:
-        raise PlanningError(f"{path} cannot be read: {error}.") from error
-    except OSError as error:
-        raise PlanningError(f"{path} cannot be read: {error.strerror}.") from error
+    except (GgufError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise PlanningError(f"{path} cannot be read: {why}.") from error
 
 
 def _tensor(part: GgufFile, info: TensorInfo, number: int) -> Tensor:
@@ -236,20 +235,15 @@ def place(
     """
     count = offloaded or 0
     kv_cache = sum(context.kv for context in contexts)
-    blocks = min(max(count - 1, 0), layout.layers)
-    device_kv = kv_cache * blocks // layout.layers
+    device_kv = kv_cache * min(max(count - 1, 0), layout.layers) // layout.layers
     compute = [item for context in contexts for item in context.compute.items()]
     device_compute = sum(size for name, size in compute if (not _is_host(name) if gpu_asked else count > 0))
+    host_compute = sum(size for _, size in compute) - device_compute
     output = sum(context.output for context in contexts)
     return Placement(
         layers=offloaded,
         device=Memory(_device_weights(layout, count), device_kv, device_compute),
-        host=Memory(
-            _host_weights(layout, buffers, count),
-            kv_cache - device_kv,
-            sum(size for _, size in compute) - device_compute,
-            output,
-        ),
+        host=Memory(_host_weights(layout, buffers, count), kv_cache - device_kv, host_compute, output),
     )
 
 
@@ -282,8 +276,7 @@ def _host_weights(layout: Layout, buffers: set[tuple[str, str]], offloaded: int)
     return mapped + sum(tensor.size for tensor in kept if tensor.name in repacked)
 
 
-def _is_plain(buffer: str) -> bool:
-    """Whether a buffer is ordinary memory, where a mapped file serves as well."""
+def _is_plain(buffer: str) -> bool:  # where a mapped file serves as well
     return buffer == "CPU" or buffer.endswith("_Host")
 
 
