@@ -55,8 +55,7 @@ class HttpClient:
     ) -> None:
         """Send a request, with JSON or without, and hand each piece of the response's body to `take` as it comes.
 
-        Raises:
-            ExchangeError: no connection, a broken one, no end within the time limit, or a status other than 200.
+        `ExchangeError` is no connection, a broken one, no end within the time limit, or a status other than 200.
         """
         content = None if body is None else msgspec.json.encode(body)
         headers = None if body is None else {"Content-Type": "application/json"}
@@ -238,11 +237,7 @@ class Endpoint:
         self.api = APIS[name]
 
     async def generate(self, ask: Ask, answer: Answer) -> None:
-        """Send a request and fill `answer` as pieces come in.
-
-        Raises:
-            ExchangeError: it failed, or the stream ended early; `answer` keeps what had come.
-        """
+        """Send a request and fill `answer` as pieces come in; an early end of the stream is an `ExchangeError` too."""
         body = self.api.body(ask, self.model)
         if not ask.how.stream:
             self.api.read(answer, await self.client.send("POST", self.api.path, body))

@@ -6,13 +6,13 @@ there does a queue grow when the server is too slow (Schroeder, Wierman and Harc
 Cautionary Tale", NSDI 2006). The figures have the meanings that vLLM's and llama.cpp's benchmarks give them.
 """
 
-from __future__ import annotations
-
 import asyncio
+import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ import numpy as np
 from edge_phi3.bench.endpoints import Answer, Endpoint
 from edge_phi3.bench.errors import ExchangeError
 from edge_phi3.bench.workload import Session, Sessions
+
+_Conversation = Callable[[Session], Coroutine[Any, Any, None]]
 
 
 class RequestRecord(msgspec.Struct):
@@ -71,8 +73,10 @@ async def run_level(
     """
     if level.warmup:
         numbers = range(first_session + 1_000_000, first_session + 1_000_000 + level.warmup)
-        await _closed_loop(_Run(endpoint, lambda: None), map(sessions, numbers), min(level.clients or 4, level.warmup))
-    run = _Run(endpoint, done)
+        warm_up = functools.partial(_converse, endpoint, [], 0.0, lambda: None)
+        await _closed_loop(warm_up, map(sessions, numbers), min(level.clients or 4, level.warmup))
+    records: list[RequestRecord] = []
+    run = functools.partial(_converse, endpoint, records, time.perf_counter(), done)
     chosen = _until_done(sessions, level, first_session)
     cpu = time.process_time()
     if level.rate is None:
@@ -80,7 +84,7 @@ async def run_level(
     else:
         random = np.random.default_rng([sessions.workload.seed, first_session, 2])
         await _open_loop(run, chosen, level.rate, random)
-    return run.records, time.process_time() - cpu
+    return records, time.process_time() - cpu
 
 
 def _until_done(sessions: Sessions, level: Level, first: int) -> Iterator[Session]:
@@ -92,10 +96,10 @@ def _until_done(sessions: Sessions, level: Level, first: int) -> Iterator[Sessio
         yield sessions(number)
 
 
-async def _closed_loop(run: _Run, sessions: Iterator[Session], clients: int) -> None:
+async def _closed_loop(run: _Conversation, sessions: Iterator[Session], clients: int) -> None:
     async def client() -> None:
         for session in sessions:
-            await run.session(session)
+            await run(session)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
@@ -110,7 +114,7 @@ def poisson_arrivals(rate: float, random: np.random.Generator) -> Iterator[float
         due += random.exponential(1 / rate)
 
 
-async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random: np.random.Generator) -> None:
+async def _open_loop(run: _Conversation, sessions: Iterator[Session], rate: float, random: np.random.Generator) -> None:
     start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         # The time comes first: `sessions` may end by the clock.
@@ -119,47 +123,42 @@ async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random
             session = next(sessions, None)
             if session is None:
                 return
-            group.create_task(run.session(session))
+            group.create_task(run(session))
 
 
-class _Run:
-    def __init__(self, endpoint: Endpoint, done: Callable[[], None]) -> None:
-        self.records: list[RequestRecord] = []
-        self._endpoint = endpoint
-        self._done = done
-        self._start = time.perf_counter()
-
-    async def session(self, session: Session) -> None:
-        """Run a session to its end, or to its first failure."""
-        said: list[str] = []
-        for turn in range(len(session.users)):
-            ask = session.ask(said)
-            answer, error = Answer(), None
-            started = time.perf_counter()
-            try:
-                await self._endpoint.generate(ask, answer)
-            except ExchangeError as failure:
-                error = str(failure)
-            times = answer.times
-            self.records.append(
-                RequestRecord(
-                    session=session.number,
-                    turn=turn,
-                    started=started - self._start,
-                    latency=time.perf_counter() - started,
-                    first=times[0] - started if times and ask.how.stream else None,
-                    gaps=[after - before for before, after in itertools.pairwise(times)],
-                    prompt_tokens=answer.prompt_tokens,
-                    completion_tokens=answer.completion_tokens or len(times),
-                    counted=answer.completion_tokens is not None,
-                    cached_tokens=answer.cached_tokens,
-                    error=error,
-                )
+async def _converse(
+    endpoint: Endpoint, records: list[RequestRecord], start: float, done: Callable[[], None], session: Session
+) -> None:
+    """Run a session to its end, or to its first failure; `start` is when the level began."""
+    said: list[str] = []
+    for turn in range(len(session.users)):
+        ask = session.ask(said)
+        answer, error = Answer(), None
+        started = time.perf_counter()
+        try:
+            await endpoint.generate(ask, answer)
+        except ExchangeError as failure:
+            error = str(failure)
+        times = answer.times
+        records.append(
+            RequestRecord(
+                session=session.number,
+                turn=turn,
+                started=started - start,
+                latency=time.perf_counter() - started,
+                first=times[0] - started if times and ask.how.stream else None,
+                gaps=[after - before for before, after in itertools.pairwise(times)],
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=answer.completion_tokens or len(times),
+                counted=answer.completion_tokens is not None,
+                cached_tokens=answer.cached_tokens,
+                error=error,
             )
-            self._done()
-            if error is not None:
-                return
-            said = [*ask.turns, answer.text]
+        )
+        done()
+        if error is not None:
+            return
+        said = [*ask.turns, answer.text]
 
 
 class Distribution(msgspec.Struct, frozen=True):

@@ -38,9 +38,12 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def here(cls) -> Machine:
         """Describe this machine, now."""
+        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return cls(
             date=dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
-            cpu=_cpu_name(),
+            cpu=next(
+                (line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), platform.machine()
+            ),
             cores=len(os.sched_getaffinity(0)),
             memory=psutil.virtual_memory().total,
             load=round(os.getloadavg()[0], 2),
@@ -49,12 +52,6 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
             edge_phi3=__version__,
             llama_cpp=version("llama-cpp-python"),
         )
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def write_json(path: Path, report: msgspec.Struct) -> None:

@@ -66,11 +66,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cut_chunks(tokens: NDArray[np.int32], ctx_size: int, chunks: int | None = None) -> NDArray[np.int32]:
-    """Return the chunks of a text's tokens, shape ``(chunks, ctx_size)``, all or so many at most.
-
-    Raises:
-        BenchError: the text does not fill two chunks, or a chunk is too small to score anything.
-    """
+    """Return the chunks of a text's tokens, shape ``(chunks, ctx_size)``, all or so many at most, of two at least."""
     if ctx_size < 4:
         raise BenchError(f"--ctx-size {ctx_size} is too small; give 4 tokens at least.")
     if len(tokens) < 2 * ctx_size:

@@ -1,7 +1,4 @@
-"""Measures one GGUF in a process of its own, so that load time and peak memory are that file's alone.
-
-`measure` is the parent's side.
-"""
+"""Measures one GGUF in a process of its own, so that load time and peak memory are that file's alone."""
 
 import functools
 import statistics
@@ -57,10 +54,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(Conditions, frozen=True, kw_only=True):
-    """What to measure, and how.
-
-    The reference's log-probabilities are written to `logits` for the reference itself, and compared with otherwise.
-    """
+    """What to measure, and how; the log-probabilities in `logits` are written for the `reference`, and else compared."""
 
     model: Path
     text: str
@@ -112,8 +106,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Figures:
     """Measure a file in a fresh process, which ends with this call whatever happens.
 
-    Raises:
-        BenchError: it cannot be loaded or evaluated, or the process died, for want of memory most often.
+    `BenchError` says that it cannot be loaded or evaluated, or that the process died, for want of memory most often.
     """
     with ChildProcess("edge_phi3.bench.quant_worker", Progress | Figures) as child:
         child.send(job)

@@ -69,8 +69,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: None) -> Report:
     """Measure a service; `done` is called with the number of its level when a request ends.
 
-    Raises:
-        BenchError: nothing was measured: the service is not there, no request succeeded, or an option is wrong.
+    `BenchError` says why nothing was measured: the service is not there, no request succeeded, or an option is wrong.
     """
     machine = Machine.here()
     client = HttpClient(bench.url, api_key=bench.api_key, timeout=bench.timeout)

@@ -166,8 +166,7 @@ def make_files(
     """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too; see `Journey.run`.
 
     Raises:
-        HubError: the Hub does not provide the requested files.
-        DiskFullError: the disk has no room for all files.
+        HubError, DiskFullError: the Hub does not provide the requested files, or the disk has no room for all.
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
     """
     from edge_phi3.conversion.journey import ELSEWHERE, LOCK_NAME, Journey, choose_types  # noqa: PLC0415 (see above)

@@ -50,9 +50,7 @@ class _DamagedError(Exception):
 class Repository:
     """A repository of the Hub, or of the mirror that `HF_ENDPOINT` names, at the commit that a revision is now.
 
-    Raises:
-        UnreachableError: the Hub cannot be reached.
-        HubError: there is no such repository or revision, or it may not be seen.
+    `HubError` says that there is none, or that it may not be seen, and `UnreachableError` that nothing answers.
     """
 
     def __init__(self, name: str, revision: str, progress: ProgressReporter) -> None:
@@ -85,9 +83,8 @@ class Repository:
     def fetch(self, files: Iterable[RemoteFile], folder: Path) -> list[FileRecord]:
         """Download what `folder` lacks of some files: they get their names once they have been checked.
 
-        Raises:
-            UnreachableError: the network went away; what has arrived stays for the next time.
-            HubError: a file may not be read, is gone, or arrives damaged again and again.
+        `HubError` is a file that may not be read, is gone, or arrives damaged again and again; `UnreachableError` a
+        network that went away, and what has arrived stays for the next time.
         """
         targets = [(file, folder / Path(file.name).name) for file in files]
         return [record(target) if target.exists() else self._download(file, target) for file, target in targets]

@@ -85,8 +85,7 @@ class Catalog:
         the revision has moved, and `keep_intermediate` keeps the checkpoint and the unquantised GGUF.
 
         Raises:
-            ModelReferenceError: the reference means nothing.
-            UnknownQuantizationError: one of `quants` is not a file type.
+            ModelReferenceError, UnknownQuantizationError: the reference, or one of `quants`, means nothing.
             HubError: the Hub does not provide the requested files.
             CatalogError: it cannot be made here: no network, a type that needs an importance matrix.
             DiskFullError, ConversionError, QuantizeError: the checkpoint cannot be converted or quantised.

@@ -7,6 +7,7 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -93,8 +94,13 @@ def convert(
     try:
         with atomic_output(output, force=force) as temporary:
             require_space(temporary.parent, plan.size, str(output))
-            _write_header(header, temporary)
+            with contextlib.closing(header):
+                header.write_header_to_file(temporary)
+                header.write_kv_data_to_file()
+                header.write_ti_data_to_file()
             _append_tensors(temporary, plan.tensors, progress)
+    except UnicodeEncodeError as error:
+        raise ConversionError(f"A token or the chat template has half a character: {error}.") from error
     except OSError as error:
         hint = " Free some space or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise ConversionError(f"{output} cannot be written: {error.strerror}.{hint}") from error
@@ -121,23 +127,8 @@ def _add_tensors(writer: gguf.GGUFWriter, plan: Plan) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    except UnicodeEncodeError as error:
-        raise ConversionError(f"A token or the chat template has half a character: {error}.") from error
-    finally:
-        writer.close()
-
-
 def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable[[int, int, str], None] | None) -> None:
-    """Append the data of `tensors` to the GGUF header in `path`, each aligned as the header promises.
-
-    Memory in use stays at a few chunks whatever the size of a tensor: pages of the checkpoint are given
-    back once they are written.
-    """
+    # A few chunks are in memory at once, whatever the size of a tensor: written pages of the checkpoint are given back.
     total = sum(tensor.size for tensor in tensors)
     done = flushed = 0
     with (

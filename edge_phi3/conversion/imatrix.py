@@ -53,8 +53,7 @@ def collect_imatrix(
     all, `snapshot` after each with the matrix so far and the number of chunks in it.
 
     Raises:
-        ModelLoadError: the model cannot be loaded.
-        ImatrixError: it cannot be evaluated, or the text is too short.
+        ModelLoadError, ImatrixError: the model cannot be loaded or evaluated, or the text is too short.
         ImatrixFileError: `earlier` is of another model.
     """
     if ctx_size < SMALLEST_BATCH:
@@ -105,10 +104,6 @@ def make_imatrix(
     only, as llama-imatrix reads none in a text of a person's own by default. After every `save_every` chunks, what
     there is so far is written as ``NAME-at-CHUNKS.gguf``. `progress` is called as that of `collect_imatrix`, but with
     bytes of the text, and the number of the chunk. The other options are those of `collect_imatrix`.
-
-    Raises:
-        ModelLoadError, ImatrixError, ImatrixFileError: see `collect_imatrix`; `text` cannot be read.
-        OutputExistsError: `output` exists and `force` is false.
     """
     refuse_existing(output, force=force)
 

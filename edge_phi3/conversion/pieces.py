@@ -179,9 +179,7 @@ def check_same_pieces(model: BpeModel, pieces: list[str], added: dict[int, Added
 def pieces_of(model: BpeModel, added: dict[int, AddedToken]) -> dict[int, Piece]:
     """Return the pieces of a vocabulary, by id, as a ``tokenizer.model`` would have them.
 
-    Raises:
-        CheckpointError: a merge has parts that are no pieces.
-        UnsupportedModelError: no scores give what the merges give.
+    `UnsupportedModelError` says that no scores give what the merges give.
     """
     wrong = {"byte_fallback is off": not model.byte_fallback, "it lacks bytes": not model.vocab.keys() >= _BYTES}
     wrong |= {f"{name} is set": bool(getattr(model, name)) for name in _UNLIKE_SENTENCEPIECE}

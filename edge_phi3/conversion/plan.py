@@ -221,9 +221,7 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
     The values have the shape (n,) and are as `StoredTensor.read` gives them; n is a multiple of the block size of
     `target`, which is F32, F16, BF16 or Q8_0.
 
-    Raises:
-        CheckpointError: a value is NaN or infinite.
-        ConversionError: a value is too large for `target`.
+    `CheckpointError` is a value that is NaN or infinite, `ConversionError` one that is too large for `target`.
     """
     finite = np.isfinite(values).all() if dtype == "F32" else (values & _MAGNITUDE).max() < _EXPONENT[dtype]
     if not finite:

@@ -55,14 +55,9 @@ class SizePrediction:
 class Options:
     """What decides on the tensors of a quantised file, beside its type.
 
-    Attributes:
-        imatrix: an importance matrix, GGUF or older format.
-        tensor_types: pattern (a regular expression searched in tensor names) to tensor type; the first that
-            matches a tensor counts.
-        output_tensor_type: tensor type of ``output.weight``.
-        token_embedding_type: tensor type of ``token_embd.weight``.
-        pure: give every tensor the file type's base type, instead of more bits to those that matter.
-        metadata: what the file is to say of the matrix, under the keys of llama-quantize.
+    Of `tensor_types` the first pattern, a regular expression, that is found in a tensor's name counts; `pure` gives
+    every tensor the file type's base type. `importance` and `metadata`, under the keys of llama-quantize, are the
+    matrix's.
     """
 
     imatrix: Path | None = None
@@ -111,10 +106,8 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise a GGUF model, with the tensors that ``llama-quantize`` gives for the same arguments.
 
-    The file is written under a temporary name and renamed when it is whole. llama.cpp runs in a child process,
-    so that Ctrl-C (or any exception out of `progress`) ends it at once and a crash becomes an error.
-
-    The first file of a split model stands for all of it; `type` is a name of `QUANTIZATION_TYPES` or of `ALIASES`, in
+    llama.cpp runs in a child process, so that Ctrl-C (or any exception out of `progress`) ends it at once and a crash
+    becomes an error. The first file of a split model stands for all of it; `type` is a name of `QUANTIZATION_TYPES` or of `ALIASES`, in
     any case. `progress` is called when each tensor begins and once at the end, with the bytes of the source's tensors
     that are done, those of all, and the tensor's name. The other options are those of `Options`.
 
@@ -132,7 +125,19 @@ def quantize(
     with atomic_output(output, force=force) as temporary, QuantizerProcess() as process:
         job = make_job(process, source, chosen, given, threads)
         plan = make_plan(process, job, chosen)
-        _check_permission(plan, source, given, allow_requantize=allow_requantize)
+        quantized = [tensor for tensor in plan.tensors if tensor.source.quantized]
+        if quantized and not allow_requantize:
+            raise QuantizeError(
+                f"{source} is quantised already ({quantized[0].name} is {quantized[0].source.name}), and each time"
+                " loses more; quantise from F16, BF16 or F32, or accept the loss with --allow-requantize."
+            )
+        if plan.needs_imatrix and given.imatrix is None:
+            rivals = [type_ for type_ in QUANTIZATION_TYPES.values() if not (type_.needs_imatrix or type_.special)]
+            nearest = min(rivals, key=lambda type_: abs(type_.bits_per_weight - plan.bits_per_weight))
+            raise QuantizeError(
+                f"{chosen.name} needs an importance matrix: make one with `edge-phi3 imatrix` and give it with"
+                f" --imatrix, or choose a type that does without, such as {nearest.name}."
+            )
         check_plan(plan, given)
         require_space(temporary.parent, plan.bytes, str(output))
         job = msgspec.structs.replace(job, output=temporary.absolute(), allow_requantize=allow_requantize)
@@ -153,22 +158,6 @@ def quantize(
             )
     seconds = time.monotonic() - started
     return QuantizeResult(output, chosen, size, plan.bits_per_weight, plan.fallbacks, seconds)
-
-
-def _check_permission(plan: SizePrediction, source: Path, options: Options, *, allow_requantize: bool) -> None:
-    quantized = [tensor for tensor in plan.tensors if tensor.source.quantized]
-    if quantized and not allow_requantize:
-        raise QuantizeError(
-            f"{source} is quantised already ({quantized[0].name} is {quantized[0].source.name}), and each time"
-            " loses more; quantise from F16, BF16 or F32, or accept the loss with --allow-requantize."
-        )
-    if plan.needs_imatrix and options.imatrix is None:
-        rivals = [type_ for type_ in QUANTIZATION_TYPES.values() if not (type_.needs_imatrix or type_.special)]
-        nearest = min(rivals, key=lambda type_: abs(type_.bits_per_weight - plan.bits_per_weight))
-        raise QuantizeError(
-            f"{plan.type.name} needs an importance matrix: make one with `edge-phi3 imatrix` and give it with"
-            f" --imatrix, or choose a type that does without, such as {nearest.name}."
-        )
 
 
 def predict_size(source: Path, *, type: str, **options: Any) -> SizePrediction:  # noqa: A002 (as in quantize)
