@@ -251,4 +251,5 @@ def per_token(record: RequestRecord) -> float | None:
 def _distribution(values: Iterable[float]) -> Distribution | None:
     if not (listed := list(values)):
         return None
-    return Distribution(float(np.mean(listed)), *np.percentile(listed, [50, 90, 95, 99]).tolist(), max(listed))
+    figures: list[float] = [float(np.mean(listed)), *np.percentile(listed, [50, 90, 95, 99]).tolist(), max(listed)]
+    return Distribution(*figures)

@@ -38,12 +38,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     @classmethod
     def here(cls) -> Machine:
         """Describe this machine, now."""
-        cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         return cls(
             date=dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
-            cpu=next(
-                (line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), platform.machine()
-            ),
+            cpu=next(names, platform.machine()),
             cores=len(os.sched_getaffinity(0)),
             memory=psutil.virtual_memory().total,
             load=round(os.getloadavg()[0], 2),

@@ -163,13 +163,9 @@ def _compare(
 
 
 def _divergence(divergences: NDArray[np.float64], same: NDArray[np.float64], ratios: NDArray[np.float64]) -> Divergence:
-    return Divergence(
-        *_mean_and_error(divergences),
-        *np.percentile(divergences, [50, 99, 100]).tolist(),
-        *_mean_and_error(same),
-        # The error of a mean of differences is that of the two means with their covariance taken into account.
-        *_mean_and_error(ratios),
-    )
+    figures: list[float] = [*_mean_and_error(divergences), *np.percentile(divergences, [50, 99, 100]).tolist()]
+    # The error of a mean of differences is that of the two means with their covariance taken into account.
+    return Divergence(*figures, *_mean_and_error(same), *_mean_and_error(ratios))
 
 
 def scored_positions(ctx_size: int) -> int:

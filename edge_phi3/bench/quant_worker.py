@@ -54,7 +54,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(Conditions, frozen=True, kw_only=True):
-    """What to measure, and how; the log-probabilities in `logits` are written for the `reference`, and else compared."""
+    """What to measure, and how: the `reference`, whose log-probabilities are written to `logits`, or another file."""
 
     model: Path
     text: str

@@ -47,7 +47,7 @@ _PREPEND = {"type": "Prepend", "prepend": "▁"}
 _NORMALIZERS = [[_PREPEND, _SPACE], [_SPACE, _PREPEND]]
 _UNLIKE_SENTENCEPIECE = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 _UNLIKE_PHI_4 = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-_BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
+_BYTE_PIECES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 PieceType = enum.IntEnum("PieceType", "NORMAL UNKNOWN CONTROL USER_DEFINED UNUSED BYTE")
 """``ModelProto.SentencePiece.Type``; GGUF's token types have the same numbers."""
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 def read_sentencepiece(path: Path) -> tuple[list[Piece], ModelType]:
     """Return the pieces and the type of a SentencePiece model."""
     try:
-        message = _model_class().FromString(read_bounded(path, MAX_BYTES))
+        message = _model_class().FromString(read_bounded(path, MAX_BYTE_PIECES))
         pieces = [_piece(piece, index) for index, piece in enumerate(message.Piece)]
         if not pieces:
             raise ValueError("it has no pieces")
@@ -181,12 +181,12 @@ def pieces_of(model: BpeModel, added: dict[int, AddedToken]) -> dict[int, Piece]
 
     `UnsupportedModelError` says that no scores give what the merges give.
     """
-    wrong = {"byte_fallback is off": not model.byte_fallback, "it lacks bytes": not model.vocab.keys() >= _BYTES}
+    wrong = {"byte_fallback is off": not model.byte_fallback, "it lacks bytes": not model.vocab.keys() >= _BYTE_PIECES}
     wrong |= {f"{name} is set": bool(getattr(model, name)) for name in _UNLIKE_SENTENCEPIECE}
     if found := next((name for name, is_so in wrong.items() if is_so), None):
         raise _unlike(found)
     scores = _scores(model, {token.content for token in added.values()})
-    kinds = dict.fromkeys(_BYTES, PieceType.BYTE) | {model.unk_token or "<unk>": PieceType.UNKNOWN}
+    kinds = dict.fromkeys(_BYTE_PIECES, PieceType.BYTE) | {model.unk_token or "<unk>": PieceType.UNKNOWN}
     return {
         token_id: Piece(text, scores.get(text, 0.0), kinds.get(text, PieceType.NORMAL))
         for text, token_id in model.vocab.items()
@@ -201,7 +201,7 @@ def _scores(model: BpeModel, added: set[str]) -> dict[str, float]:
         if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
             raise CheckpointError(f"tokenizer.json: the merge {' '.join(pair)!r} is not of two pieces to a third.")
     known = set(pairs)
-    for text in vocab.keys() - added - _BYTES:
+    for text in vocab.keys() - added - _BYTE_PIECES:
         for left, right in ((text[:cut], text[cut:]) for cut in range(1, len(text))):
             if left in vocab and right in vocab and (left, right) not in known:
                 raise _unlike(f"{left!r} and {right!r} are not merged to {text!r}")

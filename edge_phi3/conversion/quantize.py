@@ -107,9 +107,9 @@ def quantize(
     """Quantise a GGUF model, with the tensors that ``llama-quantize`` gives for the same arguments.
 
     llama.cpp runs in a child process, so that Ctrl-C (or any exception out of `progress`) ends it at once and a crash
-    becomes an error. The first file of a split model stands for all of it; `type` is a name of `QUANTIZATION_TYPES` or of `ALIASES`, in
-    any case. `progress` is called when each tensor begins and once at the end, with the bytes of the source's tensors
-    that are done, those of all, and the tensor's name. The other options are those of `Options`.
+    becomes an error. The first file of a split model stands for all of it; `type` is a name of `QUANTIZATION_TYPES` or
+    of `ALIASES`, in any case. `progress` is called when each tensor begins and once at the end, with the bytes of the
+    source's tensors that are done, those of all, and the tensor's name. The other options are those of `Options`.
 
     Raises:
         OutputExistsError: `output` exists and `force` is false.
