@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 def read_sentencepiece(path: Path) -> tuple[list[Piece], ModelType]:
     """Return the pieces and the type of a SentencePiece model."""
     try:
-        message = _model_class().FromString(read_bounded(path, MAX_BYTE_PIECES))
+        message = _model_class().FromString(read_bounded(path, MAX_BYTES))
         pieces = [_piece(piece, index) for index, piece in enumerate(message.Piece)]
         if not pieces:
             raise ValueError("it has no pieces")
