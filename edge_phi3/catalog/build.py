@@ -10,7 +10,7 @@ import datetime as dt
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,17 +87,7 @@ class Build:
         arrived = sum(path.stat().st_size for path in work.iterdir())
         require_space(work, sum(file.size or 0 for file in files) - arrived, wanted.text, _ELSEWHERE)
         records = self._repository.fetch(files, work)
-        prefix = self._prefix(folder, [file.name for file in records])
-        for file in records:
-            (work / file.name).replace(folder / f"{prefix}{file.name}")
-        renamed = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in records]
-        return self._write(folder, renamed, records, None)
-
-    def _prefix(self, folder: Path, names: Sequence[str]) -> str:
-        """Return what the names of new files begin with, so that the model that is there stays whole beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = any((folder / name).exists() for name in names)
-        return f"{self._commit[:12]}-" if self._commit and taken else ""
+        return self._store(folder, work, records, records, None)
 
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
@@ -119,19 +109,24 @@ class Build:
             stops = journey.run(checkpoint, types, outtype=outtype, source=source, imatrix="none")
             made_from = [FileRecord(name, seen.size, seen.sha256) for name, seen in journey.sources.items()]
             for folder, stop in zip(group, stops[-len(group) :], strict=True):
-                made[folder] = self._write(folder, [self._move(stop, folder)], made_from, folder.name)
+                record = FileRecord(stop.path.name, stop.made.seen.size, stop.made.seen.sha256)
+                made[folder] = self._store(folder, work, [record], made_from, folder.name)
         return made
 
-    def _move(self, stop: Stop, folder: Path) -> FileRecord:
-        target = folder / f"{self._prefix(folder, [stop.path.name])}{stop.path.name}"
-        if self._keep and folder.name in _DIRECT:
-            shutil.copyfile(stop.path, target)
-        else:
-            stop.path.replace(target)
-        return FileRecord(target.name, stop.made.seen.size, stop.made.seen.sha256)
-
-    def _write(self, folder: Path, files: list[FileRecord], made_from: list[FileRecord], quant: str | None) -> Manifest:
+    def _store(
+        self, folder: Path, work: Path, made: list[FileRecord], made_from: list[FileRecord], quant: str | None
+    ) -> Manifest:
+        """Move made files to a model's folder, beside the model that is there, and put them in its place."""
         wanted = self._wanted
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any((folder / file.name).exists() for file in made)
+        prefix = f"{self._commit[:12]}-" if self._commit and taken else ""
+        files = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in made]
+        place: Callable[[Path, Path], object] = Path.replace
+        if self._keep and quant in _DIRECT:
+            place = shutil.copyfile
+        for file, stored in zip(made, files, strict=True):
+            place(work / file.name, folder / stored.name)
         manifest = Manifest(
             format=FORMAT,
             name=wanted.name,

@@ -73,7 +73,7 @@ def test_the_store_is_listed_checked_and_cleared(hub: HubServer, catalog: Catalo
 
 @pytest.mark.parametrize(
     ("reference", "where"),
-    [("owner/tiny", "build.write_manifest"), (READY, "build.write_manifest"), (READY, "Path.unlink")],
+    [("owner/tiny", "build.atomic_output"), (READY, "build.atomic_output"), (READY, "Path.unlink")],
 )
 def test_a_killed_refresh_leaves_a_whole_model(
     hub: HubServer, catalog: Catalog, notes: Notes, reference: str, where: str
