@@ -5,12 +5,12 @@ import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import httpx
 import msgspec
 
-from edge_phi3.bench.errors import BenchError, ExchangeError
+from edge_phi3.bench import BenchError, ExchangeError
 from edge_phi3.bench.workload import WORDS, Ask, Ruler, Workload
 
 _FEWEST_WORDS = 32
@@ -201,8 +201,7 @@ def _read_openai(answer: Answer, body: Mapping[str, Any]) -> None:
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Api:
+class Api(NamedTuple):
     """A kind of endpoint.
 
     `body` makes a request from a prompt's settings and the model's name, `tokenize` one to ``/tokenize`` of a text and

@@ -17,8 +17,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge_phi3.bench import ExchangeError
 from edge_phi3.bench.endpoints import Answer, Endpoint
-from edge_phi3.bench.errors import ExchangeError
 from edge_phi3.bench.workload import Session, Sessions
 
 _Conversation = Callable[[Session], Coroutine[Any, Any, None]]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.load import Summary
 from edge_phi3.bench.quants import Measurement, mean_divergence, on_front
 from edge_phi3.files import atomic_output

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.files import atomic_output
 from edge_phi3.llama.context import Context
 

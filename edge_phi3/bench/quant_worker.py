@@ -13,7 +13,7 @@ import psutil
 import rich_click as click
 from numpy.typing import NDArray
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.options import ONE_OR_MORE, Option
 from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, feed, writing

@@ -14,7 +14,7 @@ import msgspec
 from rich.filesize import decimal
 from rich.table import Table
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.machine import Machine, columns, write_csv, write_json
 from edge_phi3.bench.options import FILE, Option
 from edge_phi3.bench.quality import Divergence

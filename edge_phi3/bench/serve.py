@@ -9,8 +9,8 @@ import msgspec
 import rich_click as click
 from rich.table import Table
 
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.endpoints import APIS, HttpClient, measure_ruler, open_endpoint
-from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.load import Distribution, Level, RequestRecord, Summary, run_level, summarise
 from edge_phi3.bench.machine import Machine, columns
 from edge_phi3.bench.options import FILE, POSITIVE, Option

@@ -2,15 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
 import rich_click as click
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.options import ONE_OR_MORE, ZERO_OR_MORE, Option
 from edge_phi3.files import read_bounded
 
@@ -78,8 +77,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Option("Random seed; the same seed sends the same prompts.", ZERO_OR_MORE)] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """One request, in no server's language; `turns` begin and end with the user's, the assistant's between them."""
 
     turns: Sequence[str]
@@ -87,8 +85,7 @@ class Ask:
     how: Workload
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(NamedTuple):
     """One user's conversation: what the user says, and how many tokens are generated, in each turn."""
 
     number: int
@@ -102,8 +99,7 @@ class Session:
         return Ask([*said, self.users[turn]], self.max_tokens[turn], self.workload)
 
 
-@dataclass(frozen=True, slots=True)
-class Ruler:
+class Ruler(NamedTuple):
     """How text becomes tokens on a server: words of `tokens_per_word` each, and `overhead` that it puts around a text.
 
     `exact` is whether a text has exactly the requested number of tokens.

@@ -3,8 +3,8 @@
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_phi3.errors import EdgePhi3Error
 
@@ -38,8 +38,7 @@ class UnreachableError(HubError):
     """There is no network, no answer, or `HF_HUB_OFFLINE` is set."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
+class RemoteFile(NamedTuple):
     """A file of a repository. `sha256` is known of large files, `blob_id` (git's SHA-1) of small ones."""
 
     name: str
@@ -48,8 +47,7 @@ class RemoteFile:
     blob_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A repository at one commit, with its files by name."""
 
     repository: str

@@ -13,8 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_phi3.bench import quants, serve
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError, quants, serve
 from edge_phi3.bench.load import Level, Summary
 from edge_phi3.bench.machine import write_csv, write_json
 from edge_phi3.bench.options import FILE, ONE_OR_MORE, POSITIVE, ZERO_OR_MORE, options_of

@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,7 +25,6 @@ from edge_phi3.conversion.checkpoint import (
     StoredTensor,
     canonical_name,
 )
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import PositiveNumber, Size, read_json, typed
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS
 from edge_phi3.conversion.plan import STORED_TYPES, Plan, PlannedTensor, encode, matrix_type, tensor_type, to_float32

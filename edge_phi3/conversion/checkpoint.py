@@ -5,7 +5,6 @@ puts in front of them. The files themselves are believed, and an index only says
 ``safetensors`` package checks their headers; values are taken from the mapped file, since NumPy has no bfloat16.
 """
 
-import dataclasses
 import functools
 import math
 import mmap
@@ -14,14 +13,14 @@ import re
 import shlex
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json, typed
 from edge_phi3.files import open_regular
 
@@ -85,8 +84,7 @@ class SafetensorsFile:
         return mapped
 
 
-@dataclasses.dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """One tensor of a file: where its bytes begin, and what they mean."""
 
     file: SafetensorsFile
@@ -126,8 +124,7 @@ class StoredTensor:
         self.file.map.madvise(mmap.MADV_DONTNEED, begin, self.begin + stop * item_size - begin)
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """An opened checkpoint, of whose weights only headers have been read.
 
     `generation_config` is empty when its file is absent; `tensors` are as `read_weights` gives them, and `notes`

@@ -8,23 +8,22 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.adapter import is_adapter, plan_adapter
 from edge_phi3.conversion.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
 from edge_phi3.conversion.plan import Plan, PlannedTensor, encode, plan_tensors, read_model
@@ -46,8 +45,7 @@ _FILE_TYPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ConversionResult:
+class ConversionResult(NamedTuple):
     """A finished conversion: the GGUF, the type of its matrices, the number of its tensors, and its bytes."""
 
     path: Path

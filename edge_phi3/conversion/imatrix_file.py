@@ -5,6 +5,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -25,8 +26,7 @@ class ImatrixFileError(EdgePhi3Error):
     """A file that is not a whole importance matrix."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImatrixEntry:
+class ImatrixEntry(NamedTuple):
     """What calibration saw of one weight matrix: squared activations, summed over tokens (older files: evaluations).
 
     `sums` is float32, shape (experts, columns); `counts` is float32, shape (experts,): how many were added.

@@ -8,16 +8,14 @@ same one: every step gives the same bytes each time.
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from edge_phi3.conversion import tool_versions
+from edge_phi3.conversion import ConversionError, tool_versions
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.metadata import SourceInfo
 from edge_phi3.conversion.plan import plan_tensors, read_model
@@ -61,8 +59,7 @@ class JourneyManifest(msgspec.Struct):
     inputs: dict[str, Seen] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """A file on the way; `fresh` when this run made it."""
 
     path: Path

@@ -14,16 +14,15 @@ because it cannot load a model called so that has another vocabulary. Beyond lla
 - ``edge_phi3.generation.pad_token_id`` (uint32).
 """
 
-import dataclasses
 import json
 import logging
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 
+from edge_phi3.conversion import CheckpointError
 from edge_phi3.conversion.checkpoint import Checkpoint
-from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.files import read_bounded, shown
 
 EOS_TOKEN_IDS_KEY = "edge_phi3.generation.eos_token_ids"  # noqa: S105 - a key, no secret
@@ -42,8 +41,7 @@ _TURN_ENDS = ("<|end|>", "<|im_end|>")
 _ENDS_BY_TEXT = {"<|end|>", "<|im_end|>", "<|endoftext|>", "</s>"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceInfo:
+class SourceInfo(NamedTuple):
     """Where a checkpoint came from: ``owner/name`` on the Hub, and the commit."""
 
     repository: str

@@ -12,14 +12,14 @@ save it so. Such a copy is told by Phi-3's vocabulary; a real Llama or Mistral i
 import dataclasses
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import gguf
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import LARGEST, PositiveNumber, Size, typed
 
 ARCHITECTURE = "Phi3ForCausalLM"
@@ -28,9 +28,6 @@ _OF_TYPE = {"phi3": ARCHITECTURE, "llama": "LlamaForCausalLM", "mistral": "Mistr
 _DISGUISES = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
 # What wrappers leave in the place of the model's own, and a Phi-3 without its output matrix, which may be tied.
 _SAYS_NOTHING = re.compile(r"(PeftModel|AutoModelForCausalLM).*|OptimizedModule|Phi3Model")
-
-_VOCABULARIES = (32064, 100352, 200064)
-_WINDOW = 2047
 
 _RELATIVES = {
     "Phi3SmallForCausalLM": "Phi-3-small has block-sparse attention and a tiktoken vocabulary",
@@ -86,8 +83,7 @@ class _Places(_Beside, omit_defaults=True):
     rope_parameters: _Inside | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class LongRope:
+class LongRope(NamedTuple):
     """The rope scaling of the long-context models.
 
     The factors divide the rotary frequencies up to the original context length, and beyond it: float32, shape
@@ -99,8 +95,7 @@ class LongRope:
     attention_factor: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
+class Rope(NamedTuple):
     """Rotary positions: the base of the frequencies, the length up to which the short factors hold, the factors.
 
     `dimensions` are the elements of a head that are rotated, the first ones. `notes` are sentences on entries that
@@ -237,7 +232,7 @@ def _refuse_other_models(config: dict[str, Any], *, disguised: bool | None = Non
     """
     architectures = _architectures(config)
     if disguised is None:
-        disguised = config.get("vocab_size") in _VOCABULARIES or config.get("sliding_window") == _WINDOW
+        disguised = config.get("vocab_size") in (32064, 100352, 200064) or config.get("sliding_window") == 2047
     if architectures != [ARCHITECTURE] and not (disguised and set(architectures) <= _DISGUISES):
         named = f"the architecture {', '.join(architectures)}" if architectures else "no architecture"
         reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
@@ -276,13 +271,11 @@ def _read_rope(config: dict[str, Any], head_size: int, context: int) -> Rope:
             f"config.json: partial_rotary_factor {rope['partial_rotary_factor']} rotates {dimensions} of a head's "
             f"{head_size} elements; an even number, from 2 to all of them, can be rotated."
         )
-    original = rope["original_max_position_embeddings"]
-    longrope = "longrope" in kinds.values()
     return Rope(
         theta=float(rope["rope_theta"]),
         dimensions=dimensions,
-        original_context=original,
-        longrope=_longrope(rope, dimensions // 2, context / original, original) if longrope else None,
+        original_context=rope["original_max_position_embeddings"],
+        longrope=_longrope(rope, dimensions // 2, context) if "longrope" in kinds.values() else None,
         notes=_notes(stated, kinds),
     )
 
@@ -331,7 +324,7 @@ def _notes(stated: dict[str, dict[str, Any]], kinds: dict[str, str]) -> tuple[st
     )
 
 
-def _longrope(rope: dict[str, Any], pairs: int, scale: float, original: int) -> LongRope:
+def _longrope(rope: dict[str, Any], pairs: int, context: int) -> LongRope:
     short, long = (np.array(rope.get(name, []), np.float32) for name in _FACTORS)
     for name, factors in zip(_FACTORS, (short, long), strict=True):
         if factors.size != pairs:
@@ -339,5 +332,7 @@ def _longrope(rope: dict[str, Any], pairs: int, scale: float, original: int) -> 
                 f"config.json: the rope scaling's {name} has {factors.size} numbers; "
                 f"half of the rotated elements of a head, {pairs}, are needed."
             )
+    original = rope["original_max_position_embeddings"]
+    scale = context / original
     derived = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
     return LongRope(short, long, rope.get("attention_factor", derived))

@@ -24,7 +24,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from edge_phi3 import byte_level
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.files import read_bounded
 
 MAX_BYTES = 64 << 20

@@ -5,11 +5,10 @@ own, whatever ``tie_word_embeddings`` says; transformers 4 put the embedding in 
 """
 
 import collections
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,8 +16,8 @@ from gguf import GGML_QUANT_SIZES, quants
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.checkpoint import Checkpoint, StoredTensor, some
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, Phi3, read_phi3
 from edge_phi3.conversion.vocabulary import added_texts
 
@@ -67,8 +66,7 @@ def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType
     return wanted
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedTensor:
+class PlannedTensor(NamedTuple):
     """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values.
 
     They are those of stored tensors, one after the other, or made here, as they are to be written.
@@ -85,8 +83,7 @@ class PlannedTensor:
         return encoded_size(math.prod(self.shape), self.type)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The type of the output's matrices, and its tensors in their order."""
 
     matrices: GgmlType

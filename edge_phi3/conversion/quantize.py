@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import msgspec
@@ -35,8 +35,7 @@ class QuantizeError(EdgePhi3Error):
     """A model that cannot be quantised as requested."""
 
 
-@dataclass(frozen=True, slots=True)
-class SizePrediction:
+class SizePrediction(NamedTuple):
     """What a quantisation would give, computed without doing it.
 
     `bytes` are the file's, `bits_per_weight` those of all tensors without metadata, `fallbacks` counts tensors that get
@@ -81,8 +80,7 @@ class Options:
             self.metadata["quantize.imatrix.chunks_count"] = matrix.chunk_count
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
+class QuantizeResult(NamedTuple):
     """A finished quantisation; see `SizePrediction` for the figures."""
 
     path: Path

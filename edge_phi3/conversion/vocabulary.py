@@ -16,19 +16,18 @@ converter. Beyond its keys, two of our own are written, and those of `Words`:
 """
 
 import collections
-import dataclasses
 import json
 import logging
 import re
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import msgspec
 
 from edge_phi3 import byte_level
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json, read_text, typed
 from edge_phi3.conversion.pieces import (
     AddedToken,
@@ -80,8 +79,7 @@ class _TokenizerConfig(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id.
 
     `words` is how a byte-level one finds words, None for SentencePiece's, where alone scores count.

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
 from edge_phi3.conversion.quantize import predict_sizes
@@ -54,8 +55,7 @@ class Machine:
         return max(0, self.free - self.reserve)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One quantisation, with as many layers on the GPU as requested, or as many as fit.
 
     `made` is whether the model that was planned for is such a file already, whose name then is the `type`.
@@ -69,8 +69,7 @@ class Row:
     made: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """The answer: each quantisation, from large to small, and the recommended one, None when nothing fits.
 
     `layers` counts blocks, and one for the output; `cells` are the KV cells of each context; compute buffers are those
@@ -86,8 +85,7 @@ class Fit:
     best: Row | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     type: str
     needs_imatrix: bool
     layout: Layout

@@ -7,9 +7,9 @@ plans the memory of the model from it as from the real one.
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -37,8 +37,7 @@ HyperParameter = tuple[str, Any, GGUFValueType]
 """A key of a GGUF, its value, and the type that it is stored in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor of a GGUF. `shape` has the rows first; `offset` and `size` are bytes in the file number `file`."""
 
     name: str
@@ -49,8 +48,7 @@ class Tensor:
     file: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """A model in one or more GGUF files, of which `path` is the first; `hyper_parameters` are the keys of Phi-3."""
 
     path: Path
@@ -180,7 +178,7 @@ def _write(
         file.truncate(start + end)
     # What `read_layout` reads, which takes it longer than all the rest of a plan.
     fields = ((key, field.value, field.type) for key, field in writer.kv_data[0].items())
-    return Layout(path, _numbers(fields), tuple(replace(tensor, offset=start + tensor.offset) for tensor in placed))
+    return Layout(path, _numbers(fields), tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +196,7 @@ class Memory:
         return self.weights + self.kv_cache + self.compute + self.output
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a model's memory lies: with so many layers on the device, the output counted as one; None without one."""
 
     layers: int | None
@@ -237,7 +234,8 @@ def place(
     kv_cache = sum(context.kv for context in contexts)
     device_kv = kv_cache * min(max(count - 1, 0), layout.layers) // layout.layers
     compute = [item for context in contexts for item in context.compute.items()]
-    device_compute = sum(size for name, size in compute if (not _is_host(name) if gpu_asked else count > 0))
+    on_host = [name.startswith("CPU") or name.endswith("_Host") if gpu_asked else not count for name, _ in compute]
+    device_compute = sum(size for (_, size), host in zip(compute, on_host, strict=True) if not host)
     host_compute = sum(size for _, size in compute) - device_compute
     output = sum(context.output for context in contexts)
     return Placement(
@@ -278,7 +276,3 @@ def _host_weights(layout: Layout, buffers: set[tuple[str, str]], offloaded: int)
 
 def _is_plain(buffer: str) -> bool:  # where a mapped file serves as well
     return buffer == "CPU" or buffer.endswith("_Host")
-
-
-def _is_host(buffer: str) -> bool:
-    return buffer.startswith("CPU") or buffer.endswith("_Host")

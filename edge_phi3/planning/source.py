@@ -9,8 +9,8 @@ from typing import Any
 from edge_phi3.catalog import PRESETS, Catalog, parse_reference
 from edge_phi3.catalog.listing import UnreachableError, small_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.checkpoint import open_checkpoint
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.json_files import read_json
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import read_model

@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_phi3.bench import quants
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError, quants
 from edge_phi3.bench.machine import write_json
 from edge_phi3.bench.plots import plot_quality
 from edge_phi3.bench.quant_worker import Job, measure

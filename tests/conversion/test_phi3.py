@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_phi3.conversion import plan
+from edge_phi3.conversion import CheckpointError, ConversionError, UnsupportedModelError, plan
 from edge_phi3.conversion.checkpoint import SafetensorsFile
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.journey import Journey
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import to_float32

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
+from edge_phi3.conversion import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.pieces import MAX_BYTES, Piece, PieceType, read_sentencepiece
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.engine.added_tokens import WHITE_SPACE
