@@ -1,7 +1,5 @@
 """What reports have in common: the machine that was measured on, and how they are written, as JSON and as CSV."""
 
-from __future__ import annotations
-
 import csv
 import datetime as dt
 import os
@@ -9,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import psutil
@@ -19,10 +17,9 @@ from edge_phi3.version import __version__
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The circumstances of a measurement: when it was made (in UTC, as ISO 8601), and on what.
+    """When a measurement was made (in UTC, as ISO 8601), and on what: cores for this process, bytes of memory.
 
-    `cores` are those that this process may use, `memory` is in bytes, and `load` is the mean number of busy processes
-    in the last minute, before the measurement began.
+    `load` is the mean number of busy processes in the last minute, before the measurement began.
     """
 
     date: str
@@ -36,7 +33,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     llama_cpp: str
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls) -> Self:
         """Describe this machine, now."""
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -15,10 +15,7 @@ FILE = click.Path(path_type=Path)
 
 
 class Option(NamedTuple):
-    """How a field is given on the command line, in its annotation; by default as its name and its type say.
-
-    A default that is not what a user would write is explained in `help`.
-    """
+    """How a field is given on the command line, by default as its name and type say; odd defaults stand in `help`."""
 
     help: str
     type: Any = None

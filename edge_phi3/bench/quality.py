@@ -102,10 +102,7 @@ def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
 
 @contextlib.contextmanager
 def writing(path: Path, chunks: NDArray[np.int32], vocab_size: int) -> Iterator[Keep]:
-    """Write a reference's log-probabilities, whole or not at all; yield what takes them in their order.
-
-    The .npy file has a record for each scored position of the chunks; `numpy.load` reads it.
-    """
+    """Write a reference's log-probabilities, whole or not at all; yield what takes them in the order of positions."""
     shape = (len(chunks) * scored_positions(chunks.shape[1]),)
     descr = np.lib.format.dtype_to_descr(_row_type(vocab_size))
     with atomic_output(path, force=True) as temporary, temporary.open("wb") as file:

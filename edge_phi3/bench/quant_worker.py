@@ -134,7 +134,9 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     context = Context(model, cells=cells, sequences=1, settings=settings)
     context.warm_up()
     load_seconds = time.perf_counter() - started
-    speed = _speed(context, model.vocab_size, job)
+    prompt = np.random.default_rng(0).integers(0, model.vocab_size, job.prompt_tokens, np.int32)
+    turns = [_turn(context, prompt, job.generated_tokens) for _ in range(job.repetitions)]
+    first = statistics.median(seconds for seconds, _ in turns)
     peak, gpu_after = _peak_resident_bytes(), _gpu_bytes_in_use()
     context.close()
     tokens = Tokenizer(model).encode(job.text, parse_special=job.parse_special)
@@ -157,23 +159,16 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
         memory_before=before,
         memory_peak=peak,
         gpu_memory=None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before),
-        speed=speed,
+        speed=Speed(
+            prompt_tokens=job.prompt_tokens,
+            generated_tokens=job.generated_tokens,
+            prompt_per_second=job.prompt_tokens / first,
+            generated_per_second=statistics.median(rate for _, rate in turns),
+            first_token=first,
+            turns=turns,
+        ),
         quality=quality,
         machine=machine,
-    )
-
-
-def _speed(context: Context, vocab_size: int, job: Job) -> Speed:
-    prompt = np.random.default_rng(0).integers(0, vocab_size, job.prompt_tokens, np.int32)
-    turns = [_turn(context, prompt, job.generated_tokens) for _ in range(job.repetitions)]
-    first = statistics.median(seconds for seconds, _ in turns)
-    return Speed(
-        prompt_tokens=job.prompt_tokens,
-        generated_tokens=job.generated_tokens,
-        prompt_per_second=job.prompt_tokens / first,
-        generated_per_second=statistics.median(rate for _, rate in turns),
-        first_token=first,
-        turns=turns,
     )
 
 

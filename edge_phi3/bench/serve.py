@@ -42,10 +42,7 @@ class ServeBench(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured: the service's `api` and `model`, from the `machine` of the load generator.
-
-    `exact_lengths` is whether prompts had exactly the requested tokens.
-    """
+    """What was measured, from which machine; `exact_lengths` is whether prompts had exactly the requested tokens."""
 
     machine: Machine
     url: str

@@ -47,10 +47,7 @@ def record(path: Path) -> FileRecord:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder whose files are all there with the right sizes; None for any other.
-
-    Contents are not read again: that would take seconds for each gigabyte at every start.
-    """
+    """Return the manifest of a folder whose files are all there with the right sizes, unread; None for any other."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
         whole = all((folder / file.name).stat().st_size == file.size for file in manifest.files)

@@ -55,10 +55,7 @@ class StoredModel:
 
 
 class Catalog:
-    """Turns references into models of the store.
-
-    The store may be copied from machine to machine, and may be read-only once it holds the requested model.
-    """
+    """Turns references into models of the store, which may be copied, and read-only once it holds what is asked for."""
 
     def __init__(self, store: Path | None = None) -> None:
         """Use the folder `store`, by default that of EDGE_PHI3_STORE or one in the user's cache folder."""

@@ -105,10 +105,7 @@ class StoredTensor(NamedTuple):
         return self.size * (int(bits[0]) if bits else 8) // 8
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Return values `start` to `stop` of a flattened F32, F16 or BF16 tensor, as they lie in the mapped file.
-
-        A read-only view, shape (stop - start,): float32 for F32, else uint16 holding the bits.
-        """
+        """Return a read-only view of the flattened tensor, shape (stop - start,): float32, or uint16 holding bits."""
         dtype = _RAW[self.dtype]
         return np.frombuffer(self.file.map, dtype, stop - start, self.begin + start * dtype.itemsize)
 

@@ -96,10 +96,9 @@ class LongRope(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary positions: the base of the frequencies, the length up to which the short factors hold, the factors.
+    """Rotary positions: `dimensions`, the first of a head, are rotated; the short factors hold to `original_context`.
 
-    `dimensions` are the elements of a head that are rotated, the first ones. `notes` are sentences on entries that
-    contradict each other, for whoever converts.
+    `notes` are sentences on entries that contradict each other, for whoever converts.
     """
 
     theta: float
@@ -185,11 +184,7 @@ class Phi3(_Config, frozen=True, kw_only=True):
         return specs
 
     def write_metadata(self, writer: gguf.GGUFWriter) -> None:
-        """Add the ``phi3.*`` keys.
-
-        ``phi3.attention.sliding_window`` holds the window of ``config.json``, 0 when there is none.
-        llama.cpp reads the key and does not use it; the engine does.
-        """
+        """Add the ``phi3.*`` keys; llama.cpp reads that of the window (0: none) without using it, the engine does."""
         writer.add_context_length(self.max_position_embeddings)
         writer.add_rope_scaling_orig_ctx_len(self.rope.original_context)
         writer.add_embedding_length(self.hidden_size)

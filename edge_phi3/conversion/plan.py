@@ -67,10 +67,7 @@ def tensor_type(name: str, shape: tuple[int, ...], wanted: GgmlType) -> GgmlType
 
 
 class PlannedTensor(NamedTuple):
-    """One tensor of the output: its name there, its shape, rows first, the type that it is written in, its values.
-
-    They are those of stored tensors, one after the other, or made here, as they are to be written.
-    """
+    """One tensor of the output, rows first; its values are those of stored ones in turn, or what is to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -101,10 +98,7 @@ class Plan(NamedTuple):
 
 
 def read_model(checkpoint: Checkpoint) -> Phi3:
-    """Return the hyper-parameters of a checkpoint, untied where its output matrix is not the embedding.
-
-    The two matrices are read, a chunk at a time, when the checkpoint says that they are one and stores both.
-    """
+    """Return the hyper-parameters of a checkpoint, untied where its own output matrix is not the embedding."""
     split = any(name.endswith(".q_proj.weight") for name in checkpoint.tensors)
     disguised = split and any(tokens <= added_texts(checkpoint.folder) for tokens in _CHAT_TOKENS)
     model = read_phi3(checkpoint.config, disguised=disguised)
@@ -216,9 +210,8 @@ def encode(values: NDArray[Any], dtype: str, target: GgmlType, *, name: str) -> 
     """Return the bytes to write of a tensor's values, contiguous; `values` itself when nothing changes.
 
     The values have the shape (n,) and are as `StoredTensor.read` gives them; n is a multiple of the block size of
-    `target`, which is F32, F16, BF16 or Q8_0.
-
-    `CheckpointError` is a value that is NaN or infinite, `ConversionError` one that is too large for `target`.
+    `target`, which is F32, F16, BF16 or Q8_0. `CheckpointError` is a value that is NaN or infinite, `ConversionError`
+    one that is too large for `target`.
     """
     finite = np.isfinite(values).all() if dtype == "F32" else (values & _MAGNITUDE).max() < _EXPONENT[dtype]
     if not finite:

@@ -253,7 +253,17 @@ def check_plan(plan: SizePrediction, options: Options) -> None:
             " choose a quantised type and give single tensors another one."
         )
     for pattern, target in options.tensor_types.items():
-        _check_pattern(pattern, target, plan)
+        matched = [tensor for tensor in plan.tensors if re.search(_lower(pattern), tensor.name)]
+        if not matched:
+            kinds = sorted({re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in plan.tensors})
+            raise QuantizeError(
+                f"--tensor-type: no tensor of this model matches {pattern!r}; its tensors are {', '.join(kinds)}."
+            )
+        if not any(len(tensor.shape) > 1 and math.prod(tensor.shape[1:]) > 1 for tensor in matched):
+            raise QuantizeError(
+                f"--tensor-type {pattern}={target}: llama.cpp never quantises {matched[0].name};"
+                " choose a matrix, such as ffn_down or attn_qkv."
+            )
     if options.imatrix is not None:
         _check_imatrix(options.importance, plan, options.imatrix)
     for tensor in plan.tensors:
@@ -291,21 +301,6 @@ def _explain(error: QuantizerError, source: Path) -> QuantizeError:
     if "quantized data validation failed" in words:
         return QuantizeError(f"{source} holds weights that overflow when quantised; convert the checkpoint again.")
     return QuantizeError(f"llama.cpp could not quantise {source}: {words}.")
-
-
-def _check_pattern(pattern: str, target: str, plan: SizePrediction) -> None:
-    matched = [tensor for tensor in plan.tensors if re.search(_lower(pattern), tensor.name)]
-    if not matched:
-        kinds = sorted({re.sub(r"^blk\.\d+\.", "", tensor.name) for tensor in plan.tensors})
-        raise QuantizeError(
-            f"--tensor-type: no tensor of this model matches {pattern!r}; its tensors are {', '.join(kinds)}."
-        )
-    quantisable = [tensor for tensor in matched if len(tensor.shape) > 1 and math.prod(tensor.shape[1:]) > 1]
-    if not quantisable:
-        raise QuantizeError(
-            f"--tensor-type {pattern}={target}: llama.cpp never quantises {matched[0].name};"
-            " choose a matrix, such as ffn_down or attn_qkv."
-        )
 
 
 def _lower(pattern: str) -> str:

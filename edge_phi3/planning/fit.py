@@ -56,10 +56,7 @@ class Machine:
 
 
 class Row(NamedTuple):
-    """One quantisation, with as many layers on the GPU as requested, or as many as fit.
-
-    `made` is whether the model that was planned for is such a file already, whose name then is the `type`.
-    """
+    """One quantisation, with as many layers on the GPU as requested or fit; `made` tells that the model is it already."""
 
     type: str
     bits_per_weight: float

@@ -31,10 +31,7 @@ PRESET_CONFIGS = {PRESETS[name]: _config(**_STATED["all"] | stated) for name, st
 
 
 def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
-    """Return a model's GGUF, or a skeleton of its checkpoint in F16.
-
-    A skeleton is written to `folder`, which must outlive the layout's use. A `store` of None is the usual one.
-    """
+    """Return a model's GGUF, or a skeleton of its checkpoint in F16, which lies in `folder` while it is used."""
     wanted = parse_reference(reference)
     if isinstance(wanted, LocalGguf):
         return read_layout(wanted.path)
