@@ -19,12 +19,10 @@ WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(e
 FORMS = "64, 16-128 (uniform), normal:MEAN,SD, lognormal:MEDIAN,SIGMA or exponential:MEAN"
 """The forms that `parse_lengths` reads, for help texts and messages."""
 
-Draw = Callable[[np.random.Generator], float]
-
 
 def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
     """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`."""
-    draw: Draw | None = None
+    draw: Callable[[np.random.Generator], float] | None = None
     if uniform := re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip()):
         low, high = int(uniform[1]), int(uniform[2] or uniform[1])
         draw = (lambda random: float(random.integers(low, high + 1))) if 0 < low <= high else None
@@ -38,7 +36,7 @@ def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
     return lambda random: max(1, round(draw(random)))
 
 
-def _named(kind: str, numbers: Sequence[float]) -> Draw | None:
+def _named(kind: str, numbers: Sequence[float]) -> Callable[[np.random.Generator], float] | None:
     match kind, numbers:
         case "normal", [mean, deviation] if mean > 0:
             return lambda random: random.normal(mean, deviation)

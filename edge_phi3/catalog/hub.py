@@ -29,7 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
-from edge_phi3.catalog.manifest import FileRecord, record
+from edge_phi3.catalog.manifest import FileRecord
 from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
 from edge_phi3.progress import ProgressReporter, Step
 from edge_phi3.version import __version__
@@ -86,10 +86,11 @@ class Repository:
         `HubError` is a file that may not be read, is gone, or arrives damaged again and again; `UnreachableError` a
         network that went away, and what has arrived stays for the next time.
         """
-        targets = [(file, folder / Path(file.name).name) for file in files]
-        return [record(target) if target.exists() else self._download(file, target) for file, target in targets]
+        return [self._download(file, folder / Path(file.name).name) for file in files]
 
     def _download(self, file: RemoteFile, target: Path) -> FileRecord:
+        if target.exists():
+            return FileRecord(target.name, _size(target), sha256_of(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + PARTIAL_SUFFIX)
         with (
@@ -101,7 +102,7 @@ class Repository:
             with partial.open("rb") as content:
                 os.fsync(content.fileno())
             partial.replace(target)
-        return FileRecord(target.name, target.stat().st_size, digest)
+        return FileRecord(target.name, _size(target), digest)
 
     def _complete(self, file: RemoteFile, partial: Path, step: Step) -> str:
         """Fetch until `partial` is whole; return its SHA-256."""

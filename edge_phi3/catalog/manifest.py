@@ -5,8 +5,6 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.files import sha256_of
-
 FORMAT = 1
 """Raised when models made earlier must be made again; an older manifest counts as none."""
 
@@ -39,11 +37,6 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     revision: str | None = None
     requested_revision: str | None = None
     quant: str | None = None
-
-
-def record(path: Path) -> FileRecord:
-    """Read a file and describe it."""
-    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

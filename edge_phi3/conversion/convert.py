@@ -135,7 +135,7 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
         concurrent.futures.ThreadPoolExecutor(1) as flusher,
     ):
         flush = flusher.submit(os.fdatasync, file.fileno())
-        file.write(_padding(file.tell()))
+        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         for tensor in tensors:
             for chunk in _chunks(tensor, workers):
                 file.write(chunk.data)
@@ -147,7 +147,7 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
                     progress(done, total, tensor.name)
-            file.write(_padding(file.tell()))
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         # The system tells of a failed write once: whoever syncs later would not hear of it.
         flush.result()
 
@@ -173,7 +173,3 @@ def _encoded(values: StoredTensor, target: GgmlType, workers: concurrent.futures
     finally:
         for future in pending:
             future.cancel()
-
-
-def _padding(position: int) -> bytes:
-    return bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT)

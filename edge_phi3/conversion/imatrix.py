@@ -111,7 +111,12 @@ def make_imatrix(
         if save_every and done % save_every == 0:
             write_imatrix(output.with_name(f"{output.stem}-at-{done}{output.suffix}"), matrix, force=True)
 
-    content = calibration_text() if text is None else _read(text)
+    try:
+        content = calibration_text() if text is None else read_bounded(text, MAX_BYTES, regular=False).decode()
+    except OSError as error:
+        raise ImatrixError(f"The calibration text {text} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ImatrixError(f"The calibration text {text} is not UTF-8: {error.reason}.") from error
     size = len(content.encode())
 
     def report(done: int, total: int) -> None:
@@ -129,12 +134,3 @@ def make_imatrix(
     )
     write_imatrix(output, matrix, force=force)
     return matrix
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_bounded(path, MAX_BYTES, regular=False).decode("utf-8")
-    except OSError as error:
-        raise ImatrixError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ImatrixError(f"The calibration text {path} is not UTF-8: {error.reason}.") from error

@@ -100,7 +100,7 @@ def write_imatrix(path: Path, matrix: Imatrix, *, force: bool = False) -> None:
 
 
 def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
-    """Add importance matrices of one model up, as llama-imatrix does; older ones count chunks of `chunk_size` tokens."""
+    """Add importance matrices of one model up, as llama-imatrix does; older ones count chunks, of `chunk_size` each."""
     entries: dict[str, ImatrixEntry] = {}
     for matrix in matrices:
         scale = np.float32(1 if matrix.chunk_size else chunk_size)

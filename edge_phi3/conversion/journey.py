@@ -150,14 +150,13 @@ class Journey:
         paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _INPUTS)
         self.sources = {shown(path.name): self._input(path) for path in paths}
         hashes = {name: seen.sha256 for name, seen in self.sources.items()}
-        kind = plan.matrices.name
 
-        def make(path: Path) -> float:
-            with self._progress.step(f"Converting {self._name}") as step:
-                convert(checkpoint, path, outtype=outtype, force=True, source=source, progress=step.update)
+        def make(path: Path, progress: Any) -> float:
+            convert(checkpoint, path, outtype=outtype, force=True, source=source, progress=progress)
             return 8 * plan.size / plan.weights
 
-        return self._make(self.path(kind), kind, ["convert", hashes, source and str(source)], make)
+        made_from = ["convert", hashes, source and str(source)]
+        return self._make(plan.matrices.name, made_from, f"Converting {self._name}", make)
 
     def begin_with(self, model: Path, kind: str) -> Stop:
         """Take a GGUF of type `kind`, wherever it is, for the conversion."""
@@ -166,37 +165,36 @@ class Journey:
     def collect(self, base: Stop, chunks: int | None = None) -> Stop:
         """Make the importance matrix, with at most so many chunks of the packaged text."""
 
-        def make(path: Path) -> float:
+        def make(path: Path, progress: Any) -> float:
             options: dict[str, Any] = {"chunks": chunks, "threads": self._threads, "n_gpu_layers": self._n_gpu_layers}
-            with self._progress.step(f"Calibrating {self._name}") as step:
-                make_imatrix(base.path, path, force=True, progress=step.update, **options)
+            make_imatrix(base.path, path, force=True, progress=progress, **options)
             return 0.0
 
         text = hashlib.sha256(calibration_text().encode()).hexdigest()
-        return self._make(self.path(_MATRIX), _MATRIX, [_MATRIX, base.made.seen.sha256, text, chunks], make)
+        made_from = [_MATRIX, base.made.seen.sha256, text, chunks]
+        return self._make(_MATRIX, made_from, f"Calibrating {self._name}", make)
 
     def quantize(self, base: Stop, type_: QuantizationType, matrix: Path | None) -> Stop:
         """Make one quantised file, with the matrix when the type uses one."""
-        path = self.path(type_.name)
-        if path.exists() and path.samefile(base.path):
+        if (path := self.path(type_.name)).exists() and path.samefile(base.path):
             raise ConversionError(f"{path} is the model itself; {self._elsewhere}.")
         guide = matrix if type_.uses_imatrix else None
 
-        def make(path: Path) -> float:
+        def make(path: Path, progress: Any) -> float:
             options: dict[str, Any] = {"type": type_.name, "imatrix": guide, "threads": self._threads}
-            with self._progress.step(f"Quantising {self._name} to {type_.name}") as step:
-                result = quantize(base.path, path, force=True, progress=step.update, **options)
-            return result.bits_per_weight
+            return quantize(base.path, path, force=True, progress=progress, **options).bits_per_weight
 
         # The matrix's name is written into the file, and so counts as its content does.
         guided_by = None if guide is None else [guide.name, self._input(guide).sha256]
-        return self._make(path, type_.name, ["quantize", base.made.seen.sha256, type_.name, guided_by], make)
+        made_from = ["quantize", base.made.seen.sha256, type_.name, guided_by]
+        return self._make(type_.name, made_from, f"Quantising {self._name} to {type_.name}", make)
 
     def path(self, kind: str) -> Path:
         """Return where the file of a type is, or will be; ``imatrix`` is the matrix."""
         return self._folder / f"{self._name}-{kind}.gguf"
 
-    def _make(self, path: Path, kind: str, made_from: object, make: Callable[[Path], float]) -> Stop:
+    def _make(self, kind: str, made_from: object, title: str, make: Callable[[Path, Any], float]) -> Stop:
+        path = self.path(kind)
         key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, tool_versions()], order="sorted")).hexdigest()
         known = self._manifest.files.get(path.name)
         if known is not None and known.made_from == key and path.is_file():
@@ -205,7 +203,8 @@ class Journey:
                 self._progress.note(f"{path.name} is whole already.")
                 return Stop(path, known, fresh=False)
         started = time.monotonic()
-        bits = make(path)
+        with self._progress.step(title) as step:
+            bits = make(path, step.update)
         seconds = time.monotonic() - started
         made = MadeFile(path.name, kind, bits, seconds, key, _see(path, None))
         self._manifest.files[path.name] = made

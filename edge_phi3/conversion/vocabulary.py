@@ -239,14 +239,13 @@ def _pieces(folder: Path, bpe: BpeModel | None, added: dict[int, AddedToken]) ->
 def _special_vocab(folder: Path, vocab_size: int) -> gguf.SpecialVocab:
     """Return what gguf finds in the JSON files, of which it is given what it needs, without marks and negative ids."""
     config = read_json(folder / "config.json") or {}
-    ids = {
-        name: value
-        for name, value in config.items()
-        if name.endswith("_token_id") and not (isinstance(value, int) and value < 0)
-    }
     fast = read_json(folder / "tokenizer.json")
     kept = {
-        "config.json": ids,
+        "config.json": {
+            name: value
+            for name, value in config.items()
+            if name.endswith("_token_id") and not (isinstance(value, int) and value < 0)
+        },
         "tokenizer.json": fast and {name: fast[name] for name in ("added_tokens", "post_processor") if fast.get(name)},
         "tokenizer_config.json": read_json(folder / "tokenizer_config.json"),
     }

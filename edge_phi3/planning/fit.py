@@ -56,7 +56,7 @@ class Machine:
 
 
 class Row(NamedTuple):
-    """One quantisation, with as many layers on the GPU as requested or fit; `made` tells that the model is it already."""
+    """One quantisation, with as many layers on the GPU as requested or fit; `made` is whether the model is that one."""
 
     type: str
     bits_per_weight: float

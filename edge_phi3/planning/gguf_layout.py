@@ -27,7 +27,7 @@ from edge_phi3.llama.model_file import read_model_file
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 _UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+EMBEDDING = "token_embd.weight"
 
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 _DEVICE_ALIGNMENT = 128
@@ -71,11 +71,6 @@ class Layout(NamedTuple):
         return any(tensor.type not in _UNQUANTISED for tensor in self.tensors)
 
     @property
-    def tied(self) -> bool:
-        """Whether the embedding is the output matrix too."""
-        return all(tensor.name != OUTPUT for tensor in self.tensors)
-
-    @property
     def bits_per_weight(self) -> float:
         """Of all tensors together."""
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
@@ -85,20 +80,18 @@ class Layout(NamedTuple):
 def read_layout(path: Path) -> Layout:
     """Read the header of a model's GGUF, of each file when it is split."""
     first = read_model_file(path, planned=True)
-    parts = [first, *(_read_part(part) for part in split_files(path)[1:])]
+    parts = [first]
+    for part in split_files(path)[1:]:
+        try:
+            parts.append(read_gguf(part))
+        except (GgufError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise PlanningError(f"{part} cannot be read: {why}.") from error
     tensors = [_tensor(part, info, number) for number, part in enumerate(parts) for info in part.tensors]
     if not tensors:
         raise PlanningError(f"{path} has no tensors.")
     fields = ((name, value, GGUFValueType(first.types[name])) for name, value in first.values.items())
     return Layout(path, _numbers(fields), tuple(tensors))
-
-
-def _read_part(path: Path) -> GgufFile:
-    try:
-        return read_gguf(path)
-    except (GgufError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise PlanningError(f"{path} cannot be read: {why}.") from error
 
 
 def _tensor(part: GgufFile, info: TensorInfo, number: int) -> Tensor:
@@ -255,7 +248,8 @@ def _on_device(layout: Layout, name: str, offloaded: int) -> bool:
 
 def _device_weights(layout: Layout, offloaded: int) -> int:
     sizes = [tensor.size for tensor in layout.tensors if _on_device(layout, tensor.name, offloaded)]
-    if layout.tied and offloaded:
+    # An embedding that is the output matrix too is there twice.
+    if offloaded and all(tensor.name != "output.weight" for tensor in layout.tensors):
         sizes += [tensor.size for tensor in layout.tensors if tensor.name == EMBEDDING]
     return sum(-(-size // _DEVICE_ALIGNMENT) * _DEVICE_ALIGNMENT for size in sizes)
 
