@@ -162,7 +162,8 @@ def _compare(
 def _divergence(divergences: NDArray[np.float64], same: NDArray[np.float64], ratios: NDArray[np.float64]) -> Divergence:
     figures: list[float] = [*_mean_and_error(divergences), *np.percentile(divergences, [50, 99, 100]).tolist()]
     # The error of a mean of differences is that of the two means with their covariance taken into account.
-    return Divergence(*figures, *_mean_and_error(same), *_mean_and_error(ratios))
+    figures += _mean_and_error(same) + _mean_and_error(ratios)
+    return Divergence(*figures)
 
 
 def scored_positions(ctx_size: int) -> int:

@@ -283,7 +283,8 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | 
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
     }
     listed: dict[int, AddedToken] = {}
-    for listed_token in (fast and fast.added_tokens) or []:
-        if listed.setdefault(listed_token.id, listed_token).content != listed_token.content:
-            raise CheckpointError(f"tokenizer.json: two added tokens have the id {listed_token.id}.")
+    for entry in (fast and fast.added_tokens) or []:
+        token = AddedToken(*(getattr(entry, flag) for flag in AddedToken.__struct_fields__))
+        if listed.setdefault(entry.id, token).content != token.content:
+            raise CheckpointError(f"tokenizer.json: two added tokens have the id {entry.id}.")
     return added | (config.added_tokens_decoder or {}) | listed
