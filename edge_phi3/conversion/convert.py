@@ -37,13 +37,6 @@ _CHUNK = 1 << 20
 _WORKERS = min(4, os.cpu_count() or 1)
 _FLUSH_BYTES = 64 << 20
 
-_FILE_TYPES = {
-    GgmlType.F32: gguf.LlamaFileType.ALL_F32,
-    GgmlType.F16: gguf.LlamaFileType.MOSTLY_F16,
-    GgmlType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    GgmlType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-
 
 class ConversionResult(NamedTuple):
     """A finished conversion: the GGUF, the type of its matrices, the number of its tensors, and its bytes."""
@@ -121,7 +114,8 @@ def _header(checkpoint: Checkpoint, model: Phi3, plan: Plan, source: SourceInfo 
 def _add_tensors(writer: gguf.GGUFWriter, plan: Plan) -> None:
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
-    writer.add_file_type(_FILE_TYPES[plan.matrices])
+    share = "ALL" if plan.matrices == GgmlType.F32 else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{plan.matrices.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -100,8 +100,8 @@ class Plan(NamedTuple):
 def read_model(checkpoint: Checkpoint) -> Phi3:
     """Return the hyper-parameters of a checkpoint, untied where its own output matrix is not the embedding."""
     split = any(name.endswith(".q_proj.weight") for name in checkpoint.tensors)
-    disguised = split and any(tokens <= added_texts(checkpoint.folder) for tokens in _CHAT_TOKENS)
-    model = read_phi3(checkpoint.config, disguised=disguised)
+    added = added_texts(checkpoint.folder) if split else set()
+    model = read_phi3(checkpoint.config, disguised=any(tokens <= added for tokens in _CHAT_TOKENS))
     notes = _check_quantization(checkpoint.config, checkpoint.tensors)
     embedding, head = checkpoint.tensors.get(EMBEDDING), checkpoint.tensors.get(HEAD)
     tied = model.tie_word_embeddings
