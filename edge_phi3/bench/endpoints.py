@@ -98,9 +98,9 @@ def _parse_object(data: bytes) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Answer:
-    """One generated answer, in pieces, each at its time (`time.perf_counter`). Tokens are None where no server tells.
+    """One generated answer, in pieces, each with its time (`time.perf_counter`); counts that no server gives are None.
 
-    `cached_tokens` are those of the prompt that were not computed anew; `ended` is whether the server said so.
+    `cached_tokens` are those of the prompt that were not computed anew; `ended` is whether the server said it is whole.
     """
 
     texts: list[str] = field(default_factory=list)

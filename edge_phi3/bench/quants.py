@@ -202,8 +202,8 @@ class _Run:
         types = [kind for kind in types if kind.name != base.made.type]
         matrix = Path(bench.imatrix) if bench.imatrix not in {"auto", "none"} else None
         # What was measured with a matrix before is known by it, whatever is requested now.
-        made = self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types)
-        if bench.imatrix == "auto" and made:
+        guides = self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types)
+        if bench.imatrix == "auto" and guides:
             matrix = self._journey.collect(base).path
         guide = None if matrix is None else hashlib.sha256(_read(matrix, "importance matrix")).hexdigest()
         here = Machine.here()
