@@ -55,8 +55,8 @@ def test_no_entry_makes_it_fail_in_another_way(changes: dict[str, Any], rope: di
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return what a config says on rotary positions, comparable."""
     rope = read_phi3(config).rope
-    factors = rope.longrope and {name: np.asarray(value).tolist() for name, value in vars(rope.longrope).items()}
-    return vars(rope) | {"longrope": factors}
+    factors = rope.longrope and {name: np.asarray(value).tolist() for name, value in rope.longrope._asdict().items()}
+    return rope._asdict() | {"longrope": factors}
 
 
 SCALING = longrope(96)
