@@ -25,11 +25,10 @@ import numpy as np
 import uvloop
 
 from benchmarks.servers import llama_server, original, ours
-from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.load import Level
+from edge_phi3.bench.endpoints import HttpClient
+from edge_phi3.bench.load import Level, Summary
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.serve import ServeBench, measure
-from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
 from tests.support.models import SHAPES, model_path, random_checkpoint
 from tests.support.peers import build_peers, torch_python

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edge_phi3.bench.quant_report import table
-from edge_phi3.bench.quants import REPORT_NAME, QuantBench, run
+from edge_phi3.bench.quants import REPORT_NAME, QuantBench, run, table
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.progress import stderr_progress
 from scripts.demo_model.corpus import dice, read_corpus

@@ -20,7 +20,7 @@ from benchmarks.measure import DOCS, PARTS, RESULTS, Part, SuiteRecord
 from benchmarks.memory import MemoryRecord
 from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.plots import plot_quality, plot_speed
-from edge_phi3.bench.quant_report import Measurement, QuantReport, on_front
+from edge_phi3.bench.quants import Measurement, QuantReport, on_front
 from edge_phi3.files import atomic_output
 from edge_phi3.planning.fit import BEST_FIRST
 

@@ -24,8 +24,7 @@ PLAN = Plan()
 @click.option("--steps", default=PLAN.steps, help="Training steps; the learning rate decays over them.")
 @click.option("--seed", default=PLAN.seed, help="Seed of the split, the weights and the order.")
 @click.option("--threads", default=PLAN.threads, help="CPU threads.")
-@click.option("--state", type=Path, help="File in which progress is kept, to go on from after a stop.")
-def main(output: Path, steps: int, seed: int, threads: int, state: Path | None) -> None:
+def main(output: Path, steps: int, seed: int, threads: int) -> None:
     """Make the checkpoint, or leave the old one untouched."""
     plan = Plan(steps=steps, seed=seed, threads=threads)
     items = read_corpus()
@@ -36,7 +35,7 @@ def main(output: Path, steps: int, seed: int, threads: int, state: Path | None) 
         texts = [t for i in items for t in (f"What does {i.name} do?", f"What does `{i.name}` do?", i.answer)]
         tokenizer = write_tokenizer(folder, train_vocabulary(texts))
         check_agreement(folder, tokenizer, texts)
-        run = train(split, tokenizer, plan, state)
+        run = train(split, tokenizer, plan)
         write_model(folder, run.model)
 
         answers = [

@@ -2,11 +2,9 @@
 
 Usage: python scripts/update_docs.py [--check]
 
-The tables of docs/ are made from the code that they describe. The chart's table is made from values.yaml, whose
-comments stand above the values that they describe. The schema of the service's options is made from
-`edge_phi3.settings`, that of quantisations from the list that `edge-phi3 quantize` knows, and the names of models from
-the presets, so that a wrong one fails when a release is installed. What null means for a value follows from values.yaml
-too.
+The tables of docs/ are made from the code that they describe, and the chart's from values.yaml, whose comments stand
+above the values. The schema is made from what the service knows, so that a wrong option, quantisation or model fails
+when a release is installed.
 """
 
 import functools
@@ -40,11 +38,7 @@ _KEY = re.compile(r"(?P<indent> *)(?P<key>[\w.-]+):(?P<rest>.*)")
 
 
 def rows(text: str) -> Iterator[tuple[str, Any, str]]:
-    """Return the path, default and description of each value that has a comment, in the file's order.
-
-    Raises:
-        SystemExit: a value has no comment, nor has the map that it is in.
-    """
+    """Return the path, default and description of each value that has a comment, in the file's order."""
     values = yaml.safe_load(text)
     comment: list[str] = []
     parents: list[str] = []
@@ -105,7 +99,8 @@ def options_schema() -> dict[str, Any]:
 
 def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
     kinds = [kind for kind in field.get("anyOf", [field]) if kind["type"] != "null"]
-    taken = [{key: kind[key] for key in _KEPT if key in kind} for kind in kinds]
+    kept = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
+    taken = [{key: kind[key] for key in kept if key in kind} for kind in kinds]
     for kind in taken:
         if kind["type"] == "array":
             # A repeatable flag: the service reads each text as it reads it from the command line.
@@ -116,9 +111,6 @@ def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
             kind["enum"] = [*kind["enum"], None]
     schema = taken[0] if len(taken) == 1 else {"anyOf": taken}
     return {"description": field["description"], **schema}
-
-
-_KEPT = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
 
 
 def updated_schema(text: str) -> str:

@@ -22,9 +22,8 @@ from benchmarks.gpu.device import MemoryWatch
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, Steps
 from benchmarks.servers import llama_server, original, ours
-from edge_phi3.bench.load import Level
+from edge_phi3.bench.load import Level, Summary
 from edge_phi3.bench.serve import ServeBench, measure
-from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
 from edge_phi3.system_resources import usable_cores
 

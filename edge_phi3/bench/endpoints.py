@@ -1,23 +1,106 @@
 """The generation endpoints that the load generator knows: how to write requests to each and read its answers."""
 
+import asyncio
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-from edge_phi3.bench.errors import BenchError, ExchangeError
-from edge_phi3.bench.http_client import HttpClient, parse_object
+import httpx
+import msgspec
+
+from edge_phi3.bench import BenchError, ExchangeError
 from edge_phi3.bench.workload import WORDS, Ask, Ruler, Workload
 
 _FEWEST_WORDS = 32
 
 
+class HttpClient:
+    """Connections to one server, as many as there are exchanges at once, each of which may take `timeout` seconds.
+
+    The path of `url` is put in front of every other; `api_key` is sent as a bearer token.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 600.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        try:
+            address = httpx.URL(url if "//" in url else f"http://{url}")
+        except httpx.InvalidURL as error:
+            raise BenchError(f"{url!r} is not an address: {error}.") from None
+        if address.scheme not in {"http", "https"} or not address.host:
+            raise BenchError(f"{url!r} is not the address of an HTTP server; give one like http://127.0.0.1:8080.")
+        self.url = str(address).rstrip("/")
+        self._timeout = timeout
+        self._client = httpx.AsyncClient(
+            base_url=address,
+            headers={"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
+            timeout=2 * timeout,  # what ends an exchange is the limit in `exchange`
+            limits=httpx.Limits(keepalive_expiry=2.0),  # servers close idle connections later
+            # The system's certificates, and nothing else of the environment: a proxy would be measured as well.
+            verify=ssl.create_default_context() if address.scheme == "https" else False,
+            trust_env=False,
+            transport=transport,
+        )
+        self.close = self._client.aclose
+
+    async def exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, take: Callable[[bytes], Any]
+    ) -> None:
+        """Send a request, with JSON or without, and hand each piece of the response's body to `take` as it comes.
+
+        `ExchangeError` is no connection, a broken one, no end within the time limit, or a status other than 200.
+        """
+        content = None if body is None else msgspec.json.encode(body)
+        headers = None if body is None else {"Content-Type": "application/json"}
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._client.stream(method, path, content=content, headers=headers) as response,
+            ):
+                if response.status_code != 200:
+                    detail = (await response.aread()).decode(errors="replace")[:300].strip()
+                    raise ExchangeError(f"HTTP {response.status_code}" + (f": {detail}" if detail else ""))
+                async for piece in response.aiter_bytes():
+                    take(piece)
+        except TimeoutError:
+            raise ExchangeError(f"No end of the response within {self._timeout:g} s.") from None
+        except httpx.ConnectError as error:
+            raise ExchangeError(f"No connection to {self.url}: {error}.") from None
+        except httpx.HTTPError as error:
+            raise ExchangeError(f"The connection broke: {str(error) or type(error).__name__}") from None
+
+    async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the JSON object that the server answers; raises as `exchange` and `_parse_object` do."""
+        whole = bytearray()
+        await self.exchange(method, path, body, whole.extend)
+        return _parse_object(bytes(whole))
+
+
+def _parse_object(data: bytes) -> dict[str, Any]:
+    """Return a JSON object; `ExchangeError` when it is something else, or the error that a server reports."""
+    try:
+        value = msgspec.json.decode(data)
+    except msgspec.DecodeError as error:
+        raise ExchangeError(f"The server sent what is not JSON: {data[:80]!r} ({error}).") from None
+    if not isinstance(value, dict):
+        raise ExchangeError(f"The server sent {data[:80]!r} where an object belongs.")
+    if reported := value.get("error") or value.get("detail"):
+        raise ExchangeError(str(reported.get("message", reported) if isinstance(reported, dict) else reported))
+    return value
+
+
 @dataclass(slots=True)
 class Answer:
-    """One generated answer, in pieces. Tokens are as the server counts them, None where it does not say.
+    """One generated answer, in pieces, each with its time (`time.perf_counter`); counts that no server gives are None.
 
-    `times` has when each piece came, in seconds of `time.perf_counter`. `cached_tokens` are those of the prompt that
-    were not computed anew; `ended` is whether the server said that the answer is complete.
+    `cached_tokens` are those of the prompt that were not computed anew; `ended` is whether the server said it is whole.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -81,7 +164,6 @@ def _completion_body(ask: Ask, _model: str) -> dict[str, Any]:
 
 
 def _read_completion(answer: Answer, body: Mapping[str, Any]) -> None:
-    """Read the answer, or an event of it: they have the same fields."""
     answer.add(body.get("content", ""))
     if body.get("stop"):
         answer.prompt_tokens, answer.completion_tokens = body["tokens_evaluated"], body["tokens_predicted"]
@@ -92,12 +174,8 @@ def _read_completion(answer: Answer, body: Mapping[str, Any]) -> None:
 def _openai_body(ask: Ask, model: str) -> dict[str, Any]:
     """Return what OpenAI's API takes. What it lacks (`top_k`, `ignore_eos`) is sent only when it is set."""
     how = ask.how
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": "".join(ask.turns),
-        "max_tokens": ask.max_tokens,
-        "temperature": how.temperature,
-    }
+    body: dict[str, Any] = {"model": model, "prompt": "".join(ask.turns), "max_tokens": ask.max_tokens}
+    body["temperature"] = how.temperature
     if how.temperature:
         body |= {"top_p": how.top_p} | ({"top_k": how.top_k} if how.top_k else {})
     if how.ignore_eos:
@@ -115,7 +193,6 @@ def _openai_chat_body(ask: Ask, model: str) -> dict[str, Any]:
 
 
 def _read_openai(answer: Answer, body: Mapping[str, Any]) -> None:
-    """Read the answer, or a chunk of it, of either of OpenAI's endpoints."""
     for choice in body.get("choices", ()):
         message = choice.get("delta") or choice.get("message") or {}
         answer.add(choice.get("text") or message.get("content") or "")
@@ -124,23 +201,17 @@ def _read_openai(answer: Answer, body: Mapping[str, Any]) -> None:
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Api:
+class Api(NamedTuple):
     """A kind of endpoint.
 
     `body` makes a request from a prompt's settings and the model's name, `tokenize` one to ``/tokenize`` of a text and
-    the name; `read` adds a whole answer, or an event of a stream, to the answer so far.
+    the name; `read` adds to the answer so far what came: an event of a stream, or all.
     """
 
     path: str
     body: Callable[[Ask, str], dict[str, Any]]
     read: Callable[[Answer, Mapping[str, Any]], None]
-    tokenize: Callable[[str, str], dict[str, Any]]
-    names_model: bool = False
-
-
-def _vllm_tokenize(text: str, model: str) -> dict[str, Any]:
-    return {"model": model, "prompt": text}
+    tokenize: Callable[[str, str], dict[str, Any]] = lambda text, model: {"model": model, "prompt": text}
 
 
 APIS: Final[Mapping[str, Api]] = {
@@ -151,8 +222,8 @@ APIS: Final[Mapping[str, Api]] = {
         _read_completion,
         lambda text, _: {"content": text, "add_special": True, "parse_special": True},
     ),
-    "openai": Api("/v1/completions", _openai_body, _read_openai, _vllm_tokenize, names_model=True),
-    "openai-chat": Api("/v1/chat/completions", _openai_chat_body, _read_openai, _vllm_tokenize, names_model=True),
+    "openai": Api("/v1/completions", _openai_body, _read_openai),
+    "openai-chat": Api("/v1/chat/completions", _openai_chat_body, _read_openai),
 }
 """The endpoints by the name that ``--api`` knows."""
 
@@ -165,11 +236,7 @@ class Endpoint:
         self.api = APIS[name]
 
     async def generate(self, ask: Ask, answer: Answer) -> None:
-        """Send a request and fill `answer` as pieces come in.
-
-        Raises:
-            ExchangeError: it failed, or the stream ended early; `answer` keeps what had come.
-        """
+        """Send a request and fill `answer` as pieces come in; an early end of the stream is an `ExchangeError` too."""
         body = self.api.body(ask, self.model)
         if not ask.how.stream:
             self.api.read(answer, await self.client.send("POST", self.api.path, body))
@@ -179,19 +246,15 @@ class Endpoint:
         def take(piece: bytes) -> None:
             nonlocal rest
             *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:  # generation servers send the data of an event in one line
-                if line.startswith(b"data:"):
-                    self._read_event(answer, line[5:].strip())
+            # Generation servers send the data of an event in one line.
+            for data in (line[5:].strip() for line in lines if line.startswith(b"data:")):
+                answer.ended |= data == b"[DONE]"
+                if data != b"[DONE]":
+                    self.api.read(answer, _parse_object(data))
 
         await self.client.exchange("POST", self.api.path, body, take)
         if not answer.ended:
             raise ExchangeError("The stream ended before the answer did.")
-
-    def _read_event(self, answer: Answer, data: bytes) -> None:
-        if data == b"[DONE]":
-            answer.ended = True
-        else:
-            self.api.read(answer, parse_object(data))
 
     async def count_tokens(self, text: str) -> int | None:
         """Return a text's tokens as the server counts them, special ones in front included; None when it does not."""
@@ -227,7 +290,7 @@ async def open_endpoint(client: HttpClient, api: str = "auto", model: str = "") 
         else:
             reason = " ".join(failures[-1:])
             raise BenchError(f"No generation endpoint is found at {client.url}: {reason} Say which one with --api.")
-    if APIS[api].names_model and not model:
+    if api.startswith("openai") and not model:
         failures.clear()
         models = (await get("/v1/models")).get("data")
         if not models:

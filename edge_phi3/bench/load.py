@@ -1,37 +1,35 @@
-"""Load on a running service: a fixed number of users, or users who arrive by chance.
+"""Load on a running service, a fixed number of users or users who arrive by chance, and the figures that come of it.
 
 In a closed loop each of N clients asks again as soon as it has its answer, which shows what a server can do. In an
 open loop sessions arrive in a Poisson process whatever the server does, which shows what its users would see: only
 there does a queue grow when the server is too slow (Schroeder, Wierman and Harchol-Balter, "Open Versus Closed: A
-Cautionary Tale", NSDI 2006).
+Cautionary Tale", NSDI 2006). The figures have the meanings that vLLM's and llama.cpp's benchmarks give them.
 """
 
-from __future__ import annotations
-
 import asyncio
+import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from edge_phi3.bench import ExchangeError
 from edge_phi3.bench.endpoints import Answer, Endpoint
-from edge_phi3.bench.errors import ExchangeError
 from edge_phi3.bench.workload import Session, Sessions
+
+_Conversation = Callable[[Session], Coroutine[Any, Any, None]]
 
 
 class RequestRecord(msgspec.Struct):
-    """What happened to one request. Times are seconds.
+    """What happened to one request, a `turn` of its session from 0 on.
 
-    Attributes:
-        turn: which turn of the session it was, from 0.
-        started: when it was sent, from the start of the level.
-        latency: from then to the end of its answer.
-        first: from then to the first piece of text, or None when nothing was streamed.
-        gaps: between one piece and the next.
-        completion_tokens: tokens generated; pieces of text where the server did not say, which `counted` tells.
-        cached_tokens: tokens of the prompt that came from a cache.
+    Times are seconds: it was `started` after the start of the level, `first` is the first piece of text, None when
+    nothing was streamed, and `gaps` lie between the pieces. Where the server did not say the `completion_tokens`,
+    which `counted` tells, they are pieces of text. `cached_tokens` are those of the prompt that came from a cache.
     """
 
     session: int
@@ -75,8 +73,10 @@ async def run_level(
     """
     if level.warmup:
         numbers = range(first_session + 1_000_000, first_session + 1_000_000 + level.warmup)
-        await _closed_loop(_Run(endpoint, lambda: None), map(sessions, numbers), min(level.clients or 4, level.warmup))
-    run = _Run(endpoint, done)
+        warm_up = functools.partial(_converse, endpoint, [], 0.0, lambda: None)
+        await _closed_loop(warm_up, map(sessions, numbers), min(level.clients or 4, level.warmup))
+    records: list[RequestRecord] = []
+    run = functools.partial(_converse, endpoint, records, time.perf_counter(), done)
     chosen = _until_done(sessions, level, first_session)
     cpu = time.process_time()
     if level.rate is None:
@@ -84,7 +84,7 @@ async def run_level(
     else:
         random = np.random.default_rng([sessions.workload.seed, first_session, 2])
         await _open_loop(run, chosen, level.rate, random)
-    return run.records, time.process_time() - cpu
+    return records, time.process_time() - cpu
 
 
 def _until_done(sessions: Sessions, level: Level, first: int) -> Iterator[Session]:
@@ -96,10 +96,10 @@ def _until_done(sessions: Sessions, level: Level, first: int) -> Iterator[Sessio
         yield sessions(number)
 
 
-async def _closed_loop(run: _Run, sessions: Iterator[Session], clients: int) -> None:
+async def _closed_loop(run: _Conversation, sessions: Iterator[Session], clients: int) -> None:
     async def client() -> None:
         for session in sessions:
-            await run.session(session)
+            await run(session)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(clients):
@@ -114,7 +114,7 @@ def poisson_arrivals(rate: float, random: np.random.Generator) -> Iterator[float
         due += random.exponential(1 / rate)
 
 
-async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random: np.random.Generator) -> None:
+async def _open_loop(run: _Conversation, sessions: Iterator[Session], rate: float, random: np.random.Generator) -> None:
     start = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         # The time comes first: `sessions` may end by the clock.
@@ -123,46 +123,133 @@ async def _open_loop(run: _Run, sessions: Iterator[Session], rate: float, random
             session = next(sessions, None)
             if session is None:
                 return
-            group.create_task(run.session(session))
+            group.create_task(run(session))
 
 
-class _Run:
-    """The requests of one level."""
-
-    def __init__(self, endpoint: Endpoint, done: Callable[[], None]) -> None:
-        self.records: list[RequestRecord] = []
-        self._endpoint = endpoint
-        self._done = done
-        self._start = time.perf_counter()
-
-    async def session(self, session: Session) -> None:
-        """Run a session to its end, or to its first failure."""
-        said: list[str] = []
-        for turn in range(len(session.users)):
-            ask = session.ask(said)
-            answer, error = Answer(), None
-            started = time.perf_counter()
-            try:
-                await self._endpoint.generate(ask, answer)
-            except ExchangeError as failure:
-                error = str(failure)
-            times = answer.times
-            self.records.append(
-                RequestRecord(
-                    session=session.number,
-                    turn=turn,
-                    started=started - self._start,
-                    latency=time.perf_counter() - started,
-                    first=times[0] - started if times and ask.how.stream else None,
-                    gaps=[after - before for before, after in itertools.pairwise(times)],
-                    prompt_tokens=answer.prompt_tokens,
-                    completion_tokens=answer.completion_tokens or len(times),
-                    counted=answer.completion_tokens is not None,
-                    cached_tokens=answer.cached_tokens,
-                    error=error,
-                )
+async def _converse(
+    endpoint: Endpoint, records: list[RequestRecord], start: float, done: Callable[[], None], session: Session
+) -> None:
+    """Run a session to its end, or to its first failure; `start` is when the level began."""
+    said: list[str] = []
+    for turn in range(len(session.users)):
+        ask = session.ask(said)
+        answer, error = Answer(), None
+        started = time.perf_counter()
+        try:
+            await endpoint.generate(ask, answer)
+        except ExchangeError as failure:
+            error = str(failure)
+        times = answer.times
+        records.append(
+            RequestRecord(
+                session=session.number,
+                turn=turn,
+                started=started - start,
+                latency=time.perf_counter() - started,
+                first=times[0] - started if times and ask.how.stream else None,
+                gaps=[after - before for before, after in itertools.pairwise(times)],
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=answer.completion_tokens or len(times),
+                counted=answer.completion_tokens is not None,
+                cached_tokens=answer.cached_tokens,
+                error=error,
             )
-            self._done()
-            if error is not None:
-                return
-            said = [*ask.turns, answer.text]
+        )
+        done()
+        if error is not None:
+            return
+        said = [*ask.turns, answer.text]
+
+
+class Distribution(msgspec.Struct, frozen=True):
+    """Seconds, over all requests (or pieces) of a level."""
+
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of a level. Rates count finished requests only; None is what the server does not report.
+
+    Attributes:
+        seconds: from the first request to the end of the last.
+        total_tokens_per_second: prompt tokens counted as well.
+        prompt_tokens, completion_tokens: means of a request.
+        counted: whether the server reported every request's tokens; if not, pieces of text were counted.
+        cached_share: share of prompt tokens that came from a cache.
+        first_token, latency: from sending a request to the first piece of its answer (TTFT), and to its end.
+        per_token: of one request, seconds per token after the first (TPOT).
+        gap: between two pieces of one answer (inter-token latency).
+        generator_cores: processor cores that the load generator kept busy.
+    """
+
+    clients: int | None
+    rate: float | None
+    requests: int
+    failed: int
+    errors: dict[str, int]
+    seconds: float
+    requests_per_second: float
+    tokens_per_second: float
+    total_tokens_per_second: float | None
+    prompt_tokens: float | None
+    completion_tokens: float
+    counted: bool
+    cached_share: float | None
+    first_token: Distribution | None
+    per_token: Distribution | None
+    gap: Distribution | None
+    latency: Distribution | None
+    generator_cores: float
+
+
+def summarise(level: Level, records: Sequence[RequestRecord], cpu_seconds: float) -> Summary:
+    """Return the figures of a level, which took so many processor seconds of the load generator."""
+    finished = [record for record in records if record.error is None]
+    errors = [record.error for record in records if record.error is not None]
+    seconds = max((record.started + record.latency for record in records), default=0.0)
+    generated = sum(record.completion_tokens for record in finished)
+    prompts = [record.prompt_tokens for record in finished if record.prompt_tokens is not None]
+    cached = [record.cached_tokens for record in finished if record.cached_tokens is not None]
+    all_prompts = len(prompts) == len(finished) > 0
+    return Summary(
+        clients=level.clients,
+        rate=level.rate,
+        requests=len(finished),
+        failed=len(errors),
+        errors=dict(Counter(errors).most_common()),
+        seconds=seconds,
+        requests_per_second=len(finished) / seconds if finished else 0.0,
+        tokens_per_second=generated / seconds if finished else 0.0,
+        total_tokens_per_second=(generated + sum(prompts)) / seconds if all_prompts else None,
+        prompt_tokens=sum(prompts) / len(prompts) if prompts else None,
+        completion_tokens=generated / len(finished) if finished else 0.0,
+        counted=all(record.counted for record in finished),
+        cached_share=sum(cached) / sum(prompts) if cached and all_prompts else None,
+        first_token=_distribution(record.first for record in finished if record.first is not None),
+        per_token=_distribution(filter(None, map(per_token, finished))),
+        gap=_distribution(gap for record in finished for gap in record.gaps),
+        latency=_distribution(record.latency for record in finished),
+        generator_cores=cpu_seconds / seconds if records else 0.0,
+    )
+
+
+def per_token(record: RequestRecord) -> float | None:
+    """Return a request's seconds per token after the first, or None when it has only one or was not streamed.
+
+    The first piece is taken to be the first token and the last piece to be the last one.
+    """
+    if record.first is None or record.completion_tokens < 2:
+        return None
+    return sum(record.gaps) / (record.completion_tokens - 1)
+
+
+def _distribution(values: Iterable[float]) -> Distribution | None:
+    if not (listed := list(values)):
+        return None
+    figures: list[float] = [float(np.mean(listed)), *np.percentile(listed, [50, 90, 95, 99]).tolist(), max(listed)]
+    return Distribution(*figures)

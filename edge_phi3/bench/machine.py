@@ -1,25 +1,25 @@
-"""The machine of a measurement: what it is, and how much memory this process and its GPUs take."""
+"""What reports have in common: the machine that was measured on, and how they are written, as JSON and as CSV."""
 
-from __future__ import annotations
-
+import csv
 import datetime as dt
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Self
 
 import msgspec
 import psutil
 
-from edge_phi3.system_resources import gpus
+from edge_phi3.files import atomic_output
 from edge_phi3.version import __version__
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
-    """The circumstances of a measurement: when it was made (in UTC, as ISO 8601), and on what.
+    """When a measurement was made (in UTC, as ISO 8601), and on what: cores for this process, bytes of memory.
 
-    `cores` are those that this process may use, `memory` is in bytes, and `load` is the mean number of busy processes
-    in the last minute, before the measurement began.
+    `load` is the mean number of busy processes in the last minute, before the measurement began.
     """
 
     date: str
@@ -33,11 +33,13 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     llama_cpp: str
 
     @classmethod
-    def here(cls) -> Machine:
+    def here(cls) -> Self:
         """Describe this machine, now."""
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         return cls(
             date=dt.datetime.now(tz=dt.UTC).isoformat(timespec="seconds"),
-            cpu=_cpu_name(),
+            cpu=next(names, platform.machine()),
             cores=len(os.sched_getaffinity(0)),
             memory=psutil.virtual_memory().total,
             load=round(os.getloadavg()[0], 2),
@@ -48,23 +50,25 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+def write_json(path: Path, report: msgspec.Struct) -> None:
+    """Write a report, replacing the file."""
+    with atomic_output(path, force=True) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
 
 
-def peak_resident_bytes() -> int:
-    """Return the most resident memory that this process has had, mapped files included."""
-    # getrusage's ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of the same columns, the names of the columns first, replacing the file."""
+    with atomic_output(path, force=True) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def gpu_bytes_in_use() -> int | None:
-    """Return the bytes in use on all GPUs together, by any process; None without an NVIDIA GPU.
-
-    A process cannot be told from others inside a container, so a measurement takes the difference of two calls.
-    """
-    found = gpus()
-    return sum(gpu.used for gpu in found) if found else None
+def columns(figures: msgspec.Struct, **nested: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the columns of some figures; those of a `nested` struct, or None, become columns like ``latency_p95``."""
+    row: dict[str, Any] = {}
+    for name in figures.__struct_fields__:
+        value = getattr(figures, name)
+        parts = nested[name].__struct_fields__ if name in nested else ()
+        row |= {f"{name}_{part}": getattr(value, part, None) for part in parts} if parts else {name: value}
+    return row

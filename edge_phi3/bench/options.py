@@ -2,9 +2,8 @@
 
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import rich_click as click
@@ -15,12 +14,8 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 FILE = click.Path(path_type=Path)
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """How a field is given on the command line, in its annotation; by default as its name and its type say.
-
-    A default that is not what a user would write is explained in `help`.
-    """
+class Option(NamedTuple):
+    """How a field is given on the command line, by default as its name and type say; odd defaults stand in `help`."""
 
     help: str
     type: Any = None

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.quant_report import Measurement, mean_divergence, on_front
-from edge_phi3.bench.summary import Summary
+from edge_phi3.bench import BenchError
+from edge_phi3.bench.load import Summary
+from edge_phi3.bench.quants import Measurement, mean_divergence, on_front
 from edge_phi3.files import atomic_output
 
 _MEGABYTE = 1e6
@@ -18,10 +18,7 @@ _SPEEDS = (("prompt_per_second", "prompt tokens per second"), ("generated_per_se
 def plot_sweep(name: str, levels: Sequence[Summary], path: Path) -> None:
     """Draw throughput against latency: medians and 95th percentiles, with a labelled point for each level.
 
-    The picture is replaced when it exists; its ending says the format (svg, png, pdf).
-
-    Raises:
-        BenchError: matplotlib is not installed, or does not know the format.
+    The ending of `path` says the format; `BenchError` where matplotlib is not installed, or does not know it.
     """
     with _figure(path, (10, 4.5), len(_LATENCIES)) as panels:
         for axes, (quantity, label) in zip(panels, _LATENCIES, strict=True):
@@ -40,12 +37,9 @@ def plot_sweep(name: str, levels: Sequence[Summary], path: Path) -> None:
 
 
 def plot_quality(measurements: Sequence[Measurement], path: Path) -> None:
-    """Draw the mean divergence from the reference against the file's size, with the Pareto front.
+    """Draw the mean divergence from the reference against the file's size, with the Pareto front; as `plot_sweep`.
 
     The reference, which diverges by nothing, is a line at its size, and types that are no smaller than it are left out.
-
-    Raises:
-        BenchError: as in `plot_sweep`, or there is nothing to draw.
     """
     others = [item for item in measurements if item.quality.divergence is not None]
     if not others:
@@ -92,7 +86,6 @@ def plot_speed(measurements: Sequence[Measurement], path: Path) -> None:
 
 
 def _size_axis(axes: Any) -> None:
-    """Make the horizontal axis one of sizes: logarithmic, with plain numbers."""
     axes.set(xscale="log", xlabel="file size (MB)")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
@@ -100,10 +93,7 @@ def _size_axis(axes: Any) -> None:
 
 @contextmanager
 def _figure(path: Path, size: tuple[float, float], panels: int) -> Iterator[list[Any]]:
-    """Yield matplotlib's ``Axes`` of so many panels side by side; their figure is written when the block ends.
-
-    The same figures give the same bytes, without a date or a random id. `size` is in inches.
-    """
+    """Yield matplotlib's ``Axes`` of panels side by side; the block's end writes the same bytes for the same figure."""
     try:
         from matplotlib import rc_context  # noqa: PLC0415 - the bench extra alone has it
         from matplotlib.figure import Figure  # noqa: PLC0415 - the bench extra alone has it

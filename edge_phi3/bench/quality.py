@@ -17,31 +17,27 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.files import atomic_output
 from edge_phi3.llama.context import Context
 
 Keep = Callable[[NDArray[np.float64]], object]
 """Takes log-probabilities, shape ``(rows, vocab_size)``."""
 
-_TAIL = 16
-"""Nats below the most likely token beyond which tokens are not told apart."""
-_STEPS = 65535
+_TAIL, _STEPS = 16, 65535
+"""Nats below the most likely token beyond which tokens are not told apart, and the steps down to there."""
 
 _ROWS = 32
 """Positions that are computed together: 8 MB of float64 for Phi-3's vocabulary."""
 
 
-class Divergence(msgspec.Struct, frozen=True, kw_only=True):
+class Divergence(msgspec.Struct, frozen=True):
     """How far predictions are from a reference's at the same positions, each mean with its standard error.
 
-    Attributes:
-        mean: mean Kullback-Leibler divergence from the reference, in nats, as are its percentiles.
-        same_top: share of positions at which both find the same token the most likely.
-        log_ratio: logarithm of perplexity over the reference's perplexity, where, as in llama-perplexity, no token of
-            the reference is less likely than 16 nats below the top; on a text that the model is at a loss with, compare
-            the perplexities themselves.
-        log_ratio_error: smaller than the perplexities' own, since both meet the same text.
+    `mean` is the Kullback-Leibler divergence in nats, as are its percentiles, and `same_top` the share of positions
+    at which both find the same token the most likely. `log_ratio` is the logarithm of perplexity over the reference's,
+    where, as in llama-perplexity, no token of the reference is less likely than 16 nats below the top; its error is
+    smaller than the perplexities' own, since both meet the same text.
     """
 
     mean: float
@@ -70,11 +66,7 @@ class Quality(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def cut_chunks(tokens: NDArray[np.int32], ctx_size: int, chunks: int | None = None) -> NDArray[np.int32]:
-    """Return the chunks of a text's tokens, shape ``(chunks, ctx_size)``, all or so many at most.
-
-    Raises:
-        BenchError: the text does not fill two chunks, or a chunk is too small to score anything.
-    """
+    """Return the chunks of a text's tokens, shape ``(chunks, ctx_size)``, all or so many at most, of two at least."""
     if ctx_size < 4:
         raise BenchError(f"--ctx-size {ctx_size} is too small; give 4 tokens at least.")
     if len(tokens) < 2 * ctx_size:
@@ -93,7 +85,6 @@ def _row_type(vocab_size: int) -> np.dtype[np.void]:
 
 
 def _rounded(log_probs: NDArray[np.float64]) -> NDArray[np.void]:
-    """Return log-probabilities, shape ``(rows, vocab_size)``, as they are stored."""
     rows = np.empty(len(log_probs), _row_type(log_probs.shape[1]))
     top = log_probs.max(axis=1)
     rows["lowest"] = np.maximum(log_probs.min(axis=1), top - _TAIL)
@@ -104,7 +95,6 @@ def _rounded(log_probs: NDArray[np.float64]) -> NDArray[np.void]:
 
 
 def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
-    """Return the log-probabilities of stored positions."""
     scale, lowest = (rows[name].astype(np.float64)[:, None] for name in ("scale", "lowest"))
     read: NDArray[np.float64] = rows["steps"] * scale + lowest
     return read
@@ -112,10 +102,7 @@ def _read(rows: NDArray[np.void]) -> NDArray[np.float64]:
 
 @contextlib.contextmanager
 def writing(path: Path, chunks: NDArray[np.int32], vocab_size: int) -> Iterator[Keep]:
-    """Write a reference's log-probabilities, whole or not at all; yield what takes them in their order.
-
-    The .npy file has a record for each scored position of the chunks; `numpy.load` reads it.
-    """
+    """Write a reference's log-probabilities, whole or not at all; yield what takes them in the order of positions."""
     shape = (len(chunks) * scored_positions(chunks.shape[1]),)
     descr = np.lib.format.dtype_to_descr(_row_type(vocab_size))
     with atomic_output(path, force=True) as temporary, temporary.open("wb") as file:
@@ -173,22 +160,10 @@ def _compare(
 
 
 def _divergence(divergences: NDArray[np.float64], same: NDArray[np.float64], ratios: NDArray[np.float64]) -> Divergence:
-    mean, error = _mean_and_error(divergences)
-    same_top, same_top_error = _mean_and_error(same)
+    figures: list[float] = [*_mean_and_error(divergences), *np.percentile(divergences, [50, 99, 100]).tolist()]
     # The error of a mean of differences is that of the two means with their covariance taken into account.
-    log_ratio, log_ratio_error = _mean_and_error(ratios)
-    median, p99, largest = np.percentile(divergences, [50, 99, 100]).tolist()
-    return Divergence(
-        mean=mean,
-        error=error,
-        median=median,
-        p99=p99,
-        max=largest,
-        same_top=same_top,
-        same_top_error=same_top_error,
-        log_ratio=log_ratio,
-        log_ratio_error=log_ratio_error,
-    )
+    figures += _mean_and_error(same) + _mean_and_error(ratios)
+    return Divergence(*figures)
 
 
 def scored_positions(ctx_size: int) -> int:
@@ -210,7 +185,9 @@ def _scored(
         for start, logits in feed(context, fed, scored):
             positions = start + np.flatnonzero(scored[start : start + context.batch_size])
             for row in range(0, len(positions), _ROWS):
-                yield _log_softmax(logits[row : row + _ROWS]), chunk[positions[row : row + _ROWS] + 1]
+                part = logits[row : row + _ROWS].astype(np.float64)
+                part -= part.max(axis=1, keepdims=True)
+                yield part - np.log(np.exp(part).sum(axis=1, keepdims=True)), chunk[positions[row : row + _ROWS] + 1]
         done(number)
 
 
@@ -230,12 +207,6 @@ def feed(
         context.seq_ids[:count] = 0
         context.wants_logits[:count] = wanted[part]
         yield start, context.decode(count, int(np.count_nonzero(wanted[part])))
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 def _mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:

@@ -1,7 +1,4 @@
-"""Measures one GGUF in a process of its own, so that load time and peak memory are that file's alone.
-
-`measure` is the parent's side.
-"""
+"""Measures one GGUF in a process of its own, so that load time and peak memory are that file's alone."""
 
 import functools
 import statistics
@@ -16,8 +13,8 @@ import psutil
 import rich_click as click
 from numpy.typing import NDArray
 
-from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.machine import Machine, gpu_bytes_in_use, peak_resident_bytes
+from edge_phi3.bench import BenchError
+from edge_phi3.bench.machine import Machine
 from edge_phi3.bench.options import ONE_OR_MORE, Option
 from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, feed, writing
 from edge_phi3.engine.engine_settings import EngineSettings
@@ -26,6 +23,7 @@ from edge_phi3.llama.backend import supports_gpu_offload
 from edge_phi3.llama.child_process import ChildProcess, WorkerDiedError, WorkerError, serve_jobs
 from edge_phi3.llama.context import Context
 from edge_phi3.llama.model import Model
+from edge_phi3.system_resources import gpus
 
 _BATCH = 512
 
@@ -56,10 +54,7 @@ class Conditions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(Conditions, frozen=True, kw_only=True):
-    """What to measure, and how.
-
-    The reference's log-probabilities are written to `logits` for the reference itself, and compared with otherwise.
-    """
+    """What to measure, and how: the `reference`, whose log-probabilities are written to `logits`, or another file."""
 
     model: Path
     text: str
@@ -68,10 +63,10 @@ class Job(Conditions, frozen=True, kw_only=True):
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
-    """How fast one sequence runs, without HTTP: medians over the repetitions.
+    """How fast one sequence runs, without HTTP: medians over the `turns`.
 
-    The prompt is of random tokens, those after it are generated greedily. `first_token` is in seconds, as is the first
-    figure of each of the `turns`; the second is tokens a second after the first, as `generated_per_second`.
+    The prompt is of random tokens, those after it are generated greedily. A turn is `first_token`, in seconds, and
+    `generated_per_second`, the tokens a second after the first.
     """
 
     prompt_tokens: int
@@ -85,14 +80,10 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
 class Figures(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What a process of its own measures of a file; memory is in bytes.
 
-    Attributes:
-        bits_per_weight: of all tensors together, metadata not counted.
-        load_seconds: from opening the file to the first decoded token; the file had just been written or read, so that
-            it comes from the system's cache rather than from the disk.
-        memory_before: resident before the process loads the model.
-        memory_peak: resident at most while it loads and generates, with a KV cache for prompt and answer; mapped pages
-            of the file included.
-        gpu_memory: taken on the GPUs meanwhile; None without one.
+    `bits_per_weight` are those of all tensors, metadata not counted. `load_seconds` go from opening the file, which
+    comes from the system's cache, to the first decoded token. `memory_before` is resident before the process loads the
+    model, `memory_peak` at most until it has generated, mapped pages of the file and the KV cache included.
+    `gpu_memory` is taken on the GPUs meanwhile; None without one.
     """
 
     bits_per_weight: float
@@ -115,8 +106,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Figures:
     """Measure a file in a fresh process, which ends with this call whatever happens.
 
-    Raises:
-        BenchError: it cannot be loaded or evaluated, or the process died, for want of memory most often.
+    `BenchError` says that it cannot be loaded or evaluated, or that the process died, for want of memory most often.
     """
     with ChildProcess("edge_phi3.bench.quant_worker", Progress | Figures) as child:
         child.send(job)
@@ -135,7 +125,7 @@ def measure(job: Job, progress: Callable[[Progress], None] | None = None) -> Fig
 def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     """Measure a file in this process, and tell of each evaluated chunk; errors reach `measure` as `BenchError`."""
     machine = Machine.here()
-    before, gpu_before = psutil.Process().memory_info().rss, gpu_bytes_in_use()
+    before, gpu_before = psutil.Process().memory_info().rss, _gpu_bytes_in_use()
     layers = job.n_gpu_layers if supports_gpu_offload() else 0
     settings = EngineSettings(job.model, threads=job.threads or 0, batch_size=_BATCH)
     cells = job.prompt_tokens + job.generated_tokens
@@ -144,8 +134,10 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
     context = Context(model, cells=cells, sequences=1, settings=settings)
     context.warm_up()
     load_seconds = time.perf_counter() - started
-    speed = _speed(context, model.vocab_size, job)
-    peak, gpu_after = peak_resident_bytes(), gpu_bytes_in_use()
+    prompt = np.random.default_rng(0).integers(0, model.vocab_size, job.prompt_tokens, np.int32)
+    turns = [_turn(context, prompt, job.generated_tokens) for _ in range(job.repetitions)]
+    first = statistics.median(seconds for seconds, _ in turns)
+    peak, gpu_after = _peak_resident_bytes(), _gpu_bytes_in_use()
     context.close()
     tokens = Tokenizer(model).encode(job.text, parse_special=job.parse_special)
     chunks = cut_chunks(tokens, job.ctx_size, job.chunks)
@@ -167,23 +159,16 @@ def work(job: Job, tell: Callable[[Progress], None]) -> Figures:
         memory_before=before,
         memory_peak=peak,
         gpu_memory=None if gpu_before is None or gpu_after is None else max(0, gpu_after - gpu_before),
-        speed=speed,
+        speed=Speed(
+            prompt_tokens=job.prompt_tokens,
+            generated_tokens=job.generated_tokens,
+            prompt_per_second=job.prompt_tokens / first,
+            generated_per_second=statistics.median(rate for _, rate in turns),
+            first_token=first,
+            turns=turns,
+        ),
         quality=quality,
         machine=machine,
-    )
-
-
-def _speed(context: Context, vocab_size: int, job: Job) -> Speed:
-    prompt = np.random.default_rng(0).integers(0, vocab_size, job.prompt_tokens, np.int32)
-    turns = [_turn(context, prompt, job.generated_tokens) for _ in range(job.repetitions)]
-    first = statistics.median(seconds for seconds, _ in turns)
-    return Speed(
-        prompt_tokens=job.prompt_tokens,
-        generated_tokens=job.generated_tokens,
-        prompt_per_second=job.prompt_tokens / first,
-        generated_per_second=statistics.median(rate for _, rate in turns),
-        first_token=first,
-        turns=turns,
     )
 
 
@@ -199,6 +184,18 @@ def _turn(context: Context, prompt: NDArray[np.int32], count: int) -> tuple[floa
         context.tokens[0], context.positions[0], context.wants_logits[0] = token, position, 1
         token = int(context.decode(1, 1)[0].argmax())
     return first - started, count / (time.perf_counter() - first)
+
+
+def _peak_resident_bytes() -> int:
+    # getrusage's ru_maxrss begins with what the parent had when it forked; VmHWM begins anew with the program.
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def _gpu_bytes_in_use() -> int | None:
+    # By any process: inside a container it cannot be told from others, and so two calls make a difference.
+    found = gpus()
+    return sum(gpu.used for gpu in found) if found else None
 
 
 if __name__ == "__main__":

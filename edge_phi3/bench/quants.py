@@ -5,19 +5,20 @@ are made by `edge_phi3.conversion.journey`, and each figure carries a digest of 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
+from rich.filesize import decimal
+from rich.table import Table
 
-from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.machine import Machine
+from edge_phi3.bench import BenchError
+from edge_phi3.bench.machine import Machine, columns, write_csv, write_json
 from edge_phi3.bench.options import FILE, Option
-from edge_phi3.bench.quant_report import FORMAT, Measurement, QuantReport, read_report
-from edge_phi3.bench.quant_worker import Conditions, Job, measure
-from edge_phi3.bench.report_files import write_csv, write_json
+from edge_phi3.bench.quality import Divergence
+from edge_phi3.bench.quant_worker import Conditions, Figures, Job, measure
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.journey import LOCK_NAME, Journey, Stop, choose_types
 from edge_phi3.conversion.json_files import MAX_BYTES
@@ -26,13 +27,10 @@ from edge_phi3.files import locked, read_bounded
 from edge_phi3.gguf_file import GgufError, read_gguf
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
-EVALUATION_NAME = "edge-phi3 evaluation.txt"
-"""What reports call the packaged text."""
-
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "IQ3_M", "Q2_K", "IQ2_M")
 """One good type for each step in size."""
 
-REPORT_NAME = "quants.json"
+REPORT_NAME, FORMAT = "quants.json", 1
 
 
 def evaluation_text() -> str:
@@ -43,8 +41,7 @@ def evaluation_text() -> str:
 class QuantBench(Conditions, frozen=True):
     """What to measure, and how: options of `edge-phi3 bench quants`.
 
-    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command`, as which this
-    was requested, is recorded in the report.
+    `model` is a GGUF in F16, BF16 or F32, or a checkpoint, which is converted to F16; `command` goes into the report.
     """
 
     model: Path
@@ -74,6 +71,101 @@ class QuantBench(Conditions, frozen=True):
     command: str = ""
 
 
+class Measurement(Figures, frozen=True, tag=False):
+    """One type's figures, or those of the reference, with which the others are compared.
+
+    `made_from` digests all that they depend on, the machine's processor included; `imatrix` is whether one guided the
+    quantiser, `bytes` the file's size, `quantize_seconds` how long making it took, None for the reference.
+    """
+
+    # Not keyword-only, unlike those of `Figures`: so they come first in JSON and CSV.
+    type: str
+    made_from: str
+    reference: bool
+    imatrix: bool
+    bytes: int
+    quantize_seconds: float | None
+
+
+class QuantReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `edge-phi3 bench quants` found: the reference's figures first, then the others from large to small.
+
+    `text` names what was evaluated, `command` tells how it was measured; `threads` is None for the physical cores.
+    """
+
+    format: int = FORMAT
+    model: str
+    text: str
+    text_sha256: str
+    ctx_size: int
+    threads: int | None
+    command: str
+    measurements: list[Measurement]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the columns of each type, for a CSV file."""
+        return [
+            {
+                name: value
+                for figures in (item, item.speed, item.quality, item.machine)
+                for name, value in columns(figures, divergence=Divergence).items()
+                if name not in {"made_from", "speed", "turns", "quality", "machine"}
+            }
+            for item in self.measurements
+        ]
+
+
+def read_report(path: Path) -> QuantReport | None:
+    """Return a report that was written before; None when there is none, or it is damaged or of another format."""
+    try:
+        report = msgspec.json.decode(path.read_bytes(), type=QuantReport)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    return report if report.format == FORMAT else None
+
+
+def on_front(measurements: Sequence[Measurement]) -> list[bool]:
+    """Return for each type whether it is on the Pareto front: no other is as small and as close, and better in one."""
+    points = [(measurement.bytes, mean_divergence(measurement)) for measurement in measurements]
+    return [
+        not any(other != point and other[0] <= point[0] and other[1] <= point[1] for other in points)
+        for point in points
+    ]
+
+
+def mean_divergence(measurement: Measurement) -> float:
+    """Return the mean divergence from the reference in nats, 0 for the reference itself."""
+    divergence = measurement.quality.divergence
+    return 0.0 if divergence is None else divergence.mean
+
+
+def table(report: QuantReport) -> Table:
+    """Return the figures as a table; a star marks the Pareto front of size and divergence."""
+    result = Table(box=None, padding=(0, 1))
+    result.add_column("type", no_wrap=True)
+    quality, speed = ("perplexity", "KL mean", "KL 99 %", "same top"), ("prompt/s", "gen/s", "TTFT")
+    for heading in ("size", "bpw", *quality, *speed, "memory", "GPU", "load"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for measurement, best in zip(report.measurements, on_front(report.measurements), strict=True):
+        found, divergence, timed = measurement.quality, measurement.quality.divergence, measurement.speed
+        result.add_row(
+            f"{measurement.type}{' *' if best else ''}",
+            decimal(measurement.bytes),
+            f"{measurement.bits_per_weight:.2f}",
+            f"{found.perplexity:.4g} ±{found.perplexity_error:.2g}",
+            "-" if divergence is None else f"{divergence.mean:.4g}",
+            "-" if divergence is None else f"{divergence.p99:.3g}",
+            "-" if divergence is None else f"{100 * divergence.same_top:.2f} %",
+            f"{timed.prompt_per_second:.4g}",
+            f"{timed.generated_per_second:.4g}",
+            f"{timed.first_token * 1e3:.3g} ms",
+            decimal(measurement.memory_peak),
+            "-" if measurement.gpu_memory is None else decimal(measurement.gpu_memory),
+            f"{measurement.load_seconds:.2f} s",
+        )
+    return result
+
+
 def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> QuantReport:
     """Measure each type and write ``quants.json`` and ``quants.csv``, after each type anew.
 
@@ -92,89 +184,83 @@ def run(bench: QuantBench, *, progress: ProgressReporter | None = None) -> Quant
 
 class _Run:
     def __init__(self, bench: QuantBench, progress: ProgressReporter) -> None:
-        self._bench, self._progress = bench, progress
-        self._folder = bench.output_dir
+        self._bench, self._progress, self._folder = bench, progress, bench.output_dir
         self._name = bench.model.resolve().name.removesuffix(".gguf")
         try:
             self._text = evaluation_text() if bench.text is None else _read(bench.text, "text").decode()
         except UnicodeDecodeError as error:
             raise BenchError(f"The text {bench.text} is not UTF-8: {error.reason}.") from error
         self._text_sha256 = hashlib.sha256(self._text.encode()).hexdigest()
-        self._machine = Machine.here()
+        self._conditions = {name: getattr(bench, name) for name in Conditions.__struct_fields__}
         self._journey = Journey(
             self._folder, self._name, progress, threads=bench.threads, n_gpu_layers=bench.n_gpu_layers
         )
         self._found: dict[str, Measurement] = {}
 
     def run(self, types: Sequence[QuantizationType]) -> QuantReport:
-        base = self._base()
-        base_type, digest = base.made.type, base.made.seen.sha256
-        types = [kind for kind in types if kind.name != base_type]
-        matrix = self._matrix(base, types)
+        bench, base = self._bench, self._base()
+        types = [kind for kind in types if kind.name != base.made.type]
+        matrix = Path(bench.imatrix) if bench.imatrix not in {"auto", "none"} else None
+        # What was measured with a matrix before is known by it, whatever is requested now.
+        guides = self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types)
+        if bench.imatrix == "auto" and guides:
+            matrix = self._journey.collect(base).path
         guide = None if matrix is None else hashlib.sha256(_read(matrix, "importance matrix")).hexdigest()
+        here = Machine.here()
+        machine = [here.cpu, here.cores, list(tool_versions().values())]
 
         def key(name: str) -> str:
-            guided = name != base_type and QUANTIZATION_TYPES[name].uses_imatrix
-            return self._key(digest, name, guide if guided else None)
+            guided = name != base.made.type and QUANTIZATION_TYPES[name].uses_imatrix
+            inputs = [FORMAT, base.made.seen.sha256, name, guide if guided else None, self._text_sha256]
+            return hashlib.sha256(msgspec.json.encode([*inputs, [*self._conditions.values()], machine])).hexdigest()
 
-        logits = self._folder / f"{self._name}-{key(base_type)[:12]}.log-probs.npy"
+        logits = self._folder / f"{self._name}-{key(base.made.type)[:12]}.log-probs.npy"
         for other in set(self._folder.glob(f"{self._name}-*.log-probs.npy")) - {logits}:
             other.unlink()
-        self._take_over({kind.name for kind in types} | {base_type}, key)
-        if base_type not in self._found or not logits.exists():
-            self._measure(base, logits, base_type, key(base_type), guided=False, reference=True)
+        # What earlier runs measured with the same inputs counts, whether it is requested now or not.
+        known, anew = read_report(self._folder / REPORT_NAME), {base.made.type, *(kind.name for kind in types)}
+        for item in known.measurements if known else []:
+            again = bench.again and item.type in anew
+            if item.type in QUANTIZATION_TYPES and item.made_from == key(item.type) and not again:
+                self._found[item.type] = item
+        if base.made.type not in self._found or not logits.exists():
+            self._measure(base, logits, key(base.made.type), reference=True)
         for kind in types:
             if kind.name in self._found:
                 self._progress.note(f"{kind.name} is measured already.")
-            else:
-                self._quantised(base, logits, kind, matrix, key(kind.name))
+                continue
+            stop = self._journey.quantize(base, kind, matrix)
+            try:
+                self._measure(stop, logits, key(kind.name), guided=matrix is not None and kind.uses_imatrix)
+            finally:
+                if stop.fresh and not bench.keep_models:
+                    stop.path.unlink(missing_ok=True)
         return self._report()
-
-    def _take_over(self, asked: set[str], key: Callable[[str], str]) -> None:
-        """Begin with what earlier runs measured with the same inputs, whether it is requested now or not."""
-        known = read_report(self._folder / REPORT_NAME)
-        for item in known.measurements if known else []:
-            wanted_anew = self._bench.again and item.type in asked
-            if item.type in QUANTIZATION_TYPES and item.made_from == key(item.type) and not wanted_anew:
-                self._found[item.type] = item
 
     def _base(self) -> Stop:
         """Return the reference's file, converted when a checkpoint was given."""
         model = self._bench.model
-        if model.is_file():
-            kind = _type_of(model)
-            if kind not in {"F32", "F16", "BF16"}:
-                raise BenchError(
-                    f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
-                )
-            return self._journey.begin_with(model, kind)
-        if not (model / "config.json").is_file():
-            raise BenchError(f"{model} is neither a GGUF file nor a checkpoint folder with a config.json.")
-        return self._journey.convert(model, outtype="f16")
-
-    def _matrix(self, base: Stop, types: Sequence[QuantizationType]) -> Path | None:
-        chosen = self._bench.imatrix
-        if chosen != "auto":
-            return None if chosen == "none" else Path(chosen)
-        # What was measured with a matrix before is known by it, whatever is requested now.
-        if self._journey.path("imatrix").exists() or any(kind.uses_imatrix for kind in types):
-            return self._journey.collect(base).path
-        return None
-
-    def _quantised(self, base: Stop, logits: Path, kind: QuantizationType, matrix: Path | None, key: str) -> None:
-        stop = self._journey.quantize(base, kind, matrix)
-        guided = matrix is not None and kind.uses_imatrix
+        if not model.is_file():
+            if not (model / "config.json").is_file():
+                raise BenchError(f"{model} is neither a GGUF file nor a checkpoint folder with a config.json.")
+            return self._journey.convert(model, outtype="f16")
         try:
-            self._measure(stop, logits, kind.name, key, guided=guided)
-        finally:
-            if stop.fresh and not self._bench.keep_models:
-                stop.path.unlink(missing_ok=True)
+            number = read_gguf(model).values.get("general.file_type")
+        except (OSError, GgufError) as error:
+            raise BenchError(f"{model} is not a whole GGUF model: {error}.") from error
+        names = {kind.ftype: kind.name for kind in QUANTIZATION_TYPES.values()}
+        if not isinstance(number, int) or (kind := names.get(number)) is None:
+            raise BenchError(f"{model} does not say its file type (general.file_type); convert the checkpoint anew.")
+        if kind not in {"F32", "F16", "BF16"}:
+            raise BenchError(
+                f"{model} is quantised to {kind} already; give the model in F16, BF16 or F32, or its checkpoint."
+            )
+        return self._journey.begin_with(model, kind)
 
-    def _measure(self, stop: Stop, logits: Path, kind: str, key: str, *, guided: bool, reference: bool = False) -> None:
+    def _measure(self, stop: Stop, logits: Path, key: str, *, guided: bool = False, reference: bool = False) -> None:
         """Measure a file, and write the report with it."""
-        conditions = {name: getattr(self._bench, name) for name in Conditions.__struct_fields__}
-        job = Job(model=stop.path, text=self._text, logits=logits, reference=reference, **conditions)
-        size = stop.path.stat().st_size
+        job = Job(model=stop.path, text=self._text, logits=logits, reference=reference, **self._conditions)
+        kind, size = stop.made.type, stop.path.stat().st_size
         with self._progress.step(f"Measuring {kind}", size) as step:
             # The bar counts bytes: as many of the file's as chunks of the text are done.
             figures = measure(
@@ -194,36 +280,16 @@ class _Run:
         write_json(self._folder / REPORT_NAME, report)
         write_csv(self._folder / "quants.csv", report.rows())
 
-    def _key(self, base: str, kind: str, matrix: str | None) -> str:
-        """Return a digest of all that a type's figures depend on."""
-        conditions = [getattr(self._bench, name) for name in Conditions.__struct_fields__]
-        machine = [self._machine.cpu, self._machine.cores, list(tool_versions().values())]
-        inputs = [FORMAT, base, kind, matrix, self._text_sha256, conditions, machine]
-        return hashlib.sha256(msgspec.json.encode(inputs)).hexdigest()
-
     def _report(self) -> QuantReport:
-        ordered = sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes))
         return QuantReport(
             model=self._name,
-            text=EVALUATION_NAME if self._bench.text is None else self._bench.text.name,
+            text="edge-phi3 evaluation.txt" if self._bench.text is None else self._bench.text.name,
             text_sha256=self._text_sha256,
             ctx_size=self._bench.ctx_size,
             threads=self._bench.threads,
             command=self._bench.command,
-            measurements=ordered,
+            measurements=sorted(self._found.values(), key=lambda item: (not item.reference, -item.bytes)),
         )
-
-
-def _type_of(path: Path) -> str:
-    """Return the name of a GGUF's file type."""
-    try:
-        number = read_gguf(path).values.get("general.file_type")
-    except (OSError, GgufError) as error:
-        raise BenchError(f"{path} is not a whole GGUF model: {error}.") from error
-    names = {kind.ftype: kind.name for kind in QUANTIZATION_TYPES.values()}
-    if not isinstance(number, int) or number not in names:
-        raise BenchError(f"{path} does not say its file type (general.file_type); convert the checkpoint anew.")
-    return names[number]
 
 
 def _read(path: Path, what: str) -> bytes:

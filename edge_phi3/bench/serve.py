@@ -9,17 +9,13 @@ import msgspec
 import rich_click as click
 from rich.table import Table
 
-from edge_phi3.bench.endpoints import APIS, measure_ruler, open_endpoint
-from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.http_client import HttpClient
-from edge_phi3.bench.load import Level, RequestRecord, run_level
-from edge_phi3.bench.machine import Machine
+from edge_phi3.bench import BenchError
+from edge_phi3.bench.endpoints import APIS, HttpClient, measure_ruler, open_endpoint
+from edge_phi3.bench.load import Distribution, Level, RequestRecord, Summary, run_level, summarise
+from edge_phi3.bench.machine import Machine, columns
 from edge_phi3.bench.options import FILE, POSITIVE, Option
-from edge_phi3.bench.report_files import columns
-from edge_phi3.bench.summary import Distribution, Summary, summarise
 from edge_phi3.bench.workload import FileSessions, RandomSessions, Sessions, Workload
 
-_SESSIONS_APART = 10_000_000
 _DISTRIBUTIONS = ("first_token", "per_token", "gap", "latency")
 
 
@@ -46,10 +42,7 @@ class ServeBench(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was measured. `machine` is where the load generator ran; the service may have run elsewhere.
-
-    `api` and `model` are what requests went to; `exact_lengths` is whether prompts had exactly the requested tokens.
-    """
+    """What was measured, from which machine; `exact_lengths` is whether prompts had exactly the requested tokens."""
 
     machine: Machine
     url: str
@@ -73,8 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: None) -> Report:
     """Measure a service; `done` is called with the number of its level when a request ends.
 
-    Raises:
-        BenchError: nothing was measured: the service is not there, no request succeeded, or an option is wrong.
+    `BenchError` says why nothing was measured: the service is not there, no request succeeded, or an option is wrong.
     """
     machine = Machine.here()
     client = HttpClient(bench.url, api_key=bench.api_key, timeout=bench.timeout)
@@ -90,9 +82,8 @@ async def measure(bench: ServeBench, done: Callable[[int], None] = lambda _: Non
             ruler = await measure_ruler(endpoint)
             sessions, exact = RandomSessions(bench.workload, ruler), ruler.exact
         for number, level in enumerate(bench.levels):
-            first = number * _SESSIONS_APART
             records, cpu_seconds = await run_level(
-                endpoint, sessions, level, first_session=first, done=functools.partial(done, number)
+                endpoint, sessions, level, first_session=number * 10_000_000, done=functools.partial(done, number)
             )
             levels.append(summarise(level, records, cpu_seconds))
             requests.append(records)

@@ -2,20 +2,16 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
 import rich_click as click
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.options import ONE_OR_MORE, ZERO_OR_MORE, Option
 from edge_phi3.files import read_bounded
-
-_MAX_BYTES = 256 << 20
-"""Of a file of prompts."""
 
 WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(encoding="ascii").split())
 """Frequent English words, most of which are one token in most vocabularies."""
@@ -23,12 +19,10 @@ WORDS: tuple[str, ...] = tuple(Path(__file__).with_name("words.txt").read_text(e
 FORMS = "64, 16-128 (uniform), normal:MEAN,SD, lognormal:MEDIAN,SIGMA or exponential:MEAN"
 """The forms that `parse_lengths` reads, for help texts and messages."""
 
-Draw = Callable[[np.random.Generator], float]
-
 
 def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
     """Return what draws lengths in tokens, at least 1, from a distribution in one of the `FORMS`."""
-    draw: Draw | None = None
+    draw: Callable[[np.random.Generator], float] | None = None
     if uniform := re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip()):
         low, high = int(uniform[1]), int(uniform[2] or uniform[1])
         draw = (lambda random: float(random.integers(low, high + 1))) if 0 < low <= high else None
@@ -42,7 +36,7 @@ def parse_lengths(text: str) -> Callable[[np.random.Generator], int]:
     return lambda random: max(1, round(draw(random)))
 
 
-def _named(kind: str, numbers: Sequence[float]) -> Draw | None:
+def _named(kind: str, numbers: Sequence[float]) -> Callable[[np.random.Generator], float] | None:
     match kind, numbers:
         case "normal", [mean, deviation] if mean > 0:
             return lambda random: random.normal(mean, deviation)
@@ -81,8 +75,7 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Option("Random seed; the same seed sends the same prompts.", ZERO_OR_MORE)] = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """One request, in no server's language; `turns` begin and end with the user's, the assistant's between them."""
 
     turns: Sequence[str]
@@ -90,8 +83,7 @@ class Ask:
     how: Workload
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
+class Session(NamedTuple):
     """One user's conversation: what the user says, and how many tokens are generated, in each turn."""
 
     number: int
@@ -105,12 +97,10 @@ class Session:
         return Ask([*said, self.users[turn]], self.max_tokens[turn], self.workload)
 
 
-@dataclass(frozen=True, slots=True)
-class Ruler:
-    """How text becomes tokens on a server, and the words to write with, of `tokens_per_word` each.
+class Ruler(NamedTuple):
+    """How text becomes tokens on a server: words of `tokens_per_word` each, and `overhead` that it puts around a text.
 
-    `overhead` are the tokens that the server puts around a text; `exact` is whether a text has exactly the requested
-    number of tokens.
+    `exact` is whether a text has exactly the requested number of tokens.
     """
 
     words: Sequence[str]
@@ -125,7 +115,7 @@ class Ruler:
 
 
 class RandomSessions:
-    """Sessions of random words, of a workload's lengths, prefixes and turns."""
+    """Sessions of random words, of a workload's lengths, prefixes and turns; always the same one of a number."""
 
     def __init__(self, workload: Workload, ruler: Ruler) -> None:
         self.workload = workload
@@ -140,7 +130,7 @@ class RandomSessions:
         ]
 
     def __call__(self, number: int) -> Session:
-        """Return session `number`, always the same one."""
+        """Return session `number`."""
         random = np.random.default_rng([self.workload.seed, number + 1])
         prefix = self._prefixes[int(random.integers(len(self._prefixes)))] if self._prefixes else ""
         users, outputs = [], []
@@ -152,26 +142,22 @@ class RandomSessions:
 
 
 class _Line(msgspec.Struct):
-    """A prompt of a file."""
-
     prompt: str
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
 
 
 class FileSessions:
-    """Sessions of one turn from a file of prompts, in a shuffled order.
+    """Sessions of one turn from a file of prompts, in a shuffled order; they begin anew after the last one.
 
     A line is plain text, or JSON as ``{"prompt": "...", "max_tokens": 64}``; else the workload gives output lengths.
     """
 
     def __init__(self, path: Path, workload: Workload) -> None:
         try:
-            lines = [
-                line for line in read_bounded(path, _MAX_BYTES, regular=False).decode().splitlines() if line.strip()
-            ]
+            text = read_bounded(path, 256 << 20, regular=False).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise BenchError(f"The prompts in {path} cannot be read: {error}.") from None
-        if not lines:
+        if not (lines := [line for line in text.splitlines() if line.strip()]):
             raise BenchError(f"{path} holds no prompt; write one a line.")
         self.workload = workload
         self._prompts = [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
@@ -179,7 +165,7 @@ class FileSessions:
         self._output = parse_lengths(workload.output_tokens)
 
     def __call__(self, number: int) -> Session:
-        """Return session `number`; they begin anew after the last one."""
+        """Return session `number`."""
         line = self._prompts[int(self._order[number % len(self._order)])]
         random = np.random.default_rng([self.workload.seed, number + 1])
         return Session(number, [line.prompt], [line.max_tokens or self._output(random)], self.workload)

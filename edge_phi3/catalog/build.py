@@ -10,17 +10,19 @@ import datetime as dt
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edge_phi3.catalog.listing import gguf_files, small_files, weight_files
-from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest, write_manifest
+from edge_phi3.catalog.manifest import FORMAT, MANIFEST_NAME, FileRecord, Manifest
 from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint
 from edge_phi3.conversion import tool_versions
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import PARTIAL_SUFFIX, locked, require_space, shown
+from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, locked, require_space, shown
 from edge_phi3.progress import ProgressReporter
 from edge_phi3.version import __version__
 
@@ -79,29 +81,17 @@ class Build:
         return {folder: whole[folder] for folder in found}
 
     def _take(self, wanted: HubGguf, folder: Path, work: Path) -> Manifest:
-        """Download ready-made files."""
         assert self._repository is not None
         files = gguf_files(self._repository.snapshot, wanted.files)
         work.mkdir(exist_ok=True)
         arrived = sum(path.stat().st_size for path in work.iterdir())
         require_space(work, sum(file.size or 0 for file in files) - arrived, wanted.text, _ELSEWHERE)
         records = self._repository.fetch(files, work)
-        prefix = self._prefix(folder, [file.name for file in records])
-        for file in records:
-            (work / file.name).replace(folder / f"{prefix}{file.name}")
-        renamed = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in records]
-        return self._write(folder, renamed, records, None)
-
-    def _prefix(self, folder: Path, names: Sequence[str]) -> str:
-        """Return what the names of new files begin with, so that the model that is there stays whole beside them."""
-        folder.mkdir(parents=True, exist_ok=True)
-        taken = any((folder / name).exists() for name in names)
-        return f"{self._commit[:12]}-" if self._commit and taken else ""
+        return self._store(folder, work, records, records, None)
 
     def _quantise(
         self, wanted: LocalCheckpoint | HubCheckpoint, folders: Sequence[Path], work: Path
     ) -> dict[Path, Manifest]:
-        """Convert and quantise a checkpoint."""
         from edge_phi3.conversion.journey import Journey  # noqa: PLC0415 (see above)
 
         groups: dict[str, list[Path]] = {}
@@ -112,26 +102,31 @@ class Build:
         checkpoint, source = wanted.path if isinstance(wanted, LocalCheckpoint) else work / "checkpoint", None
         if self._repository is not None:
             source = fetch_checkpoint(self._repository, checkpoint, outputs, _ELSEWHERE)
-        journey = Journey(work, _short(wanted), self._progress, elsewhere=_ELSEWHERE)
+        journey = Journey(work, wanted.name.rsplit("/", 1)[-1], self._progress, elsewhere=_ELSEWHERE)
         made: dict[Path, Manifest] = {}
         for outtype, group in groups.items():
             types = [QUANTIZATION_TYPES[folder.name] for folder in group]
             stops = journey.run(checkpoint, types, outtype=outtype, source=source, imatrix="none")
             made_from = [FileRecord(name, seen.size, seen.sha256) for name, seen in journey.sources.items()]
             for folder, stop in zip(group, stops[-len(group) :], strict=True):
-                made[folder] = self._write(folder, [self._move(stop, folder)], made_from, folder.name)
+                record = FileRecord(stop.path.name, stop.made.seen.size, stop.made.seen.sha256)
+                made[folder] = self._store(folder, work, [record], made_from, folder.name)
         return made
 
-    def _move(self, stop: Stop, folder: Path) -> FileRecord:
-        target = folder / f"{self._prefix(folder, [stop.path.name])}{stop.path.name}"
-        if self._keep and folder.name in _DIRECT:
-            shutil.copyfile(stop.path, target)
-        else:
-            stop.path.replace(target)
-        return FileRecord(target.name, stop.made.seen.size, stop.made.seen.sha256)
-
-    def _write(self, folder: Path, files: list[FileRecord], made_from: list[FileRecord], quant: str | None) -> Manifest:
+    def _store(
+        self, folder: Path, work: Path, made: list[FileRecord], made_from: list[FileRecord], quant: str | None
+    ) -> Manifest:
+        """Move made files to a model's folder, beside the model that is there, and put them in its place."""
         wanted = self._wanted
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = any((folder / file.name).exists() for file in made)
+        prefix = f"{self._commit[:12]}-" if self._commit and taken else ""
+        files = [FileRecord(f"{prefix}{file.name}", file.size, file.sha256) for file in made]
+        place: Callable[[Path, Path], object] = Path.replace
+        if self._keep and quant in _DIRECT:
+            place = shutil.copyfile
+        for file, stored in zip(made, files, strict=True):
+            place(work / file.name, folder / stored.name)
         manifest = Manifest(
             format=FORMAT,
             name=wanted.name,
@@ -144,7 +139,8 @@ class Build:
             tools=tool_versions() | {"huggingface-hub": importlib.metadata.version("huggingface-hub")},
             created=dt.datetime.now(dt.UTC),
         )
-        write_manifest(folder, manifest)
+        with atomic_output(folder / MANIFEST_NAME, force=True) as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         # Only now is the older model of no use: a killed run leaves one of the two whole.
         names = {MANIFEST_NAME, *(file.name for file in files)}
         for path in [path for path in folder.iterdir() if path.name not in names]:
@@ -162,13 +158,10 @@ def make_files(
     imatrix_chunks: int | None = None,
     threads: int | None = None,
 ) -> list[Stop]:
-    """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too.
-
-    The folder is locked meanwhile. See `Journey.run` for what is made, and with which matrix.
+    """Make quantised files of a checkpoint in a folder beside the store, where downloads stay too; see `Journey.run`.
 
     Raises:
-        HubError: the Hub does not provide the requested files.
-        DiskFullError: the disk has no room for all files.
+        HubError, DiskFullError: the Hub does not provide the requested files, or the disk has no room for all.
         ConversionError, ImatrixError, QuantizeError, UnknownQuantizationError: a step cannot be done.
     """
     from edge_phi3.conversion.journey import ELSEWHERE, LOCK_NAME, Journey, choose_types  # noqa: PLC0415 (see above)
@@ -184,7 +177,7 @@ def make_files(
             repository = _repository(wanted, progress)
             checkpoint = output_dir / f"checkpoint-{repository.snapshot.commit[:12]}"
             source = fetch_checkpoint(repository, checkpoint, [None, *(type_.name for type_ in types)], ELSEWHERE)
-        journey = Journey(output_dir, _short(wanted), progress, threads=threads)
+        journey = Journey(output_dir, wanted.name.rsplit("/", 1)[-1], progress, threads=threads)
         return journey.run(checkpoint, types, source=source, imatrix=imatrix, imatrix_chunks=imatrix_chunks)
 
 
@@ -216,14 +209,9 @@ def _repository(wanted: HubCheckpoint | HubGguf, progress: ProgressReporter) -> 
     return Repository(wanted.repository, wanted.revision, progress)
 
 
-def _short(wanted: LocalCheckpoint | HubCheckpoint) -> str:
-    return wanted.name.rsplit("/", 1)[-1]
-
-
 def _bits_of(checkpoint: Path) -> int:
-    """Return the bits of a weight in a checkpoint; a damaged config.json is the converter's to complain about."""
     try:
         config = json.loads((checkpoint / "config.json").read_bytes())
         return 32 if "float32" in {config.get("torch_dtype"), config.get("dtype")} else 16
     except (OSError, ValueError, AttributeError, TypeError):
-        return 16
+        return 16  # what is damaged is the converter's to complain about

@@ -29,7 +29,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from edge_phi3.catalog.listing import HubError, RemoteFile, Snapshot, UnreachableError
-from edge_phi3.catalog.manifest import FileRecord, record
+from edge_phi3.catalog.manifest import FileRecord
 from edge_phi3.files import PARTIAL_SUFFIX, sha256_of
 from edge_phi3.progress import ProgressReporter, Step
 from edge_phi3.version import __version__
@@ -39,12 +39,8 @@ _HTTP_ERROR: type[Exception] = next(base for base in HfHubHTTPError.__bases__ if
 
 _TIMEOUT = 30.0
 """Seconds without a byte after which a server counts as gone."""
-
-_ATTEMPTS = 5
-"""How many attempts in a row may bring nothing new of a file."""
-
-_WAIT = 1.0
-"""Seconds to wait after the first such attempt, twice as many after the second, and so on."""
+_ATTEMPTS, _WAIT = 5, 1.0
+"""How many attempts in a row may bring nothing new of a file, and the seconds to wait after the first one."""
 
 
 class _DamagedError(Exception):
@@ -54,11 +50,7 @@ class _DamagedError(Exception):
 class Repository:
     """A repository of the Hub, or of the mirror that `HF_ENDPOINT` names, at the commit that a revision is now.
 
-    The token is that of `HF_TOKEN` or of ``hf auth login``.
-
-    Raises:
-        UnreachableError: the Hub cannot be reached.
-        HubError: there is no such repository or revision, or it may not be seen.
+    `HubError` says that there is none, or that it may not be seen, and `UnreachableError` that nothing answers.
     """
 
     def __init__(self, name: str, revision: str, progress: ProgressReporter) -> None:
@@ -91,15 +83,14 @@ class Repository:
     def fetch(self, files: Iterable[RemoteFile], folder: Path) -> list[FileRecord]:
         """Download what `folder` lacks of some files: they get their names once they have been checked.
 
-        Raises:
-            UnreachableError: the network went away; what has arrived stays for the next time.
-            HubError: a file may not be read, is gone, or arrives damaged again and again.
+        `HubError` is a file that may not be read, is gone, or arrives damaged again and again; `UnreachableError` a
+        network that went away, and what has arrived stays for the next time.
         """
-        targets = [(file, folder / Path(file.name).name) for file in files]
-        return [record(target) if target.exists() else self._download(file, target) for file, target in targets]
+        return [self._download(file, folder / Path(file.name).name) for file in files]
 
     def _download(self, file: RemoteFile, target: Path) -> FileRecord:
-        """Download a file, from where an earlier attempt stopped, and check it against the listing."""
+        if target.exists():
+            return FileRecord(target.name, _size(target), sha256_of(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + PARTIAL_SUFFIX)
         with (
@@ -111,7 +102,7 @@ class Repository:
             with partial.open("rb") as content:
                 os.fsync(content.fileno())
             partial.replace(target)
-        return FileRecord(target.name, target.stat().st_size, digest)
+        return FileRecord(target.name, _size(target), digest)
 
     def _complete(self, file: RemoteFile, partial: Path, step: Step) -> str:
         """Fetch until `partial` is whole; return its SHA-256."""
@@ -138,7 +129,6 @@ class Repository:
                 time.sleep(_WAIT * fruitless)
 
     def _fetch(self, file: RemoteFile, partial: Path, step: Step) -> None:
-        """Ask once for what `partial` lacks."""
         done = _size(partial)
         if done == file.size:
             return
@@ -146,12 +136,9 @@ class Repository:
             partial.unlink()
             done = 0
         url = hf_hub_url(self._name, file.name, revision=self.snapshot.commit, endpoint=self.endpoint)
+        headers = build_hf_headers(library_name="edge-phi3", library_version=__version__)
         # Ranges count the bytes of what is sent: it must not be compressed on the way.
-        headers = build_hf_headers(library_name="edge-phi3", library_version=__version__) | {
-            "Accept-Encoding": "identity"
-        }
-        if done:
-            headers["Range"] = f"bytes={done}-"
+        headers |= {"Accept-Encoding": "identity"} | ({"Range": f"bytes={done}-"} if done else {})
         with http_stream_backoff("GET", url, headers=headers, timeout=_TIMEOUT, retry_on_exceptions=()) as response:
             if response.status_code == 416:
                 partial.unlink()
@@ -170,7 +157,6 @@ class Repository:
 
     @contextlib.contextmanager
     def _sentences(self, file: str | None) -> Iterator[None]:
-        """Turn the errors of huggingface_hub into sentences."""
         try:
             yield
         except OfflineModeIsEnabled as error:
@@ -235,8 +221,7 @@ def _size(path: Path) -> int:
 
 def _check(partial: Path, file: RemoteFile) -> str:
     """Compare a download with the listing; return its SHA-256, or delete it when it differs."""
-    digest = sha256_of(partial)
-    size = partial.stat().st_size
+    digest, size = sha256_of(partial), _size(partial)
     intact = file.size in {None, size}
     if file.sha256 is not None:
         intact = intact and digest == file.sha256

@@ -1,13 +1,10 @@
-"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray.
-
-Whatever the repository lacks, or has that it should not, is a `HubError`.
-"""
+"""What a repository lists, and which of it a conversion needs. Its names come from strangers: none may lead astray."""
 
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_phi3.errors import EdgePhi3Error
 
@@ -41,8 +38,7 @@ class UnreachableError(HubError):
     """There is no network, no answer, or `HF_HUB_OFFLINE` is set."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
+class RemoteFile(NamedTuple):
     """A file of a repository. `sha256` is known of large files, `blob_id` (git's SHA-1) of small ones."""
 
     name: str
@@ -51,8 +47,7 @@ class RemoteFile:
     blob_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """A repository at one commit, with its files by name."""
 
     repository: str
@@ -73,7 +68,7 @@ def small_files(snapshot: Snapshot) -> list[RemoteFile]:
 
 def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
     """Return the files of the weights, once the index lies in `folder`, if there is one; the converter takes them."""
-    from edge_phi3.conversion.weights import WEIGHTS_NAME, set_of  # noqa: PLC0415 (see `_weights`)
+    from edge_phi3.conversion.checkpoint import WEIGHTS_NAME, set_of  # noqa: PLC0415 (see `_weights`)
 
     asked = INDEX in snapshot.files and WEIGHTS_NAME not in snapshot.files
     named = set(_shards(snapshot, folder / INDEX)) if asked else set()
@@ -87,7 +82,7 @@ def weight_files(snapshot: Snapshot, folder: Path) -> list[RemoteFile]:
 
 def _weights(snapshot: Snapshot, named: Collection[str]) -> list[str]:
     # Takes longer to import than all the rest of a start that finds its model in the store.
-    from edge_phi3.conversion.weights import choose_weights  # noqa: PLC0415 (see above)
+    from edge_phi3.conversion.checkpoint import choose_weights  # noqa: PLC0415 (see above)
 
     return choose_weights(filter(_SHARD.fullmatch, snapshot.files), named)
 
@@ -117,7 +112,7 @@ def _shards(snapshot: Snapshot, index: Path) -> Iterator[str]:
 
 
 def _what_it_holds(snapshot: Snapshot) -> str:
-    from edge_phi3.conversion.weights import ADAPTER_CONFIG, adapter_error  # noqa: PLC0415 (see `_weights`)
+    from edge_phi3.conversion.checkpoint import ADAPTER_CONFIG, adapter_error  # noqa: PLC0415 (see `_weights`)
 
     ggufs = _ggufs(snapshot)
     if ggufs:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import msgspec
 
-from edge_phi3.files import atomic_output, sha256_of
-
 FORMAT = 1
 """Raised when models made earlier must be made again; an older manifest counts as none."""
 
@@ -41,16 +39,8 @@ class Manifest(msgspec.Struct, frozen=True, omit_defaults=True):
     quant: str | None = None
 
 
-def record(path: Path) -> FileRecord:
-    """Read a file and describe it."""
-    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
-
-
 def read_manifest(folder: Path) -> Manifest | None:
-    """Return the manifest of a folder whose files are all there with the right sizes; None for any other.
-
-    Contents are not read again: that would take seconds for each gigabyte at every start.
-    """
+    """Return the manifest of a folder whose files are all there with the right sizes, unread; None for any other."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=Manifest)
         whole = all((folder / file.name).stat().st_size == file.size for file in manifest.files)
@@ -58,9 +48,3 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     plain = all(Path(file.name).name == file.name for file in manifest.files)
     return manifest if manifest.format == FORMAT and manifest.files and whole and plain else None
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest of a folder, replacing an older one."""
-    with atomic_output(folder / MANIFEST_NAME, force=True) as temporary:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")

@@ -93,16 +93,11 @@ Reference = LocalGguf | LocalCheckpoint | HubCheckpoint | HubGguf
 
 
 def parse_reference(text: str | None) -> Reference:
-    """Return what a MODEL is.
+    """Return what a MODEL is; `ModelReferenceError` says what is allowed.
 
-    What exists on this machine comes before a repository of the same name.
-
-    Args:
-        text: None, ``demo`` or ``phi-3-demo`` for the bundled model; a preset; ``owner/name[@revision]``;
-            ``owner/name[@revision]/path/file.gguf``; a checkpoint folder; a GGUF file.
-
-    Raises:
-        ModelReferenceError: none of these; the message says what is allowed.
+    It is ``demo``, ``phi-3-demo`` or None for the bundled model; a preset; ``owner/name[@revision]``;
+    ``owner/name[@revision]/path/file.gguf``; a checkpoint folder; a GGUF file. What exists on this machine comes before
+    a repository of the same name.
     """
     text = (text or DEMO).strip()
     if text in {DEMO, "demo"}:

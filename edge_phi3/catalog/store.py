@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import platformdirs
@@ -19,10 +20,8 @@ from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
 
-_WHOLE_FILE = 32 << 20
+_WHOLE_FILE, _HEAD = 32 << 20, 64 << 10
 """Files up to this many bytes are told apart by their content, larger ones by size, time, head and tail."""
-
-_HEAD = 64 << 10
 
 _LONGEST_NAME = 180
 """Characters of a folder's name; a file system takes 255 bytes, some of which the names of locks add."""
@@ -56,27 +55,16 @@ class StoredModel:
 
 
 class Catalog:
-    """Turns references into models of the store.
-
-    The store may be copied from machine to machine, and may be read-only once it holds the requested model.
-    """
+    """Turns references into models of the store, which may be copied, and read-only once it holds what is asked for."""
 
     def __init__(self, store: Path | None = None) -> None:
         """Use the folder `store`, by default that of EDGE_PHI3_STORE or one in the user's cache folder."""
         given = store or os.environ.get(STORE_VARIABLE)
         self.store = Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("edge-phi3")) / "models"
 
-    def resolve(
-        self,
-        reference: str | None,
-        *,
-        quant: str = "Q4_K_M",
-        progress: ProgressReporter | None = None,
-        refresh: bool = False,
-        keep_intermediate: bool = False,
-    ) -> StoredModel:
-        """Return the model of a reference, as `pull` does with one quantisation."""
-        return self.pull(reference, [quant], progress=progress, refresh=refresh, keep_intermediate=keep_intermediate)[0]
+    def resolve(self, reference: str | None, *, quant: str = "Q4_K_M", **options: Any) -> StoredModel:
+        """Return the model of a reference, as `pull` does with one quantisation and the same options."""
+        return self.pull(reference, [quant], **options)[0]
 
     def pull(
         self,
@@ -87,21 +75,14 @@ class Catalog:
         refresh: bool = False,
         keep_intermediate: bool = False,
     ) -> list[StoredModel]:
-        """Return the models of a reference, one for each type; download, convert and quantise what is missing.
+        """Return the models of a reference (see `parse_reference`), one for each type; make what is missing.
 
         What is in the store whole is returned at once, without the network. Two processes that want the same
-        model make it once: the second waits. Ready-made GGUFs stay as they are.
-
-        Args:
-            reference: see `edge_phi3.catalog.reference.parse_reference`.
-            quants: file types for a checkpoint, names of ``QUANTIZATION_TYPES``.
-            progress: reports downloads, conversion and quantisation.
-            refresh: ask the Hub whether the revision has moved, and make the models again when it has.
-            keep_intermediate: keep the downloaded checkpoint and the unquantised GGUF, for other quantisations.
+        model make it once: the second waits. Ready-made GGUFs stay as they are. With `refresh` the Hub is asked whether
+        the revision has moved, and `keep_intermediate` keeps the checkpoint and the unquantised GGUF.
 
         Raises:
-            ModelReferenceError: the reference means nothing.
-            UnknownQuantizationError: one of `quants` is not a file type.
+            ModelReferenceError, UnknownQuantizationError: the reference, or one of `quants`, means nothing.
             HubError: the Hub does not provide the requested files.
             CatalogError: it cannot be made here: no network, a type that needs an importance matrix.
             DiskFullError, ConversionError, QuantizeError: the checkpoint cannot be converted or quantised.
@@ -239,16 +220,11 @@ def _file_name(quoted: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Return a fingerprint of a checkpoint's content, made in milliseconds.
-
-    Small files are hashed whole, so that a copy of the bundled model is the same model. Of large ones, size, time of
-    change, first and last bytes are: reading gigabytes at every start would take longer than loading them.
-    """
+    # Small files are hashed whole, so that a copy of the bundled model is the same model. Of large ones, size, time of
+    # change, first and last bytes are: reading gigabytes at every start would take longer than loading them.
     digest = hashlib.sha256()
     names = {*CHECKPOINT_FILES, *(path.name for path in folder.glob("*.safetensors*"))}
-    for path in sorted(folder / name for name in names):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, sorted(folder / name for name in names)):
         status = path.stat()
         digest.update(f"{path.name} {status.st_size}\n".encode())
         if status.st_size <= _WHOLE_FILE:

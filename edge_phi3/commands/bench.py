@@ -13,13 +13,11 @@ import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from edge_phi3.bench import quant_report, quants, serve
-from edge_phi3.bench.errors import BenchError
-from edge_phi3.bench.load import Level
+from edge_phi3.bench import BenchError, quants, serve
+from edge_phi3.bench.load import Level, Summary
+from edge_phi3.bench.machine import write_csv, write_json
 from edge_phi3.bench.options import FILE, ONE_OR_MORE, POSITIVE, ZERO_OR_MORE, options_of
 from edge_phi3.bench.plots import plot_quality, plot_speed, plot_sweep
-from edge_phi3.bench.report_files import write_csv, write_json
-from edge_phi3.bench.summary import Summary
 from edge_phi3.bench.workload import Workload
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import WrongUsageError
@@ -165,7 +163,7 @@ def _quants(model: str, *, as_json: bool, **options: Any) -> None:
     else:
         # A narrow terminal, or none, would cut the figures; lines that wrap can still be read.
         console = Console()
-        Console(width=max(console.width, 150)).print(quant_report.table(report))
+        Console(width=max(console.width, 150)).print(quants.table(report))
     reference = report.measurements[0]
     click.echo(
         f"{reference.quality.positions} tokens of {report.text} in {reference.quality.chunks} chunks of"

@@ -18,8 +18,8 @@ from edge_phi3.errors import WrongUsageError
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import devices
 from edge_phi3.options import flag_of
-from edge_phi3.planning.budget import Memory
 from edge_phi3.planning.fit import Fit, Machine, Options, Row, fit
+from edge_phi3.planning.gguf_layout import Memory
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import stderr_progress
 from edge_phi3.settings import Settings

@@ -9,8 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.quantize_plan import predict_size
+from edge_phi3.conversion.quantize import predict_size, quantize
 from edge_phi3.errors import WrongUsageError
 from edge_phi3.progress import stderr_progress
 

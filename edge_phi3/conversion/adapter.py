@@ -17,13 +17,17 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
-from edge_phi3.conversion.encode import STORED_TYPES, encode, tensor_type, to_float32
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    SafetensorsFile,
+    StoredTensor,
+    canonical_name,
+)
 from edge_phi3.conversion.json_files import PositiveNumber, Size, read_json, typed
 from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS
-from edge_phi3.conversion.plan import Plan, PlannedTensor, matrix_type
-from edge_phi3.conversion.safetensors import SafetensorsFile, StoredTensor
-from edge_phi3.conversion.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canonical_name
+from edge_phi3.conversion.plan import STORED_TYPES, Plan, PlannedTensor, encode, matrix_type, tensor_type, to_float32
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.default)?(\.weight)?")
 _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<module>[\w.]+_proj)\.weight")
@@ -44,13 +48,10 @@ _REFUSED = {
 _ALLOWED = ("LORA", "none")
 _MERGE = "merge it into its model with merge_and_unload() of peft, and convert the folder that save_pretrained() writes"
 
-
 Values = NDArray[np.float32]
 
 
 class _Config(msgspec.Struct, frozen=True):
-    """The entries of ``adapter_config.json`` on which the result depends, beside those that are refused."""
-
     r: Size
     lora_alpha: Annotated[float, msgspec.Meta(gt=0)]
     use_rslora: bool = False
@@ -63,8 +64,6 @@ class _Config(msgspec.Struct, frozen=True):
 
 
 class _Pair(NamedTuple):
-    """The two factors of one module's change, their rank, and the alpha that it wants."""
-
     a: StoredTensor
     b: StoredTensor
     rank: int
@@ -79,7 +78,11 @@ def is_adapter(folder: Path) -> bool:
 
 def plan_adapter(folder: Path, outtype: str) -> tuple[Plan, gguf.GGUFWriter, list[StoredTensor]]:
     """Return the output's tensors and header, and the stored tensors."""
-    config = _read_config(folder)
+    stated = read_json(folder / ADAPTER_CONFIG) or {}
+    for name, why in _REFUSED.items():
+        if (value := stated.get(name)) and value not in _ALLOWED:
+            raise UnsupportedModelError(f"{ADAPTER_CONFIG}: {name} is {value!r}, and {why}; {_MERGE}.")
+    config = typed({name: value for name, value in stated.items() if value is not None}, _Config, ADAPTER_CONFIG)
     file = SafetensorsFile(folder / ADAPTER_WEIGHTS)
     pairs = _pairs(file, config)
     stored = [factor for pair in pairs.values() for factor in (pair.a, pair.b)]
@@ -105,15 +108,12 @@ def plan_adapter(folder: Path, outtype: str) -> tuple[Plan, gguf.GGUFWriter, lis
         if name == EMBEDDING:  # llama.cpp looks rows up in it
             a = np.ascontiguousarray(_values(pair.a).T)
         planned += [_planned(f"{target}.lora_a", a, wanted, outtype), _planned(f"{target}.lora_b", b, wanted, outtype)]
-    return Plan(wanted, planned), _header(folder, alpha), stored
-
-
-def _read_config(folder: Path) -> _Config:
-    stated = read_json(folder / ADAPTER_CONFIG) or {}
-    for name, why in _REFUSED.items():
-        if (value := stated.get(name)) and value not in _ALLOWED:
-            raise UnsupportedModelError(f"{ADAPTER_CONFIG}: {name} is {value!r}, and {why}; {_MERGE}.")
-    return typed({name: value for name, value in stated.items() if value is not None}, _Config, ADAPTER_CONFIG)
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(folder.resolve().name)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    return Plan(wanted, planned), writer, stored
 
 
 def _pairs(file: SafetensorsFile, config: _Config) -> dict[str, _Pair]:
@@ -171,12 +171,3 @@ def _planned(name: str, values: StoredTensor | Values, wanted: GgmlType, outtype
     # What was computed here is not rounded, unless a type is asked for.
     type_ = tensor_type(name, values.shape, GgmlType.F32 if outtype == "auto" else wanted)
     return PlannedTensor(name, values.shape, type_, encode(values.ravel(), "F32", type_, name=name))
-
-
-def _header(folder: Path, alpha: float) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3])
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(folder.resolve().name)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    return writer

@@ -8,28 +8,25 @@ The output's tensors are byte for byte those of llama.cpp's ``convert_hf_to_gguf
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import errno
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.adapter import is_adapter, plan_adapter
-from edge_phi3.conversion.checkpoint import Checkpoint, open_checkpoint
-from edge_phi3.conversion.encode import encode
-from edge_phi3.conversion.errors import ConversionError
+from edge_phi3.conversion.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from edge_phi3.conversion.metadata import SourceInfo, write_general_metadata, write_generation_metadata
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.plan import Plan, PlannedTensor, plan_tensors, read_model
-from edge_phi3.conversion.safetensors import StoredTensor
+from edge_phi3.conversion.plan import Plan, PlannedTensor, encode, plan_tensors, read_model
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.files import atomic_output, require_space
 
@@ -40,16 +37,8 @@ _CHUNK = 1 << 20
 _WORKERS = min(4, os.cpu_count() or 1)
 _FLUSH_BYTES = 64 << 20
 
-_FILE_TYPES = {
-    GgmlType.F32: gguf.LlamaFileType.ALL_F32,
-    GgmlType.F16: gguf.LlamaFileType.MOSTLY_F16,
-    GgmlType.BF16: gguf.LlamaFileType.MOSTLY_BF16,
-    GgmlType.Q8_0: gguf.LlamaFileType.MOSTLY_Q8_0,
-}
 
-
-@dataclasses.dataclass(frozen=True)
-class ConversionResult:
+class ConversionResult(NamedTuple):
     """A finished conversion: the GGUF, the type of its matrices, the number of its tensors, and its bytes."""
 
     path: Path
@@ -91,11 +80,21 @@ def convert(
             _logger.warning(note)
         plan = plan_tensors(opened.tensors, model, outtype)
         header = _header(opened, model, plan, source)
-    _refuse_own_source(output, stored)
-    with _sentences_for_system_errors(output), atomic_output(output, force=force) as temporary:
-        require_space(temporary.parent, plan.size, str(output))
-        _write_header(header, temporary)
-        _append_tensors(temporary, plan.tensors, progress)
+    if output.resolve() in {tensor.file.path.resolve() for tensor in stored}:
+        raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
+    try:
+        with atomic_output(output, force=force) as temporary:
+            require_space(temporary.parent, plan.size, str(output))
+            with contextlib.closing(header):
+                header.write_header_to_file(temporary)
+                header.write_kv_data_to_file()
+                header.write_ti_data_to_file()
+            _append_tensors(temporary, plan.tensors, progress)
+    except UnicodeEncodeError as error:
+        raise ConversionError(f"A token or the chat template has half a character: {error}.") from error
+    except OSError as error:
+        hint = " Free some space or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ConversionError(f"{output} cannot be written: {error.strerror}.{hint}") from error
     seconds = time.monotonic() - started
     return ConversionResult(output, plan.matrices.name.lower(), len(plan.tensors), output.stat().st_size, seconds)
 
@@ -115,39 +114,25 @@ def _header(checkpoint: Checkpoint, model: Phi3, plan: Plan, source: SourceInfo 
 def _add_tensors(writer: gguf.GGUFWriter, plan: Plan) -> None:
     for tensor in plan.tensors:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.size, raw_dtype=tensor.type)
-    writer.add_file_type(_FILE_TYPES[plan.matrices])
+    share = "ALL" if plan.matrices == GgmlType.F32 else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{share}_{plan.matrices.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _write_header(writer: gguf.GGUFWriter, path: Path) -> None:
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-    except UnicodeEncodeError as error:
-        raise ConversionError(f"A token or the chat template has half a character: {error}.") from error
-    finally:
-        writer.close()
-
-
 def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable[[int, int, str], None] | None) -> None:
-    """Append the data of `tensors` to the GGUF header in `path`, each aligned as the header promises.
-
-    Memory in use stays at a few chunks whatever the size of a tensor: pages of the checkpoint are given
-    back once they are written.
-    """
+    # A few chunks are in memory at once, whatever the size of a tensor: written pages of the checkpoint are given back.
     total = sum(tensor.size for tensor in tensors)
     done = flushed = 0
     with (
-        path.open("ab", buffering=0) as file,
+        path.open("ab") as file,
         concurrent.futures.ThreadPoolExecutor(_WORKERS) as workers,
         concurrent.futures.ThreadPoolExecutor(1) as flusher,
     ):
         flush = flusher.submit(os.fdatasync, file.fileno())
-        _write_all(file.write, _padding(file.tell()))
+        file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         for tensor in tensors:
             for chunk in _chunks(tensor, workers):
-                _write_all(file.write, chunk.data.cast("B"))
+                file.write(chunk.data)
                 done += chunk.nbytes
                 # The disk works while later chunks are converted; else it would begin when the last one is there.
                 if done - flushed >= _FLUSH_BYTES and flush.done():
@@ -156,7 +141,7 @@ def _append_tensors(path: Path, tensors: list[PlannedTensor], progress: Callable
                     flush = flusher.submit(os.fdatasync, file.fileno())
                 if progress is not None:
                     progress(done, total, tensor.name)
-            _write_all(file.write, _padding(file.tell()))
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
         # The system tells of a failed write once: whoever syncs later would not hear of it.
         flush.result()
 
@@ -182,27 +167,3 @@ def _encoded(values: StoredTensor, target: GgmlType, workers: concurrent.futures
     finally:
         for future in pending:
             future.cancel()
-
-
-def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:
-    # A raw file may take a part only, such as the last bytes that fit on the disk.
-    while data:
-        data = data[write(data) or 0 :]
-
-
-def _padding(position: int) -> memoryview:
-    return memoryview(bytes(-position % gguf.GGUF_DEFAULT_ALIGNMENT))
-
-
-def _refuse_own_source(output: Path, stored: list[StoredTensor]) -> None:
-    if output.resolve() in {tensor.file.path.resolve() for tensor in stored}:
-        raise ConversionError(f"{output} is a file of the checkpoint itself; give another output path.")
-
-
-@contextlib.contextmanager
-def _sentences_for_system_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = " Free some space or choose another folder." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise ConversionError(f"{output} cannot be written: {error.strerror}.{hint}") from error

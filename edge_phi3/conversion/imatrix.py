@@ -19,7 +19,6 @@ from edge_phi3.llama.activations import SMALLEST_BATCH, ActivationCollector, col
 
 CALIBRATION_NAME = "edge-phi3 calibration.txt"
 """The dataset's name in matrices made from the packaged text."""
-
 DEFAULT_CHUNK = 512
 """Tokens evaluated together, as in llama-imatrix."""
 
@@ -47,28 +46,14 @@ def collect_imatrix(
 ) -> Imatrix:
     """Evaluate a text and collect the importance matrix of every weight matrix it passes.
 
-    The text is cut into chunks of `ctx_size` tokens, each evaluated for itself; the rest that fills no chunk is left
-    out. A chunk begins with the beginning-of-sequence token when the model adds one.
-
-    Args:
-        model: a GGUF of any type; the better its weights, the better the matrix.
-        text: what to evaluate.
-        dataset: the text's name, recorded in the matrix.
-        ctx_size: tokens of a chunk.
-        chunks: how many to evaluate at most; None for all.
-        from_chunk: how many to skip, those that `earlier` holds.
-        parse_special: read ``<|user|>`` as the token and not as the characters.
-        process_output: collect for the output matrix too.
-        earlier: matrices to go on from.
-        threads: CPU threads; by default as many as the process may run on.
-        n_gpu_layers: layers kept on the GPU, when there is one; negative for all.
-        progress: called before the first and after each chunk with the chunks that are done and those of the whole
-            text; what it raises ends the collection.
-        snapshot: called after each chunk with the matrix so far and the number of chunks done, `from_chunk` included.
+    The text, which the matrix calls `dataset`, is cut into chunks of `ctx_size` tokens, each evaluated for itself, but
+    for a rest that fills none; all of them, or `chunks` at most, after the first `from_chunk`, which `earlier` matrices
+    hold. With `process_output` the output matrix is among the others, and with `parse_special` ``<|user|>`` is read as
+    the token. `progress` is called before the first and after each chunk with the chunks that are done and those of
+    all, `snapshot` after each with the matrix so far and the number of chunks in it.
 
     Raises:
-        ModelLoadError: the model cannot be loaded.
-        ImatrixError: it cannot be evaluated, or the text is too short.
+        ModelLoadError, ImatrixError: the model cannot be loaded or evaluated, or the text is too short.
         ImatrixFileError: `earlier` is of another model.
     """
     if ctx_size < SMALLEST_BATCH:
@@ -119,10 +104,6 @@ def make_imatrix(
     only, as llama-imatrix reads none in a text of a person's own by default. After every `save_every` chunks, what
     there is so far is written as ``NAME-at-CHUNKS.gguf``. `progress` is called as that of `collect_imatrix`, but with
     bytes of the text, and the number of the chunk. The other options are those of `collect_imatrix`.
-
-    Raises:
-        ModelLoadError, ImatrixError, ImatrixFileError: see `collect_imatrix`; `text` cannot be read.
-        OutputExistsError: `output` exists and `force` is false.
     """
     refuse_existing(output, force=force)
 
@@ -130,7 +111,12 @@ def make_imatrix(
         if save_every and done % save_every == 0:
             write_imatrix(output.with_name(f"{output.stem}-at-{done}{output.suffix}"), matrix, force=True)
 
-    content = calibration_text() if text is None else _read(text)
+    try:
+        content = calibration_text() if text is None else read_bounded(text, MAX_BYTES, regular=False).decode()
+    except OSError as error:
+        raise ImatrixError(f"The calibration text {text} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ImatrixError(f"The calibration text {text} is not UTF-8: {error.reason}.") from error
     size = len(content.encode())
 
     def report(done: int, total: int) -> None:
@@ -148,12 +134,3 @@ def make_imatrix(
     )
     write_imatrix(output, matrix, force=force)
     return matrix
-
-
-def _read(path: Path) -> str:
-    try:
-        return read_bounded(path, MAX_BYTES, regular=False).decode("utf-8")
-    except OSError as error:
-        raise ImatrixError(f"The calibration text {path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ImatrixError(f"The calibration text {path} is not UTF-8: {error.reason}.") from error

@@ -5,6 +5,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -25,8 +26,7 @@ class ImatrixFileError(EdgePhi3Error):
     """A file that is not a whole importance matrix."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImatrixEntry:
+class ImatrixEntry(NamedTuple):
     """What calibration saw of one weight matrix: squared activations, summed over tokens (older files: evaluations).
 
     `sums` is float32, shape (experts, columns); `counts` is float32, shape (experts,): how many were added.
@@ -100,17 +100,13 @@ def write_imatrix(path: Path, matrix: Imatrix, *, force: bool = False) -> None:
 
 
 def merge_imatrices(matrices: Sequence[Imatrix], chunk_size: int) -> Imatrix:
-    """Add importance matrices of one model up, as ``llama-imatrix --in-file`` does.
-
-    Those of the older format count chunks, which become `chunk_size` tokens each.
-    """
+    """Add importance matrices of one model up, as llama-imatrix does; older ones count chunks, of `chunk_size` each."""
     entries: dict[str, ImatrixEntry] = {}
     for matrix in matrices:
         scale = np.float32(1 if matrix.chunk_size else chunk_size)
         for name, entry in matrix.entries.items():
             added = ImatrixEntry(entry.sums * scale, entry.counts * scale)
-            before = entries.get(name)
-            if before is not None:
+            if (before := entries.get(name)) is not None:
                 if before.sums.shape != added.sums.shape:
                     raise ImatrixFileError(
                         f"The importance matrices are of different models: {name} has {before.sums.shape[-1]} columns"
@@ -132,10 +128,8 @@ def _read_gguf(path: Path) -> Imatrix:
     names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
     if not names:
         raise ValueError(f"it has no tensor whose name ends with {_SUMS}")
-    if any(name + _COUNTS not in tensors for name in names):
-        raise ValueError(
-            f"it has sums but no counts for {next(name for name in names if name + _COUNTS not in tensors)}"
-        )
+    if uncounted := [name for name in names if name + _COUNTS not in tensors]:
+        raise ValueError(f"it has sums but no counts for {uncounted[0]}")
     entries = {}
     with path.open("rb") as file:
 
@@ -173,13 +167,11 @@ def _read_legacy(path: Path) -> Imatrix:
         return int(struct.unpack("<i", take(4))[0])
 
     entries = {}
-    count = integer()
-    if count < 1:
+    if (count := integer()) < 1:
         raise ValueError("it holds no entry")
     for _ in range(count):
         name = bytes(take(integer())).decode("utf-8")
-        calls = integer()
-        columns = integer()
+        calls, columns = integer(), integer()
         if columns < 1:
             raise ValueError(f"it holds no value for {name}")
         sums = np.frombuffer(take(4 * columns), dtype="<f4").astype(np.float32)

@@ -8,19 +8,17 @@ same one: every step gives the same bytes each time.
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from edge_phi3.conversion import tool_versions
+from edge_phi3.conversion import ConversionError, tool_versions
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.imatrix import calibration_text, make_imatrix
 from edge_phi3.conversion.metadata import SourceInfo
-from edge_phi3.conversion.plan import Plan, plan_tensors, read_model
+from edge_phi3.conversion.plan import plan_tensors, read_model
 from edge_phi3.conversion.quantization_types import QuantizationType, quantization_type
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.files import PARTIAL_SUFFIX, atomic_output, require_space, sha256_of, shown
@@ -29,8 +27,7 @@ from edge_phi3.progress import ProgressReporter, SilentProgress
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 ELSEWHERE = "choose another --output-dir"
-_FORMAT = 1
-_MATRIX = "imatrix"
+_FORMAT, _MATRIX = 1, "imatrix"
 _INPUTS = {".json", ".jinja", ".md", ".model", ".safetensors"}
 """How the names of those files of a checkpoint end that a conversion may read."""
 
@@ -62,8 +59,7 @@ class JourneyManifest(msgspec.Struct):
     inputs: dict[str, Seen] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """A file on the way; `fresh` when this run made it."""
 
     path: Path
@@ -102,8 +98,12 @@ class Journey:
         self._threads, self._n_gpu_layers, self._elsewhere = threads, n_gpu_layers, elsewhere
         for left in folder.glob(f".*{PARTIAL_SUFFIX}"):
             left.unlink(missing_ok=True)
-        self._manifest = _read_manifest(folder)
-        self._tools = tool_versions()
+        try:
+            self._manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=JourneyManifest)
+        except (OSError, msgspec.MsgspecError):
+            self._manifest = JourneyManifest()
+        if self._manifest.format != _FORMAT:  # what is of another counts as nothing, so that all is made again
+            self._manifest = JourneyManifest()
         self.sources: dict[str, Seen] = {}
 
     def run(
@@ -142,18 +142,21 @@ class Journey:
         """Make the unquantised GGUF, once the disk has room for it and for quantisations to `types`."""
         opened = open_checkpoint(checkpoint)
         plan = plan_tensors(opened.tensors, read_model(opened), outtype)
-        self._require_space(plan, types)
+        # What the disk cannot hold is refused before hours of work.
+        sizes = {type_.name: int(plan.weights * type_.bits_per_weight / 8) for type_ in types}
+        sizes[plan.matrices.name] = plan.size
+        missing = {name: size for name, size in sizes.items() if not self.path(name).exists()}
+        require_space(self._folder, sum(missing.values()), ", ".join(missing), self._elsewhere)
         paths = sorted(path for path in checkpoint.iterdir() if path.is_file() and path.suffix in _INPUTS)
         self.sources = {shown(path.name): self._input(path) for path in paths}
         hashes = {name: seen.sha256 for name, seen in self.sources.items()}
-        kind = plan.matrices.name
 
-        def make(path: Path) -> float:
-            with self._progress.step(f"Converting {self._name}") as step:
-                convert(checkpoint, path, outtype=outtype, force=True, source=source, progress=step.update)
+        def make(path: Path, progress: Any) -> float:
+            convert(checkpoint, path, outtype=outtype, force=True, source=source, progress=progress)
             return 8 * plan.size / plan.weights
 
-        return self._make(self.path(kind), kind, ["convert", hashes, source and str(source)], make)
+        made_from = ["convert", hashes, source and str(source)]
+        return self._make(plan.matrices.name, made_from, f"Converting {self._name}", make)
 
     def begin_with(self, model: Path, kind: str) -> Stop:
         """Take a GGUF of type `kind`, wherever it is, for the conversion."""
@@ -162,45 +165,37 @@ class Journey:
     def collect(self, base: Stop, chunks: int | None = None) -> Stop:
         """Make the importance matrix, with at most so many chunks of the packaged text."""
 
-        def make(path: Path) -> float:
+        def make(path: Path, progress: Any) -> float:
             options: dict[str, Any] = {"chunks": chunks, "threads": self._threads, "n_gpu_layers": self._n_gpu_layers}
-            with self._progress.step(f"Calibrating {self._name}") as step:
-                make_imatrix(base.path, path, force=True, progress=step.update, **options)
+            make_imatrix(base.path, path, force=True, progress=progress, **options)
             return 0.0
 
         text = hashlib.sha256(calibration_text().encode()).hexdigest()
-        return self._make(self.path(_MATRIX), _MATRIX, [_MATRIX, base.made.seen.sha256, text, chunks], make)
+        made_from = [_MATRIX, base.made.seen.sha256, text, chunks]
+        return self._make(_MATRIX, made_from, f"Calibrating {self._name}", make)
 
     def quantize(self, base: Stop, type_: QuantizationType, matrix: Path | None) -> Stop:
         """Make one quantised file, with the matrix when the type uses one."""
-        path = self.path(type_.name)
-        if path.exists() and path.samefile(base.path):
+        if (path := self.path(type_.name)).exists() and path.samefile(base.path):
             raise ConversionError(f"{path} is the model itself; {self._elsewhere}.")
         guide = matrix if type_.uses_imatrix else None
 
-        def make(path: Path) -> float:
+        def make(path: Path, progress: Any) -> float:
             options: dict[str, Any] = {"type": type_.name, "imatrix": guide, "threads": self._threads}
-            with self._progress.step(f"Quantising {self._name} to {type_.name}") as step:
-                result = quantize(base.path, path, force=True, progress=step.update, **options)
-            return result.bits_per_weight
+            return quantize(base.path, path, force=True, progress=progress, **options).bits_per_weight
 
         # The matrix's name is written into the file, and so counts as its content does.
         guided_by = None if guide is None else [guide.name, self._input(guide).sha256]
-        return self._make(path, type_.name, ["quantize", base.made.seen.sha256, type_.name, guided_by], make)
+        made_from = ["quantize", base.made.seen.sha256, type_.name, guided_by]
+        return self._make(type_.name, made_from, f"Quantising {self._name} to {type_.name}", make)
 
     def path(self, kind: str) -> Path:
         """Return where the file of a type is, or will be; ``imatrix`` is the matrix."""
         return self._folder / f"{self._name}-{kind}.gguf"
 
-    def _require_space(self, plan: Plan, types: Sequence[QuantizationType]) -> None:
-        """Refuse what the disk cannot hold, before hours of work."""
-        sizes = {type_.name: int(plan.weights * type_.bits_per_weight / 8) for type_ in types}
-        sizes[plan.matrices.name] = plan.size
-        missing = {name: size for name, size in sizes.items() if not self.path(name).exists()}
-        require_space(self._folder, sum(missing.values()), ", ".join(missing), self._elsewhere)
-
-    def _make(self, path: Path, kind: str, made_from: object, make: Callable[[Path], float]) -> Stop:
-        key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, self._tools], order="sorted")).hexdigest()
+    def _make(self, kind: str, made_from: object, title: str, make: Callable[[Path, Any], float]) -> Stop:
+        path = self.path(kind)
+        key = hashlib.sha256(msgspec.json.encode([_FORMAT, made_from, tool_versions()], order="sorted")).hexdigest()
         known = self._manifest.files.get(path.name)
         if known is not None and known.made_from == key and path.is_file():
             seen = _see(path, known.seen)
@@ -208,7 +203,8 @@ class Journey:
                 self._progress.note(f"{path.name} is whole already.")
                 return Stop(path, known, fresh=False)
         started = time.monotonic()
-        bits = make(path)
+        with self._progress.step(title) as step:
+            bits = make(path, step.update)
         seconds = time.monotonic() - started
         made = MadeFile(path.name, kind, bits, seconds, key, _see(path, None))
         self._manifest.files[path.name] = made
@@ -233,12 +229,3 @@ def _see(path: Path, before: Seen | None) -> Seen:
     if before is not None and (before.size, before.modified) == (status.st_size, status.st_mtime_ns):
         return before
     return Seen(status.st_size, status.st_mtime_ns, sha256_of(path))
-
-
-def _read_manifest(folder: Path) -> JourneyManifest:
-    """Return the folder's manifest; an absent, damaged or older one counts as empty, so that all is made again."""
-    try:
-        manifest = msgspec.json.decode((folder / MANIFEST_NAME).read_bytes(), type=JourneyManifest)
-    except (OSError, msgspec.MsgspecError):
-        return JourneyManifest()
-    return manifest if manifest.format == _FORMAT else JourneyManifest()

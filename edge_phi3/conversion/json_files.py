@@ -6,7 +6,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from edge_phi3.conversion.errors import CheckpointError
+from edge_phi3.conversion import CheckpointError
 from edge_phi3.files import read_bounded
 
 MAX_BYTES = 256 << 20

@@ -14,25 +14,23 @@ because it cannot load a model called so that has another vocabulary. Beyond lla
 - ``edge_phi3.generation.pad_token_id`` (uint32).
 """
 
-import dataclasses
 import json
 import logging
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 
+from edge_phi3.conversion import CheckpointError
 from edge_phi3.conversion.checkpoint import Checkpoint
-from edge_phi3.conversion.errors import CheckpointError
 from edge_phi3.files import read_bounded, shown
 
-SOURCE_REPOSITORY_KEY = "general.source.huggingface.repository"
-SOURCE_REVISION_KEY = "general.source.huggingface.revision"
 EOS_TOKEN_IDS_KEY = "edge_phi3.generation.eos_token_ids"  # noqa: S105 - a key, no secret
 PAD_TOKEN_ID_KEY = "edge_phi3.generation.pad_token_id"  # noqa: S105 - a key, no secret
 GENERATION_CONFIG_KEY = "edge_phi3.generation.config"
 
 _MAX_CARD = 4 << 20
+_IN_HUB_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$")
 
 _logger = logging.getLogger(__name__)
 
@@ -43,29 +41,22 @@ _TURN_ENDS = ("<|end|>", "<|im_end|>")
 _ENDS_BY_TEXT = {"<|end|>", "<|im_end|>", "<|endoftext|>", "</s>"}
 
 
-@dataclasses.dataclass(frozen=True)
-class SourceInfo:
+class SourceInfo(NamedTuple):
     """Where a checkpoint came from: ``owner/name`` on the Hub, and the commit."""
 
     repository: str
     revision: str | None = None
 
 
-def source_of(checkpoint: Checkpoint) -> SourceInfo | None:
-    """Tell from the path whether a checkpoint lies in the Hub's cache, and which snapshot it is."""
-    pattern = r"/models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[^/]+)$"
-    found = re.search(pattern, checkpoint.folder.absolute().as_posix())
-    return SourceInfo(f"{found['owner']}/{found['name']}", found["revision"]) if found else None
-
-
 def write_general_metadata(
     writer: gguf.GGUFWriter, checkpoint: Checkpoint, source: SourceInfo | None, parameters: int, *, byte_level: bool
 ) -> None:
     """Add the ``general.*`` keys that describe the model: name, size, licence, and where it came from."""
-    source = source or source_of(checkpoint)
+    if source is None and (found := _IN_HUB_CACHE.search(checkpoint.folder.absolute().as_posix())):
+        source = SourceInfo(f"{found['owner']}/{found['name']}", found["revision"])
     card = _model_card(checkpoint)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(model_name(checkpoint, source, byte_level=byte_level))
+    writer.add_name(_model_name(checkpoint, source, byte_level=byte_level))
     writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
     for key in ("license", "license_name", "license_link"):
         if isinstance(value := card.get(key), str):
@@ -78,12 +69,12 @@ def write_general_metadata(
     if source is not None:
         writer.add_organization(source.repository.partition("/")[0])
         writer.add_source_repo_url(f"https://huggingface.co/{source.repository}")
-        writer.add_string(SOURCE_REPOSITORY_KEY, source.repository)
+        writer.add_string("general.source.huggingface.repository", source.repository)
         if source.revision is not None:
-            writer.add_string(SOURCE_REVISION_KEY, source.revision)
+            writer.add_string("general.source.huggingface.revision", source.revision)
 
 
-def model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level: bool) -> str:
+def _model_name(checkpoint: Checkpoint, source: SourceInfo | None, *, byte_level: bool) -> str:
     """Return the model's name: of its repository, else of ``config.json``, else of its folder."""
     stated = checkpoint.config.get("_name_or_path")
     full = source.repository if source else stated if isinstance(stated, str) and stated else ""
@@ -135,13 +126,11 @@ def _token_ids(checkpoint: Checkpoint, name: str, vocab_size: int) -> list[int]:
 
 
 def _model_card(checkpoint: Checkpoint) -> dict[str, Any]:
-    readme = checkpoint.folder / "README.md"
     try:
-        read_bounded(readme, _MAX_CARD)
-        card: dict[str, Any] = gguf.Metadata.load_model_card(checkpoint.folder)
+        read_bounded(checkpoint.folder / "README.md", _MAX_CARD)
+        return dict(gguf.Metadata.load_model_card(checkpoint.folder))
     except FileNotFoundError:
         return {}
     except Exception as error:  # noqa: BLE001 - the card is prose; no mistake in it makes the model unfit
         _logger.warning("README.md of the checkpoint has no readable metadata: %s", error)
         return {}
-    return card

@@ -2,8 +2,8 @@
 
 import difflib
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_phi3.errors import EdgePhi3Error
 
@@ -12,8 +12,7 @@ class UnknownQuantizationError(EdgePhi3Error):
     """A quantisation type, or the type of a single tensor, that llama.cpp does not have."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizationType:
+class QuantizationType(NamedTuple):
     """A file type: a recipe that gives each tensor of a model its own tensor type.
 
     `ftype` is its number in llama.cpp's ``enum llama_ftype``; `bits_per_weight` are Phi-3-mini's, all tensors counted,

@@ -3,7 +3,7 @@
 Pieces and scores come from ``tokenizer.model``, or ``tokenizer.json`` where there is none; the tokens of a byte-level
 vocabulary from ``tokenizer.json``. ``added_tokens.json``, ``tokenizer_config.json`` and ``tokenizer.json`` add and
 retype tokens, in this order; ids that none of them fills become unused ``[PAD<id>]`` tokens, as in llama.cpp's
-converter. Beyond its keys, two of our own are written, and those of `edge_phi3.conversion.byte_level_tokens`:
+converter. Beyond its keys, two of our own are written, and those of `Words`:
 
 - ``edge_phi3.tokenizer.added_tokens`` (string): a JSON array of the added tokens, which are found in a text
   before anything else, by id: ``{"id", "content", "special", "lstrip", "rstrip"}``. llama.cpp has no key for
@@ -12,49 +12,57 @@ converter. Beyond its keys, two of our own are written, and those of `edge_phi3.
   own text in the file has them too, so that llama.cpp finds it nowhere else. A ``"single_word": true`` token is not
   found in a word. The value is a string because llama.cpp's C API gives no arrays.
 - ``edge_phi3.tokenizer.prefix`` (string): before which parts of a text a "▁" is put, where it is not Phi-3's rule; see
-  `edge_phi3.conversion.tokenizer_json.Prefix`.
+  `edge_phi3.conversion.pieces.Prefix`.
 """
 
 import collections
-import dataclasses
 import json
 import logging
+import re
 import tempfile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import msgspec
 
 from edge_phi3 import byte_level
-from edge_phi3.conversion.byte_level_tokens import Words, is_byte_level, read_words, token_type
-from edge_phi3.conversion.errors import CheckpointError, UnsupportedModelError
+from edge_phi3.conversion import CheckpointError, UnsupportedModelError
 from edge_phi3.conversion.json_files import read_json, read_text, typed
-from edge_phi3.conversion.sentencepiece import ModelType, Piece, PieceType, read_sentencepiece
-from edge_phi3.conversion.tokenizer_json import (
+from edge_phi3.conversion.pieces import (
     AddedToken,
     BpeModel,
     FastTokenizer,
+    ModelType,
+    Piece,
+    PieceType,
     Prefix,
+    Words,
     check_same_pieces,
     pieces_of,
     prefix_of,
+    read_sentencepiece,
+    read_words,
 )
 
 _T = TypeVar("_T")
+
+# It warns of templates for pairs of texts, which nobody tokenises here.
+logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
 
 ADDED_TOKENS_KEY = "edge_phi3.tokenizer.added_tokens"
 PREFIX_KEY = "edge_phi3.tokenizer.prefix"
 
 _ADDED_SCORE, _UNUSED_SCORE = -1000.0, -10000.0
 
+_LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
+"""Added tokens of byte-level vocabularies that llama.cpp's converter makes control tokens, whatever they are called."""
+
 # llama.cpp looks these up by text when a model is called Phi-3, and cannot load it when one is absent.
 _REQUIRED_TOKENS = ("<unk>", "<s>", "</s>", "<|endoftext|>")
 
 
 class _TemplateFile(msgspec.Struct):
-    """``chat_template.json``, which older releases wrote."""
-
     chat_template: str | None = None
 
 
@@ -64,8 +72,6 @@ class _NamedTemplate(msgspec.Struct):
 
 
 class _TokenizerConfig(msgspec.Struct):
-    """Entries of ``tokenizer_config.json``."""
-
     added_tokens_decoder: dict[int, AddedToken] | None = None
     tokenizer_class: str | None = None
     add_bos_token: Any = None
@@ -73,8 +79,7 @@ class _TokenizerConfig(msgspec.Struct):
     chat_template: str | list[_NamedTemplate] | dict[str, str] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """A GGUF vocabulary: three lists of `vocab_size` entries, and the added tokens by id.
 
     `words` is how a byte-level one finds words, None for SentencePiece's, where alone scores count.
@@ -115,10 +120,6 @@ class Vocabulary:
             writer.add_add_space_prefix(self.prefix == "always")
 
     def _write_special_tokens(self, writer: gguf.GGUFWriter) -> None:
-        # It warns of templates for pairs of texts, which nobody tokenises here.
-        log = logging.getLogger("gguf.vocab")
-        level = log.level
-        log.setLevel(logging.ERROR)
         try:
             special = _special_vocab(self.folder, len(self.tokens))
             if self.words:
@@ -134,8 +135,6 @@ class Vocabulary:
                 named.value.sort()  # they come out of a set
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise CheckpointError(f"The tokenizer files in {self.folder} make no sense ({error!r}).") from error
-        finally:
-            log.setLevel(level)
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -143,7 +142,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     config = _read(folder / "tokenizer_config.json", _TokenizerConfig) or _TokenizerConfig()
     fast = _read(folder / "tokenizer.json", FastTokenizer)
     bpe = _bpe(fast)
-    words = read_words(fast, bpe) if fast and bpe and is_byte_level(fast) else None
+    words = read_words(fast, bpe) if fast and bpe else None
     if (config.tokenizer_class or "").startswith("GPT2Tokenizer") and words is None:
         raise UnsupportedModelError(
             "tokenizer_config.json: the tokenizer is GPT2Tokenizer, as in Phi-4, whose byte-level tokenizer.json is "
@@ -155,23 +154,19 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
         # GPT2Tokenizer puts nothing in front of a text, whatever its configuration says.
         stated = {"bos": False} if config.add_bos_token else {}
         pieces = {token_id: Piece(text, 0.0, PieceType.NORMAL) for text, token_id in words.ids.items()}
-        entries = pieces | {
-            token_id: Piece(token.content, _ADDED_SCORE, token_type(token.content, special=token.special))
-            for token_id, token in added.items()
-        }
     else:
         add_special = {"bos": config.add_bos_token, "eos": config.add_eos_token}
         stated = {role: value for role, value in add_special.items() if isinstance(value, bool)}
         pieces = _pieces(folder, bpe, added)
         prefix = prefix_of(fast) if fast is not None else "prepend"
-        entries = pieces | _entries(added, pieces, prefix)
+    entries = pieces | _entries(added, pieces, prefix)
     if len(pieces) > vocab_size:
         file = next(name for name in ("tokenizer.model", "tokenizer.json") if (folder / name).exists())
         raise CheckpointError(f"{file} has {len(pieces)} pieces, but the model's vocab_size is {vocab_size}.")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     scores = [_UNUSED_SCORE] * vocab_size
     types = [int(PieceType.UNUSED)] * vocab_size
-    for token_id, (text, score, kind) in ((i, dataclasses.astuple(piece)) for i, piece in entries.items()):
+    for token_id, (text, score, kind) in entries.items():
         if not 0 <= token_id < vocab_size:
             raise CheckpointError(
                 f"The token {added[token_id].content if token_id in added else text!r} has the id {token_id}, but the "
@@ -187,13 +182,13 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     return Vocabulary(folder, tokens, scores, types, added, stated, prefix, template, words)
 
 
-def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix) -> dict[int, Piece]:
-    """Return added tokens as pieces."""
+def _entries(added: dict[int, AddedToken], pieces: dict[int, Piece], prefix: Prefix | None) -> dict[int, Piece]:
     taken = {piece.text for piece in pieces.values()}
     entries = {}
     for token_id, token in added.items():
-        text, kind = token.content, PieceType.CONTROL if token.special else PieceType.USER_DEFINED
-        alone = token.single_word and not token.special
+        control = token.special or (prefix is None and _LOOKS_SPECIAL.fullmatch(token.content))
+        text, kind = token.content, PieceType.CONTROL if control else PieceType.USER_DEFINED
+        alone = token.single_word and not token.special and prefix is not None
         if alone or (token.normalized and prefix == "prepend"):
             if token_id in pieces and pieces[token_id].text == text:
                 continue  # It stays a piece as well, where it is not found as a token.
@@ -233,27 +228,24 @@ def _pieces(folder: Path, bpe: BpeModel | None, added: dict[int, AddedToken]) ->
         if bpe is None:
             raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
         return pieces_of(bpe, added)
-    model = read_sentencepiece(path)
-    if model.model_type is not ModelType.BPE:
-        raise UnsupportedModelError(
-            f"tokenizer.model is a {model.model_type.name.lower()} model; Phi-3's is byte-pair encoding."
-        )
+    pieces, kind = read_sentencepiece(path)
+    if kind is not ModelType.BPE:
+        raise UnsupportedModelError(f"tokenizer.model is a {kind.name.lower()} model; Phi-3's is byte-pair encoding.")
     if bpe is not None:
-        check_same_pieces(bpe, [piece.text for piece in model.pieces], added)
-    return dict(enumerate(model.pieces))
+        check_same_pieces(bpe, [piece.text for piece in pieces], added)
+    return dict(enumerate(pieces))
 
 
 def _special_vocab(folder: Path, vocab_size: int) -> gguf.SpecialVocab:
     """Return what gguf finds in the JSON files, of which it is given what it needs, without marks and negative ids."""
     config = read_json(folder / "config.json") or {}
-    ids = {
-        name: value
-        for name, value in config.items()
-        if name.endswith("_token_id") and not (isinstance(value, int) and value < 0)
-    }
     fast = read_json(folder / "tokenizer.json")
     kept = {
-        "config.json": ids,
+        "config.json": {
+            name: value
+            for name, value in config.items()
+            if name.endswith("_token_id") and not (isinstance(value, int) and value < 0)
+        },
         "tokenizer.json": fast and {name: fast[name] for name in ("added_tokens", "post_processor") if fast.get(name)},
         "tokenizer_config.json": read_json(folder / "tokenizer_config.json"),
     }
@@ -291,10 +283,8 @@ def _added_tokens(folder: Path, config: _TokenizerConfig, fast: FastTokenizer | 
         for text, token_id in (_read(folder / "added_tokens.json", dict[str, int]) or {}).items()
     }
     listed: dict[int, AddedToken] = {}
-    for listed_token in (fast and fast.added_tokens) or []:
-        if listed.setdefault(listed_token.id, listed_token).content != listed_token.content:
-            raise CheckpointError(f"tokenizer.json: two added tokens have the id {listed_token.id}.")
-    for tokens in (config.added_tokens_decoder or {}, listed):
-        for token_id, token in tokens.items():
-            added[token_id] = AddedToken(**{flag: getattr(token, flag) for flag in AddedToken.__struct_fields__})
-    return added
+    for entry in (fast and fast.added_tokens) or []:
+        token = AddedToken(*(getattr(entry, flag) for flag in AddedToken.__struct_fields__))
+        if listed.setdefault(entry.id, token).content != token.content:
+            raise CheckpointError(f"tokenizer.json: two added tokens have the id {entry.id}.")
+    return added | (config.added_tokens_decoder or {}) | listed

@@ -4,15 +4,15 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES, quantization_type
-from edge_phi3.conversion.quantize_plan import predict_sizes
+from edge_phi3.conversion.quantize import predict_sizes
 from edge_phi3.engine.engine_settings import EngineSettings, context_shapes
 from edge_phi3.llama import PlanningError
 from edge_phi3.llama.memory import ContextMemory, Job, plan_memory
 from edge_phi3.llama.options import ContextOptions, FlashAttention, KVCacheType
-from edge_phi3.planning.budget import Placement, host_pattern, place
-from edge_phi3.planning.gguf_layout import Layout, write_blank_imatrix, write_skeleton
+from edge_phi3.planning.gguf_layout import Layout, Placement, host_pattern, place, write_blank_imatrix, write_skeleton
 
 BEST_FIRST = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XS", "IQ1_M")
 """What is recommended: the first that fits. What the advice of the other types says speaks against them."""
@@ -54,12 +54,8 @@ class Machine:
         return max(0, self.free - self.reserve)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One quantisation, with as many layers on the GPU as requested, or as many as fit.
-
-    `made` is whether the model that was planned for is such a file already, whose name then is the `type`.
-    """
+class Row(NamedTuple):
+    """One quantisation, with as many layers on the GPU as requested or fit; `made` is whether the model is that one."""
 
     type: str
     bits_per_weight: float
@@ -69,8 +65,7 @@ class Row:
     made: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """The answer: each quantisation, from large to small, and the recommended one, None when nothing fits.
 
     `layers` counts blocks, and one for the output; `cells` are the KV cells of each context; compute buffers are those
@@ -86,35 +81,30 @@ class Fit:
     best: Row | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(NamedTuple):
     type: str
     needs_imatrix: bool
     layout: Layout
 
 
 def fit(base: Layout, options: Options, machine: Machine, types: Sequence[str] = ()) -> Fit:
-    """Plan quantisations of a model, real or a skeleton; by default to all types that suit Phi-3.
-
-    Of a file that is quantised already, that file alone is planned.
+    """Plan quantisations of a model, real or a skeleton: to all types for Phi-3, or as it is when it is quantised.
 
     Raises:
         PlanningError: llama.cpp cannot plan the model with these options; types are given for a quantised file.
-        UnknownQuantizationError: a type that llama.cpp does not have.
-        QuantizeError: llama.cpp cannot read the model.
+        UnknownQuantizationError, QuantizeError: a type that llama.cpp does not have, or a model that it cannot read.
     """
     with tempfile.TemporaryDirectory(prefix="edge-phi3-fit-") as folder:
         candidates = _candidates(base, types, Path(folder))
         planner = _Planner(base, options, machine)
         placed = planner.plan(candidates)
-    rows = []
+    rows, layers = [], base.layers + 1
+    types_of_base = {(tensor.name, tensor.type) for tensor in base.tensors}
     for candidate, placement in zip(candidates, placed, strict=True):
-        fits, made = planner.fits(placement), _same_types(candidate.layout, base)
-        bits = candidate.layout.bits_per_weight
-        rows.append(Row(candidate.type, bits, candidate.needs_imatrix, placement, fits, made))
-    return Fit(
-        options, machine, base.layers + 1, planner.cells, planner.gpu_asked, tuple(rows), _best(rows, base.layers + 1)
-    )
+        made = {(tensor.name, tensor.type) for tensor in candidate.layout.tensors} == types_of_base
+        figures = candidate.layout.bits_per_weight, candidate.needs_imatrix, placement, planner.fits(placement)
+        rows.append(Row(candidate.type, *figures, made))
+    return Fit(options, machine, layers, planner.cells, planner.gpu_asked, tuple(rows), _best(rows, layers))
 
 
 def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candidate]:
@@ -138,17 +128,11 @@ def _candidates(base: Layout, types: Sequence[str], folder: Path) -> list[_Candi
     ]
 
 
-def _same_types(one: Layout, other: Layout) -> bool:
-    return {(tensor.name, tensor.type) for tensor in one.tensors} == {(each.name, each.type) for each in other.tensors}
-
-
 class _Planner:
     """Asks llama.cpp, and where a model does not fit the GPU asks again with fewer layers there."""
 
     def __init__(self, base: Layout, options: Options, machine: Machine) -> None:
-        self._options = options
-        self._machine = machine
-        self._all = base.layers + 1
+        self._options, self._machine, self._all = options, machine, base.layers + 1
         self._context_options = ContextOptions(
             batch_size=options.batch_size,
             parallel=options.parallel,
@@ -160,8 +144,7 @@ class _Planner:
         settings = EngineSettings(
             base.path, ctx_size=options.ctx_size, parallel=options.parallel, batch_size=options.batch_size
         )
-        original = original if 0 < original < length else 0
-        shapes = context_shapes(settings, length, original or None, gpu=machine.gpu)
+        shapes = context_shapes(settings, length, original if 0 < original < length else None, gpu=machine.gpu)
         self._contexts = [(shape.cells, shape.sequences) for shape in shapes]
         self.gpu_asked = False
         self.cells: tuple[int, ...] = ()
@@ -203,14 +186,8 @@ class _Planner:
 
     def _ask(self, candidates: Sequence[_Candidate], counts: Sequence[int | None]) -> list[Placement]:
         jobs = [
-            Job(
-                candidate.layout.path,
-                count or 0,
-                host_pattern(candidate.layout, count or 0),
-                self._contexts,
-                self._context_options,
-            )
-            for candidate, count in zip(candidates, counts, strict=True)
+            Job(layout.path, count or 0, host_pattern(layout, count or 0), self._contexts, self._context_options)
+            for layout, count in zip((candidate.layout for candidate in candidates), counts, strict=True)
         ]
         ready, answers = plan_memory(jobs, gpu=self._machine.visible if self._machine.gpu else "")
         self.gpu_asked = self._machine.gpu and ready.gpu_offload

@@ -1,38 +1,43 @@
-"""GGUF files as llama.cpp's loader sees them: hyper-parameters, tensors, and where each lies.
+"""GGUF files as llama.cpp's loader sees them, and what they take of a GPU's memory and of the machine's.
 
 A skeleton is a GGUF whose weights are a hole in a sparse file: it takes a few kilobytes of the disk, and llama.cpp
 plans the memory of the model from it as from the real one.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
-from edge_phi3.conversion.encode import encoded_size, tensor_type
 from edge_phi3.conversion.imatrix_file import Imatrix, ImatrixEntry, write_imatrix
 from edge_phi3.conversion.phi3 import Phi3
-from edge_phi3.conversion.quantize_plan import SizePrediction
+from edge_phi3.conversion.plan import encoded_size, tensor_type
+from edge_phi3.conversion.quantize import SizePrediction
 from edge_phi3.gguf_file import GgufError, GgufFile, TensorInfo, read_gguf, split_files
 from edge_phi3.llama import PlanningError
+from edge_phi3.llama.memory import ContextMemory
 from edge_phi3.llama.model_file import read_model_file
 
 _ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 _UNQUANTISED = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16}
 
-EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+EMBEDDING = "token_embd.weight"
+
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_DEVICE_ALIGNMENT = 128
+"""Bytes at which CUDA's backend aligns tensors."""
 
 HyperParameter = tuple[str, Any, GGUFValueType]
 """A key of a GGUF, its value, and the type that it is stored in."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """A tensor of a GGUF. `shape` has the rows first; `offset` and `size` are bytes in the file number `file`."""
 
     name: str
@@ -43,8 +48,7 @@ class Tensor:
     file: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """A model in one or more GGUF files, of which `path` is the first; `hyper_parameters` are the keys of Phi-3."""
 
     path: Path
@@ -67,11 +71,6 @@ class Layout:
         return any(tensor.type not in _UNQUANTISED for tensor in self.tensors)
 
     @property
-    def tied(self) -> bool:
-        """Whether the embedding is the output matrix too."""
-        return all(tensor.name != OUTPUT for tensor in self.tensors)
-
-    @property
     def bits_per_weight(self) -> float:
         """Of all tensors together."""
         weights = sum(math.prod(tensor.shape) for tensor in self.tensors)
@@ -81,21 +80,18 @@ class Layout:
 def read_layout(path: Path) -> Layout:
     """Read the header of a model's GGUF, of each file when it is split."""
     first = read_model_file(path, planned=True)
-    parts = [first, *(_read_part(part) for part in split_files(path)[1:])]
+    parts = [first]
+    for part in split_files(path)[1:]:
+        try:
+            parts.append(read_gguf(part))
+        except (GgufError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise PlanningError(f"{part} cannot be read: {why}.") from error
     tensors = [_tensor(part, info, number) for number, part in enumerate(parts) for info in part.tensors]
     if not tensors:
         raise PlanningError(f"{path} has no tensors.")
     fields = ((name, value, GGUFValueType(first.types[name])) for name, value in first.values.items())
     return Layout(path, _numbers(fields), tuple(tensors))
-
-
-def _read_part(path: Path) -> GgufFile:
-    try:
-        return read_gguf(path)
-    except GgufError as error:
-        raise PlanningError(f"{path} cannot be read: {error}.") from error
-    except OSError as error:
-        raise PlanningError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _tensor(part: GgufFile, info: TensorInfo, number: int) -> Tensor:
@@ -175,4 +171,102 @@ def _write(
         file.truncate(start + end)
     # What `read_layout` reads, which takes it longer than all the rest of a plan.
     fields = ((key, field.value, field.type) for key, field in writer.kv_data[0].items())
-    return Layout(path, _numbers(fields), tuple(replace(tensor, offset=start + tensor.offset) for tensor in placed))
+    return Layout(path, _numbers(fields), tuple(tensor._replace(offset=start + tensor.offset) for tensor in placed))
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes in one place, the GPU's memory or the machine's, where weights are a mapped file and what is repacked."""
+
+    weights: int = 0
+    kv_cache: int = 0
+    compute: int = 0
+    output: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.kv_cache + self.compute + self.output
+
+
+class Placement(NamedTuple):
+    """Where a model's memory lies: with so many layers on the device, the output counted as one; None without one."""
+
+    layers: int | None
+    device: Memory
+    host: Memory
+
+
+def first_on_device(layout: Layout, offloaded: int) -> int:
+    """Return the first block on the GPU; llama.cpp offloads the output first, then blocks from the end."""
+    return max(layout.layers + 1 - offloaded, 0)
+
+
+def host_pattern(layout: Layout, offloaded: int) -> str:
+    """Return a regular expression for the tensors that stay where the CPU computes."""
+    if offloaded <= 0:
+        return ".*"
+    blocks = "|".join(str(number) for number in range(min(first_on_device(layout, offloaded), layout.layers)))
+    return r"^token_embd\." + (rf"|^blk\.({blocks})\." if blocks else "")
+
+
+def place(
+    layout: Layout,
+    contexts: Sequence[ContextMemory],
+    buffers: set[tuple[str, str]],
+    *,
+    offloaded: int | None,
+    gpu_asked: bool,
+) -> Placement:
+    """Add up what a model and its contexts take with so many layers on the GPU.
+
+    `buffers` are llama.cpp's for the tensors that stay in main memory. When `contexts` are not the answers of a
+    llama.cpp that has the GPU (`gpu_asked`), all compute buffers are taken to be there once a layer is.
+    """
+    count = offloaded or 0
+    kv_cache = sum(context.kv for context in contexts)
+    device_kv = kv_cache * min(max(count - 1, 0), layout.layers) // layout.layers
+    compute = [item for context in contexts for item in context.compute.items()]
+    on_host = [name.startswith("CPU") or name.endswith("_Host") if gpu_asked else not count for name, _ in compute]
+    device_compute = sum(size for (_, size), host in zip(compute, on_host, strict=True) if not host)
+    host_compute = sum(size for _, size in compute) - device_compute
+    output = sum(context.output for context in contexts)
+    return Placement(
+        layers=offloaded,
+        device=Memory(_device_weights(layout, count), device_kv, device_compute),
+        host=Memory(_host_weights(layout, buffers, count), kv_cache - device_kv, host_compute, output),
+    )
+
+
+def _on_device(layout: Layout, name: str, offloaded: int) -> bool:
+    if match := _BLOCK.match(name):
+        return int(match[1]) >= first_on_device(layout, offloaded)
+    if name.startswith("rope_factors_"):
+        return offloaded > layout.layers
+    return name != EMBEDDING and offloaded > 0
+
+
+def _device_weights(layout: Layout, offloaded: int) -> int:
+    sizes = [tensor.size for tensor in layout.tensors if _on_device(layout, tensor.name, offloaded)]
+    # An embedding that is the output matrix too is there twice.
+    if offloaded and all(tensor.name != "output.weight" for tensor in layout.tensors):
+        sizes += [tensor.size for tensor in layout.tensors if tensor.name == EMBEDDING]
+    return sum(-(-size // _DEVICE_ALIGNMENT) * _DEVICE_ALIGNMENT for size in sizes)
+
+
+def _host_weights(layout: Layout, buffers: set[tuple[str, str]], offloaded: int) -> int:
+    """Return the bytes of the mapped part of the file, from its first tensor to its last, and of repacked ones."""
+    kept = [tensor for tensor in layout.tensors if not _on_device(layout, tensor.name, offloaded)]
+    repacked = {name for name, buffer in buffers if not _is_plain(buffer)}
+    plain = {name for name, buffer in buffers if _is_plain(buffer)}
+    spans: dict[int, tuple[int, int]] = {}
+    for tensor in kept:
+        if tensor.name not in repacked or tensor.name in plain:
+            first, last = spans.get(tensor.file, (tensor.offset, 0))
+            spans[tensor.file] = min(first, tensor.offset), max(last, tensor.offset + tensor.size)
+    mapped = sum(last - first for first, last in spans.values())
+    return mapped + sum(tensor.size for tensor in kept if tensor.name in repacked)
+
+
+def _is_plain(buffer: str) -> bool:  # where a mapped file serves as well
+    return buffer == "CPU" or buffer.endswith("_Host")

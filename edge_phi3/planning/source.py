@@ -1,28 +1,37 @@
 """From a MODEL to its numbers, without its weights: what planning knows, reads, or downloads of it (one small file)."""
 
 import contextlib
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from edge_phi3.catalog import PRESETS, Catalog, UnreachableError, parse_reference
-from edge_phi3.catalog.listing import small_files
+from edge_phi3.catalog import PRESETS, Catalog, parse_reference
+from edge_phi3.catalog.listing import UnreachableError, small_files
 from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.checkpoint import open_checkpoint
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.json_files import read_json
 from edge_phi3.conversion.phi3 import Phi3, read_phi3
 from edge_phi3.conversion.plan import read_model
 from edge_phi3.llama import PlanningError
 from edge_phi3.planning.gguf_layout import Layout, read_layout, write_base
-from edge_phi3.planning.presets import PRESET_CONFIGS
 from edge_phi3.progress import ProgressReporter
 
 
-def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
-    """Return a model's GGUF, or a skeleton of its checkpoint in F16.
+def _config(rope_factors: int = 0, **stated: Any) -> dict[str, Any]:
+    # The number of factors, one for each pair of a head's rotated elements, takes memory; their values do not matter.
+    factors = dict.fromkeys(("short_factor", "long_factor"), [1.0] * rope_factors)
+    return stated | ({"rope_scaling": {"type": "longrope", **factors}} if rope_factors else {})
 
-    A skeleton is written to `folder`, which must outlive the layout's use. A `store` of None is the usual one.
-    """
+
+_STATED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
+PRESET_CONFIGS = {PRESETS[name]: _config(**_STATED["all"] | stated) for name, stated in _STATED["each"].items()}
+"""What the ``config.json`` of the presets says, as far as it decides on memory, by repository."""
+
+
+def find_base(reference: str, folder: Path, *, store: Path | None, progress: ProgressReporter) -> Layout:
+    """Return a model's GGUF, or a skeleton of its checkpoint in F16, which lies in `folder` while it is used."""
     wanted = parse_reference(reference)
     if isinstance(wanted, LocalGguf):
         return read_layout(wanted.path)

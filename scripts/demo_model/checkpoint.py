@@ -41,10 +41,7 @@ CHAT_TEMPLATE = (
 """Phi-3-mini's conversation format: ``<|role|>``, a line feed, the text, ``<|end|>`` and a line feed."""
 
 CONFIG = json.loads(Path(__file__).with_name("config.json").read_text("utf-8"))
-"""The shape of the model: Phi-3-mini's architecture, with every row of a matrix a multiple of 256.
-
-The vocabulary is padded to a multiple of 64, as Phi-3-mini pads 32011 to 32064.
-"""
+"""Phi-3-mini's architecture, with every row of a matrix a multiple of 256, and its vocabulary padded to one of 64."""
 
 
 def prompt_for(question: str) -> str:
@@ -145,11 +142,7 @@ def write_tokenizer(folder: Path, vocabulary: bytes) -> LlamaTokenizerFast:
 
 
 def check_agreement(folder: Path, tokenizer: LlamaTokenizerFast, texts: Iterable[str]) -> None:
-    """Make sure that `tokenizer.json` and `tokenizer.model` give the same ids for each text.
-
-    Raises:
-        SystemExit: they differ, with the first such text.
-    """
+    """Make sure that `tokenizer.json` and `tokenizer.model` give the same ids for each text."""
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     for text in texts:
         if tokenizer(text).input_ids != reference.encode(text):

@@ -92,10 +92,8 @@ def first_paragraph(docstring: str) -> str | None:
         while lines and (signature := _SIGNATURE_LINE.match(lines[0])):
             result = result or " ".join((signature[1] or "").split())
             lines.pop(0)
-        text = _SIGNATURE_PREFIX.sub("", " ".join(" ".join(lines).split()))
-        if not text:
-            continue
-        return _first_sentences(text)
+        if text := _SIGNATURE_PREFIX.sub("", " ".join(" ".join(lines).split())):
+            return _first_sentences(text)
     return _first_sentences(result) if result else None
 
 
@@ -121,11 +119,6 @@ def _modules() -> Iterator[tuple[str, types.ModuleType]]:
                 continue  # of another operating system, or a part this interpreter was built without
 
 
-def _own_doc(thing: object) -> str | None:
-    doc = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
-    return doc if isinstance(doc, str) else None
-
-
 def _members(prefix: str, module: types.ModuleType) -> Iterator[tuple[str, object]]:
     listed = getattr(module, "__all__", None)
     for name in sorted(set(listed or dir(module))):
@@ -146,11 +139,8 @@ def read_corpus() -> list[Item]:
     """Read every public module, class, function and method of the running interpreter's standard library.
 
     A fresh process of the same interpreter reads it, isolated from installed packages: transformers, for one, adds
-    methods to `logging.Logger`, and torch replaces `inspect.getfile`.
-
-    Returns:
-        Items in a fixed order, no name twice. Where several names share a text, the emphasised ones keep it, or else
-        the shortest one.
+    methods to `logging.Logger`, and torch replaces `inspect.getfile`. Return items in a fixed order, no name twice.
+    Where several names share a text, the emphasised ones keep it, or else the shortest one.
     """
     command = [sys.executable, "-I", "-S", "-X", "utf8", str(Path(__file__).resolve())]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
@@ -162,9 +152,8 @@ def _read() -> list[Item]:
     for name, module in _modules():
         members = _members("" if name == "builtins" else f"{name}.", module)
         for path, thing in [(name, module), *members]:
-            doc = _own_doc(thing)
-            answer = first_paragraph(doc) if doc else None
-            if answer is not None:
+            doc = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
+            if isinstance(doc, str) and (answer := first_paragraph(doc)) is not None:
                 found.append(Item(path, answer, module=thing is module))
     found.sort(key=lambda item: (not item.emphasised, len(item.name), item.name))
     kept: list[Item] = []

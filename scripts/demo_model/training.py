@@ -1,20 +1,15 @@
 """The weights: a small Phi-3 trained from scratch to recite the corpus."""
 
-import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
-
-from edge_phi3.files import atomic_output
 
 from .checkpoint import CONFIG, END, ENDOFTEXT, prompt_for
 from .corpus import Item, Split, dice
@@ -24,10 +19,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a training run is made of.
-
-    The defaults make a checkpoint like the bundled one, whose card tells how its own schedule differed.
-    """
+    """What a training run is made of: by default as the bundled one, whose card tells how its schedule differed."""
 
     seed: int = 3
     steps: int = 2400
@@ -85,9 +77,8 @@ def answer_logits(model: Phi3ForCausalLM, ids: Tensor, labels: Tensor) -> tuple[
 def evaluate(model: Phi3ForCausalLM, tokenizer: LlamaTokenizerFast, items: Sequence[Item]) -> tuple[float, list[bool]]:
     """Ask "What does NAME do?" about each item.
 
-    Returns:
-        The mean cross-entropy per answer token in nats, and for each item whether the greedy answer is exactly the
-        expected one (each token of it is the most likely one after those before it, which is the same).
+    Return the mean cross-entropy per answer token in nats, and for each item whether the greedy answer is exactly the
+    expected one (each token of it is the most likely one after those before it, which is the same).
     """
     total, count = 0.0, 0
     exact: list[bool] = []
@@ -108,10 +99,8 @@ def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterato
 
     Samples of similar length share a batch, so that little of it is padding.
     """
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         chance = dice(f"{plan.seed}/{epoch}")
-        epoch += 1
         order = [item for item in split.trained for _ in range(plan.emphasis if item.emphasised else 1)]
         chance.shuffle(order)
         samples = []
@@ -131,24 +120,10 @@ def _batches(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Iterato
         yield from map(collate, batches)
 
 
-def _rate(step: int, plan: Plan) -> float:
-    """Return a step's learning rate: a line up over `warmup` steps, and one down over the last `cooldown` steps."""
-    up = (step + 1) / plan.warmup
-    down = (plan.steps - step) / plan.cooldown
-    return plan.peak_rate * min(up, 1.0, down)
-
-
-def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path | None = None) -> Run:
+def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Run:
     """Train from scratch: AdamW, a trapezoid of learning rates; products in bfloat16, master weights in float32.
 
-    Args:
-        split: the items; held-out ones are only evaluated.
-        tokenizer: turns text into ids.
-        plan: the hyper-parameters.
-        state: where progress is kept every `plan.evaluate_every` steps; a run stopped in between goes on from there.
-
-    Returns:
-        The model with float32 weights rounded to bfloat16, which are the ones that are saved, and the loss curves.
+    Return the model with float32 weights rounded to bfloat16, which are the ones that are saved, and the loss curves.
     """
     torch.set_num_threads(plan.threads)
     torch.manual_seed(plan.seed)
@@ -157,19 +132,15 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
     vectors = [p for p in run.model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
-    inputs = repr(split) + tokenizer.backend_tokenizer.to_str()
-    key = asdict(plan) | {"inputs": hashlib.sha256(inputs.encode()).hexdigest()}
-    first = _restore(state, run, optimizer, key) if state else 0
     probe = dice(plan.seed).sample(split.trained, len(split.held_out))
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, TimeRemainingColumn(), refresh_per_second=1) as progress:
-        task = progress.add_task("training", total=plan.steps, completed=first)
-        batches = itertools.islice(_batches(split, tokenizer, plan), first, None)
-        for step, (ids, labels) in zip(range(first, plan.steps), batches, strict=False):
+        task = progress.add_task("training", total=plan.steps)
+        for step, (ids, labels) in zip(range(plan.steps), _batches(split, tokenizer, plan), strict=False):
             began = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = _rate(step, plan)
+                group["lr"] = plan.peak_rate * min((step + 1) / plan.warmup, 1.0, (plan.steps - step) / plan.cooldown)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits, targets = answer_logits(run.model, ids, labels)
             loss = functional.cross_entropy(logits.float(), targets)
@@ -186,35 +157,6 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan, state: Path |
                 speed = run.tokens / run.seconds
                 text = f"step {step + 1}: trained {seen:.3f}, held out {unseen:.3f} nats/token, {speed:.0f} tokens/s"
                 progress.console.print(text)
-                if state:
-                    _save(state, run, optimizer, key, step + 1)
     for weight in run.model.parameters():
         weight.data = weight.data.bfloat16().float()
     return run
-
-
-def _save(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any], step: int) -> None:
-    value = {
-        "key": key,
-        "step": step,
-        "model": run.model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": (run.curve, run.tokens, run.seconds),
-    }
-    with atomic_output(path, force=True) as temporary:
-        torch.save(value, temporary)
-
-
-def _restore(path: Path, run: Run, optimizer: torch.optim.Optimizer, key: dict[str, Any]) -> int:
-    if not path.exists():
-        return 0
-    value = torch.load(path, weights_only=True)
-    if value["key"] != key:
-        raise SystemExit(
-            f"{path} is the state of a run with other options or texts; give the same ones, or another file."
-        )
-    run.model.load_state_dict(value["model"])
-    optimizer.load_state_dict(value["optimizer"])
-    curve, run.tokens, run.seconds = value["history"]
-    run.curve = [(step, seen, unseen) for step, seen, unseen in curve]
-    return int(value["step"])

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_phi3.bench.http_client import HttpClient
+from edge_phi3.bench.endpoints import HttpClient
 from edge_phi3.bench.workload import WORDS, Ruler
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.engine_settings import EngineSettings

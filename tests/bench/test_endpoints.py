@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_phi3.bench.endpoints import APIS, Answer, open_endpoint
-from edge_phi3.bench.errors import BenchError, ExchangeError
-from edge_phi3.bench.http_client import HttpClient
+from edge_phi3.bench import BenchError, ExchangeError
+from edge_phi3.bench.endpoints import APIS, Answer, HttpClient, open_endpoint
 from edge_phi3.bench.workload import Ask, Workload
 from tests.bench.conftest import DATA, client_of
 from tests.support.cases import cases

@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.bench import BenchError, ExchangeError
 from edge_phi3.bench.endpoints import Answer, Endpoint, measure_ruler
-from edge_phi3.bench.errors import BenchError, ExchangeError
-from edge_phi3.bench.load import Level, RequestRecord, poisson_arrivals, run_level
-from edge_phi3.bench.summary import per_token, summarise
+from edge_phi3.bench.load import Level, RequestRecord, per_token, poisson_arrivals, run_level, summarise
 from edge_phi3.bench.workload import Ask, FileSessions, RandomSessions, Workload, parse_lengths
 from tests.bench.conftest import RULER, client_of
 from tests.support.cases import cases

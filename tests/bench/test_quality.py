@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.bench import BenchError
 from edge_phi3.bench import quality as quality_module
-from edge_phi3.bench.errors import BenchError
 from edge_phi3.bench.quality import Quality, cut_chunks, evaluate, scored_positions, writing
 from edge_phi3.bench.quants import evaluation_text
 from edge_phi3.conversion.imatrix import calibration_text

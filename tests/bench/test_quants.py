@@ -11,12 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_phi3.bench import quants
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError, quants
 from edge_phi3.bench.plots import plot_quality
-from edge_phi3.bench.quant_report import QuantReport, on_front, read_report
 from edge_phi3.bench.quant_worker import Job, measure
-from edge_phi3.bench.quants import QuantBench
+from edge_phi3.bench.quants import QuantBench, QuantReport, on_front, read_report
 from edge_phi3.conversion import imatrix
 from edge_phi3.conversion.quantize import quantize
 from tests.support.cases import cases, tables

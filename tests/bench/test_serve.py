@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from edge_phi3.bench.errors import BenchError
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.load import Level
 from edge_phi3.bench.serve import Report, ServeBench, measure
 from edge_phi3.bench.workload import Workload

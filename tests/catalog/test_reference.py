@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from edge_phi3.catalog import Catalog, HubError, ModelReferenceError, parse_reference
-from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf
+from edge_phi3.catalog import Catalog, HubError, parse_reference
+from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, ModelReferenceError
 from edge_phi3.catalog.store import folder_name, shelf_name
 from edge_phi3.demo import DEMO_CHECKPOINT
 from tests.catalog.hub_server import HubServer, Repository

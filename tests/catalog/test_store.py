@@ -21,8 +21,8 @@ import pytest
 from edge_phi3.catalog import Catalog, CatalogError
 from edge_phi3.catalog.build import fetch_checkpoint
 from edge_phi3.catalog.hub import Repository
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import DiskFullError
 from edge_phi3.progress import SilentProgress

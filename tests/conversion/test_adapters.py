@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from edge_phi3.catalog import ModelReferenceError, parse_reference
+from edge_phi3.catalog.reference import ModelReferenceError, parse_reference
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from tests.conversion.conftest import tensors_of
 from tests.golden import adapters
 from tests.golden.gguf_digests import describe

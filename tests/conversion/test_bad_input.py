@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_phi3.conversion import CheckpointError, ConversionError, UnsupportedModelError
+from edge_phi3.conversion.checkpoint import SafetensorsFile
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
-from edge_phi3.conversion.safetensors import SafetensorsFile
 from tests.conversion.conftest import edit, edited_weights
 from tests.conversion.edits import INDEX, NORM, SECOND
 from tests.golden.checkpoints import write_checkpoint

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType as GgmlType
 from gguf import quants
 from numpy.typing import NDArray
 
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.encode import encode
-from edge_phi3.conversion.errors import ConversionError
+from edge_phi3.conversion.plan import encode
 from edge_phi3.files import DiskFullError, OutputExistsError
 from tests.conversion.conftest import edit, tensors_of
 from tests.golden import attention

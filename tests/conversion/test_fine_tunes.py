@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.metadata import EOS_TOKEN_IDS_KEY, GENERATION_CONFIG_KEY, PAD_TOKEN_ID_KEY
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.planning.source import find_base

@@ -21,8 +21,7 @@ from edge_phi3.conversion.imatrix_file import (
     write_imatrix,
 )
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.quantize_plan import QuantizeError, predict_size
+from edge_phi3.conversion.quantize import QuantizeError, predict_size, quantize
 from edge_phi3.files import OutputExistsError
 from edge_phi3.llama import ImatrixError, ModelLoadError
 from edge_phi3.llama.model import Model, tokenize

@@ -13,16 +13,14 @@ import llama_cpp
 import numpy as np
 import pytest
 
-from edge_phi3.conversion.architecture import ARCHITECTURE
-from edge_phi3.conversion.phi3 import read_phi3
+from edge_phi3.conversion.phi3 import ARCHITECTURE, read_phi3
 from edge_phi3.conversion.quantization_types import (
     ALIASES,
     QUANTIZATION_TYPES,
     UnknownQuantizationError,
     quantization_type,
 )
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.quantize_plan import QuantizeError, SizePrediction, predict_size, predict_sizes
+from edge_phi3.conversion.quantize import QuantizeError, SizePrediction, predict_size, predict_sizes, quantize
 from edge_phi3.files import DiskFullError
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, QuantizerProcess

@@ -12,8 +12,7 @@ import psutil
 import pytest
 
 from edge_phi3.conversion import quantize as module
-from edge_phi3.conversion.quantize import quantize
-from edge_phi3.conversion.quantize_plan import QuantizeError
+from edge_phi3.conversion.quantize import QuantizeError, quantize
 from edge_phi3.llama.quantizer import LogReader, TensorType
 from tests.conversion.conftest import write_model
 

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
+from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import ConversionError
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.engine.tokenizer import Tokenizer

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 
+from edge_phi3.conversion import CheckpointError, ConversionError, UnsupportedModelError
 from edge_phi3.conversion.convert import convert
-from edge_phi3.conversion.errors import CheckpointError, ConversionError, UnsupportedModelError
-from edge_phi3.conversion.sentencepiece import MAX_BYTES, Piece, PieceType, read_sentencepiece
+from edge_phi3.conversion.pieces import MAX_BYTES, Piece, PieceType, read_sentencepiece
 from edge_phi3.conversion.vocabulary import read_vocabulary
 from edge_phi3.engine.added_tokens import WHITE_SPACE
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def message(*fields: bytes) -> bytes:
 def read(tmp_path: Path, content: bytes) -> list[tuple[str, float, int]]:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
-    return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path).pieces]
+    return [(piece.text, piece.score, int(piece.type)) for piece in read_sentencepiece(path)[0]]
 
 
 @cases

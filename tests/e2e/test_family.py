@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
-from edge_phi3.conversion.quantize_plan import Options, make_job
+from edge_phi3.conversion.quantize import Options, make_job
 from edge_phi3.llama.model import Model
 from edge_phi3.llama.quantizer import QuantizerProcess
 from tests.golden.family import FAMILY, write_member

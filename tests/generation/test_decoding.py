@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edge_phi3.generation.prompt_lookup import Draft, PromptLookup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -270,27 +269,3 @@ def test_the_recorded_requests_cover_every_mode_and_parameter() -> None:
     recorded = {name for request in requests for name in request.kwargs}
     elsewhere = {"max_time", "prompt_lookup_num_tokens", "bos_token_id", "output_scores", "return_dict_in_generate"}
     assert recorded == PARAMETERS.keys() - elsewhere
-
-
-# -- drafts out of a text itself
-
-
-@cases
-def test_what_followed_the_longest_match_is_drafted(text: list[int], draft: list[int], matched: int) -> None:
-    assert PromptLookup().draft(np.array(text, np.int32), 3) == Draft(draft, matched)
-
-
-@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))
-def test_it_does_not_matter_when_tokens_come(text: list[int], most: int) -> None:
-    tokens, growing = np.array(text, np.int32), PromptLookup()
-    for end in range(len(text) + 1):
-        found = growing.draft(tokens[:end], most)
-        assert found == PromptLookup().draft(tokens[:end], most)
-        assert len(found.tokens) == (most if found.matched else 0)
-        if found.matched:
-            before = text[:end] + found.tokens
-            ends = text[end - found.matched : end]
-            assert any(
-                text[at : at + found.matched] == ends and before[at + found.matched :][:most] == found.tokens
-                for at in range(end - found.matched)
-            )

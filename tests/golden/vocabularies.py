@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from edge_phi3.conversion.sentencepiece import Piece, PieceType
+from edge_phi3.conversion.pieces import Piece, PieceType
 from edge_phi3.demo import DEMO_CHECKPOINT
 
 VOCABULARY_GGUF = Path(__file__).parent.parent / "data" / "ggml-vocab-phi-3.gguf"

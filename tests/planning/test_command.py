@@ -15,7 +15,7 @@ from edge_phi3.commands import fit as module
 from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.demo import DEMO_CHECKPOINT
-from edge_phi3.planning.presets import PRESET_CONFIGS
+from edge_phi3.planning.source import PRESET_CONFIGS
 from edge_phi3.system_resources import Gpu
 from tests.catalog.hub_server import HubServer, Repository
 from tests.golden.checkpoints import longrope, write_checkpoint

@@ -11,9 +11,8 @@ from edge_phi3.conversion.convert import convert
 from edge_phi3.conversion.quantization_types import QUANTIZATION_TYPES
 from edge_phi3.conversion.quantize import quantize
 from edge_phi3.llama.memory import ContextMemory, context_memory
-from edge_phi3.planning.budget import host_pattern, place
 from edge_phi3.planning.fit import Machine, Options, Row, fit
-from edge_phi3.planning.gguf_layout import Layout, read_layout, write_blank_imatrix
+from edge_phi3.planning.gguf_layout import Layout, host_pattern, place, read_layout, write_blank_imatrix
 from edge_phi3.planning.source import find_base
 from edge_phi3.progress import SilentProgress
 from tests.golden.checkpoints import longrope, write_checkpoint
