@@ -4,7 +4,6 @@ Whatever happens to a verb, it ends with a sentence, and an exit code.
 """
 
 import codecs
-import contextlib
 import ctypes
 import errno
 import io
@@ -57,12 +56,17 @@ def prepare() -> None:
         encoding = usual.encoding if usual else "utf-8"
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "edge-phi3", line_buffering=descriptor == 2 or os.isatty(1)))
     ctypes.CDLL(None).signal(int(signal.SIGBUS), _ON_BUS_ERROR)
+    if (most := may_open(_DESCRIPTORS)) < _DESCRIPTORS:
+        raise SurroundingsError(f"Only {most} files may be open here, and {_DESCRIPTORS} must: raise `ulimit -n`.")
+
+
+def may_open(files: int) -> int:
+    """Let this process have so many files open at once, as far as it may; return how many it may have, or `files`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < _DESCRIPTORS:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, hard))
-            return
-        raise SurroundingsError(f"Only {soft} files may be open here, and {_DESCRIPTORS} must: raise `ulimit -n`.")
+    if soft != resource.RLIM_INFINITY and soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return files if soft == resource.RLIM_INFINITY else min(soft, files)
 
 
 def sentence_of(error: Exception) -> str:

@@ -19,13 +19,14 @@ from typing import Any, Final
 import yaml
 from pydantic import ByteSize
 
+from edge_phi3.api.openai import reference as openai_reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
+from edge_phi3.generation import reference
 from edge_phi3.options import allowed_values, flag_of, group_of, key_of, metavar_of
 from edge_phi3.settings import Settings
-from scripts import generation_reference as reference
-from scripts import limits, openai_fields
+from scripts import limits
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = "helm/edge-phi3"
@@ -102,6 +103,8 @@ def _flag_schema(field: dict[str, Any]) -> dict[str, Any]:
     kept = ("type", "enum", "minimum", "maximum", "minLength", "pattern", "items")
     taken = [{key: kind[key] for key in kept if key in kind} for kind in kinds]
     for kind in taken:
+        if re.fullmatch(kind.get("pattern", "-"), "1"):
+            kind["type"] = ["string", "integer"]
         if kind["type"] == "array":
             # A repeatable flag: the service reads each text as it reads it from the command line.
             kind.update(type=["array", "string"], minLength=1, items={"type": "string", "minLength": 1})
@@ -147,7 +150,7 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
-    "docs/api.md": functools.partial(between_marks, openai_fields.markdown),
+    "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
     "docs/parameters.md": functools.partial(between_marks, reference.markdown),
     "docs/security.md": functools.partial(between_marks, limits.markdown),
     "docs/cli.md": functools.partial(between_marks, options_tables),

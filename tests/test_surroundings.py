@@ -1,12 +1,15 @@
 """What surrounds a verb: streams, descriptors, names of files, proxies, kills, cgroups: it ends in a sentence."""
 
+import contextlib
 import fcntl
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import psutil
 import pytest
 
 from edge_phi3 import system_resources
+from edge_phi3.conversion.convert import convert
+from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.files import DiskFullError, OutputExistsError, atomic_output, read_bounded
 from edge_phi3.llama import backend
 from edge_phi3.settings import SettingsError, read_toml
@@ -82,6 +87,21 @@ def test_a_service_needs_no_stderr(end: str, tmp_path: Path, store: Path) -> Non
         assert server.get("/healthz").status_code == 200
         for child in psutil.Process(server.process.pid).children():
             child.terminate()  # behind a pipe the shell stays in front
+
+
+def test_with_64_files_and_no_home_a_service_serves_and_lets_idle_connections_go(tmp_path: Path) -> None:
+    script = tmp_path / "command"
+    script.write_text(f'#!/bin/sh\nulimit -n 64\nHOME=/proc exec {shlex.quote(COMMAND)} "$@"\n')
+    script.chmod(0o700)
+    model = convert(DEMO_CHECKPOINT, tmp_path / "demo.gguf", outtype="bf16").path
+    with serving(tmp_path, str(model), command=[str(script)]) as server, contextlib.ExitStack() as stack:
+        assert "raise `ulimit -n`" in server.log.read_text()
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+        body = {"prompt": "a", "generate_kwargs": {"max_new_tokens": 4, "do_sample": False}}
+        with ThreadPoolExecutor(8) as pool:
+            statuses = [*pool.map(lambda _: server.post("/chat", **body).status_code, range(60))]
+        assert statuses == [200] * 60
 
 
 def test_a_file_that_is_cut_short_while_it_is_mapped(tmp_path: Path) -> None:

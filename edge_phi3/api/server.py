@@ -28,12 +28,16 @@ from edge_phi3.api.openai import routes as openai
 from edge_phi3.api.service import Loader, Service
 from edge_phi3.api.tracing import tracing_of
 from edge_phi3.errors import EdgePhi3Error
+from edge_phi3.process import may_open
 from edge_phi3.settings import Settings
 
 logger = structlog.get_logger(__name__)
 
 _FLUSH_SECONDS = 2
 """How long finished answers may take to reach their clients once everything else has stopped."""
+
+_OWN_FILES = 40
+"""Files that a service has open beside its connections: 17 at rest, and what its workers, logs and scrapes take."""
 
 
 class ServerError(EdgePhi3Error):
@@ -49,6 +53,10 @@ def run(settings: Settings, load: Loader, announce: Callable[[Service, str], Non
     configure_logging(settings.log_format, settings.log_level)
     if settings.api_key:
         logger.warning("other processes can see API keys in flags and variables; use --api-key-file")
+    connections = may_open(settings.max_connections + _OWN_FILES) - _OWN_FILES
+    if connections < settings.max_connections:
+        logger.warning("few files may be open here: raise `ulimit -n`", connections=connections)
+        settings = settings.model_copy(update={"max_connections": connections})
     app, service = create_service(settings, load)
     with _bind(settings.host, settings.port) as listener:
         server = _Server(uvicorn_config(app, settings), service, lambda: announce(service, address_of(listener)))

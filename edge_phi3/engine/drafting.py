@@ -5,6 +5,7 @@ Saxena, Prompt Lookup Decoding, https://github.com/apoorvumang/prompt-lookup-dec
 ``PromptLookupCandidateGenerator`` drafts in the same way.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +20,7 @@ _LONGEST = 32
 """Tokens that they are compared by at most."""
 _MEMORY = 0.9
 """What is left of the weight of earlier drafts with each new one."""
-_EXPECTED = ((8, 0.8), (4, 0.6), (0, 0.3))
+EXPECTED = ((8, 0.8), (4, 0.6), (0, 0.3))
 """Of drafts behind a match of at least so many tokens, the share that is expected to hold, before any was tried."""
 
 
@@ -74,16 +75,15 @@ class Drafting:
 
     drafted: int = 0
     held: int = 0
-    _kind: int = 0
-    """Which of `_EXPECTED` the last draft was of."""
-    _records: list[tuple[float, float]] = field(default_factory=lambda: [(held, 1 - held) for _, held in _EXPECTED])
-    """Of each, the tokens that held and the drafts that broke off, with those expected before."""
+    kind: int = 0
+    """Which of `EXPECTED` the last draft was of."""
+    _records: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Of each that was tried, the tokens that held and the drafts that broke off, with those expected before."""
     _lookups: dict[int, PromptLookup] = field(default_factory=dict)
 
-    @property
-    def share(self) -> float:
-        """How likely a token of the last draft is expected to hold, if those before it do."""
-        held, broken = self._records[self._kind]
+    def share(self, expected: Sequence[float]) -> float:
+        """Return how likely a token of the last draft is to hold, if those before it do; `expected` before any did."""
+        held, broken = self._records.get(self.kind, (expected[self.kind], 1 - expected[self.kind]))
         return held / (held + broken)
 
     def draft(self, decoder: Decoder, most: int) -> NDArray[np.int32]:
@@ -94,13 +94,13 @@ class Drafting:
             lookup = self._lookups.setdefault(sequence, PromptLookup())
             drafts.append(lookup.draft(line, max(0, most)))
         matched = min(matched for _, matched in drafts)
-        self._kind = next(kind for kind, (least, _) in enumerate(_EXPECTED) if matched >= least)
+        self.kind = next(kind for kind, (least, _) in enumerate(EXPECTED) if matched >= least)
         length = min(len(tokens) for tokens, _ in drafts)
         return np.array([tokens[:length] for tokens, _ in drafts], np.int32).reshape(len(drafts), length)
 
-    def judge(self, drafted: int, held: int, rows: int) -> None:
+    def judge(self, drafted: int, held: int, rows: int, expected: Sequence[float]) -> None:
         """Take note that `held` of `drafted` tokens of each of so many rows were chosen."""
         self.drafted += drafted * rows
         self.held += held * rows
-        before, broken = self._records[self._kind]
-        self._records[self._kind] = before * _MEMORY + held, broken * _MEMORY + (held < drafted)
+        before, broken = self._records.get(self.kind, (expected[self.kind], 1 - expected[self.kind]))
+        self._records[self.kind] = before * _MEMORY + held, broken * _MEMORY + (held < drafted)

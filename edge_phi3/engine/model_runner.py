@@ -296,7 +296,7 @@ class ModelRunner:
 
     def judge(self, request: RunningRequest, draft: NDArray[np.int32], held: int) -> None:
         """Drop what was drafted for the rows of a request beyond `held` tokens."""
-        request.drafting.judge(draft.shape[1], held, len(draft))
+        self._speculation.judge(request.drafting, draft.shape[1], held, len(draft))
         for sequence in request.sequences:
             self.kv.truncate(sequence.seq_id, sequence.computed)
 

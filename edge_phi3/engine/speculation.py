@@ -12,9 +12,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3.engine.drafting import EXPECTED, Drafting
 from edge_phi3.engine.sequence import RunningRequest
 
-_MOST = 16
+_MOST = 31
 """Tokens that are drafted for a sequence at most."""
 _TRIAL = 100
 """Batches from one that tries a size which is not known, or not lately, to the next."""
@@ -22,6 +23,8 @@ _MARGIN = 1.02
 """How many times more tokens per second must be expected of a larger batch."""
 _NEWEST = 0.3
 """The weight of the newest measurement of a size."""
+_LEARNED = 0.1
+"""The weight of the newest draft in what is expected of those of other requests."""
 
 
 class Speculation:
@@ -33,6 +36,9 @@ class Speculation:
         self._tried: dict[int, int] = {}
         """The number of the last batch of each size."""
         self._batches = 0
+        self.expected = [share for _, share in EXPECTED]
+        """How likely tokens of drafts of each kind are to hold in a new request: no less than at first, so that each
+        request tries, and as much as they lately have in others."""
 
     @classmethod
     def of(cls, setting: str, seconds: Mapping[int, float]) -> Self:
@@ -45,6 +51,13 @@ class Speculation:
         self._seconds[count] = known + _NEWEST * (seconds - known)
         self._tried[count] = self._batches
         self._batches += 1
+
+    def judge(self, drafting: Drafting, drafted: int, held: int, rows: int) -> None:
+        """Take note that `held` of `drafted` tokens of each row of a request were chosen."""
+        drafting.judge(drafted, held, rows, self.expected)
+        known, least = self.expected[drafting.kind], EXPECTED[drafting.kind][1]
+        share = held / (held + (held < drafted))
+        self.expected[drafting.kind] = max(known + _LEARNED * (share - known), least)
 
     def drafts(
         self, requests: Sequence[tuple[RunningRequest, int]], rows: int, room: int
@@ -68,7 +81,7 @@ class Speculation:
                 continue
             found[request] = draft
             if tokens is None:
-                share = request.drafting.share
+                share = request.drafting.share(self.expected)
                 weighed += [(share**place, request) for place in range(1, draft.shape[1] + 1)]
             else:
                 room -= draft.size

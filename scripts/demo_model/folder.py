@@ -7,9 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-MOST_BYTES = 16_000_000
-"""The whole folder must be smaller: it is part of the wheel."""
-
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:

@@ -1,12 +1,12 @@
 """The weights: a small Phi-3 trained from scratch to recite the corpus."""
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaTokenizerFast, Phi3Config, Phi3ForCausalLM
@@ -134,29 +134,23 @@ def train(split: Split, tokenizer: LlamaTokenizerFast, plan: Plan) -> Run:
     optimizer = torch.optim.AdamW(groups, lr=plan.peak_rate, betas=(0.9, 0.98), fused=True)
     probe = dice(plan.seed).sample(split.trained, len(split.held_out))
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, TimeRemainingColumn(), refresh_per_second=1) as progress:
-        task = progress.add_task("training", total=plan.steps)
-        for step, (ids, labels) in zip(range(plan.steps), _batches(split, tokenizer, plan), strict=False):
-            began = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = plan.peak_rate * min((step + 1) / plan.warmup, 1.0, (plan.steps - step) / plan.cooldown)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits, targets = answer_logits(run.model, ids, labels)
-            loss = functional.cross_entropy(logits.float(), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-            optimizer.step()
-            run.seconds += time.perf_counter() - began
-            run.tokens += ids.numel()
-            progress.advance(task)
-            if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
-                seen, unseen = (evaluate(run.model, tokenizer, items)[0] for items in (probe, split.held_out))
-                run.curve.append((step + 1, seen, unseen))
-                speed = run.tokens / run.seconds
-                text = f"step {step + 1}: trained {seen:.3f}, held out {unseen:.3f} nats/token, {speed:.0f} tokens/s"
-                progress.console.print(text)
+    for step, (ids, labels) in zip(range(plan.steps), _batches(split, tokenizer, plan), strict=False):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = plan.peak_rate * min((step + 1) / plan.warmup, 1.0, (plan.steps - step) / plan.cooldown)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits, targets = answer_logits(run.model, ids, labels)
+        loss = functional.cross_entropy(logits.float(), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        optimizer.step()
+        run.seconds += time.perf_counter() - began
+        run.tokens += ids.numel()
+        if (step + 1) % plan.evaluate_every == 0 or step + 1 == plan.steps:
+            seen, unseen = (evaluate(run.model, tokenizer, items)[0] for items in (probe, split.held_out))
+            run.curve.append((step + 1, seen, unseen))
+            print(f"step {step + 1}: trained {seen:.3f}, held out {unseen:.3f} nats/token", file=sys.stderr)
     for weight in run.model.parameters():
         weight.data = weight.data.bfloat16().float()
     return run

@@ -30,8 +30,7 @@ class Expected(Drafting):
         super().__init__()
         self._share = share
 
-    @property
-    def share(self) -> float:
+    def share(self, _expected: object) -> float:
         return self._share
 
     def draft(self, _decoder: Decoder, most: int) -> NDArray[np.int32]:
@@ -76,24 +75,31 @@ def test_sizes_that_are_not_known_are_tried_in_one_of_a_hundred_batches() -> Non
     assert tried == [1, 2, 4, 8, 16, 1]
 
 
-def test_how_often_drafts_hold_is_learned_apart_for_long_matches() -> None:
-    drafting, most = Drafting(), 4
+def test_how_often_drafts_hold_is_learned_apart_for_long_matches_and_for_requests_to_come() -> None:
+    drafting, most, speculation = Drafting(), 4, Speculation()
 
     def share_after(text: list[int]) -> float:
         decoder = make_decoder(Ask((1,), {"do_sample": False}).config(), np.array(text, np.int32))
         drafting._lookups.clear()
         assert drafting.draft(decoder, most).shape == (1, most)
-        return drafting.share
+        return drafting.share(speculation.expected)
 
     short, long = [1, 2, 3, 4, 5, 1, 2], [*range(10, 30), *range(10, 20)]
-    assert share_after(short) < 0.5 < share_after(long)
+    first = share_after(short)
+    assert first < 0.5 < share_after(long)
     for held, shares in ((0, (0.0, 0.1)), (most, (0.9, 1.0))):
         share_after(short)
         for _ in range(20):
-            drafting.judge(most, held, 1)
-        assert shares[0] < drafting.share < shares[1]
+            speculation.judge(drafting, most, held, 1)
+        assert shares[0] < drafting.share(speculation.expected) < shares[1]
         assert share_after(long) == pytest.approx(0.8)
     assert (drafting.drafted, drafting.held) == (160, 80)
+    drafting = Drafting()
+    assert share_after(short) > 0.8, "others' have held"
+    for _ in range(99):
+        speculation.judge(drafting, most, 0, 1)
+    drafting = Drafting()
+    assert share_after(short) == first, "but each request tries"
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"do_sample": True, "seed": 3, "num_return_sequences": 3, "top_k": 3}])
