@@ -7,6 +7,8 @@ PORT   ?= 8080
 MODEL  ?=
 
 .DEFAULT_GOAL := help
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
+
 .PHONY: help serve test test-all coverage lint types layers check bench measure report lock clean
 
 help: ## list the targets
@@ -15,14 +17,14 @@ help: ## list the targets
 serve: $(VENV)/serve.stamp ## convert, quantise and serve the demo model on port $(PORT)
 	@exec $(BIN)/edge-phi3 serve $(MODEL) --port $(PORT)
 
-test: $(VENV)/dev.stamp ## run the whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+test: $(VENV)/dev.stamp ## run the whole test suite, in two processes
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: test ## run the suite and the long tests: random lives and requests by the thousand, comparisons with llama.cpp and torch
 	$(BIN)/python -m tests.support.fuzz --scenarios 50000 --real-thread 500
 	$(BIN)/python -m tests.support.service_fuzz --requests 2000
 	$(BIN)/python -m tests.support.peers
-	$(BIN)/pytest -m 'parity or soak' $(PYTEST_ARGS)
+	$(PYTEST) -m 'parity or soak' $(PYTEST_ARGS)
 
 coverage: $(VENV)/dev.stamp ## run the suite and report which lines of edge_phi3 it reaches, in this process and its children
 	$(BIN)/coverage run -m pytest $(PYTEST_ARGS)

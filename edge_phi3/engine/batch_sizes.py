@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_phi3.llama.context import Context
 
-_GROUPS = ((8, 4, 16, 15), (12, 7, 3, 6), (14, 10, 13, 32), (31, 24, 20, 28))
+_GROUPS = ((8, 4, 16, 15), (32, 24, 12, 3), (7, 6, 14, 10), (13, 31, 20, 28))
 """What is measured, the most telling first, as far as time allows; the sizes of a group take turns."""
 _PASSES = 3
 """Turns of a group, the fastest of which counts: a busy moment of the machine must not pass for a property of it."""
@@ -29,15 +29,15 @@ _WORTHWHILE = 0.94
 class BatchSizes:
     """The fastest ways to decode so many rows, from the seconds that some sizes took; the others are interpolated.
 
-    `tile` is the number of tokens whose attention is computed together.
+    `tile` is the number of tokens whose attention is computed together; rows are padded to at most `most`.
     """
 
-    def __init__(self, seconds: Mapping[int, float], tile: int = 64) -> None:
+    def __init__(self, seconds: Mapping[int, float], tile: int = 64, most: int = 1 << 20) -> None:
         self.tile = tile
         self.seconds = dict(seconds)
         self._sizes = np.array(sorted(seconds), np.float64)
         self._seconds = np.array([seconds[size] for size in sorted(seconds)], np.float64)
-        self._largest = max(seconds, default=0)
+        self._largest = max((size for size in seconds if size <= most), default=0)
 
     @functools.cache  # noqa: B019 - there is one of these for each context, as long as the process lives
     def padding(self, rows: int) -> int:
@@ -65,14 +65,14 @@ def measure(context: Context, *, seconds: float = 4.0) -> BatchSizes:
     fastest: dict[int, float] = {}
     end = time.monotonic() + seconds
     for group in _GROUPS:
-        for rows in [size for size in group if size <= min(context.sequences, context.batch_size)] * _PASSES:
+        for rows in [size for size in group if size <= context.batch_size] * _PASSES:
             if time.monotonic() > end:
-                return BatchSizes(fastest)
-            context.tokens[:rows] = context.positions[:rows] = 0
-            context.seq_ids[:rows] = np.arange(rows)
+                return BatchSizes(fastest, most=context.sequences)
+            context.tokens[:rows] = 0
+            context.positions[:rows], context.seq_ids[:rows] = np.divmod(np.arange(rows), context.sequences)
             context.wants_logits[:rows] = 1
             started = time.perf_counter()
             context.decode(rows, rows)
             fastest[rows] = min(time.perf_counter() - started, fastest.get(rows, np.inf))
             context.clear()
-    return BatchSizes(fastest)
+    return BatchSizes(fastest, most=context.sequences)

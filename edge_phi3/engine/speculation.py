@@ -23,7 +23,7 @@ _MARGIN = 1.02
 """How many times more tokens per second must be expected of a larger batch."""
 _NEWEST = 0.3
 """The weight of the newest measurement of a size."""
-_LEARNED = 0.1
+_LEARNED = 0.3
 """The weight of the newest draft in what is expected of those of other requests."""
 
 
