@@ -106,6 +106,10 @@ class GrammarConstraint:
         """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
         np.copyto(scores, -np.inf, where=~self.allowed())
 
+    def forced(self) -> list[int]:
+        """Return the tokens of the text that comes next whatever is chosen, but the last, which may go on beyond it."""
+        return self._vocabulary.tokens_of(self._matcher.compute_ff_bytes())[:-1]
+
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""
         self._matcher.consume_token(token)
@@ -168,6 +172,11 @@ class ConstraintVocabulary:
         self.digits = np.array([len(text) - len(text.lstrip(b"0123456789")) for text in self.texts], np.int32)
         self.most_digits = int(self.digits.max())
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
+
+    def tokens_of(self, text: bytes) -> list[int]:
+        """Return the longest tokens that the beginning of a text is made of, up to the first special one."""
+        tokens: list[int] = self._tokenizer.greedy_tokenize(text.partition(_SPECIAL)[0].decode(errors="ignore"))
+        return tokens
 
     def constrain(self, grammar: Grammar, ends: Collection[int]) -> GrammarConstraint:
         """Return the constraint of a grammar at the start of an answer, which the tokens `ends` end.

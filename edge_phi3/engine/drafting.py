@@ -1,8 +1,8 @@
 """What the drafts of one request need: the places of its tokens, and how its drafts have fared.
 
-Drafts come out of the text itself: what followed the last time that it went on as it does now (prompt lookup decoding).
-Saxena, Prompt Lookup Decoding, https://github.com/apoorvumang/prompt-lookup-decoding; transformers'
-``PromptLookupCandidateGenerator`` drafts in the same way.
+Where a grammar leaves no choice, drafts are what it forces. Elsewhere they come out of the text itself: what followed the
+last time that it went on as it does now (prompt lookup decoding). Saxena, Prompt Lookup Decoding,
+https://github.com/apoorvumang/prompt-lookup-decoding; transformers' ``PromptLookupCandidateGenerator`` drafts so too.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,9 @@ _LONGEST = 32
 """Tokens that they are compared by at most."""
 _MEMORY = 0.9
 """What is left of the weight of earlier drafts with each new one."""
-EXPECTED = ((8, 0.8), (4, 0.6), (0, 0.3))
+_FORCED = 1 << 30
+"""The match of tokens that a grammar leaves no choice about, other than how to cut their text into tokens."""
+EXPECTED = ((_FORCED, 0.9), (8, 0.8), (4, 0.6), (0, 0.3))
 """Of drafts behind a match of at least so many tokens, the share that is expected to hold, before any was tried."""
 
 
@@ -90,9 +92,10 @@ class Drafting:
         """Return what may follow in each row, shape ``(rows, tokens)``: as many tokens as all of them have."""
         assert isinstance(decoder, SequenceDecoder)
         drafts = []
-        for sequence, line in zip(decoder.live, decoder.history.tokens, strict=True):
+        for row, (sequence, line) in enumerate(zip(decoder.live, decoder.history.tokens, strict=True)):
             lookup = self._lookups.setdefault(sequence, PromptLookup())
-            drafts.append(lookup.draft(line, max(0, most)))
+            forced = decoder.forced(row)[: max(0, most)]
+            drafts.append((forced, _FORCED) if forced else lookup.draft(line, max(0, most)))
         matched = min(matched for _, matched in drafts)
         self.kind = next(kind for kind, (least, _) in enumerate(EXPECTED) if matched >= least)
         length = min(len(tokens) for tokens, _ in drafts)

@@ -47,6 +47,9 @@ class TokenConstraint(Protocol):
     def mask(self, scores: NDArray[np.float32]) -> None:
         """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
 
+    def forced(self) -> list[int]:
+        """Return tokens that are likely to come next, since no other text may."""
+
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token."""
 
@@ -122,6 +125,10 @@ class SequenceDecoder(Decoder):
     def _result(self) -> GenerationResult:
         return GenerationResult(self.prompt_length, self._sequences, self._reasons, None, self.scores, self.logprobs)
 
+    def forced(self, row: int) -> list[int]:  # noqa: ARG002 - what a constraint says of it
+        """Return tokens that are likely to come next in a live sequence, since no other text may."""
+        return []
+
 
 class ConstrainedDecoder(SequenceDecoder):
     """Greedy decoding or sampling of sequences that a constraint holds."""
@@ -139,6 +146,10 @@ class ConstrainedDecoder(SequenceDecoder):
         if not self._best_only:
             for constraint in self._constraints:
                 constraint.prepare()
+
+    def forced(self, row: int) -> list[int]:
+        """Return what the constraint of a row leaves no choice about."""
+        return self._constraints[row].forced()
 
     def process(self, scores: Scores) -> None:
         """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""

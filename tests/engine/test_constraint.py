@@ -27,7 +27,7 @@ from edge_phi3.generation import GenerationConfig, GenerationError, ModelDefault
 from edge_phi3.llama.model import Model
 from tests.generation import conftest as toys
 from tests.support.cases import tables
-from tests.support.engines import Asked, MakeModel, engine_at_rest, running_engine
+from tests.support.engines import Asked, MakeModel, engine_at_rest, generated, running_engine
 
 STEPS = 600
 DATA = json.loads((Path(__file__).parent / "data" / "json_schemas.json").read_text(encoding="utf-8"))
@@ -236,6 +236,18 @@ OPTIONS: list[dict[str, Any]] = tables(__file__)["OPTIONS"]
 def engine(make_model: MakeModel) -> Iterator[Engine]:
     with running_engine(make_model("4k"), threads=1) as engine:
         yield engine
+
+
+def test_what_a_schema_leaves_no_choice_about_is_drafted(engine: Engine) -> None:
+    names = ["the name of the first property", "and that of the second"]
+    schema = {"type": "object", "properties": {name: {"enum": ["yes", "no"]} for name in names}, "required": names}
+    answers = []
+    for drafts in (0, 8):
+        asked = Constrained(engine, schema, max_new_tokens=200, seed=3, do_sample=True, prompt_lookup_num_tokens=drafts)
+        finished = asked.finished()
+        answers.append(generated(finished))
+        assert (finished.accepted_tokens > 8) == (drafts > 0)
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("options", OPTIONS)

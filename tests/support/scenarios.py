@@ -51,6 +51,9 @@ class OddOrEven:
         scores[1 - self.taken % 2 :: 2] = -np.inf
         scores[END] = end
 
+    def forced(self) -> list[int]:
+        return [2 + self.taken % 2]  # it is not, but it may come
+
     def accept(self, token: int) -> None:
         assert self.permits(token)
         self.taken += 1
