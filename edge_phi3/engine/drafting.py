@@ -1,7 +1,7 @@
 """What the drafts of one request need: the places of its tokens, and how its drafts have fared.
 
-Where a grammar leaves no choice, drafts are what it forces. Elsewhere they come out of the text itself: what followed the
-last time that it went on as it does now (prompt lookup decoding). Saxena, Prompt Lookup Decoding,
+Where a grammar leaves no choice, drafts are what it forces. Elsewhere they come out of the text itself: what followed
+the last time that it went on as it does now (prompt lookup decoding). Saxena, Prompt Lookup Decoding,
 https://github.com/apoorvumang/prompt-lookup-decoding; transformers' ``PromptLookupCandidateGenerator`` drafts so too.
 """
 
