@@ -1,8 +1,9 @@
 """Property tests are neither in a hurry nor different from run to run; threads that wait leave the cores to others."""
 
 import functools
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ settings.load_profile("fixed")
 
 # llama.cpp's threads spin while they wait for each other, by default, on cores that the other processes of a test need.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+@pytest.fixture(autouse=True)
+def _same_level_of_the_log() -> Iterator[None]:
+    """Return the log to the level that it had before a test."""
+    root = logging.getLogger()
+    level, disabled = root.level, root.manager.disable
+    yield
+    root.setLevel(level)
+    logging.disable(disabled)
 
 
 @pytest.fixture(scope="session")

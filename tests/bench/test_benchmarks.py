@@ -21,7 +21,8 @@ UNFINISHED = 75
 
 def run(*command: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program, which must end with `code`."""
-    env = os.environ | {"PYTHON": sys.executable} | environment
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env = own | {"PYTHON": sys.executable} | environment
     finished = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert finished.returncode == code, finished.stderr[-3000:]
     return finished

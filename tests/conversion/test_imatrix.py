@@ -141,7 +141,7 @@ def test_below_3_bits_the_matrix_lowers_the_perplexity_of_texts_it_has_not_seen(
     known = [item for item in read_corpus() if item.emphasised]
     texts = [asked.format(item) for item in random.Random(0).sample(known, 300)]
     held_out, calibration = "\n".join(texts[:30]), "\n".join(texts[30:])
-    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=8))
+    write_imatrix(tmp_path / "m.gguf", collect_imatrix(demo, calibration, ctx_size=128, chunks=16))
     plain = quantize(demo, tmp_path / "plain.gguf", type="Q2_K", pure=True)
     guided = quantize(demo, tmp_path / "guided.gguf", type="Q2_K", pure=True, imatrix=tmp_path / "m.gguf")
     assert plain.bits_per_weight == guided.bits_per_weight < 3

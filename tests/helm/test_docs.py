@@ -16,7 +16,7 @@ from tests.support.documents import PAGES, ROOT, blocks, commands_of, unfenced
 PAGE = ROOT / "docs" / "deployment.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
-_DOTTED = re.compile(r"(?<![\w./-])([a-z][A-Za-z]+(?:\.[A-Za-z-]+)+)(?==|`|[ ,;)])")
+_DOTTED = re.compile(r"(?<![\w./-])(?<!-m )([a-z][A-Za-z]+(?:\.[A-Za-z-]+)+)(?==|`|[ ,;)])")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -21,7 +21,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"
 ARGUMENTS += ["--disable-component-update", "--disable-sync"]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def server(store: Path) -> Iterator[Server]:
     """Return the demo model, served with room for long answers; slowly while the store holds a file "slow"."""
     options = (*OPTIONS, "--ctx-size", "65536")
@@ -37,9 +37,9 @@ def slow_answers(store: Path) -> Iterator[None]:
     (store / "slow").unlink()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Return Chromium. It goes with the package: Playwright's event loop would be in the way of other tests."""
+    """Return Chromium. It goes with the module: Playwright's event loop would be in the way of other tests."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         reason = "the playground is tested in Chromium, which is not installed (apt-get install chromium)"
