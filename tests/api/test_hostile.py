@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,7 @@ from edge_phi3.api import body as body_module
 from edge_phi3.api.service import LONG, LONGEST
 from edge_phi3.llama.model import Model
 from edge_phi3.pipeline.chat_template import ChatTemplate
-from tests.api.conftest import CHAT, COMPLETIONS, PATIENCE, USER, Running, loader, ready
+from tests.api.conftest import CHAT, COMPLETIONS, GREEDY, PATIENCE, USER, Running, loader, ready
 from tests.support.cases import cases
 
 LLAMAS = "🦙" * (LONGEST // 4)
@@ -132,3 +134,19 @@ def test_a_template_without_end_costs_its_requests_alone(
             assert what in response.text
     assert api.client.get("/healthz").status_code == 200
     assert api.client.post("/tokenize", json={"text": "the"}).status_code == 200
+
+
+def test_a_clock_that_jumps_moves_no_limit(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, jumps = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: now() + jumps[-1])
+    with ready(loader(model_path), request_timeout=60, rate_limit="9/hour", header_timeout=5) as api:
+        body = {"prompt": "a", "stream": True, "generate_kwargs": GREEDY}
+        whole = [line for line in api.client.post("/chat", json=body).text.splitlines() if line]
+        for jump in (1e8, -1e8, 0.0):
+            with api.client.stream("POST", "/chat", json=body) as answer:
+                lines = answer.iter_lines()
+                begun = next(lines)
+                jumps.append(jump)
+                assert [begun, *filter(None, lines)][-1] == whole[-1]
+        left = answer.headers["x-ratelimit-remaining-requests"]
+        assert left == "5", "four of nine were taken, and no jump gave any back"
