@@ -159,8 +159,8 @@ def main() -> int:
                 wrong = [answer for answer in ended if not validator.is_valid(json.loads(answer))]
             except ValueError:
                 wrong = ended[:1]
-            except re.error:
-                counts["of which Python's `re` cannot judge"] += 1
+            except (re.error, OverflowError):
+                counts["of which Python cannot judge"] += 1
                 continue
             counts["with wrong answers"] += bool(wrong)
             counts["of which too few ended"] += len(ended) < 0.9 * len(answers)
