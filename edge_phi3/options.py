@@ -152,6 +152,7 @@ class Options(BaseModel):
     metrics_prefix: str = _server(
         "edge_phi3_",
         "Prefix of the names of Prometheus metrics; vllm: makes them fit vLLM's dashboards.",
+        metavar="PREFIX",
         pattern=r"^[a-zA-Z_:][a-zA-Z0-9_:]*$",
     )
 
@@ -262,6 +263,7 @@ def allowed_values(field: FieldInfo) -> str:
         return f"{kind} {_range(field)}"
     explained = {
         "auto|off|N": "auto, off, or a whole number from 1 to 64",
+        "PREFIX": "letters, digits, _ and :, of which the first is no digit",
         "N/UNIT": "a count and a unit such as 60/minute (second, minute, hour, day)",
     }
     return explained.get(metavar := metavar_of(field), metavar or "a text that is not empty")

@@ -104,8 +104,9 @@ class Settings(Options):
 
         A wrong `api_key_file` is a `SettingsError`.
         """
-        given = {digest_of(key.get_secret_value()): f"key-{number}" for number, key in enumerate(self.api_key, 1)}
-        return given | (_read_key_file(self.api_key_file) if self.api_key_file else {})
+        given = [digest_of(key.get_secret_value()) for key in self.api_key]
+        named = _read_key_file(self.api_key_file) if self.api_key_file else {}
+        return {digest: named.get(digest) or f"key-{digest.hex()[:6]}" for digest in [*given, *named]}
 
 
 def digest_of(key: str) -> bytes:
@@ -114,7 +115,7 @@ def digest_of(key: str) -> bytes:
 
 
 def _read_key_file(path: Path) -> dict[bytes, str]:
-    """Return the digest of each key in a file of lines ``KEY`` or ``NAME KEY``, and its name; "key-N" without one.
+    """Return the digest of each key in a file of lines ``KEY`` or ``NAME KEY``, and its name, empty without one.
 
     Several keys may have one name: one client, of which some computers have the new key and some the old one. No text
     of the file is in an error.
@@ -134,7 +135,7 @@ def _read_key_file(path: Path) -> dict[bytes, str]:
                 f"--api-key-file: line {number} of {path} is neither a key nor a name and a key; a name has at most 64"
                 " letters, digits and ._@-, and neither has a space in it."
             )
-        keys[digest_of(found[2])] = found[1] or f"key-{len(keys) + 1}"
+        keys[digest_of(found[2])] = found[1] or ""
     if not keys:
         raise SettingsError(f"--api-key-file: {path} holds no key; write one a line.")
     return keys

@@ -94,7 +94,9 @@ def _adapter(service: Service, wanted: str | list[str] | None) -> int:
     """Return the number of the adapter that a request names, or 0."""
     names = [wanted] if isinstance(wanted, str) else wanted or []
     _, *adapters = service.pipeline.names
-    if len(names) > 1 or not set(names) <= set(adapters):
+    if len(names) > 1:
+        raise InvalidRequestError("`adapters` may name one: llama.cpp computes a batch with one set of adapters.")
+    if not set(names) <= set(adapters):
         there = f"one of {', '.join(adapters)}" if adapters else "left out: none is served (--lora NAME=FILE)"
         raise InvalidRequestError(f"`adapters` must be {there}.")
     return adapters.index(names[0]) + 1 if names else 0

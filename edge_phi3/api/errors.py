@@ -141,6 +141,8 @@ def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respo
         detail = f"There is nothing at {path}{f', since {absent}' if absent else ''}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
         detail = f"{request.scope['state']['exchange'].scope['method']} is not a method of {path}."
+        (allowed,) = (error.headers or {"Allow": ""}).values()
+        error.headers = {"Allow": f"{allowed}, HEAD" if "GET" in allowed else allowed}  # which Exchanges turns into GET
     elif error.status_code == 413:
         detail = "The body is larger than this service takes (--max-body-size)."
     return _answer(request, RefusedError(error.status_code, detail, error.headers or {}))

@@ -15,7 +15,7 @@ import platformdirs
 from edge_phi3.catalog.build import STORE_VARIABLE, WORK_PREFIX, Build, CatalogError
 from edge_phi3.catalog.listing import CHECKPOINT_FILES, UnreachableError
 from edge_phi3.catalog.manifest import MANIFEST_NAME, Manifest, read_manifest
-from edge_phi3.catalog.reference import HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, parse_reference
+from edge_phi3.catalog.reference import DEMO, HubCheckpoint, HubGguf, LocalCheckpoint, LocalGguf, parse_reference
 from edge_phi3.conversion.quantization_types import quantization_type
 from edge_phi3.files import locked, sha256_of
 from edge_phi3.progress import ProgressReporter, SilentProgress
@@ -126,7 +126,7 @@ class Catalog:
     def called(self, name: str, quants: Sequence[str] = ()) -> list[StoredModel]:
         """Return the whole models of a name or source, of some types only if any are given; `CatalogError` if none."""
         types = [quantization_type(quant).name for quant in quants]
-        stored = self.stored()
+        name, stored = DEMO if name == "demo" else name, self.stored()
         found = [each for each in stored if name in {each.name, each.source} and (not types or each.quant in types)]
         if not found:
             kinds, known = " as ".join([name, *types[:1]]), ", ".join(sorted({each.name for each in stored}))

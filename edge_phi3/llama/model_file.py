@@ -60,6 +60,8 @@ def read_model_file(path: Path, *, planned: bool = False) -> GgufFile:
         raise ModelLoadError(f"The model {path} cannot be loaded: {error}.") from None
     values = header.values
     architecture, vocabulary = values.get("general.architecture"), values.get("tokenizer.ggml.model")
+    if values.get("general.type") == "adapter":
+        raise ModelLoadError(f"{path} is an adapter, not a whole model: serve it beside its model with --lora.")
     if architecture != "phi3":
         raise ModelLoadError(f"{path} is a model of architecture {architecture!r}; edge-phi3 serves 'phi3' only.")
     if not planned and vocabulary not in VOCABULARIES:

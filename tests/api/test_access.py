@@ -1,6 +1,7 @@
 """Who may ask, how often, from where and by which name; and what a page in a browser may do."""
 
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -34,6 +35,7 @@ def test_each_key_has_its_own_rate(model_path: Path) -> None:
         keys = ("one", "one", "two", "guess", "other", "again", "one")
         answers = [api.client.post("/chat", json=BODY, headers={"x-api-key": key}) for key in keys]
         assert [answer.status_code for answer in answers] == [200, 200, 200, 401, 401, 429, 429]
+        assert len(set(api.service.settings.keys.values())) == 2, "keys without names have each its own"
         assert 0 < int(answers[-1].headers["retry-after"]) <= 1800
         assert "--rate-limit" in answers[-1].json()["detail"]
         left = [[answer.headers[name] for name in RATE_HEADERS] for answer in answers]
@@ -94,7 +96,8 @@ def test_changed_keys_are_in_force_without_a_lost_request_and_no_key_shows_anywh
         file.unlink()
         assert status(new) == 200
         metrics = server.get("/metrics/prometheus").text
-        assert 'edge_phi3_key_requests_total{key="key-2",outcome="ok"} 1.0' in metrics
+        unnamed = f"key-{hashlib.sha256(other.encode()).hexdigest()[:6]}"
+        assert f'edge_phi3_key_requests_total{{key="{unnamed}",outcome="ok"}} 1.0' in metrics
         assert 'edge_phi3_key_requests_total{key="ada",outcome="invalid"} 2.0' in metrics
         assert re.search(r'edge_phi3_key_tokens_total{key="ada",kind="generation"} 3\d\d\d.0', metrics)
         assert not server.logged_errors() or "stay as they were" in server.logged_errors()[0]

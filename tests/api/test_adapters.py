@@ -74,8 +74,8 @@ def test_adapters_chooses_on_chat(api: Running) -> None:
         assert chat(api, 0, adapters=names) == str(GOLDEN[answering][0])
     for wrong in ("absent", ["mlp", "attention"], "phi-3-demo"):
         refused = api.chat(prompt=PROMPT, adapters=wrong)
-        assert refused.status_code == 400
-        assert refused.json()["detail"] == "`adapters` must be one of attention, mlp, faint."
+        sentence = "`adapters` may name one" if len(wrong) == 2 else "`adapters` must be one of attention, mlp, faint."
+        assert (refused.status_code, sentence in refused.text) == (400, True)
 
 
 def test_an_adapter_is_not_called_as_the_model(options: dict[str, object]) -> None:

@@ -85,6 +85,7 @@ def test_what_get_answers_head_answers_without_its_body(api: Running) -> None:
         assert path.startswith("/metrics") or headed.headers["content-length"] == asked.headers["content-length"]
     refused = api.client.head("/chat")
     assert (refused.status_code, refused.content) == (405, b"")
+    assert "HEAD" in api.client.post("/livez").headers["allow"]
 
 
 def gets(api: Running) -> list[str]:

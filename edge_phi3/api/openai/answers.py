@@ -70,7 +70,7 @@ class Answer:
         options = request.stream_options
         self._usage = bool(options and options.include_usage)
         self._usage_so_far = self._usage and bool(options and options.continuous_usage_stats)
-        self._generated = 0
+        self._arrived = self._generated = 0
         self._kept = request.n or 1 if translate.candidates_of(request) else None
         self._calls = use_of(request) is not None
         self._tells_tokens = request.logprobs is not None and request.logprobs is not False
@@ -206,8 +206,9 @@ class Answer:
             waiting += self.told(index, prepared.lead, None) if prepared.lead else b""
         async with self._service.stream(prepared, self._exchange.request_id, generated=self._count) as steps:
             async for items in steps:
-                events = waiting + b"".join(itertools.chain.from_iterable(map(events_of, items)))
-                waiting = b""
+                events = waiting + b"".join(itertools.chain.from_iterable(map(events_of, items[:-1])))
+                self._generated = self._arrived  # what came together is told together, with the last of it
+                events, waiting = events + b"".join(itertools.chain.from_iterable(map(events_of, items[-1:]))), b""
                 if events:
                     yield events
 
@@ -218,7 +219,7 @@ class Answer:
         return [text] if text else []
 
     def _count(self, tokens: int) -> None:
-        self._generated += tokens
+        self._arrived += tokens
 
 
 def text_of(parts: Sequence[Part]) -> str:
