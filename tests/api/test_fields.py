@@ -20,7 +20,7 @@ from edge_phi3.api.openai.responses import ResponsesRequest
 from edge_phi3.commands.loading import load_pipeline
 from edge_phi3.pipeline.chat_template import ChatTemplate
 from edge_phi3.settings import Settings
-from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, greedy, ready
+from tests.api.conftest import CHAT, COMPLETIONS, ENDLESS, GREEDY, PROMPT, USER, Running, greedy, loader, ready
 from tests.support.cases import cases
 
 DATA = Path(__file__).with_name("data")
@@ -65,6 +65,13 @@ def test_what_benchmarks_send_counts_every_token(api: Running, name: str) -> Non
     assert (counts[0], counts[-2]) == (0, 16)
     assert counts == sorted(counts)
     assert {each["total_tokens"] - each["completion_tokens"] for each in usage} == {usage[-1]["prompt_tokens"]}
+
+
+def test_tokens_that_are_sent_together_are_counted_with_the_last_of_them(model_path: Path) -> None:
+    with ready(loader(model_path), stream_interval=5) as api:
+        found = chunks(api.client.post(CHAT, json=recorded("05") | {"temperature": 0}))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in found]
+    assert (set(counts[:-3]), counts[-2:]) == ({0, 1}, [16, 16])
 
 
 def test_every_field_of_the_three_servers_is_in_the_table() -> None:
