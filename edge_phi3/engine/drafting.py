@@ -22,8 +22,9 @@ _MEMORY = 0.9
 """What is left of the weight of earlier drafts with each new one."""
 _FORCED = 1 << 30
 """The match of tokens that a grammar leaves no choice about, other than how to cut their text into tokens."""
-EXPECTED = ((_FORCED, 0.9), (8, 0.8), (4, 0.6), (0, 0.3))
-"""Of drafts behind a match of at least so many tokens, the share that is expected to hold, before any was tried."""
+EXPECTED = ((_FORCED, 0.6, 0.0), (8, 0.8, 0.8), (4, 0.6, 0.6), (0, 0.3, 0.3))
+"""Of drafts behind a match of at least so many tokens, the share that is expected to hold before any was tried, and the
+least that is expected in a new request: another text may repeat itself, but how a model cuts a text is its habit."""
 
 
 class PromptLookup:
@@ -97,7 +98,7 @@ class Drafting:
             forced = decoder.forced(row)[: max(0, most)]
             drafts.append((forced, _FORCED) if forced else lookup.draft(line, max(0, most)))
         matched = min(matched for _, matched in drafts)
-        self.kind = next(kind for kind, (least, _) in enumerate(EXPECTED) if matched >= least)
+        self.kind = next(kind for kind, (least, *_) in enumerate(EXPECTED) if matched >= least)
         length = min(len(tokens) for tokens, _ in drafts)
         return np.array([tokens[:length] for tokens, _ in drafts], np.int32).reshape(len(drafts), length)
 

@@ -36,9 +36,9 @@ class Speculation:
         self._tried: dict[int, int] = {}
         """The number of the last batch of each size."""
         self._batches = 0
-        self.expected = [share for _, share in EXPECTED]
-        """How likely tokens of drafts of each kind are to hold in a new request: no less than at first, so that each
-        request tries, and as much as they lately have in others."""
+        self.expected = [share for _, share, _ in EXPECTED]
+        """How likely tokens of drafts of each kind are to hold in a new request: as much as they lately have in others,
+        but no less than what makes each request try."""
 
     @classmethod
     def of(cls, setting: str, seconds: Mapping[int, float]) -> Self:
@@ -55,7 +55,7 @@ class Speculation:
     def judge(self, drafting: Drafting, drafted: int, held: int, rows: int) -> None:
         """Take note that `held` of `drafted` tokens of each row of a request were chosen."""
         drafting.judge(drafted, held, rows, self.expected)
-        known, least = self.expected[drafting.kind], EXPECTED[drafting.kind][1]
+        known, least = self.expected[drafting.kind], EXPECTED[drafting.kind][2]
         share = held / (held + (held < drafted))
         self.expected[drafting.kind] = max(known + _LEARNED * (share - known), least)
 
