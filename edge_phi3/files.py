@@ -26,6 +26,10 @@ class OutputExistsError(EdgePhi3Error):
     """The output path exists and overwriting was not requested."""
 
 
+class NotGgufError(EdgePhi3Error):
+    """A file does not begin as a GGUF does; the text is the sentence."""
+
+
 class DiskFullError(EdgePhi3Error):
     """A disk has no room for what is going to be written."""
 
@@ -112,6 +116,16 @@ def read_start(path: Path, size: int = 4) -> bytes:
     """Return the first bytes of a file; errors as `open_regular`."""
     with open_regular(path) as file:
         return file.read(size)
+
+
+def check_magic(path: Path, advice: str) -> None:
+    """Raise `NotGgufError` when a file cannot be read or, with `advice`, does not begin as a GGUF does."""
+    try:
+        magic = read_start(path)
+    except OSError as error:
+        raise NotGgufError(f"{path} cannot be read: {error.strerror}.") from error
+    if magic != b"GGUF":
+        raise NotGgufError(f"{path} is not a GGUF file (it begins with {magic!r}); {advice}")
 
 
 def read_bounded(path: Path, limit: int, *, regular: bool = True) -> bytes:

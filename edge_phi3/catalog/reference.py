@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import read_start, shown
+from edge_phi3.files import NotGgufError, check_magic, shown
 
 PRESETS = {
     "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
@@ -139,13 +139,9 @@ def _folder(path: Path) -> LocalCheckpoint:
 
 def _file(path: Path) -> LocalGguf:
     try:
-        magic = read_start(path)
-    except OSError as error:
-        raise ModelReferenceError(f"{path} cannot be read: {error.strerror}.") from error
-    if magic != b"GGUF":
-        raise ModelReferenceError(
-            f"{path} is not a GGUF file (it begins with {magic!r}); give a GGUF, or the folder of a checkpoint."
-        )
+        check_magic(path, "give a GGUF, or the folder of a checkpoint.")
+    except NotGgufError as error:
+        raise ModelReferenceError(str(error)) from error
     if (split := _SPLIT_FILE.search(path.name)) and split[1] != "00001":
         first = _SPLIT_FILE.sub(f"-00001-of-{split[2]}.gguf", path.name)
         raise ModelReferenceError(f"{path} is a later part of a split model; give its first part, {first}.")

@@ -21,7 +21,7 @@ from edge_phi3.conversion.quantization_types import (
     tensor_type_number,
 )
 from edge_phi3.errors import EdgePhi3Error
-from edge_phi3.files import atomic_output, read_start, require_space
+from edge_phi3.files import NotGgufError, atomic_output, check_magic, require_space
 from edge_phi3.gguf_file import split_files
 from edge_phi3.llama import QuantizerError
 from edge_phi3.llama.quantizer import Job, QuantizerProcess, TensorPlan
@@ -176,14 +176,9 @@ def predict_sizes(source: Path, types: Iterable[str], **options: Any) -> list[Si
 def _check_source(source: Path) -> None:
     """Refuse what does not begin as a GGUF does."""
     try:
-        magic = read_start(source)
-    except OSError as error:
-        raise QuantizeError(f"{source} cannot be read: {error.strerror}.") from error
-    if magic != b"GGUF":
-        raise QuantizeError(
-            f"{source} is not a GGUF file (it begins with {magic!r});"
-            " make one of a checkpoint with `edge-phi3 convert`."
-        )
+        check_magic(source, "make one of a checkpoint with `edge-phi3 convert`.")
+    except NotGgufError as error:
+        raise QuantizeError(str(error)) from error
 
 
 def make_job(
