@@ -141,7 +141,7 @@ def _answer_http(request: Request[Any, Any, Any], error: HTTPException) -> Respo
         detail = f"There is nothing at {path}{f', since {absent}' if absent else ''}; /docs shows what there is."
     elif isinstance(error, MethodNotAllowedException):
         detail = f"{request.scope['state']['exchange'].scope['method']} is not a method of {path}."
-        (allowed,) = (error.headers or {"Allow": ""}).values()
+        allowed = ", ".join(value for name, value in (error.headers or {}).items() if name.lower() == "allow")
         error.headers = {"Allow": f"{allowed}, HEAD" if "GET" in allowed else allowed}  # which Exchanges turns into GET
     elif error.status_code == 413:
         detail = "The body is larger than this service takes (--max-body-size)."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -83,9 +83,7 @@ class GrammarConstraint:
         vocabulary = self._vocabulary
         if self._allowance.seconds < 0:
             return np.zeros(len(vocabulary.texts), np.bool_)
-        began = time.thread_time()
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+        bits = np.frombuffer(self._charged(self._matcher.compute_bitmask), np.uint8)
         allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
         allowed[self._ends] = self._matcher.is_accepting()
         if self._room < vocabulary.most_digits:
@@ -108,8 +106,17 @@ class GrammarConstraint:
 
     def forced(self) -> list[int]:
         """Return the tokens of the text that comes next whatever is chosen, but the last, which may go on beyond it."""
+        if self._allowance.seconds < 0:
+            return []
         # Of a copy, which takes some microseconds: before a special token, asking for it ends the matcher.
-        return self._vocabulary.tokens_of(self._matcher.deep_copy().compute_ff_bytes())[:-1]
+        return self._vocabulary.tokens_of(self._charged(self._matcher.deep_copy().compute_ff_bytes))[:-1]
+
+    def _charged(self, compute: Callable[[], bytes]) -> bytes:
+        """Return what llguidance computes; the processor time that it takes is the request's."""
+        began = time.thread_time()
+        found = compute()
+        self._allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+        return found
 
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""

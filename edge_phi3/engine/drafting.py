@@ -86,8 +86,11 @@ class Drafting:
 
     def share(self, expected: Sequence[float]) -> float:
         """Return how likely a token of the last draft is to hold, if those before it do; `expected` before any did."""
-        held, broken = self._records.get(self.kind, (expected[self.kind], 1 - expected[self.kind]))
+        held, broken = self._record(expected)
         return held / (held + broken)
+
+    def _record(self, expected: Sequence[float]) -> tuple[float, float]:
+        return self._records.get(self.kind, (expected[self.kind], 1 - expected[self.kind]))
 
     def draft(self, decoder: Decoder, most: int) -> NDArray[np.int32]:
         """Return what may follow in each row, shape ``(rows, tokens)``: as many tokens as all of them have."""
@@ -106,5 +109,5 @@ class Drafting:
         """Take note that `held` of `drafted` tokens of each of so many rows were chosen."""
         self.drafted += drafted * rows
         self.held += held * rows
-        before, broken = self._records.get(self.kind, (expected[self.kind], 1 - expected[self.kind]))
+        before, broken = self._record(expected)
         self._records[self.kind] = before * _MEMORY + held, broken * _MEMORY + (held < drafted)

@@ -208,6 +208,11 @@ def test_who_has_used_up_the_time_may_write_nothing(vocabulary: Vocabulary, monk
     constraint = vocabulary.start({"type": "array"})
     assert constraint.clone().allowed().any()
     assert not constraint.allowed().any()
+    held = vocabulary.start({"const": "abcdefghijkl"})
+    for token in vocabulary.tokenizer.encode('"abc', parse_special=False).tolist():
+        held.accept(token)
+    assert held.forced(), "to ask what comes next is charged too"
+    assert held.forced() == []
 
 
 HARD = {"type": "string", "pattern": "^(.{0,200}a.{0,200}){9,200}$"}
