@@ -53,7 +53,7 @@ class _Allowance:
 
 @dataclass(slots=True, eq=False)
 class GrammarConstraint:
-    """Holds a sequence to a grammar; a `edge_phi3.generation.sampling.TokenConstraint`.
+    """Holds a sequence to a grammar; a `edge_phi3.generation.constrained.TokenConstraint`.
 
     Special tokens come only where a grammar names them. End tokens come exactly when the text is whole. Where
     llguidance fails, for example at its limits, no token may come, nor where the allowance is used up: so long would

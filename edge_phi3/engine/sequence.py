@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from edge_phi3.engine.drafting import Drafting
 from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.constrained import TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationResult, TokenLogprobs, token_logprobs
 from edge_phi3.generation.logits import Scores
-from edge_phi3.generation.sampling import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from edge_phi3.generation.beam import BeamDecoder
 from edge_phi3.generation.config import GenerationConfig, ModelDefaults
+from edge_phi3.generation.constrained import ConstrainedBeamDecoder, ConstrainedDecoder, TokenConstraint
 from edge_phi3.generation.decoding import Decoder, GenerationError, GenerationResult, advance
 from edge_phi3.generation.parameters import API_DEFAULTS
-from edge_phi3.generation.sampling import ConstrainedDecoder, SequenceDecoder, TokenConstraint
+from edge_phi3.generation.sampling import SequenceDecoder
 from edge_phi3.generation.stopping import Stopping, StopTexts
 from edge_phi3.generation.values import ParameterError
 
@@ -47,7 +48,7 @@ def make_decoder(
         prompt: token ids of the prompt, shape (n,), at least one.
         vocabulary: what `StopStrings` takes; needed for ``stop_strings`` only.
         stop_texts: what else ends a sequence by its text, or None.
-        constraint: what the sequences are held to; copied. Not for beam searches, as `top_logprobs`.
+        constraint: what the sequences are held to; copied.
         clock: seconds that only grow; ``max_time`` counts from this call.
 
     Raises:
@@ -59,8 +60,10 @@ def make_decoder(
     stopping = Stopping(config, len(prompt), vocabulary, clock, stop_texts)
     tokens = np.asarray(prompt, dtype=np.int32)
     if config.is_beam_search:
-        if constraint is not None or config.top_logprobs is not None:
-            raise ValueError("Beam searches return no log-probabilities of the model, and take no constraint.")
+        if config.top_logprobs is not None:
+            raise ValueError("Beam searches return no log-probabilities of the model.")
+        if constraint is not None:
+            return ConstrainedBeamDecoder(config, tokens, stopping, constraint)
         return BeamDecoder(config, tokens, stopping)
     if constraint is not None:
         return ConstrainedDecoder(config, tokens, stopping, constraint)

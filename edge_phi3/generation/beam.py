@@ -172,7 +172,7 @@ class BeamDecoder(Decoder):
             if picks is None or not self._continue(picks, group, parents, tokens, recorded):
                 return self.fail(GenerationError(NO_CHOICE))
         self._scores = recorded
-        self.history.extend(parents, tokens)
+        self._go_on(parents, tokens)
         if all(self._done) or self._is_stopped():
             self._finish()
             return Step()
@@ -189,6 +189,15 @@ class BeamDecoder(Decoder):
         """Return the newest token of each beam of `row_tokens`."""
         return [self.history.last[beam] for beam in self._live.tolist()]
 
+    def _go_on(self, parents: Rows, tokens: NDArray[np.int32]) -> None:
+        """Continue the beams: each goes on from its parent with its token."""
+        self.history.extend(parents, tokens)
+
+    def _process(self, own: slice, scores: Scores) -> None:
+        """Run the logits processors over the rows of a group, in place."""
+        for processor in self.processors:
+            processor(self.history.tokens[own], scores)
+
     def _pick(self, scores: Scores, own: slice, tokens: NDArray[np.int32]) -> Picks | None:
         """Return the best continuations of one group, or None when the scores allow no choice.
 
@@ -197,8 +206,7 @@ class BeamDecoder(Decoder):
         """
         if self._diversity is not None:
             self._diversity.chosen = tokens[: own.start]
-        for processor in self.processors:
-            processor(self.history.tokens[own], scores)
+        self._process(own, scores)
         offsets = self._beam_scores[own]
         if self._generator is not None:
             return self._sampled(warp(scores, [self._warping] * len(scores)), offsets, self._generator)

@@ -1,9 +1,8 @@
-"""Greedy decoding and multinomial sampling: sequences that go on one token at a time, some held to a language."""
+"""Greedy decoding and multinomial sampling: sequences that go on one token at a time."""
 
 import secrets
 from collections.abc import Sequence
 from functools import cache, partial
-from typing import Final, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,34 +26,6 @@ from edge_phi3.generation.drawing import Draws, draw, uniforms
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
-
-_NOT_PERMITTED: Final = (
-    "The answer's format leaves no token to go on with: every token that it allows is banned (see `logit_bias`,"
-    " `suppress_tokens`, `bad_words_ids`, `min_new_tokens`), it takes too long to follow, or the scores hold NaN or"
-    " infinity."
-)
-
-
-class TokenConstraint(Protocol):
-    """Which tokens may come next in one sequence."""
-
-    def prepare(self) -> None:
-        """Find out which tokens may come next, when there is time for it."""
-
-    def permits(self, token: int) -> bool:
-        """Return whether a token may come next; an end token may when what there is is whole."""
-
-    def mask(self, scores: NDArray[np.float32]) -> None:
-        """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
-
-    def forced(self) -> list[int]:
-        """Return tokens that are likely to come next, since no other text may."""
-
-    def accept(self, token: int) -> None:
-        """Go on with a token that may come next and is no end token."""
-
-    def clone(self) -> Self:
-        """Return a copy that goes its own way."""
 
 
 class SequenceDecoder(Decoder):
@@ -128,48 +99,6 @@ class SequenceDecoder(Decoder):
     def forced(self, row: int) -> list[int]:  # noqa: ARG002 - what a constraint says of it
         """Return tokens that are likely to come next in a live sequence, since no other text may."""
         return []
-
-
-class ConstrainedDecoder(SequenceDecoder):
-    """Greedy decoding or sampling of sequences that a constraint holds."""
-
-    def __init__(
-        self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, constraint: TokenConstraint
-    ) -> None:
-        super().__init__(config, prompt, stopping)
-        self.processes = True
-        self._constraints = [constraint.clone()]
-        self._best_only = not config.do_sample and not config.records_scores
-
-    def prepare(self) -> None:
-        """Find out what the constraints permit next, before the scores are there."""
-        if not self._best_only:
-            for constraint in self._constraints:
-                constraint.prepare()
-
-    def forced(self, row: int) -> list[int]:
-        """Return what the constraint of a row leaves no choice about."""
-        return self._constraints[row].forced()
-
-    def process(self, scores: Scores) -> None:
-        """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""
-        super().process(scores)
-        for constraint, row in zip(self._constraints, scores, strict=True):
-            # Where only the best token is read and it is permitted, there is nothing to do.
-            if not self._best_only or not constraint.permits(int(row.argmax())):
-                constraint.mask(row)
-                if not row.max() > -np.inf:
-                    raise GenerationError(_NOT_PERMITTED)
-
-    def accept_all(self, tokens: list[int]) -> Step:
-        """Continue all live sequences, and their constraints, with a token for each."""
-        before = self._constraints
-        step = super().accept_all(tokens)
-        shared = len(set(step.parents)) < len(step.parents)
-        self._constraints = [before[parent].clone() if shared else before[parent] for parent in step.parents]
-        for constraint, token in zip(self._constraints, step.tokens, strict=True):
-            constraint.accept(token)
-        return step
 
 
 def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[Turn]:

@@ -328,7 +328,7 @@ class TextGenerationPipeline:
         return ConstraintVocabulary(self._tokenizer, self.schema_limits)
 
     def constrain(self, prepared: PreparedPrompt, grammar: Grammar) -> PreparedPrompt:
-        """Hold a prepared request, no beam search, to a grammar; `SchemaError` when that cannot be, or ends nowhere."""
+        """Hold a prepared request to a grammar; `SchemaError` when that cannot be, or ends nowhere."""
         constraint = self._constraints.constrain(grammar, prepared.config.eos_token_id)
         return dataclasses.replace(prepared, constraint=constraint)
 

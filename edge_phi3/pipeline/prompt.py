@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from edge_phi3.engine.tokenizer import DecodedPrompt
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.generation.config import GenerationConfig
+from edge_phi3.generation.constrained import TokenConstraint
 from edge_phi3.generation.parameters import API_DEFAULTS
-from edge_phi3.generation.sampling import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 
 

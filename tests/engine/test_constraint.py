@@ -235,6 +235,7 @@ def test_where_llguidance_gives_up_nothing_may_come(vocabulary: Vocabulary) -> N
 PROMPT = np.arange(300, 320, dtype=np.int32)
 ANSWER = tables(__file__)["ANSWER"]
 OPTIONS: list[dict[str, Any]] = tables(__file__)["OPTIONS"]
+BEAMS: list[dict[str, Any]] = tables(__file__)["BEAMS"]
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +294,7 @@ class Constrained(Asked):
         self.running = engine.submit(self.request, self.events.put)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS + BEAMS)
 def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[str, Any]) -> None:
     event = Constrained(engine, **options).finished()
     assert set(event.result.finish_reasons) == {"stop"}
@@ -310,10 +311,11 @@ def alive() -> int:
 
 def test_constraints_are_freed_when_requests_end_fail_or_are_given_up(engine: Engine) -> None:
     before = alive()
-    for options in ({"do_sample": False}, {"seed": 1, "num_return_sequences": 4}):
+    greedy: dict[str, Any] = {"do_sample": False}
+    for options in (greedy, {"seed": 1, "num_return_sequences": 4}, *BEAMS):
         Constrained(engine, **options).finished()
     banned = list(range(engine.model.model.vocab_size))
-    for options in ({"do_sample": False}, {"seed": 1}, {"seed": 1, "num_return_sequences": 2}):
+    for options in (greedy, {"seed": 1}, {"seed": 1, "num_return_sequences": 2}, BEAMS[0]):
         with pytest.raises(GenerationError, match="format leaves no token"):
             Constrained(engine, suppress_tokens=banned, **options).finished()
     with pytest.raises(GenerationError, match="takes too long to follow"):

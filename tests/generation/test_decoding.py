@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -91,9 +92,8 @@ def test_what_cannot_start_is_refused() -> None:
         advance([decoder(PROMPT)], np.zeros((2, VOCABULARY), dtype=np.float32))
     with pytest.raises(ValueError, match="vocabulary"):
         decoder(PROMPT, stop_strings="a")
-    for option in ({"top_logprobs": 1}, {"constraint": object()}):
-        with pytest.raises(ValueError, match="Beam searches"):
-            decoder(PROMPT, num_beams=2, **option)
+    with pytest.raises(ValueError, match="Beam searches"):
+        decoder(PROMPT, num_beams=2, top_logprobs=1)
 
 
 # -- beams, beyond the recorded requests
@@ -140,6 +140,53 @@ def test_scores_are_those_of_a_beams_own_tokens(groups: int) -> None:
     for less in itertools.product([False, True], repeat=2):
         options |= dict(zip(("return_dict_in_generate", "output_scores"), less, strict=True))
         assert (answer(table_model(3), PROMPT, **options).scores is not None) == all(less), "both options are on"
+
+
+class Among:
+    """A constraint: the tokens of one of these texts, then an end token."""
+
+    def __init__(self, texts: Iterable[Prefix], before: Prefix = ()) -> None:
+        self.texts, self.before = [*texts], before
+
+    def prepare(self) -> None:
+        pass
+
+    def permits(self, token: int) -> bool:
+        after = (*self.before, token)
+        return self.before in self.texts if token == END else any(text[: len(after)] == after for text in self.texts)
+
+    def mask(self, scores: NDArray[np.float32]) -> None:
+        scores[[token for token in range(len(scores)) if not self.permits(token)]] = -np.inf
+
+    def forced(self) -> list[int]:
+        return []
+
+    def accept(self, token: int) -> None:
+        assert self.permits(token)
+        self.before = (*self.before, token)
+
+    def clone(self) -> "Among":
+        return Among(self.texts, self.before)
+
+
+@pytest.mark.parametrize(
+    "form", [{"do_sample": False}, {"top_k": 0, "seed": 5}, {"num_beam_groups": 2, "diversity_penalty": 0.5}]
+)
+def test_beams_that_are_held_to_some_texts_end_in_the_best_of_them(form: dict[str, Any]) -> None:
+    model, texts = table_model(2), [(9, 9), (9, 8, 7), (9, 8, 7, 6, 5), (9, 9, 9, 9), (40,), (41, 42, 43, 44, 45, 46)]
+    options = {"do_sample": "seed" in form, "num_beams": 24, "num_return_sequences": 3, "max_new_tokens": 20} | form
+    result = answer(model, PROMPT, constraint=Among(texts), **options)
+    scores = {text: log_probability(model, (*PROMPT, *text, END)) / (len(text) + 1) for text in texts}
+    found = [tuple(tokens[len(PROMPT) : -1].tolist()) for tokens in result.sequences]
+    assert set(found) <= set(texts)
+    assert set(result.finish_reasons) == {"stop"}
+    if form == {"do_sample": False}:
+        assert found == sorted(texts, key=lambda text: -scores[text])[:3]
+        assert result.sequences_scores == pytest.approx([scores[text] for text in found], rel=1e-4)
+    for banned, kind in (([9, 40, 41], GenerationError), ([9, 40], type(None))):
+        each = decoder(PROMPT, constraint=Among(texts), suppress_tokens=banned, **options)
+        run(model, (each, PROMPT))
+        assert type(each.error) is kind
 
 
 # -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen

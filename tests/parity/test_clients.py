@@ -1,8 +1,9 @@
-"""LangChain, LiteLLM, `llm`, Instructor, pydantic-ai and the Agents SDK ask a service, each as its users do.
+"""pydantic-ai, the Agents SDK, LangChain, LiteLLM, `llm` and Instructor ask a service, each as its users do.
 
+The first two are always there; the others are asked with the marker "parity".
 lm-evaluation-harness, of TORCH_PYTHON, finds the log-likelihoods on it that its own Hugging Face backend finds.
 
-pip install langchain-openai litellm llm instructor 'pydantic-ai-slim[openai]' openai-agents    # into one of their own
+pip install langchain-openai litellm llm instructor    # into one of their own
 CLIENTS_PYTHON=~/clients/bin/python pytest -m parity tests/parity/test_clients.py
 """
 
@@ -10,6 +11,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,6 @@ from tests.parity.conftest import Peers
 from tests.support.cases import cases, tables
 from tests.support.service_requests import WORDS
 from tests.support.services import Server, serving
-
-pytestmark = pytest.mark.parity
 
 QUESTION = "What does json.dumps do?"
 PAIR = """
@@ -45,11 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield it
 
 
-def printed(server: Server, program: str, folder: Path) -> str:
+def printed(server: Server, python: str, program: str, folder: Path) -> str:
     """Return the last line that a client's program prints."""
-    python = os.environ.get("CLIENTS_PYTHON")
-    if python is None:
-        pytest.skip("name an interpreter that has langchain-openai, litellm and others in CLIENTS_PYTHON")
     head = f"import json\nurl, question = {server.url + '/v1'!r}, {QUESTION!r}\n"
     environment = os.environ | {"LLM_USER_PATH": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     environment.pop("PYTHONPATH", None)
@@ -58,16 +55,34 @@ def printed(server: Server, program: str, folder: Path) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@cases
-def test_a_client_gets_a_call(server: Server, name: str, program: str, tmp_path: Path) -> None:
-    arguments = json.loads(printed(server, PAIR + program, tmp_path))
+def other_clients() -> str:
+    """Return the interpreter that has the other clients; a test that wants it is skipped where there is none."""
+    python = os.environ.get("CLIENTS_PYTHON")
+    if python is None:
+        pytest.skip("name an interpreter that has langchain-openai, litellm and others in CLIENTS_PYTHON")
+    return python
+
+
+def assert_is_pair(arguments: dict[str, int]) -> None:
     assert arguments["left"] in {1, 2, 3}
     assert arguments["right"] in {4, 5}
 
 
 @cases
+def test_an_agent_gets_a_call(server: Server, name: str, program: str, tmp_path: Path) -> None:
+    assert_is_pair(json.loads(printed(server, sys.executable, PAIR + program, tmp_path)))
+
+
+@pytest.mark.parity
+@cases
+def test_a_client_gets_a_call(server: Server, name: str, program: str, tmp_path: Path) -> None:
+    assert_is_pair(json.loads(printed(server, other_clients(), PAIR + program, tmp_path)))
+
+
+@pytest.mark.parity
+@cases
 def test_a_client_gets_the_answer_of_chat(server: Server, name: str, program: str, tmp_path: Path) -> None:
-    found = json.loads(printed(server, program, tmp_path))
+    found = json.loads(printed(server, other_clients(), program, tmp_path))
     kwargs = {"do_sample": False, "max_new_tokens": 8}
     messages = [{"role": "user", "content": QUESTION}]
     text = server.post("/chat", messages=messages, generate_kwargs=kwargs).json()["Result"]
@@ -109,6 +124,7 @@ def evaluate(peers: Peers, folder: Path, name: str, backend: str, **options: Any
     return [(float(logprob), greedy in {True, "True"}) for line in lines for ((logprob, greedy),) in line["resps"]]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", ["demo", "128k"])
 def test_loglikelihoods_are_those_of_its_own_backend(kind: str, peers: Peers, tmp_path: Path) -> None:
     """On texts that end before and behind the window, or the original context, with F32 weights on both sides.

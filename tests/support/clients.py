@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from edge_phi3.engine.errors import DeadlineExceededError, EngineStoppedError, Q
 from edge_phi3.engine.sequence import Event, FinishedEvent, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.errors import InternalError
 from edge_phi3.generation import GenerationError, GenerationResult
-from edge_phi3.generation.sampling import TokenConstraint
+from edge_phi3.generation.constrained import TokenConstraint
 from edge_phi3.generation.stopping import StopTexts
 from edge_phi3.llama import DecodeFailedError
 from tests.support.cores import Foreseen
@@ -173,10 +174,13 @@ class Client:
             self.fired = True
         final, config = self.final, self.config
         for time, event in self.events:
-            late = self.ask.timeout is not None and time > self.submitted + self.ask.timeout
-            # What was whole in time is sent in the next step.
-            late = late and not (isinstance(final, FinishedEvent) and final.timing.total <= (self.ask.timeout or 0))
-            assert not late or not isinstance(event, TokensEvent | FinishedEvent), f"{name} is answered too late"
+            late = time - self.submitted - (self.ask.timeout or math.inf)
+            # What was whole, or had failed, in time is sent in the next step.
+            if isinstance(final, FinishedEvent):
+                late = final.timing.total - (self.ask.timeout or math.inf)
+            elif isinstance(final, InternalError | GenerationError):
+                late -= 1
+            assert late <= 0 or not isinstance(event, TokensEvent | FinishedEvent), f"{name} is answered too late"
         pairs = [pair for _, event in self.events if isinstance(event, TokensEvent) for pair in event.tokens]
         assert not pairs or (self.ask.stream and not config.is_beam_search), f"{name} did not want to be told tokens"
         if not isinstance(final, FinishedEvent):

@@ -144,7 +144,7 @@ class _Maker:
         kwargs = self._kwargs(mode, len(prompt), extended=after is not None)
         beams = "num_beams" in kwargs
         several = not beams and kwargs.get("num_return_sequences", 1) > 1
-        fault = self.maybe(0.2 if several else 0.06, lambda: chance.choice(FAULTS[: 2 if beams else 3]))
+        fault = self.maybe(0.2 if several else 0.06, lambda: chance.choice(FAULTS))
         return Ask(
             prompt,
             kwargs,
@@ -153,8 +153,8 @@ class _Maker:
             stream=self.often(0.7),
             timeout=self.maybe(0.08, lambda: float(self.between(1, 40))),
             leaves=self.maybe(0.1, lambda: self.between(0, 20)),
-            constrained=fault == "masking" or (not beams and self.often(0.03)),
-            schema=self.maybe(0.06, lambda: self.between(0, len(GRAMMARS) - 1)) if not beams and not fault else None,
+            constrained=fault == "masking" or self.often(0.03),
+            schema=self.maybe(0.06, lambda: self.between(0, len(GRAMMARS) - 1)) if not fault else None,
             logprobs=self.maybe(0.08, lambda: self.between(0, 3)) if not beams else None,
             scored=self.maybe(0.1, lambda: self.between(0, 3)),
             stops=self.maybe(0.08, lambda: (chance.choice("abcdefgh"), "ij")) or (),

@@ -215,8 +215,11 @@ class AskMaker:
         if self._chance.random() < 0.3:
             body |= self._chance.choice(_ENDS)
             body["messages"] += [{"role": "assistant", "content": ""}] * (body.get("add_generation_prompt") is None)
-        length = prompt + 10 + new if prompt < 64 else 1 << 20
-        return self._judged(f"v1/chat{', stream' * body['stream']}", CHAT_COMPLETIONS, body, body["n"], length)
+        length, rows = prompt + 10 + new if prompt < 64 else 1 << 20, body["n"]
+        if "logprobs" not in body and self._chance.random() < 0.2:
+            rows = max(rows, 2)
+            body["generate_kwargs"] = {"num_beams": rows, "do_sample": self._chance.random() < 0.3}
+        return self._judged(f"v1/chat{', stream' * body['stream']}", CHAT_COMPLETIONS, body, rows, length)
 
     def _completion(self) -> Ask:
         chance = self._chance

@@ -63,8 +63,6 @@ def held(service: Service, prepared: PreparedPrompt, request: SamplingFields, us
     elif not wanted:
         return prepared
     subject = "tools" if use else wanted[0][0]
-    if prepared.config.is_beam_search:
-        raise InvalidRequestError(f"`{subject.partition('.')[0]}` is not supported with `num_beams` above 1.")
     try:
         service.pipeline.schema_limits.check(*(value for _, _, value in parts))
         answers = [_KINDS[kind](value) for _, kind, value in wanted]
