@@ -22,14 +22,9 @@ from edge_phi3.engine.grammars import Grammar
 from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits, adapted
 from edge_phi3.engine.tokenizer import Tokenizer
 
-_LIMITS: Final = LLParserLimits(
-    max_grammar_size=100_000,
-    initial_lexer_fuel=200_000,
-    step_lexer_fuel=50_000,
-    step_max_items=4_000,
-    precompute_large_lexemes=False,
-    verbose_errors=False,
-)
+_SYMBOLS_OF_SCHEMAS, _SYMBOLS_OF_RULES = 8, 32
+"""The characters of `SchemaLimits.size` for each symbol of a grammar: rules that somebody wrote may all be optional, which
+takes time that grows with the square of their number."""
 _MOST_SECONDS: Final = 1.0
 """Of processor time, for all masks of a request beyond `_SECONDS_OF_MASK` each, which is more than most take."""
 _SECONDS_OF_MASK: Final = 0.001
@@ -200,7 +195,16 @@ class ConstraintVocabulary:
         for name, rule in grammar.named.items():
             kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
             rules.append({"name": name, kind: value})
-        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=_LIMITS)
+        written = not grammar.named or any(isinstance(rule, str) for rule in grammar.named.values())
+        limits = LLParserLimits(
+            max_grammar_size=self._limits.size // (_SYMBOLS_OF_RULES if written else _SYMBOLS_OF_SCHEMAS),
+            initial_lexer_fuel=200_000,
+            step_lexer_fuel=50_000,
+            step_max_items=4_000,
+            precompute_large_lexemes=False,
+            verbose_errors=False,
+        )
+        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=limits)
         constraint = GrammarConstraint(matcher, self, inside, grammar.json_from)
         space = b" " if grammar.named else None
         if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):
@@ -215,4 +219,6 @@ def _sentence(reason: str) -> str:
             "`oneOf` is supported where types, texts, or a required property with a `const`, tell its schemas apart;"
             " use `anyOf`"
         )
+    if "grammar size (number of symbols)" in reason:
+        return "it has too many rules (--max-schema-size)"
     return " ".join(reason.split())[:300] or "no text follows it"

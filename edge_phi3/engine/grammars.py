@@ -59,7 +59,7 @@ def regex_grammar(pattern: str) -> Grammar:
 
 def choice_grammar(choices: Sequence[str]) -> Grammar:
     """Return the given texts, one or more."""
-    return Grammar(f"{_OPTIONS}start: {' | '.join(_text(choice) for choice in choices)}")
+    return Grammar(f"{_OPTIONS}start: TEXT\nTEXT: {' | '.join(_text(choice) for choice in choices)}")
 
 
 def written_grammar(text: str) -> Grammar:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.engine.grammars import Grammar, calls_grammar, json_grammar, regex_grammar
+from edge_phi3.engine.grammars import Grammar, calls_grammar, json_grammar, regex_grammar, written_grammar
 from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -198,8 +198,10 @@ def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
     assert adapted(bomb)["$defs"]["a"]["anyOf"] == [lists]
     assert vocabulary.reads(bomb, b"[[],[[]]]")
     different = [lists | {"maxItems": 1000 + at} for at in range(200)]
-    with pytest.raises(SchemaError, match="Too many items"):
+    with pytest.raises(SchemaError, match="too many rules"):
         vocabulary.start({"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": different}}})
+    with pytest.raises(SchemaError, match="too many rules"):
+        vocabulary.start(written_grammar(f'start: {"(a|b)* " * 3000}\na: "a"\nb: "b"'))
 
 
 def test_who_has_used_up_the_time_may_write_nothing(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
