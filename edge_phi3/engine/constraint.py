@@ -23,7 +23,7 @@ from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits, adapted
 from edge_phi3.engine.tokenizer import Tokenizer
 
 _SYMBOLS_OF_SCHEMAS, _SYMBOLS_OF_RULES = 8, 32
-"""The characters of `SchemaLimits.size` for each symbol of a grammar: rules that somebody wrote may all be optional, which
+"""Characters of `SchemaLimits.size` for each symbol of a grammar. Rules that somebody wrote may all be optional, which
 takes time that grows with the square of their number."""
 _MOST_SECONDS: Final = 1.0
 """Of processor time, for all masks of a request beyond `_SECONDS_OF_MASK` each, which is more than most take."""
