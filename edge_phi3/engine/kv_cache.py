@@ -222,9 +222,10 @@ class KVCache:
     def _restore(self, sequence: Sequence, tokens: Tokens, blocks: list[Block]) -> None:
         """Let a sequence go on with blocks of the host cache up to `tokens`; without them if they do not fit."""
         seq_id, computed = sequence.seq_id, sequence.computed
-        start, end = blocks[0].start, blocks[-1].end
-        self.make_room(max(block.end for block in blocks) - start)
-        if max(block.end for block in blocks) - start > self.free:
+        most, end = max(block.end for block in blocks), blocks[-1].end
+        self.make_room(most - blocks[0].begin)
+        start = blocks[0].start  # lower than before, where a sequence that left had what it lacked
+        if most - start > self.free:
             return
         reached = computed
         for block in blocks:
