@@ -56,7 +56,7 @@ class StillContext:
 
     def __init__(self, rows: int, vocabulary: int) -> None:
         self.cells, self.batch_size = rows * 1024, 512
-        self.sequences = self.scratch = rows
+        self.sequences = self.scratch = self.scored = rows
         self.offloaded, self.saves = True, False
         self.tokens, self.positions, self.seq_ids = (np.zeros(self.batch_size, np.int32) for _ in range(3))
         self.wants_logits = np.zeros(self.batch_size, np.int8)
