@@ -242,6 +242,8 @@ class Model:
         adapter = llama_cpp.llama_adapter_lora_init(self._handle, os.fsencode(path))
         if not adapter:
             raise ModelLoadError(f"{path} is not a LoRA adapter (GGUF) for {self.path.name}.")
+        if llama_cpp.llama_adapter_get_alora_n_invocation_tokens(adapter):
+            raise ModelLoadError(f"{path} is an activated LoRA, which begins in the middle of a prompt: not served.")
         self._adapters.append(_Adapter(adapter, scale, number))
 
     def close(self) -> None:

@@ -96,3 +96,11 @@ def test_an_adapter_that_would_end_the_process_is_refused(tmp_path: Path) -> Non
     refused = pytest.raises(ModelLoadError, match=r"which tied\.gguf shares with its output")
     with refused, running_engine(tied, lora=[Lora(embedding)]):
         pass
+
+
+def test_an_activated_adapter_is_refused(demo: Path, tmp_path: Path) -> None:
+    """It would change what stands before its invocation too, as if it were any other."""
+    factors = {"blk.0.ffn_down.weight": (np.ones((2, 768), np.float32), np.ones((256, 2), np.float32))}
+    activated = write_adapter(tmp_path / "a.gguf", factors, invocation=[5, 6])
+    with pytest.raises(ModelLoadError, match="is an activated LoRA"), running_engine(demo, lora=[Lora(activated)]):
+        pass

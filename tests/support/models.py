@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +108,15 @@ def split(source: Path, folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.gguf"))
 
 
-def write_adapter(path: Path, factors: Mapping[str, Factors]) -> Path:
-    """Write an adapter that adds ``B A`` to each of some matrices of a model."""
+def write_adapter(path: Path, factors: Mapping[str, Factors], invocation: Sequence[int] = ()) -> Path:
+    """Write an adapter that adds ``B A`` to each of some matrices of a model; behind `invocation`, if that is given."""
     writer = gguf.GGUFWriter(path, "phi3")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(RANK))
+    if invocation:
+        kinds = gguf.GGUFValueType
+        writer.add_key_value("adapter.alora.invocation_tokens", [*invocation], kinds.ARRAY, sub_type=kinds.UINT32)
     for name, (down, up) in factors.items():
         writer.add_tensor(f"{name}.lora_a", down)
         writer.add_tensor(f"{name}.lora_b", up)
