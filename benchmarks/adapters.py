@@ -6,10 +6,10 @@ A switch is measured in processor time of the calling thread, on a model of 32 n
 step after a switch takes more than the next one. The clients' model is of Phi-3-mini's widths with 4 of its layers.
 """
 
+import argparse
 import functools
 import queue
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -79,10 +79,13 @@ def clients(engine: Engine, adapters: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, nargs="?", help="a GGUF file to measure instead")
+    given: Path | None = parser.parse_args().model
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         print(f"a switch takes {switch(folder) * 1000:.1f} ms")
-        model = Path(sys.argv[1]) if len(sys.argv) > 1 else model_path("wide")
+        model = given or model_path("wide")
         lora = tuple(Lora(random_adapter(folder / str(i), model, i), 0.01, str(i)) for i in (1, 2, 3))
         engine = Engine(EngineSettings(model, lora=lora))
         engine.load()
