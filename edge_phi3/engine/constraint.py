@@ -36,6 +36,8 @@ _MOST_DIGITS_OF_EXPONENT: Final = 2
 _ANY_NUMBER: Final = 1 << 30
 _LONGEST_BEGINNING: Final = 32
 """Bytes of what JSON begins behind, at least."""
+_LONGEST_AHEAD: Final = 512
+"""Bytes that are looked at of what a grammar forces."""
 _QUOTE, _BACKSLASH = b'"\\'
 
 
@@ -57,11 +59,14 @@ class GrammarConstraint:
     """
 
     _matcher: LLMatcher
+    _asked: LLMatcher
+    """Another of the same, for what is forced: copies share what they have found out, and its limits."""
     _vocabulary: ConstraintVocabulary
     _ends: list[int]
     _json_from: re.Pattern[bytes] | None
     _allowance: _Allowance = field(default_factory=_Allowance)
     _before: bytes = b""
+    _ahead: bytes = b""
     _prepared: NDArray[np.bool_] | None = None
     _quoted: bool = False
     _escaped: bool = False
@@ -101,10 +106,10 @@ class GrammarConstraint:
 
     def forced(self) -> list[int]:
         """Return the tokens of the text that comes next whatever is chosen, but the last, which may go on beyond it."""
-        if self._allowance.seconds < 0:
-            return []
-        # Of a copy, which takes some microseconds: before a special token, asking for it ends the matcher.
-        return self._vocabulary.tokens_of(self._charged(self._matcher.deep_copy().compute_ff_bytes))[:-1]
+        if not self._ahead and self._allowance.seconds >= 0:
+            # Of a copy, which takes some microseconds: before a special token, asking for it ends the matcher.
+            self._ahead = self._charged(self._asked.deep_copy().compute_ff_bytes)
+        return self._vocabulary.tokens_of(self._ahead[:_LONGEST_AHEAD])[:-1]
 
     def _charged(self, compute: Callable[[], bytes]) -> bytes:
         """Return what llguidance computes; the processor time that it takes is the request's."""
@@ -116,8 +121,10 @@ class GrammarConstraint:
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""
         self._matcher.consume_token(token)
+        self._asked.consume_token(token)
         self._prepared = None
         text = self._vocabulary.texts[token]
+        self._ahead = self._ahead[len(text) :] if self._ahead.startswith(text) else b""
         if self._json_from is not None:
             self._before = self._before[-_LONGEST_BEGINNING:] + text
             if not (found := self._json_from.search(self._before)):
@@ -140,7 +147,7 @@ class GrammarConstraint:
 
     def clone(self) -> GrammarConstraint:
         """Return a copy that goes its own way."""
-        return replace(self, _matcher=self._matcher.deep_copy())
+        return replace(self, _matcher=self._matcher.deep_copy(), _asked=self._asked.deep_copy())
 
 
 class _Tokens:
@@ -195,17 +202,19 @@ class ConstraintVocabulary:
         for name, rule in grammar.named.items():
             kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
             rules.append({"name": name, kind: value})
-        written = not grammar.named or any(isinstance(rule, str) for rule in grammar.named.values())
+        most = self._limits.size // (_SYMBOLS_OF_RULES if grammar.written else _SYMBOLS_OF_SCHEMAS)
         limits = LLParserLimits(
-            max_grammar_size=self._limits.size // (_SYMBOLS_OF_RULES if written else _SYMBOLS_OF_SCHEMAS),
+            max_grammar_size=most,
+            max_items_in_row=most,
             initial_lexer_fuel=200_000,
             step_lexer_fuel=50_000,
             step_max_items=4_000,
             precompute_large_lexemes=False,
             verbose_errors=False,
         )
-        matcher = LLMatcher(self._tokenizer, json.dumps({"grammars": rules}), log_level=0, limits=limits)
-        constraint = GrammarConstraint(matcher, self, inside, grammar.json_from)
+        made = json.dumps({"grammars": rules})
+        matcher, asked = (LLMatcher(self._tokenizer, made, log_level=0, limits=limits) for _ in range(2))
+        constraint = GrammarConstraint(matcher, asked, self, inside, grammar.json_from)
         space = b" " if grammar.named else None
         if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):
             raise SchemaError(_sentence(matcher.get_error()))
@@ -221,4 +230,6 @@ def _sentence(reason: str) -> str:
         )
     if "grammar size (number of symbols)" in reason:
         return "it has too many rules (--max-schema-size)"
-    return " ".join(reason.split())[:300] or "no text follows it"
+    if not reason or reason.startswith("NoExtensionBias"):
+        return "no text follows it"
+    return " ".join(reason.split())[:300]

@@ -36,12 +36,14 @@ MIDDLE: /, ?"arguments": ?/
 class Grammar:
     """A language: its rules, and what ``@name`` stands for in them, JSON schemas, parsed from JSON, or further rules.
 
-    `json_from` finds the text behind which JSON begins; the bytes of special tokens begin with 0xff.
+    `json_from` finds the text behind which JSON begins; the bytes of special tokens begin with 0xff. `written` says
+    whether somebody else has written the rules.
     """
 
     lark: str
     named: Mapping[str, Any] = field(default_factory=dict)
     json_from: re.Pattern[bytes] = _JSON_NOWHERE
+    written: bool = False
 
 
 def json_grammar(schema: object) -> Grammar:
@@ -65,7 +67,7 @@ def choice_grammar(choices: Sequence[str]) -> Grammar:
 def written_grammar(text: str) -> Grammar:
     """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it; or `SchemaError`."""
     try:
-        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
+        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)), written=True)
     except (GbnfToLarkError, RecursionError) as error:
         raise SchemaError(f"it is neither Lark nor GBNF: {error}") from None
 
@@ -103,4 +105,4 @@ def calls_grammar(
 
 
 def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

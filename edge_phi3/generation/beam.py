@@ -124,6 +124,8 @@ class BeamDecoder(Decoder):
     groups that are not done, and at first for the prompt, whose row stands for all beams.
     """
 
+    hypotheses = Hypotheses
+
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
         super().__init__(config, prompt, stopping, beams=config.num_beams)
         groups, ends = config.num_beam_groups, config.eos_token_id
@@ -138,7 +140,7 @@ class BeamDecoder(Decoder):
         self._reason: FinishReason = "length"
         most_new = stopping.total_length - len(prompt)
         self._hypotheses = [
-            Hypotheses(self._size, config.length_penalty, config.early_stopping, most_new) for _ in range(groups)
+            self.hypotheses(self._size, config.length_penalty, config.early_stopping, most_new) for _ in range(groups)
         ]
         # Only the first beam of a group counts at first, or all would choose alike.
         self._beam_scores = np.full(config.num_beams, _UNREACHED, dtype=np.float32)
@@ -284,12 +286,16 @@ class BeamDecoder(Decoder):
 
     def _is_stopped(self) -> bool:
         """Return whether all beams meet a criterion that ends the search, and note which."""
-        stopping, tokens = self.stopping, self.history.tokens
+        stopping, tokens = self.stopping, self._stopping_lines()
         bound = stopping.bound(self.history.length)
         self._reason = bound or "stop_string"
         if bound is None and stopping.strings:
             return all(line[-1] in stopping.ends or stopping.is_completed(line) for line in tokens)
         return bound is not None
+
+    def _stopping_lines(self) -> NDArray[np.int32]:
+        """Return the tokens of the beams that must all meet one."""
+        return self.history.tokens
 
     def _finish(self) -> None:
         """Add the beams that are still open to the hypotheses."""

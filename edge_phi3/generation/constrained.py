@@ -5,17 +5,17 @@ from typing import Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.generation.beam import BeamDecoder, Picks
+from edge_phi3.generation.beam import BeamDecoder, Hypotheses, Picks
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import GenerationError, Step, TokenScore
-from edge_phi3.generation.logits import Rows, Scores
+from edge_phi3.generation.logits import Candidates, Rows, Scores
 from edge_phi3.generation.sampling import SequenceDecoder
-from edge_phi3.generation.stopping import Stopping
+from edge_phi3.generation.stopping import FinishReason, Stopping
 
 _NOT_PERMITTED: Final = (
     "The answer's format leaves no token to go on with: every token that it allows is banned (see `logit_bias`,"
-    " `suppress_tokens`, `bad_words_ids`, `min_new_tokens`), it takes too long to follow, or the scores hold NaN or"
-    " infinity."
+    " `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `min_new_tokens`), it takes too long to follow, or the"
+    " scores hold NaN or infinity."
 )
 
 
@@ -83,12 +83,30 @@ class ConstrainedDecoder(SequenceDecoder):
         return step
 
 
+class PossibleHypotheses(Hypotheses):
+    """Finished beams, none of which the constraint forbids."""
+
+    def offer(
+        self,
+        log_probability: float,
+        new_tokens: int,
+        tokens: NDArray[np.int32],
+        reason: FinishReason,
+        scores: list[TokenScore],
+    ) -> None:
+        """Keep a finished beam, as `Hypotheses.offer`, if it is possible."""
+        if log_probability > -np.inf:
+            super().offer(log_probability, new_tokens, tokens, reason, scores)
+
+
 class ConstrainedBeamDecoder(BeamDecoder):
     """Beam search, in all its forms, among the sequences that a constraint permits.
 
     As transformers does under ``prefix_allowed_tokens_fn``, beams that nothing can follow go on with scores of minus
     infinity until others take their places. But they are never answers, and a group that has no others is done.
     """
+
+    hypotheses = PossibleHypotheses
 
     def __init__(
         self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, constraint: TokenConstraint
@@ -105,18 +123,30 @@ class ConstrainedBeamDecoder(BeamDecoder):
     def _process(self, own: slice, scores: Scores) -> None:
         """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""
         super()._process(own, scores)
-        for constraint, row in zip(self._constraints[own], scores, strict=True):
-            if constraint is None:
-                row.fill(-np.inf)
-            else:
+        for beam, row in enumerate(scores, own.start):
+            constraint = self._constraints[beam]
+            if constraint is not None:
                 constraint.mask(row)
+            if constraint is None or row.max() == -np.inf:
+                self._beam_scores[beam] = -np.inf
+                row.fill(0)  # no warper makes NaN of it
+
+    def _sampled(self, left: Candidates, offsets: Scores, generator: np.random.Generator) -> Picks | None:
+        if offsets.max() > -np.inf:
+            return super()._sampled(left, offsets, generator)
+        count = np.zeros(self._picked, np.intp)
+        return Picks(count - np.float32(np.inf), count, np.full(len(count), self._pad, np.int32), left)
 
     def _continue(
         self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], recorded: list[list[TokenScore]]
     ) -> bool:
-        went_on = super()._continue(picks, group, parents, tokens, recorded)
         own = slice(group * self._size, (group + 1) * self._size)
-        self._done[group] = self._done[group] or not self._beam_scores[own].max() > -np.inf
+        if picks.totals[0] == -np.inf:
+            parents[own] = own.start
+            self._beam_scores[own], self._done[group] = -np.inf, True
+            return True
+        went_on = super()._continue(picks, group, parents, tokens, recorded)
+        self._done[group] = self._done[group] or self._beam_scores[own].max() == -np.inf
         return went_on
 
     def _go_on(self, parents: Rows, tokens: NDArray[np.int32]) -> None:
@@ -129,9 +159,13 @@ class ConstrainedBeamDecoder(BeamDecoder):
                 self._constraints[beam] = constraint = constraint.clone()
                 constraint.accept(int(tokens[beam]))
 
+    def _stopping_lines(self) -> NDArray[np.int32]:
+        return self.history.tokens[self._beam_scores > -np.inf]
+
     def _finish(self) -> None:
         super()._finish()
-        for hypotheses in self._hypotheses:
-            hypotheses.kept = [each for each in hypotheses.kept if each.score > -np.inf]
-        if sum(len(hypotheses.kept) for hypotheses in self._hypotheses) < self._config.num_return_sequences:
+        found, wanted = sum(len(each.kept) for each in self._hypotheses), self._config.num_return_sequences
+        if not found:
             self.fail(GenerationError(_NOT_PERMITTED))
+        elif found < wanted:
+            self.fail(GenerationError(f"The answer's format leaves {found} of the {wanted} answers asked for."))

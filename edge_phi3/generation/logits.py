@@ -99,8 +99,9 @@ def top_of_all(scores: Scores, offsets: Scores, k: int) -> tuple[Scores, Rows, N
             best = np.argsort(-values, kind="stable")[:k]
             return values[best], row[best], token[best].astype(np.int32)
     flat = (scores + offsets[:, None]).ravel()
-    missing = np.flatnonzero(np.isnan(flat))
-    order = np.concatenate((missing, np.argsort(-flat, kind="stable")))[:k]
+    missing, possible = np.flatnonzero(np.isnan(flat)), np.flatnonzero(flat > -np.inf)
+    ranked = possible[np.argsort(-flat[possible], kind="stable")]
+    order = np.concatenate((missing, ranked, np.flatnonzero(flat == -np.inf)))[:k]
     row, token = np.divmod(order, size)
     return flat[order], row, token.astype(np.int32)
 

@@ -118,6 +118,11 @@ class CallReader:
         self._quoted = False
         self._call: CallPart | None = None
 
+    @property
+    def whole(self) -> bool:
+        """Whether there are calls, the last of which has ended."""
+        return self.count > 0 and self._where != "arguments"
+
     def push(self, text: str, *, last: bool = False) -> Iterator[str | CallPart]:
         """Take new text, and yield what is certain of it: all where no more comes."""
         self._held += text

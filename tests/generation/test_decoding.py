@@ -183,10 +183,27 @@ def test_beams_that_are_held_to_some_texts_end_in_the_best_of_them(form: dict[st
     if form == {"do_sample": False}:
         assert found == sorted(texts, key=lambda text: -scores[text])[:3]
         assert result.sequences_scores == pytest.approx([scores[text] for text in found], rel=1e-4)
-    for banned, kind in (([9, 40, 41], GenerationError), ([9, 40], type(None))):
-        each = decoder(PROMPT, constraint=Among(texts), suppress_tokens=banned, **options)
+    few: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "num_beam_groups": 1, "diversity_penalty": 0.0}
+    for more, error in (
+        (few | {"suppress_tokens": [41], "min_new_tokens": 5}, "leaves 1 of the 2 answers"),
+        ({"suppress_tokens": [9, 40, 41]}, "leaves no token"),
+        ({"suppress_tokens": [9, 41]}, "None"),
+        ({"suppress_tokens": [8, 43], "renormalize_logits": True, "top_p": 0.9}, "None"),
+        ({"eos_token_id": [3, 2, 1, 0], "early_stopping": True}, "None"),
+        ({"length_penalty": -2000.0}, "None"),
+    ):
+        each = decoder(PROMPT, constraint=Among(texts), **options | more)
         run(model, (each, PROMPT))
-        assert type(each.error) is kind
+        assert error in str(each.error), more
+
+
+def test_beams_that_nothing_can_follow_do_not_hold_up_a_stop_string() -> None:
+    """Their tokens are no answers, so that a stop string need not be in them."""
+    vocabulary, texts = [f"<{token}>" for token in range(VOCABULARY)], [(9,), (40, 41, 42, 43, 44)]
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 2, "length_penalty": 9.0, "stop_strings": "<42>"}
+    each = decoder(PROMPT, constraint=Among(texts), vocabulary=vocabulary, suppress_tokens=[END], **options)
+    run(table_model(2), (each, PROMPT))
+    assert [tokens[len(PROMPT) :].tolist() for tokens in each.result().sequences] == [[40, 41, 42, END]]
 
 
 # -- log-probabilities of the model's own logits, whatever is done to them before a token is chosen

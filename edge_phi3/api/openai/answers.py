@@ -241,7 +241,7 @@ def _finish_reason(reason: str, shown: ShownText, reader: CallReader) -> Reason:
     """Return OpenAI's word for the engine's reason, where no stop text ended what is shown before."""
     if not shown.stopped and reason not in {"stop", "stop_string"}:
         return "length"
-    return "tool_calls" if reader.count else "stop"
+    return "tool_calls" if reader.whole else "stop"
 
 
 def _best(output: GenerationOutput, count: int | None) -> Sequence[int]:
