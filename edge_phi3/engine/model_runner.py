@@ -263,8 +263,10 @@ class ModelRunner:
         """Return the drafts that are checked beside the rows that decode, in cells that nobody else needs."""
         rows = sum(len(request.sequences) for request in decoding)
         room = min(self.context.batch_size - rows, self.kv.free - rows, self.context.scored)
+        if room <= 0 or not self._speculation.may_draft(decoding, rows, room):
+            return {}
         may = [(request, most) for request in decoding if (most := self._most_drafted(request)) > 0]
-        return self._speculation.drafts(may, rows, room) if may and room > 0 else {}
+        return self._speculation.drafts(may, rows, room)
 
     def _most_drafted(self, request: RunningRequest) -> int:
         """Return how many tokens may be drafted for each row of a request."""

@@ -59,6 +59,20 @@ class Speculation:
         share = held / (held + (held < drafted))
         self.expected[drafting.kind] = max(known + _LEARNED * (share - known), least)
 
+    def may_draft(self, requests: Sequence[RunningRequest], rows: int, room: int) -> bool:
+        """Return whether there is any use in looking for drafts: one is asked for, may pay, or is to be tried."""
+        wanted = {self._wanted(request) for request in requests}
+        return any(wanted) or (None in wanted and (self._is_trial or self._may_pay(rows, room)))
+
+    def _wanted(self, request: RunningRequest) -> int | None:
+        """Return how many tokens are to be drafted for each row of a request; None for as many as pay."""
+        tokens = request.request.config.prompt_lookup_num_tokens
+        return self._tokens if tokens is None else tokens
+
+    @property
+    def _is_trial(self) -> bool:
+        return self._batches % _TRIAL == _TRIAL - 1
+
     def drafts(
         self, requests: Sequence[tuple[RunningRequest, int]], rows: int, room: int
     ) -> dict[RunningRequest, NDArray[np.int32]]:
@@ -67,14 +81,10 @@ class Speculation:
         `requests` are those that may have some, each with the most for each of its rows; `room` drafted tokens fit the
         batch beside the `rows` that decode.
         """
-        wanted = [request.request.config.prompt_lookup_num_tokens for request, _ in requests]
-        forced = [self._tokens if tokens is None else tokens for tokens in wanted]
-        trial = self._batches % _TRIAL == _TRIAL - 1
-        if not any(forced) and not (None in forced and (trial or self._may_pay(rows, room))):
-            return {}
         found: dict[RunningRequest, NDArray[np.int32]] = {}
         weighed: list[tuple[float, RunningRequest]] = []
-        for (request, most), tokens in zip(requests, forced, strict=True):
+        for request, most in requests:
+            tokens = self._wanted(request)
             bounds = (most, _MOST if tokens is None else tokens, room // len(request.sequences))
             draft = request.drafting.draft(request.decoder, min(bounds))
             if not draft.shape[1]:
@@ -87,7 +97,7 @@ class Speculation:
                 room -= draft.size
                 rows += draft.size
         weighed.sort(key=lambda each: -each[0])
-        lengths = self._lengths(weighed, rows, room, trial=trial)
+        lengths = self._lengths(weighed, rows, room, trial=self._is_trial)
         for request in {request for _, request in weighed}:
             if length := lengths.get(request):
                 found[request] = found[request][:, :length]

@@ -50,7 +50,8 @@ def requests(shares: list[float], tokens: int | None = None) -> list[tuple[Runni
 
 
 def lengths(speculation: Speculation, asked: list[tuple[RunningRequest, int]], room: int = 64) -> list[int]:
-    drafts = speculation.drafts(asked, len(asked), room)
+    may = speculation.may_draft([request for request, _ in asked], len(asked), room)
+    drafts = speculation.drafts(asked, len(asked), room) if may else {}
     return [drafts[request].shape[1] if request in drafts else 0 for request, _ in asked]
 
 
