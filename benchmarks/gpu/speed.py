@@ -22,6 +22,7 @@ from benchmarks.gpu.device import MemoryWatch
 from benchmarks.gpu.options import Options
 from benchmarks.gpu.steps import NotMeasured, Steps
 from benchmarks.servers import llama_server, original, ours
+from edge_phi3.bench import BenchError
 from edge_phi3.bench.load import Level, Summary
 from edge_phi3.bench.serve import ServeBench, measure
 from edge_phi3.bench.workload import Workload
@@ -138,7 +139,7 @@ def _both(
         try:
             with MemoryWatch().watching() as watch, server as url:
                 found[api] = [level for workload, levels in asked for level in _load(url, api, workload, levels)]
-        except RuntimeError as error:
+        except (RuntimeError, BenchError) as error:
             if api == "chat":
                 raise
             missing = f"llama-server failed: {error}"  # which is no reason to lose our own figures

@@ -1,7 +1,7 @@
 """The programs that this product is compared with, output for output; a comparison whose peer is missing is skipped.
 
 python -m tests.support.peers                          # builds llama.cpp's programs, once
-TORCH_PYTHON=/path/to/python pytest -m parity          # an interpreter with torch and transformers 4.49.0
+TORCH_PYTHON=/path/to/python pytest -m parity          # an interpreter with torch, transformers 4.49.0, msgspec
 CLIENTS_PYTHON=/path/to/python pytest -m parity        # an interpreter with clients, see test_clients.py
 """
 
