@@ -134,8 +134,9 @@ class ConstrainedBeamDecoder(BeamDecoder):
     def _sampled(self, left: Candidates, offsets: Scores, generator: np.random.Generator) -> Picks | None:
         if offsets.max() > -np.inf:
             return super()._sampled(left, offsets, generator)
-        count = np.zeros(self._picked, np.intp)
-        return Picks(count - np.float32(np.inf), count, np.full(len(count), self._pad, np.int32), left)
+        count = self._picked
+        nothing, pads = np.full(count, -np.inf, np.float32), np.full(count, self._pad, np.int32)
+        return Picks(nothing, np.zeros(count, np.intp), pads, left)
 
     def _continue(
         self, picks: Picks, group: int, parents: Rows, tokens: NDArray[np.int32], recorded: list[list[TokenScore]]
