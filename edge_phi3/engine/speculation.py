@@ -6,6 +6,7 @@ long matches. Where no size that was measured can pay, nothing is looked up.
 """
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -23,6 +24,8 @@ _MARGIN = 1.02
 """How many times more tokens per second must be expected of a larger batch."""
 _NEWEST = 0.3
 """The weight of the newest measurement of a size."""
+_LEAST_CHANCE = 0.02
+"""How likely a drafted token must be to hold: no batch is so cheap that others pay."""
 _LEARNED = 0.3
 """The weight of the newest draft in what is expected of those of other requests."""
 
@@ -83,6 +86,7 @@ class Speculation:
         """
         found: dict[RunningRequest, NDArray[np.int32]] = {}
         weighed: list[tuple[float, RunningRequest]] = []
+        trial = self._is_trial
         for request, most in requests:
             tokens = self._wanted(request)
             bounds = (most, _MOST if tokens is None else tokens, room // len(request.sequences))
@@ -92,13 +96,15 @@ class Speculation:
             found[request] = draft
             if tokens is None:
                 share = request.drafting.share(self.expected)
-                weighed += [(share**place, request) for place in range(1, draft.shape[1] + 1)]
+                chances = itertools.accumulate(itertools.repeat(share, draft.shape[1]), operator.mul)
+                likely = itertools.takewhile(lambda chance: trial or chance > _LEAST_CHANCE, chances)
+                weighed += [(chance, request) for chance in likely]
             else:
                 room -= draft.size
                 rows += draft.size
         weighed.sort(key=lambda each: -each[0])
-        lengths = self._lengths(weighed, rows, room, trial=self._is_trial)
-        for request in {request for _, request in weighed}:
+        lengths = self._lengths(weighed, rows, room, trial=trial)
+        for request in [request for request in found if self._wanted(request) is None]:
             if length := lengths.get(request):
                 found[request] = found[request][:, :length]
             else:
