@@ -180,8 +180,8 @@ class Soak:
         ending = self._ending
         try:
             status, raw = await self._exchange(path, body, leaves)
-        except OSError:  # a body that is too large is refused before all of it was sent
-            status, raw = (413 if len(body) > self._setup.settings.max_body_size else 0), b""
+        except OSError as error:  # a body that is too large is refused before all of it was sent
+            status, raw = (413 if len(body) > self._setup.settings.max_body_size else 0), repr(error).encode()
         self.report.statuses[{-1: "left", 0: "cut by a fault"}.get(status, str(status))] += 1
         self._search(raw, marker.encode(), "an answer")
         if status >= 0 and status not in _EXPECTED and not (status in _STOPPING and (ending or self._ending)):
