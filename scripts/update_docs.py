@@ -19,11 +19,10 @@ from typing import Any, Final
 import yaml
 from pydantic import ByteSize
 
-from edge_phi3.api.openai import reference as openai_reference
+from edge_phi3.api import reference
 from edge_phi3.catalog import DEMO, PRESETS
 from edge_phi3.conversion.quantization_types import ALIASES, QUANTIZATION_TYPES
 from edge_phi3.files import atomic_output
-from edge_phi3.generation import reference
 from edge_phi3.options import allowed_values, flag_of, group_of, key_of, metavar_of
 from edge_phi3.settings import Settings
 from scripts import limits
@@ -150,8 +149,8 @@ def between_marks(make: Callable[[], str], text: str) -> str:
 
 
 PAGES: Final[Mapping[str, Callable[[str], str]]] = {
-    "docs/api.md": functools.partial(between_marks, openai_reference.markdown),
-    "docs/parameters.md": functools.partial(between_marks, reference.markdown),
+    "docs/api.md": functools.partial(between_marks, reference.of_fields),
+    "docs/parameters.md": functools.partial(between_marks, reference.of_parameters),
     "docs/security.md": functools.partial(between_marks, limits.markdown),
     "docs/cli.md": functools.partial(between_marks, options_tables),
     f"{CHART}/README.md": functools.partial(

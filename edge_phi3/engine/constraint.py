@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -36,8 +36,8 @@ _MOST_DIGITS_OF_EXPONENT: Final = 2
 _ANY_NUMBER: Final = 1 << 30
 _LONGEST_BEGINNING: Final = 32
 """Bytes of what JSON begins behind, at least."""
-_LONGEST_AHEAD: Final = 512
-"""Bytes that are looked at of what a grammar forces."""
+_FEW: Final = 64
+"""Tokens that a text which is forced may begin with, at most."""
 _QUOTE, _BACKSLASH = b'"\\'
 
 
@@ -59,14 +59,13 @@ class GrammarConstraint:
     """
 
     _matcher: LLMatcher
-    _asked: LLMatcher
-    """Another of the same, for what is forced: copies share what they have found out, and its limits."""
     _vocabulary: ConstraintVocabulary
     _ends: list[int]
     _json_from: re.Pattern[bytes] | None
     _allowance: _Allowance = field(default_factory=_Allowance)
+    _ahead: _Allowance = field(default_factory=_Allowance)
+    """The same for what is looked at ahead of time, so that answers do not depend on it."""
     _before: bytes = b""
-    _ahead: bytes = b""
     _prepared: NDArray[np.bool_] | None = None
     _quoted: bool = False
     _escaped: bool = False
@@ -80,10 +79,14 @@ class GrammarConstraint:
         """Return which tokens may come next, shape (vocabulary,)."""
         if self._prepared is not None:
             return self._prepared
-        vocabulary = self._vocabulary
         if self._allowance.seconds < 0:
-            return np.zeros(len(vocabulary.texts), np.bool_)
-        bits = np.frombuffer(self._charged(self._matcher.compute_bitmask), np.uint8)
+            return np.zeros(len(self._vocabulary.texts), np.bool_)
+        return self._found_out(self._allowance)
+
+    def _found_out(self, allowance: _Allowance) -> NDArray[np.bool_]:
+        vocabulary, began = self._vocabulary, time.thread_time()
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
         allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
         allowed[self._ends] = self._matcher.is_accepting()
         if self._room < vocabulary.most_digits:
@@ -104,27 +107,26 @@ class GrammarConstraint:
         """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
         np.copyto(scores, -np.inf, where=~self.allowed())
 
-    def forced(self) -> list[int]:
-        """Return the tokens of the text that comes next whatever is chosen, but the last, which may go on beyond it."""
-        if not self._ahead and self._allowance.seconds >= 0:
-            # Of a copy, which takes some microseconds: before a special token, asking for it ends the matcher.
-            self._ahead = self._charged(self._asked.deep_copy().compute_ff_bytes)
-        return self._vocabulary.tokens_of(self._ahead[:_LONGEST_AHEAD])[:-1]
-
-    def _charged(self, compute: Callable[[], bytes]) -> bytes:
-        """Return what llguidance computes; the processor time that it takes is the request's."""
-        began = time.thread_time()
-        found = compute()
-        self._allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+    def forced(self, most: int) -> list[int]:
+        """Return up to so many tokens of the text that comes next whatever is chosen, each as long as it may be."""
+        found: list[int] = []  # llguidance would tell the text as a whole, however long it is
+        ahead, texts = self, self._vocabulary.texts
+        while len(found) < most and self._ahead.seconds >= 0:
+            allowed = np.flatnonzero(ahead._found_out(self._ahead) if ahead._prepared is None else ahead._prepared)
+            tokens = {texts[token]: token for token in allowed[: _FEW + 1].tolist()}
+            longest = max(tokens, key=len, default=b"")
+            if not 0 < len(tokens) <= _FEW or tokens[longest] in self._ends or not all(map(longest.startswith, tokens)):
+                break
+            found.append(tokens[longest])
+            ahead = self.clone() if ahead is self else ahead
+            ahead.accept(tokens[longest])
         return found
 
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""
         self._matcher.consume_token(token)
-        self._asked.consume_token(token)
         self._prepared = None
         text = self._vocabulary.texts[token]
-        self._ahead = self._ahead[len(text) :] if self._ahead.startswith(text) else b""
         if self._json_from is not None:
             self._before = self._before[-_LONGEST_BEGINNING:] + text
             if not (found := self._json_from.search(self._before)):
@@ -147,7 +149,7 @@ class GrammarConstraint:
 
     def clone(self) -> GrammarConstraint:
         """Return a copy that goes its own way."""
-        return replace(self, _matcher=self._matcher.deep_copy(), _asked=self._asked.deep_copy())
+        return replace(self, _matcher=self._matcher.deep_copy())
 
 
 class _Tokens:
@@ -183,11 +185,6 @@ class ConstraintVocabulary:
         self.most_digits = int(self.digits.max())
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
 
-    def tokens_of(self, text: bytes) -> list[int]:
-        """Return the longest tokens that the beginning of a text is made of, up to the first special one."""
-        tokens: list[int] = self._tokenizer.greedy_tokenize(text.partition(_SPECIAL)[0].decode(errors="ignore"))
-        return tokens
-
     def constrain(self, grammar: Grammar, ends: Collection[int]) -> GrammarConstraint:
         """Return the constraint of a grammar at the start of an answer, which the tokens `ends` end.
 
@@ -213,11 +210,13 @@ class ConstraintVocabulary:
             verbose_errors=False,
         )
         made = json.dumps({"grammars": rules})
-        matcher, asked = (LLMatcher(self._tokenizer, made, log_level=0, limits=limits) for _ in range(2))
-        constraint = GrammarConstraint(matcher, asked, self, inside, grammar.json_from)
+        matcher = LLMatcher(self._tokenizer, made, log_level=0, limits=limits)
+        constraint = GrammarConstraint(matcher, self, inside, grammar.json_from)
         space = b" " if grammar.named else None
         if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):
-            raise SchemaError(_sentence(matcher.get_error()))
+            reason = matcher.get_error()
+            del matcher, constraint  # which the error would hold, and what llguidance has made of a bomb is large
+            raise SchemaError(_sentence(reason))
         return constraint
 
 

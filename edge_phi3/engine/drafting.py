@@ -98,7 +98,7 @@ class Drafting:
         drafts = []
         for row, (sequence, line) in enumerate(zip(decoder.live, decoder.history.tokens, strict=True)):
             lookup = self._lookups.setdefault(sequence, PromptLookup())
-            forced = decoder.forced(row)[: max(0, most)]
+            forced = decoder.forced(row, most)
             drafts.append((forced, _FORCED) if forced else lookup.draft(line, max(0, most)))
         matched = min(matched for _, matched in drafts)
         self.kind = next(kind for kind, (least, *_) in enumerate(EXPECTED) if matched >= least)

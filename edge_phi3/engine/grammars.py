@@ -66,6 +66,8 @@ def choice_grammar(choices: Sequence[str]) -> Grammar:
 
 def written_grammar(text: str) -> Grammar:
     """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it; or `SchemaError`."""
+    if "%json" in text:
+        raise SchemaError("it holds a JSON schema (`%json`), which has fields of its own, such as `guided_json`")
     try:
         return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)), written=True)
     except (GbnfToLarkError, RecursionError) as error:
@@ -101,7 +103,8 @@ def calls_grammar(
     if answer is not None:
         named |= {"answer": answer.lark, **answer.named}
     lark = _OPTIONS + "\n".join(rules) + _LIST.format(more="(/, ?/ call)*" * parallel, bare=BARE_CALLS)
-    return Grammar(lark, named, _JSON_IN_CALLS if may_answer and answer is None else _JSON_EVERYWHERE)
+    is_json = not may_answer or (answer is not None and answer.json_from is _JSON_EVERYWHERE)
+    return Grammar(lark, named, _JSON_EVERYWHERE if is_json else _JSON_IN_CALLS)
 
 
 def _text(text: str) -> str:

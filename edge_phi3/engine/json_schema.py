@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import Any, Final
+from urllib.parse import unquote
 
 from edge_phi3.engine.errors import SchemaError
 
@@ -18,14 +19,15 @@ _MOST_MERGED: Final = 2000
 """Schemas that come of a schema when what is merged (``allOf``, and what stands beside ``$ref``) is written out."""
 _MOST_EXCLUSIVE: Final = 200
 """Schemas of a ``oneOf`` that are compared with each other."""
-_LARGEST_EXACT: Final = 10**22
-"""Up to which powers of ten are the same as integers and as floats."""
 _LARGEST_MULTIPLE: Final = 9999
 """Of ``multipleOf`` in units of its last digit, and of several that are merged: as many states keep remainders."""
 _MOST_FOLLOWED: Final = 100
 """References that lead to references."""
 _LARGEST: Final = 10**15
-"""What numbers with a bound, and multiples, are limited to, so that their digits end."""
+"""What constants, numbers with a bound, and multiples are limited to: their digits end, and llguidance, which reckons
+integers in 64 bits and ends the process beyond, is far from there."""
+_FINE, _NEAR = 10**5, 1e-9
+"""Up to which integers exclusive bounds of numbers become inclusive ones, and how far from them those are."""
 
 _OPTIONS: Final = {"whitespace_pattern": r"\n {0,16}| {1,16}"}
 """White space, which comes at most once in each place."""
@@ -36,9 +38,8 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_SCHEMAS: Final = frozenset(
-    {"items", "prefixItems", "additionalItems", "additionalProperties", "anyOf", "oneOf", "allOf"}
-)
+_ORDERED: Final = frozenset({"items", "prefixItems", "allOf"})
+_SCHEMAS: Final = _ORDERED | {"additionalItems", "additionalProperties", "anyOf", "oneOf"}
 _COMBINING: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
 _ABOUT_MEMBERS: Final = frozenset(
     {"properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"}
@@ -79,6 +80,8 @@ class SchemaLimits:
                     inside += value
                 if left < 0:
                     raise SchemaError(f"it has more than {self.size} characters (--max-schema-size)")
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise SchemaError("it holds a number that is not finite")
             if not inside:
                 return
             level = inside
@@ -120,7 +123,7 @@ def _is_exact(value: object) -> bool:
     """Return whether llguidance reads a constant's numbers as they are: those of up to 15 digits it does."""
     if isinstance(value, dict | list):
         return all(map(_is_exact, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int | float) or (abs(value) <= _LARGEST_EXACT and float(f"{value:.15g}") == value)
+    return not isinstance(value, int | float) or (abs(value) <= _LARGEST and float(f"{value:.15g}") == value)
 
 
 def _parts(schema: dict[str, Any]) -> int:
@@ -148,6 +151,28 @@ def _marks(schema: object) -> dict[str, set[str]]:
 def _mark(value: object) -> str:
     """Write a value so that equal ones, 1 and 1.0 among them, are written alike."""
     return json.dumps(json.loads(json.dumps(value), parse_int=float), sort_keys=True)
+
+
+def _bound(schema: dict[str, Any]) -> None:
+    """Bring the bounds of a number within what llguidance reckons with, and make exclusive ones inclusive, in place.
+
+    Where both bounds have the same integer part, it takes an exclusive one for inclusive.
+    """
+    for name, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
+        side, value = "minimum" if sign < 0 else "maximum", schema.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if value * sign < -_LARGEST:
+            raise SchemaError(f"`{name}` lies beyond 10^15")
+        if abs(value) > _LARGEST:
+            bound: float = sign * _LARGEST
+        elif name != side and schema.get("type") != "integer" and abs(value) <= _FINE and value == int(value):
+            bound = value - sign * _NEAR
+        else:
+            continue
+        del schema[name]
+        other = schema.get(side)
+        schema[side] = other if isinstance(other, int | float) and other * sign < bound * sign else bound
 
 
 class _Adapter:
@@ -185,7 +210,7 @@ class _Adapter:
                 changed["anyOf" if name == "oneOf" and exclusive else name] = self.adapt(value)
             elif name in _MAPS and isinstance(value, dict):
                 changed[name] = {key: self.adapt(each) for key, each in value.items()}
-            elif name != "x-guidance" and (name != "$schema" or value in _OLDER_DRAFTS):
+            elif name not in {"x-guidance", "$id", "id"} and (name != "$schema" or value in _OLDER_DRAFTS):
                 changed[name] = value
         if (kind := str(schema.get("format"))) in _PATTERNS and "pattern" not in schema:
             del changed["format"]
@@ -200,11 +225,7 @@ class _Adapter:
                     raise SchemaError("`multipleOf` has more than four digits, or more than 15 decimal places")
                 self.multiples.add(unit.numerator)
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
-        for name, bound in (("minimum", -_LARGEST), ("maximum", _LARGEST)):
-            if isinstance(value := changed.get(name), int | float) and abs(value) > _LARGEST:
-                if value * bound < 0:
-                    raise SchemaError(f"`{name}` lies beyond 10^15")
-                changed[name] = bound
+        _bound(changed)
         self._note(schema, changed)
         return changed
 
@@ -275,8 +296,25 @@ class _Adapter:
                     f"`$ref` to {pointer[:80]!r} leads to itself, or through more than {_MOST_FOLLOWED} others"
                 )
             seen.add(pointer)
-            schema = self._root
-            for part in pointer.split("/")[1:]:
-                key = part.replace("~1", "/").replace("~0", "~")
-                schema = schema.get(key) if isinstance(schema, dict) else None
+            schema = self._target(pointer)
         return schema
+
+    def _target(self, pointer: str) -> object:
+        """Return what a reference leads to, which is a schema that `adapt` has seen, or will."""
+        first, *parts = (unquote(part).replace("~1", "/").replace("~0", "~") for part in pointer.split("/"))
+        found: Any = self._root if first == "#" else None
+        keys = iter(parts)
+        for part in keys:
+            found = found.get(part) if isinstance(found, dict) and part in _MAPS | _SCHEMAS else None
+            if isinstance(found, list):
+                # Those of others may change their places.
+                places = range(len(found) if part in _ORDERED else 0)
+                key = next(keys, "")
+                found = found[int(key)] if len(key) < 6 and key.isdecimal() and int(key) in places else None
+            elif part in _MAPS:
+                found = found.get(next(keys, "")) if isinstance(found, dict) else None
+        if not isinstance(found, dict | bool):
+            raise SchemaError(
+                f"`$ref` to {pointer[:80]!r} does not lead to a schema in `$defs`, `properties` or the like"
+            )
+        return found

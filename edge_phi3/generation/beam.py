@@ -67,13 +67,15 @@ class Hypothesis:
 class Hypotheses:
     """The best finished beams of a group of `size` beams, oldest first. Follows ``BeamHypotheses``.
 
-    `worst` is the score that another must beat when there are enough.
+    `worst` is the score that another must beat when there are enough. With `only_possible`, those of no probability are
+    left out.
     """
 
     size: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
     most_new_tokens: int
+    only_possible: bool = False
     kept: list[Hypothesis] = field(default_factory=list)
     worst: float = 1e9
 
@@ -89,6 +91,8 @@ class Hypotheses:
 
         It takes the place of the worst when there are enough, unless it is no better.
         """
+        if self.only_possible and not log_probability > -math.inf:
+            return
         score = self._normalized(log_probability, new_tokens)
         if len(self.kept) < self.size or score > self.worst:
             self.kept.append(Hypothesis(score, tokens.copy(), reason, scores))
@@ -124,7 +128,8 @@ class BeamDecoder(Decoder):
     groups that are not done, and at first for the prompt, whose row stands for all beams.
     """
 
-    hypotheses = Hypotheses
+    only_possible = False
+    """Whether a beam of no probability is no answer."""
 
     def __init__(self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping) -> None:
         super().__init__(config, prompt, stopping, beams=config.num_beams)
@@ -140,7 +145,8 @@ class BeamDecoder(Decoder):
         self._reason: FinishReason = "length"
         most_new = stopping.total_length - len(prompt)
         self._hypotheses = [
-            self.hypotheses(self._size, config.length_penalty, config.early_stopping, most_new) for _ in range(groups)
+            Hypotheses(self._size, config.length_penalty, config.early_stopping, most_new, self.only_possible)
+            for _ in range(groups)
         ]
         # Only the first beam of a group counts at first, or all would choose alike.
         self._beam_scores = np.full(config.num_beams, _UNREACHED, dtype=np.float32)

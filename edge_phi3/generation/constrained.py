@@ -5,17 +5,17 @@ from typing import Final, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_phi3.generation.beam import BeamDecoder, Hypotheses, Picks
+from edge_phi3.generation.beam import BeamDecoder, Picks
 from edge_phi3.generation.config import GenerationConfig
 from edge_phi3.generation.decoding import GenerationError, Step, TokenScore
 from edge_phi3.generation.logits import Candidates, Rows, Scores
 from edge_phi3.generation.sampling import SequenceDecoder
-from edge_phi3.generation.stopping import FinishReason, Stopping
+from edge_phi3.generation.stopping import Stopping
 
 _NOT_PERMITTED: Final = (
     "The answer's format leaves no token to go on with: every token that it allows is banned (see `logit_bias`,"
-    " `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `min_new_tokens`), it takes too long to follow, or the"
-    " scores hold NaN or infinity."
+    " `suppress_tokens`, `bad_words_ids`, `sequence_bias`, `min_new_tokens`, `forced_eos_token_id`), it takes too long"
+    " to follow, or the scores hold NaN or infinity."
 )
 
 
@@ -31,8 +31,8 @@ class TokenConstraint(Protocol):
     def mask(self, scores: NDArray[np.float32]) -> None:
         """Set the scores, shape (vocabulary,), of all tokens that may not come next to minus infinity, in place."""
 
-    def forced(self) -> list[int]:
-        """Return tokens that are likely to come next, since no other text may."""
+    def forced(self, most: int) -> list[int]:
+        """Return up to so many tokens that are likely to come next, since no other text may."""
 
     def accept(self, token: int) -> None:
         """Go on with a token that may come next and is no end token."""
@@ -58,9 +58,9 @@ class ConstrainedDecoder(SequenceDecoder):
             for constraint in self._constraints:
                 constraint.prepare()
 
-    def forced(self, row: int) -> list[int]:
+    def forced(self, row: int, most: int) -> list[int]:
         """Return what the constraint of a row leaves no choice about."""
-        return self._constraints[row].forced()
+        return self._constraints[row].forced(most)
 
     def process(self, scores: Scores) -> None:
         """Run the processors, and then ban what the constraints do not permit, so that nothing lifts their bans."""
@@ -83,22 +83,6 @@ class ConstrainedDecoder(SequenceDecoder):
         return step
 
 
-class PossibleHypotheses(Hypotheses):
-    """Finished beams, none of which the constraint forbids."""
-
-    def offer(
-        self,
-        log_probability: float,
-        new_tokens: int,
-        tokens: NDArray[np.int32],
-        reason: FinishReason,
-        scores: list[TokenScore],
-    ) -> None:
-        """Keep a finished beam, as `Hypotheses.offer`, if it is possible."""
-        if log_probability > -np.inf:
-            super().offer(log_probability, new_tokens, tokens, reason, scores)
-
-
 class ConstrainedBeamDecoder(BeamDecoder):
     """Beam search, in all its forms, among the sequences that a constraint permits.
 
@@ -106,7 +90,7 @@ class ConstrainedBeamDecoder(BeamDecoder):
     infinity until others take their places. But they are never answers, and a group that has no others is done.
     """
 
-    hypotheses = PossibleHypotheses
+    only_possible = True
 
     def __init__(
         self, config: GenerationConfig, prompt: NDArray[np.int32], stopping: Stopping, constraint: TokenConstraint
@@ -114,6 +98,7 @@ class ConstrainedBeamDecoder(BeamDecoder):
         super().__init__(config, prompt, stopping)
         # One for each beam, or None for a beam that nothing can follow.
         self._constraints: list[TokenConstraint | None] = [constraint.clone()] * config.num_beams
+        self._beam_scores[self._beam_scores < 0] = -np.inf  # no answer comes of a beam that was not reached
 
     def prepare(self) -> None:
         """Find out what the constraints permit next, before the scores are there."""
@@ -127,6 +112,9 @@ class ConstrainedBeamDecoder(BeamDecoder):
             constraint = self._constraints[beam]
             if constraint is not None:
                 constraint.mask(row)
+                # Beams that differ in their end tokens are one text.
+                ends = [token for token in self._config.eos_token_id if 0 <= token < len(row)]
+                row[sorted(ends, key=row.__getitem__)[:-1]] = -np.inf
             if constraint is None or row.max() == -np.inf:
                 self._beam_scores[beam] = -np.inf
                 row.fill(0)  # no warper makes NaN of it

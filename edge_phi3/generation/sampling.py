@@ -96,8 +96,8 @@ class SequenceDecoder(Decoder):
     def _result(self) -> GenerationResult:
         return GenerationResult(self.prompt_length, self._sequences, self._reasons, None, self.scores, self.logprobs)
 
-    def forced(self, row: int) -> list[int]:  # noqa: ARG002 - what a constraint says of it
-        """Return tokens that are likely to come next in a live sequence, since no other text may."""
+    def forced(self, row: int, most: int) -> list[int]:  # noqa: ARG002 - what a constraint says of it
+        """Return up to so many tokens that are likely to come next in a live sequence, since no other text may."""
         return []
 
 

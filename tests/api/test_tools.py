@@ -26,11 +26,12 @@ TOOLS, CALLED, FLAT, ITEMS = (tables(__file__)[name] for name in ("TOOLS", "CALL
 def shape(choice: Any) -> tuple[Any, ...]:
     calls = choice.message.tool_calls or ()
     assert all(call.type == "function" and call.id.startswith("call_") for call in calls)
-    return choice.message.content or "", [(call.function.name, call.function.arguments) for call in calls]
+    tokens = [each.token for each in choice.logprobs.content] if choice.logprobs else []
+    return choice.message.content or "", [(call.function.name, call.function.arguments) for call in calls], tokens
 
 
 def joined(stream: Any) -> list[tuple[Any, ...]]:
-    """Return text, calls and finish reason of each choice of a stream, put together by OpenAI's client."""
+    """Return text, calls, tokens and finish reason of each choice of a stream, put together by OpenAI's client."""
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
     for chunk in stream:
         deltas = [call.function for choice in chunk.choices for call in choice.delta.tool_calls or ()]
@@ -47,12 +48,13 @@ def test_calls_follow_the_choice_and_streams_are_the_plain_answer(
     api: Running, ask: Any, more: dict[str, Any], names: list[str], most: int
 ) -> None:
     arguments: dict[str, Any] = {"tools": TOOLS, "temperature": 1.5, "seed": 3, "n": 3, "max_tokens": 900, **more}
+    arguments["logprobs"] = True
     begins = arguments.pop("begins", "")
     arguments["extra_body"] = {"generate_kwargs": spelling(api, begins) if begins else {}}
     whole = [(*shape(choice), choice.finish_reason) for choice in ask(**arguments).choices]
     assert joined(ask(**arguments, stream=True)) == whole
     assert "stop" not in more or "stop" in {reason for *_, reason in whole}, "a call that is cut is none"
-    for text, calls, reason in whole:
+    for text, calls, _, reason in whole:
         assert text.strip() == begins.removesuffix("functools[").strip() or most == 0
         assert len(calls) <= most
         assert bool(calls) is bool(names)

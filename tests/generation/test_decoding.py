@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,20 +145,22 @@ def test_scores_are_those_of_a_beams_own_tokens(groups: int) -> None:
 class Among:
     """A constraint: the tokens of one of these texts, then an end token."""
 
-    def __init__(self, texts: Iterable[Prefix], before: Prefix = ()) -> None:
-        self.texts, self.before = [*texts], before
+    def __init__(self, texts: Iterable[Prefix], before: Prefix = (), ends: Sequence[int] = (END,)) -> None:
+        self.texts, self.before, self.ends = [*texts], before, ends
 
     def prepare(self) -> None:
         pass
 
     def permits(self, token: int) -> bool:
         after = (*self.before, token)
-        return self.before in self.texts if token == END else any(text[: len(after)] == after for text in self.texts)
+        return (
+            self.before in self.texts if token in self.ends else any(text[: len(after)] == after for text in self.texts)
+        )
 
     def mask(self, scores: NDArray[np.float32]) -> None:
         scores[[token for token in range(len(scores)) if not self.permits(token)]] = -np.inf
 
-    def forced(self) -> list[int]:
+    def forced(self, most: int) -> list[int]:  # noqa: ARG002 - a protocol's
         return []
 
     def accept(self, token: int) -> None:
@@ -166,7 +168,7 @@ class Among:
         self.before = (*self.before, token)
 
     def clone(self) -> "Among":
-        return Among(self.texts, self.before)
+        return Among(self.texts, self.before, self.ends)
 
 
 @pytest.mark.parametrize(
@@ -184,17 +186,23 @@ def test_beams_that_are_held_to_some_texts_end_in_the_best_of_them(form: dict[st
         assert found == sorted(texts, key=lambda text: -scores[text])[:3]
         assert result.sequences_scores == pytest.approx([scores[text] for text in found], rel=1e-4)
     few: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2, "num_beam_groups": 1, "diversity_penalty": 0.0}
-    for more, error in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         (few | {"suppress_tokens": [41], "min_new_tokens": 5}, "leaves 1 of the 2 answers"),
         ({"suppress_tokens": [9, 40, 41]}, "leaves no token"),
-        ({"suppress_tokens": [9, 41]}, "None"),
-        ({"suppress_tokens": [8, 43], "renormalize_logits": True, "top_p": 0.9}, "None"),
+        ({"suppress_tokens": [9, 41]}, f"leaves {form.get('num_beam_groups', 1)} of the 3"),
+        (
+            {"suppress_tokens": [8, 43], "renormalize_logits": True, "top_p": 0.9},
+            "leaves 2" if "seed" in form else "None",
+        ),
         ({"eos_token_id": [3, 2, 1, 0], "early_stopping": True}, "None"),
         ({"length_penalty": -2000.0}, "None"),
-    ):
-        each = decoder(PROMPT, constraint=Among(texts), **options | more)
+    )
+    for more, error in cases:
+        each = decoder(PROMPT, constraint=Among(texts, ends=more.get("eos_token_id", [END])), **options | more)
         run(model, (each, PROMPT))
         assert error in str(each.error), more
+        if each.error is None and "num_beam_groups" not in form:
+            assert len({tuple(tokens.tolist()) for tokens in each.result().sequences}) == 3, "none comes twice"
 
 
 def test_beams_that_nothing_can_follow_do_not_hold_up_a_stop_string() -> None:

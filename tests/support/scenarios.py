@@ -51,7 +51,7 @@ class OddOrEven:
         scores[1 - self.taken % 2 :: 2] = -np.inf
         scores[END] = end
 
-    def forced(self) -> list[int]:
+    def forced(self, most: int) -> list[int]:  # noqa: ARG002 - a protocol's
         return [2 + self.taken % 2]  # it is not, but it may come
 
     def accept(self, token: int) -> None:

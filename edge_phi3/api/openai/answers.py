@@ -112,9 +112,9 @@ class Answer:
         """Return the events of a piece of a choice."""
         return self._event(self.piece(index, part, None, tokens))
 
-    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - the last chunk has all
-        """Return the events of a choice's end; `usage` is that of its prompt's answers."""
-        return self._event(self.piece(index, "", reason))
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage, tokens: Tokens) -> bytes:  # noqa: ARG002 - the last chunk has all
+        """Return the events of a choice's end, and `tokens` that no piece had; `usage` is that of its prompt."""
+        return self._event(self.piece(index, "", reason, tokens or None))
 
     def closing(self) -> bytes:
         """Return what the stream ends with: the token counts, where they are wanted."""
@@ -193,12 +193,15 @@ class Answer:
             for index, (choice, reason) in enumerate(zip(choices, item.finish_reasons, strict=True)):
                 whole = item.texts[index][len(prepared.lead) :] if prepared.config.is_beam_search else ""
                 yield from told(index, whole, last=True)
-                yield self.ended(first + index, _finish_reason(reason, *choice), _usage_of([item]))
+                yield self.ended(first + index, _finish_reason(reason, *choice), _usage_of([item]), tokens_of(index))
 
         def told(index: int, text: str, *, last: bool = False) -> Iterator[bytes]:
             shown, reader = choices[index]
             for part in self._parts(reader, shown.push(text, last=last), last=last):
-                yield self.told(first + index, part, None if prepared.config.top_logprobs is None else shown.tokens())
+                yield self.told(first + index, part, tokens_of(index))
+
+        def tokens_of(index: int) -> Tokens:
+            return None if prepared.config.top_logprobs is None else choices[index][0].tokens()
 
         waiting = b""
         for index in range(first, first + count):

@@ -97,18 +97,17 @@ def _culprit(service: Service, prepared: PreparedPrompt, parts: list[tuple[str, 
 def _wanted(request: SamplingFields) -> list[tuple[str, str, Any]]:
     """Return the field that says what the answer is, its kind, and its value, if there is one."""
     fields = [(name, kind, getattr(request, name)) for name, kind in _FIELDS.items()]
-    found = [each for each in fields if each[2] not in (None, "", [])]
     others = request.structured_outputs or {}
-    found += [
-        (f"structured_outputs.{kind}", kind, others[kind]) for kind in others if others[kind] not in (None, False, "")
-    ]
+    fields += [(f"structured_outputs.{kind}", kind, value) for kind, value in others.items() if value is not False]
+    found = [each for each in fields if each[2] not in (None, "", [])]
+    for subject, kind, _ in found:
+        if kind not in _KINDS:
+            raise InvalidRequestError(f"`{subject}` is not supported; {', '.join(_KINDS)} are.")
     if request.response_format is not None and request.response_format.type != "text":
         found.append(_formatted(request.response_format))
     if len(found) > 1:
         raise InvalidRequestError(f"Give `{found[0][0]}` or `{found[1][0]}`, not both.")
     for subject, kind, value in found:
-        if kind not in _KINDS:
-            raise InvalidRequestError(f"`{subject}` is not supported; {', '.join(_KINDS)} are.")
         if kind == "choice" and not (isinstance(value, list) and all(isinstance(each, str) and each for each in value)):
             raise InvalidRequestError(f"`{subject}` must be a list of texts, none of them empty.")
         if kind in {"regex", "grammar"} and not isinstance(value, str):

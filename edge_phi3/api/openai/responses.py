@@ -26,6 +26,7 @@ from edge_phi3.api.schemas import about
 _LOGPROBS: Final = "message.output_text.logprobs"
 _TEXTS: Final = frozenset({"input_text", "output_text", "text"})
 _NAMES: Final = (
+    ("response_format.json_schema.schema", "text.format.schema"),
     ("response_format.schema", "text.format.schema"),
     ("response_format", "text.format"),
     (".function.", "."),
@@ -224,7 +225,7 @@ class _ResponsesAnswer(Answer):
         item["arguments"] += part.arguments
         return said + (self._of_item("function_call_arguments.delta", delta=part.arguments) if part.arguments else b"")
 
-    def ended(self, index: int, reason: Reason, usage: CompletionUsage) -> bytes:  # noqa: ARG002 - there is one
+    def ended(self, index: int, reason: Reason, usage: CompletionUsage, tokens: Tokens) -> bytes:  # noqa: ARG002 - calls have none
         said = self._end(reason)
         response = self._response(reason, usage)
         return said + self._event_of(f"response.{response.status}", response=response)
