@@ -154,9 +154,9 @@ def _mark(value: object) -> str:
 
 
 def _bound(schema: dict[str, Any]) -> None:
-    """Bring the bounds of a number within what llguidance reckons with, and make exclusive ones inclusive, in place.
+    """Bring the bounds of a number within what llguidance reckons with, in place.
 
-    Where both bounds have the same integer part, it takes an exclusive one for inclusive.
+    Where both have the same integer part, it takes an exclusive one that is nearer to 0 than the other for inclusive.
     """
     for name, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
         side, value = "minimum" if sign < 0 else "maximum", schema.get(name)
@@ -166,7 +166,7 @@ def _bound(schema: dict[str, Any]) -> None:
             raise SchemaError(f"`{name}` lies beyond 10^15")
         if abs(value) > _LARGEST:
             bound: float = sign * _LARGEST
-        elif name != side and schema.get("type") != "integer" and abs(value) <= _FINE and value == int(value):
+        elif name != side and schema.get("type") != "integer" and 0 <= -value * sign <= _FINE and value == int(value):
             bound = value - sign * _NEAR
         else:
             continue
