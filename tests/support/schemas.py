@@ -83,7 +83,7 @@ def random_schema(chance: random.Random, depth: int) -> dict[str, Any]:
         simple: list[dict[str, Any]] = [
             {"type": "string"} | chance.choice(({}, {"maxLength": chance.randint(0, 9)}, {"format": "date"})),
             {"type": "integer", "minimum": chance.randint(-5, 5), "maximum": chance.randint(6, 1000)},
-            {"type": "number"},
+            {"type": "number"} | chance.choice(({}, {"exclusiveMinimum": 0, "maximum": 0.5}, {"exclusiveMaximum": -2})),
             {"type": chance.choice(("boolean", "null"))},
             {"enum": chance.sample(["a", "b c", 1, None, 2.5, "ü", '"'], 3)},
             {"anyOf": [{"type": "integer"}, {"type": "string", "pattern": "^[a-c]{1,4}$"}]},

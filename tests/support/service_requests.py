@@ -209,7 +209,9 @@ class AskMaker:
             function = {"name": "f", "parameters": random_schema(self._chance, 2)}
             choice = self._chance.choice(("auto", "required"))
             tools = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
-            body |= self._chance.choice((tools, {"guided_choice": ["a", "the"]}, {"guided_regex": "[a-f]{3,9}"}))
+            bomb = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "const": -1e20}}}
+            few = {"guided_choice": ["a", "the"]}, {"guided_regex": "(ab){1000}{1000}"}, {"guided_json": bomb}
+            body |= self._chance.choice((tools, tools | few[0], {"guided_regex": "[a-f]{3,9}"}, *few))
             prompt = max(prompt, 64)
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]
         if self._chance.random() < 0.3:
