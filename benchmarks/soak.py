@@ -140,9 +140,11 @@ class Soak:
     @contextlib.asynccontextmanager
     async def _clients(self) -> AsyncIterator[None]:
         self._done = False
+        self._running.clear()
         async with asyncio.TaskGroup() as group:
             for number in range(self._connections):
                 group.create_task(self._client(random.Random(f"{self.report.service} {number}")))
+            await asyncio.sleep(0)  # all make their first requests, for which a connection would wait too long
             try:
                 yield
             finally:
@@ -158,7 +160,7 @@ class Soak:
     async def _client(self, chance: random.Random) -> None:
         maker = AskMaker(chance.randrange(2**31), self._setup, longest=600)
         while True:
-            for ask, *_ in maker.chains(20, crosstalk=0):
+            for ask, *_ in maker.chains(1, crosstalk=0):
                 await self._running.wait()
                 if self._done:
                     return
