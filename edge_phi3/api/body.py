@@ -17,7 +17,7 @@ from edge_phi3.api.errors import InvalidRequestError, RefusedError
 from edge_phi3.api.exchange import Exchange, exchange_of
 from edge_phi3.api.openai import fields
 from edge_phi3.generation.parameters import PARAMETERS
-from edge_phi3.generation.refused import REFUSED, Refused
+from edge_phi3.generation.values import REFUSED, Refused
 
 logger = structlog.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """The tables of docs/parameters.md and docs/api.md: generation parameters, and fields of OpenAI's API."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,8 +10,7 @@ from msgspec import Struct
 from edge_phi3.api.openai import fields
 from edge_phi3.api.openai.responses import ResponsesRequest
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS, groups
-from edge_phi3.generation.refused import REFUSED, Refused
-from edge_phi3.generation.values import Parameter, Source
+from edge_phi3.generation.values import REFUSED, Parameter, Refused, Source
 
 _PLACES = {
     fields.ChatCompletionMessage: "messages[].",
@@ -33,7 +32,7 @@ def of_parameters() -> str:
         rows = [_row(name, parameters[name]) for name in names]
         sections.append(f"### {group}\n\n" + _table(["name", "type", "absent", "null", "meaning"], rows))
     refused = [
-        (f"`{name}`" + (f" ({_code(each.harmless[0])})" if each.harmless else ""), each.reason)
+        (f"`{name}`" + (f" (`{json.dumps(each.harmless[0])}`)" if each.harmless else ""), each.reason)
         for name, each in REFUSED.items()
     ]
     return "\n\n".join([*sections, "### Refused\n\n" + _table(["name", "why"], _by_reason(refused))])
@@ -53,10 +52,13 @@ def of_fields() -> str:
     for name, meaning in _honoured(fields.StreamOptions).items():
         rows[f"stream_options.{name}"] = [f"`stream_options.{name}`", "chat, completions", meaning]
     tables = [_table(["honoured", "route", "as"], [rows[name] for name in sorted(rows) if rows[name][2]])]
+    nested = [
+        (f"{_PLACES[type_]}{name}", other) for type_, inside in fields.NESTED.items() for name, other in inside.items()
+    ]
     for word, kind in (("ignored", fields.Ignored), ("refused", Refused)):
         others = [
             (f"`{name}`", f"{other.reason}; named" if getattr(other, "named", False) else other.reason)
-            for name, other in _others()
+            for name, other in [*fields.OTHERS.items(), *nested]
             if isinstance(other, kind)
         ]
         tables.append(_table([word, "since"], _by_reason(others)))
@@ -74,11 +76,7 @@ def _shown(value: object) -> str:
         return value.value
     if value is None:
         return "not set"
-    return "none" if value == () else _code(value)
-
-
-def _code(value: object) -> str:
-    return f"`{json.dumps(value)}`"
+    return "none" if value == () else f"`{json.dumps(value)}`"
 
 
 def _honoured(type_: type[Struct]) -> dict[str, str]:
@@ -88,12 +86,6 @@ def _honoured(type_: type[Struct]) -> dict[str, str]:
 
 def _description(schema: Mapping[str, Any]) -> str:
     return str(next((each["description"] for each in (schema, *schema.get("anyOf", ())) if "description" in each), ""))
-
-
-def _others() -> Iterator[tuple[str, fields.Ignored | Refused]]:
-    yield from fields.OTHERS.items()
-    for type_, others in fields.NESTED.items():
-        yield from ((f"{_PLACES[type_]}{name}", other) for name, other in others.items())
 
 
 def _by_reason(named: list[tuple[str, str]]) -> list[list[str]]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -39,13 +41,9 @@ _LONGEST_BEGINNING: Final = 32
 _FEW: Final = 64
 """Tokens that a text which is forced may begin with, at most."""
 _QUOTE, _BACKSLASH = b'"\\'
-
-
-@dataclass(slots=True)
-class _Allowance:
-    """What all copies of a constraint may still take: `seconds` of processor time."""
-
-    seconds: float = _MOST_SECONDS
+_STACK: Final = 8 << 10
+"""Bytes of stack for each character of a grammar; twice of what is needed at most."""
+_STARTING: Final = threading.Lock()
 
 
 @dataclass(slots=True, eq=False)
@@ -62,9 +60,8 @@ class GrammarConstraint:
     _vocabulary: ConstraintVocabulary
     _ends: list[int]
     _json_from: re.Pattern[bytes] | None
-    _allowance: _Allowance = field(default_factory=_Allowance)
-    _ahead: _Allowance = field(default_factory=_Allowance)
-    """The same for what is looked at ahead of time, so that answers do not depend on it."""
+    _left: list[float] = field(default_factory=lambda: [_MOST_SECONDS] * 2)
+    """Seconds of processor time that all copies may still take: for their masks, and to look ahead of these."""
     _before: bytes = b""
     _prepared: NDArray[np.bool_] | None = None
     _quoted: bool = False
@@ -79,14 +76,14 @@ class GrammarConstraint:
         """Return which tokens may come next, shape (vocabulary,)."""
         if self._prepared is not None:
             return self._prepared
-        if self._allowance.seconds < 0:
+        if self._left[0] < 0:
             return np.zeros(len(self._vocabulary.texts), np.bool_)
-        return self._found_out(self._allowance)
+        return self._found_out(0)
 
-    def _found_out(self, allowance: _Allowance) -> NDArray[np.bool_]:
+    def _found_out(self, purpose: int) -> NDArray[np.bool_]:
         vocabulary, began = self._vocabulary, time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowance.seconds -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+        self._left[purpose] -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
         allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
         allowed[self._ends] = self._matcher.is_accepting()
         if self._room < vocabulary.most_digits:
@@ -111,8 +108,8 @@ class GrammarConstraint:
         """Return up to so many tokens of the text that comes next whatever is chosen, each as long as it may be."""
         found: list[int] = []  # llguidance would tell the text as a whole, however long it is
         ahead, texts = self, self._vocabulary.texts
-        while len(found) < most and self._ahead.seconds >= 0:
-            allowed = np.flatnonzero(ahead._found_out(self._ahead) if ahead._prepared is None else ahead._prepared)
+        while len(found) < most and self._left[1] >= 0:
+            allowed = np.flatnonzero(ahead._found_out(1) if ahead._prepared is None else ahead._prepared)
             tokens = {texts[token]: token for token in allowed[: _FEW + 1].tolist()}
             longest = max(tokens, key=len, default=b"")
             if not 0 < len(tokens) <= _FEW or tokens[longest] in self._ends or not all(map(longest.startswith, tokens)):
@@ -185,6 +182,18 @@ class ConstraintVocabulary:
         self.most_digits = int(self.digits.max())
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(self.texts, tokenizer)))
 
+    def _compiled(self, grammar: str, limits: LLParserLimits) -> LLMatcher:
+        """Return a grammar's matcher, made in a thread with a deep stack: llguidance recurses along its references."""
+        made: list[LLMatcher] = []
+        make = partial(LLMatcher, self._tokenizer, grammar, log_level=0, limits=limits)
+        thread = threading.Thread(target=lambda: made.append(make()))
+        with _STARTING:
+            usual = threading.stack_size(max(self._limits.size, 1 << 10) * _STACK)
+            thread.start()
+            threading.stack_size(usual)
+        thread.join()
+        return made[0]
+
     def constrain(self, grammar: Grammar, ends: Collection[int]) -> GrammarConstraint:
         """Return the constraint of a grammar at the start of an answer, which the tokens `ends` end.
 
@@ -210,7 +219,7 @@ class ConstraintVocabulary:
             verbose_errors=False,
         )
         made = json.dumps({"grammars": rules})
-        matcher = LLMatcher(self._tokenizer, made, log_level=0, limits=limits)
+        matcher = self._compiled(made, limits)
         constraint = GrammarConstraint(matcher, self, inside, grammar.json_from)
         space = b" " if grammar.named else None
         if all(self.texts[token] == space for token in np.flatnonzero(constraint.allowed())):

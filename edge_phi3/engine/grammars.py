@@ -21,6 +21,7 @@ CALL_TOKENS: Final = ("<|tool_call|>", "<|/tool_call|>")
 _JSON_EVERYWHERE, _JSON_NOWHERE, _JSON_IN_CALLS = map(
     re.compile, (b"", b"(?!)", rb"\xff|(functools|<\|tool_call\|>)\[")
 )
+_LONGEST_GBNF: Final = 16 << 10  # characters; the time that it takes to translate grows with their square
 _OPTIONS: Final = '%llguidance {"no_forcing": true}\n'
 _LIST: Final = r"""
 calls: "[" rest
@@ -68,6 +69,8 @@ def written_grammar(text: str) -> Grammar:
     """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it; or `SchemaError`."""
     if "%json" in text:
         raise SchemaError("it holds a JSON schema (`%json`), which has fields of its own, such as `guided_json`")
+    if "::=" in text and len(text) > _LONGEST_GBNF:
+        raise SchemaError(f"GBNF is taken up to {_LONGEST_GBNF} characters, Lark up to --max-schema-size")
     try:
         return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)), written=True)
     except (GbnfToLarkError, RecursionError) as error:

@@ -38,9 +38,8 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_ORDERED: Final = frozenset({"items", "prefixItems", "allOf"})
-_SCHEMAS: Final = _ORDERED | {"additionalItems", "additionalProperties", "anyOf", "oneOf"}
 _COMBINING: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
+_SCHEMAS: Final = _COMBINING - {"$ref"} | {"items", "prefixItems", "additionalItems", "additionalProperties"}
 _ABOUT_MEMBERS: Final = frozenset(
     {"properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"}
 )
@@ -98,7 +97,7 @@ def adapted(schema: object) -> dict[str, Any]:
 
     - ``oneOf`` whose schemas exclude each other becomes ``anyOf``, also where they are references.
     - Dates and times become patterns, and formats that are unknown, such as ``int32``, are passed over.
-    - Equal schemas of an ``anyOf`` become one.
+    - Of equal schemas of an ``anyOf`` the first alone counts.
     - An object that names its properties takes no others unless it says so, or is put together from several schemas.
     - Bounds of numbers lie within 10^15, and multiples have some.
     """
@@ -110,8 +109,10 @@ def adapted(schema: object) -> dict[str, Any]:
     result: dict[str, Any] = adapter.adapt(schema)
     if adapter.merges and adapter.merged(schema) > _MOST_MERGED:
         raise SchemaError(f"`allOf` and what stands beside `$ref` merge more than {_MOST_MERGED} schemas")
-    if adapter.merges and math.lcm(*adapter.multiples) > _LARGEST_MULTIPLE:
+    if adapter.merges and math.lcm(*(unit.numerator for unit in adapter.multiples)) > _LARGEST_MULTIPLE:
         raise SchemaError("the common multiple of several `multipleOf` has more than four digits")
+    if any(map(_overflows, [adapter.multiples] if adapter.merges else [{unit} for unit in adapter.multiples])):
+        raise SchemaError("`multipleOf` has too many decimal places, or several have for each other")
     if not adapter.merges:
         for each in adapter.closable:
             each["additionalProperties"] = False
@@ -124,6 +125,12 @@ def _is_exact(value: object) -> bool:
     if isinstance(value, dict | list):
         return all(map(_is_exact, value.values() if isinstance(value, dict) else value))
     return not isinstance(value, int | float) or (abs(value) <= _LARGEST and float(f"{value:.15g}") == value)
+
+
+def _overflows(multiples: set[Fraction]) -> bool:
+    """Return whether numbers, and 1, counted in units of the last decimal place of all, are too much for llguidance."""
+    unit = next(10**places for places in range(16) if all((10**places * each).denominator == 1 for each in multiples))
+    return bool(math.prod(int(each * unit) for each in multiples) * unit >= 1 << 32)
 
 
 def _parts(schema: dict[str, Any]) -> int:
@@ -159,7 +166,8 @@ def _bound(schema: dict[str, Any]) -> None:
     Where both have the same integer part, it takes an exclusive one that is nearer to 0 than the other for inclusive.
     """
     for name, sign in (("minimum", -1), ("exclusiveMinimum", -1), ("maximum", 1), ("exclusiveMaximum", 1)):
-        side, value = "minimum" if sign < 0 else "maximum", schema.get(name)
+        side = "minimum" if sign < 0 else "maximum"
+        value = schema.get(side if schema.get(name) is True else name)  # true is draft 4's
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if value * sign < -_LARGEST:
@@ -179,14 +187,13 @@ class _Adapter:
     """Changes a schema and those inside it.
 
     `merges` is whether any object is put together from several schemas; `named` are the changed objects that name
-    properties, `closable` those of them that say nothing of others; `multiples` is what numbers are multiples of, in
-    units of their last digits.
+    properties, `closable` those of them that say nothing of others; `multiples` is what numbers are multiples of.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self.merges = False
-        self.multiples: set[int] = set()
+        self.multiples: set[Fraction] = set()
         self.named: list[dict[str, Any]] = []
         self.closable: list[dict[str, Any]] = []
         self._sizes: dict[str, int] = {}
@@ -205,7 +212,8 @@ class _Adapter:
             if name in {"const", "enum"} and not _is_exact(value):
                 raise SchemaError(f"`{name}` holds a number of more than 15 digits")
             if name == "anyOf" and isinstance(value, list):
-                changed[name] = list({_mark(each): self.adapt(each) for each in value}.values())
+                first = {*{_mark(each): place for place, each in reversed([*enumerate(value)])}.values()}
+                changed[name] = [self.adapt(each) if place in first else False for place, each in enumerate(value)]
             elif name in _SCHEMAS:
                 changed["anyOf" if name == "oneOf" and exclusive else name] = self.adapt(value)
             elif name in _MAPS and isinstance(value, dict):
@@ -223,7 +231,7 @@ class _Adapter:
                 unit = Fraction(str(multiple))
                 if unit.numerator > _LARGEST_MULTIPLE or unit.denominator > _LARGEST:
                     raise SchemaError("`multipleOf` has more than four digits, or more than 15 decimal places")
-                self.multiples.add(unit.numerator)
+                self.multiples.add(unit)
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
         _bound(changed)
         self._note(schema, changed)
@@ -301,20 +309,17 @@ class _Adapter:
 
     def _target(self, pointer: str) -> object:
         """Return what a reference leads to, which is a schema that `adapt` has seen, or will."""
-        first, *parts = (unquote(part).replace("~1", "/").replace("~0", "~") for part in pointer.split("/"))
+        first, slash, rest = pointer.partition("/")
         found: Any = self._root if first == "#" else None
-        keys = iter(parts)
+        keys = iter([part.replace("~1", "/").replace("~0", "~") for part in unquote(rest).split("/")] if slash else [])
         for part in keys:
             found = found.get(part) if isinstance(found, dict) and part in _MAPS | _SCHEMAS else None
             if isinstance(found, list):
-                # Those of others may change their places.
-                places = range(len(found) if part in _ORDERED else 0)
                 key = next(keys, "")
-                found = found[int(key)] if len(key) < 6 and key.isdecimal() and int(key) in places else None
+                place = int(key) if len(key) < 6 and key.isdecimal() else len(found)
+                found = found[place] if place < len(found) else None
             elif part in _MAPS:
                 found = found.get(next(keys, "")) if isinstance(found, dict) else None
         if not isinstance(found, dict | bool):
-            raise SchemaError(
-                f"`$ref` to {pointer[:80]!r} does not lead to a schema in `$defs`, `properties` or the like"
-            )
+            raise SchemaError(f"`$ref` to {pointer[:80]!r} leads to no schema in `$defs`, `properties` or the like")
         return found

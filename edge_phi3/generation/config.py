@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from edge_phi3.generation.parameters import API_DEFAULTS, PARAMETERS, Parameters
-from edge_phi3.generation.refused import REFUSED
-from edge_phi3.generation.values import LONGEST_SHOWN, ParameterError, Source, leaves, shown
+from edge_phi3.generation.values import LONGEST_SHOWN, REFUSED, ParameterError, Source, leaves, shown
 
 DEFAULT_NEW_TOKENS: Final = 20
 """Tokens generated when nothing bounds the length (the default ``max_length`` of transformers, past the prompt)."""

@@ -114,7 +114,7 @@ class ConstrainedBeamDecoder(BeamDecoder):
                 constraint.mask(row)
                 # Beams that differ in their end tokens are one text.
                 ends = [token for token in self._config.eos_token_id if 0 <= token < len(row)]
-                row[sorted(ends, key=row.__getitem__)[:-1]] = -np.inf
+                row[sorted(set(ends), key=row.__getitem__)[:-1]] = -np.inf
             if constraint is None or row.max() == -np.inf:
                 self._beam_scores[beam] = -np.inf
                 row.fill(0)  # no warper makes NaN of it

@@ -3,7 +3,7 @@
 The names, types and defaults are those of ``transformers.GenerationConfig`` 4.49.0, with `seed` and OpenAI's own added.
 Validation, the OpenAPI document, ``docs/parameters.md`` and the playground's panel are made from this table: a new
 parameter is one entry here, and the code that honours it. Rules between parameters are in
-`edge_phi3.generation.config`, names of transformers that are refused in `edge_phi3.generation.refused`.
+`edge_phi3.generation.config`, names of transformers that are refused in ``refused.json``.
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Final, Literal
 
-from edge_phi3.generation.refused import REFUSED
 from edge_phi3.generation.values import (
     BIASES,
     BOOLEAN,
     EARLY_STOPPING,
     END_TOKENS,
     PHRASES,
+    REFUSED,
     START_AND_FACTOR,
     TEXTS,
     TOKEN,

@@ -1,15 +1,17 @@
-"""What describes a generation parameter: the kind of its values, its defaults, its meaning.
+"""What describes a generation parameter: the kind of its values, its defaults, its meaning; or why it is refused.
 
 A `Kind` is said once and used everywhere: it reads a value from JSON, names what is allowed in an error, and makes the
 JSON schema and the words of the reference. msgspec does the reading and the schemas.
 """
 
 import enum
+import json
 import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -233,3 +235,29 @@ def parameter(group: str, value: Value, meaning: str, computed: str = "", *, ope
     """Return a dataclass field that carries its `Parameter`."""
     described = Parameter(group, value, meaning, computed, openai)
     return field(default=value.default if openai else MISSING, metadata={"parameter": described})
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """One name of transformers that cannot be had here; `reason` completes the sentence "`name` is not supported: ...".
+
+    `harmless` values, beside null, change nothing, and are accepted. Where another one would not change which tokens
+    are chosen, a model's ``generation_config.json`` may hold it: see `changes_tokens`.
+    """
+
+    reason: str
+    harmless: tuple[object, ...] = ()
+    changes_tokens: bool = True
+
+    def accepts(self, value: object) -> bool:
+        """Return whether `value` changes nothing."""
+        return value is None or any(type(value) is type(known) and value == known for known in self.harmless)
+
+
+_GROUPS = json.loads(Path(__file__).with_name("refused.json").read_text(encoding="utf-8"))
+REFUSED: Final[Mapping[str, Refused]] = {
+    name: Refused(group["reason"], tuple(more.get("harmless", ())), changes_tokens=more.get("changes_tokens", True))
+    for group in _GROUPS
+    for name, more in group["names"].items()
+}
+"""Every name of ``GenerationConfig`` 4.49.0 and ``generate()`` that is refused unless its value changes nothing."""

@@ -8,7 +8,7 @@ import pytest
 
 from edge_phi3.generation import GenerationConfig, ModelDefaults, ParameterError
 from edge_phi3.generation.parameters import PARAMETERS
-from edge_phi3.generation.refused import REFUSED
+from edge_phi3.generation.values import REFUSED
 from tests.generation.conftest import DEFAULTS
 from tests.golden.generation_data import FOLDER, REPLAY_DEFAULTS, VALIDATION, VALIDATION_PROMPT
 from tests.support.cases import cases

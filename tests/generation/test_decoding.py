@@ -194,7 +194,7 @@ def test_beams_that_are_held_to_some_texts_end_in_the_best_of_them(form: dict[st
             {"suppress_tokens": [8, 43], "renormalize_logits": True, "top_p": 0.9},
             "leaves 2" if "seed" in form else "None",
         ),
-        ({"eos_token_id": [3, 2, 1, 0], "early_stopping": True}, "None"),
+        ({"eos_token_id": [3, 3, 2, 1, 0], "early_stopping": True}, "None"),
         ({"length_penalty": -2000.0}, "None"),
     )
     for more, error in cases:

@@ -15,7 +15,7 @@ from edge_phi3.api.openai.schemas import ToolCall
 from edge_phi3.api.openai.tools import Tool
 from edge_phi3.api.schemas import about
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS, PARAMETERS
-from edge_phi3.generation.refused import Refused
+from edge_phi3.generation.values import Refused
 
 TEXT_ONLY = "this model reads and writes text only"
 _BANNED = "`false` bans the token"

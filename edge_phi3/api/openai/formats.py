@@ -19,14 +19,12 @@ from edge_phi3.engine.grammars import (
 )
 from edge_phi3.pipeline import PreparedPrompt
 
-_SCHEMA: Final = "response_format.json_schema.schema"
-
 
 def _json(schema: object) -> Grammar:
     """Return the grammar of a schema, which may be written as a text."""
     try:
         return json_grammar(json.loads(schema) if isinstance(schema, str) else schema)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SchemaError("it is not valid JSON") from None
 
 
@@ -121,9 +119,9 @@ def _formatted(wanted: ResponseFormat) -> tuple[str, str, Any]:
             f"`response_format.type` must be text, json_object or json_schema, not {wanted.type[:40]!r}."
         )
     if wanted.type == "json_schema" and wanted.json_schema and wanted.json_schema.schema_ is not None:
-        return _SCHEMA, "json", wanted.json_schema.schema_
+        return "response_format.json_schema.schema", "json", wanted.json_schema.schema_
     if wanted.schema_ is not None:
         return "response_format.schema", "json", wanted.schema_
     if wanted.type == "json_schema":
-        raise InvalidRequestError(f"`{_SCHEMA}` is missing.")
+        raise InvalidRequestError("`response_format.json_schema.schema` is missing.")
     return "response_format", "json_object", True
