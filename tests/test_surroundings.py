@@ -81,7 +81,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ["2>&-", "2>/dev/full", "2>&1 | head -c1 >first"])
 def test_a_service_needs_no_stderr(end: str, tmp_path: Path, store: Path) -> None:
     script = tmp_path / "command"
-    script.write_text(f'#!/bin/sh\nexec {shlex.quote(COMMAND)} "$@" {end}\n')
+    script.write_text(f'#!/bin/sh\ncd {shlex.quote(str(tmp_path))}\nexec {shlex.quote(COMMAND)} "$@" {end}\n')
     script.chmod(0o700)
     with serving(tmp_path, "demo", command=[str(script)], store=store) as server:
         assert server.get("/healthz").status_code == 200
