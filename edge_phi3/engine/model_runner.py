@@ -127,11 +127,11 @@ class ModelRunner:
 
     def decode(self, batch: Batch, beside: Callable[[], None]) -> NDArray[np.float32]:
         """Decode a batch, and call `beside` meanwhile. Return its logits, as `Context.decode` does."""
-        self._left -= 1
-        self._decoded += 1
+        self._left, self._decoded = self._left - 1, self._decoded + 1
         started = time.perf_counter()
         logits = self.context.decode(batch.count, batch.rows + batch.padding + batch.drafted, beside)
-        self._speculation.took(batch.count, time.perf_counter() - started)
+        if batch.count == batch.rows + batch.padding + batch.drafted:  # prompts cost no output layer
+            self._speculation.took(batch.count, time.perf_counter() - started)
         if batch.padding:
             self.context.remove(self.context.scratch, -1, -1)
         return logits[: batch.rows + batch.drafted]
