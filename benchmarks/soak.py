@@ -99,13 +99,15 @@ class Soak:
         self._done = self._ending = False
 
     @contextlib.contextmanager
-    def _serving(self) -> Iterator[Server]:
+    def _serving(self, *, ended: bool = False) -> Iterator[Server]:
+        """Serve; of what ends before only the log can be searched."""
         adapters = adapter_arguments(self._model, self._setup.adapters)
         environment = os.environ | self._setup.environment()
         with serving(self._folder, str(self._model), *adapters, store=self._folder, environment=environment) as server:
             self._server = server
             yield server
-            self._search(server.log.read_bytes() + server.get("/metrics/prometheus").content, b"", "log or metrics")
+            metrics = b"" if ended else server.get("/metrics/prometheus").content
+        self._search(server.log.read_bytes() + metrics, b"", "log or metrics")
 
     async def run(self, seconds: float) -> Report:
         """Load the service for so long."""
@@ -234,7 +236,7 @@ class Soak:
         while time.monotonic() < end:
             for kind in kinds:
                 started = time.monotonic()
-                with self._serving_until(kind) as server:
+                with self._serving(ended=kind != signal.SIGSTOP) as server:
                     ready = time.monotonic() - started
                     self._ending = False
                     async with self._clients():
@@ -252,20 +254,6 @@ class Soak:
                                 self.report.wrong.append(f"{kind.name} ends it with {code}")
                 count, longest = self.report.faults.get(kind.name, (0, 0.0))
                 self.report.faults[kind.name] = count + 1, max(longest, ready)
-
-    @contextlib.contextmanager
-    def _serving_until(self, kind: signal.Signals) -> Iterator[Server]:
-        """Serve; only the log of what is ended can be searched at the end."""
-        if kind == signal.SIGSTOP:
-            with self._serving() as server:
-                yield server
-            return
-        adapters = adapter_arguments(self._model, self._setup.adapters)
-        environment = os.environ | self._setup.environment()
-        with serving(self._folder, str(self._model), *adapters, store=self._folder, environment=environment) as server:
-            self._server = server
-            yield server
-        self._search(server.log.read_bytes(), b"", "log")
 
 
 def shown(report: Report) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pydantic.fields import FieldInfo
 
 from edge_phi3 import templates
-from edge_phi3.api import body, connection, errors, ops, service
+from edge_phi3.api import body, connection, errors, service
 from edge_phi3.api.openai import translate
+from edge_phi3.engine.tokenizer import MOST_TOKENS
 from edge_phi3.generation.config import LONGEST_STOP, MOST_PHRASES
 from edge_phi3.generation.parameters import OPENAI_PARAMETERS
 from edge_phi3.generation.values import LONGEST_SHOWN
@@ -42,9 +43,8 @@ def markdown() -> str:
         for what, unit, name in _OPTIONS
     ]
     rows += [(what, unit, "fixed", f"`{value}`") for what, unit, value in _fixed()]
-    order = list(dict.fromkeys(what for what, *_ in rows))
-    lines = [("limits of", "counted in", "set by", "default"), ("---",) * 4]
-    lines += sorted(rows, key=lambda row: order.index(row[0]))
+    rows.sort(key=lambda row: row[0])
+    lines = [("limits of", "counted in", "set by", "default"), ("---",) * 4, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -62,6 +62,7 @@ def _fixed() -> Iterator[tuple[str, str, int | str]]:
     for lane, threads in service.THREADS.items():
         kind = {"long": "such bodies", "foreign": "of those, conversations for a template of strangers"}.get(lane)
         yield "body", f"{kind or f'of those, bodies of {service.LONGEST} bytes and more'} prepared at once", threads
+    yield "body", f"values; a text, a name, a list and an object count as {body.COSTLY} each", body.MOST_VALUES
     yield "names", "characters of one in an error", LONGEST_SHOWN
     yield "names", "ignored fields that the answer names", body.MOST_IGNORED
     yield "names", "characters of each", body.LONGEST_IGNORED
@@ -69,8 +70,8 @@ def _fixed() -> Iterator[tuple[str, str, int | str]]:
     yield "depth", "lists and objects inside each other; Python's own limit, about", 1000
     yield "counts", "texts in `stop`", translate.MOST_STOPS
     yield "counts", "texts or phrases of several tokens that are banned, biased, or stop an answer", MOST_PHRASES
-    yield "counts", "tokens that `/tokenize` returns with their texts", ops.MOST_PIECES
     yield "text", "characters of a text in `stop` or `stop_strings`", LONGEST_STOP
+    yield "counts", "tokens of a text", MOST_TOKENS
     yield "counts", "`top_logprobs`", int(OPENAI_PARAMETERS["top_logprobs"].value.kind.limits["maximum"])
     yield "text", "characters, beyond which a prompt is not tokenised", "the context x the longest token"
     yield "template", "seconds of the processor, for one that is not the family's own", templates.MOST_SECONDS

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
+import numpy as np
 import structlog
 from litestar import Request
 
@@ -38,6 +39,9 @@ _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
 MOST_IGNORED, LONGEST_IGNORED = 16, 64
+MOST_VALUES, COSTLY = 1 << 18, 4
+"""How much a body may hold, and as how many numbers a text, a name, a list or an object counts: the interpreter makes
+them in a few milliseconds, and does nothing else meanwhile."""
 _MOST_LOGGED: Final = 1000
 _logged: set[str] = set()
 """Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
@@ -66,6 +70,10 @@ def decode_body(
         raise RefusedError(
             415, f"The body must be JSON, sent with `Content-Type: application/json`, not {media_type[:60]!r}."
         )
+    if len(body) > MOST_VALUES // COSTLY and _weight(body) > MOST_VALUES:
+        raise InvalidRequestError(
+            f"The body holds more than {MOST_VALUES} values, where each text, name, list and object counts as {COSTLY}."
+        )
     try:
         document = _decode(body.removeprefix(codecs.BOM_UTF8))
         if isinstance(document, dict):
@@ -78,6 +86,18 @@ def decode_body(
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
     except (RecursionError, ValueError):
         raise InvalidRequestError("The body is nested too deeply, or holds a number that is too long.") from None
+
+
+def _weight(body: bytes) -> int:
+    """Return how much JSON holds, see `MOST_VALUES`, while other threads have the interpreter."""
+    signs = np.frombuffer(body.rstrip(b"\\"), np.uint8)
+    backslashes = np.flatnonzero(signs == ord("\\"))
+    last = np.flatnonzero(np.diff(backslashes, append=-1) != 1)
+    quotes = signs == ord('"')
+    quotes[backslashes[last[np.diff(last, prepend=-1) % 2 == 1]] + 1] = False  # behind an odd number of them
+    outside = signs[~np.logical_xor.accumulate(quotes)]  # of texts, but for the quotes that end them
+    costly = sum(np.count_nonzero(outside == ord(sign)) for sign in '"[{')
+    return COSTLY * costly + np.count_nonzero(outside == ord(","))
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:

@@ -25,9 +25,6 @@ from edge_phi3.version import __version__
 
 _PROMETHEUS_TYPES = ("application/openmetrics-text", "text/plain")
 
-MOST_PIECES = 1 << 17
-"""Tokens that are returned with their texts, which take hundreds of bytes each on their way."""
-
 _CPU_SAMPLE_SECONDS = 0.1
 """How long the CPUs are watched for their load; psutil advises at least this."""
 
@@ -108,7 +105,7 @@ async def detokenize(
     def decode() -> str:
         wanted = decode_body(request, body, schemas.DetokenizeRequest)
         service.check_tokens(wanted.tokens, "tokens")
-        return service.pipeline.detokenize(wanted.tokens, skip_special_tokens=bool(wanted.skip_special_tokens))
+        return service.pipeline.tokenizer.decode(wanted.tokens, skip_special_tokens=bool(wanted.skip_special_tokens))
 
     text = await service.lanes.prepare(request, body, decode)
     return schemas.DetokenizeResponse(text, text, text)
@@ -126,7 +123,7 @@ def _tokenized(pipeline: TextGenerationPipeline, wanted: TokenizeRequest) -> sch
     text, parse_special = given[0], False not in {wanted.parse_special_tokens, wanted.parse_special}
     if isinstance(text, str):
         add_bos = False not in {wanted.add_special_tokens, wanted.add_special}
-        tokens = pipeline.tokenize(text, parse_special=parse_special, add_bos=add_bos)
+        tokens = pipeline.tokenizer.encode(text, parse_special=parse_special, add_bos=add_bos).tolist()
     else:
         tokens = pipeline.encode_conversation(
             conversation_of(text),
@@ -136,11 +133,7 @@ def _tokenized(pipeline: TextGenerationPipeline, wanted: TokenizeRequest) -> sch
             continue_final_message=wanted.continue_final_message,
         ).tolist()
     shown = wanted.with_pieces or wanted.return_token_strs
-    if shown and len(tokens) > MOST_PIECES:
-        raise InvalidRequestError(
-            f"The text has {len(tokens)} tokens; `with_pieces` and `return_token_strs` show up to {MOST_PIECES}."
-        )
-    pieces = [pipeline.token_bytes(token) for token in tokens] if shown else []
+    pieces = [pipeline.tokenizer.bytes_of(token) for token in tokens] if shown else []
     return schemas.TokenizeResponse(
         list(map(schemas.TokenPiece, tokens, map(_piece, pieces))) if wanted.with_pieces else tokens,
         len(tokens),

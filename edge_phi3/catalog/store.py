@@ -48,11 +48,6 @@ class StoredModel:
     quant: str | None
     manifest: Manifest | None
 
-    @property
-    def last_use(self) -> float:
-        """When the model of the store was last asked for, as seconds since 1970: the time of its manifest."""
-        return self.path.with_name(MANIFEST_NAME).stat().st_mtime
-
 
 class Catalog:
     """Turns references into models of the store, which may be copied, and read-only once it holds what is asked for."""

@@ -9,11 +9,10 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from edge_phi3.catalog import Catalog, CatalogError
+from edge_phi3.catalog.manifest import MANIFEST_NAME
 from edge_phi3.progress import stderr_progress
 
 _QUANT = click.option("--quant", "quants", multiple=True, metavar="TYPE", help="Of this type only; repeatable.")
-
-
 STORE = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -35,7 +34,8 @@ def command(ctx: click.Context, store: Path | None) -> None:
         return
     table = Table("model", "type", "size", "source", "revision", "last use", box=None)
     for model in catalog.stored():
-        size, last = _size(model.path.parent), dt.datetime.fromtimestamp(model.last_use)  # noqa: DTZ006 - for people
+        used = model.path.with_name(MANIFEST_NAME).stat().st_mtime
+        size, last = _size(model.path.parent), dt.datetime.fromtimestamp(used)  # noqa: DTZ006 - for people
         revision = (model.revision or "")[:12]
         table.add_row(model.name, model.quant or "as published", size, model.source, revision, f"{last:%Y-%m-%d %H:%M}")
     for folder, kind in catalog.leftovers():

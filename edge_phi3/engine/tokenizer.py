@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge_phi3 import byte_level
 from edge_phi3.engine.added_tokens import SHIELD, AddedToken, AddedTokenSplitter, escaped, prepended
-from edge_phi3.engine.errors import ContextLengthError
+from edge_phi3.engine.errors import ContextLengthError, RequestTooLargeError
 from edge_phi3.engine.family import family_of
 from edge_phi3.llama.model import Model
 
@@ -27,6 +27,8 @@ _UNUSED, _CONTROL, _USER_DEFINED = 1 << 1, 1 << 3, 1 << 4
 _BLOCK = 1 << 14
 _PARTS = 1024
 """How many parts of a text are encoded together: a call takes longer than a short part."""
+MOST_TOKENS = 1 << 17
+"""Tokens of a text, beyond which it is refused: while a list of millions is made, the interpreter does nothing else."""
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
@@ -111,6 +113,7 @@ class Tokenizer:
         Raises:
             ContextLengthError: there are not fewer than `below`. Where the length of a text shows that, nothing is
                 computed.
+            RequestTooLargeError: there are more than `MOST_TOKENS`.
         """
         parts = escaped(self._splitters[parse_special].split(text), self._normalized, self._prefix)
         front = self._front if add_bos else ()
@@ -121,13 +124,15 @@ class Tokenizer:
             texts = [part.replace(SHIELD, "") for part in block if isinstance(part, str)]
             found += len(block) - len(texts)
             least = found + sum(-(-len(text) // self._longest) for text in texts)
-            encodings = self._model.encode(texts) if least < below else []
+            encodings = self._model.encode(texts) if least < min(below, MOST_TOKENS + 1) else []
             found += sum(map(len, encodings))
-            if max(found, least) >= below:
+            if (count := max(found, least)) >= below:
                 raise ContextLengthError(
-                    f"The prompt has at least {max(found, least)} tokens, but this model's maximum context length is"
+                    f"The prompt has at least {count} tokens, but this model's maximum context length is"
                     f" {below} tokens; shorten the prompt."
                 )
+            if count > MOST_TOKENS:
+                raise RequestTooLargeError(f"A text has at least {count} tokens; at most {MOST_TOKENS} are read.")
             each = iter(encodings)
             for part in block:
                 yield from (part,) if isinstance(part, int) else next(each).ids

@@ -2,7 +2,6 @@
 
 import collections
 import ctypes
-import functools
 import logging
 import signal
 import threading
@@ -52,15 +51,10 @@ def reason() -> str:
     return f" ({told[-1]})" if told else ""
 
 
-@functools.cache
-def _start_backends() -> None:
-    llama_cpp.llama_backend_init()
-
-
 def initialise_backend() -> None:
-    """Start llama.cpp's backends, once a process, and take over its log from whoever had it."""
+    """Start llama.cpp's backends, unless they are started, and take over its log from whoever had it."""
     llama_cpp.llama_log_set(_LOG_CALLBACK, ctypes.c_void_p(0))
-    _start_backends()
+    llama_cpp.llama_backend_init()
 
 
 def supports_gpu_offload() -> bool:

@@ -52,7 +52,7 @@ class TextGenerationPipeline:
         self.schema_limits = schema_limits
         self._encode_user_tokens_as_text = encode_user_tokens_as_text
         loaded = engine.model
-        self._tokenizer: Tokenizer = loaded.tokenizer
+        self.tokenizer: Tokenizer = loaded.tokenizer
         self._defaults = loaded.defaults
         model = loaded.model
         self.model = ModelCard(
@@ -64,11 +64,11 @@ class TextGenerationPipeline:
             context_length=model.context_length,
             vocab_size=model.vocab_size,
         )
-        template = model.chat_template or self._tokenizer.family.chat_template
-        begin, end = map(self._tokenizer.special_token, CALL_TOKENS)
+        template = model.chat_template or self.tokenizer.family.chat_template
+        begin, end = map(self.tokenizer.special_token, CALL_TOKENS)
         self.call_tokens = None if begin is None or end is None else (begin, end)
         marks = CALL_TOKENS if self.call_tokens else BARE_MARKS
-        self._template = ChatTemplate(template, self._tokenizer.special_tokens, marks)
+        self._template = ChatTemplate(template, self.tokenizer.special_tokens, marks)
         self.foreign_template = self._template.foreign
 
     @property
@@ -134,7 +134,7 @@ class TextGenerationPipeline:
             raise PromptError(f"handle_long_generation must be null or 'hole', not {handle_long_generation[:40]!r}.")
         longest = self.engine.max_length
         below = longest if truncate is None and handle_long_generation is None else sys.maxsize
-        spelt = functools.partial(self._tokenizer.decode, skip_special_tokens=False, whole_runs=whole_runs)
+        spelt = functools.partial(self.tokenizer.decode, skip_special_tokens=False, whole_runs=whole_runs)
         if messages:
             if prompt:
                 raise PromptError("Give prompt or messages, not both.")
@@ -150,7 +150,7 @@ class TextGenerationPipeline:
             )
         elif isinstance(prompt, str) and prompt:
             lead = prompt if return_full_text else ""
-            prompt_ids = self._tokenizer.encode((prefix or "") + prompt, add_bos=add_special_tokens, below=below)
+            prompt_ids = self.tokenizer.encode((prefix or "") + prompt, add_bos=add_special_tokens, below=below)
         elif prompt:
             prompt_ids = np.array(prompt, dtype=np.int32)
             lead = spelt(prompt) if return_full_text and len(prompt) < below else ""
@@ -161,7 +161,7 @@ class TextGenerationPipeline:
             lead = lead and spelt(prompt_ids.tolist())
         kwargs = dict(generate_kwargs)
         if prefix:
-            make_room_for_prefix(kwargs, len(self._tokenizer.encode(prefix)))
+            make_room_for_prefix(kwargs, len(self.tokenizer.encode(prefix)))
         config = GenerationConfig.resolve(kwargs, self._defaults)
         if handle_long_generation == "hole":
             prompt_ids = cut_hole(prompt_ids, config, longest)
@@ -171,7 +171,7 @@ class TextGenerationPipeline:
                 " shorten the prompt."
             )
         config.total_length(len(prompt_ids))  # raises when the prompt leaves no room for an answer
-        decoded = self._tokenizer.decode_prompt(
+        decoded = self.tokenizer.decode_prompt(
             prompt_ids,
             skip_special_tokens=skip_special_tokens,
             whole_runs=whole_runs,
@@ -179,7 +179,7 @@ class TextGenerationPipeline:
         )
         stop_texts = None
         if stop:
-            stop_texts = StopTexts(stop, self._tokenizer.shown_bytes[skip_special_tokens], len(prompt_ids))
+            stop_texts = StopTexts(stop, self.tokenizer.shown_bytes[skip_special_tokens], len(prompt_ids))
         clean_up = clean_up_tokenization_spaces
         return PreparedPrompt(prompt_ids, decoded, config, lead, clean_up, stop_texts=stop_texts, adapter=adapter)
 
@@ -200,14 +200,14 @@ class TextGenerationPipeline:
         """
         try:
             if self._encode_user_tokens_as_text:
-                messages, kwargs, tools = self._tokenizer.shield([messages, kwargs, tools])
+                messages, kwargs, tools = self.tokenizer.shield([messages, kwargs, tools])
             text = self._template.render(messages, kwargs=kwargs, tools=tools, **wanted)
         except RecursionError:
             raise PromptError("`chat_template_kwargs` is nested too deeply.") from None
         except PromptError as error:
             raise PromptError(str(error).replace(SHIELD, "")) from error
         text = prefix + text
-        return self._tokenizer.encode(text, parse_special=parse_special, add_bos=False, below=below)
+        return self.tokenizer.encode(text, parse_special=parse_special, add_bos=False, below=below)
 
     # -- tokens to text
 
@@ -239,7 +239,7 @@ class TextGenerationPipeline:
         streams = [TextStream(prepared) for _ in range(count)]
         placers: list[TokenOffsets] = []
         if prepared.config.top_logprobs is not None:
-            placers = [TokenOffsets(self._tokenizer, prepared.text) for _ in range(count)]
+            placers = [TokenOffsets(self.tokenizer, prepared.text) for _ in range(count)]
         async with contextlib.aclosing(self._events(prepared, timeout, request_id, stream=True)) as events:
             async for event in events:
                 deltas: list[TextDelta | GenerationOutput] = []
@@ -284,8 +284,8 @@ class TextGenerationPipeline:
             )
         scored, prompt_logprobs = prepared.scored is not None, None
         if scored:
-            prompt_logprobs = placed_prompt(self._tokenizer, prepared.prompt_ids, event.prompt_logprobs)
-        logprobs = [placed(self._tokenizer, prepared.text, each, every=scored) for each in result.logprobs or ()]
+            prompt_logprobs = placed_prompt(self.tokenizer, prepared.prompt_ids, event.prompt_logprobs)
+        logprobs = [placed(self.tokenizer, prepared.text, each, every=scored) for each in result.logprobs or ()]
         texts = [prepared.lead + self._answer(prepared, sequence) for sequence in result.sequences]
         return GenerationOutput(
             text="".join(texts),
@@ -312,26 +312,11 @@ class TextGenerationPipeline:
             whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
         return whole[len(prompt) :]
 
-    # -- tokens
-
-    def tokenize(self, text: str, **options: bool) -> list[int]:
-        """Encode a text; the options are those of `Tokenizer.encode`."""
-        tokens: list[int] = self._tokenizer.encode(text, **options).tolist()
-        return tokens
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return what a token adds to a text, in UTF-8 or, for tokens that stand for a byte, a part of it."""
-        return self._tokenizer.bytes_of(token)
-
     @functools.cached_property
     def _constraints(self) -> ConstraintVocabulary:
-        return ConstraintVocabulary(self._tokenizer, self.schema_limits)
+        return ConstraintVocabulary(self.tokenizer, self.schema_limits)
 
     def constrain(self, prepared: PreparedPrompt, grammar: Grammar) -> PreparedPrompt:
         """Hold a prepared request to a grammar; `SchemaError` when that cannot be, or ends nowhere."""
         constraint = self._constraints.constrain(grammar, prepared.config.eos_token_id)
         return dataclasses.replace(prepared, constraint=constraint)
-
-    def detokenize(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Decode tokens."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)

@@ -128,7 +128,7 @@ def greedy(api: Running, **kwargs: Any) -> str:
 def spelling(api: Running, text: str) -> dict[str, Any]:
     """Return what makes a model begin its answer with a text, in tokens that have one character each."""
     pipeline = api.service.pipeline
-    byte = {pipeline.token_bytes(token): token for token in reversed(range(pipeline.model.vocab_size))}
+    byte = {pipeline.tokenizer.bytes_of(token): token for token in reversed(range(pipeline.model.vocab_size))}
     tokens = [byte[bytes([value])] for value in text.encode()]
     return {"sequence_bias": [[tokens[:length], 1e3 * 2**length] for length in range(1, len(tokens) + 1)]}
 

@@ -47,7 +47,7 @@ def test_what_is_served_is_listed(client: openai.OpenAI) -> None:
 
 def test_the_model_field_chooses_and_the_answer_names_what_answered(api: Running, client: openai.OpenAI) -> None:
     for name, golden in (("phi-3-demo", ""), ("attention", "attention"), ("mlp", "mlp")):
-        expected = api.service.pipeline.detokenize(GOLDEN[golden][0], skip_special_tokens=True)
+        expected = api.service.pipeline.tokenizer.decode(GOLDEN[golden][0], skip_special_tokens=True)
         whole = client.completions.create(model=name, prompt=adapters.PROMPTS[0], temperature=0, max_tokens=24)
         with client.chat.completions.create(model=name, messages=USER, temperature=0, stream=True) as stream:
             chunks = list(stream)

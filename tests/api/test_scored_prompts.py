@@ -65,7 +65,7 @@ def test_they_are_the_log_softmax_of_the_models_logits(
     for choice, text, prompt in zip(answer["choices"], texts, tokens, strict=True):
         told, right = choice["logprobs"], log_softmax(own, prompt)
         ids = [*prompt, *right[-1:].argmax(axis=1).tolist()[:max_tokens]]
-        shown = [_text(pipeline.token_bytes(token)) for token in ids]
+        shown = [_text(pipeline.tokenizer.bytes_of(token)) for token in ids]
         assert told["tokens"] == shown
         assert told["token_logprobs"][0] is told["top_logprobs"][0] is None
         places = np.arange(len(ids) - 1)
@@ -77,7 +77,7 @@ def test_they_are_the_log_softmax_of_the_models_logits(
             assert likeliest[token] >= mine
             assert sorted(likeliest.values(), reverse=True)[: len(best)] == pytest.approx(best, abs=1e-4)
             assert max(1, top) <= len(likeliest) <= top + 1
-        assert choice["text"].startswith(text if not by_tokens else pipeline.detokenize(ids[:1]))
+        assert choice["text"].startswith(pipeline.tokenizer.decode(ids[:1]) if by_tokens else text)
         assert told["text_offset"] == sorted(told["text_offset"])
         assert told["text_offset"][0] == 0
 

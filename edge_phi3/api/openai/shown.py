@@ -55,7 +55,7 @@ def chat_logprobs(pipeline: TextGenerationPipeline, placed: Iterable[PlacedLogpr
     """Return them in the shape of chat completions."""
 
     def described(token: int, logprob: float) -> tuple[str, float, list[int]]:
-        data = pipeline.token_bytes(token)
+        data = pipeline.tokenizer.bytes_of(token)
         return _text(data), _finite(logprob), list(data)
 
     return ChatLogprobs(
@@ -77,14 +77,14 @@ def completion_logprobs(
     """
     found = CompletionLogprobs([], [], [], [])
     for start, token in placed:
-        text = _text(pipeline.token_bytes(token.token_id))
+        text = _text(pipeline.tokenizer.bytes_of(token.token_id))
         found.tokens.append(text)
         found.token_logprobs.append(_finite(token.logprob))
         found.text_offset.append(start)
         top: dict[str, float] = {}
         for other, logprob in token.top:
             # Two tokens may have one text; the likelier stays.
-            top.setdefault(_text(pipeline.token_bytes(other)), _finite(logprob))
+            top.setdefault(_text(pipeline.tokenizer.bytes_of(other)), _finite(logprob))
         top.setdefault(text, _finite(token.logprob))
         found.top_logprobs.append(top)
     if whole:

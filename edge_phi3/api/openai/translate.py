@@ -234,7 +234,7 @@ def _biases(service: Service, request: SamplingFields) -> tuple[list[list[Any]],
     biases: list[list[Any]] = []
     banned: list[int] = []
     for key, bias in pairs:
-        tokens = service.pipeline.tokenize(key, add_bos=False) if isinstance(key, str) else [key]
+        tokens = service.pipeline.tokenizer.encode(key, add_bos=False).tolist() if isinstance(key, str) else [key]
         if bias is True or not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequestError(
                 f"`logit_bias` must lie between -{_MOST_BIAS:g} and {_MOST_BIAS:g}, or be false, but is {bias}."
@@ -257,8 +257,9 @@ def _check_few(name: str, texts: Sequence[str]) -> None:
 def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...]]:
     """Yield the tokens of `bad_words`: of each at the beginning of a text and, where they differ, after a space."""
     _check_few("bad_words", request.bad_words or ())
+    encode = service.pipeline.tokenizer.encode
     for word in request.bad_words or ():
-        alone, after = (tuple(service.pipeline.tokenize(text, add_bos=False)) for text in (word, f" {word.lstrip()}"))
+        alone, after = (tuple(encode(text, add_bos=False).tolist()) for text in (word, f" {word.lstrip()}"))
         if not alone:
             raise InvalidRequestError("`bad_words` must be a list of texts, none of them empty.")
         yield alone
