@@ -40,8 +40,8 @@ _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
 MOST_IGNORED, LONGEST_IGNORED = 16, 64
 MOST_VALUES, COSTLY = 1 << 18, 4
-"""How much a body may hold, and as how many numbers a text, a name, a list or an object counts: the interpreter makes
-them in a few milliseconds, and does nothing else meanwhile."""
+"""How much a body may hold, and as how many numbers or backslashes a text, a name, a list or an object counts: the
+interpreter makes them in a few milliseconds, and does nothing else meanwhile."""
 _MOST_LOGGED: Final = 1000
 _logged: set[str] = set()
 """Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
@@ -72,7 +72,8 @@ def decode_body(
         )
     if len(body) > MOST_VALUES // COSTLY and _weight(body) > MOST_VALUES:
         raise InvalidRequestError(
-            f"The body holds more than {MOST_VALUES} values, where each text, name, list and object counts as {COSTLY}."
+            f"The body holds more than {MOST_VALUES} numbers and backslashes, where each text, name, list and object"
+            f" counts as {COSTLY}."
         )
     try:
         document = _decode(body.removeprefix(codecs.BOM_UTF8))
@@ -97,7 +98,7 @@ def _weight(body: bytes) -> int:
     quotes[backslashes[last[np.diff(last, prepend=-1) % 2 == 1]] + 1] = False  # behind an odd number of them
     outside = signs[~np.logical_xor.accumulate(quotes)]  # of texts, but for the quotes that end them
     costly = sum(np.count_nonzero(outside == ord(sign)) for sign in '"[{')
-    return COSTLY * costly + np.count_nonzero(outside == ord(","))
+    return COSTLY * costly + np.count_nonzero(outside == ord(",")) + len(backslashes)
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:

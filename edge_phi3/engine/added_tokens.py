@@ -102,7 +102,7 @@ def escaped(parts: Iterable[str | int], normalized: AddedTokenSplitter, prefix: 
                 if isinstance(piece, int) or prefix is None:
                     yield piece
                 else:
-                    text = piece.replace(" ", "▁")
+                    text = _marked(piece)
                     wanted = prefix == "always" or (prefix == "first" and not begun)
                     yield f"▁{text}" if wanted and not text.startswith("▁") else text
                 begun = True
@@ -119,4 +119,9 @@ def _is_word(character: str) -> bool:
 
 def prepended(text: str) -> str:
     """Return what a normalizer's Prepend and Replace make of a text."""
-    return f"▁{text}".replace(" ", "▁")
+    return _marked(f"▁{text}")
+
+
+def _marked(text: str) -> str:
+    """Return a text with "▁" for spaces, made piece by piece, as it is searched."""
+    return "".join(text[begin : begin + _WINDOW].replace(" ", "▁") for begin in range(0, len(text), _WINDOW))
