@@ -97,8 +97,8 @@ def _weight(body: bytes) -> int:
     quotes = signs == ord('"')
     quotes[backslashes[last[np.diff(last, prepend=-1) % 2 == 1]] + 1] = False  # behind an odd number of them
     outside = signs[~np.logical_xor.accumulate(quotes)]  # of texts, but for the quotes that end them
-    costly = sum(np.count_nonzero(outside == ord(sign)) for sign in '"[{')
-    return COSTLY * costly + np.count_nonzero(outside == ord(",")) + len(backslashes)
+    number = {sign: int(np.count_nonzero(outside == ord(sign))) for sign in '"[{,'}
+    return COSTLY * (number['"'] + number["["] + number["{"]) + number[","] + len(backslashes)
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:

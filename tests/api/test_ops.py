@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from edge_phi3 import __version__
 from edge_phi3.api.service import Say
+from edge_phi3.engine.tokenizer import Tokenizer
 from edge_phi3.pipeline import TextGenerationPipeline
 from edge_phi3.system_resources import gpus
 from tests.api.conftest import GREEDY, PATIENCE, PROMPT, Running, loader, ready
@@ -122,7 +123,8 @@ def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
     api: Running, monkeypatch: pytest.MonkeyPatch, path: str, method: str, body: dict[str, Any]
 ) -> None:
     body = json.loads(json.dumps(body).replace("LONG", LONG).replace('"IDS"', str([300] * len(LONG))))
-    works = getattr(TextGenerationPipeline, method)
+    owner = TextGenerationPipeline if method == "prepare" else Tokenizer
+    works = getattr(owner, method)
     begun, answered = threading.Event(), threading.Event()
 
     def slow(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +132,7 @@ def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
         assert answered.wait(PATIENCE)
         return works(*args, **kwargs)
 
-    monkeypatch.setattr(TextGenerationPipeline, method, slow)
+    monkeypatch.setattr(owner, method, slow)
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(api.client.post, path, json=body)
         assert begun.wait(PATIENCE)
@@ -141,13 +143,13 @@ def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
 
 def test_a_short_text_is_spared_the_thread(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
-    tokenize = TextGenerationPipeline.tokenize
+    encode = Tokenizer.encode
 
-    def noted(*args: Any, **kwargs: Any) -> list[int]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
         threads.append(threading.get_ident())
-        return tokenize(*args, **kwargs)
+        return encode(*args, **kwargs)
 
-    monkeypatch.setattr(TextGenerationPipeline, "tokenize", noted)
+    monkeypatch.setattr(Tokenizer, "encode", noted)
     for text in ("a short story", "another", LONG):
         assert api.client.post("/tokenize", json={"text": text}).status_code == 200
     first, second, third = threads
