@@ -53,7 +53,6 @@ _POLICIES: Final = {
 ROOM_FOR_AN_ANSWER: Final = 512
 """New tokens in the playground's form at first: the API's default counts the prompt, which a conversation outgrows."""
 
-
 JSON = dict[str, Any]
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -191,27 +190,14 @@ def _document(app: Litestar) -> JSON:
     components["GenerateKwargs"] = generate_kwargs_schema()
     kwargs = components["ChatRequest"]["properties"]["generate_kwargs"]
     kwargs["anyOf"] = [{"$ref": _REFERENCE.format(name="GenerateKwargs")}, {"type": "null"}]
-    return {
-        "openapi": "3.1.0",
-        "info": {
-            "title": "edge-phi3",
-            "version": __version__,
-            "description": "Phi-3-mini on llama.cpp, with the meaning of transformers' `generate`.",
-            "license": {"name": "MIT", "identifier": "MIT"},
-        },
-        "tags": [
-            {"name": "text", "description": "Text and tokens"},
-            {"name": "operations", "description": "Health, metrics and versions"},
-        ],
-        "paths": _paths(app),
-        "components": {
-            "schemas": components,
-            "securitySchemes": {
-                "bearer": {"type": "http", "scheme": "bearer"},
-                "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-            },
-        },
-    }
+    document: JSON = _data("openapi")
+    document["info"]["version"], document["paths"] = __version__, _paths(app)
+    document["components"]["schemas"] = components
+    return document
+
+
+def _data(name: str) -> Any:
+    return json.loads((_STATIC / f"{name}.json").read_bytes())
 
 
 def _paths(app: Litestar) -> JSON:
@@ -226,9 +212,7 @@ def _paths(app: Litestar) -> JSON:
         if isinstance(route, HTTPRoute)
     }
     chat = paths["/chat"]["post"]
-    chat["requestBody"]["content"]["application/json"]["examples"] = json.loads(
-        (_STATIC / "chat_examples.json").read_bytes()
-    )
+    chat["requestBody"]["content"]["application/json"]["examples"] = _data("chat_examples")
     chat["responses"]["200"]["description"] = f"The answer. {_STREAM_TEXT}"
     paths["/"]["get"]["responses"]["307"] = {"description": "A browser, which prefers HTML, is sent to the playground."}
     paths["/v1/models/{name}"]["get"]["parameters"] += [_MODEL_NAME]

@@ -8,7 +8,6 @@ Requests of different adapters take turns, since a batch is computed with one, a
 its graphs anew.
 """
 
-import operator
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +98,8 @@ class ModelRunner:
         prompts: list[RunningRequest] = []
         for request in self.running:
             if request.request.adapter == self._adapter:
-                self._part_rows(request)
+                if len(request.sequences) < request.decoder.rows:
+                    self._part_rows(request)
                 (decoding if request.decoding else prompts).append(request)
         # What repeats to the bit does not depend on what was measured when the service started.
         sizes = None if any(request.exact for request in self.running) else self._sizes
@@ -214,7 +214,7 @@ class ModelRunner:
 
     def _trim(self, request: RunningRequest) -> None:
         """Drop what the next token of each row of a request does not see."""
-        if self.window.size is not None:
+        if self.window.size is not None and request.length > self.window.size:
             for sequence in request.sequences:
                 start = self.window.first_visible(request.prompt_length, sequence.computed)
                 self.kv.trim(sequence.seq_id, start)
@@ -304,16 +304,16 @@ class ModelRunner:
 
     def _part_rows(self, request: RunningRequest) -> None:
         """Fork a sequence for each row of a request that comes back, once what the rows share is computed."""
-        stem, missing = request.sequences[0], request.decoder.rows - len(request.sequences)
-        if missing > 0 and stem.computed >= request.stem:
-            request.sequences += [self.kv.fork(stem) for _ in range(missing)]
+        stem = request.sequences[0]
+        if stem.computed >= request.stem:
+            request.sequences += [self.kv.fork(stem) for _ in range(len(request.sequences), request.decoder.rows)]
 
     # -- what becomes of sequences
 
     def reorder(self, request: RunningRequest, parents: Sequence[int]) -> None:
         """Continue a request's sequences: new row i goes on with what row ``parents[i]`` holds."""
         old = request.sequences
-        if len(parents) == len(old) and all(map(operator.eq, parents, range(len(old)))):
+        if parents == range(len(old)):
             return
         for row in set(range(len(old))).difference(parents):
             self.kv.release(old[row].seq_id)

@@ -1,8 +1,10 @@
 """Greedy decoding and multinomial sampling: sequences that go on one token at a time."""
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,12 @@ from edge_phi3.generation.drawing import Draws, draw, uniforms
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
+from edge_phi3.system_resources import usable_cores
+
+_LEAST_BLOCK: Final = 1 << 18
+"""Scores that are worth a thread of their own."""
+_NONE: Final = -1
+"""Stands for a token where none may be chosen."""
 
 
 class SequenceDecoder(Decoder):
@@ -117,35 +125,29 @@ def _process(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> list[T
 
 def choose_greedily(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     """Choose the best token of each sequence of each request."""
-    going = _process(turns, logits, steps)
-    if not going:
-        return
-    scores = rows_of(going, logits)
-    best = scores.argmax(axis=1).tolist()
-    row = 0
-    for turn in going:
-        decoder = turn.decoder
-        assert isinstance(decoder, SequenceDecoder)
-        first, row = row, row + decoder.rows
-        try:
-            # Before the first step, the prompt's one row stands for all sequences.
-            copies = len(decoder.live) // decoder.rows
-            if decoder.scores is not None:
-                scored = _scored(scores[first:row], best[first:row]) * copies
-                for sequence, score in zip(decoder.live, scored, strict=True):
-                    decoder.scores[sequence].append(score)
-            steps[turn.place] = decoder.accept_all(best[first:row] * copies)
-        except Exception as error:  # noqa: BLE001 - it is logged
-            fail_alone(turn, steps, error)
+    if going := _process(turns, logits, steps):
+        scores, rows = rows_of(going, logits), _rows_of_sequences(going)
+        tokens = scores.argmax(axis=1)[rows].tolist()
+        _accept(going, tokens, lambda place: _scored(scores[rows[place]], tokens[place]), steps)
 
 
-def _scored(scores: Scores, tokens: Sequence[int]) -> list[TokenScore]:
-    normalized = scores.copy()
+def _scored(scores: Scores, token: int) -> TokenScore:
+    normalized = scores[None].copy()
     with np.errstate(all="ignore"):
         log_softmax(normalized)
-    return [
-        TokenScore(token, float(scores[row, token]), float(normalized[row, token])) for row, token in enumerate(tokens)
-    ]
+    return TokenScore(token, float(scores[token]), float(normalized[0, token]))
+
+
+def _rows_of_sequences(turns: Sequence[Turn]) -> list[int]:
+    """Return the row of each live sequence, where the requests' rows lie one after the other."""
+    rows: list[int] = []
+    first = 0
+    for _, decoder, _ in turns:
+        assert isinstance(decoder, SequenceDecoder)
+        # Before the first step, the prompt's one row stands for all sequences.
+        rows += [first] * len(decoder.live) if decoder.rows == 1 else range(first, first + decoder.rows)
+        first += decoder.rows
+    return rows
 
 
 @cache
@@ -163,53 +165,68 @@ def _sample(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
         assert isinstance(turn.decoder, SequenceDecoder)
         numbers.append(turn.decoder.uniforms())
     try:
-        draws = _draw_together(going, rows_of(going, logits), numbers)
+        draws = _draw(going, rows_of(going, logits), numbers)
     except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
         for turn, drawn in zip(going, numbers, strict=True):
             try:
-                _accept([turn], _draw_together([turn], rows_of([turn], logits), [drawn]), steps)
+                _accept_draws([turn], _draw_block([turn], rows_of([turn], logits), [drawn]), steps)
             except Exception as error:  # noqa: BLE001 - it is logged
                 fail_alone(turn, steps, error)
         return
-    _accept(going, draws, steps)
+    _accept_draws(going, draws, steps)
 
 
-def _draw_together(turns: Sequence[Turn], scores: Scores, numbers: Sequence[Sequence[float]]) -> Draws:
-    """Warp the rows of all requests at once, and draw from them."""
+@cache
+def _threads() -> tuple[int, ThreadPoolExecutor]:
+    cores = usable_cores()
+    return cores, ThreadPoolExecutor(cores, "draw")
+
+
+def _draw(turns: Sequence[Turn], scores: Scores, numbers: Sequence[list[float]]) -> Draws:
+    """Warp the rows of all requests and draw from them, in blocks of rows side by side where there are many."""
+    cores, pool = _threads()
+    size = max(-(-len(turns) // cores), -(-_LEAST_BLOCK // scores.shape[1]))
+    if size >= len(turns):
+        return _draw_block(turns, scores, numbers)
+    begins = range(0, len(turns), size)
+    ends = np.cumsum([sum(turn.decoder.rows for turn in turns[begin : begin + size]) for begin in begins])
+    blocks = [turns[begin : begin + size] for begin in begins], np.split(scores, ends[:-1])
+    parts = pool.map(_draw_block, *blocks, [numbers[begin : begin + size] for begin in begins])
+    return Draws(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _draw_block(turns: Sequence[Turn], scores: Scores, numbers: Sequence[list[float]]) -> Draws:
     warpings: list[Warping] = []
-    rows: list[int] = []
-    for turn, drawn in zip(turns, numbers, strict=True):
-        decoder = turn.decoder
+    for _, decoder, _ in turns:
         assert isinstance(decoder, SequenceDecoder)
-        first = len(warpings)
-        # Before the first step, all sequences are drawn from the prompt's one row.
-        rows += [first] * len(drawn) if decoder.rows == 1 else range(first, first + decoder.rows)
         warpings += [decoder.warping] * decoder.rows
-    flat = [number for drawn in numbers for number in drawn]
     with np.errstate(all="ignore"):
-        return draw(warp(scores, warpings), np.array(rows), np.array(flat))
+        return draw(warp(scores, warpings), np.array(_rows_of_sequences(turns)), np.concatenate(numbers))
 
 
-def _accept(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
-    tokens = draws.tokens.tolist()
-    all_possible = bool(draws.possible.all())
-    at = 0
+def _accept_draws(turns: Sequence[Turn], draws: Draws, steps: list[Step]) -> None:
+    tokens = np.where(draws.possible, draws.tokens, _NONE).tolist()
+    _accept(turns, tokens, lambda at: TokenScore(tokens[at], float(draws.scores[at]), draws.logprob(at)), steps)
+
+
+def _accept(turns: Sequence[Turn], tokens: list[int], score: Callable[[int], TokenScore], steps: list[Step]) -> None:
+    """Continue all sequences of each request with a token for each; `score` returns that of the token at a place."""
+    end = 0
     for turn in turns:
         decoder = turn.decoder
         assert isinstance(decoder, SequenceDecoder)
-        end = at + len(decoder.live)
+        begin, end = end, end + len(decoder.live)
+        chosen = tokens[begin:end]
         try:
-            if not all_possible and not draws.possible[at:end].all():
+            if _NONE in chosen:
                 steps[turn.place] = decoder.fail(GenerationError(NO_CHOICE))
-            else:
-                if decoder.scores is not None:
-                    for sequence, place in zip(decoder.live, range(at, end), strict=True):
-                        score = TokenScore(tokens[place], float(draws.scores[place]), draws.logprob(place))
-                        decoder.scores[sequence].append(score)
-                steps[turn.place] = decoder.accept_all(tokens[at:end])
+                continue
+            if decoder.scores is not None:
+                for sequence, place in zip(decoder.live, range(begin, end), strict=True):
+                    decoder.scores[sequence].append(score(place))
+            steps[turn.place] = decoder.accept_all(chosen)
         except Exception as error:  # noqa: BLE001 - it is logged
             fail_alone(turn, steps, error)
-        at = end
 
 
 @cache

@@ -141,21 +141,6 @@ def test_others_are_answered_while_a_long_text_is_turned_into_tokens_or_back(
         assert long.result().status_code in {200, 400}
 
 
-def test_a_short_text_is_spared_the_thread(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads: list[int] = []
-    encode = Tokenizer.encode
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        threads.append(threading.get_ident())
-        return encode(*args, **kwargs)
-
-    monkeypatch.setattr(Tokenizer, "encode", noted)
-    for text in ("a short story", "another", LONG):
-        assert api.client.post("/tokenize", json={"text": text}).status_code == 200
-    first, second, third = threads
-    assert first == second != third
-
-
 @pytest.mark.parametrize("accept", ["*/*", "application/json", "text/html,application/xhtml+xml,*/*;q=0.8"])
 def test_metrics_describe_the_cpus_of_a_machine_without_a_gpu(api: Running, accept: str) -> None:
     if gpus():
