@@ -197,7 +197,7 @@ class Options(BaseModel):
         ByteSize(4 << 20), "Maximum size of a request's body in bytes.", ge=1024, le=1 << 30
     )
     max_schema_size: ByteSize = _limit(
-        ByteSize(64 << 10), "Maximum size of the schemas and grammars of a request, in characters.", ge=1024, le=1 << 24
+        ByteSize(64 << 10), "Maximum size of the schemas and grammars of a request, in characters.", ge=1024, le=1 << 20
     )
     max_schema_depth: int = _limit(
         100, "Maximum number of objects and lists inside each other in a schema.", ge=1, le=500

@@ -39,10 +39,11 @@ _MISSING = re.compile(r"missing required field `(?P<name>.*)`", re.DOTALL)
 _PLACE = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$", re.DOTALL)
 
 MOST_IGNORED, LONGEST_IGNORED = 16, 64
-MOST_VALUES, COSTLY = 1 << 18, 4
-"""How much a body may hold, and as how many numbers or backslashes a text, a name, a list or an object counts: the
-interpreter makes them in a few milliseconds, and does nothing else meanwhile."""
+MOST_VALUES, COSTLY, ORDINARY = 1 << 18, 4, 19
+"""How much a body may hold, as how many numbers a text, a name, a list or an object counts, as does each character of a
+number beyond so many: the interpreter makes them in a few milliseconds, and does nothing else meanwhile."""
 _MOST_LOGGED: Final = 1000
+_OF_NUMBERS: Final = np.array([chr(byte) in "0123456789.eE+-" for byte in range(256)])
 _logged: set[str] = set()
 """Ignored fields that the log has named, up to `_MOST_LOGGED`: strangers do not fill it."""
 
@@ -72,8 +73,8 @@ def decode_body(
         )
     if len(body) > MOST_VALUES // COSTLY and _weight(body) > MOST_VALUES:
         raise InvalidRequestError(
-            f"The body holds more than {MOST_VALUES} numbers and backslashes, where each text, name, list and object"
-            f" counts as {COSTLY}."
+            f"The body holds more than {MOST_VALUES} numbers. Each text, name, list and object, and each character"
+            f" of a number beyond {ORDINARY}, counts as {COSTLY}, and 8 backslashes as one."
         )
     try:
         document = _decode(body.removeprefix(codecs.BOM_UTF8))
@@ -98,7 +99,10 @@ def _weight(body: bytes) -> int:
     quotes[backslashes[last[np.diff(last, prepend=-1) % 2 == 1]] + 1] = False  # behind an odd number of them
     outside = signs[~np.logical_xor.accumulate(quotes)]  # of texts, but for the quotes that end them
     number = {sign: int(np.count_nonzero(outside == ord(sign))) for sign in '"[{,'}
-    return COSTLY * (number['"'] + number["["] + number["{"]) + number[","] + len(backslashes)
+    ends = np.flatnonzero(~_OF_NUMBERS[outside])
+    beyond = np.diff(ends, prepend=-1, append=len(outside)) - 1 - ORDINARY
+    costly = number['"'] + number["["] + number["{"] + int(beyond[beyond > 0].sum())
+    return COSTLY * costly + number[","] + len(backslashes) // 8
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:

@@ -56,18 +56,6 @@ ROOM_FOR_AN_ANSWER: Final = 512
 JSON = dict[str, Any]
 
 _REFERENCE = "#/components/schemas/{name}"
-_ERRORS = {
-    400: "The request is wrong; the sentence names the field and what is allowed.",
-    401: "The service needs an API key (only where keys are set).",
-    404: "No model of this name is served.",
-    413: "The body is larger than --max-body-size.",
-    415: "The body is not said to be JSON.",
-    429: "The queue is full, or the rate limit is reached; Retry-After says when to try again.",
-    500: "llama.cpp failed on the request, or the service met an error of its own.",
-    503: "The model is not loaded yet, or the service is stopping.",
-    504: "The request took longer than --request-timeout.",
-}
-
 _STREAM_TEXT = """With `"stream": true`: server-sent events. Each unnamed event holds a piece of generated text,
 `{"index": 0, "text": "..."}`, with the number of its returned sequence; pieces never split a character. The event
 `result` ends the stream and holds the plain response. An event `error` holds `{"detail": ...}` when the request failed
@@ -75,15 +63,7 @@ after the stream began. Beam modes send `result` alone. Lines that begin with a 
 connection alive."""
 
 _TEXT: JSON = {"schema": {"type": "string"}}
-_REQUEST_ID: JSON = {
-    "name": "X-Request-Id",
-    "in": "header",
-    "required": False,
-    "description": "What logs call the request: 1 to 128 letters, digits and any of `._:/+=@-`. Made by the service "
-    "when it is absent or anything else, and returned.",
-    "schema": {"type": "string"},
-}
-_MODEL_NAME: JSON = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+_REQUEST_ID, _MODEL_NAME = ({"$ref": f"#/components/parameters/{name}"} for name in ("RequestId", "ModelName"))
 
 
 @get("/openapi.json", sync_to_thread=False)
@@ -229,7 +209,8 @@ def _operation(path: str, handler: HTTPRouteHandler) -> JSON:
         content["text/event-stream"] = {}
     if path.startswith("/metrics"):
         content |= dict.fromkeys(["text/plain", "application/openmetrics-text"], _TEXT)
-    errors = {code: _ERRORS[code] for code in sorted(codes)} | handler.opt.get("errors", {})
+    known = _data("openapi")["components"]["responses"]
+    errors = {code: known[str(code)]["description"] for code in sorted(codes)} | handler.opt.get("errors", {})
     error = openai.OpenAIError if path.startswith("/v1/") else schemas.ErrorResponse
     responses = {200: _response("The answer.", content)}
     responses |= {code: _response(text, _json(error)) for code, text in errors.items()}

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -24,9 +24,8 @@ from edge_phi3.engine.grammars import Grammar
 from edge_phi3.engine.json_schema import DEFAULT_LIMITS, SchemaLimits, adapted
 from edge_phi3.engine.tokenizer import Tokenizer
 
-_SYMBOLS_OF_SCHEMAS, _SYMBOLS_OF_RULES = 8, 32
-"""Characters of `SchemaLimits.size` for each symbol of a grammar. Rules that somebody wrote may all be optional, which
-takes time that grows with the square of their number."""
+_CHARACTERS_OF_RULES: Final = 64
+"""Of `SchemaLimits.size` for each rule that may come next, all of which take time that grows with their square."""
 _MOST_SECONDS: Final = 1.0
 """Of processor time, for all masks of a request beyond `_SECONDS_OF_MASK` each, which is more than most take."""
 _SECONDS_OF_MASK: Final = 0.001
@@ -81,9 +80,8 @@ class GrammarConstraint:
         return self._found_out(0)
 
     def _found_out(self, purpose: int) -> NDArray[np.bool_]:
-        vocabulary, began = self._vocabulary, time.thread_time()
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._left[purpose] -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+        vocabulary = self._vocabulary
+        bits = np.frombuffer(self._timed(purpose, self._matcher.compute_bitmask), np.uint8)
         allowed = np.unpackbits(bits, count=len(vocabulary.texts), bitorder="little").view(np.bool_)
         allowed[self._ends] = self._matcher.is_accepting()
         if self._room < vocabulary.most_digits:
@@ -92,11 +90,18 @@ class GrammarConstraint:
                 return fitting
         return allowed
 
+    def _timed(self, purpose: int, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Return what llguidance says, and take its processor time off the allowance."""
+        began = time.thread_time()
+        result = work(*arguments)
+        self._left[purpose] -= max(time.thread_time() - began - _SECONDS_OF_MASK, 0)
+        return result
+
     def permits(self, token: int) -> bool:
         """Return whether a token may come next."""
         if token in self._ends:
             return self._matcher.is_accepting()
-        if not self._matcher.validate_tokens([token]):
+        if self._left[0] < 0 or not self._timed(0, self._matcher.validate_tokens, [token]):
             return False
         return bool(self._vocabulary.digits[token] <= self._room) or bool(self.allowed()[token])
 
@@ -116,12 +121,12 @@ class GrammarConstraint:
                 break
             found.append(tokens[longest])
             ahead = self.clone() if ahead is self else ahead
-            ahead.accept(tokens[longest])
+            ahead.accept(tokens[longest], 1)
         return found
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int, purpose: int = 0) -> None:
         """Go on with a token that may come next and is no end token; after any other none may come."""
-        self._matcher.consume_token(token)
+        self._timed(purpose, self._matcher.consume_token, token)
         self._prepared = None
         text = self._vocabulary.texts[token]
         if self._json_from is not None:
@@ -186,11 +191,13 @@ class ConstraintVocabulary:
         """Return a grammar's matcher, made in a thread with a deep stack: llguidance recurses along its references."""
         made: list[LLMatcher] = []
         make = partial(LLMatcher, self._tokenizer, grammar, log_level=0, limits=limits)
-        thread = threading.Thread(target=lambda: made.append(make()))
+        thread = threading.Thread(target=lambda: made.append(make()), daemon=True)
         with _STARTING:
             usual = threading.stack_size(max(self._limits.size, 1 << 10) * _STACK)
-            thread.start()
-            threading.stack_size(usual)
+            try:
+                thread.start()
+            finally:
+                threading.stack_size(usual)
         thread.join()
         return made[0]
 
@@ -206,12 +213,14 @@ class ConstraintVocabulary:
         self._limits.check(grammar.lark, *grammar.named.values())
         rules: list[dict[str, Any]] = [{"lark_grammar": grammar.lark}]
         for name, rule in grammar.named.items():
-            kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
+            try:
+                kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
+            except RecursionError:
+                raise SchemaError("its schemas lead to each other too deeply") from None
             rules.append({"name": name, kind: value})
-        most = self._limits.size // (_SYMBOLS_OF_RULES if grammar.written else _SYMBOLS_OF_SCHEMAS)
         limits = LLParserLimits(
-            max_grammar_size=most,
-            max_items_in_row=most,
+            max_grammar_size=1 << 18,  # more than any has: to refuse one for a few too many would take minutes
+            max_items_in_row=self._limits.size // _CHARACTERS_OF_RULES,
             initial_lexer_fuel=200_000,
             step_lexer_fuel=50_000,
             step_max_items=4_000,
@@ -236,8 +245,8 @@ def _sentence(reason: str) -> str:
             "`oneOf` is supported where types, texts, or a required property with a `const`, tell its schemas apart;"
             " use `anyOf`"
         )
-    if "grammar size (number of symbols)" in reason:
-        return "it has too many rules (--max-schema-size)"
+    if "Too many items" in reason:
+        return "too many of its rules may come next (--max-schema-size)"
     if not reason or reason.startswith("NoExtensionBias"):
         return "no text follows it"
     return " ".join(reason.split())[:300]

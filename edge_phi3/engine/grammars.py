@@ -37,14 +37,12 @@ MIDDLE: /, ?"arguments": ?/
 class Grammar:
     """A language: its rules, and what ``@name`` stands for in them, JSON schemas, parsed from JSON, or further rules.
 
-    `json_from` finds the text behind which JSON begins; the bytes of special tokens begin with 0xff. `written` says
-    whether somebody else has written the rules.
+    `json_from` finds the text behind which JSON begins; the bytes of special tokens begin with 0xff.
     """
 
     lark: str
     named: Mapping[str, Any] = field(default_factory=dict)
     json_from: re.Pattern[bytes] = _JSON_NOWHERE
-    written: bool = False
 
 
 def json_grammar(schema: object) -> Grammar:
@@ -72,7 +70,7 @@ def written_grammar(text: str) -> Grammar:
     if "::=" in text and len(text) > _LONGEST_GBNF:
         raise SchemaError(f"GBNF is taken up to {_LONGEST_GBNF} characters, Lark up to --max-schema-size")
     try:
-        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)), written=True)
+        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
     except (GbnfToLarkError, RecursionError) as error:
         raise SchemaError(f"it is neither Lark nor GBNF: {error}") from None
 

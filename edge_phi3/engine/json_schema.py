@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
 from typing import Any, Final
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from edge_phi3.engine.errors import SchemaError
 
@@ -17,6 +17,8 @@ _MOST_OPTIONAL: Final = 128
 """Properties of an object that are not required: each may be the next one."""
 _MOST_MERGED: Final = 2000
 """Schemas that come of a schema when what is merged (``allOf``, and what stands beside ``$ref``) is written out."""
+_MOST_PATTERNS: Final = 12
+"""Patterns that a text may be to match; whether any text does is found out in time that doubles with each."""
 _MOST_EXCLUSIVE: Final = 200
 """Schemas of a ``oneOf`` that are compared with each other."""
 _LARGEST_MULTIPLE: Final = 9999
@@ -26,8 +28,8 @@ _MOST_FOLLOWED: Final = 100
 _LARGEST: Final = 10**15
 """What constants, numbers with a bound, and multiples are limited to: their digits end, and llguidance, which reckons
 integers in 64 bits and ends the process beyond, is far from there."""
-_FINE, _NEAR = 10**5, 1e-9
-"""Up to which integers exclusive bounds of numbers become inclusive ones, and how far from them those are."""
+_NEAR, _NEAR_SHARE = 1e-9, 1e-14
+"""How far from exclusive bounds of numbers, at whole numbers, the inclusive ones are that they become, at least."""
 
 _OPTIONS: Final = {"whitespace_pattern": r"\n {0,16}| {1,16}"}
 """White space, which comes at most once in each place."""
@@ -36,10 +38,12 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 """Without ``\\u``, by which a further property could have the name of one that there is."""
 
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
+_UNREAD, _NO_SETS = frozenset({"x-guidance", "$id", "id"}), ("uniqueItems", False)
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _COMBINING: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
 _SCHEMAS: Final = _COMBINING - {"$ref"} | {"items", "prefixItems", "additionalItems", "additionalProperties"}
+_PATTERNED: Final = frozenset({"pattern", "format"})
 _ABOUT_MEMBERS: Final = frozenset(
     {"properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties"}
 )
@@ -111,6 +115,8 @@ def adapted(schema: object) -> dict[str, Any]:
         raise SchemaError(f"`allOf` and what stands beside `$ref` merge more than {_MOST_MERGED} schemas")
     if adapter.merges and math.lcm(*(unit.numerator for unit in adapter.multiples)) > _LARGEST_MULTIPLE:
         raise SchemaError("the common multiple of several `multipleOf` has more than four digits")
+    if adapter.meets and max(len(each | adapter.texts[""]) for each in adapter.texts.values()) > _MOST_PATTERNS:
+        raise SchemaError(f"`allOf` and what stands beside `$ref` merge more than {_MOST_PATTERNS} patterns or formats")
     if any(map(_overflows, [adapter.multiples] if adapter.merges else [{unit} for unit in adapter.multiples])):
         raise SchemaError("`multipleOf` has too many decimal places, or several have for each other")
     if not adapter.merges:
@@ -129,8 +135,9 @@ def _is_exact(value: object) -> bool:
 
 def _overflows(multiples: set[Fraction]) -> bool:
     """Return whether numbers, and 1, counted in units of the last decimal place of all, are too much for llguidance."""
-    unit = next(10**places for places in range(16) if all((10**places * each).denominator == 1 for each in multiples))
-    return bool(math.prod(int(each * unit) for each in multiples) * unit >= 1 << 32)
+    units = (10**places for places in range(16) if all((10**places * each).denominator == 1 for each in multiples))
+    unit = next(units, None)
+    return unit is None or bool(math.prod(int(each * unit) for each in multiples) * unit >= 1 << 32)
 
 
 def _parts(schema: dict[str, Any]) -> int:
@@ -174,8 +181,8 @@ def _bound(schema: dict[str, Any]) -> None:
             raise SchemaError(f"`{name}` lies beyond 10^15")
         if abs(value) > _LARGEST:
             bound: float = sign * _LARGEST
-        elif name != side and schema.get("type") != "integer" and 0 <= -value * sign <= _FINE and value == int(value):
-            bound = value - sign * _NEAR
+        elif name != side and schema.get("type") != "integer" and value * sign <= 0 and value == int(value):
+            bound = value - sign * max(_NEAR, abs(value) * _NEAR_SHARE)
         else:
             continue
         del schema[name]
@@ -188,21 +195,25 @@ class _Adapter:
 
     `merges` is whether any object is put together from several schemas; `named` are the changed objects that name
     properties, `closable` those of them that say nothing of others; `multiples` is what numbers are multiples of.
+    `texts` are the patterns and formats of each property, or none (""), `meets` is whether a text may have to match
+    several.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
         self.merges = False
         self.multiples: set[Fraction] = set()
+        self.texts: dict[str, set[str]] = {"": set()}
+        self.meets = False
         self.named: list[dict[str, Any]] = []
         self.closable: list[dict[str, Any]] = []
         self._sizes: dict[str, int] = {}
         self._following: list[str] = []
 
-    def adapt(self, schema: Any) -> Any:
-        """Return a changed copy of a schema, or of a list of schemas."""
+    def adapt(self, schema: Any, of: str = "") -> Any:
+        """Return a changed copy of a schema, or of a list of schemas, for the property `of`."""
         if isinstance(schema, list):
-            return [self.adapt(each) for each in schema]
+            return [self.adapt(each, of) for each in schema]
         if not isinstance(schema, dict):
             return schema
         self._resolved(schema)
@@ -213,12 +224,15 @@ class _Adapter:
                 raise SchemaError(f"`{name}` holds a number of more than 15 digits")
             if name == "anyOf" and isinstance(value, list):
                 first = {*{_mark(each): place for place, each in reversed([*enumerate(value)])}.values()}
-                changed[name] = [self.adapt(each) if place in first else False for place, each in enumerate(value)]
+                changed[name] = [self.adapt(each, of) if place in first else False for place, each in enumerate(value)]
             elif name in _SCHEMAS:
-                changed["anyOf" if name == "oneOf" and exclusive else name] = self.adapt(value)
+                same = of if name in _COMBINING else ""
+                changed["anyOf" if name == "oneOf" and exclusive else name] = self.adapt(value, same)
             elif name in _MAPS and isinstance(value, dict):
-                changed[name] = {key: self.adapt(each) for key, each in value.items()}
-            elif name not in {"x-guidance", "$id", "id"} and (name != "$schema" or value in _OLDER_DRAFTS):
+                changed[name] = {key: self.adapt(each, key * (name == "properties")) for key, each in value.items()}
+            elif name == "$ref" and isinstance(value, str):
+                changed[name] = quote(unquote(value), "/#$~")
+            elif name not in _UNREAD and (name != "$schema" or value in _OLDER_DRAFTS) and (name, value) != _NO_SETS:
                 changed[name] = value
         if (kind := str(schema.get("format"))) in _PATTERNS and "pattern" not in schema:
             del changed["format"]
@@ -234,6 +248,7 @@ class _Adapter:
                 self.multiples.add(unit)
             changed = {"minimum": -_LARGEST, "maximum": _LARGEST} | changed
         _bound(changed)
+        self.texts.setdefault(of, set()).update(str(changed[name]) for name in _PATTERNED & changed.keys())
         self._note(schema, changed)
         return changed
 
@@ -241,7 +256,8 @@ class _Adapter:
         all_of = schema.get("allOf")
         # llguidance compares what is left of `oneOf`, and must see objects as they are.
         self.merges |= _parts(schema) > 1 or (isinstance(all_of, list) and len(all_of) > 1) or "oneOf" in changed
-        if schema.get("properties") or schema.get("patternProperties"):
+        self.meets |= self.merges or bool(_COMBINING & schema.keys() and _PATTERNED & schema.keys())
+        if schema.get("properties") or schema.get("patternProperties") or schema.get("minProperties"):
             self.named.append(changed)
         properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, dict) or not isinstance(required, list):

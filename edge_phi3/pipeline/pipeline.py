@@ -70,6 +70,7 @@ class TextGenerationPipeline:
         marks = CALL_TOKENS if self.call_tokens else BARE_MARKS
         self._template = ChatTemplate(template, self.tokenizer.special_tokens, marks)
         self.foreign_template = self._template.foreign
+        self._constraints = ConstraintVocabulary(self.tokenizer, schema_limits)
 
     @property
     def names(self) -> list[str]:
@@ -311,10 +312,6 @@ class TextGenerationPipeline:
         if prepared.clean_up:
             whole, prompt = clean_up_tokenization(whole), clean_up_tokenization(prompt)
         return whole[len(prompt) :]
-
-    @functools.cached_property
-    def _constraints(self) -> ConstraintVocabulary:
-        return ConstraintVocabulary(self.tokenizer, self.schema_limits)
 
     def constrain(self, prepared: PreparedPrompt, grammar: Grammar) -> PreparedPrompt:
         """Hold a prepared request to a grammar; `SchemaError` when that cannot be, or ends nowhere."""

@@ -9,7 +9,6 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -17,17 +16,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from edge_phi3.engine import grammars
 from edge_phi3.engine.constraint import ConstraintVocabulary, GrammarConstraint
 from edge_phi3.engine.engine import Engine
 from edge_phi3.engine.errors import SchemaError
-from edge_phi3.engine.grammars import (
-    Grammar,
-    calls_grammar,
-    choice_grammar,
-    json_grammar,
-    regex_grammar,
-    written_grammar,
-)
+from edge_phi3.engine.grammars import Grammar, json_grammar
 from edge_phi3.engine.json_schema import adapted
 from edge_phi3.engine.sequence import GenerationRequest
 from edge_phi3.engine.tokenizer import Tokenizer
@@ -37,7 +30,6 @@ from tests.generation import conftest as toys
 from tests.support.cases import cases, tables
 from tests.support.engines import Asked, MakeModel, engine_at_rest, generated, running_engine
 
-STEPS = 600
 DATA = json.loads((Path(__file__).parent / "data" / "json_schemas.json").read_text(encoding="utf-8"))
 SCHEMAS: dict[str, Any] = DATA["schemas"]
 
@@ -59,7 +51,7 @@ class Vocabulary:
     def write(self, constraint: GrammarConstraint, random_: random.Random) -> str | None:
         """Go a random way, rather to the end; None where that was not met in time."""
         tokens: list[int] = []
-        for _ in range(STEPS):
+        for _ in range(600):
             scores = np.zeros(self.tokenizer.vocab_size, np.float32)
             constraint.mask(scores)
             allowed = np.flatnonzero(scores == 0)
@@ -160,14 +152,16 @@ def test_a_clone_goes_its_own_way_and_a_wrong_token_ends_all(vocabulary: Vocabul
 
 def test_calls_are_forced_where_they_begin(vocabulary: Vocabulary) -> None:
     tool: Any = ("f", {"type": "object", "properties": {"a": {"type": "number"}}})
-    grammars = {
-        "free": calls_grammar([tool], None, may_answer=True, parallel=True),
-        "forced": calls_grammar([tool], None, may_answer=False, parallel=False),
-        "digits": regex_grammar("^[0-9]+$"),
-        "chosen": calls_grammar([tool], None, answer=choice_grammar(["release2024"]), may_answer=True, parallel=True),
+    languages = {
+        "free": grammars.calls_grammar([tool], None, may_answer=True, parallel=True),
+        "forced": grammars.calls_grammar([tool], None, may_answer=False, parallel=False),
+        "digits": grammars.regex_grammar("^[0-9]+$"),
+        "chosen": grammars.calls_grammar(
+            [tool], None, answer=grammars.choice_grammar(["release2024"]), may_answer=True, parallel=True
+        ),
     }
     for name, texts in tables(__file__)["CALLS"].items():
-        found = [text for text in texts["taken"] + texts["refused"] if vocabulary.reads(grammars[name], text.encode())]
+        found = [text for text in texts["taken"] + texts["refused"] if vocabulary.reads(languages[name], text.encode())]
         assert found == texts["taken"]
 
 
@@ -190,10 +184,12 @@ def test_no_number_does_harm(vocabulary: Vocabulary, keyword: str, numbers: list
 def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
     deep = json.loads('{"items":' * 200 + "{}" + "}" * 200)
     doubling = {f"a{at + 1}": {"allOf": [{"$ref": f"#/$defs/a{at}"}] * 2} for at in range(16)}
+    nested = {str(at): {"allOf": [{"allOf": [{"allOf": [{"$ref": f"#/$defs/{at + 1}"}, {}]}, {}]}]} for at in range(99)}
     bombs = {
         "100 deep": deep,
         "65536 characters": {"enum": list(range(1_000_000))},
         "merge more than 2000": {"$defs": doubling | {"a0": {"type": "object"}}, "$ref": "#/$defs/a16"},
+        "too deeply": {"$ref": "#/$defs/0", "$defs": nested | {"99": {}}},
         "more than 128": {"properties": {str(number): {"type": "null"} for number in range(129)}},
     }
     for limit, bomb in bombs.items():
@@ -202,7 +198,7 @@ def test_schemas_beyond_a_limit_are_refused(vocabulary: Vocabulary) -> None:
 
 
 def test_long_texts_many_rules_and_many_tools_are_followed(vocabulary: Vocabulary) -> None:
-    for grammar in (choice_grammar(["ab " * 10_000]), regex_grammar("(ab ){1000}{1000}{1000}")):
+    for grammar in (grammars.choice_grammar(["ab " * 10_000]), grammars.regex_grammar("(ab ){1000}{1000}{1000}")):
         long = vocabulary.start(grammar)
         for token in long.forced(20):
             assert long.forced(3)[0] == token
@@ -210,15 +206,19 @@ def test_long_texts_many_rules_and_many_tools_are_followed(vocabulary: Vocabular
     rules = "\n".join(f'r{number}: "{number}"' for number in range(1000))
     deep = "\n".join(f"A{at}: {'(' * 20}A{at + 1}{')' * 20}" for at in range(300))
     choice = f'start: {" | ".join(f"r{n}" for n in range(1000))} | A0\n{rules}\n{deep}\nA300: "a"'
-    assert all(vocabulary.reads(written_grammar(choice), text) for text in (b"999", b"a"))
-    assert vocabulary.reads(choice_grammar(['q\x7f\\"\nz', "\x00"]), b'q\x7f\\"\nz')
+    assert all(vocabulary.reads(grammars.written_grammar(choice), text) for text in (b"999", b"a"))
+    following = "".join(f'\nt{at}: "a" ("b" t{at + 1} | "c")' for at in range(700))
+    assert vocabulary.reads(grammars.written_grammar(f'start: t0{following}\nt700: "z"'), b"ababac")
+    assert vocabulary.reads(grammars.choice_grammar(['q\x7f\\"\nz', "\x00"]), b'q\x7f\\"\nz')
     tools = [(f"f{at}", {"properties": {f"p{each}": {"type": "string"} for each in range(8)}}) for at in range(70)]
-    assert vocabulary.start(calls_grammar(tools, None, answer=json_grammar({}), may_answer=True, parallel=True))
+    assert vocabulary.start(
+        grammars.calls_grammar(tools, None, answer=json_grammar({}), may_answer=True, parallel=True)
+    )
     chain = {str(at): {"anyOf": [{"$ref": f"#/$defs/{at + 1}"}, {}]} for at in range(1100)}
     assert vocabulary.start({"$ref": "#/$defs/0", "$defs": chain | {"1100": {}}}), "deeper than a usual stack"
     for refused, rules in (("no text follows it", "start start"), ("`%json`", '%json {"const": -1e20}')):
         with pytest.raises(SchemaError, match=refused):
-            vocabulary.start(written_grammar(f"start: {rules}"))
+            vocabulary.start(grammars.written_grammar(f"start: {rules}"))
 
 
 def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
@@ -228,26 +228,28 @@ def test_equal_schemas_of_an_any_of_are_one(vocabulary: Vocabulary) -> None:
     assert adapted(bomb)["$defs"]["a"]["anyOf"] == [lists, *[False] * 199]
     assert vocabulary.reads(bomb, b"[[],[[]]]")
     bomb["$defs"]["a"]["anyOf"] = [lists | {"maxItems": 1000 + at} for at in range(200)]
-    for each in (bomb, written_grammar(f'start: {"(a|b)* " * 3000}\na: "a"\nb: "b"')):
-        with pytest.raises(SchemaError, match="too many rules"):
+    for each in (bomb, grammars.written_grammar(f'start: {"(a|b)* " * 3000}\na: "a"\nb: "b"')):
+        with pytest.raises(SchemaError, match="too many of its rules"):
             vocabulary.start(each)
 
 
 def test_who_has_used_up_the_time_may_write_nothing(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    spent = iter(range(1000))
-    monkeypatch.setattr("edge_phi3.engine.constraint.time", SimpleNamespace(thread_time=lambda: next(spent)))
-    constraint = vocabulary.start({"type": "array"})
-    assert constraint.clone().allowed().any()
-    assert not constraint.allowed().any()
     held = vocabulary.start({"const": "abcdefghijkl"})
     for token in vocabulary.tokenizer.encode('"abc', parse_special=False).tolist():
         held.accept(token)
-    assert [len(held.forced(9)), len(held.forced(9))] == [2, 0]
+    spent = itertools.count(step=0.6)
+    monkeypatch.setattr("edge_phi3.engine.constraint.time.thread_time", lambda: next(spent))
+    assert [len(held.forced(9)), len(held.forced(9))] == [1, 0]
     assert held.clone().allowed().any(), "to look ahead takes nothing from the answer"
+    token = vocabulary.token_of[ord("[")]
+    for use in (GrammarConstraint.allowed, GrammarConstraint.permits, GrammarConstraint.accept):
+        constraint = vocabulary.start({"type": "array"})
+        use(constraint.clone(), *[token] * (use is not GrammarConstraint.allowed))
+        assert not constraint.permits(token)
+        assert not constraint.allowed().any()
 
 
-HARD = {"type": "string", "pattern": "^(.{0,200}a.{0,200}){9,200}$"}
-"""What llguidance gives up on after a few tokens."""
+HARD = {"type": "string", "pattern": "^(.{0,200}a.{0,200}){9,200}$"}  # on which llguidance gives up after a few tokens
 
 
 def test_where_llguidance_gives_up_nothing_may_come(vocabulary: Vocabulary) -> None:
@@ -324,8 +326,7 @@ def test_answers_are_whole_and_follow_the_schema(engine: Engine, options: dict[s
     assert set(event.result.finish_reasons) == {"stop"}
     decode = engine.model.tokenizer.decode
     for sequence in event.result.sequences:
-        text = decode(sequence.tolist()).removeprefix(decode(PROMPT.tolist()))
-        jsonschema.validate(json.loads(text), ANSWER)
+        jsonschema.validate(json.loads(decode(sequence.tolist()).removeprefix(decode(PROMPT.tolist()))), ANSWER)
 
 
 def alive() -> int:

@@ -64,10 +64,8 @@ def held(service: Service, prepared: PreparedPrompt, request: SamplingFields, us
     try:
         service.pipeline.schema_limits.check(*(value for _, _, value in parts))
         answers = [_KINDS[kind](value) for _, kind, value in wanted]
-        if use is None or (answers and answers[0].written):
-            alone = service.pipeline.constrain(prepared, answers[0])
-            if use is None:
-                return alone
+        if use is None:
+            return service.pipeline.constrain(prepared, answers[0])
         grammar = calls_grammar(
             [(name, schema) for _, name, schema in use.allowed],
             service.pipeline.call_tokens,

@@ -46,7 +46,11 @@ def prepare(service: Service, request: ChatCompletionRequest | CompletionRequest
         prompt["tools"] = use.tools
     if request.model and len(service.pipeline.names) > 1:
         prompt["adapter"] = service.place_of(request.model)
-    top = request.logprobs if isinstance(request, CompletionRequest) else _top_logprobs(request)
+    top = request.logprobs
+    if not isinstance(request, CompletionRequest):
+        if request.top_logprobs and not request.logprobs:
+            raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
+        top = request.top_logprobs or 0 if request.logprobs else None
     kwargs, scored = _generation_kwargs(service, request), scores_prompts(request)
     only_scored = scored and kwargs["max_new_tokens"] == 0
     if only_scored:
@@ -265,10 +269,3 @@ def _words(service: Service, request: SamplingFields) -> Iterator[tuple[int, ...
         yield alone
         if len(after) == len(alone) and after != alone:
             yield after
-
-
-def _top_logprobs(request: ChatCompletionRequest) -> int | None:
-    """Return how many likeliest tokens are returned beside each chosen one, or None for no log-probabilities."""
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequestError("`top_logprobs` needs `logprobs` to be true.")
-    return request.top_logprobs or 0 if request.logprobs else None
