@@ -83,7 +83,7 @@ async def _answer(
     decoded = await in_lane(lambda: decode_body(request, body, type_, functools.partial(sift, type_)))
     wanted: ChatCompletionRequest | CompletionRequest
     if isinstance(decoded, ResponsesRequest):
-        wanted, shapes = as_chat(decoded)
+        wanted, shapes = await in_lane(functools.partial(as_chat, decoded))
     else:
         wanted = decoded
 
