@@ -147,8 +147,9 @@ class _Cursor:
 
     def tensor(self) -> TensorInfo:
         name, dimensions = self.name(), self.number("<I")
-        if len(name.encode()) > _MAX_NAME or dimensions > _MAX_DIMENSIONS:
-            raise GgufError(f"its tensor {name[:80]!r} has {dimensions} dimensions, or too long a name")
+        named = 0 < len(name.encode()) <= _MAX_NAME and name.isprintable() and " " not in name
+        if not named or dimensions > _MAX_DIMENSIONS:
+            raise GgufError(f"its tensor {name[:80]!r} has {dimensions} dimensions, or a name that none has")
         shape = tuple(self.number("<Q") for _ in range(dimensions))
         if math.prod(shape) >= 1 << 60:
             raise GgufError(f"its tensor {name!r} has the shape {list(shape)}, which no machine holds")

@@ -195,8 +195,7 @@ class _Adapter:
 
     `merges` is whether any object is put together from several schemas; `named` are the changed objects that name
     properties, `closable` those of them that say nothing of others; `multiples` is what numbers are multiples of.
-    `texts` are the patterns and formats of each property, or none (""), `meets` is whether a text may have to match
-    several.
+    `texts` are the patterns and formats of each property, or none (""), `meets` is whether a text may need several.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
