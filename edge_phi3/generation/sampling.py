@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Final
 
@@ -28,10 +27,7 @@ from edge_phi3.generation.drawing import Draws, draw, uniforms
 from edge_phi3.generation.logits import Scores, log_softmax
 from edge_phi3.generation.stopping import FinishReason, Stopping
 from edge_phi3.generation.warpers import Warping, warp
-from edge_phi3.system_resources import usable_cores
 
-_LEAST_BLOCK: Final = 1 << 18
-"""Scores that are worth a thread of their own."""
 _NONE: Final = -1
 """Stands for a token where none may be chosen."""
 
@@ -169,33 +165,15 @@ def _sample(turns: Sequence[Turn], logits: Scores, steps: list[Step]) -> None:
     except Exception:  # noqa: BLE001 - whose failure it is shows when each draws alone
         for turn, drawn in zip(going, numbers, strict=True):
             try:
-                _accept_draws([turn], _draw_block([turn], rows_of([turn], logits), [drawn]), steps)
+                _accept_draws([turn], _draw([turn], rows_of([turn], logits), [drawn]), steps)
             except Exception as error:  # noqa: BLE001 - it is logged
                 fail_alone(turn, steps, error)
         return
     _accept_draws(going, draws, steps)
 
 
-@cache
-def _threads() -> tuple[int, ThreadPoolExecutor]:
-    cores = usable_cores()
-    return cores, ThreadPoolExecutor(cores, "draw")
-
-
 def _draw(turns: Sequence[Turn], scores: Scores, numbers: Sequence[list[float]]) -> Draws:
-    """Warp the rows of all requests and draw from them, in blocks of rows side by side where there are many."""
-    cores, pool = _threads()
-    size = max(-(-len(turns) // cores), -(-_LEAST_BLOCK // scores.shape[1]))
-    if size >= len(turns):
-        return _draw_block(turns, scores, numbers)
-    begins = range(0, len(turns), size)
-    ends = np.cumsum([sum(turn.decoder.rows for turn in turns[begin : begin + size]) for begin in begins])
-    blocks = [turns[begin : begin + size] for begin in begins], np.split(scores, ends[:-1])
-    parts = pool.map(_draw_block, *blocks, [numbers[begin : begin + size] for begin in begins])
-    return Draws(*map(np.concatenate, zip(*parts, strict=True)))
-
-
-def _draw_block(turns: Sequence[Turn], scores: Scores, numbers: Sequence[list[float]]) -> Draws:
+    """Warp the rows of all requests at once, and draw from them."""
     warpings: list[Warping] = []
     for _, decoder, _ in turns:
         assert isinstance(decoder, SequenceDecoder)

@@ -3,7 +3,6 @@
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from edge_phi3.generation import GenerationError, ModelDefaults, advance, sampling
+from edge_phi3.generation import GenerationError, ModelDefaults, advance
 from edge_phi3.generation.drawing import draw
 from edge_phi3.generation.logits import Candidates
 from edge_phi3.generation.parameters import PARAMETERS
@@ -304,7 +303,6 @@ def test_an_end_token_at_the_last_step_is_a_stop_and_no_end_token_ends_nothing()
 
 
 RECORDED = data.read_answers("replay")
-POOL = ThreadPoolExecutor(3)
 
 
 @functools.cache
@@ -317,12 +315,8 @@ def recorded_logits(prefix: Prefix) -> NDArray[np.float32]:
     return logits()[prefix]
 
 
-@pytest.mark.parametrize(("mode", "least_block"), [*((mode, 1 << 18) for mode in (*MODES, None)), (None, 1)])
-def test_requests_alone_or_together_give_the_tokens_and_scores_of_transformers(
-    monkeypatch: pytest.MonkeyPatch, mode: str | None, least_block: int
-) -> None:
-    monkeypatch.setattr(sampling, "_LEAST_BLOCK", least_block)
-    monkeypatch.setattr(sampling, "_threads", lambda: (3, POOL))
+@pytest.mark.parametrize("mode", [*MODES, None])
+def test_requests_alone_or_together_give_the_tokens_and_scores_of_transformers(mode: str | None) -> None:
     recorded = [pair for pair in RECORDED if mode in {pair[0].mode, None}]
     given: dict[str, Any] = {"vocabulary": data.replay_texts(), "output_scores": True, "return_dict_in_generate": True}
     running = [
