@@ -74,7 +74,7 @@ def decode_body(
     if len(body) > MOST_VALUES // COSTLY and _weight(body) > MOST_VALUES:
         raise InvalidRequestError(
             f"The body holds more than {MOST_VALUES} numbers. Each text, name, list and object, and each character"
-            f" of a number beyond {ORDINARY}, counts as {COSTLY}, and 8 backslashes as one."
+            f" of a number beyond {ORDINARY}, counts as {COSTLY}, and 4 backslashes as one."
         )
     try:
         document = _decode(body.removeprefix(codecs.BOM_UTF8))
@@ -102,7 +102,7 @@ def _weight(body: bytes) -> int:
     ends = np.flatnonzero(~_OF_NUMBERS[outside])
     beyond = np.diff(ends, prepend=-1, append=len(outside)) - 1 - ORDINARY
     costly = number['"'] + number["["] + number["{"] + int(beyond[beyond > 0].sum())
-    return COSTLY * costly + number[","] + len(backslashes) // 8
+    return COSTLY * costly + number[","] + len(backslashes) // 4
 
 
 def ignore(exchange: Exchange, names: Iterable[str]) -> None:
