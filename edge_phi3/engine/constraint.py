@@ -27,7 +27,7 @@ from edge_phi3.engine.tokenizer import Tokenizer
 _CHARACTERS_OF_RULES: Final = 64
 """Of `SchemaLimits.size` for each rule that may come next, all of which take time that grows with their square."""
 _MOST_SECONDS: Final = 1.0
-"""Of processor time, for all masks of a request beyond `_SECONDS_OF_MASK` each, which is more than most take."""
+"""Of processor time, for all that llguidance is asked for a request, beyond `_SECONDS_OF_MASK` each time."""
 _SECONDS_OF_MASK: Final = 0.001
 _SPECIAL: Final = b"\xff"
 """What llguidance takes for the beginning of a token that is no text."""
@@ -60,7 +60,7 @@ class GrammarConstraint:
     _ends: list[int]
     _json_from: re.Pattern[bytes] | None
     _left: list[float] = field(default_factory=lambda: [_MOST_SECONDS] * 2)
-    """Seconds of processor time that all copies may still take: for their masks, and to look ahead of these."""
+    """Seconds of processor time that all copies may still take: to go on, and to look ahead."""
     _before: bytes = b""
     _prepared: NDArray[np.bool_] | None = None
     _quoted: bool = False
