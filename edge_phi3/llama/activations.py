@@ -4,7 +4,7 @@ While llama.cpp evaluates a text, its callback (``cb_eval``) is shown each matri
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import llama_cpp
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_phi3 import byte_level
 from edge_phi3.llama import ImatrixError
 from edge_phi3.llama.backend import reason, supports_gpu_offload
 from edge_phi3.llama.ggml import GgmlTensor, check_layout, floats, operation, weight_name
@@ -34,9 +35,9 @@ class ActivationCollector:
     `counts` of how many tokens those are.
     """
 
-    def __init__(self, model: Any, *, process_output: bool) -> None:
+    def __init__(self, model: Any, unreadable: set[int], *, process_output: bool) -> None:
         check_layout()
-        self._model = model
+        self._model, self._unreadable = model, unreadable
         self.sums: dict[str, NDArray[np.float64]] = {}
         self.counts: dict[str, int] = {}
         self._vocabulary = llama_cpp.llama_model_get_vocab(model)
@@ -45,7 +46,13 @@ class ActivationCollector:
         self._callback = llama_cpp.ggml_backend_sched_eval_callback(self._observe)
 
     def tokenize(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
-        """Return the tokens of a text, int32, shape (tokens,), with those that the vocabulary puts around it."""
+        """Return the tokens of a text, int32, shape (tokens,), with those that the vocabulary puts around it.
+
+        Raises:
+            ImatrixError: a byte of the text has no token, of which llama.cpp dies.
+        """
+        if lacking := {*text.encode()} & self._unreadable:
+            raise ImatrixError(f"The model cannot read the text: its vocabulary lacks <0x{min(lacking):02X}>.")
         return tokenize(self._vocabulary, text, add_special=True, parse_special=parse_special)
 
     def evaluate(self, chunk: NDArray[np.int32]) -> None:
@@ -141,6 +148,14 @@ def collecting(path: Path, *, cells: int, process_output: bool, n_gpu_layers: in
     params.use_extra_bufts = False
     handle = load_file(header, params)
     try:
-        yield ActivationCollector(handle, process_output=process_output)
+        yield ActivationCollector(handle, _unreadable(header.values), process_output=process_output)
     finally:
         llama_cpp.llama_model_free(handle)
+
+
+def _unreadable(metadata: Mapping[str, Any]) -> set[int]:
+    """Return the bytes for which a SentencePiece vocabulary has no token; a byte-level one passes over its own."""
+    if metadata["tokenizer.ggml.model"] == byte_level.MODEL:
+        return set()
+    tokens = {*metadata["tokenizer.ggml.tokens"]}
+    return {byte for byte in range(256) if f"<0x{byte:02X}>" not in tokens and (byte > 127 or chr(byte) not in tokens)}

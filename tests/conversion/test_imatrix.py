@@ -110,13 +110,15 @@ def test_an_interruption_leaves_nothing_and_the_next_collection_works(demo: Path
 
 
 def test_bad_input_is_a_sentence(demo: Path, tmp_path: Path) -> None:
-    cut, latin1 = tmp_path / "cut.gguf", tmp_path / "latin1.txt"
+    cut, latin1, lacking = tmp_path / "cut.gguf", tmp_path / "latin1.txt", tmp_path / "lacking.gguf"
     cut.write_bytes(demo.read_bytes()[:100_000])
+    lacking.write_bytes(demo.read_bytes().replace(b"<0x90>", b"<0x9O>", 1))
     latin1.write_bytes("Käse ".encode("latin-1") * 100)
     cases: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
         (demo, {"ctx_size": 1 << 20}, ImatrixError, r"The text has \d+ tokens, and 1 chunks of 1048576 are needed"),
         (tmp_path / "absent.gguf", {}, ModelLoadError, "There is no model file"),
         (cut, {}, ModelLoadError, r"llama\.cpp cannot load"),
+        (lacking, {}, ImatrixError, "its vocabulary lacks <0x90>"),
         (demo, {"text": latin1}, ImatrixError, "is not UTF-8"),
         (demo, {"text": tmp_path / "absent.txt"}, ImatrixError, "cannot be read: No such file"),
     ]

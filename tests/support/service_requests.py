@@ -38,12 +38,17 @@ _MODES = {"greedy": 5, "sample": 5, "several": 3, "beam": 4, "group_beam": 2, "b
 _CHAINS = {"one": 55, "leaves": 12, "time": 5, "conversation": 8, "wrong": 10, "oversized": 5, "tokens": 5}
 _TOOLS = {"tools": [{"<|end|>": 1}], "enable_thinking": False}
 _ENDS: Any = ({}, {"add_generation_prompt": False}, {"continue_final_message": True}, {"chat_template_kwargs": _TOOLS})
+_PATTERNS = {"type": "object", "properties": {"a": {"allOf": [{"pattern": f"a.*{n}"} for n in range(22)]}}}
 _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     (CHAT, {}, "prompt"),
     (CHAT, b'{"prompt":', "JSON"),
     (CHAT, b"[" * 100_000, ""),
     (CHAT, b'{"prompt": "\xff"}', "JSON"),
     (CHAT, b'{"prompt": "' + b"a " * 140_000 + b'"}', "--max-body-size"),
+    (CHAT, b'{"prompt": [' + b"[]," * 80_000 + b"[]]}", "262144"),
+    ("/tokenize", b'{"content": "' + "\U0001f600".encode() * 60_000 + b'"}', "131072"),
+    (COMPLETIONS, {"prompt": "a", "guided_json": _PATTERNS}, "allOf"),
+    (COMPLETIONS, {"prompt": "a", "guided_grammar": 'root ::= "a"' + ' | "ab"*' * 3000}, "16384"),
     ("/chats", {"prompt": "a"}, "/chats"),
     (CHAT, {"prompt": "a", "generate_kwargs": {"max_lenght": 5}}, "max_lenght"),
     (CHAT_COMPLETIONS, {"messages": []}, "messages"),
@@ -211,7 +216,8 @@ class AskMaker:
             tools = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
             bomb = {"$ref": "#/$defs/a", "$defs": {"a": {"type": "integer", "const": -1e20}}}
             few = {"guided_choice": ["a", "the"]}, {"guided_regex": "(ab){1000}{1000}"}, {"guided_json": bomb}
-            body |= self._chance.choice((tools, tools | few[0], {"guided_regex": "[a-f]{3,9}"}, *few))
+            many = {"guided_choice": [f"{n}a" for n in range(5000)]}, {"guided_regex": "([ab]{20}c?){1000}"}
+            body |= self._chance.choice((tools, tools | few[0], {"guided_regex": "[a-f]{3,9}"}, *few, *many))
             prompt = max(prompt, 64)
         body["messages"] = [{"role": "user", "content": self._words(prompt)}]
         if self._chance.random() < 0.3:
@@ -244,6 +250,7 @@ class AskMaker:
             body: dict[str, Any] = {"tokens": tokens, "skip_special_tokens": chance.choice((True, False, None))}
             return Ask("tokens", "/detokenize", body, repeats=True, must="answer")
         text = chance.choice((random_text(chance, special), self._words(self._sizes(1)[0])))
+        text = "\U0001f600" * 25_000 if chance.random() < 0.02 else text
         bodies: tuple[dict[str, Any], ...] = (
             {"prompt": text, "model": "m", "return_token_strs": True, "add_special_tokens": False},
             {"content": text, "with_pieces": True, "parse_special": chance.random() < 0.5},
