@@ -223,6 +223,7 @@ class Soak:
         if not await asyncio.to_thread(wait_for, server.is_idle, 120):
             self.report.wrong.append("it does not come to rest")
         await asyncio.to_thread(wait_for, lambda: len(process.net_connections()) < 2, 60)
+        await asyncio.sleep(2)  # after a second at rest memory is given back
         self.report.memory.append(process.memory_info().rss)
         self.report.descriptors.append(process.num_fds())
         self.report.threads.append(process.num_threads())

@@ -1,6 +1,7 @@
 """What this process may use of the machine: its GPUs, through NVML, its cores and its main memory."""
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -104,6 +105,11 @@ def available_memory() -> int:
                 room += next((int(line.split()[1]) for line in lines if line.startswith(cached)), 0)
                 available = max(0, min(available, room))
     return available
+
+
+def give_back_memory() -> None:
+    """Return to the system what glibc keeps of memory that was freed, where it is the C library."""
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _padding: 0)(0)
 
 
 def _cgroups(controller: str) -> list[Path]:

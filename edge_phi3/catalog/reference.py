@@ -1,6 +1,7 @@
 """What a person may write for MODEL, and what it means."""
 
 import difflib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,16 +10,8 @@ from edge_phi3.demo import DEMO_CHECKPOINT
 from edge_phi3.errors import EdgePhi3Error
 from edge_phi3.files import NotGgufError, check_magic, shown
 
-PRESETS = {
-    "phi-3-mini-4k-instruct": "microsoft/Phi-3-mini-4k-instruct",
-    "phi-3-mini-128k-instruct": "microsoft/Phi-3-mini-128k-instruct",
-    "phi-3.5-mini-instruct": "microsoft/Phi-3.5-mini-instruct",
-    "phi-3-medium-4k-instruct": "microsoft/Phi-3-medium-4k-instruct",
-    "phi-3-medium-128k-instruct": "microsoft/Phi-3-medium-128k-instruct",
-    "phi-4-mini-instruct": "microsoft/Phi-4-mini-instruct",
-    "phi-4-mini-reasoning": "microsoft/Phi-4-mini-reasoning",
-    "phi-4": "microsoft/phi-4",
-}
+KNOWN = json.loads(Path(__file__).with_name("presets.json").read_text("utf-8"))
+PRESETS: dict[str, str] = KNOWN["repositories"]
 """Short names of repositories on the Hub."""
 
 DEMO = "phi-3-demo"

@@ -26,7 +26,7 @@ from edge_phi3.conversion.checkpoint import (
     canonical_name,
 )
 from edge_phi3.conversion.json_files import PositiveNumber, Size, read_json, typed
-from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS
+from edge_phi3.conversion.phi3 import EMBEDDING, HEAD, IN_GGUF, PARTS, REFUSED
 from edge_phi3.conversion.plan import STORED_TYPES, Plan, PlannedTensor, encode, matrix_type, tensor_type, to_float32
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.default)?(\.weight)?")
@@ -34,17 +34,6 @@ _LAYER = re.compile(r"model\.layers\.(?P<number>\d+)\.(?P<module>[\w.]+_proj)\.w
 _WHOLE = {EMBEDDING: "token_embd.weight", HEAD: "output.weight"}
 _FUSED = {part: fused for fused, parts in PARTS.items() for part in parts}
 
-_REFUSED = {
-    "peft_type": "only LORA can be converted",
-    "bias": "adapters of llama.cpp have none",
-    "lora_bias": "adapters of llama.cpp have none",
-    "modules_to_save": "it trains whole matrices beside its own",
-    "trainable_token_indices": "it trains single tokens",
-    "use_dora": "DoRA is no LoRA",
-    "use_qalora": "QALoRA is no LoRA",
-    "layer_replication": "it repeats layers",
-    "alora_invocation_tokens": "it begins in the middle of a prompt",
-}
 _ALLOWED = ("LORA", "none")
 _MERGE = "merge it into its model with merge_and_unload() of peft, and convert the folder that save_pretrained() writes"
 
@@ -79,7 +68,7 @@ def is_adapter(folder: Path) -> bool:
 def plan_adapter(folder: Path, outtype: str) -> tuple[Plan, gguf.GGUFWriter, list[StoredTensor]]:
     """Return the output's tensors and header, and the stored tensors."""
     stated = read_json(folder / ADAPTER_CONFIG) or {}
-    for name, why in _REFUSED.items():
+    for name, why in REFUSED["adapters"].items():
         if (value := stated.get(name)) and value not in _ALLOWED:
             raise UnsupportedModelError(f"{ADAPTER_CONFIG}: {name} is {value!r}, and {why}; {_MERGE}.")
     config = typed({name: value for name, value in stated.items() if value is not None}, _Config, ADAPTER_CONFIG)

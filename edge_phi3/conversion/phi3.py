@@ -10,8 +10,10 @@ save it so. Such a copy is told by Phi-3's vocabulary; a real Llama or Mistral i
 """
 
 import dataclasses
+import json
 import math
 import re
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import gguf
@@ -29,16 +31,8 @@ _DISGUISES = frozenset({"LlamaForCausalLM", "MistralForCausalLM"})
 # What wrappers leave in the place of the model's own, and a Phi-3 without its output matrix, which may be tied.
 _SAYS_NOTHING = re.compile(r"(PeftModel|AutoModelForCausalLM).*|OptimizedModule|Phi3Model")
 
-_RELATIVES = {
-    "Phi3SmallForCausalLM": "Phi-3-small has block-sparse attention and a tiktoken vocabulary",
-    "Phi3VForCausalLM": "Phi-3-vision has an image encoder",
-    "Phi4MMForCausalLM": "Phi-4-multimodal has image and speech encoders",
-    "PhiMoEForCausalLM": "Phi-3.5-MoE is a mixture of experts",
-    "PhimoeForCausalLM": "Phi-3.5-MoE is a mixture of experts",
-    "PhiForCausalLM": "Phi-1 and Phi-2 have other layers",
-    "Phi3ForSequenceClassification": "it sorts texts into classes and writes none",
-    "Phi3ForTokenClassification": "it sorts tokens into classes and writes none",
-}
+REFUSED: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("refused.json").read_text("utf-8"))
+"""Architectures, and options of adapters, that cannot be converted, and why."""
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 """The matrices that may be one, by the checkpoint's names."""
@@ -230,7 +224,7 @@ def _refuse_other_models(config: dict[str, Any], *, disguised: bool | None = Non
         disguised = config.get("vocab_size") in (32064, 100352, 200064) or config.get("sliding_window") == 2047
     if architectures != [ARCHITECTURE] and not (disguised and set(architectures) <= _DISGUISES):
         named = f"the architecture {', '.join(architectures)}" if architectures else "no architecture"
-        reason = next((f" ({_RELATIVES[name]})" for name in architectures if name in _RELATIVES), "")
+        reason = next((f" ({why})" for name, why in REFUSED["architectures"].items() if name in architectures), "")
         but = ", or a copy of it with split projections and its own vocabulary" * (set(architectures) <= _DISGUISES)
         raise UnsupportedModelError(f"config.json names {named}{reason}; only {ARCHITECTURE} can be converted{but}.")
     if (act := config.get("hidden_act") or "silu") not in ("silu", "swish"):

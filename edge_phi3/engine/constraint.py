@@ -50,8 +50,8 @@ class GrammarConstraint:
     """Holds a sequence to a grammar; a `edge_phi3.generation.constrained.TokenConstraint`.
 
     Special tokens come only where a grammar names them. End tokens come exactly when the text is whole. Where
-    llguidance fails, for example at its limits, no token may come, nor where the allowance is used up: so long would
-    those beside wait for it. Where a number of JSON, which begins behind what `_json_from` finds, has `_MOST_DIGITS`
+    llguidance fails, for example at its limits, no token may come, nor where the allowance is used up, for which other
+    requests would have to wait. Where a number of JSON, which begins behind what `_json_from` finds, has `_MOST_DIGITS`
     digits in a row, no more come, if anything else may.
     """
 
@@ -214,7 +214,7 @@ class ConstraintVocabulary:
         rules: list[dict[str, Any]] = [{"lark_grammar": grammar.lark}]
         for name, rule in grammar.named.items():
             try:
-                kind, value = ("lark_grammar", rule) if isinstance(rule, str) else ("json_schema", adapted(rule))
+                kind, value = ("lark_grammar", rule) if name == "answer" else ("json_schema", adapted(rule))
             except RecursionError:
                 raise SchemaError("its schemas lead to each other too deeply") from None
             rules.append({"name": name, kind: value})
@@ -249,4 +249,6 @@ def _sentence(reason: str) -> str:
         return "too many of its rules may come next (--max-schema-size)"
     if not reason or reason.startswith("NoExtensionBias"):
         return "no text follows it"
+    if reason.startswith("panic"):
+        return "a keyword's value is none that it may have"
     return " ".join(reason.split())[:300]

@@ -136,9 +136,13 @@ class EngineCore:
         """Whether a step would do anything."""
         return bool(self._in_flight or self.scheduler.waiting or self.scheduler.running or self._untidy)
 
-    def wait(self) -> None:
-        """Wait until something arrives."""
-        self._take(self._inbox.get())
+    def wait(self, idle: Callable[[], None]) -> None:
+        """Wait until something arrives, and call `idle` when nothing has for a second."""
+        try:
+            self._take(self._inbox.get(timeout=1.0))
+        except queue.Empty:
+            idle()
+            self._take(self._inbox.get())
 
     def step(self) -> None:
         """Let every request that runs go on by one token, or by a part of its prompt."""

@@ -26,6 +26,7 @@ from edge_phi3.engine.scheduler import Scheduler
 from edge_phi3.engine.sequence import Event, GenerationRequest, RunningRequest, TokensEvent
 from edge_phi3.engine.stats import EngineStats
 from edge_phi3.engine.watchdog import Watchdog, stacks
+from edge_phi3.system_resources import give_back_memory
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Engine:
     async def drain(self, grace: float) -> None:
         """Take no more requests, let those that run finish, end the rest, and free the model within `grace` seconds."""
         if self.status in {"ready", "loading"}:
-            self._set_status("draining", "The service is stopping.")
+            self.status, self.status_detail = "draining", "The service is stopping."
         last = min(_LAST_SECONDS, grace / 2)
         end = time.monotonic() + grace - last
         while self._core is not None and self._core.in_flight and time.monotonic() < end:  # noqa: ASYNC110 - spares the hot path a signal
@@ -92,7 +93,7 @@ class Engine:
         with self._closing:
             if self._thread.is_alive():
                 self._thread.join(patience)
-            self._set_status("stopped", "The engine is stopped.")
+            self.status, self.status_detail = "stopped", "The engine is stopped."
             if self._thread.is_alive():
                 if core is not None:
                     core.abandon("The service is stopping.")
@@ -101,9 +102,6 @@ class Engine:
             if loaded is not None:
                 loaded.close()
         return True
-
-    def _set_status(self, status: Status, detail: str) -> None:
-        self.status, self.status_detail = status, detail
 
     @property
     def model(self) -> LoadedModel:
@@ -220,11 +218,11 @@ class Engine:
                 token_texts=lambda: loaded.tokenizer.token_texts,
             )
         except BaseException as error:  # noqa: BLE001 - whoever waits for `load` gets it
-            self._set_status("broken", str(error))
+            self.status, self.status_detail = "broken", str(error)
             self._loading.set_exception(error)
             return
         if not self._stopping:
-            self._set_status("ready", "")
+            self.status, self.status_detail = "ready", ""
         watchdog = self._watchdog = Watchdog(
             settings.stall_timeout or threading.TIMEOUT_MAX,
             steps=lambda: core.turns if core.has_work else None,
@@ -239,11 +237,11 @@ class Engine:
         try:
             while not self._stopping:
                 if not core.has_work:
-                    core.wait()
+                    core.wait(give_back_memory)
                 core.step()
         except BaseException as error:
             logger.exception("The engine stops: it met an error that it cannot recover from.")
-            self._set_status("broken", f"The engine is broken: {error}")
+            self.status, self.status_detail = "broken", f"The engine is broken: {error}"
         finally:
             watchdog.close()
             core.stop(self.status_detail or "The service is stopping.")
@@ -253,16 +251,16 @@ class Engine:
     def _stalled(self, core: EngineCore, seconds: float) -> None:
         logger.critical("No step has ended for %.0f s. The threads are here:\n%s", seconds, stacks())
         if self.status == "ready":
-            self._set_status("stalled", f"The engine has completed no step for {seconds:.0f} s.")
+            self.status, self.status_detail = "stalled", f"The engine has completed no step for {seconds:.0f} s."
         core.abandon(f"The engine has completed no step for {seconds:.0f} s.")
 
     def _recovered(self) -> None:
         logger.warning("The engine goes on.")
         if self.status == "stalled":
-            self._set_status("ready", "")
+            self.status, self.status_detail = "ready", ""
 
     def _file_changed(self, core: EngineCore, sentence: str) -> None:
-        self._set_status("broken", sentence)
+        self.status, self.status_detail = "broken", sentence
         core.abandon(sentence)
         self._give_up(sentence)
 

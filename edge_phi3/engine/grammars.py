@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from edge_phi3.engine.errors import SchemaError
 
@@ -22,6 +22,9 @@ _JSON_EVERYWHERE, _JSON_NOWHERE, _JSON_IN_CALLS = map(
     re.compile, (b"", b"(?!)", rb"\xff|(functools|<\|tool_call\|>)\[")
 )
 _LONGEST_GBNF: Final = 16 << 10  # characters; the time that it takes to translate grows with their square
+_START: Final = re.compile(r"(?m)^[?!]*start\b[^:\n]*:(?!:=)")
+_ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+_MOST_OPTIONAL: Final = 1000  # parts of a regular expression; the time that they take grows with their square
 _OPTIONS: Final = '%llguidance {"no_forcing": true}\n'
 _LIST: Final = r"""
 calls: "[" rest
@@ -52,6 +55,8 @@ def json_grammar(schema: object) -> Grammar:
 
 def regex_grammar(pattern: str) -> Grammar:
     """Return the texts that a regular expression matches as a whole."""
+    if sum(map(pattern.count, ("?", "*", "{0,", "|)", "(|"))) > _MOST_OPTIONAL:
+        raise SchemaError(f"more than {_MOST_OPTIONAL} of its parts may be empty")
     whole = pattern.removeprefix("^")
     if whole.endswith("$") and not whole.endswith("\\$"):
         whole = whole[:-1]
@@ -67,12 +72,21 @@ def written_grammar(text: str) -> Grammar:
     """Return the language of a grammar in Lark, or in llama.cpp's GBNF, as far as Lark can say it; or `SchemaError`."""
     if "%json" in text:
         raise SchemaError("it holds a JSON schema (`%json`), which has fields of its own, such as `guided_json`")
-    if "::=" in text and len(text) > _LONGEST_GBNF:
-        raise SchemaError(f"GBNF is taken up to {_LONGEST_GBNF} characters, Lark up to --max-schema-size")
-    try:
-        return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", any_to_lark(text)))
-    except (GbnfToLarkError, RecursionError) as error:
-        raise SchemaError(f"it is neither Lark nor GBNF: {error}") from None
+    if "::=" in text and not _START.search(text):
+        if len(text) > _LONGEST_GBNF:
+            raise SchemaError(f"GBNF is taken up to {_LONGEST_GBNF} characters, Lark up to --max-schema-size")
+        try:
+            text = gbnf_to_lark(_ESCAPE.sub(_character, text))
+        except Exception as error:  # noqa: BLE001 - of many kinds, some of them Python's own
+            raise SchemaError(f"it is no GBNF: {error}") from None
+    return Grammar(_OPTIONS + re.sub(r"(?m)^%llguidance.*$", "", text))
+
+
+def _character(escape: re.Match[str]) -> str:
+    r"""Return what an escape such as ``\u00e9`` stands for: the translator would drop its zeros."""
+    if not (digits := escape[1] or escape[2]):
+        return escape[0]
+    return chr(int(digits, 16)) if int(digits, 16) > 127 else f"\\x{int(digits, 16):02x}"
 
 
 def calls_grammar(

@@ -38,7 +38,9 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 """Without ``\\u``, by which a further property could have the name of one that there is."""
 
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
-_UNREAD, _NO_SETS = frozenset({"x-guidance", "$id", "id"}), ("uniqueItems", False)
+_UNREAD: Final = frozenset({"x-guidance", "$id", "id"})
+_SAYS_NOTHING: Final = (("uniqueItems", False), ("propertyNames", {"type": "string"}))
+_NEVER: Final = {"not": {}}
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _COMBINING: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
@@ -107,8 +109,8 @@ def adapted(schema: object) -> dict[str, Any]:
     """
     if schema is True:
         schema = {}
-    if not isinstance(schema, dict):
-        raise SchemaError("it accepts nothing" if schema is False else "a schema must be an object")
+    if not isinstance(schema, dict) or schema == _NEVER:
+        raise SchemaError("it accepts nothing" if schema in (False, _NEVER) else "a schema must be an object")
     adapter = _Adapter(schema)
     result: dict[str, Any] = adapter.adapt(schema)
     if adapter.merges and adapter.merged(schema) > _MOST_MERGED:
@@ -215,6 +217,8 @@ class _Adapter:
             return [self.adapt(each, of) for each in schema]
         if not isinstance(schema, dict):
             return schema
+        if schema == _NEVER:
+            return False
         self._resolved(schema)
         exclusive = "anyOf" not in schema and self._excludes(schema)
         changed: dict[str, Any] = {}
@@ -230,8 +234,12 @@ class _Adapter:
             elif name in _MAPS and isinstance(value, dict):
                 changed[name] = {key: self.adapt(each, key * (name == "properties")) for key, each in value.items()}
             elif name == "$ref" and isinstance(value, str):
-                changed[name] = quote(unquote(value), "/#$~")
-            elif name not in _UNREAD and (name != "$schema" or value in _OLDER_DRAFTS) and (name, value) != _NO_SETS:
+                changed[name] = quote(unquote(value), "/#$~", errors="surrogatepass")
+            elif (
+                name not in _UNREAD
+                and (name != "$schema" or value in _OLDER_DRAFTS)
+                and (name, value) not in _SAYS_NOTHING
+            ):
                 changed[name] = value
         if (kind := str(schema.get("format"))) in _PATTERNS and "pattern" not in schema:
             del changed["format"]

@@ -48,8 +48,7 @@ class ActivationCollector:
     def tokenize(self, text: str, *, parse_special: bool) -> NDArray[np.int32]:
         """Return the tokens of a text, int32, shape (tokens,), with those that the vocabulary puts around it.
 
-        Raises:
-            ImatrixError: a byte of the text has no token, of which llama.cpp dies.
+        `ImatrixError`: a byte of the text has no token, of which llama.cpp dies.
         """
         if lacking := {*text.encode()} & self._unreadable:
             raise ImatrixError(f"The model cannot read the text: its vocabulary lacks <0x{min(lacking):02X}>.")
@@ -157,5 +156,5 @@ def _unreadable(metadata: Mapping[str, Any]) -> set[int]:
     """Return the bytes for which a SentencePiece vocabulary has no token; a byte-level one passes over its own."""
     if metadata["tokenizer.ggml.model"] == byte_level.MODEL:
         return set()
-    tokens = {*metadata["tokenizer.ggml.tokens"]}
+    tokens = {text.replace("▁", " ") for text in metadata["tokenizer.ggml.tokens"]}
     return {byte for byte in range(256) if f"<0x{byte:02X}>" not in tokens and (byte > 127 or chr(byte) not in tokens)}

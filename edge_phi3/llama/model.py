@@ -91,7 +91,9 @@ def _sentencepiece(vocabulary: dict[str, int], scores: Mapping[str, float], unkn
         if text[:cut] in vocabulary and text[cut:] in vocabulary
     )
     pairs = [(left, right) for _, _, left, right in merges]
-    return Tokenizer(models.BPE(vocabulary, pairs, byte_fallback=True, unk_token=unknown, fuse_unk=True))
+    # What it would keep are not words, but whole texts.
+    whole = models.BPE(vocabulary, pairs, cache_capacity=0, byte_fallback=True, unk_token=unknown, fuse_unk=True)
+    return Tokenizer(whole)
 
 
 class _Adapter(NamedTuple):

@@ -1,14 +1,13 @@
 """From a MODEL to its numbers, without its weights: what planning knows, reads, or downloads of it (one small file)."""
 
 import contextlib
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from edge_phi3.catalog import PRESETS, Catalog, parse_reference
 from edge_phi3.catalog.listing import UnreachableError, small_files
-from edge_phi3.catalog.reference import HubCheckpoint, LocalCheckpoint, LocalGguf
+from edge_phi3.catalog.reference import KNOWN, HubCheckpoint, LocalCheckpoint, LocalGguf
 from edge_phi3.conversion import ConversionError
 from edge_phi3.conversion.checkpoint import open_checkpoint
 from edge_phi3.conversion.json_files import read_json
@@ -25,8 +24,7 @@ def _config(rope_factors: int = 0, **stated: Any) -> dict[str, Any]:
     return stated | ({"rope_scaling": {"type": "longrope", **factors}} if rope_factors else {})
 
 
-_STATED = json.loads(Path(__file__).with_name("presets.json").read_text(encoding="utf-8"))
-PRESET_CONFIGS = {PRESETS[name]: _config(**_STATED["all"] | stated) for name, stated in _STATED["each"].items()}
+PRESET_CONFIGS = {PRESETS[name]: _config(**KNOWN["all"] | stated) for name, stated in KNOWN["each"].items()}
 """What the ``config.json`` of the presets says, as far as it decides on memory, by repository."""
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -55,6 +56,16 @@ def test_what_never_fits_is_refused_at_once(make_model: MakeModel) -> None:
             Asked(engine, prompt(1, 10), max_new_tokens=1500)
         with pytest.raises(RequestTooLargeError, match=r"20 sequences at once; .* at most 16"):
             Asked(engine, prompt(1, 10), num_beams=20, max_new_tokens=5)
+
+
+def test_at_rest_memory_is_given_back(make_model: MakeModel) -> None:
+    process = psutil.Process()
+    with running_engine(make_model("4k")) as engine:
+        blocks = [b"x" * 100_000 for _ in range(3000)]
+        del blocks[:-1]  # the last one keeps the C library from it
+        held = process.memory_info().rss
+        ask(engine, prompt(1, 10), max_new_tokens=5)
+        assert wait_for(lambda: process.memory_info().rss < held - 200_000_000)
 
 
 def test_an_engine_that_cannot_recover_says_so(make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,28 +1,16 @@
 """Drafts out of a text itself."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_phi3.engine.drafting import PromptLookup
+from tests.support.cases import cases
 
 
-@pytest.mark.parametrize(
-    ("text", "draft"),
-    [
-        ([], ([], 0)),
-        ([1], ([], 0)),
-        ([1, 2, 3], ([], 0)),
-        ([1, 2, 3, 4, 5, 9, 1, 2], ([3, 4, 5], 2)),
-        ([1, 2, 3, 4, 9, 1, 2, 7, 8, 9, 1, 2], ([7, 8, 9], 3)),  # of equal matches the newest
-        ([5, 1, 2, 3, 4, 9, 1, 2, 7, 8, 5, 1, 2], ([3, 4, 9], 3)),  # but a longer one before it
-        ([1, 2, 1, 2], ([1, 2, 1], 2)),  # what repeats goes on repeating
-        ([7, 7, 7], ([7, 7, 7], 2)),
-    ],
-)
-def test_what_followed_the_longest_match_is_drafted(text: list[int], draft: tuple[list[int], int]) -> None:
-    assert PromptLookup().draft(np.array(text, np.int32), 3) == draft
+@cases
+def test_what_followed_the_longest_match_is_drafted(text: list[int], drafted: list[int], matched: int) -> None:
+    assert PromptLookup().draft(np.array(text, np.int32), 3) == (drafted, matched)
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))

@@ -49,6 +49,7 @@ _WRONG: tuple[tuple[str, dict[str, Any] | bytes, str], ...] = (
     ("/tokenize", b'{"content": "' + "\U0001f600".encode() * 60_000 + b'"}', "131072"),
     (COMPLETIONS, {"prompt": "a", "guided_json": _PATTERNS}, "allOf"),
     (COMPLETIONS, {"prompt": "a", "guided_grammar": 'root ::= "a"' + ' | "ab"*' * 3000}, "16384"),
+    (COMPLETIONS, {"prompt": "a", "guided_json": '"start: %json {}"'}, "a schema must be an object"),
     ("/chats", {"prompt": "a"}, "/chats"),
     (CHAT, {"prompt": "a", "generate_kwargs": {"max_lenght": 5}}, "max_lenght"),
     (CHAT_COMPLETIONS, {"messages": []}, "messages"),
