@@ -51,8 +51,8 @@ class OddOrEven:
         scores[1 - self.taken % 2 :: 2] = -np.inf
         scores[END] = end
 
-    def forced(self, most: int) -> list[int]:  # noqa: ARG002 - a protocol's
-        return [2 + self.taken % 2]  # it is not, but it may come
+    def forced(self, most: int) -> list[int]:
+        return [2 + self.taken % 2][:most]  # it is not, but it may come
 
     def accept(self, token: int) -> None:
         assert self.permits(token)
