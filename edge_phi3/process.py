@@ -18,6 +18,7 @@ from edge_phi3.errors import EdgePhi3Error
 
 _DESCRIPTORS = 64
 """How many files a verb may have open at once; a service wants one more for each connection."""
+_M_ARENA_MAX = -8
 _PACKAGE = Path(__file__).parent
 
 
@@ -55,7 +56,11 @@ def prepare() -> None:
         raw = io.BufferedWriter(_Stream(descriptor, "w", closefd=False))
         encoding = usual.encoding if usual else "utf-8"
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "edge-phi3", line_buffering=descriptor == 2 or os.isatty(1)))
-    ctypes.CDLL(None).signal(int(signal.SIGBUS), _ON_BUS_ERROR)
+    libc = ctypes.CDLL(None)
+    libc.signal(int(signal.SIGBUS), _ON_BUS_ERROR)
+    if hasattr(libc, "mallopt"):
+        # Of its heaps, glibc gives back the end of the first alone: see `edge_phi3.system_resources.give_back_memory`.
+        libc.mallopt(_M_ARENA_MAX, 1)
     if (most := may_open(_DESCRIPTORS)) < _DESCRIPTORS:
         raise SurroundingsError(f"Only {most} files may be open here, and {_DESCRIPTORS} must: raise `ulimit -n`.")
 

@@ -40,7 +40,7 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
 _UNREAD: Final = frozenset({"x-guidance", "$id", "id"})
 _SAYS_NOTHING: Final = (("uniqueItems", False), ("propertyNames", {"type": "string"}))
-_NEVER: Final = {"not": {}}
+_NEVER: Final[dict[str, Any]] = {"not": {}}
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _COMBINING: Final = frozenset({"$ref", "anyOf", "oneOf", "allOf"})
