@@ -58,9 +58,8 @@ def prepare() -> None:
         setattr(sys, name, io.TextIOWrapper(raw, encoding, "edge-phi3", line_buffering=descriptor == 2 or os.isatty(1)))
     libc = ctypes.CDLL(None)
     libc.signal(int(signal.SIGBUS), _ON_BUS_ERROR)
-    if hasattr(libc, "mallopt"):
-        # Of its heaps, glibc gives back the end of the first alone: see `edge_phi3.system_resources.give_back_memory`.
-        libc.mallopt(_M_ARENA_MAX, 1)
+    # Of its heaps, glibc gives back the end of the first alone: see `edge_phi3.system_resources.give_back_memory`.
+    getattr(libc, "mallopt", lambda *_: 0)(_M_ARENA_MAX, 1)
     if (most := may_open(_DESCRIPTORS)) < _DESCRIPTORS:
         raise SurroundingsError(f"Only {most} files may be open here, and {_DESCRIPTORS} must: raise `ulimit -n`.")
 

@@ -62,7 +62,7 @@ def _fixed() -> Iterator[tuple[str, str, int | str]]:
     for lane, threads in service.THREADS.items():
         kind = {"long": "such bodies", "foreign": "of those, conversations for a template of strangers"}.get(lane)
         yield "body", f"{kind or f'of those, bodies of {service.LONGEST} bytes and more'} prepared at once", threads
-    yield "body", f"number; a text, name, list, object or digit past {body.ORDINARY} is {body.COSTLY}", body.MOST_VALUES
+    yield "body", f"numbers; a text, name, list, object, digit past {body.ORDINARY} is {body.COSTLY}", body.MOST_VALUES
     yield "names", "characters of one in an error", LONGEST_SHOWN
     yield "names", "ignored fields that the answer names", body.MOST_IGNORED
     yield "names", "characters of each", body.LONGEST_IGNORED

@@ -18,7 +18,14 @@ from edge_phi3.version import __version__
 
 Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
-_OUTCOMES = {200: "ok", 401: "unauthorized", 429: "overloaded", 499: "disconnected", 503: "unavailable", 504: "timeout"}
+_OUTCOMES = {
+    200: "ok",
+    401: "unauthorized",
+    429: "overloaded",
+    499: "disconnected",
+    503: "unavailable",
+    504: "timeout",
+}
 
 _FIRST_TOKEN_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,

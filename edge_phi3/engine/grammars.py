@@ -22,7 +22,7 @@ _JSON_EVERYWHERE, _JSON_NOWHERE, _JSON_IN_CALLS = map(
     re.compile, (b"", b"(?!)", rb"\xff|(functools|<\|tool_call\|>)\[")
 )
 _LONGEST_GBNF: Final = 16 << 10  # characters; the time that it takes to translate grows with their square
-_START: Final = re.compile(r"(?m)^[?!]*start\b[^:\n]*:(?!:=)")
+_START: Final = re.compile(r"(?m)^[?!]*start\b[^:\n]*:(?!:=)")  # the first rule of Lark
 _ESCAPE: Final = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _MOST_OPTIONAL: Final = 1000  # parts of a regular expression; the time that they take grows with their square
 _OPTIONS: Final = '%llguidance {"no_forcing": true}\n'

@@ -39,7 +39,7 @@ _NO_ESCAPES: Final = {"json_allowed_escapes": 'nrbtf\\"'}
 
 _OLDER_DRAFTS: Final = tuple(f"http://json-schema.org/draft-0{number}/schema#" for number in (4, 6, 7))
 _UNREAD: Final = frozenset({"x-guidance", "$id", "id"})
-_SAYS_NOTHING: Final = (("uniqueItems", False), ("propertyNames", {"type": "string"}))
+_EMPTY: Final = (("uniqueItems", False), ("propertyNames", {"type": "string"}))
 _NEVER: Final[dict[str, Any]] = {"not": {}}
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -235,11 +235,7 @@ class _Adapter:
                 changed[name] = {key: self.adapt(each, key * (name == "properties")) for key, each in value.items()}
             elif name == "$ref" and isinstance(value, str):
                 changed[name] = quote(unquote(value), "/#$~", errors="surrogatepass")
-            elif (
-                name not in _UNREAD
-                and (name != "$schema" or value in _OLDER_DRAFTS)
-                and (name, value) not in _SAYS_NOTHING
-            ):
+            elif name not in _UNREAD and (name != "$schema" or value in _OLDER_DRAFTS) and (name, value) not in _EMPTY:
                 changed[name] = value
         if (kind := str(schema.get("format"))) in _PATTERNS and "pattern" not in schema:
             del changed["format"]
